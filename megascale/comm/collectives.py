@@ -1,0 +1,121 @@
+"""Collectives that count the bytes they send, plain and as autograd functions.
+
+Counting follows the ring: an all-gather or reduce-scatter of N ranks sends (N−1)/N of the whole tensor from each rank, an all-reduce twice
+that. The autograd functions are opaque to torch.compile: counts and groups are Python objects, and inductor has nothing to fuse there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.comm.mesh import Axis
+
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+def all_reduce(x: Tensor, axis: Axis, operation: str = "sum") -> Tensor:
+    """Sum or max over the axis, in place where x is contiguous; returns the result."""
+    if axis.size == 1:
+        return x
+    x = x.contiguous()
+    dist.all_reduce(x, _OPERATIONS[operation], group=axis.group)
+    axis.traffic.add(axis.name, "all_reduce", 2 * x.nbytes * (axis.size - 1) // axis.size)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Equal pieces of all ranks joined along `dim`."""
+    if axis.size == 1:
+        return x
+    moved = x.movedim(dim, 0).contiguous()
+    out = torch.empty((axis.size * moved.shape[0], *moved.shape[1:]), dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(out, moved, group=axis.group)
+    axis.traffic.add(axis.name, "all_gather", moved.nbytes * (axis.size - 1))
+    return out.movedim(0, dim)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The sum over ranks, of which this rank keeps its piece along `dim` (a multiple of the axis size)."""
+    if axis.size == 1:
+        return x
+    moved = x.movedim(dim, 0).contiguous()
+    out = torch.empty((moved.shape[0] // axis.size, *moved.shape[1:]), dtype=x.dtype, device=x.device)
+    dist.reduce_scatter_tensor(out, moved, group=axis.group)
+    axis.traffic.add(axis.name, "reduce_scatter", out.nbytes * (axis.size - 1))
+    return out.movedim(0, dim)
+
+
+def local_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's equal piece of a replicated tensor."""
+    return x.chunk(axis.size, dim)[axis.rank] if axis.size > 1 else x
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return all_gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return reduce_scatter(grads[0], ctx.axis, ctx.dim), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return reduce_scatter(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_gather(grads[0], ctx.axis, ctx.dim), None, None
+
+
+@torch.compiler.disable
+def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The same tensor on all ranks, each using it differently: identity forward, gradients summed backward."""
+    return _Copy.apply(x, axis)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """Partial results summed forward; every rank's gradient is the same and passes through."""
+    return _Reduce.apply(x, axis)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def gather_parts(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Pieces along `dim` joined forward; backward each rank gets its piece of the summed gradient."""
+    return _Gather.apply(x, axis, dim)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def scatter_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Partial results summed, each rank keeping its piece along `dim`; backward joins the pieces' gradients."""
+    return _ScatterSum.apply(x, axis, dim)  # type: ignore[no-any-return]

@@ -1,0 +1,86 @@
+"""The ranks as a grid with named axes. One object owns the groups; everything that communicates is handed the axis it uses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# Slowest link first: neighbouring ranks share the axis that talks most.
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass
+class Traffic:
+    """Bytes sent by this rank and collectives started, by axis, since the last `take`."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, axis: str, operation: str, sent: int) -> None:
+        self.sent[axis] += sent
+        self.calls[axis, operation] += 1
+
+    def take(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+        """Sent bytes and calls so far; the counts start again from zero."""
+        result = dict(self.sent), dict(self.calls)
+        self.sent.clear()
+        self.calls.clear()
+        return result
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the grid as this rank sees it. `group` is None at size one."""
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes, and torch's DeviceMesh over the same ranks (None for one process)."""
+
+    axes: dict[str, Axis]
+    device_mesh: DeviceMesh | None
+    traffic: Traffic
+    rank: int
+    size: int
+
+    def __getitem__(self, name: str) -> Axis:
+        return self.axes[name]
+
+    @property
+    def data_size(self) -> int:
+        """How many different parts a global batch is cut into."""
+        return self["dp_replicate"].size * self["dp_shard"].size
+
+    @property
+    def data_rank(self) -> int:
+        return self["dp_replicate"].rank * self["dp_shard"].size + self["dp_shard"].rank
+
+
+def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Global rank → its place on each axis, in the order of AXES, the last axis running fastest."""
+    place = {}
+    for name in reversed(AXES):
+        rank, place[name] = divmod(rank, sizes[name])
+    return place
+
+
+def build_mesh(sizes: dict[str, int], device_type: str) -> Mesh:
+    """`sizes` for every axis of AXES, their product being the number of ranks. Collective over all ranks."""
+    traffic = Traffic()
+    if not dist.is_initialized():
+        return Mesh({n: Axis(n, 1, 0, None, traffic) for n in AXES}, None, traffic, 0, 1)
+    device_mesh = init_device_mesh(device_type, tuple(sizes[n] for n in AXES), mesh_dim_names=AXES)
+    place = coordinates(dist.get_rank(), sizes)
+    axes = {
+        n: Axis(n, sizes[n], place[n], device_mesh.get_group(n) if sizes[n] > 1 else None, traffic) for n in AXES
+    }
+    return Mesh(axes, device_mesh, traffic, dist.get_rank(), dist.get_world_size())

@@ -1,0 +1,228 @@
+"""YAML 1.2 file + `section.key=value` overrides → a validated `Config`; every mistake becomes one readable sentence."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from megascale.config.schema import Config
+from megascale.errors import UsageError
+
+# Other systems' names, written in lower case with underscores. A near miss in spelling would not find them.
+ELSEWHERE = {
+    # Megatron-LM
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "context_parallel_size": "parallel.cp",
+    "expert_model_parallel_size": "parallel.ep",
+    "expert_tensor_parallel_size": "parallel.etp",
+    "sequence_parallel": "parallel.tp_sequence",
+    "num_layers_per_virtual_pipeline_stage": "parallel.pp_virtual",
+    "virtual_pipeline_model_parallel_size": "parallel.pp_virtual",
+    "recompute_granularity": "parallel.recompute",
+    "ffn_hidden_size": "model.ffn_size",
+    "kv_channels": "model.head_dim",
+    "num_attention_heads": "model.num_heads",
+    "num_query_groups": "model.num_kv_heads",
+    "seq_length": "train.seq_len",
+    "max_position_embeddings": "train.seq_len",
+    "train_iters": "train.steps",
+    "clip_grad": "train.clip",
+    "eval_interval": "train.eval_every",
+    "eval_iters": "train.eval_steps",
+    "log_interval": "train.log_every",
+    "lr_warmup_iters": "optim.warmup_steps",
+    "lr_decay_style": "optim.decay",
+    "lr_decay_iters": "optim.decay_steps",
+    "save_interval": "checkpoint.every",
+    "load": "checkpoint.resume",
+    "data_path": "data.train",
+    "layernorm_epsilon": "model.norm_eps",
+    "rotary_base": "model.rope_theta",
+    "init_method_std": "model.init_std",
+    "qk_layernorm": "model.qk_norm",
+    "moe_router_topk": "model.moe.top_k",
+    "untie_embeddings_and_output_weights": "model.tie_embeddings",
+    # Hugging Face
+    "num_hidden_layers": "model.num_layers",
+    "n_layer": "model.num_layers",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_heads",
+    "d_model": "model.hidden_size",
+    "num_key_value_heads": "model.num_kv_heads",
+    "intermediate_size": "model.ffn_size",
+    "hidden_act": "model.ffn",
+    "rms_norm_eps": "model.norm_eps",
+    "layer_norm_eps": "model.norm_eps",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "initializer_range": "model.init_std",
+    "num_local_experts": "model.moe.num_experts",
+    "num_experts_per_tok": "model.moe.top_k",
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.decay",
+    "max_steps": "train.steps",
+    "max_grad_norm": "train.clip",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_checkpointing": "parallel.recompute",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "resume_from_checkpoint": "checkpoint.resume",
+    # TorchTitan, DeepSpeed
+    "data_parallel_shard_degree": "parallel.dp_shard",
+    "data_parallel_replicate_degree": "parallel.dp_replicate",
+    "tensor_parallel_degree": "parallel.tp",
+    "pipeline_parallel_degree": "parallel.pp",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_clipping": "train.clip",
+}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads `path`, applies overrides in order, validates. Raises UsageError naming the key, the value and the fix."""
+    return build_config(apply_overrides(read_yaml(Path(path)), overrides))
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """Nested plain values → `Config`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_sentence(item) for item in error.errors()]
+        head = "the config cannot be used:" if len(lines) > 1 else "the config cannot be used:"
+        raise UsageError("\n  ".join([head, *lines])) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML 1.2 document, so that 1e-3 is a number and `no` is a word."""
+    return YAML(typ="safe", pure=True).load(io.StringIO(text))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML, sections in their order."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    out = io.StringIO()
+    yaml.dump(values, out)
+    return out.getvalue()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping. Raises UsageError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UsageError(f"there is no config file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the config file {path} cannot be read: {error}") from None
+    try:
+        values = parse_yaml(text)
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"{path} is not valid YAML 1.2: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds a {type(values).__name__}, not sections such as `model:` and `train:`")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`section.key=value` strings laid over nested values; values are YAML 1.2. Returns new dicts."""
+    result = _copy(values)
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        path = key.strip().removeprefix("--").split(".")
+        if not equals or len(path) < 2 or not all(path):
+            raise UsageError(
+                f"cannot use the argument {item!r}: write section.key=value, for example train.steps=100{_suggest(key)}"
+            )
+        try:
+            value = parse_yaml(text) if text.strip() else None
+        except (YAMLError, ValueError):
+            value = text
+        node = result
+        for part in path[:-1]:
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                raise UsageError(f"cannot set {'.'.join(path)}: {part} is {child!r}, not a section")
+            node = child
+        node[path[-1]] = value
+    return result
+
+
+def known_keys() -> list[str]:
+    """Every key of the config as `section.key`."""
+    return [".".join(p) for p in _keys(Config, ())]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts → {"section.key": value}; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in values.items()}
+
+
+def _keys(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        path = (*prefix, field.alias or name)
+        inner = [
+            a
+            for a in (field.annotation, *(get_args(field.annotation) if get_origin(field.annotation) else ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        if inner:
+            yield from _keys(inner[0], path)
+        yield path
+
+
+def _suggest(key: str) -> str:
+    """ "; did you mean …?" for a key nobody knows: other systems' names first, then the nearest spelling."""
+    plain = key.removeprefix("--").replace("-", "_").lower()
+    last = plain.rsplit(".", 1)[-1]
+    if last in ELSEWHERE:
+        return f"; here it is called {ELSEWHERE[last]}"
+    keys = known_keys()
+    near = difflib.get_close_matches(plain, keys, 1, 0.75)
+    if not near:
+        by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        near = [by_last[m] for m in difflib.get_close_matches(last, list(by_last), 1, 0.6)]
+    return f"; did you mean {near[0]}?" if near else "; `--dry-run` prints every key"
+
+
+def _sentence(error: Any) -> str:
+    """One pydantic error as: key, what is wrong, the value given, what is accepted."""
+    # Members of unions appear in the location by their type's name; only real keys help the reader.
+    parts = [str(p) for p in error["loc"] if not str(p).startswith(("list[", "function-", "DataSource", "literal["))]
+    parts = [p for p in parts if p not in ("str", "int", "float", "bool")]
+    key, value, kind = ".".join(parts), error.get("input"), error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key} (= {_short(value)}){_suggest(key)}"
+    if kind == "missing":
+        return f"{key} is required and absent"
+    if kind == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    text = error["msg"].replace("Input should be", "it should be").replace("a valid ", "")
+    if kind == "model_type":
+        return f"{key} is {_short(value)}: it should be a section with keys of its own"
+    return f"{key} is {_short(value)}: {text}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,225 @@
+"""The config: eight frozen sections of plain data, checked key by key.
+
+What combines with what is not decided here but in `support.py`. Nothing in this package imports torch, so that launchers, planners and
+`--dry-run` on a login node start at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str | None = None  # runs/<name> if absent
+    seed: NonNegative = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Positive | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent
+    kernels: Literal["auto", "torch", "apex", "te"] = "auto"
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one rank, for MFU; known for common GPUs, measured on CPUs
+    profile_step: Positive | None = None  # write a profiler trace of this step
+    collective_timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds until a silent peer counts as lost
+    wandb: bool = False
+    tensorboard: bool = False
+    allow_change: list[str] = []
+
+
+class Moe(Section):
+    num_experts: Positive = 8
+    top_k: Positive = 2
+    num_shared: NonNegative = 0
+    ffn_size: Positive | None = None
+    every: Positive = 1
+    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "xmoe"] = "topk_softmax"
+    balance: Literal["loss", "bias", "none"] = "loss"
+    aux_loss: float = 1e-2
+    z_loss: float = 1e-3
+    capacity_factor: float | None = None
+
+
+class RopeScaling(Section):
+    """Llama 3's frequency scaling: wavelengths beyond the original context are stretched by `factor`, those between are blended."""
+
+    factor: Annotated[float, Field(gt=0)]
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    original_seq_len: Positive = 8192
+
+
+class Model(Section):
+    family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_size: Positive | None = None
+    ffn: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    bias: bool = False
+    dropout: Probability = 0.0
+    norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    residual: Literal[
+        "pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
+    ] = "pre"
+    branchnorm_period: Positive = 4000
+    mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
+    position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: Positive | None = None
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    vocab_size: Positive | None = None  # from the tokenizer if absent
+    moe: Moe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Sizes that follow from others, so that the resolved config states every number."""
+        if not isinstance(values, dict):
+            return values
+        v = dict(values)
+        hidden, heads, ffn = v.get("hidden_size"), v.get("num_heads"), v.get("ffn", "swiglu")
+        if isinstance(heads, int) and v.get("num_kv_heads") is None:
+            v["num_kv_heads"] = heads
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and v.get("head_dim") is None:
+            if hidden % heads:
+                raise ValueError(f"hidden_size {hidden} is not a multiple of num_heads {heads}: change one, or set head_dim")
+            v["head_dim"] = hidden // heads
+        if isinstance(hidden, int) and v.get("ffn_size") is None:
+            # Three SwiGLU matrices of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
+            v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if ffn == "swiglu" else 4 * hidden
+        return v
+
+
+class Parallel(Section):
+    dp_replicate: Positive = 1
+    dp_shard: Annotated[int, Field(ge=-1)] = -1  # -1: the ranks that the other axes leave
+    reshard_after_forward: bool = True  # True is ZeRO-3; False keeps the gathered weights until backward (ZeRO-2)
+    tp: Positive = 1
+    tp_sequence: bool = False
+    cp: Positive = 1
+    cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
+    pp: Positive = 1
+    pp_schedule: Literal[
+        "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+    ] = "1f1b"
+    pp_virtual: Positive = 1
+    ep: Positive = 1
+    etp: Positive | None = None
+    accumulation: Literal["depth_first", "layered"] = "depth_first"
+    breadth_first: Positive = 1
+    engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
+    recompute: Literal["none", "selective", "full"] = "none"
+    offload: Literal["none", "optimizer", "parameters", "activations"] = "none"
+    compile: bool = False
+
+
+class Train(Section):
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    global_batch_size: Positive = 8
+    micro_batch_size: Positive = 1
+    seq_len: Positive = 512
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 switches clipping off
+    log_every: Positive = 1
+    eval_every: NonNegative = 0
+    eval_steps: Positive = 10
+    packing: Literal["concat", "documents"] = "concat"
+    max_skipped_steps: NonNegative = 10  # in a row
+
+    @model_validator(mode="after")
+    def _length(self) -> Train:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                f"steps is {self.steps} and tokens is {self.tokens}: set exactly one of train.steps and train.tokens"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return max(1, self.tokens // (self.global_batch_size * self.seq_len))
+
+
+def _fp8(value: Any) -> Any:
+    return {True: "static", "true": "static", False: "false"}.get(value, value) if isinstance(value, bool | str) else value
+
+
+class Precision(Section):
+    compute: Literal["fp32", "bf16", "fp64"] = "fp32"
+    fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8)] = "false"
+    master: Literal["fp32", "bf16", "fp64"] | None = None  # of the stored weights; fp64 under fp64 compute, else fp32
+
+    @property
+    def storage(self) -> str:
+        return self.master or ("fp64" if self.compute == "fp64" else "fp32")
+
+
+class Optim(Section):
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    warmup_steps: NonNegative = 0
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_steps: Positive | None = None  # cosine, linear: where the decay ends (the last step); wsd: length of the final decay
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    base_width: Positive | None = None
+
+
+class DataSource(Section):
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str | None = None
+
+
+class Data(Section):
+    train: str | list[DataSource | str]
+    valid: str | list[DataSource | str] | None = None
+    valid_fraction: Share = 0.0
+    tokenizer: str | None = None
+
+
+class Checkpoint(Section):
+    every: NonNegative = 0  # steps; 0 saves at the end only
+    keep_last: Positive = 3
+    keep_every: Positive | None = None
+    asynchronous: bool = Field(default=True, alias="async")
+    resume: str = "auto"  # auto | never | a step folder or a run
+    init_from: str | None = None
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model
+    parallel: Parallel = Parallel()
+    train: Train
+    optim: Optim = Optim()
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    precision: Precision = Precision()
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved config as nested dicts of JSON values, with the keys that a YAML file uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run.name}"

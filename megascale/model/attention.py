@@ -1,0 +1,72 @@
+"""Causal self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.config.schema import Model
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Linear, Norm
+from megascale.model.position import Rotary, rotate
+from megascale.model.residual import Gains
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+class Attention(nn.Module):
+    """softmax(q·kᵀ/√e)·v per head, then the output product.
+
+    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity.
+    """
+
+    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+        super().__init__()
+        assert cfg.num_kv_heads and cfg.head_dim
+        d, e, std = cfg.hidden_size, cfg.head_dim, cfg.init_std
+        self.head_dim = e
+        self.q = Linear(cfg.num_heads * e, d, "query", 0, std * gains.query, dtype, cfg.bias)
+        self.k = Linear(cfg.num_kv_heads * e, d, "key", "kv_heads", std * gains.key, dtype, cfg.bias)
+        self.v = Linear(cfg.num_kv_heads * e, d, "value", "kv_heads", std * gains.value, dtype, cfg.bias)
+        self.o = Linear(d, cfg.num_heads * e, "attention_out", 1, std * gains.attention_out, dtype, cfg.bias)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
+        if cfg.qk_norm:
+            self.q_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
+            self.k_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+        self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
+
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+        """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only."""
+        x = self.enter(x)
+        q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
+        if self.kv_of_query is not None:
+            k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
+        y = attend(q, k, v, mask)
+        y = self.o.product(y.transpose(1, 2).flatten(2))
+        return self.o.add_bias(self.leave(y))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[b, s, h·e] → [b, h, s, e]"""
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; causal when no mask is given."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":
+        # The CPU's flash kernel takes equal head counts only; the grouped path would fall back to materialized scores.
+        repeat = q.shape[1] // k.shape[1]
+        k, v, grouped = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

@@ -1,0 +1,142 @@
+"""The decoder family: tokens in, the sum of the cross-entropy over this rank's valid targets out.
+
+Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.comm.mesh import Axis
+from megascale.config.schema import Model
+from megascale.model.attention import identity
+from megascale.model.block import Block, Context
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Norm, linear, mix64
+from megascale.model.loss import cross_entropy_sum
+from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary
+from megascale.model.residual import residual
+from megascale.model.spec import ParamSpec, declare
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model needs to know beside its config section."""
+
+    seq_len: int
+    storage: torch.dtype  # of the weights
+    compute: torch.dtype  # of the activations
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm, head. Built on the meta device with unsharded shapes; passes cut it before it gets memory.
+
+    The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
+    `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    """
+
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel) -> None:
+        super().__init__()
+        assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
+        self.cfg, self.shape = cfg, shape
+        row, dtype, d = residual(cfg.residual, cfg.num_layers), shape.storage, cfg.hidden_size
+        self.embedding = nn.Module()
+        self.embedding.weight = declare(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
+        if cfg.position == "learned":
+            self.position = nn.Module()
+            self.position.weight = declare(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
+        self.blocks = nn.ModuleList(Block(cfg, row, dtype, norm_kernel) for _ in range(cfg.num_layers))
+        self.final_norm: Norm | None = None
+        if row.final_norm:
+            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        if not cfg.tie_embeddings:
+            self.head = nn.Module()
+            self.head.weight = declare(ParamSpec((cfg.vocab_size, d), "head", 0, cfg.init_std), dtype)
+        self.enter_head: Callable[[Tensor], Tensor] = identity
+        self.leave_embedding: Callable[[Tensor], Tensor] = identity
+        self.tokens_here: Callable[[Tensor], Tensor] = identity
+        self.vocab_axis: Axis | None = None
+        self.vocab_first = 0
+        self.heads_here: tuple[int, int] = (0, cfg.num_heads)
+
+    def units(self) -> Iterator[tuple[str, Block]]:
+        """The blocks with their names: what passes wrap, recompute and compile one by one."""
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            yield f"blocks.{i}", block
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V_here, d]; a tied head has no parameter of its own, so no pass can untie it."""
+        return (self.embedding if self.cfg.tie_embeddings else self.head).weight  # type: ignore[return-value]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        samples: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """tokens [b, s] → with targets [b, s] (negative: not counted) the loss summed over targets times `scale`, else logits [b, s, V_here].
+
+        documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
+        training.
+        """
+        contexts = self.contexts(tokens, documents, positions, samples)
+        x = self.embed(tokens, positions)
+        for (_, block), context in zip(self.units(), contexts):
+            x = block(x, context)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        x = self.enter_head(x)
+        if targets is None:
+            return linear(x, self.head_weight)
+        assert self.cfg.vocab_size is not None
+        return cross_entropy_sum(
+            x.flatten(0, 1), self.head_weight, targets.flatten(), scale, self.vocab_first, self.cfg.vocab_size, self.vocab_axis
+        )
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """tokens [b, s] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        weight = self.embedding.weight.to(self.shape.compute)
+        if self.vocab_axis is None:
+            x = F.embedding(tokens, weight)
+        else:
+            row = tokens - self.vocab_first
+            here = (row >= 0) & (row < weight.shape[0])
+            x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
+        x = self.leave_embedding(x)
+        if self.cfg.position == "learned":
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
+        return x
+
+    def contexts(
+        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None
+    ) -> Iterator[Context]:
+        """The context of each block; they differ in their dropout keys only."""
+        cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
+        angles = None
+        if cfg.position in ("rope", "xpos"):
+            assert cfg.head_dim is not None
+            freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
+            where = torch.arange(seq_len, device=device)[None] if positions is None else positions
+            angles = rotary(where, freq, self.shape.compute, cfg.position == "xpos")
+        slopes = None
+        if cfg.position == "alibi":
+            slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
+        mask = attention_mask(seq_len, documents, cfg.sliding_window, slopes, self.shape.compute, device)
+        keys = None
+        if samples is not None and cfg.dropout > 0.0 and self.training:
+            keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
+            keys = self.tokens_here(keys)
+        for layer in range(cfg.num_layers):
+            yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)))

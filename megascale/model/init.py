@@ -1,0 +1,48 @@
+"""Weights drawn from (seed, name, index block): every layout starts from the same model, and no rank ever holds more than its own part.
+
+A tensor is covered by fixed tiles of its last two dimensions; each tile has a generator of its own. A rank draws the tiles that its
+rectangle touches and keeps what it needs. Numbers are drawn in fp32 on the CPU, so that neither the device nor the dtype changes the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import torch
+from torch import Tensor
+
+from megascale.comm.piece import Piece
+from megascale.model.spec import ParamSpec
+
+TILE = (256, 1024)  # rows, columns; a change here is a change of every run's start
+
+
+@torch.no_grad()
+def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
+    """Fills `piece.local` with its part of the tensor's start."""
+    if spec.std == 0.0:
+        piece.local.fill_(spec.mean)
+        return
+    if piece.local.numel() == 0:
+        return
+    shape, local, offset = piece.shape, piece.local, piece.offset
+    tile = [1] * max(0, len(shape) - 2) + ([TILE[0] * TILE[1]] if len(shape) == 1 else list(TILE))
+    first = [o // t for o, t in zip(offset, tile)]
+    last = [(o + n - 1) // t for o, n, t in zip(offset, local.shape, tile)]
+    for index in itertools.product(*(range(a, b + 1) for a, b in zip(first, last))):
+        begin = [i * t for i, t in zip(index, tile)]
+        values = _draw(seed, name, index, [min(t, n - b) for t, n, b in zip(tile, shape, begin)])
+        # The overlap of tile and rectangle, in the coordinates of each.
+        low = [max(b, o) for b, o in zip(begin, offset)]
+        high = [min(b + v, o + n) for b, v, o, n in zip(begin, values.shape, offset, local.shape)]
+        source = tuple(slice(x - b, y - b) for x, y, b in zip(low, high, begin))
+        target = tuple(slice(x - o, y - o) for x, y, o in zip(low, high, offset))
+        local[target].copy_(values[source].mul_(spec.std).add_(spec.mean))
+
+
+def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int]) -> Tensor:
+    """Standard normal numbers of one tile."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,103 @@
+"""Head product and cross-entropy in one step, in chunks of tokens, so that [tokens, vocabulary] never exists as a whole.
+
+Shapes: T tokens, d hidden, V rows of the head here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale.comm.collectives import all_reduce
+from megascale.comm.mesh import Axis
+
+# Logits held at once. 2²⁵ numbers are 128 MiB in fp32: large enough for full-speed products, small beside a model.
+CHUNK_ELEMENTS = 1 << 25
+
+
+def cross_entropy_sum(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None
+) -> Tensor:
+    """Σ over valid targets of −log softmax(x·Wᵀ)[target], times `scale`; a 0-dim tensor of at least fp32.
+
+    x [T, d]; weight [V, d], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T], negative where not
+    counted. With an axis the vocabulary is cut over its ranks and all of them return the same loss; the gradient of x is then this rank's
+    part of a sum. `scale` is applied before gradients are rounded to x's dtype.
+    """
+    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis)  # type: ignore[no-any-return]
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Gradients are formed in the forward pass, while a chunk's logits are at hand: three products instead of recomputation's four."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None
+    ) -> Tensor:
+        w = weight.to(x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=exact, device=x.device)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_w: Tensor | None = None
+        step = max(1, CHUNK_ELEMENTS // w.shape[0])
+        for start in range(0, x.shape[0], step):
+            rows = slice(start, start + step)
+            loss, d_logits = _chunk(x[rows] @ w.t(), targets[rows], scale, first, vocab_size, axis, need_x or need_w, exact)
+            total += loss
+            if grad_x is not None:
+                torch.mm(d_logits, w, out=grad_x[rows])
+            if need_w:
+                part = d_logits.t() @ x[rows]
+                # Chunks add up in full precision; a single chunk needs no copy.
+                grad_w = part if grad_w is None and step >= x.shape[0] else part.to(exact) if grad_w is None else grad_w.add_(part)
+        if ctx.needs_input_grad[0] or need_w:
+            ctx.save_for_backward(grad_x, None if grad_w is None else grad_w.to(weight.dtype))
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_x, grad_w = ctx.saved_tensors
+        g = grads[0]
+        return (
+            None if grad_x is None else grad_x * g.to(grad_x.dtype),
+            None if grad_w is None else grad_w * g.to(grad_w.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunk(
+    raw: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None, need_grad: bool, exact: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Logits [t, V] of one chunk → (its loss sum, the gradient of its logits in their dtype; without need_grad, the exponentials)."""
+    logits = raw.to(exact)
+    real = vocab_size - first
+    if real < logits.shape[1]:
+        logits[:, max(real, 0) :] = float("-inf")
+    top = logits.max(dim=1, keepdim=True).values
+    if axis is not None:
+        top = all_reduce(top, axis, "max")
+    column = (targets - first).unsqueeze(1)
+    here = (column >= 0) & (column < logits.shape[1]) & (targets >= 0).unsqueeze(1)
+    column = column.where(here, column.new_zeros(()))
+    logits -= top
+    target_logit = logits.gather(1, column).where(here, logits.new_zeros(()))
+    logits.exp_()
+    denominator = logits.sum(dim=1, keepdim=True)
+    if axis is not None:
+        denominator, target_logit = all_reduce(torch.cat((denominator, target_logit), 1), axis).split(1, dim=1)
+    valid = (targets >= 0).unsqueeze(1)
+    loss = (denominator.log() - target_logit).where(valid, logits.new_zeros(())).sum()
+    if not need_grad:
+        return loss, logits
+    # d loss / d logits = softmax − one-hot, on valid rows, scaled before it is rounded.
+    factor = (scale / denominator) * valid
+    logits *= factor
+    logits.scatter_add_(1, column, (here.to(exact) * -scale))
+    return loss, logits.to(raw.dtype)

@@ -1,0 +1,94 @@
+"""Where a token stands: rotary angles (with Llama 3's scaling), XPos decay, ALiBi slopes, and attention masks.
+
+Shapes: b micro-batch, s sequence, h heads, e head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megascale.config.schema import RopeScaling
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines [1 or b, 1, s, e/2] for queries and for keys (they differ under XPos only)."""
+
+    q_cos: Tensor
+    q_sin: Tensor
+    k_cos: Tensor
+    k_sin: Tensor
+
+
+def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """θ^(−2i/e) for i < e/2 in fp64 (RoFormer, arXiv 2104.09864), stretched as Llama 3 does when `scaling` is given."""
+    freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    if scaling is None:
+        return freq
+    wavelength = 2 * math.pi / freq
+    low = scaling.original_seq_len / scaling.low_freq_factor
+    high = scaling.original_seq_len / scaling.high_freq_factor
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = (scaling.original_seq_len / wavelength - scaling.low_freq_factor) / span
+    between = (1 - blend) * freq / scaling.factor + blend * freq
+    return torch.where(wavelength > low, freq / scaling.factor, torch.where(wavelength < high, freq, between))
+
+
+def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: bool) -> Rotary:
+    """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`.
+
+    XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ_i = (2i/e + 0.4)/1.4. Only differences of n act;
+    counting from the middle of the sequence keeps both factors small.
+    """
+    angle = positions.to(torch.float64)[:, None, :, None] * freq
+    cos, sin = angle.cos(), angle.sin()
+    if not xpos:
+        return Rotary(*(t.to(dtype) for t in (cos, sin, cos, sin)))
+    half = freq.numel()
+    zeta = (torch.arange(half, dtype=torch.float64, device=freq.device) / half + 0.4) / 1.4
+    power = (positions.to(torch.float64) - positions.shape[-1] // 2)[:, None, :, None] / 512
+    scale = zeta**power
+    return Rotary(*(t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [b, h, s, e]: pair i is (x_i, x_{i+e/2}), as in Llama's and Hugging Face's weights."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """One slope a head (arXiv 2108.12409): geometric for powers of two, otherwise the next power's odd entries fill up."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
+    return slopes
+
+
+def attention_mask(
+    seq_len: int,
+    documents: Tensor | None,
+    window: int | None,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """None where plain causal attention serves; else [1 or b, 1 or h, s, s], boolean, or additive in `dtype` with ALiBi.
+
+    documents [b, s]: attention stays between equal numbers. window: a token sees itself and the window−1 before it.
+    """
+    if documents is None and window is None and slopes is None:
+        return None
+    n = torch.arange(seq_len, device=device)
+    back = n[:, None] - n[None, :]
+    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+    seen = seen[None, None]
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    if slopes is None:
+        return seen
+    bias = -slopes.to(dtype)[None, :, None, None] * back.to(dtype)
+    return bias.masked_fill(~seen, float("-inf"))

@@ -1,0 +1,61 @@
+"""What a parameter is, said once where it is made; everything else reads it: initialization, tensor parallelism, optimizer groups,
+checkpoints and the dry run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+# What a weight does. Optimizers and schemes choose by role, never by name.
+Role = Literal["embedding", "position", "head", "norm", "bias", "query", "key", "value", "attention_out", "up", "gate", "down"]
+
+# How tensor parallelism treats a weight. A number is the dimension it is cut along. "tokens": every rank holds all of it and applies it to
+# the tokens it has, so with tokens cut over ranks its gradient is a partial sum. "heads": every rank holds all of it and applies it to its
+# own heads only, so its gradient is a partial sum always. "kv_heads": cut along dimension 0 where there are KV heads for all ranks, else like
+# "heads".
+Cut = int | Literal["tokens", "heads", "kv_heads"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`."""
+
+    shape: tuple[int, ...]
+    role: Role
+    cut: Cut
+    std: float = 0.0
+    mean: float = 0.0
+
+    @property
+    def decays(self) -> bool:
+        """Weight decay is for matrices: not for norms and biases."""
+        return self.role not in ("norm", "bias")
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+class SpecParameter(nn.Parameter):
+    """A meta-device parameter that remembers its spec until the passes have read it."""
+
+    spec: ParamSpec
+
+
+def declare(spec: ParamSpec, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter on the meta device: it has a shape and a dtype and costs nothing."""
+    parameter = nn.Parameter(torch.empty(spec.shape, dtype=dtype, device="meta"))
+    cast(SpecParameter, parameter).spec = spec
+    return parameter
+
+
+def specs_of(model: nn.Module) -> dict[str, ParamSpec]:
+    """Canonical name → spec of a freshly built model. A tied weight appears once, under its first name."""
+    return {name: cast(SpecParameter, p).spec for name, p in model.named_parameters()}

@@ -1,0 +1,25 @@
+"""The global gradient norm, the same on every layout, and the factor that clipping makes of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.parallel.apply import Weight
+
+
+def global_norm(weights: list[Weight], size: int) -> Tensor:
+    """√Σ of all gradients' squares over `size` ranks, each part counted once however many ranks hold it. 0-dim, fp64."""
+    grads = [(g, w.replicas) for w in weights if (g := w.local_grad) is not None and g.numel() > 0]
+    norms = torch._foreach_norm([g for g, _ in grads])
+    shares = torch.tensor([1.0 / replicas for _, replicas in grads], dtype=torch.float64, device=norms[0].device)
+    squares = (torch.stack(norms).to(torch.float64).square() * shares).sum()
+    if size > 1:
+        dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of this norm are multiplied with: 1 up to the limit, then limit ÷ norm. A limit of 0 never clips."""
+    return torch.ones_like(norm) if limit == 0 else (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,181 @@
+"""AdamW, Lion and Muon over the local parts of the weights.
+
+Elementwise rules need no other rank's numbers, so they run on plain local tensors that share the parameters' memory. A step takes the factor
+for its gradients and whether they are finite as device tensors: a bad step changes nothing, and the host never waits to know.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megascale.comm.collectives import all_gather
+from megascale.comm.mesh import Mesh
+from megascale.comm.piece import chunk_bounds
+from megascale.config.schema import Optim
+from megascale.parallel.apply import ParallelModel, Weight
+
+MATRICES = ("query", "key", "value", "attention_out", "up", "gate", "down")  # the roles that Muon orthogonalizes
+
+
+class Optimizer(Protocol):
+    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        """One update with gradients × `factor`; nothing moves where `finite` (0-dim, bool) is false."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """state key → weight name → this rank's tensor: shaped like the weight's local part, or 0-dim. Live, to be saved and loaded."""
+
+
+def build_optimizer(model: ParallelModel, cfg: Optim) -> Optimizer:
+    match cfg.name:
+        case "adamw":
+            return AdamW(model.weights, cfg)
+        case "lion":
+            return Lion(model.weights, cfg)
+        case "muon":
+            matrices = [w for w in model.weights if w.placement.spec.role in MATRICES]
+            rest = [w for w in model.weights if w.placement.spec.role not in MATRICES]
+            return Muon(matrices, AdamW(rest, cfg), model.mesh, cfg)
+
+
+class AdamW:
+    """torch's fused AdamW: one kernel for all weights, on CUDA and on CPUs."""
+
+    def __init__(self, weights: list[Weight], cfg: Optim) -> None:
+        self.weights = [w for w in weights if w.local.numel() > 0]
+        self.locals = {w.name: w.local for w in self.weights}
+        groups = [
+            {"params": [self.locals[w.name] for w in self.weights if w.placement.spec.decays == decays], "weight_decay": decay}
+            for decays, decay in ((True, cfg.weight_decay), (False, 0.0))
+        ]
+        self.inner = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True
+        )
+        for local in self.locals.values():
+            # torch makes state at the first step; a checkpoint needs it before.
+            self.inner.state[local] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local.device),
+                "exp_avg": torch.zeros_like(local),
+                "exp_avg_sq": torch.zeros_like(local),
+            }
+
+    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        _scale_gradients(self.weights, factor)
+        for w in self.weights:
+            self.locals[w.name].grad = w.local_grad
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        self.inner.grad_scale = None  # type: ignore[attr-defined]
+        self.inner.step()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            key: {name: self.inner.state[local][key] for name, local in self.locals.items()}
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+
+
+class Lion:
+    """p ← p − lr·(sign(β₁m + (1−β₁)g) + wd·p), then m ← β₂m + (1−β₂)g (arXiv 2302.06675)."""
+
+    def __init__(self, weights: list[Weight], cfg: Optim) -> None:
+        self.weights, self.cfg = [w for w in weights if w.local.numel() > 0], cfg
+        self.exp_avg = {w.name: torch.zeros_like(w.local) for w in self.weights}
+
+    @torch.no_grad()
+    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        _scale_gradients(self.weights, factor)
+        for w in self.weights:
+            grad, local, m = w.local_grad, w.local, self.exp_avg[w.name]
+            if grad is None:
+                continue
+            go = finite.to(local.dtype)
+            grad = torch.where(finite, grad, torch.zeros_like(grad))
+            decay = self.cfg.weight_decay if w.placement.spec.decays else 0.0
+            update = torch.lerp(grad, m, self.cfg.betas[0]).sign_().add_(local, alpha=decay)
+            local.sub_(update * (lr * go))
+            m.add_((grad - m) * ((1 - self.cfg.betas[1]) * go))
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {"exp_avg": self.exp_avg}
+
+
+class Muon:
+    """Orthogonalized momentum for hidden matrices, AdamW for everything else.
+
+    The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which sees one whole
+    matrix. Here a matrix may lie on several ranks: its momentum is gathered, orthogonalized and cut again, in the weight's own precision, so
+    that every layout takes the same step.
+    """
+
+    ROUNDS = 5
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, weights: list[Weight], rest: AdamW, mesh: Mesh, cfg: Optim) -> None:
+        self.weights, self.rest, self.mesh, self.cfg = weights, rest, mesh, cfg
+        self.momentum = {w.name: torch.zeros_like(w.local) for w in weights}
+
+    @torch.no_grad()
+    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        self.rest.step(lr, factor, finite)
+        _scale_gradients(self.weights, factor)
+        beta = self.cfg.betas[0]
+        for w in self.weights:
+            grad, local, m = w.local_grad, w.local, self.momentum[w.name]
+            if grad is None:
+                grad = torch.zeros_like(local)
+            go = finite.to(local.dtype)
+            grad = torch.where(finite, grad, torch.zeros_like(grad))
+            m.add_((grad - m) * ((1 - beta) * go))
+            whole = gather_whole(torch.lerp(grad, m, beta), w, self.mesh)
+            update = own_part(orthogonalize(whole, self.COEFFICIENTS, self.ROUNDS), w, self.mesh)
+            size = 0.2 * max(whole.shape) ** 0.5
+            local.mul_(1 - lr * self.cfg.weight_decay * go).sub_(update * (lr * size * go))
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {"momentum": self.momentum, **self.rest.state()}
+
+
+def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], rounds: int) -> Tensor:
+    """The nearest matrix with equal singular values, roughly: Newton–Schulz rounds of X ← aX + b(XXᵀ)X + c(XXᵀ)²X."""
+    a, b, c = coefficients
+    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(rounds):
+        gram = x @ x.t()
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+
+
+def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
+    """A [rows, columns] tensor shaped like the weight's local part → the unsharded one, on every rank."""
+    shape, placement = list(w.placement.spec.shape), w.placement
+    if placement.dim is not None:
+        shape[placement.dim] = placement.part
+    if w.sharded:
+        axis = mesh["dp_shard"]
+        rows = -(-shape[0] // axis.size)
+        padded = local.new_zeros((rows, *local.shape[1:]))
+        padded[: local.shape[0]] = local
+        local = all_gather(padded, axis, 0)[: shape[0]]
+    return local if placement.dim is None else all_gather(local, mesh["tp"], placement.dim)
+
+
+def own_part(whole: Tensor, w: Weight, mesh: Mesh) -> Tensor:
+    """The inverse of `gather_whole`."""
+    placement = w.placement
+    if placement.dim is not None:
+        whole = whole.narrow(placement.dim, mesh["tp"].rank * placement.part, placement.part)
+    if w.sharded:
+        first, last = chunk_bounds(whole.shape[0], mesh["dp_shard"].size, mesh["dp_shard"].rank)
+        whole = whole[first:last]
+    return whole
+
+
+def _scale_gradients(weights: list[Weight], factor: Tensor) -> None:
+    grads = [g for w in weights if (g := w.local_grad) is not None and g.numel() > 0]
+    if grads:
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))

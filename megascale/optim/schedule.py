@@ -1,0 +1,28 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megascale.config.schema import Optim
+
+
+def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
+    """Rate of the update number `step` (from 1) of `total_steps`.
+
+    Linear warm-up, then: cosine or linear to min_lr_ratio at decay_steps (the last step if absent); wsd: constant, then linear over the last
+    decay_steps (a tenth of the run if absent); constant.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.lr * step / cfg.warmup_steps
+    if cfg.decay == "constant":
+        return cfg.lr
+    if cfg.decay == "wsd":
+        length = cfg.decay_steps or max(1, total_steps // 10)
+        done = (step - (total_steps - length)) / length
+    else:
+        end = cfg.decay_steps or total_steps
+        done = (step - cfg.warmup_steps) / max(1, end - cfg.warmup_steps)
+    done = min(1.0, max(0.0, done))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if cfg.decay == "cosine" else 1 - done
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)

@@ -1,0 +1,112 @@
+"""The passes over a finished model, in one ordered list, and what the rest of the system needs to know of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megascale.comm.collectives import all_reduce
+from megascale.comm.mesh import Mesh
+from megascale.comm.piece import Piece, chunk_bounds
+from megascale.config.schema import Parallel
+from megascale.model.decoder import Decoder
+from megascale.model.init import initialize
+from megascale.model.spec import specs_of
+from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
+from megascale.parallel.memory import compile_blocks, recompute_blocks
+from megascale.parallel.tensor import Placement, cut_model
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as its rank holds it: `parameter` with its gradient, and where its part stands in the whole."""
+
+    name: str
+    parameter: nn.Parameter
+    placement: Placement
+    replicas: int  # ranks that hold the same part
+
+    @property
+    def sharded(self) -> bool:
+        """Cut over the dp_shard axis by FSDP2, along dimension 0."""
+        return isinstance(self.parameter, DTensor)
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's storage, padding included, without autograd."""
+        return local_tensor(self.parameter)
+
+    @property
+    def local_grad(self) -> Tensor | None:
+        return None if self.parameter.grad is None else local_tensor(self.parameter.grad)
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """`module` to call; `weights` in canonical order; `micro_batch(last)` to be entered around each forward and backward."""
+
+    model: Decoder
+    module: nn.Module
+    weights: list[Weight]
+    mesh: Mesh
+    micro_batch: MicroBatchScope
+
+    def piece(self, weight: Weight, local: Tensor) -> Piece:
+        """The rectangle of the unsharded tensor that `local` (the weight, or a state shaped like it) covers; padding is cut off."""
+        shape = weight.placement.spec.shape
+        offset, whole = [0] * len(shape), list(shape)
+        if weight.placement.dim is not None:
+            offset[weight.placement.dim] = self.mesh["tp"].rank * weight.placement.part
+            whole[weight.placement.dim] = weight.placement.part
+        if weight.sharded:
+            offset[0] += chunk_bounds(whole[0], self.mesh["dp_shard"].size, self.mesh["dp_shard"].rank)[0]
+        keep = tuple(slice(0, max(0, min(n, s - o))) for n, s, o in zip(local.shape, shape, offset))
+        return Piece(shape, tuple(min(o, s) for o, s in zip(offset, shape)), local[keep])
+
+    def finish_gradients(self) -> None:
+        """After the last micro-batch: gradients that are shares of a sum over the tensor axis are summed, in one message."""
+        grads = [g for w in self.weights if w.placement.partial and (g := w.local_grad) is not None]
+        if grads:
+            flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.mesh["tp"])
+            torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+
+    def draw_weights(self, seed: int) -> Iterator[str]:
+        """Gives every weight its start from (seed, name), yielding names as it goes."""
+        for w in self.weights:
+            with torch.no_grad():
+                w.local.zero_()  # vocabulary padding stays zero for ever: its gradient is zero
+                initialize(self.piece(w, w.local), w.name, w.placement.spec, seed)
+            yield w.name
+
+
+def parallelize(model: Decoder, mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
+    """Meta model → this rank's part of it, in memory but not yet drawn."""
+    specs = specs_of(model)
+    placements = cut_model(model, specs, mesh["tp"], cfg.tp_sequence)
+    recompute_blocks(model, cfg.recompute)
+    if cfg.compile:
+        compile_blocks(model)
+    module: nn.Module = model
+    micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
+    sharded = cfg.engine == "fsdp2" and mesh.data_size > 1
+    if sharded:
+        micro_batch = shard_model(model, mesh, cfg.reshard_after_forward, model.shape.compute)
+    model.to_empty(device=device)
+    if cfg.engine == "ddp" and mesh.data_size > 1:
+        module, micro_batch = replicate_model(model, mesh)
+    weights = []
+    for name, parameter in model.named_parameters():
+        parts = (mesh["dp_shard"].size if sharded else 1) * (mesh["tp"].size if placements[name].dim is not None else 1)
+        weights.append(Weight(name, parameter, placements[name], mesh.size // parts))
+    return ParallelModel(model, module, weights, mesh, micro_batch)
+
+
+@torch.no_grad()
+def local_tensor(x: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x.detach()

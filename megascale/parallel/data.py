@@ -1,0 +1,119 @@
+"""Data parallelism by torch's own engines, set so that gradients are plain sums and every byte is counted.
+
+FSDP2 and DDP average by default; our loss is a sum over the global batch already divided once, so both are told to sum. Their traffic does
+not pass through our collectives, hence the counting hooks.
+"""
+
+# No `from __future__ import annotations` here: DDP reads the real annotations of a communication hook.
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.nn.parallel import DistributedDataParallel
+
+from megascale.comm.mesh import Axis, Mesh
+from megascale.model.decoder import Decoder
+
+# Called around each micro-batch with "is it the last one of the step?"
+MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
+
+
+def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype) -> MicroBatchScope:
+    """FSDP2 over dp_shard, replicated over dp_replicate (HSDP) where that is larger than one.
+
+    One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward. Stored weights are
+    the masters; they are gathered in the compute dtype and gradients are reduced in the stored one.
+    """
+    assert mesh.device_mesh is not None
+    shard, replicate = mesh["dp_shard"], mesh["dp_replicate"]
+    names = ("dp_replicate", "dp_shard") if replicate.size > 1 else ("dp_shard",)
+    grid = mesh.device_mesh[names]
+    storage = model.shape.storage
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage, cast_forward_inputs=False)
+    for _, block in model.units():
+        fully_shard(block, mesh=grid, reshard_after_forward=reshard_after_forward, mp_policy=mixed)
+    fully_shard(model, mesh=grid, reshard_after_forward=False, mp_policy=mixed)
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for group in groups:
+        # These do not recurse.
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
+        if shard.size > 1:
+            group.set_custom_all_gather(CountingAllGather(shard))
+            group.set_custom_reduce_scatter(CountingReduceScatter(shard))
+        if replicate.size > 1:
+            group.set_all_reduce_hook(_count_all_reduce(replicate))
+
+    @contextmanager
+    def scope(last: bool) -> Iterator[None]:
+        # Replicas are summed once a step, after the last micro-batch; until then each keeps the sums of its own shard group.
+        model.set_requires_all_reduce(last)  # type: ignore[operator]
+        model.set_is_last_backward(last)  # type: ignore[operator]
+        yield
+
+    return scope
+
+
+def replicate_model(model: Decoder, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
+    """DDP over dp_replicate: gradients summed once a step in buckets that overlap with backward."""
+    axis = mesh["dp_replicate"]
+    wrapped = DistributedDataParallel(
+        model, process_group=axis.group, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
+    )
+    wrapped.register_comm_hook(axis, _summing_hook)
+    return wrapped, lambda last: nullcontext() if last else wrapped.no_sync()
+
+
+class CountingAllGather(AllGather):
+    """FSDP2's all-gather with its bytes counted."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        self.axis.traffic.add(self.axis.name, "all_gather", input_tensor.nbytes * (self.axis.size - 1))
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class CountingReduceScatter(ReduceScatter):
+    """FSDP2's reduce-scatter with its bytes counted."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        self.axis.traffic.add(self.axis.name, "reduce_scatter", output_tensor.nbytes * (self.axis.size - 1))
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def _count_all_reduce(axis: Axis) -> Callable[[Tensor], None]:
+    """FSDP2 calls this with the result of HSDP's all-reduce."""
+
+    def hook(reduced: Tensor) -> None:
+        axis.traffic.add(axis.name, "all_reduce", 2 * reduced.nbytes * (axis.size - 1) // axis.size)
+
+    return hook
+
+
+def _summing_hook(axis: Axis, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    buffer = bucket.buffer()
+    axis.traffic.add(axis.name, "all_reduce", 2 * buffer.nbytes * (axis.size - 1) // axis.size)
+    work = dist.all_reduce(buffer, group=axis.group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
