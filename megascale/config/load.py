@@ -96,8 +96,7 @@ def build_config(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [_sentence(item) for item in error.errors()]
-        head = "the config cannot be used:" if len(lines) > 1 else "the config cannot be used:"
-        raise UsageError("\n  ".join([head, *lines])) from None
+        raise UsageError("\n  ".join(["the config cannot be used:", *lines])) from None
 
 
 def parse_yaml(text: str) -> Any:

@@ -1,0 +1,66 @@
+"""Ranks → sizes of the mesh's axes."""
+
+from __future__ import annotations
+
+from megascale.config.schema import Parallel
+from megascale.errors import UsageError
+
+
+def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
+    """Size of every mesh axis, `dp_shard: -1` (DDP: dp_replicate) taking the ranks that the others leave.
+
+    Raises UsageError when the product cannot be the number of ranks.
+    """
+    sizes = {
+        "pp": parallel.pp,
+        "dp_replicate": parallel.dp_replicate,
+        "dp_shard": parallel.dp_shard,
+        "cp": parallel.cp,
+        "tp": parallel.tp,
+    }
+    if parallel.dp_shard in (-1, 0):
+        # DDP cannot shard, so the remaining ranks become replicas.
+        free = "dp_replicate" if parallel.engine == "ddp" and parallel.dp_replicate == 1 else "dp_shard"
+        sizes["dp_shard"] = 1
+        sizes[free] = 1
+        fixed = _product(sizes)
+        if ranks % fixed:
+            raise UsageError(
+                f"{_words(sizes)} need a multiple of {fixed} ranks, and there are {ranks}: start {_nearest(ranks, fixed)} ranks, or "
+                "change an axis of `parallel`"
+            )
+        sizes[free] = ranks // fixed
+    if _product(sizes) != ranks:
+        raise UsageError(
+            f"{_words(sizes)} make {_product(sizes)} ranks, and there are {ranks}: start {_product(sizes)} ranks, or set "
+            "parallel.dp_shard to -1 so that it takes what the other axes leave"
+        )
+    return sizes
+
+
+def data_parts(parallel: Parallel) -> int:
+    """How many different parts a global batch is cut into; `parallel` is resolved."""
+    return parallel.dp_replicate * parallel.dp_shard
+
+
+def describe(parallel: Parallel) -> str:
+    """A resolved layout in a few words: "dp_shard2·tp2", or "1 process"."""
+    axes = [(n, getattr(parallel, n)) for n in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
+    words = "·".join(f"{n}{size}" for n, size in axes if size > 1)
+    extra = " ddp" if parallel.engine == "ddp" and words else ""
+    return (words or "1 process") + extra
+
+
+def _product(sizes: dict[str, int]) -> int:
+    n = 1
+    for size in sizes.values():
+        n *= size
+    return n
+
+
+def _words(sizes: dict[str, int]) -> str:
+    return " × ".join(f"parallel.{n} {s}" for n, s in sizes.items() if s != 1) or "all axes of size 1"
+
+
+def _nearest(ranks: int, multiple: int) -> int:
+    return max(1, ranks // multiple) * multiple

@@ -1,0 +1,202 @@
+"""What combines with what: one table of data, read by validation, by the docs and by the tests.
+
+A rule is a sentence about a resolved config. It refuses when `applies` is true; whatever no rule refuses, runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megascale.config.layout import axis_sizes, data_parts
+from megascale.config.schema import Config
+from megascale.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`keys` disagree when `applies(config, ranks)`; `why` and `fix` complete the sentence. `later`: planned, not yet built."""
+
+    name: str
+    keys: tuple[str, ...]
+    applies: Callable[[Config, int], bool]
+    why: str
+    fix: str
+    later: bool = False
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "family", ("model.family",), lambda c, n: c.model.family != "decoder", "this version trains decoders only", "use decoder", True
+    ),
+    Rule(
+        "residual",
+        ("model.residual",),
+        lambda c, n: c.model.residual not in ("pre", "post"),
+        "this version has pre- and post-norm",
+        "use pre or post",
+        True,
+    ),
+    Rule("norm", ("model.norm",), lambda c, n: c.model.norm == "dyt", "DyT is not built yet", "use rmsnorm or layernorm", True),
+    Rule("experts", ("model.moe",), lambda c, n: c.model.moe is not None, "mixture of experts is not built yet", "remove model.moe", True),
+    Rule(
+        "pipeline",
+        ("parallel.pp", "parallel.pp_virtual"),
+        lambda c, n: c.parallel.pp > 1 or c.parallel.pp_virtual > 1,
+        "pipelines are not built yet",
+        "set both to 1",
+        True,
+    ),
+    Rule("context", ("parallel.cp",), lambda c, n: c.parallel.cp > 1, "context parallelism is not built yet", "set it to 1", True),
+    Rule(
+        "expert_axes",
+        ("parallel.ep", "parallel.etp"),
+        lambda c, n: c.parallel.ep > 1 or (c.parallel.etp or 1) > 1,
+        "expert parallelism is not built yet",
+        "set ep to 1 and leave etp out",
+        True,
+    ),
+    Rule(
+        "layered",
+        ("parallel.accumulation", "parallel.breadth_first"),
+        lambda c, n: c.parallel.accumulation == "layered" or c.parallel.breadth_first > 1,
+        "layered accumulation is not built yet",
+        "use depth_first and breadth_first 1",
+        True,
+    ),
+    Rule("deepspeed", ("parallel.engine",), lambda c, n: c.parallel.engine == "deepspeed", "DeepSpeed is not built in yet", "use fsdp2", True),
+    Rule("offload", ("parallel.offload",), lambda c, n: c.parallel.offload != "none", "offload is not built yet", "use none", True),
+    Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
+    Rule(
+        "base_width",
+        ("optim.base_width",),
+        lambda c, n: c.optim.base_width is not None,
+        "learning-rate transfer over width comes with unit scaling, which is not built yet",
+        "remove it",
+        True,
+    ),
+    Rule(
+        "ddp_shard",
+        ("parallel.engine", "parallel.dp_shard"),
+        lambda c, n: c.parallel.engine == "ddp" and c.parallel.dp_shard > 1,
+        "DDP keeps whole copies and cannot shard",
+        "put the ranks on parallel.dp_replicate, or use engine fsdp2",
+    ),
+    Rule(
+        "kv_heads",
+        ("model.num_heads", "model.num_kv_heads"),
+        lambda c, n: c.model.num_heads % (c.model.num_kv_heads or 1) != 0,
+        "each KV head serves an equal group of query heads",
+        "choose num_kv_heads that divides num_heads",
+    ),
+    Rule(
+        "rope_pairs",
+        ("model.position", "model.head_dim"),
+        lambda c, n: c.model.position in ("rope", "xpos") and (c.model.head_dim or 0) % 2 != 0,
+        "rotations act on pairs of channels",
+        "choose an even head_dim, or position alibi or learned",
+    ),
+    Rule(
+        "tp_heads",
+        ("parallel.tp", "model.num_heads"),
+        lambda c, n: c.model.num_heads % c.parallel.tp != 0,
+        "query heads are cut over the tensor ranks",
+        "choose tp that divides num_heads",
+    ),
+    Rule(
+        "tp_ffn",
+        ("parallel.tp", "model.ffn_size"),
+        lambda c, n: (c.model.ffn_size or 0) % c.parallel.tp != 0,
+        "the feed-forward width is cut over the tensor ranks",
+        "choose an ffn_size that is a multiple of tp",
+    ),
+    Rule(
+        "tp_sequence",
+        ("parallel.tp", "train.seq_len"),
+        lambda c, n: c.parallel.tp_sequence and c.train.seq_len % c.parallel.tp != 0,
+        "with tp_sequence the sequence is cut over the tensor ranks",
+        "choose a seq_len that is a multiple of tp, or tp_sequence false",
+    ),
+    Rule(
+        "vocabulary_parts",
+        ("parallel.tp", "model.vocab_size"),
+        lambda c, n: c.model.vocab_size is not None and c.model.vocab_size < c.parallel.tp,
+        "each tensor rank needs at least one row of the vocabulary",
+        "choose a smaller tp",
+    ),
+    Rule(
+        "master",
+        ("precision.compute", "precision.master"),
+        lambda c, n: (c.precision.compute, c.precision.storage) not in
+        {("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp64", "fp64")},
+        "stored weights are as precise as the computation, and fp32 or bf16 under bf16",
+        "leave precision.master out",
+    ),
+    Rule(
+        "rope_context",
+        ("model.rope_scaling", "model.position"),
+        lambda c, n: c.model.rope_scaling is not None and c.model.position not in ("rope", "xpos"),
+        "rope_scaling stretches rotary frequencies",
+        "remove rope_scaling, or use position rope",
+    ),
+    Rule(
+        "decay",
+        ("optim.warmup_steps", "train.steps"),
+        lambda c, n: c.optim.warmup_steps >= c.train.total_steps,
+        "warm-up ends before the run does",
+        "choose warmup_steps smaller than the run",
+    ),
+    Rule(
+        "valid_twice",
+        ("data.valid", "data.valid_fraction"),
+        lambda c, n: c.data.valid is not None and c.data.valid_fraction > 0,
+        "validation is either files of its own or a fraction split off the training files",
+        "remove one of them",
+    ),
+    Rule(
+        "eval_without_data",
+        ("train.eval_every", "data.valid_fraction"),
+        lambda c, n: c.train.eval_every > 0 and c.data.valid is None and c.data.valid_fraction == 0,
+        "there is nothing to evaluate on",
+        "set data.valid or data.valid_fraction, or eval_every to 0",
+    ),
+)
+
+
+def refusals(config: Config, ranks: int) -> list[Rule]:
+    """The rules that refuse this config on this many ranks."""
+    return [rule for rule in RULES if rule.applies(config, ranks)]
+
+
+def check(config: Config, ranks: int) -> Config:
+    """The config with its data axes resolved for `ranks`. Raises UsageError naming every disagreeing key, its value and the fix."""
+    refused = refusals(config, ranks)
+    if refused:
+        lines = []
+        for rule in refused:
+            values = ", ".join(f"{key} is {_value(config, key)}" for key in rule.keys)
+            lines.append(f"{values}: {rule.why}; {rule.fix}")
+        raise UsageError("\n  ".join(["this combination does not work:", *lines]) if len(lines) > 1 else lines[0])
+    sizes = axis_sizes(config.parallel, ranks)
+    resolved = config.parallel.model_copy(update={"dp_shard": sizes["dp_shard"], "dp_replicate": sizes["dp_replicate"]})
+    return config.model_copy(update={"parallel": resolved})
+
+
+def padding_note(config: Config) -> str | None:
+    """A sentence when a step's samples do not fill the micro-batches of all ranks; the empty places cost time and change nothing."""
+    batch, slots = config.train.global_batch_size, config.train.micro_batch_size * data_parts(config.parallel)
+    places = -(-batch // slots) * slots
+    if places == batch:
+        return None
+    return (
+        f"global_batch_size {batch} does not fill {places} places (micro_batch_size {config.train.micro_batch_size} × "
+        f"{data_parts(config.parallel)} data ranks × {places // slots} micro-batches): {100 * (places - batch) / places:.0f} % of the "
+        "work is padding; the loss is not affected"
+    )
+
+
+def _value(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,55 @@
+"""How fast is a rank: measured or known peak, and the FLOPs that a token costs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from megascale.config.schema import Model
+from megascale.model.spec import ParamSpec
+
+# Dense bf16 peaks from the vendors' data sheets, FLOP/s. SXM parts where several exist.
+KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of this rank at its best: the data sheet for known GPUs in bf16, else a measured product."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for key, peak in KNOWN_PEAKS.items():
+            if key in name:
+                return peak
+    return gemm_rate(device, dtype)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 3) -> float:
+    """FLOP/s of the fastest of `repeats` square products after one warm-up."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for i in range(repeats + 1):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        if i > 0:
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int) -> float:
+    """Training FLOPs of one token: 6 for each weight in a product, and 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
+
+    An input embedding that is not also the head takes part in no product. Attention is counted in full although causal masks skip half,
+    as the field does.
+    """
+    assert cfg.head_dim is not None
+    lookup = {"position"} if cfg.tie_embeddings else {"position", "embedding"}
+    weights = sum(s.numel for s in specs.values() if s.role not in lookup)
+    return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,97 @@
+"""What a run writes about itself: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases. Used on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megascale.errors import UsageError
+
+
+class RunLog:
+    """Appends rows; a resume drops the metric rows after its checkpoint, so that one file holds one continuous curve."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.run_dir = run_dir
+        self._keep_until(run_dir / "metrics.jsonl", step)
+        self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._events = open(run_dir / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._sinks: list[Any] = []
+
+    def add_tensorboard(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+        self._sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in scalars(row).items()])
+
+    def add_wandb(self, name: str, config: dict[str, Any], run_id: str | None) -> str:
+        """Starts or continues a Weights & Biases run and returns its id, to be kept in checkpoints."""
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("run.wandb is true and the package wandb is missing: pip install wandb, or set it to false") from None
+        run = wandb.init(project=name, name=name, id=run_id, resume="allow", config=config, dir=str(self.run_dir))
+        self._sinks.append(lambda row: run.log(scalars(row), step=row["step"]))
+        return str(run.id)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self._write(self._metrics, row)
+        for sink in self._sinks:
+            sink(row)
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        self._write(self._events, {"time": round(time.time(), 3), "step": step, "event": event, **details})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    @staticmethod
+    def _write(file: Any, row: dict[str, Any]) -> None:
+        file.write(json.dumps(finite(row)) + "\n")
+        file.flush()
+
+    @staticmethod
+    def _keep_until(path: Path, step: int) -> None:
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a run that was killed while writing it
+            if isinstance(row, dict) and row.get("step", 0) <= step:
+                kept.append(line)
+        write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def finite(value: Any) -> Any:
+    """Numbers that JSON cannot hold become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def scalars(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers of a row as "a/b" → number."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update(scalars(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float):
+            flat[prefix + key] = value
+    return flat
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

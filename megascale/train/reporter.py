@@ -1,0 +1,145 @@
+"""From step results on the device to rows, events and a live line; reads a result only when the device has it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.checkpoint.saver import Event
+from megascale.comm.mesh import AXES, Mesh
+from megascale.config.schema import Train
+from megascale.train.console import Console
+from megascale.train.metrics import RunLog
+from megascale.train.state import Progress
+
+
+@dataclass
+class StepResult:
+    """One step's numbers, 0-dim tensors on the device where the host does not know them yet."""
+
+    step: int
+    loss: Tensor
+    norm: Tensor
+    finite: Tensor
+    stop: Tensor
+    lr: float
+    started: float
+    valid_loss: dict[str, float] | None = None
+    tokens: int = 0
+
+
+@dataclass
+class Reporter:
+    """`log` and `console` are None on every rank but the first.
+
+    On CUDA results are read one step late, when the next step is already queued, so that the device never waits for the host.
+    """
+
+    mesh: Mesh
+    device: torch.device
+    cfg: Train
+    last_step: int
+    flops_per_token: float
+    peak: float | None  # FLOP/s of one rank
+    log: RunLog | None
+    console: Console | None
+    provenance: dict[str, Any]  # what every checkpoint records beside the progress
+    profile_step: int | None = None
+    profile_path: str = ""
+    last_good: str = "none"
+    _waiting: deque[tuple[StepResult, Progress]] = field(default_factory=deque)
+    _last_end: float | None = None
+    _stop: bool = False
+
+    def step(self, result: StepResult, progress: Progress) -> None:
+        result.tokens = progress.tokens
+        self._waiting.append((result, progress))
+        lag = 1 if self.device.type == "cuda" and result.step < self.last_step and result.valid_loss is None else 0
+        while len(self._waiting) > lag:
+            self._read(*self._waiting.popleft())
+
+    def stop_agreed(self) -> bool:
+        """True on all ranks alike once any rank's request is in a result that has been read."""
+        return self._stop
+
+    def checkpoints(self, events: list[Event], step: int) -> None:
+        for e in events:
+            if e.kind == "saved":
+                self.last_good = f"step {e.step}"
+            if self.log is not None:
+                kind = "saved" if e.kind == "saved" else "save_failed"
+                self.log.event(kind, e.step, seconds=round(e.seconds, 3), message=e.message)
+            if self.console is not None and e.kind == "failed":
+                self.console.warn(f"the checkpoint of step {e.step} was not written, and training goes on: {e.message}")
+
+    @contextmanager
+    def profile(self, step: int) -> Iterator[None]:
+        """A profiler trace of one step, for chrome://tracing or Perfetto, when `run.profile_step` asks for it."""
+        if step != self.profile_step:
+            yield
+            return
+        with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+            yield
+        profiler.export_chrome_trace(self.profile_path)
+
+    def _read(self, result: StepResult, progress: Progress) -> None:
+        finite, loss, norm = bool(result.finite), float(result.loss), float(result.norm)
+        self._stop = self._stop or float(result.stop) > 0
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        now = time.perf_counter()
+        seconds = now - result.started
+        if not finite and self.log is not None:
+            self.log.event("skip", result.step, loss=loss, grad_norm=norm)
+        traffic = self.mesh.traffic.take()[0]
+        due = result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None
+        if not (due or self._last_end is None or self._stop):
+            return
+        sent = self._largest(traffic)
+        if self.log is None or self.console is None:
+            self._last_end = now
+            return
+        row_tokens = self.cfg.global_batch_size * self.cfg.seq_len
+        rate = row_tokens / seconds
+        mfu = None if self.peak is None else rate * self.flops_per_token / (self.peak * self.mesh.size)
+        row: dict[str, Any] = {
+            "step": result.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": result.lr,
+            "tokens": result.tokens,
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": mfu,
+            "memory_bytes": memory_bytes(self.device),
+            "sent_bytes": sent,
+        }
+        if result.valid_loss is not None:
+            row["valid_loss"] = result.valid_loss
+        self.log.metrics(row)
+        self.console.step(row)
+        self._last_end = now
+
+    def _largest(self, traffic: dict[str, int]) -> dict[str, int]:
+        """Bytes of the step by axis, the largest of all ranks."""
+        axes = [name for name in AXES if self.mesh[name].size > 1]
+        if not axes:
+            return {}
+        numbers = torch.tensor([traffic.get(a, 0) for a in axes], dtype=torch.int64, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return dict(zip(axes, numbers.tolist()))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: allocated on CUDA, resident on CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,128 @@
+"""The training loop, on one screen."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.checkpoint.saver import Checkpointer
+from megascale.config.schema import Config
+from megascale.data.loader import Batch, Prefetcher
+from megascale.errors import StopRequested, TrainingError
+from megascale.optim.clip import clip_factor, global_norm
+from megascale.optim.optimizers import Optimizer
+from megascale.optim.schedule import learning_rate
+from megascale.parallel.apply import ParallelModel
+from megascale.schedule.accumulate import forward_only, run_micro_batches
+from megascale.train.reporter import Reporter, StepResult
+from megascale.train.state import Progress, state_pieces
+from megascale.train.stop import StopFlag
+
+
+class Trainer:
+    """Everything a run consists of, built by `setup.py`; `train()` is the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ParallelModel,
+        optimizer: Optimizer,
+        batches: Prefetcher,
+        valid: dict[str, list[list[Batch]]],
+        checkpointer: Checkpointer,
+        reporter: Reporter,
+        stop: StopFlag,
+        progress: Progress,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
+        self.reporter, self.stop, self.progress, self.device = reporter, stop, progress, device
+        self.places = config.train.global_batch_size * config.train.seq_len
+
+    def train(self) -> None:
+        """Runs to the last step. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
+        train, last_step = self.config.train, self.config.train.total_steps
+        with self.stop.listening():
+            while self.progress.step < last_step:
+                step = self.progress.step + 1
+                with self.reporter.profile(step):
+                    result = self.train_step(step, next(self.batches))
+                self.progress.step, self.progress.samples = step, self.progress.samples + train.global_batch_size
+                self.progress.tokens += self.places
+                if train.eval_every and (step % train.eval_every == 0 or step == last_step):
+                    result.valid_loss = self.evaluate()
+                self.reporter.step(result, self.progress)
+                stopping = self.reporter.stop_agreed()
+                if self.progress.skipped_in_a_row > train.max_skipped_steps:
+                    self.give_up(step)
+                if stopping or step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                    self.save(wait=stopping or step == last_step)
+                self.reporter.checkpoints(self.checkpointer.poll(), step)
+                if stopping and step < last_step:
+                    raise StopRequested(f"stopped on request after step {step} of {last_step}: run the same command again to go on")
+
+    def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
+        """Forward, backward, clip, update. Nothing here waits for the device."""
+        started = time.perf_counter()
+        self.model.module.train()
+        loss = run_micro_batches(self.model, micro_batches, 1.0 / self.places)
+        valid = sum(b.valid for b in micro_batches)
+        # Loss and gradients carry the fixed 1/places; the number of valid targets is known only to all ranks together.
+        total_loss, total_valid, stop = self.sum_over_ranks(loss, valid / self.places, float(self.stop.requested()))
+        norm = global_norm(self.model.weights, self.model.mesh.size) / total_valid
+        finite = torch.isfinite(norm)
+        lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
+        self.optimizer.step(lr, clip_factor(norm, self.config.train.clip) / total_valid, finite)
+        for w in self.model.weights:
+            w.parameter.grad = None
+        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, started)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss per valid token of every validation set."""
+        self.model.module.eval()
+        losses = {}
+        for name, batches in self.valid.items():
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            valid = 0
+            for batch in (b for step in batches for b in step):
+                total += forward_only(self.model, batch)
+                valid += batch.valid
+            loss, count, _ = self.sum_over_ranks(total, float(valid), 0.0)
+            losses[name] = (loss / count).item()
+        return losses
+
+    def sum_over_ranks(self, loss: Tensor, valid: float, stop: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Three numbers summed over the ranks in one message, ranks with the same data counted once."""
+        mesh = self.model.mesh
+        share = 1.0 if mesh["tp"].rank == 0 else 0.0
+        numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([valid * share, stop], dtype=torch.float64).to(self.device)])
+        if mesh.size > 1:
+            dist.all_reduce(numbers)
+        a, b, c = numbers.unbind()
+        return a, b, c
+
+    def save(self, wait: bool) -> None:
+        """Starts a checkpoint of the present state; `wait` until it is whole."""
+        trainer = {**self.progress.plain(), **self.reporter.provenance}
+        self.checkpointer.save(self.progress.step, state_pieces(self.model, self.optimizer), trainer)
+        if wait:
+            events = self.checkpointer.finish()
+            self.reporter.checkpoints(events, self.progress.step)
+            failed = [e for e in events if e.kind == "failed" and e.step == self.progress.step]
+            if failed:
+                last = self.reporter.last_good
+                raise TrainingError(f"the checkpoint of step {self.progress.step} could not be written: {failed[0].message}; the last good one is {last}")
+
+    def give_up(self, step: int) -> None:
+        raise TrainingError(
+            f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite, and "
+            f"train.max_skipped_steps is {self.config.train.max_skipped_steps}: lower optim.lr or look at the data; "
+            f"the last good checkpoint is {self.reporter.last_good}"
+        )
+
+
