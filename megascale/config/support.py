@@ -140,13 +140,6 @@ RULES: tuple[Rule, ...] = (
         "remove rope_scaling, or use position rope",
     ),
     Rule(
-        "decay",
-        ("optim.warmup_steps", "train.steps"),
-        lambda c, n: c.optim.warmup_steps >= c.train.total_steps,
-        "warm-up ends before the run does",
-        "choose warmup_steps smaller than the run",
-    ),
-    Rule(
         "valid_twice",
         ("data.valid", "data.valid_fraction"),
         lambda c, n: c.data.valid is not None and c.data.valid_fraction > 0,

@@ -32,9 +32,31 @@ class StepResult:
     finite: Tensor
     stop: Tensor
     lr: float
-    started: float
+    clock: StepClock
+    sent: dict[str, int]  # bytes by axis, of this rank
     valid_loss: dict[str, float] | None = None
     tokens: int = 0
+
+
+class StepClock:
+    """Seconds of a step, on the device's own clock where it runs ahead of the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+        self._start = self._end = time.perf_counter()
+
+    def stop(self) -> StepClock:
+        if self._events:
+            self._events[1].record()
+        self._end = time.perf_counter()
+        return self
+
+    def seconds(self) -> float:
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._end - self._start
 
 
 @dataclass
@@ -57,7 +79,6 @@ class Reporter:
     profile_path: str = ""
     last_good: str = "none"
     _waiting: deque[tuple[StepResult, Progress]] = field(default_factory=deque)
-    _last_end: float | None = None
     _stop: bool = False
 
     def step(self, result: StepResult, progress: Progress) -> None:
@@ -95,18 +116,14 @@ class Reporter:
         finite, loss, norm = bool(result.finite), float(result.loss), float(result.norm)
         self._stop = self._stop or float(result.stop) > 0
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-        now = time.perf_counter()
-        seconds = now - result.started
         if not finite and self.log is not None:
             self.log.event("skip", result.step, loss=loss, grad_norm=norm)
-        traffic = self.mesh.traffic.take()[0]
-        due = result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None
-        if not (due or self._last_end is None or self._stop):
+        if not (result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None):
             return
-        sent = self._largest(traffic)
+        sent = self._largest(result.sent)
         if self.log is None or self.console is None:
-            self._last_end = now
             return
+        seconds = result.clock.seconds()
         row_tokens = self.cfg.global_batch_size * self.cfg.seq_len
         rate = row_tokens / seconds
         mfu = None if self.peak is None else rate * self.flops_per_token / (self.peak * self.mesh.size)
@@ -126,7 +143,6 @@ class Reporter:
             row["valid_loss"] = result.valid_loss
         self.log.metrics(row)
         self.console.step(row)
-        self._last_end = now
 
     def _largest(self, traffic: dict[str, int]) -> dict[str, int]:
         """Bytes of the step by axis, the largest of all ranks."""

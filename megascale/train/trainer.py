@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +15,7 @@ from megascale.optim.optimizers import Optimizer
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.accumulate import forward_only, run_micro_batches
-from megascale.train.reporter import Reporter, StepResult
+from megascale.train.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress, state_pieces
 from megascale.train.stop import StopFlag
 
@@ -67,7 +65,8 @@ class Trainer:
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
         """Forward, backward, clip, update. Nothing here waits for the device."""
-        started = time.perf_counter()
+        clock = StepClock(self.device)
+        self.model.mesh.traffic.take()  # what evaluation sent is not the step's
         self.model.module.train()
         loss = run_micro_batches(self.model, micro_batches, 1.0 / self.places)
         valid = sum(b.valid for b in micro_batches)
@@ -79,7 +78,7 @@ class Trainer:
         self.optimizer.step(lr, clip_factor(norm, self.config.train.clip) / total_valid, finite)
         for w in self.model.weights:
             w.parameter.grad = None
-        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, started)
+        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), self.model.mesh.traffic.take()[0])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

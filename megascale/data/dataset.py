@@ -1,0 +1,139 @@
+"""Sources → one endless sequence of samples, each a function of (seed, number) alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.config.load import read_yaml
+from megascale.config.schema import DataSource
+from megascale.data.indexed import TokenFile
+from megascale.data.order import MixPlan, permute, plan_mixture, split_documents
+from megascale.errors import UsageError
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One prefix of token files with its share of the mixture and its name in logs."""
+
+    path: str
+    weight: float
+    name: str
+
+
+def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Source]:
+    """The config's `data.train` or `data.valid`: a list, a prefix, or a YAML file holding a list under `sources`; its paths are relative to it."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        path = Path(value)
+        entries = read_yaml(path).get("sources")
+        if not isinstance(entries, list) or not entries:
+            raise UsageError(f"{key}: {path} needs a list `sources` of {{path, weight, name}}")
+        items = [_entry(e, f"{path}: sources[{i}]") for i, e in enumerate(entries)]
+        items = [DataSource(path=str(path.parent / s.path), weight=s.weight, name=s.name) for s in items]
+    else:
+        listed = [value] if isinstance(value, str) else list(value)
+        items = [e if isinstance(e, DataSource) else DataSource(path=e) for e in listed]
+    if not items:
+        raise UsageError(f"{key} is an empty list: name at least one prefix of token files")
+    sources = [Source(s.path, s.weight, s.name or Path(s.path).name) for s in items]
+    names = [s.name for s in sources]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise UsageError(f"{key}: the name {sorted(twice)[0]} stands twice; give each source a `name` of its own")
+    return sources
+
+
+def _entry(value: Any, where: str) -> DataSource:
+    try:
+        return DataSource(path=value) if isinstance(value, str) else DataSource.model_validate(value)
+    except ValueError:
+        raise UsageError(f"{where} is {value!r}: write a prefix or {{path, weight, name}}") from None
+
+
+class TokenStream:
+    """Chosen documents of a token file, end to end."""
+
+    def __init__(self, file: TokenFile, documents: NDArray[np.int64]) -> None:
+        self.file, self.documents = file, documents
+        self.ends: NDArray[np.int64] = np.cumsum(file.lengths[documents].astype(np.int64))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, length: int) -> tuple[Tokens, NDArray[np.int32]]:
+        """Tokens [start, start+length) and for each the number of its document in the stream."""
+        tokens, numbers = np.empty(length, np.int64), np.empty(length, np.int32)
+        document, done = int(np.searchsorted(self.ends, start, side="right")), 0
+        while done < length:
+            begin = start + done - (int(self.ends[document - 1]) if document else 0)
+            part = self.file.read(int(self.documents[document]), begin)[: length - done]
+            tokens[done : done + len(part)], numbers[done : done + len(part)] = part, document
+            done, document = done + len(part), document + 1
+        return tokens, numbers
+
+
+class Mixture:
+    """`sample(n)` for any n ≥ 0: windows of seq_len+1 tokens, neighbours sharing one token, in an order of their own every epoch."""
+
+    def __init__(self, sources: list[Source], seq_len: int, seed: int, vocab_size: int, part: str, valid_fraction: float, shuffled: bool) -> None:
+        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" of the documents; `shuffled` False keeps the file's order."""
+        self.seq_len, self.seed, self.vocab_size, self.shuffled = seq_len, seed, vocab_size, shuffled
+        self.sources, self.streams = sources, []
+        for source in sources:
+            file = TokenFile(source.path)
+            _check_vocabulary(source, vocab_size)
+            train, valid = split_documents(len(file), valid_fraction)
+            stream = TokenStream(file, {"train": train, "valid": valid, "all": np.arange(len(file))}[part])
+            if len(stream) < seq_len + 1:
+                raise UsageError(
+                    f"{source.path} has {len(stream)} tokens in its {part} part, and one sample of train.seq_len {seq_len} needs "
+                    f"{seq_len + 1}: add data, or shorten train.seq_len"
+                )
+            self.streams.append(stream)
+        self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
+
+    def sample(self, number: int) -> tuple[Tokens, NDArray[np.int32]]:
+        """Tokens [seq_len+1] and document numbers [seq_len+1] of sample `number`."""
+        which, index = self.plan.locate(number)
+        stream, name = self.streams[which], self.sources[which].name
+        windows = (len(stream) - 1) // self.seq_len
+        epoch, window = divmod(index, windows)
+        if self.shuffled:
+            window = permute(window, windows, self.seed, name, epoch)
+        tokens, documents = stream.read(window * self.seq_len, self.seq_len + 1)
+        largest = int(tokens.max())
+        if largest >= self.vocab_size:
+            raise UsageError(
+                f"{self.sources[which].path} holds token {largest}, and model.vocab_size is {self.vocab_size}: use the tokenizer that "
+                "made the file, or a larger vocabulary"
+            )
+        return tokens, documents
+
+
+def source_facts(prefix: str) -> dict[str, Any]:
+    """What prepare_data.py recorded beside the tokens; empty for files from elsewhere."""
+    path = Path(prefix + ".json")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): remove it, or prepare the data again") from None
+    return facts if isinstance(facts, dict) else {}
+
+
+def _check_vocabulary(source: Source, vocab_size: int) -> None:
+    used = source_facts(source.path).get("vocab_size")
+    if isinstance(used, int) and used > vocab_size:
+        raise UsageError(
+            f"{source.path} was made with a vocabulary of {used}, and model.vocab_size is {vocab_size}: leave model.vocab_size out to take "
+            "the tokenizer's"
+        )

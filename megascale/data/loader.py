@@ -1,0 +1,116 @@
+"""Samples → micro-batches on the device, made one step ahead by a background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megascale.data.dataset import Mixture
+
+NOT_COUNTED = -1  # as a target; as a sample number it marks an empty place
+
+
+class Batch(NamedTuple):
+    """One micro-batch. tokens, targets [b, s] (targets negative where not counted); documents, positions [b, s] or None where attention
+    may cross documents; samples [b] global sample numbers; valid: how many targets count.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    positions: Tensor | None
+    samples: Tensor
+    valid: int
+
+
+def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: int) -> list[list[int]]:
+    """Which of the samples first…first+count−1 go to data rank `part` of `parts`: a list per micro-batch, −1 where a place stays empty.
+
+    Micro-batches are filled one after the other, each dealt out to the ranks in order.
+    """
+    steps = -(-count // (micro_batch * parts))
+    rows = []
+    for i in range(steps):
+        begin = (i * parts + part) * micro_batch
+        rows.append([first + n if n < count else NOT_COUNTED for n in range(begin, begin + micro_batch)])
+    return rows
+
+
+def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch.device) -> Batch:
+    """`packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them)."""
+    size = mixture.seq_len
+    tokens = np.zeros((len(numbers), size + 1), np.int64)
+    documents = np.zeros((len(numbers), size + 1), np.int64)
+    targets = np.full((len(numbers), size), NOT_COUNTED, np.int64)
+    for row, number in enumerate(numbers):
+        if number != NOT_COUNTED:
+            tokens[row], documents[row] = mixture.sample(number)
+            targets[row] = tokens[row, 1:]
+    inside = positions = None
+    if packing == "documents":
+        targets[documents[:, 1:] != documents[:, :-1]] = NOT_COUNTED
+        inside = _tensor(documents[:, :-1], device)
+        positions = _tensor(_restarting(documents[:, :-1]), device)
+    return Batch(
+        _tensor(tokens[:, :-1], device),
+        _tensor(targets, device),
+        inside,
+        positions,
+        _tensor(np.array(numbers, np.int64), device),
+        int((targets >= 0).sum()),
+    )
+
+
+def _restarting(documents: np.ndarray) -> np.ndarray:
+    """0, 1, 2, … from each change of document on."""
+    place = np.arange(documents.shape[1])[None, :].repeat(len(documents), 0)
+    begins = np.zeros_like(place)
+    begins[:, 1:] = np.where(documents[:, 1:] != documents[:, :-1], place[:, 1:], 0)
+    return place - np.maximum.accumulate(begins, axis=1)
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Prefetcher(Iterator[list[Batch]]):
+    """`make(step)` for step = first, first+1, …, computed one step ahead in a thread; its errors appear at the consumer."""
+
+    def __init__(self, make: Callable[[int], list[Batch]], first: int, last: int) -> None:
+        self._ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(make, first, last), daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> list[Batch]:
+        item = self._ready.get()
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _work(self, make: Callable[[int], list[Batch]], first: int, last: int) -> None:
+        try:
+            for step in range(first, last + 1):
+                if self._closed.is_set():
+                    return
+                self._ready.put(make(step))
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)

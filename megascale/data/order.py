@@ -1,0 +1,86 @@
+"""Which sample comes when, as closed forms: any sample number maps to its data at once, so a position is a single integer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.errors import UsageError
+
+BLOCK = 65536  # samples in which the mixture has exactly its weights
+ROUNDS = 4
+
+
+def permute(index: int, size: int, *key: object) -> int:
+    """Where `index` goes under a pseudo-random permutation of range(size) chosen by `key`.
+
+    A Feistel network over the next even power of two, walked along its cycle until it falls inside the range: no table, whatever the size.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
+    while True:
+        left, right = index >> half, index & mask
+        for k in keys:
+            left, right = right, left ^ (_scramble(right ^ k) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _scramble(x: int) -> int:
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """Sample number → (dataset, number within the dataset). Every block of 65536 samples holds each dataset exactly `quotas` times."""
+
+    seed: int
+    quotas: tuple[int, ...]
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        if len(self.quotas) == 1:
+            return 0, sample
+        block, place = divmod(sample, BLOCK)
+        place = permute(place, BLOCK, self.seed, "mix", block)
+        for dataset, quota in enumerate(self.quotas):
+            if place < quota:
+                return dataset, block * quota + place
+            place -= quota
+        raise AssertionError("quotas add up to a block")
+
+
+def plan_mixture(weights: list[float], names: list[str], seed: int) -> MixPlan:
+    """Quotas by largest remainder. Raises UsageError for a weight too small to be ever drawn."""
+    total = sum(weights)
+    exact = [w / total * BLOCK for w in weights]
+    quotas = [int(x) for x in exact]
+    for i in sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])[: BLOCK - sum(quotas)]:
+        quotas[i] += 1
+    for name, weight, quota in zip(names, weights, quotas):
+        if quota == 0:
+            raise UsageError(
+                f"data: the weight {weight} of {name} is less than one sample in {BLOCK} of the total {total}: raise it or remove the entry"
+            )
+    return MixPlan(seed, tuple(quotas))
+
+
+def split_documents(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Documents 0…count−1 → (train, valid). The choice is a fixed hash of the number, so every run holds out the same documents."""
+    numbers = np.arange(count, dtype=np.uint64)
+    mixed = (numbers + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+    rank = (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    held = rank < fraction
+    if fraction > 0 and count >= 2:
+        held[int(np.argmin(rank))] = True
+        held[int(np.argmax(rank))] = False
+    return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)

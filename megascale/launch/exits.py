@@ -1,0 +1,45 @@
+"""How a process ends: exit codes, and exit.json for scripts whose launcher changes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from megascale.launch.ranks import RankInfo
+
+# What torch and the communication libraries say, in lower case, when a peer is gone or silent. They raise plain RuntimeErrors.
+PEER_WORDS = ("connection closed by peer", "connection reset", "connection refused", "timed out", "timeout", "nccl", "broken pipe", "gloo")
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Exit:
+    code: int
+    reason: str
+
+
+def as_exit(error: BaseException) -> Exit | None:
+    """Memory and peers by what their errors say; None for anything else, which is a bug and keeps its traceback."""
+    text = f"{type(error).__name__}: {error}".lower()
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
+        return Exit(4, f"out of memory ({first}); halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks")
+    if isinstance(error, RuntimeError) and any(w in text for w in PEER_WORDS):
+        return Exit(5, f"a peer is gone or silent ({first}); run the same command again")
+    return None
+
+
+def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -> None:
+    """exit.json of the run. Rank 0 writes it; another rank does when it knows of a failure that rank 0 may not live to tell."""
+    if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in (0, 2, 3, 75)):
+        return
+    record = {"code": ending.code, "reason": ending.reason, "rank": ranks.rank, "node": platform.node(), "step": step}
+    temporary = run_dir / f".exit.json.{ranks.rank}.tmp"
+    try:
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(temporary, run_dir / "exit.json")
+    except OSError:
+        return  # a full disk must not hide the reason, which is printed as well

@@ -1,0 +1,77 @@
+"""Where a run starts from, and whether its directory is its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megascale.checkpoint.index import read_json
+from megascale.checkpoint.loader import find, newest
+from megascale.config.identity import check_allow_change, check_identity
+from megascale.config.load import build_config, read_yaml
+from megascale.config.identity import identity
+from megascale.config.schema import Config
+from megascale.errors import UsageError
+
+OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
+
+
+@dataclass(frozen=True)
+class Start:
+    """`folder` None: from fresh weights. `changes`: allowed differences from the checkpoint's run, {key: (then, now)}."""
+
+    folder: Path | None = None
+    weights_only: bool = False
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+def find_start(config: Config, run_dir: Path) -> Start:
+    """The run's own newest checkpoint first, so that a requeued job goes on; then `resume: DIR`, then `init_from`, then nothing.
+
+    Raises UsageError where a checkpoint belongs to another run or is not there.
+    """
+    check_allow_change(config.run.allow_change)
+    wanted = config.checkpoint.resume
+    _check_owner(config, run_dir)
+    own = newest(run_dir / "checkpoints")
+    if wanted == "never":
+        if own is not None:
+            raise UsageError(
+                f"checkpoint.resume is never and {run_dir} already holds a run up to {own.name}: choose another run.name, or resume auto"
+            )
+        folder = None
+    else:
+        folder = own if own is not None or wanted == "auto" else find(wanted)
+    if folder is not None:
+        saved = read_json(folder / "trainer.json")
+        if not isinstance(saved.get("identity"), dict) or not isinstance(saved.get("step"), int):
+            raise UsageError(f"{folder / 'trainer.json'} is not from pretraining (no identity or step): start from its weights with checkpoint.init_from")
+        return Start(folder, False, check_identity(config, saved["identity"], str(folder)))
+    if config.checkpoint.init_from is not None:
+        return Start(find(config.checkpoint.init_from), True)
+    return Start()
+
+
+def claim_run_dir(config: Config, run_dir: Path, start: Start) -> None:
+    """Makes the run's directory, or says why it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"the run directory {run_dir} cannot be written ({error.strerror}): choose another run.dir") from None
+
+
+def _check_owner(config: Config, run_dir: Path) -> None:
+    """A directory with other files in it, or with another run, is not ours."""
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
+    names = {p.name for p in run_dir.iterdir()}
+    if names and not names & set(OWN_FILES) and names - {"exit.json", "STOP"}:
+        raise UsageError(f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(names)[:3])}): choose another run.name or run.dir")
+    if (run_dir / "config.yaml").is_file():
+        there = build_config(read_yaml(run_dir / "config.yaml"))
+        check_identity(config, identity(there), str(run_dir / "config.yaml"))

@@ -1,0 +1,262 @@
+"""From a config to a trainer, in the order of ARCHITECTURE: ranks, mesh, data, model, passes, optimizer, checkpoint."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megascale.checkpoint.loader import load
+from megascale.checkpoint.saver import Checkpointer
+from megascale.comm.mesh import Mesh, build_mesh
+from megascale.config.identity import identity
+from megascale.config.layout import axis_sizes, describe
+from megascale.config.load import to_yaml
+from megascale.config.schema import Config
+from megascale.config.support import check, padding_note
+from megascale.data.dataset import Mixture, read_sources, source_facts
+from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
+from megascale.data.tokenizer import beside, load_tokenizer
+from megascale.errors import MegascaleError, UsageError
+from megascale.launch.ranks import RankInfo
+from megascale.measure.compute import flops_per_token, peak_flops
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.kernels import choose_kernels
+from megascale.model.spec import specs_of
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import ParallelModel, parallelize
+from megascale.train.console import Console
+from megascale.train.metrics import RunLog, write_atomic
+from megascale.train.reporter import Reporter
+from megascale.train.resume import Start, claim_run_dir, find_start
+from megascale.train.state import Progress, model_pieces, state_pieces
+from megascale.train.stop import StopFlag
+from megascale.train.trainer import Trainer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+T = TypeVar("T")
+
+
+def resolve_vocabulary(config: Config) -> Config:
+    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused."""
+    prefix = read_sources(config.data.train, "data.train")[0].path
+    path = config.data.tokenizer or beside(prefix)
+    if path is None:
+        size = config.model.vocab_size or source_facts(prefix).get("vocab_size")
+        if size is None:
+            raise UsageError(f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer")
+    else:
+        tokenizer = load_tokenizer(path)
+        size = config.model.vocab_size or tokenizer.vocab_size
+        if size < tokenizer.vocab_size:
+            raise UsageError(f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces: leave vocab_size out to take them")
+        made_with = source_facts(prefix).get("tokenizer_fingerprint")
+        if made_with is not None and made_with != tokenizer.fingerprint:
+            raise UsageError(
+                f"{prefix} was made with tokenizer {made_with} and data.tokenizer {path} is {tokenizer.fingerprint}: they number words "
+                "differently; use the tokenizer beside the data"
+            )
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def choose_device(config: Config, ranks: RankInfo) -> torch.device:
+    wanted = config.run.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("run.device is cuda and torch finds no CUDA device here: use auto or cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"local rank {ranks.local_rank} has no device of its own: {ranks.local_size} ranks and {torch.cuda.device_count()} devices on "
+            "this node; start fewer ranks"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[None]:
+    """Ranks met (nothing for a process alone); threads set so that ranks on one node share its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.run.threads or max(1, cores // ranks.local_size))
+    if ranks.size == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{ranks.address}:{ranks.port}" if ranks.launcher != "torchrun" else "env://",
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timedelta(seconds=config.run.collective_timeout),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; an error of one rank is raised on all, so that none waits for another for ever."""
+    result, error = None, None
+    try:
+        result = action()
+    except MegascaleError as caught:
+        error = caught
+    if dist.is_initialized():
+        everyone: list[tuple[type[MegascaleError], str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, None if error is None else (type(error), str(error)))
+        failed = [(rank, e) for rank, e in enumerate(everyone) if e is not None]
+        if failed:
+            rank, (kind, text) = failed[0]
+            raise kind(text if len(failed) == len(everyone) else f"rank {rank}: {text}") from None
+    elif error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
+    """The cut model in memory, facts for the log, and its training FLOPs per token."""
+    kernels = choose_kernels(config.run.kernels, config.model.norm, device)
+    shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
+    meta = Decoder(config.model, shape, kernels.norm)
+    specs = specs_of(meta)
+    flops = flops_per_token(config.model, specs, config.train.seq_len)
+    facts = {"parameters": sum(s.numel for s in specs.values()), "norm_kernel": f"{kernels.source} ({kernels.reason})"}
+    return parallelize(meta, mesh, config.parallel, device), facts, flops
+
+
+def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
+    """The training mixture and the named validation sets."""
+    data, train = config.data, config.train
+    vocab = config.model.vocab_size
+    assert vocab is not None
+    sources = read_sources(data.train, "data.train")
+    part = "train" if data.valid_fraction > 0 else "all"
+    mixture = Mixture(sources, train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=True)
+    if not train.eval_every:
+        return mixture, {}
+    if data.valid is not None:
+        held, part = read_sources(data.valid, "data.valid"), "all"
+    else:
+        held, part = sources, "valid"
+    return mixture, {
+        s.name: Mixture([s], train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=False) for s in held
+    }
+
+
+def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:
+    """This rank's micro-batches of the global batch that starts at sample `first`."""
+    t = config.train
+    rows = sample_numbers(first, t.global_batch_size, t.micro_batch_size, mesh.data_rank, mesh.data_size)
+    return [make_batch(mixture, row, t.packing, device) for row in rows]
+
+
+@contextmanager
+def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
+    """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start."""
+    config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    device = agreed(lambda: choose_device(config, ranks))
+    run_dir = Path(config.run_dir)
+    first = ranks.rank == 0
+    start: Start = agreed(lambda: find_start(config, run_dir))
+    mixture, valid_sets = agreed(lambda: open_data(config))
+    mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type)
+    model, facts, flops = agreed(lambda: build_model(config, mesh, device))
+    optimizer = build_optimizer(model, config.optim)
+    for _ in model.draw_weights(config.run.seed):
+        pass
+    progress = Progress()
+    if start.folder is not None:
+        state = model_pieces(model) if start.weights_only else state_pieces(model, optimizer)
+        saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        if not start.weights_only:
+            progress = Progress(**{k: saved[k] for k in Progress().plain()})
+    agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
+    log, console = None, None
+    if first:
+        log = RunLog(run_dir, progress.step)
+        console = Console(config.train.total_steps, progress.step)
+        announce(config, ranks, facts, start, progress, log, console)
+    peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else peak_flops(device, model.model.shape.compute)
+    reporter = Reporter(
+        mesh,
+        device,
+        config.train,
+        config.train.total_steps,
+        flops,
+        peak,
+        log,
+        console,
+        {"identity": identity(config), "config": config.plain(), "layout": describe(config.parallel), "torch": torch.__version__},
+        config.run.profile_step,
+        str(run_dir / f"trace-rank{ranks.rank}.json"),
+        f"{start.folder}" if start.folder is not None else "none",
+    )
+    if log is not None and config.run.tensorboard:
+        log.add_tensorboard(progress.step)
+    if log is not None and config.run.wandb:
+        progress.logger_ids["wandb"] = log.add_wandb(config.run.name, config.plain(), progress.logger_ids.get("wandb"))
+    batch = config.train.global_batch_size
+    origin = progress.samples - progress.step * batch
+    batches = Prefetcher(
+        lambda step: micro_batches(config, mixture, origin + (step - 1) * batch, mesh, device),
+        progress.step + 1,
+        config.train.total_steps,
+    )
+    valid = {
+        name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)]
+        for name, m in valid_sets.items()
+    }
+    keep = config.checkpoint
+    checkpointer = Checkpointer(
+        run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
+    )
+    stop = StopFlag(run_dir, watch_file=first)
+    trainer = Trainer(config, model, optimizer, batches, valid, checkpointer, reporter, stop, progress, device)
+    try:
+        yield trainer
+    finally:
+        batches.close()
+        reporter.checkpoints(checkpointer.finish(), progress.step)
+        if console is not None:
+            console.close()
+        if log is not None:
+            log.close()
+
+
+def announce(config: Config, ranks: RankInfo, facts: dict[str, Any], start: Start, progress: Progress, log: RunLog, console: Console) -> None:
+    """What starts here, for the reader of the screen and of events.jsonl."""
+    layout = describe(config.parallel)
+    entropy = source_facts(read_sources(config.data.train, "data.train")[0].path).get("unigram_entropy")
+    details: dict[str, Any] = {
+        "layout": layout,
+        "ranks": ranks.size,
+        **facts,
+        "torch": torch.__version__,
+        "node": platform.node(),
+        "unigram_entropy": entropy,
+    }
+    if start.folder is not None:
+        details["from"] = str(start.folder)
+    log.event("resume" if progress.step else "start", progress.step, **details)
+    if start.changes:
+        log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
+    size = facts["parameters"]
+    console.say(f"{config.run.name}: {size / 1e6:.1f}M parameters on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}")
+    if entropy is not None:
+        console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
+    if start.folder is not None:
+        console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
+    note = padding_note(config)
+    if note:
+        console.warn(note)
+    write_atomic(Path(config.run_dir) / "config.yaml", to_yaml(config.plain()))

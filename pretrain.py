@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Pretrains the model of a config: `python pretrain.py CONFIG [section.key=value …]`, also under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+from megascale.config.load import load_config
+from megascale.errors import MegascaleError
+from megascale.launch.exits import Exit, as_exit, write_exit
+from megascale.launch.ranks import RankInfo, find_ranks
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact bytes per rank, allocate nothing")
+    parser.add_argument("--ranks", type=int, default=None, help="with --dry-run: as if started on so many ranks")
+    parser.add_argument("--json", metavar="FILE", help="with --dry-run: write the same as JSON")
+    args = parser.parse_intermixed_args(argv)
+    if not args.dry_run and (args.ranks is not None or args.json):
+        parser.error("--ranks and --json go with --dry-run")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    ranks, run_dir, step = RankInfo(), None, 0
+    try:
+        args = parse(argv)
+        ranks = find_ranks()
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            from megascale.train.dry_run import dry_run
+
+            dry_run(config, args.ranks or ranks.size, args.json)
+            return 0
+        from megascale.train.setup import build_trainer, choose_device, process_group
+
+        with process_group(config, ranks, choose_device(config, ranks)), build_trainer(config, ranks) as trainer:
+            run_dir = Path(config.run_dir)
+            try:
+                trainer.train()
+            finally:
+                step = trainer.progress.step
+        ending = Exit(0, "done")
+    except MegascaleError as error:
+        ending = Exit(error.code, str(error))
+    except Exception as error:
+        known = as_exit(error)
+        if known is None:
+            write_exit(run_dir, Exit(1, f"{type(error).__name__}: {error}"), ranks, step)
+            raise
+        ending = known
+    write_exit(run_dir, ending, ranks, step)
+    if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
+        print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
+    return ending.code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code in (4, 5) else sys.exit(code)  # a lost peer must not hold this process in destructors
