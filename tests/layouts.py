@@ -1,0 +1,129 @@
+"""A tiny model trained for a few steps on any layout, gathered whole: what the layout tests compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Model, Optim, Parallel
+from megascale.data.loader import Batch, sample_numbers
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.kernels import choose_kernels
+from megascale.optim.clip import clip_factor, global_norm
+from megascale.optim.optimizers import build_optimizer, gather_whole
+from megascale.parallel.apply import ParallelModel, parallelize
+from megascale.schedule.accumulate import run_micro_batches
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: everything but `parallel` must leave the outcome as it is."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    optim: Optim = Optim(lr=1e-3)
+    precision: str = "fp64"
+    seq_len: int = 12
+    batch: int = 4
+    micro_batch: int = 1
+    steps: int = 3
+    packed: bool = False
+    clip: float = 0.5
+    keep_tensors: bool = True
+
+
+def tiny(**changes: Any) -> Model:
+    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 32, "vocab_size": 37}
+    return Model(**{**sizes, "init_std": 0.2, **changes})
+
+
+def fake_batch(case: Case, numbers: list[int]) -> Batch:
+    """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets."""
+    vocab = case.model.vocab_size
+    assert vocab is not None
+    rows, documents = [], []
+    for n in numbers:
+        generator = torch.Generator().manual_seed(1000 + n)
+        rows.append(torch.randint(0, vocab, (case.seq_len + 1,), generator=generator))
+        documents.append((torch.rand(case.seq_len, generator=generator) < 0.2).cumsum(0))
+    tokens, docs = torch.stack(rows), torch.stack(documents)
+    targets = tokens[:, 1:].clone()
+    positions = None
+    if case.packed:
+        targets[:, :-1][docs[:, 1:] != docs[:, :-1]] = -1
+        begins = torch.where(docs != torch.nn.functional.pad(docs[:, :-1], (1, 0), value=-1), torch.arange(case.seq_len), 0)
+        positions = torch.arange(case.seq_len) - begins.cummax(1).values
+    targets[torch.tensor(numbers) < 0] = -1
+    return Batch(tokens[:, :-1], targets, docs if case.packed else None, positions, torch.tensor(numbers), int((targets >= 0).sum()))
+
+
+def build(case: Case, ranks: int) -> ParallelModel:
+    mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu")
+    kernels = choose_kernels("torch", case.model.norm, CPU)
+    storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
+    model = parallelize(Decoder(case.model, Shape(case.seq_len, storage, DTYPES[case.precision]), kernels.norm), mesh, case.parallel, CPU)
+    for _ in model.draw_weights(7):
+        pass
+    return model
+
+
+def whole(model: ParallelModel, of: str) -> dict[str, Tensor]:
+    """Every weight ("local") or gradient ("local_grad") unsharded, padding cut off."""
+    result = {}
+    for w in model.weights:
+        tensor = gather_whole(getattr(w, of), w, model.mesh)
+        result[w.name] = tensor[tuple(slice(0, n) for n in w.placement.spec.shape)].clone()
+    return result
+
+
+def train(case: Case) -> dict[str, Any]:
+    """losses and norms by step, gradients of the first step, weights at the end, bytes and calls of the last step."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    model = build(case, ranks)
+    optimizer = build_optimizer(model, case.optim)
+    places = case.batch * case.seq_len
+    result: dict[str, Any] = {"loss": [], "norm": []}
+    mesh = model.mesh
+    for step in range(case.steps):
+        rows = sample_numbers(step * case.batch, case.batch, case.micro_batch, mesh.data_rank, mesh.data_size)
+        batches = [fake_batch(case, row) for row in rows]
+        mesh.traffic.take()
+        loss = run_micro_batches(model, batches, 1 / places)
+        result["sent"], result["calls"] = mesh.traffic.take()
+        share = 1.0 if mesh["tp"].rank == 0 else 0.0
+        sums = torch.tensor([loss.item() * share, share * sum(b.valid for b in batches) / places], dtype=torch.float64)
+        if ranks > 1:
+            dist.all_reduce(sums)
+        norm = global_norm(model.weights, ranks) / sums[1]
+        result["loss"].append((sums[0] / sums[1]).item())
+        result["norm"].append(norm.item())
+        if step == 0 and case.keep_tensors:
+            result["grad"] = whole(model, "local_grad")
+        optimizer.step(case.optim.lr, clip_factor(norm, case.clip) / sums[1], torch.isfinite(norm))
+        for w in model.weights:
+            w.parameter.grad = None
+    if case.keep_tensors:
+        result["weight"] = whole(model, "local")
+    if ranks > 1 and dist.get_rank() > 0:
+        return {"sent": result["sent"], "calls": result["calls"]}
+    return result
+
+
+def worst(got: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest max|Δ|/max|ref| of a tensor, and which one it is.
+
+    A tensor that is zero but for rounding (the gradient of a key bias: softmax ignores it) has no scale of its own; a hundredth of the
+    largest tensor's serves for it.
+    """
+    assert got.keys() == reference.keys()
+    floor = 0.01 * max(r.abs().max().item() for r in reference.values())
+    return max(((got[n] - r).abs().max().item() / max(r.abs().max().item(), floor), n) for n, r in reference.items())
