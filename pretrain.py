@@ -8,7 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-
 from megascale.config.load import load_config
 from megascale.errors import MegascaleError
 from megascale.launch.exits import Exit, as_exit, write_exit
@@ -19,7 +18,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact bytes per rank, allocate nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config and the exact bytes per rank, allocate nothing",
+    )
     parser.add_argument("--ranks", type=int, default=None, help="with --dry-run: as if started on so many ranks")
     parser.add_argument("--json", metavar="FILE", help="with --dry-run: write the same as JSON")
     args = parser.parse_intermixed_args(argv)

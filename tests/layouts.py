@@ -42,7 +42,14 @@ class Case:
 
 
 def tiny(**changes: Any) -> Model:
-    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 32, "vocab_size": 37}
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 24,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_size": 32,
+        "vocab_size": 37,
+    }
     return Model(**{**sizes, "init_std": 0.2, **changes})
 
 
@@ -63,14 +70,26 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         begins = torch.where(docs != torch.nn.functional.pad(docs[:, :-1], (1, 0), value=-1), torch.arange(case.seq_len), 0)
         positions = torch.arange(case.seq_len) - begins.cummax(1).values
     targets[torch.tensor(numbers) < 0] = -1
-    return Batch(tokens[:, :-1], targets, docs if case.packed else None, positions, torch.tensor(numbers), int((targets >= 0).sum()))
+    return Batch(
+        tokens[:, :-1],
+        targets,
+        docs if case.packed else None,
+        positions,
+        torch.tensor(numbers),
+        int((targets >= 0).sum()),
+    )
 
 
 def build(case: Case, ranks: int) -> ParallelModel:
     mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu")
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
-    model = parallelize(Decoder(case.model, Shape(case.seq_len, storage, DTYPES[case.precision]), kernels.norm), mesh, case.parallel, CPU)
+    model = parallelize(
+        Decoder(case.model, Shape(case.seq_len, storage, DTYPES[case.precision]), kernels.norm),
+        mesh,
+        case.parallel,
+        CPU,
+    )
     for _ in model.draw_weights(7):
         pass
     return model

@@ -65,5 +65,3 @@ def _rank(rank: int, size: int, store: str, results: Any, function: Callable[...
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         os._exit(1)
-
-

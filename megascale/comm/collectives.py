@@ -14,6 +14,9 @@ from torch import Tensor
 
 from megascale.comm.mesh import Axis
 
+# torch 2.13 renamed the two and warns at the old names; 2.11 and 2.12 know only those.
+gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -33,7 +36,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
         return x
     moved = x.movedim(dim, 0).contiguous()
     out = torch.empty((axis.size * moved.shape[0], *moved.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(out, moved, group=axis.group)
+    gather_into(out, moved, group=axis.group)
     axis.traffic.add(axis.name, "all_gather", moved.nbytes * (axis.size - 1))
     return out.movedim(0, dim)
 
@@ -44,7 +47,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
         return x
     moved = x.movedim(dim, 0).contiguous()
     out = torch.empty((moved.shape[0] // axis.size, *moved.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(out, moved, group=axis.group)
+    scatter_into(out, moved, group=axis.group)
     axis.traffic.add(axis.name, "reduce_scatter", out.nbytes * (axis.size - 1))
     return out.movedim(0, dim)
 

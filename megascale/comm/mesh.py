@@ -80,7 +80,5 @@ def build_mesh(sizes: dict[str, int], device_type: str) -> Mesh:
         return Mesh({n: Axis(n, 1, 0, None, traffic) for n in AXES}, None, traffic, 0, 1)
     device_mesh = init_device_mesh(device_type, tuple(sizes[n] for n in AXES), mesh_dim_names=AXES)
     place = coordinates(dist.get_rank(), sizes)
-    axes = {
-        n: Axis(n, sizes[n], place[n], device_mesh.get_group(n) if sizes[n] > 1 else None, traffic) for n in AXES
-    }
+    axes = {n: Axis(n, sizes[n], place[n], device_mesh.get_group(n) if sizes[n] > 1 else None, traffic) for n in AXES}
     return Mesh(axes, device_mesh, traffic, dist.get_rank(), dist.get_world_size())

@@ -140,9 +140,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         key, equals, text = item.partition("=")
         path = key.strip().removeprefix("--").split(".")
         if not equals or len(path) < 2 or not all(path):
-            raise UsageError(
-                f"cannot use the argument {item!r}: write section.key=value, for example train.steps=100{_suggest(key)}"
-            )
+            raise UsageError(f"cannot use the argument {item!r}: write section.key=value, for example train.steps=100{_suggest(key)}")
         try:
             value = parse_yaml(text) if text.strip() else None
         except (YAMLError, ValueError):

@@ -71,9 +71,9 @@ class Model(Section):
     norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    residual: Literal[
-        "pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
-    ] = "pre"
+    residual: Literal["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"] = (
+        "pre"
+    )
     branchnorm_period: Positive = 4000
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
@@ -114,9 +114,7 @@ class Parallel(Section):
     cp: Positive = 1
     cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
     pp: Positive = 1
-    pp_schedule: Literal[
-        "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
-    ] = "1f1b"
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
     pp_virtual: Positive = 1
     ep: Positive = 1
     etp: Positive | None = None
@@ -144,9 +142,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _length(self) -> Train:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError(
-                f"steps is {self.steps} and tokens is {self.tokens}: set exactly one of train.steps and train.tokens"
-            )
+            raise ValueError(f"steps is {self.steps} and tokens is {self.tokens}: set exactly one of train.steps and train.tokens")
         return self
 
     @property

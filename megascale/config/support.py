@@ -27,7 +27,12 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "family", ("model.family",), lambda c, n: c.model.family != "decoder", "this version trains decoders only", "use decoder", True
+        "family",
+        ("model.family",),
+        lambda c, n: c.model.family != "decoder",
+        "this version trains decoders only",
+        "use decoder",
+        True,
     ),
     Rule(
         "residual",
@@ -37,8 +42,22 @@ RULES: tuple[Rule, ...] = (
         "use pre or post",
         True,
     ),
-    Rule("norm", ("model.norm",), lambda c, n: c.model.norm == "dyt", "DyT is not built yet", "use rmsnorm or layernorm", True),
-    Rule("experts", ("model.moe",), lambda c, n: c.model.moe is not None, "mixture of experts is not built yet", "remove model.moe", True),
+    Rule(
+        "norm",
+        ("model.norm",),
+        lambda c, n: c.model.norm == "dyt",
+        "DyT is not built yet",
+        "use rmsnorm or layernorm",
+        True,
+    ),
+    Rule(
+        "experts",
+        ("model.moe",),
+        lambda c, n: c.model.moe is not None,
+        "mixture of experts is not built yet",
+        "remove model.moe",
+        True,
+    ),
     Rule(
         "pipeline",
         ("parallel.pp", "parallel.pp_virtual"),
@@ -47,7 +66,14 @@ RULES: tuple[Rule, ...] = (
         "set both to 1",
         True,
     ),
-    Rule("context", ("parallel.cp",), lambda c, n: c.parallel.cp > 1, "context parallelism is not built yet", "set it to 1", True),
+    Rule(
+        "context",
+        ("parallel.cp",),
+        lambda c, n: c.parallel.cp > 1,
+        "context parallelism is not built yet",
+        "set it to 1",
+        True,
+    ),
     Rule(
         "expert_axes",
         ("parallel.ep", "parallel.etp"),
@@ -64,8 +90,22 @@ RULES: tuple[Rule, ...] = (
         "use depth_first and breadth_first 1",
         True,
     ),
-    Rule("deepspeed", ("parallel.engine",), lambda c, n: c.parallel.engine == "deepspeed", "DeepSpeed is not built in yet", "use fsdp2", True),
-    Rule("offload", ("parallel.offload",), lambda c, n: c.parallel.offload != "none", "offload is not built yet", "use none", True),
+    Rule(
+        "deepspeed",
+        ("parallel.engine",),
+        lambda c, n: c.parallel.engine == "deepspeed",
+        "DeepSpeed is not built in yet",
+        "use fsdp2",
+        True,
+    ),
+    Rule(
+        "offload",
+        ("parallel.offload",),
+        lambda c, n: c.parallel.offload != "none",
+        "offload is not built yet",
+        "use none",
+        True,
+    ),
     Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
     Rule(
         "base_width",
@@ -127,8 +167,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "master",
         ("precision.compute", "precision.master"),
-        lambda c, n: (c.precision.compute, c.precision.storage) not in
-        {("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp64", "fp64")},
+        lambda c, n: (
+            (c.precision.compute, c.precision.storage) not in {("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp64", "fp64")}
+        ),
         "stored weights are as precise as the computation, and fp32 or bf16 under bf16",
         "leave precision.master out",
     ),

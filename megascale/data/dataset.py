@@ -30,7 +30,7 @@ class Source:
 
 
 def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Source]:
-    """The config's `data.train` or `data.valid`: a list, a prefix, or a YAML file holding a list under `sources`; its paths are relative to it."""
+    """The config's `data.train` or `data.valid`: a prefix, a list, or a YAML file with a list `sources`, whose paths are relative to it."""
     if isinstance(value, str) and value.endswith((".yaml", ".yml")):
         path = Path(value)
         entries = read_yaml(path).get("sources")
@@ -83,7 +83,16 @@ class TokenStream:
 class Mixture:
     """`sample(n)` for any n ≥ 0: windows of seq_len+1 tokens, neighbours sharing one token, in an order of their own every epoch."""
 
-    def __init__(self, sources: list[Source], seq_len: int, seed: int, vocab_size: int, part: str, valid_fraction: float, shuffled: bool) -> None:
+    def __init__(
+        self,
+        sources: list[Source],
+        seq_len: int,
+        seed: int,
+        vocab_size: int,
+        part: str,
+        valid_fraction: float,
+        shuffled: bool,
+    ) -> None:
         """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" of the documents; `shuffled` False keeps the file's order."""
         self.seq_len, self.seed, self.vocab_size, self.shuffled = seq_len, seed, vocab_size, shuffled
         self.sources, self.streams = sources, []

@@ -1,4 +1,4 @@
-"""Token files in Megatron's format: PREFIX.bin holds the tokens, PREFIX.idx where each sequence lies. Byte for byte what megatron-core writes.
+"""Token files in Megatron's format, byte for byte what megatron-core writes: PREFIX.bin holds tokens, PREFIX.idx where each sequence lies.
 
 idx: 9 bytes "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 sequences, uint64 document marks, then int32 lengths, int64 byte
 offsets, int64 document marks (numbers of sequences at which documents begin, the total last).
@@ -60,7 +60,9 @@ class TokenFile:
             raise UsageError(f"{idx} has format version {version} and dtype code {code}; this reader knows version 1 and codes 1 to 8")
         wanted = HEADER + count * 12 + marks * 8
         if idx.stat().st_size != wanted:
-            raise UsageError(f"{idx} has {idx.stat().st_size} bytes and its header promises {wanted}: it is truncated or damaged; make it again")
+            raise UsageError(
+                f"{idx} has {idx.stat().st_size} bytes and its header promises {wanted}: it is truncated or damaged; make it again"
+            )
         raw = np.memmap(idx, mode="r", dtype=np.uint8)
         self.dtype = np.dtype(CODES[code])
         self.lengths: NDArray[np.int32] = raw[HEADER : HEADER + 4 * count].view(np.int32)

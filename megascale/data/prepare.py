@@ -62,7 +62,13 @@ def make_tokenizer(files: list[Path], text_key: str, vocab_size: int, prefix: st
 
 
 def prepare(
-    files: list[Path], prefix: str, tokenizer: Tokenizer, text_key: str, workers: int, append_eos: bool, progress: Callable[[int], None]
+    files: list[Path],
+    prefix: str,
+    tokenizer: Tokenizer,
+    text_key: str,
+    workers: int,
+    append_eos: bool,
+    progress: Callable[[int], None],
 ) -> Facts:
     """Encodes every document of `files` in order into PREFIX.bin, .idx and .json, the tokenizer beside them.
 

@@ -11,7 +11,16 @@ from pathlib import Path
 from megascale.launch.ranks import RankInfo
 
 # What torch and the communication libraries say, in lower case, when a peer is gone or silent. They raise plain RuntimeErrors.
-PEER_WORDS = ("connection closed by peer", "connection reset", "connection refused", "timed out", "timeout", "nccl", "broken pipe", "gloo")
+PEER_WORDS = (
+    "connection closed by peer",
+    "connection reset",
+    "connection refused",
+    "timed out",
+    "timeout",
+    "nccl",
+    "broken pipe",
+    "gloo",
+)
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
@@ -26,7 +35,10 @@ def as_exit(error: BaseException) -> Exit | None:
     text = f"{type(error).__name__}: {error}".lower()
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
-        return Exit(4, f"out of memory ({first}); halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks")
+        return Exit(
+            4,
+            f"out of memory ({first}); halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks",
+        )
     if isinstance(error, RuntimeError) and any(w in text for w in PEER_WORDS):
         return Exit(5, f"a peer is gone or silent ({first}); run the same command again")
     return None

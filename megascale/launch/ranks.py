@@ -53,7 +53,11 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> RankInfo:
 
 def _refuse_other_launchers(env: Mapping[str, str]) -> None:
     """Several tasks that each believe to be alone would train the same run over one another."""
-    for name, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")):
+    for name, launcher in (
+        ("SLURM_STEP_NUM_TASKS", "srun"),
+        ("OMPI_COMM_WORLD_SIZE", "mpirun"),
+        ("PMI_SIZE", "mpirun"),
+    ):
         if env.get(name, "1") != "1":
             raise UsageError(
                 f"{launcher} started {env[name]} tasks ({name}), and RANK and WORLD_SIZE are not set: start one torchrun per node"

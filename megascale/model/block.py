@@ -18,7 +18,7 @@ from megascale.model.residual import Residual
 
 
 class Context(NamedTuple):
-    """What every block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of this layer."""
+    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of the layer."""
 
     rotary: Rotary | None
     mask: Tensor | None

@@ -33,6 +33,14 @@ class Shape:
     compute: torch.dtype  # of the activations
 
 
+class Table(nn.Module):
+    """A bare weight with a name: rows of the vocabulary or of positions."""
+
+    def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = declare(spec, dtype)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, head. Built on the meta device with unsharded shapes; passes cut it before it gets memory.
 
@@ -45,18 +53,15 @@ class Decoder(nn.Module):
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
         self.cfg, self.shape = cfg, shape
         row, dtype, d = residual(cfg.residual, cfg.num_layers), shape.storage, cfg.hidden_size
-        self.embedding = nn.Module()
-        self.embedding.weight = declare(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
+        self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
         if cfg.position == "learned":
-            self.position = nn.Module()
-            self.position.weight = declare(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
+            self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
         self.blocks = nn.ModuleList(Block(cfg, row, dtype, norm_kernel) for _ in range(cfg.num_layers))
         self.final_norm: Norm | None = None
         if row.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
         if not cfg.tie_embeddings:
-            self.head = nn.Module()
-            self.head.weight = declare(ParamSpec((cfg.vocab_size, d), "head", 0, cfg.init_std), dtype)
+            self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, cfg.init_std), dtype)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
@@ -73,7 +78,7 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V_here, d]; a tied head has no parameter of its own, so no pass can untie it."""
-        return (self.embedding if self.cfg.tie_embeddings else self.head).weight  # type: ignore[return-value]
+        return (self.embedding if self.cfg.tie_embeddings else self.head).weight
 
     def forward(
         self,
@@ -84,7 +89,7 @@ class Decoder(nn.Module):
         samples: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """tokens [b, s] → with targets [b, s] (negative: not counted) the loss summed over targets times `scale`, else logits [b, s, V_here].
+        """tokens [b, s] → with targets [b, s] (negative: not counted) their summed loss times `scale`, else logits [b, s, V_here].
 
         documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
         training.
@@ -100,7 +105,13 @@ class Decoder(nn.Module):
             return linear(x, self.head_weight)
         assert self.cfg.vocab_size is not None
         return cross_entropy_sum(
-            x.flatten(0, 1), self.head_weight, targets.flatten(), scale, self.vocab_first, self.cfg.vocab_size, self.vocab_axis
+            x.flatten(0, 1),
+            self.head_weight,
+            targets.flatten(),
+            scale,
+            self.vocab_first,
+            self.cfg.vocab_size,
+            self.vocab_axis,
         )
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
@@ -119,9 +130,7 @@ class Decoder(nn.Module):
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
-    def contexts(
-        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None
-    ) -> Iterator[Context]:
+    def contexts(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None) -> Iterator[Context]:
         """The context of each block; they differ in their dropout keys only."""
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None

@@ -60,9 +60,7 @@ def choose_kernels(wanted: str, norm: str, device: torch.device) -> KernelChoice
     if found is None:
         module, symbol = SYMBOLS[(wanted, norm)]
         package = {"apex": "NVIDIA's apex (PyPI's `apex` is another project)", "te": "Transformer Engine"}[wanted]
-        raise UsageError(
-            f"run.kernels is {wanted}, and {module} has no {symbol} here: install {package}, or set run.kernels to auto"
-        )
+        raise UsageError(f"run.kernels is {wanted}, and {module} has no {symbol} here: install {package}, or set run.kernels to auto")
     return KernelChoice(found, wanted, f"{SYMBOLS[(wanted, norm)][1]} found")
 
 

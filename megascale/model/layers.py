@@ -26,9 +26,7 @@ class Linear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(
-        self, out_dim: int, in_dim: int, role: Role, cut: Cut, std: float, dtype: torch.dtype, bias: bool = False
-    ) -> None:
+    def __init__(self, out_dim: int, in_dim: int, role: Role, cut: Cut, std: float, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         self.weight = declare(ParamSpec((out_dim, in_dim), role, cut, std), dtype)
         # A bias is cut with the output dimension; the bias of an input-cut weight is added once, after the sum over ranks.
@@ -37,7 +35,8 @@ class Linear(nn.Module):
         self.rows: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias = self.bias
         if self.rows is not None:
             weight = weight[self.rows[0] : self.rows[1]]
             bias = None if bias is None else bias[self.rows[0] : self.rows[1]]

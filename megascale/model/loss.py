@@ -17,9 +17,7 @@ from megascale.comm.mesh import Axis
 CHUNK_ELEMENTS = 1 << 25
 
 
-def cross_entropy_sum(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None
-) -> Tensor:
+def cross_entropy_sum(x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None) -> Tensor:
     """Σ over valid targets of −log softmax(x·Wᵀ)[target], times `scale`; a 0-dim tensor of at least fp32.
 
     x [T, d]; weight [V, d], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T], negative where not
@@ -34,7 +32,14 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        first: int,
+        vocab_size: int,
+        axis: Axis | None,
     ) -> Tensor:
         w = weight.to(x.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -73,7 +78,14 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _chunk(
-    raw: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None, need_grad: bool, exact: torch.dtype
+    raw: Tensor,
+    targets: Tensor,
+    scale: float,
+    first: int,
+    vocab_size: int,
+    axis: Axis | None,
+    need_grad: bool,
+    exact: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Logits [t, V] of one chunk → (its loss sum, the gradient of its logits in their dtype; without need_grad, the exponentials)."""
     logits = raw.to(exact)

@@ -24,7 +24,7 @@ class Gains:
 
 @dataclass(frozen=True)
 class Residual:
-    """One row: x ← x + F(N(x)) when `norm_first`, else x ← N(x + F(x)). `final_norm`: the stream is normalized once more before the head."""
+    """One row: x ← x + F(N(x)) when `norm_first`, else x ← N(x + F(x)); `final_norm` normalizes the stream once more before the head."""
 
     norm_first: bool
     final_norm: bool

@@ -15,8 +15,8 @@ Role = Literal["embedding", "position", "head", "norm", "bias", "query", "key", 
 
 # How tensor parallelism treats a weight. A number is the dimension it is cut along. "tokens": every rank holds all of it and applies it to
 # the tokens it has, so with tokens cut over ranks its gradient is a partial sum. "heads": every rank holds all of it and applies it to its
-# own heads only, so its gradient is a partial sum always. "kv_heads": cut along dimension 0 where there are KV heads for all ranks, else like
-# "heads".
+# own heads only, so its gradient is a partial sum always. "kv_heads": cut along dimension 0 where there are KV heads for all ranks, else
+# like "heads".
 Cut = int | Literal["tokens", "heads", "kv_heads"]
 
 

@@ -1,7 +1,7 @@
 """AdamW, Lion and Muon over the local parts of the weights.
 
-Elementwise rules need no other rank's numbers, so they run on plain local tensors that share the parameters' memory. A step takes the factor
-for its gradients and whether they are finite as device tensors: a bad step changes nothing, and the host never waits to know.
+Elementwise rules need no other rank's numbers, so they run on plain local tensors that share the parameters' memory. A step takes the
+factor for its gradients and whether they are finite as device tensors: a bad step changes nothing, and the host never waits to know.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class AdamW:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
         groups = [
-            {"params": [self.locals[w.name] for w in self.weights if w.placement.spec.decays == decays], "weight_decay": decay}
+            {
+                "params": [self.locals[w.name] for w in self.weights if w.placement.spec.decays == decays],
+                "weight_decay": decay,
+            }
             for decays, decay in ((True, cfg.weight_decay), (False, 0.0))
         ]
-        self.inner = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True
-        )
+        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
         for local in self.locals.values():
             # torch makes state at the first step; a checkpoint needs it before.
             self.inner.state[local] = {
@@ -73,8 +74,7 @@ class AdamW:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {
-            key: {name: self.inner.state[local][key] for name, local in self.locals.items()}
-            for key in ("step", "exp_avg", "exp_avg_sq")
+            key: {name: self.inner.state[local][key] for name, local in self.locals.items()} for key in ("step", "exp_avg", "exp_avg_sq")
         }
 
 
@@ -107,8 +107,8 @@ class Muon:
     """Orthogonalized momentum for hidden matrices, AdamW for everything else.
 
     The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which sees one whole
-    matrix. Here a matrix may lie on several ranks: its momentum is gathered, orthogonalized and cut again, in the weight's own precision, so
-    that every layout takes the same step.
+    matrix. Here a matrix may lie on several ranks: its momentum is gathered, orthogonalized and cut again, in the weight's own precision,
+    so that every layout takes the same step.
     """
 
     ROUNDS = 5

@@ -10,8 +10,8 @@ from megascale.config.schema import Optim
 def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
     """Rate of the update number `step` (from 1) of `total_steps`.
 
-    Linear warm-up, then: cosine or linear to min_lr_ratio at decay_steps (the last step if absent); wsd: constant, then linear over the last
-    decay_steps (a tenth of the run if absent); constant.
+    Linear warm-up, then: cosine or linear to min_lr_ratio at decay_steps (the last step if absent); wsd: constant, then linear over
+    the last decay_steps (a tenth of the run if absent); constant.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps

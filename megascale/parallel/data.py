@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.nn.parallel import DistributedDataParallel
 
+from megascale.comm.collectives import gather_into, scatter_into
 from megascale.comm.mesh import Axis, Mesh
 from megascale.model.decoder import Decoder
 
@@ -79,11 +80,11 @@ class CountingAllGather(AllGather):
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
         self.axis.traffic.add(self.axis.name, "all_gather", input_tensor.nbytes * (self.axis.size - 1))
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return gather_into(  # type: ignore[no-any-return]
+            output_tensor, input_tensor, group=group, async_op=async_op
+        )
 
 
 class CountingReduceScatter(ReduceScatter):
@@ -99,7 +100,9 @@ class CountingReduceScatter(ReduceScatter):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         self.axis.traffic.add(self.axis.name, "reduce_scatter", output_tensor.nbytes * (self.axis.size - 1))
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return scatter_into(  # type: ignore[no-any-return]
+            output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        )
 
 
 def _count_all_reduce(axis: Axis) -> Callable[[Tensor], None]:
@@ -111,7 +114,7 @@ def _count_all_reduce(axis: Axis) -> Callable[[Tensor], None]:
     return hook
 
 
-def _summing_hook(axis: Axis, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summing_hook(axis: Axis, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     buffer = bucket.buffer()
     axis.traffic.add(axis.name, "all_reduce", 2 * buffer.nbytes * (axis.size - 1) // axis.size)
     work = dist.all_reduce(buffer, group=axis.group, async_op=True)

@@ -79,9 +79,7 @@ def _cut_kv_heads(model: Decoder, axis: Axis) -> bool:
     per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads
     needed = [h // group for h in range(axis.rank * per_rank, (axis.rank + 1) * per_rank)]
     first, last = needed[0], needed[-1] + 1
-    even = per_rank % (last - first) == 0 and needed == [
-        first + i // (per_rank // (last - first)) for i in range(per_rank)
-    ]
+    even = per_rank % (last - first) == 0 and needed == [first + i // (per_rank // (last - first)) for i in range(per_rank)]
     for _, block in model.units():
         attention = block.attention
         attention.k.rows = attention.v.rows = (first * cfg.head_dim, last * cfg.head_dim)
@@ -98,5 +96,3 @@ def _resize(model: nn.Module, name: str, placement: Placement) -> None:
     shape[placement.dim] = placement.part
     old = getattr(owner, leaf)
     setattr(owner, leaf, nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta")))
-
-

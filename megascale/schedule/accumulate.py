@@ -19,9 +19,7 @@ def run_micro_batches(model: ParallelModel, batches: Sequence[Batch], scale: flo
     total: Tensor | None = None
     for i, batch in enumerate(batches):
         with model.micro_batch(i == len(batches) - 1):
-            loss = model.module(
-                batch.tokens, batch.targets, batch.documents, batch.positions, batch.samples, scale=scale
-            )
+            loss = model.module(batch.tokens, batch.targets, batch.documents, batch.positions, batch.samples, scale=scale)
             loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None

@@ -26,7 +26,12 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
-        self._sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in scalars(row).items()])
+
+        def write(row: dict[str, Any]) -> None:
+            for key, value in scalars(row).items():
+                writer.add_scalar(key, value, row["step"])
+
+        self._sinks.append(write)
 
     def add_wandb(self, name: str, config: dict[str, Any], run_id: str | None) -> str:
         """Starts or continues a Weights & Biases run and returns its id, to be kept in checkpoints."""

@@ -8,9 +8,8 @@ from typing import Any
 
 from megascale.checkpoint.index import read_json
 from megascale.checkpoint.loader import find, newest
-from megascale.config.identity import check_allow_change, check_identity
+from megascale.config.identity import check_allow_change, check_identity, identity
 from megascale.config.load import build_config, read_yaml
-from megascale.config.identity import identity
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
@@ -46,7 +45,9 @@ def find_start(config: Config, run_dir: Path) -> Start:
     if folder is not None:
         saved = read_json(folder / "trainer.json")
         if not isinstance(saved.get("identity"), dict) or not isinstance(saved.get("step"), int):
-            raise UsageError(f"{folder / 'trainer.json'} is not from pretraining (no identity or step): start from its weights with checkpoint.init_from")
+            raise UsageError(
+                f"{folder / 'trainer.json'} is not from pretraining (no identity or step): start from its weights with checkpoint.init_from"
+            )
         return Start(folder, False, check_identity(config, saved["identity"], str(folder)))
     if config.checkpoint.init_from is not None:
         return Start(find(config.checkpoint.init_from), True)
@@ -71,7 +72,9 @@ def _check_owner(config: Config, run_dir: Path) -> None:
         raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
     names = {p.name for p in run_dir.iterdir()}
     if names and not names & set(OWN_FILES) and names - {"exit.json", "STOP"}:
-        raise UsageError(f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(names)[:3])}): choose another run.name or run.dir")
+        raise UsageError(
+            f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(names)[:3])}): choose another run.name or run.dir"
+        )
     if (run_dir / "config.yaml").is_file():
         there = build_config(read_yaml(run_dir / "config.yaml"))
         check_identity(config, identity(there), str(run_dir / "config.yaml"))

@@ -51,12 +51,16 @@ def resolve_vocabulary(config: Config) -> Config:
     if path is None:
         size = config.model.vocab_size or source_facts(prefix).get("vocab_size")
         if size is None:
-            raise UsageError(f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer")
+            raise UsageError(
+                f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer"
+            )
     else:
         tokenizer = load_tokenizer(path)
         size = config.model.vocab_size or tokenizer.vocab_size
         if size < tokenizer.vocab_size:
-            raise UsageError(f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces: leave vocab_size out to take them")
+            raise UsageError(
+                f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces: leave vocab_size out to take them"
+            )
         made_with = source_facts(prefix).get("tokenizer_fingerprint")
         if made_with is not None and made_with != tokenizer.fingerprint:
             raise UsageError(
@@ -148,9 +152,7 @@ def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
         held, part = read_sources(data.valid, "data.valid"), "all"
     else:
         held, part = sources, "valid"
-    return mixture, {
-        s.name: Mixture([s], train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=False) for s in held
-    }
+    return mixture, {s.name: Mixture([s], train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=False) for s in held}
 
 
 def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:
@@ -196,7 +198,12 @@ def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
         peak,
         log,
         console,
-        {"identity": identity(config), "config": config.plain(), "layout": describe(config.parallel), "torch": torch.__version__},
+        {
+            "identity": identity(config),
+            "config": config.plain(),
+            "layout": describe(config.parallel),
+            "torch": torch.__version__,
+        },
         config.run.profile_step,
         str(run_dir / f"trace-rank{ranks.rank}.json"),
         f"{start.folder}" if start.folder is not None else "none",
@@ -213,8 +220,7 @@ def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
         config.train.total_steps,
     )
     valid = {
-        name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)]
-        for name, m in valid_sets.items()
+        name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)] for name, m in valid_sets.items()
     }
     keep = config.checkpoint
     checkpointer = Checkpointer(
@@ -233,7 +239,15 @@ def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
             log.close()
 
 
-def announce(config: Config, ranks: RankInfo, facts: dict[str, Any], start: Start, progress: Progress, log: RunLog, console: Console) -> None:
+def announce(
+    config: Config,
+    ranks: RankInfo,
+    facts: dict[str, Any],
+    start: Start,
+    progress: Progress,
+    log: RunLog,
+    console: Console,
+) -> None:
     """What starts here, for the reader of the screen and of events.jsonl."""
     layout = describe(config.parallel)
     entropy = source_facts(read_sources(config.data.train, "data.train")[0].path).get("unigram_entropy")
@@ -251,7 +265,9 @@ def announce(config: Config, ranks: RankInfo, facts: dict[str, Any], start: Star
     if start.changes:
         log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
     size = facts["parameters"]
-    console.say(f"{config.run.name}: {size / 1e6:.1f}M parameters on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}")
+    console.say(
+        f"{config.run.name}: {size / 1e6:.1f}M parameters on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}"
+    )
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:

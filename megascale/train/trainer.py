@@ -115,7 +115,9 @@ class Trainer:
             failed = [e for e in events if e.kind == "failed" and e.step == self.progress.step]
             if failed:
                 last = self.reporter.last_good
-                raise TrainingError(f"the checkpoint of step {self.progress.step} could not be written: {failed[0].message}; the last good one is {last}")
+                raise TrainingError(
+                    f"the checkpoint of step {self.progress.step} could not be written: {failed[0].message}; the last good one is {last}"
+                )
 
     def give_up(self, step: int) -> None:
         raise TrainingError(
@@ -123,5 +125,3 @@ class Trainer:
             f"train.max_skipped_steps is {self.config.train.max_skipped_steps}: lower optim.lr or look at the data; "
             f"the last good checkpoint is {self.reporter.last_good}"
         )
-
-

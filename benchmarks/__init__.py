@@ -1,0 +1,1 @@
+"""Measured numbers with the scripts that measure them."""

@@ -1,0 +1,116 @@
+"""What a run would be, without allocating anything: the resolved config, exact bytes of the largest rank, and the schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.comm.mesh import AXES, Axis, Traffic, coordinates
+from megascale.comm.piece import chunk_bounds
+from megascale.config.layout import axis_sizes, describe
+from megascale.config.load import to_yaml
+from megascale.config.schema import Config
+from megascale.config.support import check, padding_note
+from megascale.errors import UsageError
+from megascale.measure.compute import flops_per_token
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.kernels import choose_kernels
+from megascale.model.spec import specs_of
+from megascale.optim.optimizers import MATRICES
+from megascale.parallel.tensor import Placement, cut_model
+from megascale.train.setup import DTYPES, resolve_vocabulary
+
+
+def dry_run(config: Config, ranks: int, json_file: str | None) -> None:
+    """Prints the report; with `json_file` also writes it. Raises UsageError as the run would."""
+    if config.model.vocab_size is None:
+        config = resolve_vocabulary(config)
+    config = check(config, ranks)
+    report = describe_run(config, ranks)
+    print(to_yaml(config.plain()), end="")
+    print(f"---\n{report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}: {report['parameters']:,} parameters")
+    largest = report["bytes_per_rank"]
+    for kind in ("parameters", "gradients", "optimizer"):
+        print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
+    schedule = report["schedule"]
+    print(
+        f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "
+        f"{schedule['data_ranks']} data ranks, {report['flops_per_step']:.3e} FLOPs; {config.train.total_steps} steps"
+    )
+    note = padding_note(config)
+    if note:
+        print(f"note: {note}")
+    if json_file:
+        try:
+            Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--json {json_file} cannot be written: {error.strerror}") from None
+
+
+def describe_run(config: Config, ranks: int) -> dict[str, Any]:
+    """The numbers of a checked config as plain data."""
+    sizes = axis_sizes(config.parallel, ranks)
+    # Only tensor and shard coordinates change what a rank holds; the first of each is the largest, as torch.chunk leaves the rest for last.
+    totals = rank_bytes(config, coordinates(0, sizes), sizes)
+    shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
+    model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    specs = specs_of(model)
+    parameters = sum(s.numel for s in specs.values())
+    train, parts = config.train, sizes["dp_replicate"] * sizes["dp_shard"]
+    tokens = train.global_batch_size * train.seq_len
+    return {
+        "parameters": parameters,
+        "parameters_active": parameters,
+        "ranks": ranks,
+        "layout": describe(config.parallel),
+        "bytes_per_rank": totals,
+        "flops_per_step": flops_per_token(config.model, specs, train.seq_len) * tokens,
+        "schedule": {
+            "data_ranks": parts,
+            "micro_batches": -(-train.global_batch_size // (train.micro_batch_size * parts)),
+            "steps": train.total_steps,
+            "tokens_per_step": tokens,
+        },
+        "config": config.plain(),
+    }
+
+
+def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes of stored weights, their gradients and the optimizer's state on the rank at `place`. Gathered copies come and go and are not
+    counted.
+    """
+    storage = DTYPES[config.precision.storage]
+    shape = Shape(config.train.seq_len, storage, DTYPES[config.precision.compute])
+    model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    traffic = Traffic()
+    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
+    placements = cut_model(model, specs_of(model), axes["tp"], config.parallel.tp_sequence)
+    shard = axes["dp_shard"] if config.parallel.engine == "fsdp2" else Axis("dp_shard", 1, 0, None, traffic)
+    held = {name: _held(p, shard) for name, p in placements.items()}
+    itemsize = storage.itemsize
+    optimizer = sum(optimizer_bytes(config.optim.name, p, held[name], itemsize) for name, p in placements.items())
+    weights = sum(held.values()) * itemsize
+    return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+
+
+def _held(placement: Placement, shard: Axis) -> int:
+    """Elements on this rank, padding included."""
+    local = list(placement.spec.shape)
+    if placement.dim is not None:
+        local[placement.dim] = placement.part
+    first, last = chunk_bounds(local[0], shard.size, shard.rank)
+    local[0] = last - first
+    n = 1
+    for size in local:
+        n *= size
+    return n
+
+
+def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:
+    """State of one weight: one tensor like it for Lion and for Muon's matrices, two and a step count for AdamW."""
+    if name == "lion" or (name == "muon" and placement.spec.role in MATRICES):
+        return elements * itemsize
+    return 2 * elements * itemsize + (4 if elements else 0)
