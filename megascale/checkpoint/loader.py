@@ -30,11 +30,7 @@ def newest(root: Path) -> Path | None:
         named = None
     candidates = [p for p in reversed(steps_in(root)) if p != named]
     # A folder newer than `latest` was published by a run that was killed before it could say so; it is whole all the same.
-    ordered = sorted(
-        [*candidates, *([named] if named is not None and named.parent == root else [])],
-        key=lambda p: p.name,
-        reverse=True,
-    )
+    ordered = sorted([*candidates, *([named] if named is not None and named.parent == root else [])], key=lambda p: p.name, reverse=True)
     for path in ordered:
         try:
             read_index(path)
@@ -63,7 +59,7 @@ def verify(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[st
 
 
 def load(folder: Path, state: dict[str, Piece], group: dist.ProcessGroup | None = None, prefix: str | None = None) -> dict[str, Any]:
-    """Fills the pieces of `state` in place, on any layout; returns the trainer's JSON. Collective over `group`.
+    """Fills the pieces of `state` in place, on any layout, and returns the trainer's JSON. Collective over `group`.
 
     With `prefix` only names that begin with it are expected. Raises the same UsageError on every rank, before anything is changed,
     for files that are missing, damaged or do not fit.

@@ -101,7 +101,7 @@ class Checkpointer:
                     no_dist=self.group is None,
                 )
             if coordinator:
-                self._retire()
+                self._retire(step)
             self._events.append(Event("saved", step, time.perf_counter() - start))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             cause = first_cause(error) if isinstance(error, CheckpointException) else error
@@ -109,8 +109,9 @@ class Checkpointer:
                 shutil.rmtree(writer.temporary, ignore_errors=True)
             self._events.append(Event("failed", step, time.perf_counter() - start, f"{type(cause).__name__}: {cause}"))
 
-    def _retire(self) -> None:
+    def _retire(self, saved: int) -> None:
+        """Deletes what is no longer to be kept; never the one just saved, which `latest` names, whatever its number."""
         for folder in steps_in(self.root)[: -self.keep_last]:
             step = int(folder.name.removeprefix("step-"))
-            if self.keep_every is None or step % self.keep_every:
+            if step != saved and (self.keep_every is None or step % self.keep_every):
                 remove(folder)
