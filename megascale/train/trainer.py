@@ -120,6 +120,7 @@ class Trainer:
                 )
 
     def give_up(self, step: int) -> None:
+        self.reporter.checkpoints(self.checkpointer.finish(), step)  # so that the message names the last one for certain
         raise TrainingError(
             f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite, and "
             f"train.max_skipped_steps is {self.config.train.max_skipped_steps}: lower optim.lr or look at the data; "

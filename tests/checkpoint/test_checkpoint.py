@@ -177,7 +177,7 @@ def test_weights_alone(saved: Path) -> None:
     load(saved, target, prefix="model.")
     assert torch.equal(target["model.a"].local, state(ONE, 0)["model.a"].local)
     del target["model.a"]
-    with pytest.raises(UsageError, match="also holds model.a"):
+    with pytest.raises(UsageError, match=r"also holds model.a"):
         load(saved, target, prefix="model.")
 
 

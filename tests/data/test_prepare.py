@@ -177,7 +177,7 @@ def test_tokens_beyond_the_vocabulary_and_short_data(prepared: str) -> None:
     """Catches an index error deep in the embedding instead of a word about the tokenizer."""
     with pytest.raises(UsageError, match=r"made with a vocabulary of 305, and model\.vocab_size is 290"):
         Mixture([Source(prepared, 1.0, "p")], 16, 1, 290, "all", 0.0, shuffled=True)
-    with pytest.raises(UsageError, match="needs 1000001"):
+    with pytest.raises(UsageError, match=r"needs 1000001"):
         Mixture([Source(prepared, 1.0, "p")], 1_000_000, 1, 305, "all", 0.0, shuffled=True)
     Path(prepared + ".json").unlink()
     mixture = Mixture([Source(prepared, 1.0, "p")], 16, 1, 5, "all", 0.0, shuffled=True)

@@ -1,0 +1,233 @@
+"""Configs: mistakes become sentences, and the support table is exactly what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from megascale.config.layout import axis_sizes
+from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
+from megascale.config.schema import Config, Parallel
+from megascale.config.support import RULES, check, refusals
+from megascale.errors import MegascaleError, UsageError
+from tests.layouts import Case, train
+from tests.ranks import run_ranks
+
+BASE: dict[str, Any] = {
+    "model": {"num_layers": 1, "hidden_size": 16, "num_heads": 4, "ffn_size": 24, "vocab_size": 30},
+    "train": {"steps": 2, "seq_len": 8},
+    "data": {"train": "x"},
+}
+
+
+def config(*overrides: str) -> Config:
+    return build_config(apply_overrides(BASE, overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.num_layer=3", "unknown key model.num_layer (= 3); did you mean model.num_layers?"),
+        ("model.num_hidden_layers=3", "here it is called model.num_layers"),
+        ("train.tensor-model-parallel-size=2", "here it is called parallel.tp"),
+        ("parallel.tp=two", "parallel.tp is 'two'"),
+        ("parallel.tp=0", "parallel.tp is 0"),
+        ("optim.lr=-1", "optim.lr is -1"),
+        ("model.residual=prenorm", "model.residual is 'prenorm'"),
+        ("model.hidden_size=18", "hidden_size 18 is not a multiple of num_heads 4"),
+        ("train.tokens=5", "set exactly one of train.steps and train.tokens"),
+        ("model=3", "write section.key=value"),
+        ("data.train=[{pth: a}]", "data.train"),
+        ("moddel.num_layers=3", "did you mean model?"),
+    ],
+)
+def test_mistakes_are_sentences(override: str, words: str) -> None:
+    """Catches errors that name neither the key nor the way out."""
+    with pytest.raises(UsageError) as error:
+        config(override)
+    assert words in str(error.value)
+
+
+def test_other_systems_names_lead_to_real_keys() -> None:
+    """Catches suggestions of keys that do not exist."""
+    assert set(ELSEWHERE.values()) <= set(known_keys())
+
+
+def test_yaml_is_1_2_and_configs_round_trip(tmp_path: Path) -> None:
+    """Catches 1e-3 read as text, `no` read as false, and a resolved config that cannot be read back."""
+    assert parse_yaml("[1e-3, no, 010, yes]") == [0.001, "no", 10, "yes"]
+    resolved = config("optim.lr=1e-3", "precision.fp8=true", "checkpoint.async=false", "data.train=[{path: a, weight: 2}, b]")
+    (tmp_path / "c.yaml").write_text(to_yaml(resolved.plain()))
+    assert load_config(tmp_path / "c.yaml") == resolved
+    assert resolved.precision.fp8 == "static" and not resolved.checkpoint.asynchronous
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "words"),
+    [
+        (Parallel(tp=2), 3, "need a multiple of 2 ranks, and there are 3"),
+        (Parallel(tp=2, dp_shard=2), 2, "make 4 ranks, and there are 2"),
+        (Parallel(dp_shard=2), 4, "make 2 ranks, and there are 4"),
+    ],
+)
+def test_layouts_that_do_not_fit(parallel: Parallel, ranks: int, words: str) -> None:
+    """Catches idle ranks and a crash in the mesh."""
+    with pytest.raises(UsageError, match=words):
+        axis_sizes(parallel, ranks)
+
+
+def test_remaining_ranks_go_to_the_data_axis() -> None:
+    """Catches DDP left on one replica, and dp_shard taking ranks that belong to tp."""
+    assert axis_sizes(Parallel(tp=2), 8)["dp_shard"] == 4
+    assert axis_sizes(Parallel(tp=2, dp_replicate=2), 8)["dp_shard"] == 2
+    assert axis_sizes(Parallel(engine="ddp", tp=2), 8)["dp_replicate"] == 4
+
+
+# One config for each rule of the table, refused by it and by no other.
+REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "family": (1, ("model.family=encoder",)),
+    "residual": (1, ("model.residual=deepnorm",)),
+    "norm": (1, ("model.norm=dyt",)),
+    "experts": (1, ("model.moe={num_experts: 4}",)),
+    "pipeline": (2, ("parallel.pp=2",)),
+    "context": (2, ("parallel.cp=2",)),
+    "expert_axes": (1, ("parallel.etp=2",)),
+    "layered": (1, ("parallel.accumulation=layered",)),
+    "deepspeed": (1, ("parallel.engine=deepspeed",)),
+    "offload": (1, ("parallel.offload=optimizer",)),
+    "fp8": (1, ("precision.fp8=true",)),
+    "base_width": (1, ("optim.base_width=64",)),
+    "ddp_shard": (2, ("parallel.engine=ddp", "parallel.dp_shard=2")),
+    "kv_heads": (1, ("model.num_kv_heads=3",)),
+    "rope_pairs": (1, ("model.head_dim=5",)),
+    "tp_heads": (3, ("parallel.tp=3",)),
+    "tp_ffn": (2, ("parallel.tp=2", "model.ffn_size=25")),
+    "tp_sequence": (2, ("parallel.tp=2", "parallel.tp_sequence=true", "train.seq_len=9")),
+    "vocabulary_parts": (4, ("parallel.tp=4", "model.vocab_size=3")),
+    "master": (1, ("precision.master=bf16",)),
+    "rope_context": (1, ("model.position=alibi", "model.rope_scaling={factor: 8}")),
+    "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
+    "eval_without_data": (1, ("train.eval_every=1",)),
+}
+
+
+def test_every_rule_has_its_case() -> None:
+    """Catches a rule that nothing observes."""
+    assert list(REFUSED) == [r.name for r in RULES]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_each_rule_refuses_its_case_alone(name: str) -> None:
+    """Catches rules that overlap, and messages without the keys, their values and the fix."""
+    ranks, overrides = REFUSED[name]
+    found = config(*overrides)
+    assert [r.name for r in refusals(found, ranks)] == [name]
+    rule = next(r for r in RULES if r.name == name)
+    with pytest.raises(UsageError) as error:
+        check(found, ranks)
+    assert all(key in str(error.value) for key in (*rule.keys, rule.fix))
+
+
+@st.composite
+def any_config(draw: st.DrawFn) -> tuple[int, Config]:
+    """Values in and out of what is supported."""
+    pick = {
+        "model.num_kv_heads": [1, 2, 3, 4],
+        "model.norm": ["rmsnorm", "layernorm", "dyt"],
+        "model.residual": ["pre", "post", "deepnorm"],
+        "model.position": ["rope", "alibi", "learned", "xpos"],
+        "model.head_dim": [3, 4],
+        "model.ffn_size": [24, 25],
+        "parallel.tp": [1, 2, 3],
+        "parallel.tp_sequence": ["true", "false"],
+        "parallel.engine": ["fsdp2", "ddp"],
+        "parallel.dp_shard": [-1, 1, 2],
+        "parallel.pp": [1, 1, 1, 2],
+        "parallel.recompute": ["none", "full"],
+        "train.seq_len": [8, 9],
+    }
+    keys = draw(st.lists(st.sampled_from(sorted(pick)), max_size=5, unique=True))
+    return draw(st.integers(1, 4)), config(*(f"{k}={draw(st.sampled_from(pick[k]))}" for k in keys))
+
+
+@pytest.mark.dist
+@given(any_config())
+@hypothesis_settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_what_the_table_does_not_refuse_runs(drawn: tuple[int, Config]) -> None:
+    """Catches both a combination that is refused although it works and one that is let through and fails later."""
+    ranks, found = drawn
+    try:
+        resolved = check(found, ranks)
+    except UsageError:
+        refused = bool(refusals(found, ranks))
+        fits = True
+        try:
+            axis_sizes(found.parallel, ranks)
+        except UsageError:
+            fits = False
+        assert refused or not fits
+        return
+    case = Case(resolved.model, resolved.parallel, seq_len=resolved.train.seq_len, steps=1, keep_tensors=False)
+    assert len(run_ranks(ranks, train, case)[0]["loss"]) == 1
+
+
+def cli(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "pretrain.py", *args], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "words"),
+    [
+        (["configs/nowhere.yaml"], {}, "there is no config file configs/nowhere.yaml"),
+        (["configs/quickstart.yml"], {}, "did you mean configs/quickstart.yaml"),
+        (["configs/quickstart.yaml", "data.train=nowhere/x", "run.dir=/tmp/never"], {}, "nowhere/x"),
+        (["configs/quickstart.yaml"], {"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"),
+        (["configs/quickstart.yaml"], {"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 tasks"),
+        (["configs/quickstart.yaml", "parallel.tp=3", "model.vocab_size=9"], {}, "parallel.tp is 3, model.num_heads is 4"),
+        (["configs/quickstart.yaml", "run.device=cuda", "model.vocab_size=9"], {}, "cuda"),
+    ],
+)
+def test_wrong_use_is_one_message_and_code_2(args: list[str], env: dict[str, str], words: str) -> None:
+    """Catches tracebacks and other exit codes for what the user can mend."""
+    done = cli(*args, env=env)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_errors_are_of_the_documented_codes() -> None:
+    """Catches an exit code that scripts do not know."""
+    assert {e.code for e in MegascaleError.__subclasses__()} == {2, 3, 4, 5, 75}
+
+
+def test_every_config_that_ships_is_valid() -> None:
+    """Catches a typo in configs/; sizes are those of their names, to 3 %."""
+    from megascale.train.dry_run import describe_run
+
+    shipped = sorted(Path("configs").glob("*.yaml"))
+    assert len(shipped) >= 8
+    for path in shipped:
+        loaded = load_config(path)
+        if loaded.model.vocab_size is None:
+            loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"vocab_size": 8192})})
+        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate)
+        report = describe_run(check(loaded, ranks), ranks)
+        number = path.stem.rsplit("-", 1)[-1]
+        if number[-1] in "mb" and number[:-1].replace(".", "").isdigit():
+            nominal = float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
+            assert abs(report["parameters"] / nominal - 1) < 0.03, (path, report["parameters"])
+
+
+def test_flatten() -> None:
+    """Catches keys of nested sections that lose their path."""
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}}) == {"a.b.c": 1, "a.d": [2]}

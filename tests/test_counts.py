@@ -1,0 +1,141 @@
+"""Bytes, collectives and memory equal their formulas: equality of losses cannot notice a layout that saves nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megascale.comm.mesh import Axis, Traffic, coordinates
+from megascale.comm.piece import chunk_bounds
+from megascale.config.layout import axis_sizes
+from megascale.config.load import build_config
+from megascale.config.schema import Optim, Parallel
+from megascale.config.support import check
+from megascale.optim.optimizers import build_optimizer
+from megascale.train.dry_run import rank_bytes
+from tests.layouts import Case, build, tiny, train
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+MODEL = tiny(num_layers=3)
+M = 2  # micro-batches a step
+ITEM = 8  # bytes of fp64
+
+
+def padded(shape: tuple[int, ...], ranks: int) -> int:
+    """FSDP2 pads dimension 0 to a multiple of its ranks."""
+    rows = -(-shape[0] // ranks) * ranks
+    n = 1
+    for size in (rows, *shape[1:]):
+        n *= size
+    return n
+
+
+def group_bytes(ranks: int) -> tuple[int, int]:
+    """Bytes of one block's and of the root's gathered weights."""
+    model = build(Case(MODEL, steps=1), 1)
+    block = sum(padded(w.placement.spec.shape, ranks) for w in model.weights if w.name.startswith("blocks.0."))
+    root = sum(padded(w.placement.spec.shape, ranks) for w in model.weights if not w.name.startswith("blocks."))
+    return block * ITEM, root * ITEM
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_sharding_sends_what_it_should(reshard: bool) -> None:
+    """Catches extra gathers: ZeRO-3 gathers each block twice a micro-batch and the root once, ZeRO-2 everything once; all reduce once."""
+    n, layers = 2, MODEL.num_layers
+    case = Case(MODEL, Parallel(dp_shard=n, reshard_after_forward=reshard), batch=2 * M, steps=2, keep_tensors=False)
+    result = run_ranks(n, train, case)[0]
+    gathers = 2 if reshard else 1
+    assert result["calls"]["dp_shard", "all_gather"] == M * (gathers * layers + 1)
+    assert result["calls"]["dp_shard", "reduce_scatter"] == M * (layers + 1)
+    block, root = group_bytes(n)
+    share = (n - 1) / n
+    assert result["sent"]["dp_shard"] == M * share * ((gathers + 1) * layers * block + 2 * root)
+
+
+def test_replicas_are_reduced_once_a_step() -> None:
+    """Catches an all-reduce of every micro-batch: HSDP's crosses the slow link, and DDP's is the whole of its cost."""
+    for parallel, ranks, shards in (
+        (Parallel(dp_replicate=2, dp_shard=2), 4, 2),
+        (Parallel(dp_replicate=2, engine="ddp", dp_shard=1), 2, 1),
+    ):
+        case = Case(MODEL, parallel, batch=ranks * M, steps=2, keep_tensors=False)
+        result = run_ranks(ranks, train, case)[0]
+        block, root = group_bytes(shards)
+        size = (block * MODEL.num_layers + root) // shards
+        assert result["sent"]["dp_replicate"] == 2 * size * (2 - 1) // 2
+        if shards == 2:
+            assert result["calls"]["dp_replicate", "all_reduce"] == MODEL.num_layers + 1
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_parallel_sends_what_it_should(sequence: bool) -> None:
+    """Catches a gather or sum too many: two exchanges a sublayer pair each way, plus embedding, head, loss and partial gradients."""
+    n, layers, batch, seq, d = 2, MODEL.num_layers, 1, 12, MODEL.hidden_size
+    case = Case(MODEL, Parallel(tp=n, tp_sequence=sequence), batch=1, steps=1, keep_tensors=False)
+    result = run_ranks(n, train, case)[0]
+    activation = batch * seq * d * ITEM
+    # Forward: 2 sums a block and the embedding's; backward: 2 a block and the head's. With the sequence cut, gather + scatter cost as much,
+    # and each of them has its mirror in the backward pass.
+    exchanges = 2 * layers + 1
+    stream = 2 * exchanges * 2 * activation * (n - 1) // n
+    loss = 2 * (seq + 2 * seq) * ITEM * (n - 1) // n
+    norms = (2 * layers + 1) * d * ITEM if sequence else 0
+    assert result["sent"]["tp"] == stream + loss + 2 * norms * (n - 1) // n
+    calls = {k[1]: v for k, v in result["calls"].items() if k[0] == "tp"}
+    if sequence:
+        assert calls == {"all_gather": 2 * exchanges, "reduce_scatter": 2 * exchanges, "all_reduce": 2 + 1}
+    else:
+        assert calls == {"all_reduce": 2 * exchanges + 2}
+
+
+def live_bytes(case: Case) -> tuple[dict[str, int], dict[str, int]]:
+    """What this rank really holds, and what the dry run says of its place."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    model = build(case, ranks)
+    state = build_optimizer(model, case.optim).state()
+    weights = sum(w.local.nbytes for w in model.weights)
+    held = {"parameters": weights, "gradients": weights, "optimizer": sum(t.nbytes for ts in state.values() for t in ts.values())}
+    config = build_config({"model": case.model.model_dump(), "train": {"steps": 1, "seq_len": case.seq_len}, "data": {"train": "x"}})
+    config = config.model_copy(
+        update={
+            "parallel": case.parallel,
+            "optim": case.optim,
+            "precision": config.precision.model_copy(update={"compute": case.precision}),
+        }
+    )
+    sizes = axis_sizes(case.parallel, ranks)
+    return held, rank_bytes(check(config, ranks), coordinates(dist.get_rank() if ranks > 1 else 0, sizes), sizes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (1, Parallel()),
+        (3, Parallel(dp_shard=3)),
+        (4, Parallel(tp=2, dp_shard=2, tp_sequence=True)),
+        (4, Parallel(tp=4)),
+        (2, Parallel(engine="ddp", dp_replicate=2, dp_shard=1)),
+    ],
+)
+def test_dry_run_bytes_are_exact(ranks: int, parallel: Parallel, optimizer: Any) -> None:
+    """Catches a dry run that flatters: bytes of weights, gradients and optimizer equal the running program's on every rank."""
+    case = Case(tiny(vocab_size=37, bias=True), parallel, Optim(name=optimizer))
+    for held, said in run_ranks(ranks, live_bytes, case):
+        assert held == said
+
+
+def test_counting_follows_the_ring() -> None:
+    """Catches an axis that counts what it receives, or counts itself at size one."""
+    traffic = Traffic()
+    alone = Axis("tp", 1, 0, None, traffic)
+    from megascale.comm.collectives import all_gather, all_reduce
+
+    all_reduce(torch.ones(3), alone)
+    all_gather(torch.ones(3), alone, 0)
+    assert traffic.take() == ({}, {})
+    assert [chunk_bounds(5, 3, r) for r in range(3)] == [(0, 2), (2, 4), (4, 5)]

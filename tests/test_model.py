@@ -1,0 +1,256 @@
+"""The mathematics of one process against plain references."""
+
+from __future__ import annotations
+
+import ast
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megascale.comm.piece import Piece
+from megascale.config.schema import Optim, RopeScaling
+from megascale.errors import UsageError
+from megascale.model import kernels, loss
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.init import initialize
+from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary, rotate
+from megascale.model.spec import ParamSpec, specs_of
+from megascale.optim.optimizers import Muon, orthogonalize
+from megascale.optim.schedule import learning_rate
+from tests.layouts import Case, build, fake_batch, tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 25])
+def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Catches a lost chunk, a target that should not count, padding columns that take probability, and wrong gradients."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk * 13)
+    torch.manual_seed(0)
+    x, w = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (20,))
+    targets[::3] = -1
+    got = loss.cross_entropy_sum(x, w, targets, 0.25, 0, 11, None)
+    got.backward()
+    grads = x.grad, w.grad
+    x2, w2 = x.detach().requires_grad_(), w.detach().requires_grad_()
+    want = 0.25 * F.cross_entropy(x2 @ w2[:11].t(), targets, ignore_index=-1, reduction="sum")
+    want.backward()
+    torch.testing.assert_close(got, want.detach())
+    torch.testing.assert_close(grads[0], x2.grad)
+    torch.testing.assert_close(grads[1], w2.grad)
+
+
+def test_decoder_against_a_plain_loop() -> None:
+    """Catches a misplaced norm, mask, rotation or gain: Llama's forward pass written out in full."""
+    case = Case(tiny(num_layers=2))
+    model = build(case, 1)
+    p = {w.name: w.local for w in model.weights}
+    batch = fake_batch(case, [1, 2])
+    got = model.module(batch.tokens)
+    x = p["embedding.weight"][batch.tokens]
+    b, s, e = 2, case.seq_len, 6
+    freq = 10000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
+
+    def rms(v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return v / (v.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * g
+
+    def turn(v: torch.Tensor) -> torch.Tensor:
+        out = v.clone()
+        for n in range(s):
+            for i in range(e // 2):
+                c, t = math.cos(n * freq[i]), math.sin(n * freq[i])
+                out[:, n, :, i] = v[:, n, :, i] * c - v[:, n, :, i + e // 2] * t
+                out[:, n, :, i + e // 2] = v[:, n, :, i + e // 2] * c + v[:, n, :, i] * t
+        return out
+
+    for layer in range(2):
+        w = {k.removeprefix(f"blocks.{layer}."): v for k, v in p.items()}
+        h = rms(x, w["attention_norm.weight"])
+        q = turn((h @ w["attention.q.weight"].t()).view(b, s, 4, e))
+        k = turn((h @ w["attention.k.weight"].t()).view(b, s, 2, e))
+        v = (h @ w["attention.v.weight"].t()).view(b, s, 2, e)
+        y = torch.zeros(b, s, 4, e, dtype=torch.float64)
+        for head in range(4):
+            for n in range(s):
+                score = (q[:, n, None, head] * k[:, : n + 1, head // 2]).sum(-1) / math.sqrt(e)
+                y[:, n, head] = (score.softmax(-1).unsqueeze(-1) * v[:, : n + 1, head // 2]).sum(1)
+        x = x + y.flatten(2) @ w["attention.o.weight"].t()
+        h = rms(x, w["ffn_norm.weight"])
+        up, gate = h @ w["ffn.up.weight"].t(), h @ w["ffn.gate.weight"].t()
+        x = x + (gate * gate.sigmoid() * up) @ w["ffn.down.weight"].t()
+    want = rms(x, p["final_norm.weight"]) @ p["head.weight"].t()
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
+def test_the_start_does_not_depend_on_how_a_tensor_is_cut() -> None:
+    """Catches a draw that follows the rank's order instead of the element's place, across tile borders."""
+    spec = ParamSpec((600, 2100), "up", 0, std=0.5)
+    whole = torch.empty(spec.shape)
+    initialize(Piece(spec.shape, (0, 0), whole), "w", spec, 3)
+    for top, left, rows, columns in ((0, 0, 600, 700), (255, 1000, 3, 100), (599, 0, 1, 2100), (10, 2099, 500, 1)):
+        part = torch.empty(rows, columns, dtype=torch.float64)
+        initialize(Piece(spec.shape, (top, left), part), "w", spec, 3)
+        assert torch.equal(part.float(), whole[top : top + rows, left : left + columns])
+    assert abs(whole.std().item() / 0.5 - 1) < 0.01 and abs(whole.mean().item()) < 0.002
+    for name, seed in (("v", 3), ("w", 4)):
+        other = torch.empty(spec.shape)
+        initialize(Piece(spec.shape, (0, 0), other), name, spec, seed)
+        assert not torch.equal(other, whole)
+
+
+def test_building_costs_nothing() -> None:
+    """Catches a module that allocates: 405B parameters on the meta device."""
+    from megascale.config.load import load_config
+
+    cfg = load_config("configs/llama-405b.yaml").model
+    model = Decoder(cfg, Shape(8192, torch.bfloat16, torch.bfloat16), kernels.torch_rmsnorm)
+    assert all(p.is_meta for p in model.parameters())
+    assert abs(sum(s.numel for s in specs_of(model).values()) / 405.85e9 - 1) < 0.001
+
+
+def test_rope_scaling_is_llama_3s() -> None:
+    """Catches interpolation in the wrong direction: short waves stay, long ones stretch by the factor, those between are blended."""
+    plain = inverse_frequencies(128, 500000.0, None, CPU)
+    scaled = inverse_frequencies(128, 500000.0, RopeScaling(factor=8), CPU)
+    ratio = plain / scaled
+    assert ratio[0] == 1 and ratio[-1] == 8 and (ratio[1:] >= ratio[:-1] - 1e-12).all()
+
+
+def test_xpos_depends_on_distance_only() -> None:
+    """Catches decays that do not cancel between query and key."""
+    freq = inverse_frequencies(8, 100.0, None, CPU)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+
+    def score(i: int, j: int) -> float:
+        r = rotary(torch.arange(20)[None], freq, torch.float64, xpos=True)
+        turned = rotate(q, r.q_cos[:, :, i : i + 1], r.q_sin[:, :, i : i + 1])
+        return float((turned * rotate(k, r.k_cos[:, :, j : j + 1], r.k_sin[:, :, j : j + 1])).sum())
+
+    assert score(5, 3) == pytest.approx(score(15, 13), abs=1e-12)
+    assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-3)
+
+
+def test_alibi_slopes_and_masks() -> None:
+    """Catches slopes in the wrong order and windows that are one too wide."""
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(6)[:4] == [2.0 ** (-2 * i) for i in range(1, 5)] and len(alibi_slopes(6)) == 6
+    mask = attention_mask(5, None, 2, None, torch.float32, CPU)
+    assert mask is not None and mask[0, 0, 3].tolist() == [False, False, True, True, False]
+    documents = torch.tensor([[0, 0, 1, 1, 1]])
+    mask = attention_mask(5, documents, None, torch.tensor([0.5]), torch.float32, CPU)
+    assert mask is not None and mask[0, 0, 3].tolist() == [-math.inf, -math.inf, -0.5, 0.0, -math.inf]
+
+
+def test_learning_rates() -> None:
+    """Catches off-by-one warm-ups and decays that miss their end."""
+    cosine = Optim(lr=1.0, warmup_steps=10, decay="cosine", min_lr_ratio=0.1)
+    assert [learning_rate(cosine, s, 110) for s in (1, 5, 10, 60, 110, 200)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
+    wsd = Optim(lr=1.0, decay="wsd", decay_steps=20, min_lr_ratio=0.0)
+    assert [learning_rate(wsd, s, 100) for s in (1, 80, 90, 100)] == pytest.approx([1, 1, 0.5, 0])
+    linear = Optim(lr=2.0, decay="linear", decay_steps=50, min_lr_ratio=0.5)
+    assert [learning_rate(linear, s, 100) for s in (25, 50, 80)] == pytest.approx([1.5, 1, 1])
+    assert learning_rate(Optim(lr=1.0, decay="constant"), 99, 100) == 1
+
+
+def test_muon_is_torchs() -> None:
+    """Catches another momentum, step size or iteration than torch.optim.Muon's; theirs works in bf16, hence the bound."""
+    torch.manual_seed(0)
+    for shape in ((12, 20), (20, 12)):
+        weight, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+        theirs = torch.nn.Parameter(weight.clone())
+        optimizer = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+        ours, momentum = weight.clone(), torch.zeros(shape)
+        for g in grads:
+            theirs.grad = g.clone()
+            optimizer.step()
+            momentum = torch.lerp(momentum, g, 0.1)
+            update = orthogonalize(torch.lerp(g, momentum, 0.9), Muon.COEFFICIENTS, Muon.ROUNDS)
+            ours = ours * (1 - 0.1 * 0.1) - 0.1 * 0.2 * max(shape) ** 0.5 * update
+        assert (ours - theirs).abs().max() < 0.03 * (ours - weight).abs().max()
+
+
+def stand_in(calls: list[str]) -> dict[str, Any]:
+    """A module that has NVIDIA apex's symbols."""
+    package, normalization, module = (types.ModuleType(n) for n in ("apex", "apex.normalization", "apex.normalization.fused_layer_norm"))
+
+    def fused(x: torch.Tensor, weight: torch.Tensor, shape: Any, eps: float) -> torch.Tensor:
+        calls.append("fused")
+        return F.rms_norm(x, shape, weight, eps)
+
+    module.fused_rms_norm_affine = fused  # type: ignore[attr-defined]
+    return {m.__name__: m for m in (package, normalization, module)}
+
+
+def test_kernels_are_chosen_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches PyPI's `apex`, another project, being taken for NVIDIA's, and a choice that falls back in silence."""
+    calls: list[str] = []
+    cuda = torch.device("cuda")
+    assert kernels.choose_kernels("auto", "rmsnorm", CPU).source == "torch"
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        kernels.choose_kernels("apex", "rmsnorm", CPU)
+    with pytest.raises(UsageError, match="has no fused_rms_norm_affine here"):
+        kernels.choose_kernels("apex", "rmsnorm", cuda)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # PyPI's has no such module
+    with pytest.raises(UsageError, match="has no fused_rms_norm_affine here"):
+        kernels.choose_kernels("apex", "rmsnorm", cuda)
+    for name, module in stand_in(calls).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    choice = kernels.choose_kernels("apex", "rmsnorm", cuda)
+    x, w = torch.randn(3, 4), torch.ones(4)
+    torch.testing.assert_close(choice.norm(x, w, None, 1e-5), kernels.torch_rmsnorm(x, w, None, 1e-5))
+    assert (choice.source, calls) == ("apex", ["fused"])
+
+
+def test_compiled_blocks_equal_eager_ones() -> None:
+    """Catches a graph that is specialized on the first layer's weights; fp32 fusion rounds differently."""
+    from dataclasses import replace
+
+    from megascale.config.schema import Parallel
+
+    case = Case(tiny(), precision="fp32")
+    outcomes = []
+    for compiled in (False, True):
+        model = build(replace(case, parallel=Parallel(compile=compiled)), 1)
+        batch = fake_batch(case, [1])
+        value = model.module(batch.tokens, batch.targets)
+        value.backward()
+        outcomes.append((value.item(), model.weights[1].local_grad.clone()))  # type: ignore[union-attr]
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-5)
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1], atol=1e-4, rtol=1e-4)
+
+
+# Rooms in the order in which they may import one another: a room imports from its own rank or from lower ones.
+ORDER = (
+    {"errors"},
+    {"config", "cli"},
+    {"launch"},
+    {"comm", "data", "precision"},
+    {"model"},
+    {"measure", "parallel"},
+    {"schedule", "optim", "checkpoint"},
+    {"expand", "train", "report"},
+)
+
+
+def test_imports_go_one_way() -> None:
+    """Catches a room that reaches up; config and launch import no torch, so that a login node starts them at once."""
+    rank = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
+    for path in Path("megascale").rglob("*.py"):
+        room = path.relative_to("megascale").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                if name.startswith("megascale."):
+                    assert rank[name.split(".")[1]] <= rank[room], f"{path} imports {name}"
+                assert not (room in ("config", "launch") and name.split(".")[0] == "torch"), f"{path} imports torch"

@@ -1,0 +1,224 @@
+"""Whole runs: the curve survives stops, resumes and other layouts; what is wrong is said in one message."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megascale.checkpoint import storage
+from megascale.data import loader
+from megascale.train import trainer as trainer_module
+from tests.ranks import run_ranks
+from tests.runs import losses, make_tokens, rows, run, settings, weights_at
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_tokens(tmp_path / "tokens")
+    return tmp_path
+
+
+def other(folder: Path, name: str) -> Path:
+    """A second place with the same tokens."""
+    place = folder / name
+    place.mkdir()
+    for end in ("bin", "idx"):
+        shutil.copy(folder / f"tokens.{end}", place / f"tokens.{end}")
+    return place
+
+
+def same_data(folder: Path, place: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a run in `place` that has the identity of one in `folder`."""
+    return {**settings(place, **changes), "data": {"train": str(folder / "tokens")}}
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"parallel__dp_shard": 2})])
+def test_resume_on_the_same_layout_is_bit_equal(folder: Path, ranks: int, changes: dict[str, Any]) -> None:
+    """Catches any state that a checkpoint forgets: optimizer, data position, schedule."""
+    assert run_ranks(ranks, run, settings(folder, **changes)) == [(0, "done")] * ranks
+    again = other(folder, "again")
+    first = same_data(folder, again, **changes)
+    codes = run_ranks(ranks, run, first, 3)
+    assert [c for c, _ in codes] == [75] * ranks, codes
+    assert run_ranks(ranks, run, first) == [(0, "done")] * ranks
+    assert losses(again) == losses(folder)
+    assert losses(folder)[-1] < losses(folder)[0]
+    straight, resumed = weights_at(folder, 6), weights_at(again, 6)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[n], resumed[n]) for n in straight)
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (3, {"parallel__dp_shard": 3}),
+    (2, {"parallel__tp": 2, "parallel__tp_sequence": True}),
+    (4, {"parallel__dp_replicate": 2, "parallel__dp_shard": 2, "parallel__recompute": "full"}),
+    (4, {"parallel__tp": 2, "parallel__engine": "ddp", "parallel__dp_shard": 1, "parallel__dp_replicate": 2}),
+    (1, {}),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_on_other_layouts(folder: Path, optimizer: str) -> None:
+    """Catches state that is resharded wrongly: one run wanders over five layouts and equals the one that stayed."""
+    fixed = {"optim__name": optimizer, "train__steps": 10, "model__vocab_size": 41, "checkpoint__every": 2}
+    run_ranks(1, run, settings(folder, **fixed))
+    wandering = other(folder, "wandering")
+    for i, (ranks, changes) in enumerate(LAYOUTS):
+        codes = run_ranks(ranks, run, same_data(folder, wandering, **fixed, **changes), 2 * i + 1)
+        assert {c for c, _ in codes} == ({75} if i + 1 < len(LAYOUTS) else {0}), codes
+    assert max(abs(a - b) / b for a, b in zip(losses(wandering), losses(folder))) <= 1e-12
+    stayed, came = weights_at(folder, 10), weights_at(wandering, 10)
+    assert {n: t.shape for n, t in stayed.items()} == {n: t.shape for n, t in came.items()}
+    for name, tensor in stayed.items():
+        assert (came[name] - tensor).abs().max() <= 1e-11 * tensor.abs().max().clamp(min=1e-3), name
+    assert next(e["layout"] for e in rows(wandering, "events") if e["event"] == "start") == "dp_shard3"
+
+
+def test_rows_after_the_checkpoint_are_dropped(folder: Path) -> None:
+    """Catches curves that run twice over the same steps after a crash."""
+    values = settings(folder)
+    run_ranks(1, run, values)
+    shutil.rmtree(folder / "run/checkpoints/step-00000006")
+    assert run_ranks(1, run, values) == [(0, "done")]
+    assert len(losses(folder)) == 6
+
+
+def test_every_row_has_what_scripts_read(folder: Path) -> None:
+    """Catches a renamed or missing key of INTERFACE, and numbers that are not JSON."""
+    make_tokens(folder / "more", 20)
+    valid = [{"path": str(folder / "tokens"), "name": "a"}, {"path": str(folder / "more"), "name": "b"}]
+    run_ranks(2, run, settings(folder, data__valid=valid, train__eval_every=3, train__eval_steps=2, train__log_every=4))
+    found = rows(folder)
+    assert [r["step"] for r in found] == [1, 3, 4, 6]
+    keys = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu", "memory_bytes", "sent_bytes"]
+    assert all(set(keys) <= r.keys() for r in found)
+    assert [set(r["valid_loss"]) for r in found if "valid_loss" in r] == [{"a", "b"}] * 2
+    assert found[-1]["tokens"] == 6 * 4 * 16 and found[-1]["sent_bytes"]["dp_shard"] > 0
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_packing_is_the_same_on_every_layout(folder: Path, packing: str) -> None:
+    """Catches a loss averaged per rank: with packing the ranks have different numbers of valid targets."""
+    run_ranks(1, run, settings(folder, train__packing=packing))
+    split = other(folder, "split")
+    run_ranks(3, run, same_data(folder, split, train__packing=packing))
+    assert max(abs(a - b) / b for a, b in zip(losses(split), losses(folder))) <= 1e-12
+
+
+def spoiled(values: dict[str, Any], bad_steps: list[int]) -> tuple[int, str]:
+    """A run whose gradients are not finite at some steps, on the last rank only."""
+    real, calls = trainer_module.run_micro_batches, [0]
+
+    def spoil(model: Any, *args: Any) -> Any:
+        loss = real(model, *args)
+        calls[0] += 1
+        if calls[0] in bad_steps and model.mesh.rank == model.mesh.size - 1:
+            model.weights[0].local_grad[0] = float("nan")
+        return loss
+
+    trainer_module.run_micro_batches = spoil
+    return run(values)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_a_bad_step_changes_nothing(folder: Path, optimizer: str) -> None:
+    """Catches a step that moves weights, momenta or step counts although a gradient was not finite somewhere."""
+    values = settings(folder, optim__name=optimizer, checkpoint__every=1, checkpoint__keep_last=9)
+    assert run_ranks(2, spoiled, values, [3]) == [(0, "done")] * 2
+    before, after = weights_at(folder, 2), weights_at(folder, 3)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert any(not torch.equal(after[n], t) for n, t in weights_at(folder, 4).items())
+    assert [(e["step"], e["grad_norm"]) for e in rows(folder, "events") if e["event"] == "skip"] == [(3, None)]
+    assert rows(folder)[2]["grad_norm"] is None
+
+
+def test_too_many_bad_steps_end_the_run(folder: Path) -> None:
+    """Catches a run that burns its time on NaN."""
+    values = settings(folder, train__max_skipped_steps=1, checkpoint__every=1)
+    code, message = run_ranks(1, spoiled, values, [3, 4])[0]
+    assert code == 3 and "max_skipped_steps is 1" in message and "last good checkpoint is step" in message
+
+
+def disk_full_at(values: dict[str, Any], bad: str) -> tuple[int, str]:
+    real = storage.write_shard
+
+    def full(path: Path, *args: Any) -> Any:
+        if bad in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, *args)
+
+    storage.write_shard = full
+    return run(values)
+
+
+def test_a_disk_that_fills_does_not_end_training(folder: Path) -> None:
+    """Catches a run that dies of a failed save in the middle, and one that calls itself done without its last checkpoint."""
+    assert run_ranks(2, disk_full_at, settings(folder), "step-00000003") == [(0, "done")] * 2
+    assert [e["step"] for e in rows(folder, "events") if e["event"] == "save_failed"] == [3]
+    code, message = run_ranks(1, disk_full_at, settings(other(folder, "b")), "step-00000006")[0]
+    assert code == 3 and "No space left" in message and "last good one is step 3" in message
+
+
+def test_identity_is_kept(folder: Path) -> None:
+    """Catches a resume that silently continues another run, and changes that are allowed but not recorded."""
+    run_ranks(1, run, settings(folder, train__steps=3))
+    code, message = run_ranks(1, run, settings(folder, optim__lr=1e-3))[0]
+    assert code == 2 and "optim.lr: 0.003 in the checkpoint, 0.001 now" in message and "run.allow_change='[optim.lr]'" in message
+    code, _ = run_ranks(1, run, settings(folder, optim__lr=1e-3, run__allow_change=["optim.lr"]))[0]
+    assert code == 0
+    assert [e["changes"] for e in rows(folder, "events") if e["event"] == "change"] == [{"optim.lr": [0.003, 0.001]}]
+
+
+def test_directories_of_others_are_left_alone(folder: Path) -> None:
+    """Catches a run that writes over somebody's files."""
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.tex").write_text("years")
+    code, message = run_ranks(1, run, settings(folder))[0]
+    assert code == 2 and "thesis.tex" in message
+    assert [p.name for p in (folder / "run").iterdir()] == ["thesis.tex"]
+    second = other(folder, "second")
+    assert run_ranks(1, run, settings(second, train__steps=3))[0][0] == 0
+    code, message = run_ranks(1, run, settings(second, checkpoint__resume="never"))[0]
+    assert code == 2 and "already holds a run" in message
+
+
+def test_weights_from_another_run(folder: Path) -> None:
+    """Catches init_from that also takes the step, the optimizer or the data position."""
+    run_ranks(1, run, settings(folder))
+    fresh = other(folder, "fresh")
+    values = settings(fresh, optim__lr=1e-4, checkpoint__init_from=str(folder / "run"), train__steps=1)
+    assert run_ranks(2, run, values) == [(0, "done")] * 2
+    assert losses(fresh)[0] < losses(folder)[0] - 0.1
+    wrong = settings(other(folder, "wrong"), model__num_layers=3, checkpoint__init_from=str(folder / "run"))
+    code, message = run_ranks(1, run, wrong)[0]
+    assert code == 2 and "lacks model.blocks.2" in message
+
+
+def test_errors_of_one_rank_reach_all(folder: Path) -> None:
+    """Catches ranks that wait for ever because one of them could not open its data."""
+    assert [c for c, _ in run_ranks(2, missing_on_rank_one, settings(folder))] == [2, 2]
+
+
+def missing_on_rank_one(values: dict[str, Any]) -> tuple[int, str]:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        values["data"]["train"] += "-elsewhere"
+    return run(values)
+
+
+def test_batches_come_from_the_sampler_alone(folder: Path) -> None:
+    """Catches a loader with a memory: batch 5 is the same whether or not 0 to 4 were made."""
+    from megascale.data.dataset import Mixture, Source
+
+    mixture = Mixture([Source(str(folder / "tokens"), 1.0, "t")], 16, 1, 40, "all", 0.0, shuffled=True)
+    late = loader.make_batch(mixture, [20, 21], "concat", torch.device("cpu"))
+    for n in range(20):
+        mixture.sample(n)
+    assert torch.equal(loader.make_batch(mixture, [20, 21], "concat", torch.device("cpu")).tokens, late.tokens)
