@@ -216,6 +216,15 @@ def check(config: Config, ranks: int) -> Config:
     return config.model_copy(update={"parallel": resolved})
 
 
+def markdown_table() -> str:
+    """The table as it stands in docs/layouts.md."""
+    lines = ["| keys | refused because | do instead | |", "|---|---|---|---|"]
+    for rule in RULES:
+        keys = ", ".join(f"`{key}`" for key in rule.keys)
+        lines.append(f"| {keys} | {rule.why} | {rule.fix} | {'planned' if rule.later else ''} |")
+    return "\n".join(lines)
+
+
 def padding_note(config: Config) -> str | None:
     """A sentence when a step's samples do not fill the micro-batches of all ranks; the empty places cost time and change nothing."""
     batch, slots = config.train.global_batch_size, config.train.micro_batch_size * data_parts(config.parallel)

@@ -1,0 +1,131 @@
+"""Share of the machine's own product rate that a training step reaches, and tokens/s beside Hugging Face's Llama of the same shape.
+
+`python benchmarks/one_process/throughput.py --dtype fp32` (or bf16); needs `pip install -e '.[hf]'` for the comparison. On a GPU add
+`--config gpu`: a 1.2B decoder in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import in_turn, machine, write
+from megascale.comm.mesh import AXES, build_mesh
+from megascale.config.load import load_config
+from megascale.config.schema import Model, Optim, Parallel
+from megascale.data.loader import Batch
+from megascale.measure.compute import flops_per_token
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.kernels import choose_kernels
+from megascale.model.spec import specs_of
+from megascale.optim.clip import clip_factor, global_norm
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import parallelize
+from megascale.schedule.accumulate import run_micro_batches
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def our_step(cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str) -> tuple[Callable[[], object], float]:
+    """One training step of ours, and its FLOPs."""
+    device = tokens.device
+    mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
+    kernels = choose_kernels("auto", cfg.norm, device)
+    meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype), kernels.norm)
+    flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
+    model = parallelize(meta, mesh, Parallel(compile=True, recompute=recompute), device)  # type: ignore[arg-type]
+    for _ in model.draw_weights(1):
+        pass
+    optimizer = build_optimizer(model, Optim(lr=1e-4))
+    numbers = torch.arange(tokens.shape[0])
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, numbers, tokens[:, 1:].numel())
+
+    def step() -> None:
+        run_micro_batches(model, [batch], 1 / batch.valid)
+        norm = global_norm(model.weights, 1)
+        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
+        for w in model.weights:
+            w.parameter.grad = None
+
+    return step, flops
+
+
+def their_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    """The same shape as Hugging Face's Llama, compiled, with torch's fused AdamW and clipping, fp32 masters under autocast."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.ffn_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.num_kv_heads,
+        tie_word_embeddings=cfg.tie_embeddings,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(tokens.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    compiled = torch.compile(model, dynamic=False)
+
+    def step() -> None:
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+            loss = compiled(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ffn", choices=["swiglu", "gelu"], default="gelu", help="Hugging Face's Llama has swiglu only")
+    parser.add_argument("--config", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--compare", action="store_true", help="also run Hugging Face's Llama (uses swiglu)")
+    args = parser.parse_args()
+    dtype = DTYPES[args.dtype]
+    if args.config == "gpu":
+        cfg, seq_len, batch, device = load_config("configs/llama-1.2b.yaml").model, 4096, 4, torch.device("cuda")
+    else:
+        ffn = "swiglu" if args.compare else args.ffn
+        sizes = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "vocab_size": 8192, "tie_embeddings": True, "ffn": ffn}
+        cfg, seq_len, batch, device = Model(**sizes), 512, 4, torch.device("cpu")
+    assert cfg.vocab_size is not None
+    tokens = torch.randint(0, cfg.vocab_size, (batch, seq_len + 1), device=device)
+    step, flops = our_step(cfg, seq_len, tokens, dtype, "none")
+    steps = {"megascale": step}
+    if args.compare:
+        steps["huggingface"] = their_step(cfg, tokens, dtype)
+    for warm_up in steps.values():
+        for _ in range(3):
+            warm_up()
+    measured = in_turn(steps, args.rounds, device, dtype)
+    parameters = sum(
+        s.numel for s in specs_of(Decoder(cfg, Shape(seq_len, dtype, dtype), choose_kernels("torch", cfg.norm, device).norm)).values()
+    )
+    result = {
+        "machine": machine(),
+        "parameters": parameters,
+        "dtype": args.dtype,
+        "ffn": cfg.ffn,
+        "tokens_per_step": batch * seq_len,
+        "flops_per_step": flops,
+        "flops_formula": "6·parameters·tokens + 12·L·h·s·tokens (attention in full)",
+        "share_of_gemm": flops / measured["megascale"]["seconds"] / measured["megascale"]["gemm_flops"],
+        "measured": measured,
+    }
+    if args.compare:
+        result["speed_over_huggingface"] = measured["huggingface"]["seconds"] / measured["megascale"]["seconds"]
+    if device.type == "cuda":
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    write(__file__, f"{device.type}_{args.dtype}{'_vs_hf' if args.compare else ''}", result)
+
+
+if __name__ == "__main__":
+    main()
