@@ -95,7 +95,7 @@ def main() -> None:
     else:
         ffn = "swiglu" if args.compare else args.ffn
         sizes = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "vocab_size": 8192, "tie_embeddings": True, "ffn": ffn}
-        cfg, seq_len, batch, device = Model(**sizes), 512, 4, torch.device("cpu")
+        cfg, seq_len, batch, device = Model.model_validate(sizes), 512, 4, torch.device("cpu")
     assert cfg.vocab_size is not None
     tokens = torch.randint(0, cfg.vocab_size, (batch, seq_len + 1), device=device)
     step, flops = our_step(cfg, seq_len, tokens, dtype, "none")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megascale.config.layout import axis_sizes
 from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
 from megascale.config.schema import Config, Parallel
-from megascale.config.support import RULES, check, refusals
+from megascale.config.support import RULES, check, markdown_table, refusals
 from megascale.errors import MegascaleError, UsageError
 from tests.layouts import Case, train
 from tests.ranks import run_ranks
@@ -231,3 +231,9 @@ def test_every_config_that_ships_is_valid() -> None:
 def test_flatten() -> None:
     """Catches keys of nested sections that lose their path."""
     assert flatten({"a": {"b": {"c": 1}, "d": [2]}}) == {"a.b.c": 1, "a.d": [2]}
+
+
+def test_the_docs_show_the_table() -> None:
+    """Catches a rule that was changed without its page."""
+    text = Path("docs/layouts.md").read_text(encoding="utf-8")
+    assert markdown_table() in text, "docs/layouts.md: put the output of megascale.config.support.markdown_table() between the marks"

@@ -1,0 +1,123 @@
+"""Two processes of one thread against one process of one thread, ours beside plain PyTorch for the same axis, in turn in one run.
+
+`python benchmarks/two_processes/scaling.py` on a machine with two free cores.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import machine, write
+from benchmarks.two_processes.plain import Plain, wrap
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Model, Optim, Parallel
+from megascale.data.loader import Batch
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.kernels import torch_rmsnorm
+from megascale.optim.clip import clip_factor, global_norm
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import parallelize
+from megascale.schedule.accumulate import run_micro_batches
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.ranks import run_ranks
+
+CFG = Model(num_layers=6, hidden_size=512, num_heads=8, vocab_size=8192, ffn="gelu", ffn_size=2048)
+SEQ, BATCH, STEPS = 256, 8, 4
+LAYOUTS = {
+    "none": Parallel(),
+    "ddp": Parallel(engine="ddp", dp_replicate=2, dp_shard=1),
+    "fsdp2": Parallel(dp_shard=2),
+    "tp": Parallel(tp=2, dp_shard=1),
+}
+
+
+def share(axis: str) -> Batch:
+    """This rank's part of the global batch: half of it under data parallelism."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 8192, (BATCH, SEQ + 1))
+    if axis in ("ddp", "fsdp2"):
+        tokens = tokens.chunk(2)[dist.get_rank()]
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, torch.arange(len(tokens)), tokens[:, 1:].numel())
+
+
+def timed(step: Any) -> list[float]:
+    for _ in range(2):
+        step()
+    seconds = []
+    for _ in range(STEPS):
+        if dist.is_initialized():
+            dist.barrier()
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def ours(axis: str) -> list[float]:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = build_mesh(axis_sizes(LAYOUTS[axis], ranks), "cpu")
+    meta = Decoder(CFG, Shape(SEQ, torch.float32, torch.float32), torch_rmsnorm)
+    model = parallelize(meta, mesh, LAYOUTS[axis].model_copy(update={"dp_shard": mesh["dp_shard"].size}), torch.device("cpu"))
+    for _ in model.draw_weights(1):
+        pass
+    optimizer, batch = build_optimizer(model, Optim()), share(axis)
+
+    def step() -> None:
+        run_micro_batches(model, [batch], 1 / (BATCH * SEQ))
+        norm = global_norm(model.weights, ranks)
+        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
+        for w in model.weights:
+            w.parameter.grad = None
+
+    return timed(step)
+
+
+def plain(axis: str) -> list[float]:
+    torch.manual_seed(1)
+    model, batch = wrap(Plain(CFG), axis), share(axis)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+
+    def step() -> None:
+        model(batch.tokens, batch.targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step)
+
+
+def main() -> None:
+    seconds: dict[str, list[float]] = {}
+    for _ in range(3):
+        for axis in LAYOUTS:
+            for name, run in (("megascale", ours), ("plain", plain)):
+                # The slower rank decides when a step is over.
+                ranks = run_ranks(1 if axis == "none" else 2, run, axis, timeout=300)
+                seconds.setdefault(f"{name} {axis}", []).extend(map(max, zip(*ranks)))
+    median = {k: statistics.median(v) for k, v in seconds.items()}
+    write(
+        __file__,
+        "scaling",
+        {
+            "machine": machine() | {"threads": 1},
+            "parameters": sum(p.numel() for p in Plain(CFG).parameters()),
+            "tokens_per_step": SEQ * BATCH,
+            "seconds": median,
+            "speed_over_one_process": {a: median["megascale none"] / median[f"megascale {a}"] for a in LAYOUTS if a != "none"},
+            "plain_speed_over_one_process": {a: median["plain none"] / median[f"plain {a}"] for a in LAYOUTS if a != "none"},
+            "speed_over_plain": {a: median[f"plain {a}"] / median[f"megascale {a}"] for a in LAYOUTS},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
