@@ -141,8 +141,7 @@ def read_index(folder: str | Path) -> Index:
     for name, size in stored.items():
         if size > index.files[name].bytes:
             raise UsageError(
-                f"{path} is damaged: {name} should have {index.files[name].bytes} bytes and its chunks {size}; "
-                "use an older checkpoint"
+                f"{path} is damaged: {name} should have {index.files[name].bytes} bytes and its chunks {size}; use an older checkpoint"
             )
     return index
 
@@ -156,9 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
     if not isinstance(raw, dict):
-        raise UsageError(
-            f"{path} holds a {type(raw).__name__} instead of an object: the checkpoint is damaged, use an older one"
-        )
+        raise UsageError(f"{path} holds a {type(raw).__name__} instead of an object: the checkpoint is damaged, use an older one")
     return raw
 
 

@@ -61,9 +61,7 @@ def write_shard(path: Path, tensors: list[Stored]) -> FileEntry:
                     flushed = size
             os.fsync(file.fileno())
     except FileNotFoundError as error:
-        raise OSError(
-            error.errno, "the folder is not there: does every node see the same run.dir?", str(path)
-        ) from None
+        raise OSError(error.errno, "the folder is not there: does every node see the same run.dir?", str(path)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return FileEntry(size, crc)
@@ -157,9 +155,7 @@ def read_slice(source: str | Path | Index, name: str, offset: tuple[int, ...], s
     entry = index.tensors[name]
     inside = len(offset) == len(shape) == len(entry.shape)
     if not inside or any(o < 0 or n < 0 or o + n > s for o, n, s in zip(offset, shape, entry.shape)):
-        raise UsageError(
-            f"{name} in {index.folder} has shape {list(entry.shape)}: there is no {list(shape)} at {list(offset)}"
-        )
+        raise UsageError(f"{name} in {index.folder} has shape {list(entry.shape)}: there is no {list(shape)} at {list(offset)}")
     dtype = DTYPES[entry.dtype]
     out = torch.empty(shape, dtype=dtype)
     filled = 0
@@ -171,9 +167,7 @@ def read_slice(source: str | Path | Index, name: str, offset: tuple[int, ...], s
         sizes = tuple(y - x for x, y in zip(low, high))
         begin = tuple(x - b for x, b in zip(low, chunk.offsets))
         target = out[tuple(slice(x - a, y - a) for x, y, a in zip(low, high, offset))]
-        read_parts(
-            index.folder / chunk.file, [(Part(entry.key(name, chunk), dtype, chunk.sizes, begin, sizes), target)]
-        )
+        read_parts(index.folder / chunk.file, [(Part(entry.key(name, chunk), dtype, chunk.sizes, begin, sizes), target)])
         filled += math.prod(sizes)
     if filled != out.numel():
         raise UsageError(

@@ -59,7 +59,9 @@ class ShardWriter(StorageWriter):
         try:
             self.trainer_json = json.dumps(self.trainer, indent=1)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"the trainer's state cannot be written as JSON ({error}): keep plain numbers, texts, lists and dicts in it") from None
+            raise UsageError(
+                f"the trainer's state cannot be written as JSON ({error}): keep plain numbers, texts, lists and dicts in it"
+            ) from None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -118,7 +120,12 @@ def publish(root: Path, temporary: Path, step: int) -> None:
     replaced = root / f".tmp-del-{final.name}"
     if final.exists():  # two renames with nothing between: a folder cannot be renamed onto one that is not empty
         os.rename(final, replaced)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
     _sync_folder(root)
     pointer = root / f".tmp-{LATEST}"
     _write(pointer, f"{final.name}\n".encode())
@@ -177,9 +184,7 @@ class ShardReader(StorageReader):
             chunk = self._chunk(item)
             name = item.storage_index.fqn
             entry = self.index.tensors[name]
-            part = Part(
-                entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, tuple(item.storage_offsets), tuple(item.lengths)
-            )
+            part = Part(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, tuple(item.storage_offsets), tuple(item.lengths))
             by_file.setdefault(chunk.file, []).append((part, planner.resolve_tensor(item)))
         for file, wanted in by_file.items():
             read_parts(self.index.folder / file, wanted)
