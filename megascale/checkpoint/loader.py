@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megascale.checkpoint.index import INDEX, TRAINER, Index, file_problem, read_index, read_json
+from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, file_problem, read_index, read_json
 from megascale.checkpoint.planning import LoadPlanner, some, views
+from megascale.checkpoint.shards import Part, check_parts
 from megascale.checkpoint.storage import LATEST, ShardReader, steps_in
 from megascale.comm.piece import Piece
 from megascale.errors import MegascaleError, UsageError
@@ -61,9 +62,20 @@ def verify(path: str | Path | Index) -> list[str]:
     except UsageError as error:
         return [str(error)]
     problems = [p for name in sorted(index.files) if (p := file_problem(index, name)) is not None]
-    if not problems:
+    if problems:
+        return problems
+    by_file: dict[str, list[Part]] = {}
+    for name, entry in index.tensors.items():
+        for c in entry.chunks:
+            part = Part(entry.key(name, c), DTYPES[entry.dtype], c.sizes, (0,) * len(c.sizes), c.sizes)
+            by_file.setdefault(c.file, []).append(part)
+    checks: list[Callable[[], object]] = [
+        functools.partial(check_parts, index.folder / file, parts) for file, parts in sorted(by_file.items())
+    ]
+    checks.append(functools.partial(read_json, index.folder / TRAINER))
+    for check in checks:
         try:
-            read_json(index.folder / TRAINER)
+            check()
         except UsageError as error:
             problems.append(str(error))
     return problems
@@ -104,8 +116,10 @@ def load(path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | N
             if problem:
                 raise UsageError(f"the checkpoint is damaged: {problem}; resume from an older one with checkpoint.resume=FOLDER")
 
+    reader = ShardReader(index)
     ranks.all(check, lambda result: None)
-    ranks.all(lambda: ShardReader(index).read_data(plan, planner).wait(), lambda result: None)
+    ranks.all(lambda: reader.check(plan), lambda result: None)
+    ranks.all(lambda: reader.read_data(plan, planner).wait(), lambda result: None)
     return trainer
 
 

@@ -36,12 +36,14 @@ class PieceView:
         return ChunkStorageMetadata(torch.Size(self.piece.offset), torch.Size(self.piece.local.shape))
 
     def __create_write_items__(self, fqn: str, item: object) -> list[WriteItem]:
-        p = self.piece
-        # A rank's empty rest is no chunk; but a tensor that is empty as a whole must be known, or its name would be lost.
-        if p.local.numel() == 0 and math.prod(p.shape) > 0:
+        p, chunk = self.piece, self._chunk()
+        if math.prod(p.shape) == 0:
+            # Nothing to store, but the name must be known: all ranks say the same, however they cut nothing up.
+            chunk = ChunkStorageMetadata(torch.Size([0] * len(p.shape)), torch.Size(p.shape))
+        elif p.local.numel() == 0:
             return []
-        data = TensorWriteData(self._chunk(), TensorProperties(dtype=p.local.dtype), torch.Size(p.shape))
-        return [WriteItem(MetadataIndex(fqn, torch.Size(p.offset)), WriteItemType.SHARD, tensor_data=data)]
+        data = TensorWriteData(chunk, TensorProperties(dtype=p.local.dtype), torch.Size(p.shape))
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk()] if self.piece.local.numel() else []

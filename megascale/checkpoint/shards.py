@@ -127,15 +127,31 @@ def read_parts(path: Path, wanted: list[tuple[Part, Tensor]]) -> None:
             raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
 
 
-def _read_part(file: Any, path: Path, part: Part) -> Tensor:
+def check_parts(path: Path, parts: Iterable[Part]) -> None:
+    """Compares a shard's own header with what the index says of its chunks, so that nothing is read from one that differs."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for part in parts:
+                _stored(file, path, part)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
+
+
+def _stored(file: Any, path: Path, part: Part) -> Any:
+    """safetensors' lazy view of a chunk. Raises UsageError where its dtype or sizes are not the index's."""
     stored = file.get_slice(part.key)
-    found = (tuple(stored.get_shape()), stored.get_dtype())
-    expected = (part.chunk_sizes, DTYPE_NAMES[part.dtype])
+    found = (stored.get_dtype(), list(stored.get_shape()))
+    expected = (DTYPE_NAMES[part.dtype], list(part.chunk_sizes))
     if found != expected:
         raise UsageError(
-            f"{path} stores {part.key} as {found[1]} {list(found[0])} and the index says {expected[1]} {list(expected[0])}: "
+            f"{path} stores {part.key} as {found[0]} {found[1]} and the index says {expected[0]} {expected[1]}: "
             "the checkpoint is damaged, use an older one"
         )
+    return stored
+
+
+def _read_part(file: Any, path: Path, part: Part) -> Tensor:
+    stored = _stored(file, path, part)
     if not part.sizes:
         return file.get_tensor(part.key)  # type: ignore[no-any-return]
     return stored[tuple(slice(b, b + n) for b, n in zip(part.begin, part.sizes))]  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
-from megascale.checkpoint.shards import Part, Stored, read_parts, shard_name, write_shard
+from megascale.checkpoint.shards import Part, Stored, check_parts, read_parts, shard_name, write_shard
 from megascale.errors import UsageError
 
 LATEST = "latest"
@@ -117,20 +117,22 @@ def publish(root: Path, temporary: Path, step: int) -> None:
     """Gives a finished temporary folder its name, then lets `latest` point to it. Raises OSError."""
     _sync_folder(temporary)
     final = root / step_name(step)
-    replaced = root / f".tmp-del-{final.name}"
+    replaced, pointer = root / f".tmp-del-{final.name}", root / f".tmp-{LATEST}"
     if final.exists():  # two renames with nothing between: a folder cannot be renamed onto one that is not empty
         os.rename(final, replaced)
     try:
         os.rename(temporary, final)
-    except OSError:
+        _sync_folder(root)
+        _write(pointer, f"{final.name}\n".encode())
+        os.replace(pointer, root / LATEST)
+        _sync_folder(root)
+    except OSError:  # as it was before: what has failed must not be found later
+        discard(pointer)
+        if final.exists():
+            os.rename(final, temporary)
         if replaced.exists():
             os.rename(replaced, final)
         raise
-    _sync_folder(root)
-    pointer = root / f".tmp-{LATEST}"
-    _write(pointer, f"{final.name}\n".encode())
-    os.replace(pointer, root / LATEST)
-    _sync_folder(root)
     discard(replaced)
 
 
@@ -178,23 +180,32 @@ class ShardReader(StorageReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
+    def check(self, plan: LoadPlan) -> None:
+        """Compares the shards' headers with the index, for what `plan` reads. Raises UsageError."""
+        by_file: dict[str, list[Part]] = {}
+        for item in plan.items:
+            file, part = self._part(item)
+            by_file.setdefault(file, []).append(part)
+        for file, parts in by_file.items():
+            check_parts(self.index.folder / file, parts)
+
     def read_data(self, plan: LoadPlan, planner: AnyLoadPlanner) -> Future[None]:
         by_file: dict[str, list[tuple[Part, torch.Tensor]]] = {}
         for item in plan.items:
-            chunk = self._chunk(item)
-            name = item.storage_index.fqn
-            entry = self.index.tensors[name]
-            part = Part(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, tuple(item.storage_offsets), tuple(item.lengths))
-            by_file.setdefault(chunk.file, []).append((part, planner.resolve_tensor(item)))
+            file, part = self._part(item)
+            by_file.setdefault(file, []).append((part, planner.resolve_tensor(item)))
         for file, wanted in by_file.items():
             read_parts(self.index.folder / file, wanted)
         return _done(None)
 
-    def _chunk(self, item: ReadItem) -> Chunk:
-        """DCP numbers a tensor's chunks as `read_metadata` lists them."""
-        number = item.storage_index.index
+    def _part(self, item: ReadItem) -> tuple[str, Part]:
+        """Where an item lies: the file, and the part of its chunk. DCP numbers a tensor's chunks as `read_metadata` lists them."""
+        name, number = item.storage_index.fqn, item.storage_index.index
         assert number is not None
-        return self.index.tensors[item.storage_index.fqn].chunks[number]
+        entry = self.index.tensors[name]
+        chunk = entry.chunks[number]
+        begin, sizes = tuple(item.storage_offsets), tuple(item.lengths)
+        return chunk.file, Part(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, begin, sizes)
 
 
 def _done(value: Any) -> Future[Any]:
