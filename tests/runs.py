@@ -92,4 +92,4 @@ def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
     path = folder / "run" / "checkpoints" / f"step-{step:08d}"
     index = read_index(path)
-    return {n: read_slice(path, index, n, (0,) * len(t.shape), t.shape) for n, t in index.tensors.items()}
+    return {n: read_slice(index, n, (0,) * len(t.shape), t.shape) for n, t in index.tensors.items()}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megascale.cli import new_app, run_tool
-from megascale.data.prepare import make_tokenizer, prepare
+from megascale.data.prepare import prepare, sample_texts
 from megascale.data.readers import find_files
-from megascale.data.tokenizer import load_tokenizer
+from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
 
+ENDINGS = (".bin", ".idx", ".json", ".model", ".tokenizer.json")
+VOCABULARY = 8192
 app = new_app(__doc__ or "")
 
 
@@ -26,33 +29,46 @@ def main(
     inputs: Annotated[list[Path], typer.Argument(help="files (.txt, .jsonl, .parquet, each also .gz or .zst) and folders")],
     out: Annotated[str, typer.Option(help="prefix of the files to write: PREFIX.bin, .idx, .json, .model")],
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json; trained if absent")] = None,
-    vocab_size: Annotated[int, typer.Option(help="pieces of the tokenizer to train")] = 8192,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help=f"pieces of the tokenizer to train, {VOCABULARY} if absent")] = None,
     text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text")] = "text",
     pattern: Annotated[str, typer.Option(help="files to take from folders")] = "*",
+    exclude: Annotated[list[str], typer.Option(help="name of folders to leave out; may be repeated")] = ["site-packages"],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
     append_eos: Annotated[bool, typer.Option(help="end each document with the end token")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace existing output")] = False,
 ) -> None:
     """Tokenizes INPUTS. One document is a text file, a JSONL line or a Parquet row."""
-    console = Console(stderr=True, highlight=False)
-    files = find_files(inputs, pattern)
-    existing = [p for p in (Path(out + end) for end in (".bin", ".idx")) if p.exists()]
+    outputs = [Path(out + ending) for ending in ENDINGS]
+    if tokenizer is not None and vocab_size is not None:
+        raise UsageError(f"--tokenizer {tokenizer} and --vocab-size {vocab_size} exclude each other: a given tokenizer has its own size")
+    if Path(out).is_dir() or out.endswith(("/", os.sep)):
+        raise UsageError(f"--out {out} is a folder, and a prefix is needed: for example {Path(out) / 'text'}")
+    existing = [p for p in outputs if p.exists() and not (tokenizer is not None and tokenizer.exists() and p.samefile(tokenizer))]
     if existing and not overwrite:
         raise UsageError(f"{existing[0]} exists: choose another --out, or add --overwrite")
-    if tokenizer is None:
-        console.print(f"training a tokenizer of {vocab_size} pieces …")
-        chosen = make_tokenizer(files, text_key, vocab_size, out)
-    else:
+    files = [f for f in find_files(inputs, pattern, exclude) if f not in outputs]
+    console = Console(stderr=True, highlight=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokenizer is None:
+            console.print(f"training a tokenizer of {vocab_size or VOCABULARY} pieces …")
+            tokenizer = Path(scratch) / "trained.model"
+            train_sentencepiece(sample_texts(files, text_key), vocab_size or VOCABULARY, tokenizer)
         chosen = load_tokenizer(tokenizer)
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    packed = any(f.suffix in (".gz", ".zst", ".parquet") for f in files)
-    start = time.perf_counter()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None if packed else sum(f.stat().st_size for f in files))
-        facts = prepare(files, out, chosen, text_key, workers, append_eos, lambda done: bar.advance(task, done))
+        columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        start = time.perf_counter()
+        # Refreshed by hand: a refreshing thread could hold a lock at the moment when the workers are forked.
+        with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
+            task = bar.add_task("", total=sum(f.stat().st_size for f in files))
+
+            def show(done: int) -> None:
+                bar.update(task, advance=done, refresh=True)
+
+            facts = prepare(files, out, chosen, text_key, workers, append_eos, show)
     seconds = time.perf_counter() - start
+    if facts.not_utf8_files:
+        console.print(f"warning: {facts.not_utf8_files} files are not valid UTF-8; what is not was replaced by U+FFFD")
     print(
-        f"{out}: {facts.documents:,} documents, {facts.tokens:,} tokens, {facts.source_bytes / facts.tokens:.2f} characters a token, "
+        f"{out}: {facts.documents:,} documents, {facts.tokens:,} tokens, {facts.source_bytes / facts.tokens:.2f} bytes a token, "
         f"{facts.source_bytes / 1e6 / seconds:.1f} MB/s; unigram entropy {facts.unigram_entropy:.4f} nats"
     )
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ import torch
 from megascale.errors import UsageError
 
 VERSION = 1
-# How to read an older index.json: version → function that makes it one version newer.
+# How to read an older index.json: version → function that makes it at least one version newer.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+INDEX = "index.json"
+TRAINER = "trainer.json"
+# Nothing but plain names inside the folder: no separator, no leading dot, nothing that leads elsewhere.
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+LARGEST = 2**63 - 1  # of any size, so that torch can count it
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,6 +39,9 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -40,22 +50,25 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class FileEntry:
+    """What a file must be: its size in bytes and zlib's crc32 of all of it."""
+
     bytes: int
     crc32: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a tensor, stored in `file` under `key`."""
+    """A rectangle of a tensor, stored in `file`."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
-    key: str
 
 
 @dataclass(frozen=True)
 class TensorEntry:
+    """`dtype` as safetensors spells it; `shape` of the whole tensor; the chunks fill it without overlap."""
+
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
@@ -68,37 +81,68 @@ class TensorEntry:
     def nbytes(self) -> int:
         return self.numel * DTYPES[self.dtype].itemsize
 
+    def key(self, name: str, chunk: Chunk) -> str:
+        return chunk_key(name, self.shape, chunk.offsets, chunk.sizes)
+
 
 @dataclass(frozen=True)
 class Index:
+    """The table of contents of the checkpoint in `folder`."""
+
+    folder: Path
     version: int
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        content = {
+            "version": self.version,
+            "files": {name: {"bytes": f.bytes, "crc32": f.crc32} for name, f in self.files.items()},
+            "tensors": {
+                name: {
+                    "dtype": t.dtype,
+                    "shape": t.shape,
+                    "chunks": [{"offsets": c.offsets, "sizes": c.sizes, "file": c.file} for c in t.chunks],
+                }
+                for name, t in self.tensors.items()
+            },
+        }
+        return json.dumps(content, separators=(",", ":"))
 
 
-def read_index(folder: Path) -> Index:
-    """Reads and checks index.json. Raises UsageError naming the file and what is wrong with it."""
-    path = folder / "index.json"
+def chunk_key(name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    """A chunk's name in its shard: the tensor's own when it is all of it, so that any safetensors reader finds it."""
+    return name if sizes == shape else f"{name}@{','.join(map(str, offsets))}"
+
+
+def read_index(folder: str | Path) -> Index:
+    """Reads and checks a step folder's index.json. Raises UsageError naming the file and what is wrong with it."""
+    folder = Path(folder)
+    path = folder / INDEX
     raw = read_json(path)
     version = raw.get("version")
-    while isinstance(version, int) and version in MIGRATIONS:
+    while type(version) is int and version in MIGRATIONS:
         raw = MIGRATIONS[version](raw)
         version = raw.get("version")
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise UsageError(
-            f"{path} has format version {version!r}, and this program reads up to {VERSION}: use the version of megascale that wrote it"
+            f"{path} has format version {version!r} and this program reads {', '.join(map(str, [*MIGRATIONS, VERSION]))}: "
+            "read it with the version of megascale that wrote it"
         )
     try:
-        index = _parse(raw)
+        index = _parse(folder, raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}): use an older checkpoint") from None
+    stored = dict.fromkeys(index.files, 0)
     for name, tensor in index.tensors.items():
-        problem = _covering_problem(tensor, index.files)
+        problem = covering_problem(tensor) or _place_problem(tensor, stored)
         if problem:
             raise UsageError(f"{path} is damaged: the chunks of {name} {problem}; use an older checkpoint")
+    for name, size in stored.items():
+        if size > index.files[name].bytes:
+            raise UsageError(
+                f"{path} is damaged: {name} should have {index.files[name].bytes} bytes and its chunks {size}; use an older checkpoint"
+            )
     return index
 
 
@@ -106,48 +150,105 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or UsageError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"there is no {path}: {path.parent} is not a checkpoint, or not a whole one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} holds a {type(raw).__name__} instead of an object: the checkpoint is damaged, use an older one")
     return raw
 
 
-def file_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file of the checkpoint: missing, of another size, of another checksum; None when it is whole."""
-    path = folder / name
+def file_problem(index: Index, name: str) -> str | None:
+    """What is wrong with a file of the checkpoint: missing, of another size or checksum; None when it is whole."""
+    path, entry = index.folder / name, index.files[name]
     try:
         size = path.stat().st_size
         if size != entry.bytes:
-            return f"{path} has {size} bytes and the index says {entry.bytes}"
+            return f"{path} has {size} bytes and {INDEX} says {entry.bytes}"
         crc = 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(1 << 22):
                 crc = zlib.crc32(block, crc)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror or error}"
-    return None if crc == entry.crc32 else f"{path} has checksum {crc:08x} and the index says {entry.crc32:08x}: its content has changed"
+    if crc != entry.crc32:
+        return f"{path} has checksum {crc:08x} and {INDEX} says {entry.crc32:08x}: its content has changed"
+    return None
 
 
-def _parse(raw: dict[str, Any]) -> Index:
-    files = {str(n): FileEntry(_whole(f["bytes"]), _whole(f["crc32"])) for n, f in raw["files"].items()}
+def covering_problem(tensor: TensorEntry) -> str | None:
+    """Chunks must lie inside the tensor, not overlap, and fill it; None when they do."""
+    volume = 0
+    for c in tensor.chunks:
+        if len(c.offsets) != len(tensor.shape) or len(c.sizes) != len(tensor.shape):
+            return "have another number of dimensions"
+        if any(o + n > s for o, n, s in zip(c.offsets, c.sizes, tensor.shape)):
+            return "reach beyond its shape"
+        if 0 in c.sizes:
+            return "are empty"
+        volume += math.prod(c.sizes)
+    if _overlap(tensor):
+        return "overlap"
+    return None if volume == tensor.numel else f"hold {volume} of its {tensor.numel} elements"
+
+
+def _overlap(tensor: TensorEntry) -> bool:
+    """True when two chunks share an element. A sweep along the dimension that is cut most keeps few chunks in view."""
+    if len(tensor.chunks) < 2:
+        return False
+    if not tensor.shape:
+        return True
+    sweep = max(range(len(tensor.shape)), key=lambda d: len({c.offsets[d] for c in tensor.chunks}))
+    active: list[Chunk] = []
+    for c in sorted(tensor.chunks, key=lambda c: c.offsets[sweep]):
+        active = [a for a in active if a.offsets[sweep] + a.sizes[sweep] > c.offsets[sweep]]
+        for a in active:
+            if all(x < y + n and y < x + m for x, m, y, n in zip(a.offsets, a.sizes, c.offsets, c.sizes)):
+                return True
+        active.append(c)
+    return False
+
+
+def _place_problem(tensor: TensorEntry, stored: dict[str, int]) -> str | None:
+    """Adds the chunks' bytes to their files' in `stored`; a chunk needs a file that is listed."""
+    for c in tensor.chunks:
+        if c.file not in stored:
+            return f"are in {c.file}, which the index does not list"
+        stored[c.file] += math.prod(c.sizes) * DTYPES[tensor.dtype].itemsize
+    return None
+
+
+def _parse(folder: Path, raw: dict[str, Any]) -> Index:
+    files = {name: FileEntry(_whole(f["bytes"]), _whole(f["crc32"])) for name, f in raw["files"].items()}
     for name in files:
-        if Path(name).name != name or name.startswith("."):
-            raise ValueError(f"the file name {name!r} leads out of the folder")
+        if name != TRAINER and not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a shard file in this folder")
+    if TRAINER not in files:
+        raise ValueError(f"{TRAINER} is not listed")
     tensors = {}
     for name, t in raw["tensors"].items():
+        if name == "__metadata__":
+            raise ValueError("a tensor has a reserved name, __metadata__")
         if t["dtype"] not in DTYPES:
             raise ValueError(f"unknown dtype {t['dtype']!r} of {name}")
-        chunks = tuple(Chunk(_sizes(c["offsets"]), _sizes(c["sizes"]), str(c["file"]), str(c["key"])) for c in t["chunks"])
-        tensors[str(name)] = TensorEntry(t["dtype"], _sizes(t["shape"]), chunks)
-    return Index(raw["version"], files, tensors)
+        chunks = tuple(Chunk(_sizes(c["offsets"]), _sizes(c["sizes"]), _text(c["file"])) for c in t["chunks"])
+        shape = _sizes(t["shape"])
+        if math.prod(shape) * DTYPES[t["dtype"]].itemsize > LARGEST:
+            raise ValueError(f"the shape {shape} of {name} is beyond any memory")
+        tensors[name] = TensorEntry(t["dtype"], shape, chunks)
+    return Index(folder, raw["version"], files, tensors)
 
 
 def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if type(value) is not int or not 0 <= value <= LARGEST:
         raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
     return value
 
 
@@ -155,26 +256,3 @@ def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list):
         raise TypeError(f"{values!r} is no list of sizes")
     return tuple(_whole(v) for v in values)
-
-
-def _covering_problem(tensor: TensorEntry, files: dict[str, FileEntry]) -> str | None:
-    """Chunks must lie inside, not overlap, and fill the tensor."""
-    volume = 0
-    for c in tensor.chunks:
-        if c.file not in files:
-            return f"are in {c.file}, which the index does not list"
-        if len(c.offsets) != len(tensor.shape) or len(c.sizes) != len(tensor.shape):
-            return "have another number of dimensions"
-        if any(o + n > s for o, n, s in zip(c.offsets, c.sizes, tensor.shape)):
-            return "reach beyond its shape"
-        volume += math.prod(c.sizes)
-    if volume != tensor.numel:
-        return f"hold {volume} of its {tensor.numel} elements"
-    # Sorted along the first dimension, only chunks whose rows still overlap can collide.
-    active: list[Chunk] = []
-    for c in sorted(tensor.chunks, key=lambda c: c.offsets):
-        active = [a for a in active if not a.offsets or a.offsets[0] + a.sizes[0] > c.offsets[0]]
-        if any(all(x < y + n and y < x + m for x, m, y, n in zip(a.offsets, a.sizes, c.offsets, c.sizes)) for a in active):
-            return "overlap"
-        active.append(c)
-    return None

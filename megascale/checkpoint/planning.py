@@ -8,19 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata as TensorMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megascale.checkpoint.index import DTYPE_NAMES
+from megascale.checkpoint.shards import shard_name
 from megascale.comm.piece import Piece
 from megascale.errors import UsageError
 
-SAMPLED = 4096  # elements of a piece that replicas are compared by
+SUMMED = 1024  # 8-byte words a row of a replica's checksum
 
 
 class PieceView:
@@ -33,82 +36,184 @@ class PieceView:
         return ChunkStorageMetadata(torch.Size(self.piece.offset), torch.Size(self.piece.local.shape))
 
     def __create_write_items__(self, fqn: str, item: object) -> list[WriteItem]:
-        p = self.piece
-        if p.local.numel() == 0:
+        p, chunk = self.piece, self._chunk()
+        if math.prod(p.shape) == 0:
+            # Nothing to store, but the name must be known: all ranks say the same, however they cut nothing up.
+            chunk = ChunkStorageMetadata(torch.Size([0] * len(p.shape)), torch.Size(p.shape))
+        elif p.local.numel() == 0:
             return []
-        data = TensorWriteData(self._chunk(), TensorProperties(dtype=p.local.dtype), torch.Size(p.shape))
-        return [WriteItem(MetadataIndex(fqn, torch.Size(p.offset)), WriteItemType.SHARD, tensor_data=data)]
+        data = TensorWriteData(chunk, TensorProperties(dtype=p.local.dtype), torch.Size(p.shape))
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk()] if self.piece.local.numel() else []
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """Part of DCP's protocol; our planners look pieces up themselves."""
-        return self.piece.local
+        return self.piece.local.detach()
 
 
 def views(state: dict[str, Piece]) -> dict[str, PieceView]:
-    """Raises UsageError for entries that are no tensors or of a dtype that cannot be stored."""
+    """Raises UsageError for an entry that is no tensor, or that cannot be stored, or that lies outside its tensor."""
     for name, piece in state.items():
         if not isinstance(piece, Piece) or not isinstance(piece.local, Tensor):
             raise UsageError(f"the state holds {name} = {piece!r}, which is no tensor: numbers belong in the trainer's JSON")
         if piece.local.dtype not in DTYPE_NAMES:
-            raise UsageError(f"the state holds {name} of dtype {piece.local.dtype}, which safetensors cannot store")
+            raise UsageError(f"the state holds {name} of dtype {piece.local.dtype}, which cannot be stored: convert it first")
+        if name == "__metadata__":
+            raise UsageError("the state holds a tensor named __metadata__, which safetensors reserves: rename it")
+        inside = len(piece.shape) == len(piece.offset) == piece.local.ndim
+        if not inside or any(o < 0 or o + n > s for o, n, s in zip(piece.offset, piece.local.shape, piece.shape)):
+            raise UsageError(
+                f"the piece {list(piece.local.shape)} at {list(piece.offset)} of {name} does not lie inside its shape {list(piece.shape)}"
+            )
     return {name: PieceView(piece) for name, piece in state.items()}
 
 
-class SavePlanner(DefaultSavePlanner):
-    """DCP's planner, which also refuses replicas that differ: one of them would be saved and the others silently lost."""
+@dataclass
+class PlanCache:
+    """What the last whole save planned on this rank: the next one plans again only what has changed.
 
-    def __init__(self) -> None:
+    DCP has such a cache as class attributes, shared by all planners of a process; this one belongs to its Checkpointer.
+    """
+
+    layout: list[Any] | None = None
+    final: SavePlan | None = None
+    # On the coordinator only: every rank's local plan, the plans made of them, and who must agree with whom, as (rank, item number).
+    every_local: list[SavePlan] = field(default_factory=list)
+    every_final: list[SavePlan] = field(default_factory=list)
+    metadata: Metadata | None = None
+    replicas: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a rank sends along with its local plan: whether it is the cached one, and a checksum of each item."""
+
+    same: bool
+    sums: list[int]
+
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's planner, which also refuses what would be saved wrongly: no tensors, and replicas that differ.
+
+    compare  sum every piece and compare the sums of identical rectangles; off where only one rank saves
+    """
+
+    def __init__(self, cache: PlanCache, compare: bool) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.cache, self.compare = cache, compare
+
+    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
+        # Checked here, where DCP tells all ranks of a failure, and not before, where the others would wait for this one.
+        super().set_up_planner(views(state_dict), storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        sums = {item.index: _sample_sum(self.state_dict[item.index.fqn].piece.local) for item in plan.items}
-        return dataclasses.replace(plan, planner_data=sums)
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].piece.local  # type: ignore[no-any-return]
+        pieces = [(name, view.piece) for name, view in self.state_dict.items()]
+        layout = [(name, p.shape, p.offset, tuple(p.local.shape), p.local.dtype) for name, p in pieces]
+        same = layout == self.cache.layout
+        self.cache.layout = layout
+        plan = SavePlan([]) if same else super().create_local_plan()
+        # One sum an item, in the order of the items: `__create_write_items__` leaves the same pieces out.
+        summed = [p for _, p in pieces if p.local.numel() or not math.prod(p.shape)] if self.compare else []
+        return dataclasses.replace(plan, planner_data=Proposal(same, [checksum(p.local) for p in summed]))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        seen: dict[MetadataIndex, tuple[int, int]] = {}
-        for rank, plan in enumerate(all_plans):
-            for index, value in plan.planner_data.items():
-                first, other = seen.setdefault(index, (value, rank))
-                if first != value:
+        proposals: list[Proposal] = [p.planner_data for p in all_plans]
+        cache = self.cache
+        if all(p.same for p in proposals) and cache.metadata is not None:
+            self._compare(proposals)
+            return [SavePlan([], planner_data=True) for _ in all_plans], cache.metadata
+        cache.every_local = [cache.every_local[r] if p.planner_data.same else p for r, p in enumerate(all_plans)]
+        cache.replicas = _replicas(cache.every_local)
+        self._compare(proposals)
+        try:
+            plans, metadata = super().create_global_plan([dataclasses.replace(p, planner_data=None) for p in cache.every_local])
+        except ValueError as error:
+            raise UsageError(f"the ranks' pieces do not make whole tensors: {error}") from None
+        places = {item.index: shard_name(rank) for rank, plan in enumerate(plans) for item in plan.items}
+        cache.metadata = dataclasses.replace(metadata, storage_data=places)
+        return plans, cache.metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        if new_plan.planner_data:
+            assert self.cache.final is not None
+            new_plan = dataclasses.replace(self.cache.final, storage_data=new_plan.storage_data)
+        self.cache.final = new_plan
+        return super().finish_plan(new_plan)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].piece.local.detach()  # type: ignore[no-any-return]
+
+    def _compare(self, proposals: list[Proposal]) -> None:
+        if not self.compare:
+            return
+        for group in self.cache.replicas:
+            (first, place), *others = group
+            for rank, position in others:
+                if proposals[rank].sums[position] != proposals[first].sums[place]:
+                    name = self.cache.every_local[first].items[place].index.fqn
                     raise UsageError(
-                        f"{index.fqn} should be the same on ranks {other} and {rank}, and it differs: the run has diverged there, "
+                        f"{name} should be the same on ranks {first} and {rank}, and it differs: the run has diverged there, "
                         "go back to an earlier checkpoint"
                     )
-        return super().create_global_plan([dataclasses.replace(p, planner_data=None) for p in all_plans])
+
+
+def _replicas(plans: list[SavePlan]) -> list[list[tuple[int, int]]]:
+    """Items of one rectangle, as (rank, item number) where several ranks hold it. Refuses pieces of one name that contradict each other."""
+    facts: dict[str, tuple[Any, Any, int]] = {}
+    holders: dict[MetadataIndex, list[tuple[int, int]]] = {}
+    for rank, plan in enumerate(plans):
+        for position, item in enumerate(plan.items):
+            data = item.tensor_data
+            assert data is not None
+            name, dtype, shape = item.index.fqn, data.properties.dtype, data.size
+            first = facts.setdefault(name, (dtype, shape, rank))
+            if first[:2] != (dtype, shape):
+                raise UsageError(
+                    f"{name} is {first[0]} {list(first[1])} on rank {first[2]} and {dtype} {list(shape)} on rank {rank}: "
+                    "all ranks must hold pieces of the same tensor"
+                )
+            same = holders.setdefault(item.index, [])
+            if same:
+                other, place = same[0]
+                before = plans[other].items[place].tensor_data
+                assert before is not None
+                # DCP takes pieces that begin at the same place for copies, whatever their sizes.
+                if before.chunk.sizes != data.chunk.sizes:
+                    raise UsageError(
+                        f"the pieces {list(before.chunk.sizes)} on rank {other} and {list(data.chunk.sizes)} on rank {rank} of {name} "
+                        f"overlap at {list(data.chunk.offsets)}"
+                    )
+            same.append((rank, position))
+    return [group for group in holders.values() if len(group) > 1]
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """DCP's planner that accepts only what fits exactly: keys, shapes, dtypes, and every local element read."""
+    """DCP's planner that accepts only what fits exactly: names, shapes, dtypes, and every local element read."""
 
-    def __init__(self, where: str, prefix: str | None) -> None:
+    def __init__(self, where: str) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.where, self.prefix = where, prefix
+        self.where = where
 
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
-        stored = cast(dict[str, TensorStorageMetadata], self.metadata.state_dict_metadata)
+        stored = self.metadata.state_dict_metadata
         missing = sorted(n for n in self.state_dict if n not in stored)
         if missing:
-            raise UsageError(f"{self.where} lacks {_list(missing)}: it was saved by another model or optimizer")
+            raise UsageError(f"{self.where} lacks {some(missing)}: it was saved by another model or optimizer")
         for name, view in self.state_dict.items():
             have, local = stored[name], view.piece
+            assert isinstance(have, TensorMeta)
             if tuple(have.size) != local.shape:
-                raise UsageError(f"{name} has shape {list(have.size)} in {self.where} and {list(local.shape)} here: the model sizes differ")
-            if have.properties.dtype != local.local.dtype:
                 raise UsageError(
-                    f"{name} is {have.properties.dtype} in {self.where} and {local.local.dtype} here: set precision.master as it was"
+                    f"{name} has shape {list(have.size)} in {self.where} and {list(local.shape)} here: set the model's sizes as they were"
                 )
+            if have.properties.dtype != local.local.dtype:
+                raise UsageError(f"{name} is {have.properties.dtype} in {self.where} and {local.local.dtype} here: set precision as it was")
         plan = super().create_local_plan()
         read: dict[str, int] = {}
         for item in plan.items:
@@ -118,30 +223,28 @@ class LoadPlanner(DefaultLoadPlanner):
                 raise UsageError(
                     f"{self.where} covers {read.get(name, 0)} of this rank's {view.piece.local.numel()} elements of {name}: it is damaged"
                 )
-        return dataclasses.replace(plan, planner_data=set(self.state_dict))
+        return plan
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].piece.local  # type: ignore[no-any-return]
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        assert self.metadata is not None
-        wanted = set().union(*(p.planner_data for p in global_plan))
-        extra = sorted(
-            n for n in self.metadata.state_dict_metadata if n not in wanted and (self.prefix is None or n.startswith(self.prefix))
-        )
-        if extra:
-            raise UsageError(
-                f"{self.where} also holds {_list(extra)}, which nobody here asks for: it was saved by another model or optimizer"
-            )
-        return super().create_global_plan([dataclasses.replace(p, planner_data=None) for p in global_plan])
+        return self.state_dict[index.fqn].piece.local.detach()  # type: ignore[no-any-return]
 
 
-def _sample_sum(tensor: Tensor) -> int:
-    """A checksum of a piece from evenly spread elements: replicas that have drifted apart differ nearly everywhere."""
-    flat = tensor.detach().reshape(-1)
-    part = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().view(torch.uint8).cpu()
-    return zlib.crc32(part.numpy().data)
+def checksum(tensor: Tensor) -> int:
+    """A checksum of a tensor's bytes at the speed of memory: exact sums of rows of 8-byte words, and their crc32.
+
+    It runs where the tensor is. Any change of one element changes it; so does exchanging two rows.
+    """
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    even = raw.numel() // 8 * 8
+    words = raw[:even]
+    if words.storage_offset() % 8:  # a view of 8-byte words must begin at one
+        words = words.clone()
+    words = words.view(torch.int64)
+    rows = words.numel() // SUMMED
+    sums = words[: rows * SUMMED].view(rows, SUMMED).sum(dim=1)
+    rest = torch.cat([sums.view(torch.uint8), words[rows * SUMMED :].view(torch.uint8), raw[even:]])
+    return zlib.crc32(rest.cpu().numpy().tobytes())
 
 
-def _list(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

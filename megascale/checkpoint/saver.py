@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
+import copy
 import threading
 import time
-import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from megascale.checkpoint.loader import first_cause, steps_in
-from megascale.checkpoint.planning import SavePlanner, views
-from megascale.checkpoint.storage import ShardWriter, remove
+from megascale.checkpoint.planning import PlanCache, SavePlanner
+from megascale.checkpoint.storage import LATEST, ShardWriter, discard, remove, step_name, steps_in
 from megascale.comm.piece import Piece
+from megascale.errors import MegascaleError
+
+# Ranks wait for the slowest one's disk; a rank that dies is noticed at once, since its connection closes.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Event:
-    """A save that ended: kind "saved" or "failed" (then `message` says why); the same on every rank."""
+    """A save that ended: kind "saved" or "failed" (then `message` says why); kind, step and message are the same on every rank."""
 
     kind: str
     step: int
@@ -32,29 +35,102 @@ class Event:
     message: str = ""
 
 
-class Checkpointer:
-    """Saves into `root` and keeps the last `keep_last` checkpoints and every one whose step `keep_every` divides."""
+def write_checkpoint(
+    root: str | Path,
+    step: int,
+    state: dict[str, Piece],
+    trainer: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+    *,
+    compare_replicas: bool = True,
+    cache: PlanCache | None = None,
+) -> Path:
+    """Writes `root`/step-N and lets `latest` name it; returns the folder. For tools and for `Checkpointer`.
 
-    def __init__(self, root: Path, *, keep_last: int, keep_every: int | None, asynchronous: bool) -> None:
-        self.root, self.keep_last, self.keep_every, self.asynchronous = root, keep_last, keep_every, asynchronous
-        # A group of its own: messages of the saving thread must not mix with those of training.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    group             the gloo ranks that hold the state together (all of them when None); every one must call
+    compare_replicas  refuse pieces that several ranks hold and that differ; costs one pass over the state at the speed of memory
+    cache             what the last call planned; a new one where it failed
+
+    Raises, on all ranks alike: UsageError for a state that cannot be saved, OSError for a disk that fails. Then nothing is left of it and
+    the checkpoints that were there remain.
+    """
+    root = Path(root)
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    coordinator = size == 1 or dist.get_rank(group) == 0
+    writer = ShardWriter(root, step, trainer)
+    planner = SavePlanner(cache if cache is not None else PlanCache(), compare_replicas and size > 1)
+    try:
+        if size == 1:
+            _write_alone(state, writer, planner)
+        else:
+            dcp_save(state, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:
+        raise _first_cause(error) from None
+    finally:
+        if coordinator:  # renamed by now, unless something failed
+            discard(writer.temporary)
+    return root / step_name(step)
+
+
+def _write_alone(state: dict[str, Piece], writer: ShardWriter, planner: SavePlanner) -> None:
+    """DCP's steps without a group. Its own `no_dist` warns at each save, and silencing a warning in a thread reaches the others."""
+    writer.reset()
+    planner.set_up_planner(state, writer.storage_meta(), True)
+    writer.set_up_storage_writer(True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+
+
+def _first_cause(error: CheckpointException) -> BaseException:
+    """The failure of the lowest rank, preferring one that a user can act on."""
+    causes = [failure[0] for _, failure in sorted(error.failures.items())]
+    return next((c for c in causes if isinstance(c, MegascaleError)), causes[0])
+
+
+class Checkpointer:
+    """Saves into `root`, keeping the last `keep_last` checkpoints and every one whose step `keep_every` divides.
+
+    group         the ranks that hold the state together; all when None
+    asynchronous  `save` returns after a copy of the state into memory of its own, and a thread writes; otherwise when all is done
+
+    A failure (a full disk, replicas that differ) is an event on all ranks, never an exception, and leaves the older checkpoints alone.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        group: dist.ProcessGroup | None = None,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        asynchronous: bool,
+        compare_replicas: bool = True,
+    ) -> None:
+        self.root, self.keep_last, self.keep_every = Path(root), keep_last, keep_every
+        self.asynchronous, self.compare_replicas = asynchronous, compare_replicas
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            # A group of its own: messages of the saving thread must not mix with those of training.
+            ranks = None if group is None else dist.get_process_group_ranks(group)
+            self.group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=group is not None)
+        self._cache = PlanCache()
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._events: list[Event] = []
 
     def save(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
-        """Starts a checkpoint of `state`; waits for the one before. Failures come back as events, never as exceptions."""
+        """Starts a checkpoint of `state` and of `trainer`, plain data; waits for the one before."""
         self._join()
+        trainer = copy.deepcopy(trainer)
         if not self.asynchronous:
             self._write(step, state, trainer)
             return
-        copy = self._copy(state)
-        self._thread = threading.Thread(target=self._write, args=(step, copy, trainer), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(step, self._copy(state), trainer), name="checkpoint")
         self._thread.start()
 
     def poll(self) -> list[Event]:
-        """Events since the last call; does not wait."""
+        """The events since the last call; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self._join()
         if self._thread is not None:
@@ -72,46 +148,46 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
+    @torch.no_grad()
     def _copy(self, state: dict[str, Piece]) -> dict[str, Piece]:
         """The state in memory of our own, used again for every save: fresh memory is ten times slower to fill."""
-        result = {}
-        for name, piece in state.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != piece.local.shape or buffer.dtype != piece.local.dtype:
-                pinned = piece.local.device.type == "cuda"
-                buffer = self._buffers[name] = torch.empty(piece.local.shape, dtype=piece.local.dtype, pin_memory=pinned)
-            buffer.copy_(piece.local, non_blocking=True)
-            result[name] = Piece(piece.shape, piece.offset, buffer)
-        if any(p.local.device.type == "cuda" for p in state.values()):
+        pieces = {n: p for n, p in state.items() if isinstance(p, Piece)}  # the rest is refused where all ranks hear of it
+        buffers = {}
+        for name, piece in pieces.items():
+            local, buffer = piece.local, self._buffers.get(name)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            buffers[name] = buffer
+        self._buffers = buffers
+        on_device = any(p.local.is_cuda for p in pieces.values())
+        if pieces:
+            # One call for all: thousands of small copies cost more in Python than in bytes.
+            torch._foreach_copy_(list(buffers.values()), [p.local for p in pieces.values()], non_blocking=on_device)
+        if on_device:
             torch.cuda.synchronize()
-        return result
+        return {n: Piece(p.shape, p.offset, buffers[n]) if n in buffers else p for n, p in state.items()}
 
     def _write(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
         start = time.perf_counter()
-        coordinator = self.group is None or dist.get_rank() == 0
-        writer = ShardWriter(self.root, step, trainer)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-                dcp.save(
-                    views(state),
-                    storage_writer=writer,
-                    planner=SavePlanner(),
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
-            if coordinator:
-                self._retire(step)
-            self._events.append(Event("saved", step, time.perf_counter() - start))
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            cause = first_cause(error) if isinstance(error, CheckpointException) else error
-            if coordinator:
-                shutil.rmtree(writer.temporary, ignore_errors=True)
-            self._events.append(Event("failed", step, time.perf_counter() - start, f"{type(cause).__name__}: {cause}"))
+            write_checkpoint(self.root, step, state, trainer, self.group, compare_replicas=self.compare_replicas, cache=self._cache)
+        except Exception as error:
+            self._cache = PlanCache()  # on all ranks, as the failure is: they must agree on what is cached
+            message = str(error) if isinstance(error, MegascaleError) else f"{type(error).__name__}: {error}"
+            self._events.append(Event("failed", step, time.perf_counter() - start, message))
+            return
+        if self.group is None or dist.get_rank(self.group) == 0:
+            self._retire()
+        self._events.append(Event("saved", step, time.perf_counter() - start))
 
-    def _retire(self, saved: int) -> None:
-        """Deletes what is no longer to be kept; never the one just saved, which `latest` names, whatever its number."""
-        for folder in steps_in(self.root)[: -self.keep_last]:
-            step = int(folder.name.removeprefix("step-"))
-            if step != saved and (self.keep_every is None or step % self.keep_every):
-                remove(folder)
+    def _retire(self) -> None:
+        """Deletes what need not be kept. What cannot be deleted now is tried again after the next save."""
+        steps = steps_in(self.root)
+        recent = {path for _, path in steps[max(0, len(steps) - self.keep_last) :]}
+        try:
+            recent.add(self.root / (self.root / LATEST).read_text(encoding="utf-8").strip())
+            for step, path in steps:
+                if path not in recent and not (self.keep_every and step % self.keep_every == 0):
+                    remove(path)
+        except OSError:
+            return

@@ -7,84 +7,187 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, FileEntry, Index, TensorEntry
+from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, FileEntry, Index, read_index
 from megascale.errors import UsageError
 
-BLOCK = 1 << 24  # bytes written and summed at once
+BLOCK = 1 << 22  # bytes written and summed at once
+SMALL = 1 << 16  # tensors below this many bytes are gathered into blocks, since each block costs a hand-over
+FLUSH = 1 << 25  # bytes after which the disk is told to begin, instead of at the end
+HELD = 1 << 30  # bytes read through one handle: mapped pages count as resident memory until it is closed
 
 
-def write_shard(path: Path, tensors: list[tuple[str, Tensor]]) -> FileEntry:
-    """Writes named CPU tensors as one safetensors file, on disk when this returns. Raises OSError."""
-    header: dict[str, object] = {}
-    position = 0
-    for key, tensor in tensors:
-        header[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    crc = size = 0
-    with path.open("wb", buffering=0) as file:
-        for part in _parts(struct.pack("<Q", len(text)) + text, tensors):
-            crc = zlib.crc32(part, crc)
-            size += len(part)
-            while part:
-                part = part[file.write(part) :]
-        os.fsync(file.fileno())
+@dataclass(frozen=True)
+class Stored:
+    """One tensor to write: its key in the shard, and its data."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: Tensor
+
+
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: list[Stored]) -> FileEntry:
+    """Writes tensors as one safetensors file, on disk when this returns. Raises OSError naming the file.
+
+    A second thread sums the block that is being written, and the disk begins early: together they keep up with `dd`.
+    """
+    crc = size = flushed = 0
+    try:
+        with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+            for block in _blocks(_header(tensors), tensors):
+                job = pool.submit(zlib.crc32, block, crc)
+                size += len(block)
+                rest = block
+                while rest:
+                    rest = rest[file.write(rest) :]
+                crc = job.result()
+                if size - flushed >= FLUSH and hasattr(os, "posix_fadvise"):
+                    # Linux begins to write pages that it is asked to drop.
+                    os.posix_fadvise(file.fileno(), flushed, size - flushed, os.POSIX_FADV_DONTNEED)
+                    flushed = size
+            os.fsync(file.fileno())
+    except FileNotFoundError as error:
+        raise OSError(error.errno, "the folder is not there: does every node see the same run.dir?", str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return FileEntry(size, crc)
 
 
-def _parts(head: bytes, tensors: list[tuple[str, Tensor]]) -> Iterable[memoryview]:
-    yield memoryview(head)
-    for _, tensor in tensors:
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        for start in range(0, len(data), BLOCK):
-            yield data[start : start + BLOCK]
+def _header(tensors: list[Stored]) -> bytes:
+    header: dict[str, Any] = {}
+    position = 0
+    for t in tensors:
+        end = position + math.prod(t.shape) * t.dtype.itemsize
+        header[t.key] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def read_slice(folder: Path, index: Index, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """The rectangle at `offset` of size `shape` of a stored tensor, read from the chunks it touches and from nothing else.
+def _blocks(head: bytes, tensors: Iterable[Stored]) -> Iterator[memoryview]:
+    gathered = bytearray(head)
+    for t in tensors:
+        # Tensors on a device come over one by one: a whole copy of the state may not fit into this machine's memory.
+        data = memoryview(t.data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if len(data) < SMALL:
+            gathered += data
+        if gathered and (len(gathered) >= BLOCK or len(data) >= SMALL):
+            yield memoryview(gathered)
+            gathered = bytearray()
+        if len(data) >= SMALL:
+            for start in range(0, len(data), BLOCK):
+                yield data[start : start + BLOCK]
+    if gathered:
+        yield memoryview(gathered)
 
-    Raises UsageError when the tensor is not there or the rectangle reaches beyond it.
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a stored chunk: `begin` and `sizes` count from the chunk's own corner."""
+
+    key: str
+    dtype: torch.dtype
+    chunk_sizes: tuple[int, ...]
+    begin: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def read_parts(path: Path, wanted: list[tuple[Part, Tensor]]) -> None:
+    """Copies parts of a shard into tensors of their sizes. Raises UsageError where the shard is not what its index says."""
+    start = 0
+    while start < len(wanted):
+        held = 0
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                while start < len(wanted) and held < HELD:
+                    part, target = wanted[start]
+                    target.copy_(_read_part(file, path, part))
+                    held += part.nbytes
+                    start += 1
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
+
+
+def check_parts(path: Path, parts: Iterable[Part]) -> None:
+    """Compares a shard's own header with what the index says of its chunks, so that nothing is read from one that differs."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for part in parts:
+                _stored(file, path, part)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
+
+
+def _stored(file: Any, path: Path, part: Part) -> Any:
+    """safetensors' lazy view of a chunk. Raises UsageError where its dtype or sizes are not the index's."""
+    stored = file.get_slice(part.key)
+    found = (stored.get_dtype(), list(stored.get_shape()))
+    expected = (DTYPE_NAMES[part.dtype], list(part.chunk_sizes))
+    if found != expected:
+        raise UsageError(
+            f"{path} stores {part.key} as {found[0]} {found[1]} and the index says {expected[0]} {expected[1]}: "
+            "the checkpoint is damaged, use an older one"
+        )
+    return stored
+
+
+def _read_part(file: Any, path: Path, part: Part) -> Tensor:
+    stored = _stored(file, path, part)
+    if not part.sizes:
+        return file.get_tensor(part.key)  # type: ignore[no-any-return]
+    return stored[tuple(slice(b, b + n) for b, n in zip(part.begin, part.sizes))]  # type: ignore[no-any-return]
+
+
+def read_slice(source: str | Path | Index, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The rectangle of size `shape` at `offset` of a stored tensor, in this process alone.
+
+    source  a step folder, or its Index, which saves reading it again
+
+    Reads the chunks that it touches and nothing else, and keeps no file open. Raises UsageError when there is no such tensor,
+    or the rectangle reaches beyond it or is not all stored.
     """
+    index = source if isinstance(source, Index) else read_index(source)
     if name not in index.tensors:
-        raise UsageError(f"{folder} holds no tensor {name}")
+        raise UsageError(f"{index.folder} holds no tensor {name}")
     entry = index.tensors[name]
-    if len(offset) != len(entry.shape) or any(o + n > s for o, n, s in zip(offset, shape, entry.shape)):
-        raise UsageError(f"{name} in {folder} has shape {list(entry.shape)}: there is no {list(shape)} at {list(offset)}")
-    out = torch.empty(shape, dtype=DTYPES[entry.dtype])
+    inside = len(offset) == len(shape) == len(entry.shape)
+    if not inside or any(o < 0 or n < 0 or o + n > s for o, n, s in zip(offset, shape, entry.shape)):
+        raise UsageError(f"{name} in {index.folder} has shape {list(entry.shape)}: there is no {list(shape)} at {list(offset)}")
+    dtype = DTYPES[entry.dtype]
+    out = torch.empty(shape, dtype=dtype)
     filled = 0
     for chunk in entry.chunks:
         low = [max(a, b) for a, b in zip(offset, chunk.offsets)]
         high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, chunk.offsets, chunk.sizes)]
         if any(x >= y for x, y in zip(low, high)):
             continue
-        source = tuple(slice(x - b, y - b) for x, y, b in zip(low, high, chunk.offsets))
-        target = tuple(slice(x - a, y - a) for x, y, a in zip(low, high, offset))
-        out[target] = read_part(folder / chunk.file, chunk.key, source, entry)
-        filled += math.prod(y - x for x, y in zip(low, high))
+        sizes = tuple(y - x for x, y in zip(low, high))
+        begin = tuple(x - b for x, b in zip(low, chunk.offsets))
+        target = out[tuple(slice(x - a, y - a) for x, y, a in zip(low, high, offset))]
+        read_parts(index.folder / chunk.file, [(Part(entry.key(name, chunk), dtype, chunk.sizes, begin, sizes), target)])
+        filled += math.prod(sizes)
     if filled != out.numel():
-        raise UsageError(f"{name} in {folder} has {filled} of the {out.numel()} elements at {list(offset)}: the checkpoint is damaged")
+        raise UsageError(
+            f"{name} in {index.folder} stores {filled} of the {out.numel()} elements at {list(offset)}: "
+            "the checkpoint is damaged, use an older one"
+        )
     return out
-
-
-def read_part(path: Path, key: str, part: tuple[slice, ...], entry: TensorEntry) -> Tensor:
-    """Part of one stored chunk. The handle is dropped at once, so that mapped memory does not grow."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            data = file.get_slice(key)[part] if part else file.get_tensor(key)
-    except Exception as error:  # safetensors raises its own type, and OSError
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    if data.dtype != DTYPES[entry.dtype]:
-        raise UsageError(f"{path} stores {key} as {data.dtype} and the index says {DTYPES[entry.dtype]}: the checkpoint is damaged")
-    return data

@@ -9,24 +9,36 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.planner import LoadPlanner as AnyLoadPlanner
 from torch.distributed.checkpoint.planner import SavePlanner as AnySavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, VERSION, Chunk, FileEntry, Index, TensorEntry
-from megascale.checkpoint.shards import read_part, write_shard
+from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
+from megascale.checkpoint.shards import Part, Stored, check_parts, read_parts, shard_name, write_shard
+from megascale.errors import UsageError
+
+LATEST = "latest"
+STEP = re.compile(r"step-(\d{8,})")
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def steps_in(root: Path) -> list[tuple[int, Path]]:
+    """Published checkpoints in `root` as (step, folder), oldest first."""
+    found = ((STEP.fullmatch(p.name), p) for p in root.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
 class ShardWriter(StorageWriter):
@@ -44,7 +56,12 @@ class ShardWriter(StorageWriter):
         return True
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """All places are known from the start."""
+        try:
+            self.trainer_json = json.dumps(self.trainer, indent=1)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"the trainer's state cannot be written as JSON ({error}): keep plain numbers, texts, lists and dicts in it"
+            ) from None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -52,65 +69,93 @@ class ShardWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.root.mkdir(parents=True, exist_ok=True)
         for left_over in self.root.glob(".tmp-*"):
-            shutil.rmtree(left_over, ignore_errors=True)  # of a save that was killed
+            discard(left_over)  # of a save that was killed
         self.temporary.mkdir()
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: AnySavePlanner) -> Future[list[WriteResult]]:
-        done: Future[list[WriteResult]] = Future()
-        name = f"rank-{plan.storage_data:05d}.safetensors"
-        tensors = [(_key(item.index), planner.resolve_data(item).detach().cpu()) for item in plan.items]  # type: ignore[union-attr]
+        tensors = []
+        for item in plan.items:
+            meta = item.tensor_data
+            assert meta is not None
+            sizes = tuple(meta.chunk.sizes)
+            if 0 not in sizes:
+                key = chunk_key(item.index.fqn, tuple(meta.size), tuple(meta.chunk.offsets), sizes)
+                tensors.append(Stored(key, meta.properties.dtype, sizes, planner.resolve_data(item)))  # type: ignore[arg-type]
         results: list[WriteResult] = []
         if tensors:
+            name = shard_name(plan.storage_data)
             entry = write_shard(self.temporary / name, tensors)
-            results = [WriteResult(item.index, tensor.nbytes, (name, key, entry)) for item, (key, tensor) in zip(plan.items, tensors)]
-        done.set_result(results)
-        return done
+            # One result a file: where each tensor lies is in the coordinator's plan, and need not be sent again.
+            results = [WriteResult(MetadataIndex(name), entry.bytes, entry)]
+        return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, FileEntry] = {}
-        places: dict[MetadataIndex, tuple[str, str]] = {}
-        for result in (r for rank in results for r in rank):
-            name, key, entry = result.storage_data
-            files[name], places[result.index] = entry, (name, key)
+        """On the coordinator, after all ranks have written. Raises OSError."""
+        files = {r.index.fqn: r.storage_data for rank in results for r in rank}
+        for name, entry in files.items():
+            path = self.temporary / name
+            if not path.is_file() or path.stat().st_size != entry.bytes:
+                raise OSError(f"{path}, written by another rank, is not to be seen here: run.dir must be on a disk that all nodes share")
+        text = self.trainer_json.encode()
+        files[TRAINER] = FileEntry(len(text), zlib.crc32(text))
+        _write(self.temporary / TRAINER, text)
         tensors = {}
         for name, meta in metadata.state_dict_metadata.items():
             assert isinstance(meta, TensorStorageMetadata)
-            chunks = tuple(Chunk(tuple(c.offsets), tuple(c.sizes), *places[MetadataIndex(name, c.offsets)]) for c in meta.chunks)
+            chunks = tuple(
+                Chunk(tuple(c.offsets), tuple(c.sizes), metadata.storage_data[MetadataIndex(name, c.offsets)])
+                for c in meta.chunks
+                if 0 not in c.sizes
+            )
             tensors[name] = TensorEntry(DTYPE_NAMES[meta.properties.dtype], tuple(meta.size), chunks)
-        _write(self.temporary / "trainer.json", json.dumps(self.trainer, indent=1))
-        _write(self.temporary / "index.json", Index(VERSION, files, tensors).to_json())
+        _write(self.temporary / INDEX, Index(self.temporary, VERSION, files, tensors).to_json().encode())
         publish(self.root, self.temporary, self.step)
 
 
 def publish(root: Path, temporary: Path, step: int) -> None:
-    """Gives a finished temporary folder its name, then lets `latest` point to it."""
+    """Gives a finished temporary folder its name, then lets `latest` point to it. Raises OSError."""
     _sync_folder(temporary)
     final = root / step_name(step)
-    replaced = final.with_name(f".tmp-del-{final.name}")
-    if final.exists():
+    replaced, pointer = root / f".tmp-del-{final.name}", root / f".tmp-{LATEST}"
+    if final.exists():  # two renames with nothing between: a folder cannot be renamed onto one that is not empty
         os.rename(final, replaced)
-    os.rename(temporary, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    _sync_folder(root)
-    pointer = root / ".latest.tmp"
-    _write(pointer, final.name + "\n")
-    os.replace(pointer, root / "latest")
-    _sync_folder(root)
+    try:
+        os.rename(temporary, final)
+        _sync_folder(root)
+        _write(pointer, f"{final.name}\n".encode())
+        os.replace(pointer, root / LATEST)
+        _sync_folder(root)
+    except OSError:  # as it was before: what has failed must not be found later
+        discard(pointer)
+        if final.exists():
+            os.rename(final, temporary)
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    discard(replaced)
 
 
 def remove(folder: Path) -> None:
-    """Takes the name away first, so that nobody finds half a checkpoint."""
+    """Takes the name away first, so that nobody finds half a checkpoint. Raises OSError."""
     doomed = folder.with_name(f".tmp-del-{folder.name}")
     os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    discard(doomed)
+
+
+def discard(path: Path) -> None:
+    """Deletes what bears a temporary name, as far as it goes: the next save tries again."""
+    if path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class ShardReader(StorageReader):
     """Reads a checkpoint whose index has been checked."""
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder, self.index = folder, index
+    def __init__(self, index: Index) -> None:
+        self.index = index
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between checkpoints."""
@@ -121,16 +166,13 @@ class ShardReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors: dict[str, Any] = {}
-        places: dict[MetadataIndex, tuple[str, str]] = {}
         for name, entry in self.index.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[entry.dtype]), torch.Size(entry.shape), chunks)
-            for c in entry.chunks:
-                places[MetadataIndex(name, torch.Size(c.offsets))] = (c.file, c.key)
-        return Metadata(tensors, storage_data=places)
+        return Metadata(tensors)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.places = metadata.storage_data
+        """The index is here already."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -138,28 +180,48 @@ class ShardReader(StorageReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
-    def read_data(self, plan: LoadPlan, planner: AnyLoadPlanner) -> Future[None]:
+    def check(self, plan: LoadPlan) -> None:
+        """Compares the shards' headers with the index, for what `plan` reads. Raises UsageError."""
+        by_file: dict[str, list[Part]] = {}
         for item in plan.items:
-            file, key = self.places[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
-            part = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
-            data = read_part(self.folder / file, key, part, self.index.tensors[item.storage_index.fqn])
-            target = planner.resolve_tensor(item)
-            target.copy_(data)
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+            file, part = self._part(item)
+            by_file.setdefault(file, []).append(part)
+        for file, parts in by_file.items():
+            check_parts(self.index.folder / file, parts)
+
+    def read_data(self, plan: LoadPlan, planner: AnyLoadPlanner) -> Future[None]:
+        by_file: dict[str, list[tuple[Part, torch.Tensor]]] = {}
+        for item in plan.items:
+            file, part = self._part(item)
+            by_file.setdefault(file, []).append((part, planner.resolve_tensor(item)))
+        for file, wanted in by_file.items():
+            read_parts(self.index.folder / file, wanted)
+        return _done(None)
+
+    def _part(self, item: ReadItem) -> tuple[str, Part]:
+        """Where an item lies: the file, and the part of its chunk. DCP numbers a tensor's chunks as `read_metadata` lists them."""
+        name, number = item.storage_index.fqn, item.storage_index.index
+        assert number is not None
+        entry = self.index.tensors[name]
+        chunk = entry.chunks[number]
+        begin, sizes = tuple(item.storage_offsets), tuple(item.lengths)
+        return chunk.file, Part(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, begin, sizes)
 
 
-def _key(index: MetadataIndex) -> str:
-    return f"{index.fqn}@{','.join(str(o) for o in index.offset or ())}"
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _sync_folder(path: Path) -> None:

@@ -15,9 +15,8 @@ from megascale.config.load import read_yaml
 from megascale.config.schema import DataSource
 from megascale.data.indexed import TokenFile
 from megascale.data.order import MixPlan, permute, plan_mixture, split_documents
+from megascale.data.stream import Tokens, TokenStream
 from megascale.errors import UsageError
-
-Tokens = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,28 +57,6 @@ def _entry(value: Any, where: str) -> DataSource:
         raise UsageError(f"{where} is {value!r}: write a prefix or {{path, weight, name}}") from None
 
 
-class TokenStream:
-    """Chosen documents of a token file, end to end."""
-
-    def __init__(self, file: TokenFile, documents: NDArray[np.int64]) -> None:
-        self.file, self.documents = file, documents
-        self.ends: NDArray[np.int64] = np.cumsum(file.lengths[documents].astype(np.int64))
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def read(self, start: int, length: int) -> tuple[Tokens, NDArray[np.int32]]:
-        """Tokens [start, start+length) and for each the number of its document in the stream."""
-        tokens, numbers = np.empty(length, np.int64), np.empty(length, np.int32)
-        document, done = int(np.searchsorted(self.ends, start, side="right")), 0
-        while done < length:
-            begin = start + done - (int(self.ends[document - 1]) if document else 0)
-            part = self.file.read(int(self.documents[document]), begin)[: length - done]
-            tokens[done : done + len(part)], numbers[done : done + len(part)] = part, document
-            done, document = done + len(part), document + 1
-        return tokens, numbers
-
-
 class Mixture:
     """`sample(n)` for any n ≥ 0: windows of seq_len+1 tokens, neighbours sharing one token, in an order of their own every epoch."""
 
@@ -93,20 +70,25 @@ class Mixture:
         valid_fraction: float,
         shuffled: bool,
     ) -> None:
-        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" of the documents; `shuffled` False keeps the file's order."""
+        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" of the documents; `shuffled` False keeps the file's order.
+
+        Raises UsageError for token files that are missing, damaged, too short for one sample, or not made for this vocabulary, and for
+        sources that were made with different tokenizers.
+        """
         self.seq_len, self.seed, self.vocab_size, self.shuffled = seq_len, seed, vocab_size, shuffled
         self.sources, self.streams = sources, []
         for source in sources:
             file = TokenFile(source.path)
             _check_vocabulary(source, vocab_size)
             train, valid = split_documents(len(file), valid_fraction)
-            stream = TokenStream(file, {"train": train, "valid": valid, "all": np.arange(len(file))}[part])
+            stream = TokenStream(file, {"train": train, "valid": valid, "all": None}[part])
             if len(stream) < seq_len + 1:
                 raise UsageError(
                     f"{source.path} has {len(stream)} tokens in its {part} part, and one sample of train.seq_len {seq_len} needs "
                     f"{seq_len + 1}: add data, or shorten train.seq_len"
                 )
             self.streams.append(stream)
+        check_tokenizers(sources)
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
 
     def sample(self, number: int) -> tuple[Tokens, NDArray[np.int32]]:
@@ -146,3 +128,15 @@ def _check_vocabulary(source: Source, vocab_size: int) -> None:
             f"{source.path} was made with a vocabulary of {used}, and model.vocab_size is {vocab_size}: leave model.vocab_size out to take "
             "the tokenizer's"
         )
+
+
+def check_tokenizers(sources: list[Source]) -> None:
+    """Raises UsageError where two sources were made with different tokenizers; files from elsewhere record none and pass."""
+    made_with = [(s.path, source_facts(s.path).get("tokenizer_fingerprint")) for s in sources]
+    known = [(path, mark) for path, mark in made_with if mark is not None]
+    for path, mark in known[1:]:
+        if mark != known[0][1]:
+            raise UsageError(
+                f"{known[0][0]} was made with tokenizer {known[0][1]} and {path} with {mark}: they number words differently; prepare both "
+                "with the same --tokenizer"
+            )

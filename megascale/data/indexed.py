@@ -1,13 +1,15 @@
 """Token files in Megatron's format, byte for byte what megatron-core writes: PREFIX.bin holds tokens, PREFIX.idx where each sequence lies.
 
 idx: 9 bytes "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 sequences, uint64 document marks, then int32 lengths, int64 byte
-offsets, int64 document marks (numbers of sequences at which documents begin, the total last).
+offsets, int64 document marks (numbers of sequences at which documents begin, the total last). A document has one sequence or several; this
+writer makes several only where a document has more tokens than an int32 length can say.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from array import array
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +31,7 @@ CODES: dict[int, type[np.generic]] = {
 }
 HEADER = len(MAGIC) + 8 + 1 + 8 + 8
 UINT16_VOCABULARY = 65500  # Megatron's limit for two-byte tokens
+LONGEST = 2**31 - 1  # tokens that a sequence's int32 length can say
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
@@ -37,9 +40,9 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 
 
 class TokenFile:
-    """Read access to PREFIX.bin and PREFIX.idx, memory-mapped; one sequence is one document here.
+    """Read access to the documents of PREFIX.bin and PREFIX.idx, memory-mapped.
 
-    Raises UsageError for files that are missing, foreign or truncated, with both sizes.
+    `lengths` [documents]: tokens of each. Raises UsageError for files that are missing, foreign or truncated, with both sizes.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -54,41 +57,59 @@ class TokenFile:
         with idx.open("rb") as file:
             head = file.read(HEADER)
         if len(head) < HEADER or head[: len(MAGIC)] != MAGIC:
-            raise UsageError(f"{idx} is not a token index: it begins with {head[:9]!r} instead of {MAGIC!r}")
+            raise UsageError(
+                f"{idx} is not a token index: it begins with {head[:9]!r} instead of {MAGIC!r}; give the prefix of token files"
+            )
         version, code, count, marks = struct.unpack("<QBQQ", head[len(MAGIC) :])
         if version != 1 or code not in CODES:
-            raise UsageError(f"{idx} has format version {version} and dtype code {code}; this reader knows version 1 and codes 1 to 8")
+            raise UsageError(
+                f"{idx} has format version {version} and dtype code {code}, and this reader knows version 1 and codes {sorted(CODES)}: "
+                "make it again"
+            )
         wanted = HEADER + count * 12 + marks * 8
         if idx.stat().st_size != wanted:
             raise UsageError(
                 f"{idx} has {idx.stat().st_size} bytes and its header promises {wanted}: it is truncated or damaged; make it again"
             )
-        raw = np.memmap(idx, mode="r", dtype=np.uint8)
         self.dtype = np.dtype(CODES[code])
-        self.lengths: NDArray[np.int32] = raw[HEADER : HEADER + 4 * count].view(np.int32)
-        self.offsets: NDArray[np.int64] = np.frombuffer(raw, np.int64, count, HEADER + 4 * count)
-        self.documents: NDArray[np.int64] = np.frombuffer(raw, np.int64, marks, HEADER + 12 * count)
-        need = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if count else 0
+        raw = np.memmap(idx, mode="r", dtype=np.uint8)
+        lengths = np.frombuffer(raw, np.int32, count, HEADER)
+        offsets = np.frombuffer(raw, np.int64, count, HEADER + 4 * count)
+        first = np.frombuffer(raw, np.int64, marks, HEADER + 12 * count)
+        if marks < 1 or first[0] != 0 or first[-1] != count:
+            said = f"{first[0]} to {first[-1]}" if marks else "none"
+            raise UsageError(f"{idx} has {count} sequences and documents that reach over {said}: it is damaged; make it again")
+        need = int(offsets[-1]) + int(lengths[-1]) * self.dtype.itemsize if count else 0
         have = bin_.stat().st_size
-        if have < need:
-            raise UsageError(f"{bin_} has {have} bytes and its index needs {need}: it is truncated; copy or make it again")
+        if have != need:
+            reason = "it is truncated" if have < need else "they do not belong together"
+            raise UsageError(f"{bin_} has {have} bytes and its index needs {need}: {reason}; copy or make both again")
         self.tokens: NDArray[np.generic] = np.memmap(bin_, mode="r", dtype=self.dtype) if have else np.zeros(0, self.dtype)
+        self.lengths: NDArray[np.integer] = lengths
+        self._offsets = offsets
+        if marks != count + 1:  # some documents have several sequences, which lie one after the other, or none
+            ends = np.append(offsets, need)
+            self._offsets = ends[first[:-1]]
+            self.lengths = (ends[first[1:]] - self._offsets) // self.dtype.itemsize
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, number: int, start: int = 0, length: int | None = None) -> NDArray[np.generic]:
-        """Tokens [start, start+length) of one sequence, a view of the file."""
-        first = int(self.offsets[number]) // self.dtype.itemsize + start
+        """Tokens [start, start+length) of one document, a view of the file."""
+        first = int(self._offsets[number]) // self.dtype.itemsize + start
         return self.tokens[first : first + (int(self.lengths[number]) - start if length is None else length)]
 
 
 class TokenWriter:
-    """Writes documents one by one; the files appear under their names only when all of them are written."""
+    """Writes documents one by one; the files appear under their names only when all of them are written.
 
-    def __init__(self, prefix: str | Path, dtype: type[np.generic]) -> None:
-        self.prefix, self.dtype = str(prefix), np.dtype(dtype)
-        self._lengths: list[int] = []
+    Tokens go to disk at once; in memory stay 12 bytes a document.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: type[np.generic], longest: int = LONGEST) -> None:
+        self.prefix, self.dtype, self.longest = str(prefix), np.dtype(dtype), longest
+        self._lengths, self._marks, self._open = array("i"), array("q", [0]), 0
         self._paths = {end: Path(f"{self.prefix}.{end}") for end in ("bin", "idx")}
         self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
         self._partial = {end: path.with_name(f".{path.name}.partial") for end, path in self._paths.items()}
@@ -96,24 +117,49 @@ class TokenWriter:
 
     def add(self, tokens: NDArray[np.generic]) -> None:
         """Appends one document."""
+        self.extend(tokens)
+        self.end_document()
+
+    def extend(self, tokens: NDArray[np.generic]) -> None:
+        """Appends to the document under way."""
         self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._lengths.append(len(tokens))
+        self._open += len(tokens)
+
+    def end_document(self) -> None:
+        while self._open > self.longest:
+            self._lengths.append(self.longest)
+            self._open -= self.longest
+        self._lengths.append(self._open)
+        self._marks.append(len(self._lengths))
+        self._open = 0
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        if kind is not None:
-            self._partial["bin"].unlink(missing_ok=True)
-            return
-        lengths = np.array(self._lengths, dtype=np.int32)
-        offsets = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets[1:]) if len(lengths) > 1 else None
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._file.close()
+            for path in self._partial.values():
+                path.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        lengths = np.frombuffer(self._lengths, np.int32)
+        offsets = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= self.dtype.itemsize
         code = next(c for c, d in CODES.items() if np.dtype(d) == self.dtype)
         with self._partial["idx"].open("wb") as file:
-            file.write(MAGIC + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1))
-            for array in (lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64)):
-                file.write(array.tobytes())
+            file.write(MAGIC + struct.pack("<QBQQ", 1, code, len(lengths), len(self._marks)))
+            for part in (lengths, offsets, np.frombuffer(self._marks, np.int64)):
+                file.write(part.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        # An older index goes first, so that at no moment an index stands beside tokens that are not its own.
+        self._paths["idx"].unlink(missing_ok=True)
         for end in ("bin", "idx"):
             os.replace(self._partial[end], self._paths[end])

@@ -43,7 +43,10 @@ def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: i
 
 
 def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch.device) -> Batch:
-    """`packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them)."""
+    """The samples `numbers` of a mixture, on `device`; NOT_COUNTED among them leaves a place empty.
+
+    `packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them).
+    """
     size = mixture.seq_len
     tokens = np.zeros((len(numbers), size + 1), np.int64)
     documents = np.zeros((len(numbers), size + 1), np.int64)
@@ -77,20 +80,28 @@ def _restarting(documents: np.ndarray) -> np.ndarray:
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    # The current device belongs to a thread: without this, the prefetching thread of every rank would open a context on device 0 to pin.
+    with torch.cuda.device(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Prefetcher(Iterator[list[Batch]]):
-    """`make(step)` for step = first, first+1, …, computed one step ahead in a thread; its errors appear at the consumer."""
+    """`make(step)` for step = first…last, computed ahead in one thread; its errors are raised again at the consumer, and end the steps."""
 
     def __init__(self, make: Callable[[int], list[Batch]], first: int, last: int) -> None:
         self._ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._work, args=(make, first, last), daemon=True)
         self._thread.start()
 
     def __next__(self) -> list[Batch]:
+        if self._ended:
+            raise StopIteration
         item = self._ready.get()
+        self._ended = not isinstance(item, list)  # nothing follows the end or an error, and waiting for it would be for ever
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):
@@ -98,6 +109,8 @@ class Prefetcher(Iterator[list[Batch]]):
         return item
 
     def close(self) -> None:
+        """Ends the thread; a step under way is finished first."""
+        self._ended = True
         self._closed.set()
         while self._thread.is_alive():
             try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,25 +17,43 @@ ROUNDS = 4
 
 
 def permute(index: int, size: int, *key: object) -> int:
-    """Where `index` goes under a pseudo-random permutation of range(size) chosen by `key`.
+    """Where `index` goes under a pseudo-random permutation of range(size) chosen by `key` (plain numbers and texts).
 
     A Feistel network over the next even power of two, walked along its cycle until it falls inside the range: no table, whatever the size.
     """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
-    keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
+    half, keys = _half_and_keys(size, key)
     while True:
-        left, right = index >> half, index & mask
-        for k in keys:
-            left, right = right, left ^ (_scramble(right ^ k) & mask)
-        index = left << half | right
+        index = _feistel(index, half, keys)
         if index < size:
             return index
 
 
-def _scramble(x: int) -> int:
-    x &= 0xFFFFFFFFFFFFFFFF
+def permute_many(indices: NDArray[np.integer], size: int, *key: object) -> NDArray[np.int64]:
+    """`permute` of each of `indices` [n]."""
+    half, keys = _half_and_keys(size, key)
+    values = _feistel(indices.astype(np.uint64), half, keys)
+    while (outside := np.flatnonzero(values >= size)).size:
+        values[outside] = _feistel(values[outside], half, keys)
+    return values.astype(np.int64)
+
+
+def _half_and_keys(size: int, key: tuple[object, ...]) -> tuple[int, list[int]]:
+    """Bits of half a number, and the keys of the rounds."""
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    return half, [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
+
+
+def _feistel(x: Any, half: int, keys: list[int]) -> Any:
+    """One pass for one number (int) or many (uint64 array): the same arithmetic serves both."""
+    mask = (1 << half) - 1
+    left, right = x >> half, x & mask
+    for k in keys:
+        left, right = right, left ^ (_scramble(right ^ k) & mask)
+    return left << half | right
+
+
+def _scramble(x: Any) -> Any:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
@@ -59,7 +79,10 @@ class MixPlan:
 
 
 def plan_mixture(weights: list[float], names: list[str], seed: int) -> MixPlan:
-    """Quotas by largest remainder. Raises UsageError for a weight too small to be ever drawn."""
+    """Quotas by largest remainder. Raises UsageError for a weight that is no positive number, or too small to be ever drawn."""
+    for name, weight in zip(names, weights):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UsageError(f"data: the weight of {name} is {weight}, and a positive number is needed: correct or remove the entry")
     total = sum(weights)
     exact = [w / total * BLOCK for w in weights]
     quotas = [int(x) for x in exact]

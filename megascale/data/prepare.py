@@ -3,62 +3,74 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megascale.data.indexed import TokenWriter, token_dtype
-from megascale.data.readers import BLOCK_CHARACTERS, Block, read_blocks
-from megascale.data.tokenizer import Tokenizer, keep_beside, load_tokenizer, train_sentencepiece
+from megascale.data.readers import BLOCK_BYTES, Block, can_enter, read_blocks
+from megascale.data.tokenizer import Tokenizer, keep_beside, load_tokenizer
 from megascale.errors import UsageError
 
-SAMPLE_CHARACTERS = 4 << 20  # of text to train a tokenizer on: enough for tens of thousands of pieces, half a minute's work
+SAMPLE_CHARACTERS = 4 << 20  # of text to train a tokenizer on: enough for tens of thousands of pieces, seconds of work
+PASSAGE = 1 << 16  # characters of the sample that are read from one place
 IN_FLIGHT = 4  # batches per worker that are read ahead
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is written to PREFIX.json. Entropy: of single tokens, in nats; a model that knows only frequencies reaches it."""
+    """What is written to PREFIX.json.
+
+    source_bytes: of the text in UTF-8, unpacked. not_utf8_files: in how many files characters were replaced. unigram_entropy: of single
+    tokens, in nats; the loss at which a model stops that knows only how often each token occurs.
+    """
 
     documents: int
     tokens: int
     source_bytes: int
+    not_utf8_files: int
     vocab_size: int
     eos_id: int
+    largest_token: int
     unigram_entropy: float
     tokenizer: str
     tokenizer_fingerprint: str
 
 
-def sample_texts(files: list[Path], text_key: str) -> Iterator[str]:
-    """At most SAMPLE_CHARACTERS of text, spread evenly over the files."""
-    budget = SAMPLE_CHARACTERS
-    stride = max(1, sum(f.stat().st_size for f in files) // (2 * SAMPLE_CHARACTERS)) if len(files) > 1 else 1
-    share = max(BLOCK_CHARACTERS // 64, SAMPLE_CHARACTERS // max(1, len(files) // stride))
-    for path in files[::stride]:
-        left = share
-        for block in read_blocks(path, text_key):
-            text = block.text[: min(left, budget)]
-            yield text
-            budget, left = budget - len(text), left - len(text)
-            if left <= 0 or budget <= 0:
-                break
-        if budget <= 0:
-            return
+class Encoded(NamedTuple):
+    """A batch of texts in tokens: `tokens` end to end, `ends` [texts] where each ends, and the bytes of the texts in UTF-8."""
+
+    tokens: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    source_bytes: int
 
 
-def make_tokenizer(files: list[Path], text_key: str, vocab_size: int, prefix: str) -> Tokenizer:
-    """Trains PREFIX.model on a sample of the input."""
-    path = Path(prefix + ".model")
-    train_sentencepiece(sample_texts(files, text_key), vocab_size, path)
-    return load_tokenizer(path)
+def sample_texts(files: list[Path], text_key: str, characters: int = SAMPLE_CHARACTERS) -> Iterator[str]:
+    """At most `characters` of text, in passages spread evenly over the bytes of all files; a packed file gives its beginning."""
+    share = characters / max(1, sum(f.stat().st_size for f in files))
+    credit = 0.0  # characters that the files so far should have given and have not: small files are read in turn, but whole
+    for path in files:
+        size = path.stat().st_size
+        credit += size * share
+        if credit < min(size, PASSAGE):
+            continue
+        due = min(credit, size) if can_enter(path) else credit
+        places = max(1, int(due) // PASSAGE) if can_enter(path) else 1
+        for i in range(places):
+            wanted = int(due / places)
+            for block in read_blocks(path, text_key, size * i // places, PASSAGE):
+                text = block.text[:wanted]
+                wanted, credit = wanted - len(text), credit - len(text)
+                yield text
+                if wanted <= 0:
+                    break
 
 
 def prepare(
@@ -70,66 +82,80 @@ def prepare(
     append_eos: bool,
     progress: Callable[[int], None],
 ) -> Facts:
-    """Encodes every document of `files` in order into PREFIX.bin, .idx and .json, the tokenizer beside them.
+    """Encodes every document of `files` in order into PREFIX.bin, .idx and .json, the tokenizer beside them; .idx appears last.
 
-    The result does not depend on `workers`. `progress` is told source bytes as they are done. Raises UsageError when there is no text.
+    The result does not depend on `workers`. `progress` is told stored bytes of the input as they are done. Raises UsageError when there is
+    no text, a file cannot be read or the output cannot be written; then nothing appears under PREFIX.
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     end = np.array([tokenizer.eos_id] if append_eos else [], np.int32)
     documents = source = 0
-    with TokenWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
-        open_document: list[NDArray[np.int32]] = []
-        for blocks, encoded in _encode_in_order(_batches(files, text_key), tokenizer.path, workers):
-            for block, tokens in zip(blocks, encoded):
-                counts += np.bincount(tokens, minlength=len(counts))
-                open_document.append(tokens)
-                if block.last:
-                    writer.add(np.concatenate([*open_document, end]))
-                    counts[tokenizer.eos_id] += len(end)
-                    open_document, documents = [], documents + 1
-            done = sum(b.source_bytes for b in blocks)
-            source += done
-            progress(done)
-        if documents == 0 or counts.sum() == 0:
-            raise UsageError(f"there is no text in the {len(files)} input files")
-    share = counts[counts > 0] / counts.sum()
-    facts = Facts(
-        documents=documents,
-        tokens=int(counts.sum()),
-        source_bytes=source,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        unigram_entropy=float(-(share * np.log(share)).sum()),
-        tokenizer=keep_beside(tokenizer, prefix).name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-    )
-    assert math.isfinite(facts.unigram_entropy)
-    Path(prefix + ".json").write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+    damaged: set[Path] = set()
+    try:
+        with TokenWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
+            for blocks, encoded in _encode_in_order(_batches(files, text_key), tokenizer, workers):
+                counts += np.bincount(encoded.tokens, minlength=len(counts))
+                for block, tokens in zip(blocks, np.split(encoded.tokens, encoded.ends[:-1])):
+                    writer.extend(tokens)
+                    if block.last:
+                        writer.extend(end)
+                        writer.end_document()
+                        documents += 1
+                source += encoded.source_bytes
+                damaged |= {b.path for b in blocks if b.damaged}
+                progress(sum(b.read for b in blocks))
+            if documents == 0:
+                raise UsageError(f"there is no text in the input ({len(files)} files, {files[0]} first): name files that have some")
+            counts[tokenizer.eos_id] += documents * len(end)
+            share = counts[counts > 0] / counts.sum()
+            facts = Facts(
+                documents=documents,
+                tokens=int(counts.sum()),
+                source_bytes=source,
+                not_utf8_files=len(damaged),
+                vocab_size=tokenizer.vocab_size,
+                eos_id=tokenizer.eos_id,
+                largest_token=int(np.flatnonzero(counts)[-1]),
+                unigram_entropy=float(-(share * np.log(share)).sum()),
+                tokenizer=keep_beside(tokenizer, prefix).name,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+            )
+            _write_json(Path(prefix + ".json"), asdict(facts))
+    except OSError as error:
+        raise UsageError(f"{prefix} cannot be written ({error}): choose another --out, or make room there") from None
     return facts
 
 
+def _write_json(path: Path, values: dict[str, object]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
 def _batches(files: list[Path], text_key: str) -> Iterator[list[Block]]:
-    """Blocks grouped to about BLOCK_CHARACTERS, so that small documents do not travel one by one."""
+    """Blocks grouped to about BLOCK_BYTES characters, so that small documents do not travel one by one."""
     batch: list[Block] = []
     size = 0
     for path in files:
         for block in read_blocks(path, text_key):
             batch.append(block)
             size += len(block.text)
-            if size >= BLOCK_CHARACTERS:
+            if size >= BLOCK_BYTES:
                 yield batch
                 batch, size = [], 0
     if batch:
         yield batch
 
 
-def _encode_in_order(
-    batches: Iterable[list[Block]], tokenizer: Path, workers: int
-) -> Iterator[tuple[list[Block], list[NDArray[np.int32]]]]:
+def _encode_in_order(batches: Iterable[list[Block]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[list[Block], Encoded]]:
     """Encodes in `workers` processes with a bounded number of batches under way; results keep the order of the input."""
+    if workers == 1:
+        for batch in batches:
+            yield batch, _encode_with(tokenizer, [b.text for b in batch])
+        return
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,)) as pool:
-        under_way: list[tuple[list[Block], Future[list[NDArray[np.int32]]]]] = []
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
+        under_way: list[tuple[list[Block], Future[Encoded]]] = []
         for batch in batches:
             under_way.append((batch, pool.submit(_encode, [b.text for b in batch])))
             if len(under_way) >= IN_FLIGHT * workers:
@@ -143,8 +169,16 @@ _worker: list[Tokenizer] = []  # one per worker process, since a native tokenize
 
 
 def _start_worker(path: Path) -> None:
+    # Hugging Face's tokenizers would start a thread per core in every worker.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker[:] = [load_tokenizer(path)]
 
 
-def _encode(texts: list[str]) -> list[NDArray[np.int32]]:
-    return _worker[0].encode_batch(texts)
+def _encode(texts: list[str]) -> Encoded:
+    return _encode_with(_worker[0], texts)
+
+
+def _encode_with(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    parts = tokenizer.encode_batch(texts)
+    ends = np.cumsum([len(p) for p in parts], dtype=np.int64)
+    return Encoded(np.concatenate(parts), ends, sum(len(t.encode()) for t in texts))

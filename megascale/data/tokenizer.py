@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +31,8 @@ class Tokenizer:
         try:
             if path.suffix == ".json":
                 self._json = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-                self.vocab_size = int(self._json.get_vocab_size())
+                # The largest number and not the count of names: numbers may have gaps.
+                self.vocab_size = 1 + max(self._json.get_vocab().values(), default=-1)
                 ends = [self._json.token_to_id(name) for name in END_NAMES]
                 self.eos_id = next((int(e) for e in ends if e is not None), -1)
             else:
@@ -43,12 +44,14 @@ class Tokenizer:
             raise UsageError(f"{path} has no token that ends a document (looked for {', '.join(END_NAMES)}): add one to the tokenizer")
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """Token numbers of each text, without any that begin or end it."""
         if self._piece is not None:
             return [np.array(ids, np.int32) for ids in self._piece.encode(texts, out_type=int)]
         assert self._json is not None
         return [np.array(e.ids, np.int32) for e in self._json.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of token numbers; for models of `train_sentencepiece` exactly what was encoded, but that "▁" comes back as a space."""
         numbers = [int(i) for i in ids]
         if self._piece is not None:
             return str(self._piece.decode(numbers))
@@ -57,12 +60,15 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A .model file, a tokenizer.json, or a folder that holds one of them. Raises UsageError."""
+    """A .model file, a tokenizer.json, or a folder that holds one of them (tokenizer.json first). Raises UsageError."""
     where = Path(path)
     if where.is_dir():
-        found = [p for p in (where / "tokenizer.json", where / "tokenizer.model") if p.is_file()]
+        models = sorted(where.glob("*.model"))
+        found = [p for p in (where / "tokenizer.json", where / "tokenizer.model") if p.is_file()] or models
         if not found:
-            raise UsageError(f"the folder {where} holds neither tokenizer.json nor tokenizer.model")
+            raise UsageError(f"the folder {where} holds neither tokenizer.json nor a SentencePiece .model: name the tokenizer's file")
+        if len(models) > 1 and found is models:
+            raise UsageError(f"the folder {where} holds {models[0].name} and {models[1].name}: name the one to use")
         where = found[0]
     if not where.is_file():
         raise UsageError(f"there is no tokenizer {where}: give a SentencePiece .model or a Hugging Face tokenizer.json")
@@ -78,15 +84,23 @@ def beside(prefix: str) -> Path | None:
 
 
 def keep_beside(tokenizer: Tokenizer, prefix: str) -> Path:
-    """Copies the tokenizer to PREFIX.model or PREFIX.tokenizer.json."""
-    target = Path(prefix + (".tokenizer.json" if tokenizer.path.suffix == ".json" else ".model"))
-    if tokenizer.path.resolve() != target.resolve():
-        shutil.copyfile(tokenizer.path, target)
+    """Copies the tokenizer to PREFIX.model or PREFIX.tokenizer.json, in place of any other that lies there."""
+    target, other = Path(prefix + ".model"), Path(prefix + ".tokenizer.json")
+    if tokenizer.path.suffix == ".json":
+        target, other = other, target
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_bytes(tokenizer.path.read_bytes())
+    os.replace(partial, target)
+    other.unlink(missing_ok=True)
     return target
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> None:
-    """A unigram model that reproduces any text exactly: nothing is normalized, white space is kept, unknown characters become bytes."""
+    """A unigram model that reproduces any text exactly: nothing is normalized, white space is kept, unknown characters become bytes.
+
+    The texts are held in memory; about five seconds for 8192 pieces from 4 MB on two cores. Line ends are pieces of their own, so that a
+    text cut after a line end is encoded as the whole is. Raises UsageError where the texts have too few different words for `vocab_size`.
+    """
     model = io.BytesIO()
     lines = (line for text in texts for line in text.split("\n") if line and len(line) < 4000)
     try:

@@ -49,16 +49,33 @@ def test_bytes_and_round_trip(tmp_path: Path, docs: list[list[int]], kind: tuple
 def test_bytes_of_megatron_core(tmp_path: Path) -> None:
     """Catches a misreading of the format that our writer and our reference share."""
     builder = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs megatron-core: pip install '.[megatron]'")
-    docs = [[1, 2, 3], [4], [5, 6]]
+    docs = [[1, 2, 3], [4, 5, 6, 7, 8], [5, 6]]
     theirs = builder.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=np.uint16)
     import torch
 
     for doc in docs:
-        theirs.add_document(torch.tensor(doc), [len(doc)])
+        theirs.add_document(torch.tensor(doc), [3, len(doc) - 3] if len(doc) > 3 else [len(doc)])
     theirs.finalize(str(tmp_path / "m.idx"))
-    write(tmp_path / "x", docs)
+    with TokenWriter(tmp_path / "x", np.uint16, longest=3) as writer:
+        for doc in docs:
+            writer.add(np.array(doc))
     for end in ("bin", "idx"):
         assert (tmp_path / f"x.{end}").read_bytes() == (tmp_path / f"m.{end}").read_bytes()
+
+
+@given(documents, st.integers(1, 5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+def test_documents_of_several_sequences(tmp_path: Path, docs: list[list[int]], longest: int) -> None:
+    """Catches sequences taken for documents, in long documents and in files that Megatron's tools cut into sentences."""
+    with TokenWriter(tmp_path / "x", np.uint16, longest) as writer:
+        for doc in docs:
+            for token in doc:
+                writer.extend(np.array([token]))
+            writer.end_document()
+    file = TokenFile(tmp_path / "x")
+    assert [file.read(i).tolist() for i in range(len(file))] == docs
+    assert file.lengths.tolist() == [len(d) for d in docs]
+    assert struct.unpack_from("<Q", (tmp_path / "x.idx").read_bytes(), 18)[0] == sum(-(-len(d) // longest) for d in docs)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +83,13 @@ def test_bytes_of_megatron_core(tmp_path: Path) -> None:
     [
         (lambda p: (p / "x.bin").unlink(), "no token file"),
         (lambda p: (p / "x.idx").unlink(), "no token file"),
-        (lambda p: (p / "x.bin").write_bytes(b"12"), "2 bytes and its index needs 8"),
+        (lambda p: (p / "x.bin").write_bytes(b"12"), "2 bytes and its index needs 8: it is truncated"),
+        (lambda p: (p / "x.bin").write_bytes(bytes(9)), "9 bytes and its index needs 8: they do not belong together"),
+        (lambda p: (p / "x.idx").write_bytes((p / "x.idx").read_bytes()[:20]), "not a token index"),
+        (
+            lambda p: (p / "x.idx").write_bytes((p / "x.idx").read_bytes()[:-8] + bytes(8)),
+            "2 sequences and documents that reach over 0 to 0",
+        ),
         (lambda p: (p / "x.idx").write_bytes((p / "x.idx").read_bytes()[:-3]), "truncated"),
         (lambda p: (p / "x.idx").write_bytes(b"PK" + bytes(60)), "not a token index"),
         (lambda p: (p / "x.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 2, 8, 0, 1)), "version 2"),
@@ -82,7 +105,24 @@ def test_damage_is_named(tmp_path: Path, damage: object, words: str) -> None:
 
 def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
     """Catches half-written files under their final names."""
-    writer = TokenWriter(tmp_path / "x", np.uint16)
-    writer.add(np.array([1]))
-    writer.__exit__(RuntimeError, RuntimeError(), None)
+
+    def interrupted() -> None:
+        with TokenWriter(tmp_path / "x", np.uint16) as writer:
+            writer.add(np.array([1]))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "x", [[1, 2]])
+    before = [(tmp_path / f"x.{end}").read_bytes() for end in ("bin", "idx")]
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert [(tmp_path / f"x.{end}").read_bytes() for end in ("bin", "idx")] == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_documents(tmp_path: Path) -> None:
+    """Catches a crash on empty arrays."""
+    write(tmp_path / "x", [])
+    assert len(TokenFile(tmp_path / "x")) == 0

@@ -12,12 +12,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 import zstandard
 
-from megascale.data.dataset import Mixture, Source, TokenStream, read_sources
+from megascale.data.dataset import Mixture, Source, read_sources
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Prefetcher, make_batch
+from megascale.data.prepare import prepare
+from megascale.data.readers import BLOCK_BYTES
+from megascale.data.stream import TokenStream
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
 
@@ -26,6 +30,7 @@ TEXT = [
     "The quick brown fox\r\njumps over the lazy dog.\n" * 20,
     " leading and trailing   \n",
 ]
+TRAINING_WORDS = ["gradient", "window", "token", "shard", "packing", "cluster", "memory"]
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +73,55 @@ def test_every_wrapping_gives_the_same_tokens(tmp_path: Path, model: Path) -> No
         done = run_tool(source, "--out", tmp_path / f"out{i}", "--tokenizer", model, "--workers", 1 + i % 2)
         assert done.returncode == 0, done.stderr
         assert tokens(tmp_path / f"out{i}") == wanted
+        assert "3 documents" in done.stdout and "bytes a token" in done.stdout
+    assert {p.name for p in tmp_path.glob("out0*")} == {"out0.bin", "out0.idx", "out0.json", "out0.model"}
     facts = json.loads((tmp_path / "out0.json").read_text())
     counts = np.bincount([t for d in wanted for t in d])
     share = counts[counts > 0] / counts.sum()
     assert facts["unigram_entropy"] == pytest.approx(-(share * np.log(share)).sum())
     assert (facts["documents"], facts["tokens"]) == (3, counts.sum())
+    assert facts["source_bytes"] == sum(len(t.encode()) for t in TEXT)
+    assert facts["largest_token"] == len(counts) - 1
 
 
-def test_long_texts_are_one_document_in_bounded_memory(tmp_path: Path, model: Path) -> None:
-    """Catches a reader that holds a whole file: 24 MB pass through less than 250 MB of one process, most of it Python's libraries."""
-    path = tmp_path / "long.txt"
-    path.write_text("one line of ordinary words, again and again\n" * 560_000)
+def test_blocks_and_workers_leave_no_trace(tmp_path: Path, model: Path) -> None:
+    """Catches tokens that depend on where a long text was cut, or on which worker was first."""
+    long = "".join(f"def f{i}(x):\n    return  x + {i}\t# ünïcode\n\n" for i in range(20_000))
+    assert len(long) > 3 * BLOCK_BYTES
+    (tmp_path / "long.txt").write_bytes(long.encode())
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "the end"}))
+    tokenizer = load_tokenizer(model)
+    files = [tmp_path / "long.txt", tmp_path / "short.jsonl"]
+    seen: list[int] = []
+    facts = [prepare(files, str(tmp_path / f"o{w}"), tokenizer, "text", w, True, seen.append) for w in (1, 3)]
+    assert facts[0].documents == 2 and sum(seen) == 2 * sum(f.stat().st_size for f in files)
+    for end in ("bin", "idx"):
+        assert (tmp_path / f"o1.{end}").read_bytes() == (tmp_path / f"o3.{end}").read_bytes()
+    assert tokens(tmp_path / "o1")[0] == [*tokenizer.encode_batch([long])[0].tolist(), tokenizer.eos_id]
+    prepare(files, str(tmp_path / "bare"), tokenizer, "text", 1, False, seen.append)
+    assert tokens(tmp_path / "bare") == [t[:-1] for t in tokens(tmp_path / "o1")]
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, model: Path) -> None:
+    """Catches a reader, a queue or a writer that holds a whole document: 10 MB take no more memory than 2 MB, in one process and in two."""
+    line = "one line of ordinary words, again and again\n"
+    for name, size in (("small", 2_000_000), ("large", 10_000_000)):
+        (tmp_path / name).write_text(line * (size // len(line)))
     script = (
-        "import resource, sys; sys.argv = sys.argv[1:]; import runpy\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as e: assert not e.code\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from megascale.data.prepare import prepare\nfrom megascale.data.tokenizer import load_tokenizer\n"
+        "path, model, workers = sys.argv[1:]\n"
+        "facts = prepare([Path(path)], path + '.out', load_tokenizer(model), 'text', int(workers), True, lambda done: None)\n"
+        "assert facts.documents == 1\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    command = [sys.executable, "-c", script, "tools/prepare_data.py", path, "--out", tmp_path / "o", "--tokenizer", model, "--workers", 1]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(TokenFile(tmp_path / "o")) == 1
-    assert int(done.stdout.split()[-1]) < 450_000  # KB; torch is not imported, pyarrow and numpy are
+
+    def peak_kb(name: str, workers: int) -> int:
+        command = [sys.executable, "-c", script, str(tmp_path / name), str(model), str(workers)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    for workers in (1, 2):
+        assert peak_kb("large", workers) - peak_kb("small", workers) < 6_000  # the text is 8 MB longer, its tokens are more still
 
 
 @pytest.mark.parametrize(
@@ -111,7 +143,7 @@ def test_bad_input_is_one_message(tmp_path: Path, model: Path, name: str, conten
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "o.bin").exists()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_existing_output_and_bad_tokenizers_are_refused(tmp_path: Path, model: Path) -> None:
@@ -125,6 +157,58 @@ def test_existing_output_and_bad_tokenizers_are_refused(tmp_path: Path, model: P
         (tmp_path / name).write_text("{}")
         done = run_tool(tmp_path / "a.txt", "--out", tmp_path / "p", "--tokenizer", tmp_path / name)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_wrong_use_is_one_message(tmp_path: Path, model: Path) -> None:
+    """Catches options that are ignored, a tokenizer of the user's that is overwritten, and tracebacks for paths that cannot work."""
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "o.model").write_text("precious")
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        ([tmp_path / "none.txt", "--out", tmp_path / "p"], "there is no input"),
+        ([tmp_path / "a.txt", "--out", tmp_path / "p", "--tokenizer", tmp_path / "none.model"], "there is no tokenizer"),
+        ([tmp_path / "a.txt", "--out", tmp_path / "p", "--tokenizer", model, "--vocab-size", 300], "exclude each other"),
+        ([tmp_path / "a.txt", "--out", tmp_path / "p", "--vocab-size", 8000], "a tokenizer of 8000 pieces cannot be trained"),
+        ([tmp_path / "a.txt", "--out", tmp_path, "--tokenizer", model], "is a folder"),
+        ([tmp_path / "a.txt", "--out", tmp_path / "file" / "p", "--tokenizer", model], "cannot be written"),
+        ([tmp_path / "a.txt", "--out", tmp_path / "o", "--tokenizer", model], "o.model exists"),
+    ):
+        done = run_tool(*arguments)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert (tmp_path / "o.model").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "o.model", "file"}
+
+
+def test_hugging_face_tokenizers(tmp_path: Path, model: Path) -> None:
+    """Catches counts that are too small where token numbers have gaps, and a tokenizer of an earlier run left beside new tokens."""
+    vocabulary = {"<unk>": 0, "hello": 1, "world": 7, "</s>": 9}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "hf").mkdir()
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("hello world")
+    assert run_tool(tmp_path / "a.txt", "--out", tmp_path / "o", "--tokenizer", model).returncode == 0
+    done = run_tool(tmp_path / "a.txt", "--out", tmp_path / "o", "--tokenizer", tmp_path / "hf", "--overwrite", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert tokens(tmp_path / "o") == [[1, 7, 9]]
+    assert json.loads((tmp_path / "o.json").read_text())["vocab_size"] == 10
+    assert {p.name for p in tmp_path.glob("o.*")} == {"o.bin", "o.idx", "o.json", "o.tokenizer.json"}
+
+
+def test_trains_a_tokenizer_and_counts_damaged_files(tmp_path: Path) -> None:
+    """Catches training that differs from run to run, and damage that nobody hears of."""
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        (tmp_path / "in" / f"{i}.txt").write_text(" ".join(TRAINING_WORDS[i * j % 7] + TRAINING_WORDS[j % 7] for j in range(40)))
+    (tmp_path / "in" / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("a", "b"):
+        done = run_tool(tmp_path / "in", "--out", tmp_path / name, "--vocab-size", 290)
+        assert done.returncode == 0 and "1 files are not valid UTF-8" in done.stderr, done.stderr
+    for end in ("model", "bin", "idx"):
+        assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
+    facts = json.loads((tmp_path / "a.json").read_text())
+    assert (facts["vocab_size"], facts["not_utf8_files"], facts["documents"]) == (290, 1, 31)
 
 
 @pytest.fixture
@@ -143,7 +227,8 @@ def test_stream_reads_across_documents(prepared: str) -> None:
     numbers = [i for i, d in enumerate(chosen) for _ in file.read(d)]
     for start in range(0, len(flat) - 7, 5):
         got, documents = stream.read(start, 7)
-        assert got.tolist() == flat[start : start + 7] and documents.tolist() == numbers[start : start + 7]
+        assert got.tolist() == flat[start : start + 7]
+        assert documents.tolist() == numbers[start : start + 7]
 
 
 def test_samples_cover_an_epoch_and_depend_on_the_seed_only(prepared: str) -> None:
@@ -185,6 +270,19 @@ def test_tokens_beyond_the_vocabulary_and_short_data(prepared: str) -> None:
         mixture.sample(0)
 
 
+def test_sources_of_different_tokenizers_are_not_mixed(prepared: str) -> None:
+    """Catches two vocabularies in one run: the loss would look fine and the model speak nonsense."""
+    other = prepared + "2"
+    for end in (".bin", ".idx"):
+        Path(other + end).write_bytes(Path(prepared + end).read_bytes())
+    sources = [Source(prepared, 1.0, "p"), Source(other, 1.0, "q")]
+    Mixture(sources, 16, 1, 305, "all", 0.0, shuffled=True)
+    facts = json.loads(Path(prepared + ".json").read_text())
+    Path(other + ".json").write_text(json.dumps({**facts, "tokenizer_fingerprint": "0123"}))
+    with pytest.raises(UsageError, match=f"{facts['tokenizer_fingerprint']} and .*p2 with 0123"):
+        Mixture(sources, 16, 1, 305, "all", 0.0, shuffled=True)
+
+
 def test_source_lists(tmp_path: Path) -> None:
     """Catches paths taken relative to the wrong folder, and names that would share one curve."""
     (tmp_path / "mix.yaml").write_text("sources:\n  - {path: a, weight: 2}\n  - sub/b\n")
@@ -211,4 +309,8 @@ def test_prefetcher_hands_errors_over_and_closes() -> None:
     assert [next(batches), next(batches)] == [[1], [2]]
     with pytest.raises(UsageError, match="no more"):
         next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
     Prefetcher(lambda step: [], 1, 1000).close()
+    short = Prefetcher(lambda step: [], 1, 1)
+    assert list(short) == [[]] and list(short) == []

@@ -1,0 +1,38 @@
+"""Chosen documents of a token file as one stream of tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.data.indexed import TokenFile
+
+Tokens = NDArray[np.int64]
+
+
+class TokenStream:
+    """Documents `documents` (all of them where None) of a token file, end to end. Eight bytes a document in memory."""
+
+    def __init__(self, file: TokenFile, documents: NDArray[np.int64] | None = None) -> None:
+        self.file = file
+        self.documents: NDArray[np.int64] = np.arange(len(file)) if documents is None else documents
+        self.ends: NDArray[np.int64] = np.cumsum(file.lengths[self.documents], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, length: int) -> tuple[Tokens, NDArray[np.int32]]:
+        """Tokens [start, start+length) and for each the number of its document in the stream; O(log documents).
+
+        Raises IndexError where the stream does not reach so far.
+        """
+        if not 0 <= start <= start + length <= len(self):
+            raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
+        tokens, numbers = np.empty(length, np.int64), np.empty(length, np.int32)
+        document, done = int(np.searchsorted(self.ends, start, side="right")), 0
+        while done < length:
+            begin = start + done - (int(self.ends[document - 1]) if document else 0)
+            part = self.file.read(int(self.documents[document]), begin)[: length - done]
+            tokens[done : done + len(part)], numbers[done : done + len(part)] = part, document
+            done, document = done + len(part), document + 1
+        return tokens, numbers
