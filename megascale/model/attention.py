@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.model.attention_cpu import LONGEST, CausalAttention
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
 from megascale.model.position import Rotary, rotate
@@ -69,4 +70,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # The CPU's flash kernel takes equal head counts only; the grouped path would fall back to materialized scores.
         repeat = q.shape[1] // k.shape[1]
         k, v, grouped = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), False
+    if q.device.type == "cpu" and mask is None and q.requires_grad and q.shape[2] <= LONGEST:
+        return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
