@@ -173,3 +173,14 @@ def test_random_layouts(drawn: tuple[int, Case]) -> None:
     """Catches what nobody thought of combining."""
     ranks, case = drawn
     assert_equal(case, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_products(recompute: str) -> None:
+    """Catches a graph that swallows an exchange between ranks, or recomputation that breaks inside it."""
+    parallel = Parallel(tp=2, tp_sequence=True, dp_shard=2, compile=True, recompute=recompute)  # type: ignore[arg-type]
+    case = Case(MODELS["llama"], parallel, precision="fp32")
+    reference, got = single(case), run_ranks(4, train, case, timeout=170)[0]
+    assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 2e-5
+    assert worst(got["grad"], reference["grad"])[0] <= 1e-4

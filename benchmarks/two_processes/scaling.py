@@ -1,6 +1,6 @@
 """Two processes of one thread against one process of one thread, ours beside plain PyTorch for the same axis, in turn in one run.
 
-`python benchmarks/two_processes/scaling.py` on a machine with two free cores.
+`python benchmarks/two_processes/scaling.py [ROUNDS]` on a machine with two free cores.
 """
 
 from __future__ import annotations
@@ -101,12 +101,13 @@ def plain(axis: str) -> list[float]:
 
 def main() -> None:
     seconds: dict[str, list[float]] = {}
-    for _ in range(2):
+    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
         for axis in LAYOUTS:
             for name, run in (("megascale", ours), ("plain", plain)):
                 # The slower rank decides when a step is over.
                 ranks = run_ranks(1 if axis == "none" else 2, run, axis, timeout=300)
                 seconds.setdefault(f"{name} {axis}", []).extend(map(max, zip(*ranks)))
+                print(f"{name} {axis}: {seconds[f'{name} {axis}']}", flush=True)
     median = {k: statistics.median(v) for k, v in seconds.items()}
     write(
         __file__,

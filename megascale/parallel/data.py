@@ -64,9 +64,7 @@ def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute
 def replicate_model(model: Decoder, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
     """DDP over dp_replicate: gradients summed once a step in buckets that overlap with backward."""
     axis = mesh["dp_replicate"]
-    wrapped = DistributedDataParallel(
-        model, process_group=axis.group, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
-    )
+    wrapped = DistributedDataParallel(model, process_group=axis.group, gradient_as_bucket_view=True, init_sync=False)
     wrapped.register_comm_hook(axis, _summing_hook)
     return wrapped, lambda last: nullcontext() if last else wrapped.no_sync()
 
