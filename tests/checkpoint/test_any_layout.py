@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch.distributed.checkpoint import DefaultSavePlanner
 
 from megascale.checkpoint.index import read_index
@@ -39,7 +39,9 @@ from tests.checkpoint.states import (
 
 @pytest.mark.dist
 @given(layouts(), layouts())
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(  # no shrinking: it starts ranks hundreds of times for an example that is small already
+    max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 def test_any_layout_to_any_other(tmp_path_factory: pytest.TempPathFactory, a: Layout, b: Layout) -> None:
     """Catches rectangles read from the wrong place: uneven, empty, replicated and strided pieces of eight dtypes."""
     root = tmp_path_factory.mktemp("checkpoint")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megascale.checkpoint import index as index_module
 from megascale.checkpoint.loader import find, load, newest, verify
@@ -47,6 +49,16 @@ def name_file(raw: Any, name: str) -> None:
             chunk["file"] = chunk["file"].replace("rank-00000.safetensors", name)
 
 
+def forge(folder: Path) -> None:
+    """A shard with a tensor turned on its side, and an index with its new size and checksum."""
+    path = folder / SECOND
+    tensors = load_file(path)
+    tensors["model.a@4,0"] = tensors["model.a@4,0"].T.contiguous()
+    save_file(tensors, path)
+    data = path.read_bytes()
+    edit(folder, lambda r: r["files"].update({SECOND: {"bytes": len(data), "crc32": zlib.crc32(data)}}))
+
+
 def a(raw: Any) -> Any:
     return raw["tensors"]["model.a"]
 
@@ -57,6 +69,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit flipped": (lambda f: flip(f / SECOND), f"{SECOND} has checksum"),
     "a shard is short": (lambda f: os.truncate(f / ZERO, 100), f"{ZERO} has 100 bytes and index.json says"),
     "shards exchanged": (lambda f: (f / ZERO).write_bytes((f / SECOND).read_bytes()), f"{ZERO} has .* and index.json says"),
+    "a forged shard": (forge, r"stores model\.a@4,0 as F32 \[5, 3\] and the index says F32 \[3, 5\]"),
     "no index": (lambda f: (f / "index.json").unlink(), r"there is no .*index\.json"),
     "no trainer.json": (lambda f: (f / "trainer.json").unlink(), r"there is no .*trainer\.json"),
     "index is no JSON": (lambda f: (f / "index.json").write_text("{"), "cannot be read"),

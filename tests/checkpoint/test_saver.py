@@ -33,13 +33,12 @@ def steps(root: Path) -> list[int]:
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a save that holds training up, one that writes what training has changed since, and events that are lost or repeated."""
     go_on = threading.Event()
-    real = storage.write_shard
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Path:
         assert go_on.wait(20)
-        return real(*args)
+        return write_checkpoint(*args, **options)
 
-    monkeypatch.setattr(storage, "write_shard", slow)
+    monkeypatch.setattr("megascale.checkpoint.saver.write_checkpoint", slow)
     saver = checkpointer(tmp_path, asynchronous=True)
     pieces, trainer = state(cut_rows(1)), {"step": 1, "ids": {"a": 1}}
     saver.save(1, pieces, trainer)
@@ -69,6 +68,22 @@ def test_saves_follow_each_other_and_reuse_their_memory(tmp_path: Path) -> None:
         assert read_slice(tmp_path / f"step-0000000{step}", "model.norm", (1,), (1,)) == step
     saver.save(4, vector(4.0, size=9), {})  # another shape needs another buffer
     assert kinds(saver.finish()) == ["saved"] and read_slice(find(tmp_path), "model.norm", (8,), (1,)) == 4
+
+
+def refuse_and_mend(root: str) -> list[str]:
+    """The first save is refused on rank 1 alone, after rank 0 has made its plan."""
+    saver, events = checkpointer(root), []
+    for value in (0.0, 1.0, 2.0):
+        saver.save(1, vector(value) if value or this_rank() == 0 else {"model.norm": value}, {})  # type: ignore[dict-item]
+        events += saver.finish()
+    return kinds(events)
+
+
+@pytest.mark.dist
+def test_a_plan_that_failed_is_forgotten(tmp_path: Path) -> None:
+    """Catches a cache that believes the plan of a save that was refused."""
+    assert on_ranks(2, refuse_and_mend, str(tmp_path)) == [["failed", "saved", "saved"]] * 2
+    assert read_slice(find(tmp_path), "model.norm", (3,), (1,)) == 2
 
 
 def events_of(root: str, fail: Callable[[int, int], bool], asynchronous: bool) -> list[list[tuple[str, str]]]:
