@@ -21,7 +21,7 @@ from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config
 from megascale.config.support import check, padding_note
-from megascale.data.dataset import Mixture, read_sources, source_facts
+from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
@@ -152,6 +152,7 @@ def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
         held, part = read_sources(data.valid, "data.valid"), "all"
     else:
         held, part = sources, "valid"
+    check_tokenizers([*sources, *held])
     return mixture, {s.name: Mixture([s], train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=False) for s in held}
 
 
