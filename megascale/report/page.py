@@ -15,8 +15,9 @@ from megascale.report.read import Row, RunData, as_number
 from megascale.report.summary import headline, highlights, verdict
 from megascale.report.words import plain
 
-# Events beyond this number are folded, all but those that tell more than "saved".
+# More events than this are folded, and those beside it that come by the hundred are left to the fold.
 EVENTS_SHOWN = 40
+UNEVENTFUL = ("saved", "skip")
 
 CSS = """
 :root{color-scheme:light}
@@ -109,7 +110,7 @@ def events_table(runs: Sequence[RunData]) -> str:
 
     if len(rows) <= EVENTS_SHOWN:
         return table(rows)
-    telling = [(run, e) for run, e in rows if e["event"] != "saved"]
+    telling = [(run, e) for run, e in rows if e["event"] not in UNEVENTFUL]
     folded = f"<details><summary>all {len(rows):,} events</summary>{table(rows)}</details>"
     return (table(telling) if len(telling) <= EVENTS_SHOWN else "") + folded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,5 +132,7 @@ def test_headline_numbers(tmp_path: Path) -> None:
     assert wall_seconds(run) == 6
     assert step_seconds(run) == pytest.approx(6 * 0.2)
     assert ending(run).startswith("none recorded")
+    assert ending(replace(run, ending={"code": 75, "reason": "stopped", "step": 2})).startswith("none recorded since the resume")
+    assert ending(replace(run, ending={"code": 0, "reason": "done", "step": 6})) == "done (code 0)"
     bare = headline(make_run(tmp_path / "bare", [{"step": 1}]))
     assert bare["last loss"] == bare["tokens"] == bare["unigram entropy"] == "–"
