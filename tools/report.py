@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One HTML page about one or several runs: curves, throughput, traffic, memory, events; the last run named is the reference."""
+"""One HTML page about one or several runs: curves, throughput, traffic, memory, events; the last of several is the reference."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import typer
 
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
-from megascale.report.figures import loss_figure, png
+from megascale.report.canvas import png
+from megascale.report.loss import loss_figure
 from megascale.report.page import page
-from megascale.report.read import read_run
+from megascale.report.read import read_runs
 
 app = new_app(__doc__ or "")
 
@@ -21,19 +22,23 @@ app = new_app(__doc__ or "")
 def main(
     runs: Annotated[list[Path], typer.Argument(help="run directories; with several, differences are against the last")],
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
-    picture: Annotated[Path | None, typer.Option("--png", help="also write the loss figure as a picture")] = None,
-    title: Annotated[str | None, typer.Option(help="heading")] = None,
+    picture: Annotated[Path | None, typer.Option("--png", help="also write the figure of the loss as a picture")] = None,
+    title: Annotated[str | None, typer.Option(help="heading of the page and the picture")] = None,
 ) -> None:
     """Reads RUNS and writes the page."""
-    data = [read_run(folder) for folder in runs]
-    heading = title or " · ".join(r.name for r in data)
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise UsageError(f"--png writes a PNG file, and {picture} is named otherwise: name it {picture.with_suffix('.png')}")
+    data = read_runs(runs)
+    html = page(data, title or " · ".join(run.name for run in data))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(data, heading), encoding="utf-8")
+        # JSON can hold halves of characters that no file can; they become question marks.
+        out.write_text(html, encoding="utf-8", errors="replace")
         if picture is not None:
+            picture.parent.mkdir(parents=True, exist_ok=True)
             png(loss_figure(data, title), picture)
     except OSError as error:
-        raise UsageError(f"the report cannot be written: {error}") from None
+        raise UsageError(f"the report cannot be written: {error}; choose another place with --out or --png") from None
     print(f"wrote {out}" + (f" and {picture}" if picture else ""))
 
 

@@ -1,121 +1,176 @@
-"""One self-contained HTML page about one or several runs."""
+"""One self-contained HTML page about one or several runs: no network, no script, readable on a phone and on paper."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-import numpy as np
+from matplotlib.figure import Figure
 
-from megascale.report.figures import lines_figure, loss_figure, svg, traffic_figure
-from megascale.report.read import RunData
+from megascale.report.canvas import svg
+from megascale.report.loss import NARROW, loss_figure
+from megascale.report.panels import lines_figure, traffic_figure
+from megascale.report.read import Row, RunData, as_number
+from megascale.report.summary import headline, highlights, verdict
+from megascale.report.words import plain
+
+# More events than this are folded, and those beside it that come by the hundred are left to the fold.
+EVENTS_SHOWN = 40
+UNEVENTFUL = ("saved", "skip")
 
 CSS = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2em auto;padding:0 1em}
-h1{font-size:1.5em;margin-bottom:.2em} h2{font-size:1.15em;margin-top:2em}
-svg{max-width:100%;height:auto} .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:.5em}
-table{border-collapse:collapse;font-size:.92em}
-td,th{padding:.25em .8em .25em 0;text-align:left;vertical-align:top;border-bottom:1px solid #e6e6e6}
-td.n{text-align:right} .wide{overflow-x:auto}
-@media print{details{display:block}}
+:root{color-scheme:light}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;
+max-width:1060px;margin:0 auto;padding:1.6em 1.1em 3em}
+h1{font-size:1.6em;line-height:1.25;margin:0 0 .6em;overflow-wrap:anywhere}
+h2{font-size:1.15em;margin:2.2em 0 .6em;padding-bottom:.25em;border-bottom:1px solid #ddd}
+h3{font-size:1em;margin:1.4em 0 .4em;overflow-wrap:anywhere}
+p{max-width:46em;overflow-wrap:anywhere}
+svg{display:block;max-width:100%;height:auto}
+figure{margin:0}
+.narrow{display:none}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5em,1fr));gap:.7em;margin:0 0 1em}
+.cards div{border:1px solid #e2e2e2;border-radius:6px;padding:.5em .8em}
+.cards dt{font-size:.82em;color:#666;overflow-wrap:anywhere}
+.cards dd{margin:0;font-size:1.25em;font-weight:600;font-variant-numeric:tabular-nums}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,380px),1fr));gap:1.4em 1.6em;align-items:end}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9em;font-variant-numeric:tabular-nums}
+th,td{padding:.28em 1.3em .28em 0;text-align:left;vertical-align:top;border-bottom:1px solid #e8e8e8}
+tbody th{font-weight:400;color:#555;min-width:8.5em}
+td.n,th.n{text-align:right}
+td.words{overflow-wrap:anywhere;min-width:16em}
+summary{cursor:pointer;margin:.6em 0;color:#0b5394}
+code{font-size:.95em;overflow-wrap:anywhere}
+@media (max-width:640px){.broad{display:none}.narrow{display:block}body{padding:1em .9em 2em}h1{font-size:1.35em}}
+@media print{body{max-width:none;padding:0;font-size:10.5pt}.broad{display:block}.narrow{display:none}
+.panels{grid-template-columns:1fr 1fr}h2{break-after:avoid}svg,tr,.cards div{break-inside:avoid}.wide{overflow:visible}}
 """
 
 
-def page(runs: list[RunData], title: str) -> str:
+def page(runs: Sequence[RunData], title: str) -> str:
     """The whole page; everything that comes from a run is escaped."""
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        headline_table(runs),
+    sections = [f"<h1>{escape(title)}</h1>", cards(runs)]
+    if len(runs) > 1:
+        sections += [f"<p>{escape(sentence)}</p>" for sentence in verdict(runs)]
+    sections += [
         "<h2>Loss</h2>",
-        svg(loss_figure(runs)),
-        "<h2>Speed and memory</h2>",
-        _figures(
-            lines_figure(runs, ("tokens_per_second",), "tokens per second"),
-            lines_figure(runs, ("mfu",), "MFU, % of the rank's peak", scale=100),
-            lines_figure(runs, ("step_seconds",), "seconds a step"),
-            lines_figure(runs, ("memory_bytes",), "memory of rank 0, GB", scale=1e-9),
-            *(traffic_figure(run) for run in runs),
+        _loss(runs),
+        "<h2>In numbers</h2>",
+        headline_table(runs),
+        "<h2>Speed, memory, traffic</h2>",
+        _panels(
+            ("tokens per second", lines_figure(runs, "tokens_per_second", "tokens per second")),
+            ("seconds a step", lines_figure(runs, "step_seconds", "seconds a step")),
+            ("MFU", lines_figure(runs, "mfu", "MFU, % of the ranks' peak", scale=100)),
+            ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
+            *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),
         ),
         "<h2>Optimization</h2>",
-        _figures(
-            lines_figure(runs, ("grad_norm",), "global gradient norm", log=True),
-            lines_figure(runs, ("lr",), "learning rate"),
+        _panels(
+            ("gradient norm", lines_figure(runs, "grad_norm", "global gradient norm", log=True)),
+            ("learning rate", lines_figure(runs, "lr", "learning rate")),
         ),
         "<h2>Events</h2>",
         events_table(runs),
         "<h2>Configuration</h2>",
-        config_table(runs),
+        config_tables(runs),
     ]
-    body = "\n".join(parts)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{CSS}</style><body>{body}</body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
 
 
-def headline_table(runs: list[RunData]) -> str:
-    """The numbers one asks for first, a column per run."""
-    facts: dict[str, list[str]] = {}
-    for run in runs:
-        last = run.metrics[-1]
-        column = {
-            "layouts": " → ".join(str(s.get("layout", "?")) for s in run.starts),
-            "steps": f"{last['step']:,}",
-            "tokens": f"{last.get('tokens') or 0:,}",
-            "last loss": _number(last.get("loss"), 4),
-            **{f"best validation, {n}": _number(float(np.nanmin(run.series("valid_loss", n)[1])), 4) for n in run.nested("valid_loss")},
-            "unigram entropy": _number(run.entropy, 4),
-            "tokens/s (median)": _median(run, "tokens_per_second", 1, 0),
-            "MFU (median)": _median(run, "mfu", 100, 1, " %"),
-            "peak memory": _number(max((r.get("memory_bytes") or 0 for r in run.metrics), default=0) / 1e9, 2, " GB"),
-            "ended": escape(f"{run.ending.get('code', '?')}: {run.ending.get('reason', 'still running')}"),
-        }
-        for axis in run.nested("sent_bytes"):
-            column[f"MB sent a step, {axis} (median)"] = _number(float(np.nanmedian(run.series("sent_bytes", axis)[1])) / 1e6, 2)
-        for key, value in column.items():
-            facts.setdefault(key, [""] * len(runs))[runs.index(run)] = value if key == "ended" else escape(value)
-    head = "".join(f"<th>{escape(r.name)}</th>" for r in runs)
-    rows = "".join(f"<tr><th>{escape(k)}</th>{''.join(f'<td>{c}</td>' for c in v)}</tr>" for k, v in facts.items())
-    return f'<div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+def cards(runs: Sequence[RunData]) -> str:
+    """The first run's main numbers: with several, the others stand beside it in the table."""
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in highlights(runs[0]).items())
+    return (f"<h3>{escape(runs[0].name)}</h3>" if len(runs) > 1 else "") + f'<dl class="cards">{items}</dl>'
 
 
-def events_table(runs: list[RunData]) -> str:
-    rows = []
-    for run in runs:
-        for event in run.events:
-            details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "step", "event") and v not in (None, ""))
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
-            cells = (run.name, when, event["step"], event["event"], details)
-            rows.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
-    head = "".join(f"<th>{h}</th>" for h in ("run", "time", "step", "event", "details"))
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+def headline_table(runs: Sequence[RunData]) -> str:
+    """A column per run, a row per fact that any of them has."""
+    columns = [headline(run) for run in runs]
+    labels = [k for k in dict.fromkeys(k for c in columns for k in c) if k != "end"] + ["end"]
+    return _table(["", *(r.name for r in runs)], [[k, *(c.get(k, "") for c in columns)] for k in labels])
 
 
-def config_table(runs: list[RunData]) -> str:
-    """Keys that differ between runs first; all of them behind a fold."""
+def events_table(runs: Sequence[RunData]) -> str:
+    """What happened, in the order in which it was written; many uneventful rows are folded away."""
+    rows = [(run, event) for run in runs for event in run.events]
+    if not rows:
+        return "<p>No events were recorded.</p>"
+    head = (["run"] if len(runs) > 1 else []) + ["time (UTC)", "step", "event", "details"]
+
+    def table(chosen: Sequence[tuple[RunData, Row]]) -> str:
+        cells = [[run.name] * (len(runs) > 1) + [_when(e), f"{e['step']:,}", e["event"], _details(e)] for run, e in chosen]
+        return _table(head, cells, numbers={len(head) - 3}, named=len(runs) > 1)
+
+    if len(rows) <= EVENTS_SHOWN:
+        return table(rows)
+    telling = [(run, e) for run, e in rows if e["event"] not in UNEVENTFUL]
+    folded = f"<details><summary>all {len(rows):,} events</summary>{table(rows)}</details>"
+    return (table(telling) if len(telling) <= EVENTS_SHOWN else "") + folded
+
+
+def config_tables(runs: Sequence[RunData]) -> str:
+    """The keys that differ between runs, then all of them behind a fold."""
     keys = list(dict.fromkeys(k for r in runs for k in r.config))
-    differ = [k for k in keys if len({repr(r.config.get(k)) for r in runs}) > 1]
-    head = "".join(f"<th>{escape(r.name)}</th>" for r in runs)
-
-    def table(chosen: list[str]) -> str:
-        rows = "".join(
-            f"<tr><th>{escape(k)}</th>" + "".join(f"<td>{escape(str(r.config.get(k, '')))}</td>" for r in runs) + "</tr>" for k in chosen
+    if not keys:
+        return "<p>No config.yaml was found.</p>"
+    rows = {k: [plain(r.config[k]) if k in r.config else "" for r in runs] for k in keys}
+    head = ["key", *(r.name for r in runs)]
+    parts = []
+    if len(runs) > 1:
+        differ = [k for k in keys if len(set(rows[k])) > 1]
+        parts.append("<p>Keys that differ:</p>" + _table(head, [[k, *rows[k]] for k in differ]) if differ else "<p>No key differs.</p>")
+        parts.append(
+            "<p>A run that was resumed shows its config as of the last resume.</p>" if any(len(r.starts) > 1 for r in runs) else ""
         )
-        return f'<div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
-
-    different = f"<p>What differs:</p>{table(differ)}" if len(runs) > 1 and differ else ""
-    return f"{different}<details><summary>all {len(keys)} keys</summary>{table(keys)}</details>"
+    parts.append(f"<details><summary>all {len(keys)} keys</summary>{_table(head, [[k, *rows[k]] for k in keys])}</details>")
+    return "".join(parts)
 
 
-def _figures(*figures: Any) -> str:
-    return '<div class="pair">' + "".join(svg(f) for f in figures if f is not None) + "</div>"
+def _loss(runs: Sequence[RunData]) -> str:
+    description = "Loss over steps of " + ", ".join(r.name for r in runs)
+    broad, narrow = svg(loss_figure(runs), description), svg(loss_figure(runs, look=NARROW), description)
+    return f'<figure class="broad">{broad}</figure><figure class="narrow">{narrow}</figure>'
 
 
-def _number(value: float | None, digits: int, unit: str = "") -> str:
-    return "" if value is None or value != value else f"{value:,.{digits}f}{unit}"
+def _panels(*figures: tuple[str, Figure | None]) -> str:
+    drawn = [f"<figure>{svg(figure, f'{name} over steps')}</figure>" for name, figure in figures if figure is not None]
+    return f'<div class="panels">{"".join(drawn)}</div>' if drawn else "<p>Nothing of this was recorded.</p>"
 
 
-def _median(run: RunData, key: str, scale: float, digits: int, unit: str = "") -> str:
-    values = run.series(key)[1]
-    return _number(float(np.nanmedian(values)) * scale, digits, unit) if len(values) and not np.isnan(values).all() else ""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] | set[int] = frozenset(), named: bool = True) -> str:
+    """Cells are escaped here and nowhere else. `named` rows have their first cell as their heading."""
+
+    def cell(index: int, text: str, kind: str) -> str:
+        extra = ' class="n"' if index in numbers else ' class="words"' if kind == "td" and len(text) > 60 else ""
+        return f"<{kind}{extra}>{escape(text)}</{kind}>"
+
+    top = "".join(cell(i, h, "th") for i, h in enumerate(head))
+    body = "".join("<tr>" + "".join(cell(i, c, "th" if i == 0 and named else "td") for i, c in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _when(event: Row) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(as_number(event.get("time"))))
+    except (ValueError, OverflowError, OSError):
+        return ""  # no time, or none that a calendar has
+
+
+def _details(event: Row) -> str:
+    """Free keys as "key value"; changes as "key: old → new"."""
+    parts = []
+    for key, value in event.items():
+        if key in ("time", "step", "event") or value in (None, "", [], {}):
+            continue
+        if key == "changes" and isinstance(value, dict):
+            parts += [f"{k}: {' → '.join(map(plain, v)) if isinstance(v, list) else plain(v)}" for k, v in value.items()]
+        else:
+            parts.append(f"{key} {plain(value)}")
+    return ", ".join(parts)

@@ -1,10 +1,14 @@
-"""A run's files → plain data for figures and tables."""
+"""A run's files → plain data for figures and tables.
+
+The files may belong to a run that is alive: what it is writing this moment is left out, everything else must be whole.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +19,43 @@ from megascale.config.load import flatten, read_yaml
 from megascale.errors import UsageError
 
 Row = dict[str, Any]
+Array = NDArray[np.float64]
+
+NUMBERS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu", "memory_bytes")
+NESTED = ("sent_bytes", "valid_loss")
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
 class RunData:
+    """One run. `metrics` has at least one row and its steps rise; `events` stand in the order in which they were written."""
+
     name: str
     folder: Path
     metrics: list[Row]
     events: list[Row]
     config: dict[str, Any]  # flat keys
-    ending: Row
+    ending: Row  # exit.json, empty while there is none
 
-    def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def series(self, *keys: str) -> tuple[Array, Array]:
         """Steps and values of a (nested) metric; rows without it are left out, null becomes NaN, which draws as a gap."""
         steps, values = [], []
         for row in self.metrics:
             value: Any = row
             for key in keys:
                 value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
-            if value is not _ABSENT and (value is None or isinstance(value, int | float)):
+            if value is not _ABSENT:
                 steps.append(row["step"])
-                values.append(math.nan if value is None else float(value))
+                values.append(as_number(value))
         return np.array(steps, float), np.array(values, float)
 
     def nested(self, key: str) -> list[str]:
         """Names below a metric that is an object: validation sets, mesh axes."""
-        return sorted({name for row in self.metrics if isinstance(row.get(key), dict) for name in row[key]})
+        return sorted({name for row in self.metrics for name in row.get(key) or {}})
+
+    @property
+    def last_step(self) -> int:
+        return int(self.metrics[-1]["step"])
 
     @property
     def starts(self) -> list[Row]:
@@ -54,47 +69,131 @@ class RunData:
 
     @property
     def entropy(self) -> float | None:
-        values = [v for e in self.events if isinstance(v := e.get("unigram_entropy"), int | float)]
-        return float(values[-1]) if values else None
+        """Unigram entropy of the training tokens in nats, as the last start recorded it."""
+        values = [v for e in self.events if math.isfinite(v := as_number(e.get("unigram_entropy")))]
+        return values[-1] if values else None
 
 
-_ABSENT = object()
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Runs with names that tell them apart: the run's own, its folder where two share one, a number where that is the same too."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    runs = [run if names.count(run.name) == 1 else replace(run, name=run.folder.resolve().name) for run in runs]
+    distinct: list[RunData] = []
+    for run in runs:
+        taken, name, number = {r.name for r in distinct}, run.name, 2
+        while name in taken:
+            name, number = f"{run.name} ({number})", number + 1
+        distinct.append(replace(run, name=name))
+    return distinct
 
 
 def read_run(folder: Path) -> RunData:
     """Raises UsageError for a folder that holds no run, or a line that is no row."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise UsageError(f"{folder} is no run: it has no metrics.jsonl; name the folder that run.dir says")
-    metrics = [r for r in _rows(folder / "metrics.jsonl") if isinstance(r.get("step"), int)]
+    metrics_path, events_path, config_path = folder / "metrics.jsonl", folder / "events.jsonl", folder / "config.yaml"
+    if not metrics_path.is_file():
+        raise UsageError(f"{_no_run(folder)}")
+    metrics: list[Row] = []
+    for row in _rows(metrics_path, _metric_mistake):
+        # A run goes back to its checkpoint when it resumes: rows after that step belong to a past that no longer counts.
+        while metrics and metrics[-1]["step"] >= row["step"]:
+            metrics.pop()
+        metrics.append(row)
     if not metrics:
-        raise UsageError(f"{folder / 'metrics.jsonl'} has no rows yet: wait for the first step")
-    events_path, config_path, exit_path = folder / "events.jsonl", folder / "config.yaml", folder / "exit.json"
-    events = [e for e in _rows(events_path) if "event" in e and isinstance(e.get("step"), int)] if events_path.is_file() else []
+        raise UsageError(f"{metrics_path} has no rows yet: wait for the first step")
+    events = _rows(events_path, _event_mistake) if events_path.is_file() else []
     config = flatten(read_yaml(config_path)) if config_path.is_file() else {}
+    name = str(config.get("run.name") or folder.resolve().name)
+    return RunData(name, folder, metrics, events, config, _read_ending(folder / "exit.json"))
+
+
+def as_number(value: Any) -> float:
+    """JSON numbers as floats; null, other values and what a float cannot hold as NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
     try:
-        ending = json.loads(exit_path.read_text(encoding="utf-8")) if exit_path.is_file() else {}
-    except ValueError:
-        ending = {}
-    return RunData(str(config.get("run.name", folder.name)), folder, metrics, events, config, ending)
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
-def _rows(path: Path) -> list[Row]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+def _no_run(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no folder {folder}: name the folder that run.dir says"
+    if not folder.is_dir():
+        return f"{folder} is a file: name the folder of the run, as run.dir says it"
+    try:
+        inside = sorted(str(p.parent) for p in folder.glob("*/metrics.jsonl"))
+    except OSError as error:
+        return f"{folder} cannot be read: {error}"
+    fix = f"did you mean {', '.join(inside[:4])}?" if inside else "name the folder that run.dir says"
+    return f"{folder} is no run: it has no metrics.jsonl; {fix}"
+
+
+def _rows(path: Path, mistake: Callable[[Row], str | None]) -> list[Row]:
+    """The objects of a JSONL file. Raises UsageError naming the line that is none, or in which `mistake` finds one."""
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; give yourself the right to read it") from None
+    # Only a line feed ends a row: splitlines would also cut at characters that JSON allows inside a string.
+    lines = text.split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        wrong = None
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
-                continue  # the run may be writing it
-            raise UsageError(f"{path}, line {number} is not JSON: {line[:60]!r}; remove the line") from None
-        if isinstance(row, dict):
-            rows.append(row)
+                continue  # no line feed yet: the run is writing it, or was killed while it did
+            wrong = "is not JSON"
+        else:
+            wrong = mistake(row) if isinstance(row, dict) else "is not an object"
+        if wrong:
+            raise UsageError(f"{path}, line {number} {wrong}: {line.strip()[:60]!r}; mend or remove that line")
+        rows.append(row)
     return rows
 
 
-def gap(run: RunData, reference: RunData) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """|Δ loss| at the steps that both runs have."""
-    a, b = (dict(zip(*(s.tolist() for s in r.series("loss")))) for r in (run, reference))
-    steps = sorted(a.keys() & b.keys())
-    return np.array(steps, float), np.array([abs(a[s] - b[s]) for s in steps], float)
+def _metric_mistake(row: Row) -> str | None:
+    if not _is_step(row.get("step")):
+        return "has no step that is a whole number"
+    for key in NUMBERS:
+        if not _is_number_or_null(row.get(key)):
+            return f"has a {key} that is neither a number nor null"
+    for key in NESTED:
+        value = row.get(key)
+        if value is not None and not (isinstance(value, dict) and all(_is_number_or_null(v) for v in value.values())):
+            return f"has a {key} that is not an object of numbers"
+    return None
+
+
+def _event_mistake(row: Row) -> str | None:
+    if not _is_step(row.get("step")):
+        return "has no step that is a whole number"
+    if not isinstance(row.get("event"), str):
+        return "has no event that is a word"
+    return None
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53  # floats count exactly up to there
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _read_ending(path: Path) -> Row:
+    if not path.is_file():
+        return {}
+    try:
+        ending = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError, OSError):
+        ending = None
+    if not isinstance(ending, dict):
+        raise UsageError(f"{path}, line 1 is not a JSON object: remove the file, the report does without it")
+    return ending

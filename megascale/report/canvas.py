@@ -1,0 +1,150 @@
+"""What all figures share: style, colours, text that comes from outside, and the way to SVG and PNG.
+
+Figures are made without pyplot, so nothing here holds a figure, a backend or a setting once a call has returned.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too pale for lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, GREY, PALE, HALO = "#222222", "#6f6f6f", "#e8e8e8", "#c6cacf"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#9a9a9a",
+    "ytick.color": "#9a9a9a",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    # Letters as outlines look the same on every machine; a phone has another font, and labels would collide there.
+    "svg.fonttype": "path",
+    # The same runs give the same page, byte for byte.
+    "svg.hashsalt": "megascale",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The settings of all figures; also around saving, since some are read only then."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # A name in a script that the font lacks becomes boxes in the picture; it stands in the page's text as well.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, known to no backend."""
+    return Figure(figsize=(width, height))
+
+
+def label(text: str, limit: int = 48) -> str:
+    """Text from a run, for a figure: no TeX, no control characters, no hidden legend entry, and of bounded length."""
+    clean = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
+    clean = " ".join(clean.split()).replace("$", r"\$")
+    clean = clean if len(clean) <= limit else clean[: limit - 1] + "…"
+    return " " + clean if clean.startswith("_") else clean
+
+
+def text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
+    """Inches that `text` will take."""
+    probe = figure.text(0, 0, text, fontsize=size, weight=weight)
+    width = probe.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
+    probe.remove()
+    return float(width)
+
+
+def pack(spans: Sequence[tuple[float, float]], space: float) -> list[int]:
+    """The row of every (left, width), in the order of their left ends, so that no two in a row come nearer than `space`."""
+    ends: list[float] = []
+    rows = []
+    for left, width in spans:
+        row = next((i for i, end in enumerate(ends) if left >= end + space), len(ends))
+        ends[row : row + 1] = [left + width]
+        rows.append(row)
+    return rows
+
+
+def legend(figure: Figure, handles: Sequence[Line2D], left: float, top: float, size: float) -> float:
+    """A legend of as many columns as fit, its upper left corner at `left` and `top` inches. Returns its height in inches."""
+    if not handles:
+        return 0.0
+    wide, tall = figure.get_size_inches()
+    # Matplotlib fills column by column, as array_split does; each is as wide as its longest entry with the line before it.
+    widths = [text_width(figure, str(h.get_label()), size) + 2.4 * size / 72 for h in handles]
+
+    def breadth(columns: int) -> float:
+        return sum(float(c.max()) for c in np.array_split(widths, columns)) + (columns - 1) * 1.8 * size / 72
+
+    columns = next((n for n in range(len(handles), 1, -1) if breadth(n) <= wide - left), 1)
+    rows = -(-len(handles) // columns)
+    figure.legend(
+        handles=list(handles),
+        loc="upper left",
+        bbox_to_anchor=(left / wide, 1 - top / tall),
+        ncols=columns,
+        fontsize=size,
+        borderpad=0,
+        borderaxespad=0,
+        labelspacing=0.35,
+        columnspacing=1.8,
+    )
+    return rows * size * 1.5 / 72
+
+
+def step_axis(axes: Axes, last: float, ticks: int = 7) -> None:
+    """Whole steps from 0 to the last one, thousands separated."""
+    axes.set_xlim(0, last * 1.012)
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=(1, 2, 2.5, 5, 10)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+
+
+def svg(figure: Figure, description: str = "") -> str:
+    """The figure as an inline SVG element that several on one page cannot disturb.
+
+    Comments, metadata and the names of groups are dropped: nothing refers to them, and they would repeat from figure to figure.
+    """
+    out = io.StringIO()
+    with style():
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"\n\s*", "\n", text)
+    name = re.sub(r'[<>&"]', " ", description)
+    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+
+
+def png(figure: Figure, path: Path) -> None:
+    """The figure as a picture of 120 pixels an inch."""
+    with style():
+        figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

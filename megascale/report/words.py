@@ -1,0 +1,90 @@
+"""Numbers and layouts as a person would write them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+AXES = {
+    "pp": "pipeline",
+    "dp_replicate": "replicated data",
+    "dp_shard": "sharded data",
+    "cp": "context",
+    "tp": "tensor",
+    "ep": "expert",
+    "etp": "expert tensor",
+}
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+NONE = "–"
+
+
+def layout_words(layout: Any) -> str:
+    """ "dp_shard2·tp2" → "2-way sharded data × 2-way tensor parallel"; what does not read like axes stays as it is."""
+    if not isinstance(layout, str) or not layout:
+        return "layout not recorded"
+    axes, _, extra = layout.partition(" ")
+    parts = [re.fullmatch(r"([a-z_]+?)(\d+)", part) for part in axes.split("·")]
+    if not all(p and p[1] in AXES for p in parts):
+        return layout
+    words = " × ".join(f"{p[2]}-way {AXES[p[1]]}" for p in parts if p)
+    return f"{words} parallel" + (f" ({extra})" if extra else "")
+
+
+def scientific(value: float, digits: int = 1) -> str:
+    """7.2e-07 → "7.2×10⁻⁷", a power of ten alone where `digits` is 0; plain between 0.01 and 10000."""
+    if not math.isfinite(value):
+        return NONE
+    if value == 0 or (digits and 1e-2 <= abs(value) < 1e4):
+        return f"{value:.{digits + 1}g}"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
+    return power if digits == 0 else f"{mantissa}×{power}"
+
+
+def fixed(value: float, digits: int, unit: str = "") -> str:
+    """A number with thousands separated and its unit; a dash where there is none."""
+    return f"{value:,.{digits}f}{unit}" if math.isfinite(value) else NONE
+
+
+def byte_words(value: float) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    if not math.isfinite(value):
+        return NONE
+    scale, unit = byte_unit(value)
+    return f"{value / scale:,.{0 if scale == 1 else 1 if value / scale >= 10 else 2}f} {unit}"
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """The unit in which `largest` is best told: its size in bytes and its sign."""
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if largest >= 10**power:
+            return 10.0**power, unit
+    return 1.0, "B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as the two units that matter: "3 min 56 s", "2 d 3 h"."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    for size, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // below} {smaller}"
+    return NONE
+
+
+def plain(value: Any) -> str:
+    """A value of a config or an event: words bare, everything else as JSON writes it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.6g}"
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
