@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megascale.report.read import gap, read_run
+from megascale.report.read import read_run
+from megascale.report.series import gap
 
 SMALL = [
     "model.num_layers=2",
@@ -45,7 +46,8 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "learned" in said
     resumed, straight = read_run(runs / "quickstart"), read_run(runs / "quickstart-undisturbed")
     assert [s["layout"] for s in resumed.starts] == ["dp_shard2", "tp2"]
-    steps, delta = gap(resumed, straight)
-    assert steps.tolist() == list(range(1, 41)) and delta.max() < 1e-4
+    apart = gap(resumed, straight)
+    assert apart.steps.tolist() == list(range(1, 41)) and apart.delta.max() < 1e-4
+    assert [e["event"] for e in resumed.events if e["event"] in ("stop", "done")] == ["stop", "done"]
     page = (runs / "report.html").read_text()
     assert page.count("<svg") >= 5 and "unigram entropy" in page and (runs / "quickstart.png").stat().st_size > 10_000

@@ -85,8 +85,12 @@ def test_rows_after_the_checkpoint_are_dropped(folder: Path) -> None:
     values = settings(folder)
     run_ranks(1, run, values)
     shutil.rmtree(folder / "run/checkpoints/step-00000006")
+    for name in ("metrics", "events"):
+        with (folder / "run" / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 7, "lo')  # killed while writing
     assert run_ranks(1, run, values) == [(0, "done")]
     assert len(losses(folder)) == 6
+    assert "done" in [e["event"] for e in rows(folder, "events")]
 
 
 def test_every_row_has_what_scripts_read(folder: Path) -> None:

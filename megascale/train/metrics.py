@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.run_dir = run_dir
-        self._keep_until(run_dir / "metrics.jsonl", step)
+        self._keep(run_dir / "metrics.jsonl", lambda row: row.get("step", 0) <= step)
+        self._keep(run_dir / "events.jsonl", lambda row: True)
         self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._events = open(run_dir / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._sinks: list[Any] = []
@@ -61,7 +63,8 @@ class RunLog:
         file.flush()
 
     @staticmethod
-    def _keep_until(path: Path, step: int) -> None:
+    def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Rewrites a file with the rows that are wanted; the half line of a run that was killed while writing it goes."""
         if not path.exists():
             return
         kept = []
@@ -69,8 +72,8 @@ class RunLog:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                continue  # the last line of a run that was killed while writing it
-            if isinstance(row, dict) and row.get("step", 0) <= step:
+                continue
+            if isinstance(row, dict) and wanted(row):
                 kept.append(line)
         write_atomic(path, "".join(line + "\n" for line in kept))
 

@@ -61,7 +61,10 @@ class Trainer:
                     self.save(wait=stopping or step == last_step)
                 self.reporter.checkpoints(self.checkpointer.poll(), step)
                 if stopping and step < last_step:
+                    self.reporter.event("stop", step)
                     raise StopRequested(f"stopped on request after step {step} of {last_step}: run the same command again to go on")
+
+        self.reporter.event("done", self.progress.step)
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
         """Forward, backward, clip, update. Nothing here waits for the device."""
