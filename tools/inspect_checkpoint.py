@@ -34,7 +34,8 @@ def main(
     console = terminal if terminal.is_terminal else Console(width=160)  # a pipe has no width, and half a path is no use
     total = sum(entry.bytes for entry in index.files.values())
     say(console, f"{path}: format version {index.version}, {len(index.files)} files, {total / 1e6:,.1f} MB")
-    for key, value in plain(trainer):
+    # The config repeats the identity and adds what may change at a resume; trainer.json has it for whoever asks.
+    for key, value in plain({k: v for k, v in trainer.items() if k != "config"}):
         say(console, f"  {key}: {value}")
     console.print(tensor_table(index))
     console.print(file_table(index))
