@@ -194,7 +194,11 @@ def cli(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
         (["configs/quickstart.yaml", "data.train=nowhere/x", "run.dir=/tmp/never"], {}, "nowhere/x"),
         (["configs/quickstart.yaml"], {"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"),
         (["configs/quickstart.yaml"], {"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 tasks"),
-        (["configs/quickstart.yaml", "data.train=nowhere/x", "parallel.tp=3", "model.vocab_size=9"], {}, "parallel.tp is 3, model.num_heads is 4"),
+        (
+            ["configs/quickstart.yaml", "data.train=nowhere/x", "parallel.tp=3", "model.vocab_size=9"],
+            {},
+            "parallel.tp is 3, model.num_heads is 4",
+        ),
         (["configs/quickstart.yaml", "run.device=cuda", "model.vocab_size=9"], {}, "cuda"),
     ],
 )
