@@ -25,9 +25,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, default=None, help="with --dry-run: as if started on so many ranks")
     parser.add_argument("--json", metavar="FILE", help="with --dry-run: write the same as JSON")
+    parser.add_argument("--draw", metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")
     args = parser.parse_intermixed_args(argv)
-    if not args.dry_run and (args.ranks is not None or args.json):
-        parser.error("--ranks and --json go with --dry-run")
+    if not args.dry_run and (args.ranks is not None or args.json or args.draw):
+        parser.error("--ranks, --json and --draw go with --dry-run")
     return args
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         if args.dry_run:
             from megascale.train.dry_run import dry_run
 
-            dry_run(config, args.ranks or ranks.size, args.json)
+            dry_run(config, args.ranks or ranks.size, args.json, args.draw)
             return 0
         from megascale.train.setup import build_trainer, choose_device, process_group
 

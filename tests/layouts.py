@@ -13,12 +13,13 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch, sample_numbers
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer, gather_whole
-from megascale.parallel.apply import ParallelModel, parallelize
-from megascale.schedule.accumulate import run_micro_batches
+from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.schedule.accumulate import Accumulation
+from megascale.schedule.pipeline import Pipeline
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -84,12 +85,8 @@ def build(case: Case, ranks: int) -> ParallelModel:
     mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu")
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
-    model = parallelize(
-        Decoder(case.model, Shape(case.seq_len, storage, DTYPES[case.precision]), kernels.norm),
-        mesh,
-        case.parallel,
-        CPU,
-    )
+    shape = Shape(case.seq_len, storage, DTYPES[case.precision])
+    model = parallelize(build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank), mesh, case.parallel, CPU)
     for _ in model.draw_weights(7):
         pass
     return model
@@ -101,6 +98,10 @@ def whole(model: ParallelModel, of: str) -> dict[str, Tensor]:
     for w in model.weights:
         tensor = gather_whole(getattr(w, of), w, model.mesh)
         result[w.name] = tensor[tuple(slice(0, n) for n in w.placement.spec.shape)].clone()
+    if model.mesh["pp"].size > 1:
+        stages: list[dict[str, Tensor]] = [{} for _ in range(model.mesh["pp"].size)]
+        dist.all_gather_object(stages, result, group=model.mesh["pp"].group)
+        result = {name: tensor for stage in stages for name, tensor in stage.items()}
     return result
 
 
@@ -109,6 +110,7 @@ def train(case: Case) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
     optimizer = build_optimizer(model, case.optim)
+    schedule = Pipeline(model, case.parallel, CPU) if case.parallel.pp > 1 else Accumulation(model)
     places = case.batch * case.seq_len
     result: dict[str, Any] = {"loss": [], "norm": []}
     mesh = model.mesh
@@ -116,10 +118,11 @@ def train(case: Case) -> dict[str, Any]:
         rows = sample_numbers(step * case.batch, case.batch, case.micro_batch, mesh.data_rank, mesh.data_size)
         batches = [fake_batch(case, row) for row in rows]
         mesh.traffic.take()
-        loss = run_micro_batches(model, batches, 1 / places)
+        loss = schedule.run(batches, 1 / places)
         result["sent"], result["calls"] = mesh.traffic.take()
         share = 1.0 if mesh["tp"].rank == 0 else 0.0
-        sums = torch.tensor([loss.item() * share, share * sum(b.valid for b in batches) / places], dtype=torch.float64)
+        counted = share if mesh["pp"].rank == 0 else 0.0
+        sums = torch.tensor([loss.item() * share, counted * sum(b.valid for b in batches) / places], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(sums)
         norm = global_norm(model.weights, ranks) / sums[1]

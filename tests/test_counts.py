@@ -97,7 +97,7 @@ def live_bytes(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
     state = build_optimizer(model, case.optim).state()
-    weights = sum(w.local.nbytes for w in model.weights)
+    weights = sum(w.local.nbytes for w in [*model.weights, *([model.guest] if model.guest else [])])
     held = {"parameters": weights, "gradients": weights, "optimizer": sum(t.nbytes for ts in state.values() for t in ts.values())}
     config = build_config({"model": case.model.model_dump(), "train": {"steps": 1, "seq_len": case.seq_len}, "data": {"train": "x"}})
     config = config.model_copy(
@@ -120,11 +120,13 @@ def live_bytes(case: Case) -> tuple[dict[str, int], dict[str, int]]:
         (4, Parallel(tp=2, dp_shard=2, tp_sequence=True)),
         (4, Parallel(tp=4)),
         (2, Parallel(engine="ddp", dp_replicate=2, dp_shard=1)),
+        (4, Parallel(pp=2, pp_schedule="zbv", dp_shard=2)),
+        (3, Parallel(pp=3)),
     ],
 )
 def test_dry_run_bytes_are_exact(ranks: int, parallel: Parallel, optimizer: Any) -> None:
     """Catches a dry run that flatters: bytes of weights, gradients and optimizer equal the running program's on every rank."""
-    case = Case(tiny(vocab_size=37, bias=True), parallel, Optim(name=optimizer))
+    case = Case(tiny(vocab_size=37, bias=True, num_layers=4, tie_embeddings=parallel.pp > 1), parallel, Optim(name=optimizer))
     for held, said in run_ranks(ranks, live_bytes, case):
         assert held == said
 

@@ -15,7 +15,7 @@ from megascale.model.kernels import torch_rmsnorm
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import parallelize
-from megascale.schedule.accumulate import run_micro_batches
+from megascale.schedule.accumulate import Accumulation
 from tests.layouts import DTYPES, Case, fake_batch, tiny
 from tests.runs import make_tokens, rows, run, settings
 
@@ -27,7 +27,7 @@ def losses_on(device: torch.device, case: Case) -> list[float]:
 
     mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
     shape = Shape(case.seq_len, torch.float32, DTYPES[case.precision])
-    model = parallelize(Decoder(case.model, shape, torch_rmsnorm), mesh, case.parallel, device)
+    model = parallelize([Decoder(case.model, shape, torch_rmsnorm)], mesh, case.parallel, device)
     for _ in model.draw_weights(7):
         pass
     optimizer = build_optimizer(model, case.optim)
@@ -35,7 +35,7 @@ def losses_on(device: torch.device, case: Case) -> list[float]:
     for step in range(case.steps):
         batch = fake_batch(case, list(range(step * case.batch, (step + 1) * case.batch)))
         batch = batch._replace(**{k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, torch.Tensor)})
-        losses.append(run_micro_batches(model, [batch], 1 / batch.valid).item())
+        losses.append(Accumulation(model).run([batch], 1 / batch.valid).item())
         norm = global_norm(model.weights, 1)
         optimizer.step(1e-3, clip_factor(norm, 1.0), torch.isfinite(norm))
         for w in model.weights:

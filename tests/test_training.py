@@ -11,7 +11,7 @@ import torch
 
 from megascale.checkpoint import storage
 from megascale.data import loader
-from megascale.train import trainer as trainer_module
+from megascale.schedule.accumulate import Accumulation
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at
 
@@ -117,16 +117,16 @@ def test_packing_is_the_same_on_every_layout(folder: Path, packing: str) -> None
 
 def spoiled(values: dict[str, Any], bad_steps: list[int]) -> tuple[int, str]:
     """A run whose gradients are not finite at some steps, on the last rank only."""
-    real, calls = trainer_module.run_micro_batches, [0]
+    real, calls = Accumulation.run, [0]
 
-    def spoil(model: Any, *args: Any) -> Any:
-        loss = real(model, *args)
+    def spoil(self: Accumulation, *args: Any) -> Any:
+        loss, model = real(self, *args), self.model
         calls[0] += 1
         if calls[0] in bad_steps and model.mesh.rank == model.mesh.size - 1:
-            model.weights[0].local_grad[0] = float("nan")
+            model.weights[0].local_grad[0] = float("nan")  # type: ignore[index]
         return loss
 
-    trainer_module.run_micro_batches = spoil
+    Accumulation.run = spoil  # type: ignore[method-assign]
     return run(values)
 
 

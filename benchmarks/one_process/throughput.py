@@ -23,7 +23,7 @@ from megascale.model.spec import specs_of
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import parallelize
-from megascale.schedule.accumulate import run_micro_batches
+from megascale.schedule.accumulate import Accumulation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,7 +35,7 @@ def our_step(cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype,
     kernels = choose_kernels("auto", cfg.norm, device)
     meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype), kernels.norm)
     flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
-    model = parallelize(meta, mesh, Parallel(compile=True, recompute=recompute), device)  # type: ignore[arg-type]
+    model = parallelize([meta], mesh, Parallel(compile=True, recompute=recompute), device)  # type: ignore[arg-type]
     for _ in model.draw_weights(1):
         pass
     optimizer = build_optimizer(model, Optim(lr=1e-4))
@@ -43,7 +43,7 @@ def our_step(cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype,
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, numbers, tokens[:, 1:].numel())
 
     def step() -> None:
-        run_micro_batches(model, [batch], 1 / batch.valid)
+        Accumulation(model).run([batch], 1 / batch.valid)
         norm = global_norm(model.weights, 1)
         optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
         for w in model.weights:

@@ -26,7 +26,7 @@ from megascale.model.kernels import torch_rmsnorm
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import parallelize
-from megascale.schedule.accumulate import run_micro_batches
+from megascale.schedule.accumulate import Accumulation
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import run_ranks
@@ -67,13 +67,13 @@ def ours(axis: str) -> list[float]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     mesh = build_mesh(axis_sizes(LAYOUTS[axis], ranks), "cpu")
     meta = Decoder(CFG, Shape(SEQ, torch.float32, torch.float32), torch_rmsnorm)
-    model = parallelize(meta, mesh, LAYOUTS[axis].model_copy(update={"dp_shard": mesh["dp_shard"].size}), torch.device("cpu"))
+    model = parallelize([meta], mesh, LAYOUTS[axis].model_copy(update={"dp_shard": mesh["dp_shard"].size}), torch.device("cpu"))
     for _ in model.draw_weights(1):
         pass
     optimizer, batch = build_optimizer(model, Optim()), share(axis)
 
     def step() -> None:
-        run_micro_batches(model, [batch], 1 / (BATCH * SEQ))
+        Accumulation(model).run([batch], 1 / (BATCH * SEQ))
         norm = global_norm(model.weights, ranks)
         optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
         for w in model.weights:

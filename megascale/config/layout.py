@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megascale.config.schema import Parallel
+from megascale.config.schema import Config, Parallel
 from megascale.errors import UsageError
 
 
@@ -43,10 +43,21 @@ def data_parts(parallel: Parallel) -> int:
     return parallel.dp_replicate * parallel.dp_shard
 
 
+def micro_batches(config: Config, ranks: int) -> int:
+    """Micro-batches of a step on every data rank; 1 where the axes do not fit the ranks, which is refused on its own."""
+    try:
+        sizes = axis_sizes(config.parallel, ranks)
+    except UsageError:
+        return 1
+    return -(-config.train.global_batch_size // (config.train.micro_batch_size * sizes["dp_replicate"] * sizes["dp_shard"]))
+
+
 def describe(parallel: Parallel) -> str:
     """A resolved layout in a few words: "dp_shard2·tp2", or "1 process"."""
     axes = [(n, getattr(parallel, n)) for n in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
     words = "·".join(f"{n}{size}" for n, size in axes if size > 1)
+    if parallel.pp > 1:
+        words += f" {parallel.pp_schedule}" + (f"×{parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else "")
     extra = " ddp" if parallel.engine == "ddp" and words else ""
     return (words or "1 process") + extra
 

@@ -115,7 +115,8 @@ class Parallel(Section):
     cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
     pp: Positive = 1
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
-    pp_virtual: Positive = 1
+    pp_virtual: Positive = 1  # stages per rank; zbv and dualpipev always have two
+    pp_layers: tuple[NonNegative, ...] | None = None  # layers of each stage in order; absent: balanced by estimated cost
     ep: Positive = 1
     etp: Positive | None = None
     accumulation: Literal["depth_first", "layered"] = "depth_first"
@@ -124,6 +125,10 @@ class Parallel(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     offload: Literal["none", "optimizer", "parameters", "activations"] = "none"
     compile: bool = False
+
+    @property
+    def stages_per_rank(self) -> int:
+        return 2 if self.pp_schedule in ("zbv", "dualpipev") and self.pp > 1 else self.pp_virtual
 
 
 class Train(Section):

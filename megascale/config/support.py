@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megascale.config.layout import axis_sizes, data_parts
+from megascale.config.layout import axis_sizes, data_parts, micro_batches
 from megascale.config.schema import Config
+from megascale.config.stages import V_SHAPED
 from megascale.errors import UsageError
 
 
@@ -59,12 +60,58 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        "pipeline",
+        "stages_without_pipeline",
         ("parallel.pp", "parallel.pp_virtual"),
-        lambda c, n: c.parallel.pp > 1 or c.parallel.pp_virtual > 1,
-        "pipelines are not built yet",
-        "set both to 1",
-        True,
+        lambda c, n: c.parallel.pp == 1 and (c.parallel.pp_virtual > 1 or c.parallel.pp_layers is not None),
+        "several stages a rank (pp_virtual, pp_layers) are for pipelines",
+        "set pp_virtual to 1 and leave pp_layers out, or choose pp of at least 2",
+    ),
+    Rule(
+        "one_stage_schedules",
+        ("parallel.pp_schedule", "parallel.pp_virtual"),
+        lambda c, n: c.parallel.pp > 1 and c.parallel.pp_schedule in ("gpipe", "1f1b") and c.parallel.pp_virtual > 1,
+        "gpipe and 1f1b have one stage a rank",
+        "use looped_bfs for gpipe and interleaved_1f1b for 1f1b, or pp_virtual 1",
+    ),
+    Rule(
+        "v_schedules",
+        ("parallel.pp_schedule", "parallel.pp_virtual"),
+        lambda c, n: c.parallel.pp > 1 and c.parallel.pp_schedule in V_SHAPED and c.parallel.pp_virtual > 2,
+        "zbv and dualpipev have two stages a rank, one on the way down and one on the way up",
+        "leave pp_virtual out, or use interleaved_zero_bubble",
+    ),
+    Rule(
+        "stages_and_layers",
+        ("parallel.pp", "parallel.pp_virtual", "model.num_layers"),
+        lambda c, n: c.parallel.pp > 1 and c.model.num_layers < c.parallel.pp * c.parallel.stages_per_rank,
+        "there are more stages (pp × stages per rank) than layers",
+        "choose a smaller pp or pp_virtual",
+    ),
+    Rule(
+        "stage_layers",
+        ("parallel.pp_layers", "model.num_layers"),
+        lambda c, n: c.parallel.pp > 1 and not _stage_layers_fit(c),
+        "pp_layers names the layers of each of the pp × stages-per-rank stages, all layers once and none empty between first and last",
+        "give one number a stage with the sum num_layers, or leave it out",
+    ),
+    Rule(
+        "interleaved_rounds",
+        ("parallel.pp_schedule", "parallel.pp", "train.global_batch_size"),
+        lambda c, n: (
+            c.parallel.pp > 1
+            and c.parallel.pp_schedule in ("interleaved_1f1b", "interleaved_zero_bubble")
+            and (m := micro_batches(c, n)) % max(1, m // c.parallel.pp) != 0
+        ),
+        "interleaved schedules take micro-batches in equal rounds, ⌊m/pp⌋ of them, and m = global_batch_size ÷ (micro_batch_size × data "
+        "ranks) does not divide",
+        "choose a global_batch_size that makes m a multiple of pp, or looped_bfs or zbv",
+    ),
+    Rule(
+        "dualpipev_fill",
+        ("parallel.pp_schedule", "parallel.pp", "train.global_batch_size"),
+        lambda c, n: c.parallel.pp > 1 and c.parallel.pp_schedule == "dualpipev" and micro_batches(c, n) < 2 * c.parallel.pp,
+        "dualpipev needs at least 2·pp micro-batches to fill both ways",
+        "choose a larger global_batch_size, a smaller micro_batch_size, or zbv",
     ),
     Rule(
         "context",
@@ -195,6 +242,14 @@ RULES: tuple[Rule, ...] = (
         "set data.valid or data.valid_fraction, or eval_every to 0",
     ),
 )
+
+
+def _stage_layers_fit(config: Config) -> bool:
+    layers = config.parallel.pp_layers
+    if layers is None:
+        return True
+    right = len(layers) == config.parallel.pp * config.parallel.stages_per_rank and sum(layers) == config.model.num_layers
+    return right and all(n > 0 for n in layers[1:-1])
 
 
 def refusals(config: Config, ranks: int) -> list[Rule]:

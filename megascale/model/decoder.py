@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
+from megascale.config.stages import Part
 from megascale.model.attention import identity
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
@@ -42,25 +43,29 @@ class Table(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm, head. Built on the meta device with unsharded shapes; passes cut it before it gets memory.
+    """Embedding, blocks, final norm, head, or the `part` of them that makes a pipeline stage. Built on the meta device with unsharded
+    shapes; passes cut it before it gets memory.
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
     `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
     """
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
         super().__init__()
+        part = part or Part(range(cfg.num_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
-        self.cfg, self.shape = cfg, shape
+        self.cfg, self.shape, self.part = cfg, shape, part
         row, dtype, d = residual(cfg.residual, cfg.num_layers), shape.storage, cfg.hidden_size
-        self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
-        if cfg.position == "learned":
+        if part.first or (part.last and cfg.tie_embeddings):
+            self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
+        if part.first and cfg.position == "learned":
             self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
-        self.blocks = nn.ModuleList(Block(cfg, row, dtype, norm_kernel) for _ in range(cfg.num_layers))
+        # Keyed by global numbers, so that names are the same however the layers are cut into stages.
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, row, dtype, norm_kernel) for i in part.layers})
         self.final_norm: Norm | None = None
-        if row.final_norm:
+        if part.last and row.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
-        if not cfg.tie_embeddings:
+        if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, cfg.init_std), dtype)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
@@ -71,9 +76,9 @@ class Decoder(nn.Module):
 
     def units(self) -> Iterator[tuple[str, Block]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
-        for i, block in enumerate(self.blocks):
+        for number, block in self.blocks.items():
             assert isinstance(block, Block)
-            yield f"blocks.{i}", block
+            yield f"blocks.{number}", block
 
     @property
     def head_weight(self) -> Tensor:
@@ -88,16 +93,21 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         samples: Tensor | None = None,
         scale: float = 1.0,
+        stream: Tensor | None = None,
     ) -> Tensor:
         """tokens [b, s] → with targets [b, s] (negative: not counted) their summed loss times `scale`, else logits [b, s, V_here].
+
+        A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it; one without the head returns its own.
 
         documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
         training.
         """
         contexts = self.contexts(tokens, documents, positions, samples)
-        x = self.embed(tokens, positions)
+        x = self.embed(tokens, positions) if stream is None else stream
         for (_, block), context in zip(self.units(), contexts):
             x = block(x, context)
+        if not self.part.last:
+            return x
         if self.final_norm is not None:
             x = self.final_norm(x)
         x = self.enter_head(x)
@@ -147,5 +157,5 @@ class Decoder(nn.Module):
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(keys)
-        for layer in range(cfg.num_layers):
+        for layer in self.part.layers:
             yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)))

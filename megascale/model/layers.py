@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +21,60 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+# Weight gradients still to be computed, in the order in which backward met them.
+Deferred = list[Callable[[], None]]
+
+
+class _KeepInput(torch.autograd.Function):
+    """Identity on a product's input x. Its backward, which runs after the product's, queues the weight gradient from x and what
+    _MeetGradient met. One node that made both gradients would be run twice by a schedule that splits them; and x is saved before the
+    product runs, or recomputation, which stops at the last tensor saved, would do the product once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: slice, queue: Deferred, met: list[Tensor]) -> Tensor:
+        # The weight is a leaf that the optimizer or FSDP owns: it is referred to, not saved, for its gradient is put there later.
+        ctx.weight, ctx.rows, ctx.queue, ctx.met = weight, rows, queue, met
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,), weight, rows, g = ctx.saved_tensors, ctx.weight, ctx.rows, ctx.met.pop()
+        ctx.queue.append(lambda: _add_gradient(weight, rows, g, x))
+        return grads[0], None, None, None, None
+
+
+class _MeetGradient(torch.autograd.Function):
+    """Identity on a product's result; keeps the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, met: list[Tensor]) -> Tensor:
+        ctx.met = met
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.met.append(grads[0])
+        return grads[0], None
+
+
+@torch.no_grad()
+def _add_gradient(weight: Tensor, rows: slice, g: Tensor, x: Tensor) -> None:
+    part = (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+    if weight.grad is None and part.shape == weight.shape:
+        weight.grad = part
+        return
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    weight.grad[rows] += part
+
+
 class Linear(nn.Module):
     """A weight [out, in] with an optional bias.
 
-    `rows`, set by the tensor pass, restricts a weight held whole to the output rows this rank needs.
+    `rows`, set by the tensor pass, restricts a weight held whole to the output rows this rank needs. `deferred`, set by the pipeline, takes
+    the weight gradients of schedules that compute them apart.
     """
 
     bias: Tensor | None
@@ -33,21 +86,34 @@ class Linear(nn.Module):
         bias_cut: Cut = "tokens" if cut == 1 else cut
         self.bias = declare(ParamSpec((out_dim,), "bias", bias_cut), dtype) if bias else None
         self.rows: tuple[int, int] | None = None
+        self.deferred: Deferred | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.deferred is not None:
+            return self.add_bias(self.product(x))
         weight: Tensor = self.weight
-        bias = self.bias
-        if self.rows is not None:
-            weight = weight[self.rows[0] : self.rows[1]]
-            bias = None if bias is None else bias[self.rows[0] : self.rows[1]]
-        return linear(x, weight, bias)
+        return linear(x, weight if self.rows is None else weight[slice(*self.rows)], self._bias())
 
     def product(self, x: Tensor) -> Tensor:
         """The product without the bias: for input-cut weights, whose partial results are summed over ranks first."""
-        return linear(x, self.weight)
+        if self.deferred is not None and torch.is_grad_enabled():
+            return _deferred_product(x, self.weight, slice(*self.rows) if self.rows else slice(None), self.deferred)
+        return linear(x, self.weight if self.rows is None else self.weight[slice(*self.rows)])
 
     def add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self._bias()
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _bias(self) -> Tensor | None:
+        return self.bias if self.bias is None or self.rows is None else self.bias[slice(*self.rows)]
+
+
+@torch.compiler.disable
+def _deferred_product(x: Tensor, weight: Tensor, rows: slice, queue: Deferred) -> Tensor:
+    """The product with its weight's gradient queued; x must require a gradient, as every stream between layers does."""
+    met: list[Tensor] = []
+    x = _KeepInput.apply(x, weight, rows, queue, met)
+    return _MeetGradient.apply(linear(x, weight.detach()[rows]), met)  # type: ignore[no-any-return]
 
 
 class Norm(nn.Module):

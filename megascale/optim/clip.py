@@ -12,9 +12,11 @@ from megascale.parallel.apply import Weight
 def global_norm(weights: list[Weight], size: int) -> Tensor:
     """√Σ of all gradients' squares over `size` ranks, each part counted once however many ranks hold it. 0-dim, fp64."""
     grads = [(g, w.replicas) for w in weights if (g := w.local_grad) is not None and g.numel() > 0]
-    norms = torch._foreach_norm([g for g, _ in grads])
-    shares = torch.tensor([1.0 / replicas for _, replicas in grads], dtype=torch.float64, device=norms[0].device)
-    squares = (torch.stack(norms).to(torch.float64).square() * shares).sum()
+    squares = torch.zeros((), dtype=torch.float64, device=weights[0].local.device if weights else None)
+    if grads:
+        norms = torch._foreach_norm([g for g, _ in grads])
+        shares = torch.tensor([1.0 / replicas for _, replicas in grads], dtype=torch.float64, device=norms[0].device)
+        squares = (torch.stack(norms).to(torch.float64).square() * shares).sum()
     if size > 1:
         dist.all_reduce(squares)
     return squares.sqrt()

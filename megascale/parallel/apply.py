@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece, chunk_bounds
-from megascale.config.schema import Parallel
-from megascale.model.decoder import Decoder
+from megascale.config.schema import Model, Parallel
+from megascale.config.stages import stage_parts, stages_of_rank
+from megascale.model.decoder import Decoder, Shape
 from megascale.model.init import initialize
+from megascale.model.kernels import NormKernel
 from megascale.model.spec import specs_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.memory import compile_blocks, recompute_blocks
@@ -48,13 +50,30 @@ class Weight:
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """`module` to call; `weights` in canonical order; `micro_batch(last)` to be entered around each forward and backward."""
+    """What one rank holds: its `stages` (one without a pipeline) and the `modules` to call for them, in stage order.
 
-    model: Decoder
-    module: nn.Module
+    `weights` in canonical order. `guest` is the last stage's copy of a tied embedding, where another stage owns it: it takes the owner's
+    value before a step and gives its gradient after, so that norm, optimizer and checkpoint know one weight only.
+    """
+
+    stages: list[Decoder]
+    modules: list[nn.Module]
     weights: list[Weight]
+    guest: Weight | None
     mesh: Mesh
-    micro_batch: MicroBatchScope
+    micro_batch: MicroBatchScope  # entered around each forward and backward with "is it the last?", without a pipeline
+
+    @property
+    def model(self) -> Decoder:
+        return self.stages[0]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.modules[0]
+
+    def train(self, mode: bool) -> None:
+        for module in self.modules:
+            module.train(mode)
 
     def piece(self, weight: Weight, local: Tensor) -> Piece:
         """The rectangle of the unsharded tensor that `local` (the weight, or a state shaped like it) covers; padding is cut off."""
@@ -84,26 +103,40 @@ class ParallelModel:
             yield w.name
 
 
-def parallelize(model: Decoder, mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
-    """Meta model → this rank's part of it, in memory but not yet drawn."""
-    specs = specs_of(model)
-    placements = cut_model(model, specs, mesh["tp"], cfg.tp_sequence)
-    recompute_blocks(model, cfg.recompute)
-    if cfg.compile:
-        compile_blocks(model)
-    module: nn.Module = model
+def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Decoder]:
+    """The meta modules of one pipeline rank, in stage order; the whole model where there is no pipeline."""
+    parts = stage_parts(cfg, parallel, shape.seq_len)
+    mine = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.pp_virtual, pp_rank) if parallel.pp > 1 else range(len(parts))
+    return [Decoder(cfg, shape, norm_kernel, parts[i]) for i in mine]
+
+
+def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
+    """Meta modules → this rank's part of them, in memory but not yet drawn."""
+    weights, modules, guest = [], [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
+    pipeline = mesh["pp"].size > 1
     sharded = cfg.engine == "fsdp2" and mesh.data_size > 1
-    if sharded:
-        micro_batch = shard_model(model, mesh, cfg.reshard_after_forward, model.shape.compute)
-    model.to_empty(device=device)
-    if cfg.engine == "ddp" and mesh.data_size > 1:
-        module, micro_batch = replicate_model(model, mesh)
-    weights = []
-    for name, parameter in model.named_parameters():
-        parts = (mesh["dp_shard"].size if sharded else 1) * (mesh["tp"].size if placements[name].dim is not None else 1)
-        weights.append(Weight(name, parameter, placements[name], mesh.size // parts))
-    return ParallelModel(model, module, weights, mesh, micro_batch)
+    for stage in stages:
+        module: nn.Module = stage
+        placements = cut_model(stage, specs_of(stage), mesh["tp"], cfg.tp_sequence)
+        recompute_blocks(stage, cfg.recompute)
+        if cfg.compile:
+            compile_blocks(stage)
+        if sharded:
+            # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
+            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute)
+        stage.to_empty(device=device)
+        if cfg.engine == "ddp" and mesh.data_size > 1 and not pipeline:
+            module, micro_batch = replicate_model(stage, mesh)
+        modules.append(module)
+        for name, parameter in stage.named_parameters():
+            parts = (mesh["dp_shard"].size if sharded else 1) * (mesh["tp"].size if placements[name].dim is not None else 1)
+            weight = Weight(name, parameter, placements[name], mesh.size // (parts * mesh["pp"].size))
+            if name == "embedding.weight" and not stage.part.first:
+                guest = weight
+            else:
+                weights.append(weight)
+    return ParallelModel(stages, modules, weights, guest, mesh, micro_batch)
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequen
             sublayer.enter, sublayer.leave = enter, leave
     model.enter_head, model.leave_embedding = enter, leave
     model.vocab_axis = axis
-    model.vocab_first = axis.rank * placements["embedding.weight"].part
+    assert model.cfg.vocab_size is not None
+    model.vocab_first = axis.rank * -(-model.cfg.vocab_size // axis.size)
     heads = model.cfg.num_heads // axis.size
     model.heads_here = (axis.rank * heads, (axis.rank + 1) * heads)
     return placements

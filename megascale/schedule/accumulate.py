@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,23 +12,35 @@ from megascale.data.loader import Batch
 from megascale.parallel.apply import ParallelModel
 
 
-def run_micro_batches(model: ParallelModel, batches: Sequence[Batch], scale: float) -> Tensor:
-    """Forward and backward of all micro-batches; gradients are left on the weights, summed over the global batch.
+class Schedule(Protocol):
+    """From micro-batches to gradients, in whatever order."""
 
-    Returns this rank's loss summed over its valid targets, times `scale`; 0-dim, detached.
-    """
-    total: Tensor | None = None
-    for i, batch in enumerate(batches):
-        with model.micro_batch(i == len(batches) - 1):
-            loss = model.module(batch.tokens, batch.targets, batch.documents, batch.positions, batch.samples, scale=scale)
-            loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    model.finish_gradients()
-    return total
+    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """Forward and backward of all micro-batches; gradients are left on the weights, summed over the global batch.
+
+        Returns this rank's loss summed over its valid targets, times `scale`; 0-dim, detached; zero where the head is elsewhere.
+        """
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """The loss summed over the batches' valid targets, without gradients; zero where the head is elsewhere."""
 
 
-def forward_only(model: ParallelModel, batch: Batch) -> Tensor:
-    """The loss summed over the batch's valid targets, without gradients."""
-    with torch.no_grad():
-        return model.module(batch.tokens, batch.targets, batch.documents, batch.positions)  # type: ignore[no-any-return]
+class Accumulation:
+    def __init__(self, model: ParallelModel) -> None:
+        self.model = model
+
+    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        total: Tensor | None = None
+        for i, batch in enumerate(batches):
+            with self.model.micro_batch(i == len(batches) - 1):
+                loss = self.model.module(batch.tokens, batch.targets, batch.documents, batch.positions, batch.samples, scale=scale)
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        self.model.finish_gradients()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        losses = [self.model.module(b.tokens, b.targets, b.documents, b.positions) for b in batches]
+        return torch.stack(losses).to(torch.float64).sum()

@@ -10,9 +10,10 @@ import torch
 
 from megascale.comm.mesh import AXES, Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
-from megascale.config.layout import axis_sizes, describe
+from megascale.config.layout import axis_sizes, describe, micro_batches
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config
+from megascale.config.stages import stage_parts
 from megascale.config.support import check, padding_note
 from megascale.errors import UsageError
 from megascale.measure.compute import flops_per_token
@@ -20,12 +21,15 @@ from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
 from megascale.optim.optimizers import MATRICES
+from megascale.parallel.apply import build_stages
 from megascale.parallel.tensor import Placement, cut_model
+from megascale.schedule.orders import compute_order
+from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.train.setup import DTYPES, resolve_vocabulary
 
 
-def dry_run(config: Config, ranks: int, json_file: str | None) -> None:
-    """Prints the report; with `json_file` also writes it. Raises UsageError as the run would."""
+def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
+    """Prints the report; with `json_file` also writes it, with `picture` draws the pipeline. Raises UsageError as the run would."""
     if config.model.vocab_size is None:
         config = resolve_vocabulary(config)
     config = check(config, ranks)
@@ -43,6 +47,14 @@ def dry_run(config: Config, ranks: int, json_file: str | None) -> None:
     note = padding_note(config)
     if note:
         print(f"note: {note}")
+    timeline = pipeline_timeline(config, ranks)
+    if timeline is not None:
+        pipeline = schedule["pipeline"]
+        print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
+        for line, live, sends in zip(text_lanes(timeline), timeline.live, timeline.sends):
+            print(f"  {line}  live {live}, sends {sends}")
+    if picture:
+        draw_pipeline(config, timeline, picture)
     if json_file:
         try:
             Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -53,8 +65,10 @@ def dry_run(config: Config, ranks: int, json_file: str | None) -> None:
 def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     """The numbers of a checked config as plain data."""
     sizes = axis_sizes(config.parallel, ranks)
-    # Only tensor and shard coordinates change what a rank holds; the first of each is the largest, as torch.chunk leaves the rest for last.
-    totals = rank_bytes(config, coordinates(0, sizes), sizes)
+    # Of the tensor and shard coordinates the first has the largest part, as torch.chunk leaves the rest for last; stages differ freely.
+    first = coordinates(0, sizes)
+    totals = max((rank_bytes(config, {**first, "pp": r}, sizes) for r in range(sizes["pp"])), key=lambda b: sum(b.values()))
+    timeline = pipeline_timeline(config, ranks)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
     model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
     specs = specs_of(model)
@@ -73,6 +87,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
             "micro_batches": -(-train.global_batch_size // (train.micro_batch_size * parts)),
             "steps": train.total_steps,
             "tokens_per_step": tokens,
+            **({} if timeline is None else {"pipeline": pipeline_facts(config, timeline)}),
         },
         "config": config.plain(),
     }
@@ -84,16 +99,51 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     """
     storage = DTYPES[config.precision.storage]
     shape = Shape(config.train.seq_len, storage, DTYPES[config.precision.compute])
-    model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
-    placements = cut_model(model, specs_of(model), axes["tp"], config.parallel.tp_sequence)
     shard = axes["dp_shard"] if config.parallel.engine == "fsdp2" else Axis("dp_shard", 1, 0, None, traffic)
-    held = {name: _held(p, shard) for name, p in placements.items()}
-    itemsize = storage.itemsize
-    optimizer = sum(optimizer_bytes(config.optim.name, p, held[name], itemsize) for name, p in placements.items())
-    weights = sum(held.values()) * itemsize
+    weights = optimizer = 0
+    for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
+        for name, p in cut_model(stage, specs_of(stage), axes["tp"], config.parallel.tp_sequence).items():
+            held = _held(p, shard)
+            weights += held * storage.itemsize
+            # A tied embedding's copy beside the head is optimized where the embedding is.
+            if name != "embedding.weight" or stage.part.first:
+                optimizer += optimizer_bytes(config.optim.name, p, held, storage.itemsize)
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+
+
+def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
+    """The schedule of a checked config in model time; None without a pipeline."""
+    p = config.parallel
+    if p.pp == 1:
+        return None
+    return simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
+
+
+def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
+    p = config.parallel
+    return {
+        "schedule": p.pp_schedule,
+        "stages": p.pp * p.stages_per_rank,
+        "layers": [len(part.layers) for part in stage_parts(config.model, p, config.train.seq_len)],
+        "bubble": timeline.bubble,
+        "live_activations": timeline.live,
+        "sends": timeline.sends,
+        "order": [[f"{s.step.kind}{s.step.stage}.{s.step.micro_batch}" for s in lane] for lane in timeline.lanes],
+    }
+
+
+def draw_pipeline(config: Config, timeline: Timeline | None, picture: str) -> None:
+    if timeline is None:
+        raise UsageError(f"--draw {picture} draws a pipeline, and parallel.pp is 1: set parallel.pp to at least 2")
+    if Path(picture).suffix not in (".png", ".svg"):
+        raise UsageError(f"--draw {picture} has no known ending: name it .png or .svg")
+    try:
+        draw(timeline, f"{describe(config.parallel)}, {config.train.global_batch_size} sequences a step", Path(picture))
+    except OSError as error:
+        raise UsageError(f"--draw {picture} cannot be written: {error.strerror}") from None
 
 
 def _held(placement: Placement, shard: Axis) -> int:

@@ -31,7 +31,9 @@ from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
 from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import ParallelModel, parallelize
+from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.schedule.accumulate import Accumulation, Schedule
+from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.reporter import Reporter
@@ -131,11 +133,15 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
-    meta = Decoder(config.model, shape, kernels.norm)
-    specs = specs_of(meta)
+    specs = specs_of(Decoder(config.model, shape, kernels.norm))
     flops = flops_per_token(config.model, specs, config.train.seq_len)
     facts = {"parameters": sum(s.numel for s in specs.values()), "norm_kernel": f"{kernels.source} ({kernels.reason})"}
-    return parallelize(meta, mesh, config.parallel, device), facts, flops
+    stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
+    return parallelize(stages, mesh, config.parallel, device), facts, flops
+
+
+def build_schedule(model: ParallelModel, config: Config, device: torch.device) -> Schedule:
+    return Pipeline(model, config.parallel, device) if config.parallel.pp > 1 else Accumulation(model)
 
 
 def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
@@ -228,7 +234,8 @@ def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
         run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
     )
     stop = StopFlag(run_dir, watch_file=first)
-    trainer = Trainer(config, model, optimizer, batches, valid, checkpointer, reporter, stop, progress, device)
+    schedule = build_schedule(model, config, device)
+    trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, progress, device)
     try:
         yield trainer
     finally:

@@ -14,7 +14,7 @@ from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import Optimizer
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
-from megascale.schedule.accumulate import forward_only, run_micro_batches
+from megascale.schedule.accumulate import Schedule
 from megascale.train.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress, state_pieces
 from megascale.train.stop import StopFlag
@@ -27,6 +27,7 @@ class Trainer:
         self,
         config: Config,
         model: ParallelModel,
+        schedule: Schedule,
         optimizer: Optimizer,
         batches: Prefetcher,
         valid: dict[str, list[list[Batch]]],
@@ -36,7 +37,7 @@ class Trainer:
         progress: Progress,
         device: torch.device,
     ) -> None:
-        self.config, self.model, self.optimizer = config, model, optimizer
+        self.config, self.model, self.schedule, self.optimizer = config, model, schedule, optimizer
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.progress, self.device = reporter, stop, progress, device
         self.places = config.train.global_batch_size * config.train.seq_len
@@ -70,8 +71,8 @@ class Trainer:
         """Forward, backward, clip, update. Nothing here waits for the device."""
         clock = StepClock(self.device)
         self.model.mesh.traffic.take()  # what evaluation sent is not the step's
-        self.model.module.train()
-        loss = run_micro_batches(self.model, micro_batches, 1.0 / self.places)
+        self.model.train(True)
+        loss = self.schedule.run(micro_batches, 1.0 / self.places)
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry the fixed 1/places; the number of valid targets is known only to all ranks together.
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid / self.places, float(self.stop.requested()))
@@ -86,14 +87,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss per valid token of every validation set."""
-        self.model.module.eval()
+        self.model.train(False)
         losses = {}
         for name, batches in self.valid.items():
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            valid = 0
-            for batch in (b for step in batches for b in step):
-                total += forward_only(self.model, batch)
-                valid += batch.valid
+            total = torch.stack([self.schedule.evaluate(step) for step in batches]).sum()
+            valid = sum(b.valid for step in batches for b in step)
             loss, count, _ = self.sum_over_ranks(total, float(valid), 0.0)
             losses[name] = (loss / count).item()
         return losses
@@ -102,7 +100,8 @@ class Trainer:
         """Three numbers summed over the ranks in one message, ranks with the same data counted once."""
         mesh = self.model.mesh
         share = 1.0 if mesh["tp"].rank == 0 else 0.0
-        numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([valid * share, stop], dtype=torch.float64).to(self.device)])
+        counted = valid * share if mesh["pp"].rank == 0 else 0.0  # all stages see the same batch; the loss is zero but at the head
+        numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([counted, stop], dtype=torch.float64).to(self.device)])
         if mesh.size > 1:
             dist.all_reduce(numbers)
         a, b, c = numbers.unbind()

@@ -1,0 +1,64 @@
+"""Which layers each pipeline stage holds and which rank holds each stage. Plain numbers; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megascale.config.schema import Model, Parallel
+
+# Two stages a rank, the second on the way back: the first and the last stage share rank 0 (Qi et al., arXiv 2401.10241).
+V_SHAPED = ("zbv", "dualpipev")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one stage holds: global layer numbers, and whether the embedding (`first`) and the head (`last`) belong to it."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
+def stages_of_rank(schedule: str, ranks: int, virtual: int, rank: int) -> list[int]:
+    """Stage numbers of one pipeline rank, ascending: rank + ranks·v, or a V for zbv and dualpipev."""
+    if schedule in V_SHAPED:
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + ranks * v for v in range(virtual)]
+
+
+def split_layers(layers: int, stages: int, cost: float, before: float, after: float) -> list[range]:
+    """Contiguous layers for each stage so that the dearest stage is as cheap as possible.
+
+    `cost` of a layer in any unit; `before` (embedding) and `after` (head and loss) load the first and the last stage, which may be left
+    without layers. Stages between them get at least one. Earlier stages get the layers that do not divide: they wait less at the end.
+    """
+    count = [0 if i in (0, stages - 1) else 1 for i in range(stages)]
+    load = [n * cost for n in count]
+    load[0] += before
+    load[-1] += after
+    for _ in range(layers - sum(count)):
+        lightest = min(range(stages), key=lambda i: load[i])
+        count[lightest] += 1
+        load[lightest] += cost
+    return [range(sum(count[:i]), sum(count[: i + 1])) for i in range(stages)]
+
+
+def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
+    """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs."""
+    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None and model.vocab_size is not None
+    d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    products = d * (2 * heads + 2 * kv) + d * model.ffn_size * (3 if model.ffn == "swiglu" else 2)
+    window = min(seq_len, model.sliding_window or seq_len)
+    return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
+
+
+def stage_parts(model: Model, parallel: Parallel, seq_len: int) -> list[Part]:
+    """The part of every stage, in stage order. One whole part without a pipeline."""
+    stages = parallel.pp * parallel.stages_per_rank
+    if parallel.pp_layers is not None:
+        ends = [sum(parallel.pp_layers[: i + 1]) for i in range(stages)]
+        ranges = [range(end - n, end) for end, n in zip(ends, parallel.pp_layers)]
+    else:
+        layer, before, after = estimated_costs(model, seq_len)
+        ranges = split_layers(model.num_layers, stages, layer, before, after)
+    return [Part(layers, i == 0, i == stages - 1) for i, layers in enumerate(ranges)]

@@ -1,0 +1,266 @@
+"""Pipelines on torch.distributed.pipelining: this file is all that knows its runtime.
+
+torch's runtime executes our orders (orders.py) over our stages. What it does not have is added here: bytes counted where they are sent,
+receive buffers that live from their message to their use instead of for the whole run, weight gradients of split backwards queued by the
+linear layers, and evaluation under every placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime
+
+from megascale.comm.collectives import all_reduce
+from megascale.comm.mesh import Axis, Mesh
+from megascale.config.schema import Parallel
+from megascale.config.stages import stages_of_rank
+from megascale.data.loader import Batch
+from megascale.model.decoder import Decoder
+from megascale.model.layers import Deferred, Linear
+from megascale.parallel.apply import ParallelModel, Weight
+from megascale.schedule.orders import compute_order, forward_order, splits_backward
+
+
+class Pipeline:
+    """A rank's stages under one schedule. The runtime is built at the first step, when the micro-batches' shape is known."""
+
+    def __init__(self, model: ParallelModel, cfg: Parallel, device: torch.device) -> None:
+        self.model, self.cfg, self.device = model, cfg, device
+        self.axis: Axis = model.mesh["pp"]
+        self.numbers = stages_of_rank(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, self.axis.rank)
+        self.runtimes: dict[tuple[int, torch.Size], Runtime] = {}
+
+    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        self._lend_tied()
+        total = self._runtime(batches).step(batches, scale, "train")
+        if self.cfg.engine == "ddp":
+            self._sum_replicas()
+        self._return_tied()
+        self.model.finish_gradients()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        self._lend_tied()
+        return self._runtime(batches).step(batches, 1.0, "evaluate")
+
+    def _runtime(self, batches: Sequence[Batch]) -> Runtime:
+        key = len(batches), batches[0].tokens.shape
+        if key not in self.runtimes:
+            # Messages have the size of the first micro-batch, and a shorter one would pass unnoticed.
+            self.runtimes[key] = Runtime(self.model, self.numbers, self.cfg, len(batches), batches[0].tokens.shape, self.device)
+        assert all(b.tokens.shape == key[1] for b in batches)
+        return self.runtimes[key]
+
+    def _sum_replicas(self) -> None:
+        """The gradients of plain replicas, in one message a step."""
+        everyone = [*self.model.weights, *([self.model.guest] if self.model.guest else [])]
+        grads = [g for w in everyone if (g := w.local_grad) is not None]
+        if grads:
+            flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.model.mesh["dp_replicate"])
+            torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+
+    def _owner(self) -> Weight | None:
+        """The tied embedding on the rank of the first stage."""
+        if not self.model.stages[0].cfg.tie_embeddings:
+            return None
+        return next((w for w in self.model.weights if w.name == "embedding.weight"), None)
+
+    @torch.no_grad()
+    def _lend_tied(self) -> None:
+        owner, guest = self._owner(), self.model.guest
+        if owner is not None and guest is not None:
+            guest.local.copy_(owner.local)
+        elif owner is not None:
+            self._send(owner.local, self.axis.size - 1)
+        elif guest is not None:
+            self._receive(guest.local, 0)
+
+    @torch.no_grad()
+    def _return_tied(self) -> None:
+        owner, guest = self._owner(), self.model.guest
+        extra = None if guest is None else guest.local_grad
+        if owner is not None:
+            grad = owner.local_grad
+            assert grad is not None
+            if extra is None:
+                extra = torch.empty_like(grad)
+                self._receive(extra, self.axis.size - 1)
+            grad += extra
+        elif extra is not None:
+            self._send(extra, 0)
+        if guest is not None:
+            guest.parameter.grad = None
+
+    def _send(self, x: Tensor, to: int) -> None:
+        assert self.axis.group is not None
+        self.axis.traffic.add("tied", "send", x.nbytes)
+        dist.send(x.contiguous(), dist.get_global_rank(self.axis.group, to), group=self.axis.group)
+
+    def _receive(self, x: Tensor, source: int) -> None:
+        assert self.axis.group is not None
+        dist.recv(x, dist.get_global_rank(self.axis.group, source), group=self.axis.group)
+
+
+class Runtime:
+    """torch's runtime over this rank's stages, for one number and shape of micro-batches."""
+
+    def __init__(self, model: ParallelModel, numbers: list[int], cfg: Parallel, m: int, tokens: torch.Size, device: torch.device) -> None:
+        order = compute_order(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, m)
+        total = cfg.pp * len(numbers)
+        split = splits_backward(order)
+        self.stages = [Stage(model, module, i, total, split, tokens, device) for i, module in zip(numbers, model.stages)]
+        self.device, self.has_head = device, any(s.is_last for s in self.stages)
+        self.engine = _PipelineScheduleRuntime(self.stages, m, loss_fn=_already_loss, scale_grads=False)
+        self.engine._prepare_schedule_with_comms(order)
+        # torch's check of an order wants backwards, and evaluation has none.
+        rank_of_stage = self.engine.stage_index_to_group_rank
+        forwards = {r: _add_unshard_reshard(a) for r, a in forward_order(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, m).items()}
+        self.orders = {
+            "train": self.engine.pipeline_order_with_comms,
+            "evaluate": _add_send_recv(forwards, lambda s: rank_of_stage[s], total),
+        }
+
+    def step(self, batches: Sequence[Batch], scale: float, kind: str) -> Tensor:
+        for stage in self.stages:
+            stage.clear_runtime_states()
+            stage.batches, stage.scale = batches, scale
+            stage.has_backward = True
+        losses: list[Tensor] = []
+        self.engine.pipeline_order_with_comms = self.orders[kind]
+        self.engine._step_microbatches(target_mbs=[None] * len(batches), losses=losses)
+        for stage in self.stages:
+            stage.clear_runtime_states()
+        if not self.has_head:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+
+class Stage(PipelineStage):
+    """One of torch's stages whose micro-batches come from our loader and whose buffers and bytes are ours."""
+
+    batches: Sequence[Batch]
+    scale: float
+
+    def __init__(
+        self, model: ParallelModel, module: Decoder, number: int, total: int, split: bool, tokens: torch.Size, device: torch.device
+    ) -> None:
+        mesh: Mesh = model.mesh
+        length = module.tokens_here(torch.empty(tokens, device="meta")).shape[1]
+        stream = torch.empty(tokens[0], length, module.cfg.hidden_size, dtype=module.shape.compute, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=torch.promote_types(module.shape.compute, torch.float32), device="meta", requires_grad=True)
+        first, last = number == 0, number == total - 1
+        nothing = torch.empty(0, device="meta")
+        self.queue: Deferred = []
+        if split:
+            for layer in module.modules():
+                if isinstance(layer, Linear):
+                    layer.deferred = self.queue
+        super().__init__(
+            module,
+            number,
+            total,
+            device,
+            input_args=nothing if first else stream,
+            output_args=loss if last else stream,
+            group=mesh["pp"].group,
+            dw_builder=self._take_queue if split else None,
+        )
+        self.axis = mesh["pp"]
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.micro_batch = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
+        b, stream = self.batches[self.micro_batch], args[0] if args else None
+        return self.submod(  # type: ignore[no-any-return]
+            b.tokens, b.targets, b.documents, b.positions, b.samples, scale=self.scale, stream=stream
+        )
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_buffers(super()._prepare_forward_infra, *args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_buffers(super()._prepare_backward_infra, *args, **kwargs)
+
+    def _without_buffers(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """torch would allocate the buffers of all micro-batches at once here, and keep them: more than 1F1B saves."""
+        self.device, device = torch.device("meta"), self.device
+        try:
+            return prepare(*args, **kwargs)
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.has_backward and not self.is_last:
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        # Both messages of this micro-batch have been used; autograd keeps what a weight pass still needs.
+        for info in (*self.args_recv_info[bwd_chunk_id], *self.grad_recv_info.get(bwd_chunk_id, ())):
+            info.buffer = None
+
+    def clear_runtime_states(self) -> None:
+        super().clear_runtime_states()
+        for infos in self.args_recv_info.values():
+            for info in infos:
+                info.buffer = None
+
+    def _allocate(self, infos: Any) -> None:
+        for info in infos:
+            if not info.is_root_arg:
+                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
+
+    def _counted(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
+        for operation in operations:
+            # A message must be dense; a stage's output may be a view.
+            operation.tensor = operation.tensor.contiguous()
+            self.axis.traffic.add("pp", "send", operation.tensor.nbytes)
+        return operations
+
+    def _take_queue(self) -> Callable[..., None]:
+        taken = self.queue[:]
+        self.queue.clear()
+
+        def weight_pass() -> None:
+            for add_gradient in taken:
+                add_gradient()
+            _keep_sums_exact(self.submod)
+
+        return weight_pass
+
+
+def _keep_sums_exact(module: torch.nn.Module) -> None:
+    """Moves fresh weight gradients into FSDP's sums of the reduce dtype, which its own hooks did before the weight pass came."""
+    if isinstance(module, FSDPModule):
+        for state in fully_shard.state(module)._state_ctx.all_states:  # type: ignore[attr-defined]
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for group in (g for g in groups if g is not None):
+                for parameter in group.fsdp_params:
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
+
+
+def _already_loss(output: Tensor, _: Any) -> Tensor:
+    """The last stage returns its loss: head and cross-entropy are one operation."""
+    return output

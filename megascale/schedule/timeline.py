@@ -1,0 +1,139 @@
+"""When each computation of a schedule would run, were every stage equally fast: bubble, live activations, sends; and a picture of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megascale.schedule.orders import Order, Step, steps
+
+# In units of a forward. A full backward is two products for one: the input's gradient and the weights'.
+DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+COLORS = {"F": "#4c78a8", "B": "#f58518", "I": "#e8a45c", "W": "#54a24b"}
+
+
+@dataclass(frozen=True)
+class Span:
+    step: Step
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """lanes: spans by rank. bubble: share of the ranks' time spent waiting. live: by rank, the most forwards whose backward is still to
+    come. sends: by rank, messages of activations and gradients.
+    """
+
+    lanes: list[list[Span]]
+    bubble: float
+    live: list[int]
+    sends: list[int]
+
+
+def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
+    """Runs an order in model time; messages take none. Raises ValueError where ranks would wait for each other for ever."""
+    queues = {r: steps(actions) for r, actions in order.items()}
+    rank_of = {s.stage: r for r, queue in queues.items() for s in queue}
+    stages = len(rank_of)
+    done: dict[tuple[str, int, int], float] = {}
+    clock, place = dict.fromkeys(queues, 0.0), dict.fromkeys(queues, 0)
+    lanes: list[list[Span]] = [[] for _ in queues]
+    progress = True
+    while progress:
+        progress = False
+        for r, queue in queues.items():
+            while place[r] < len(queue):
+                step = queue[place[r]]
+                needed = _needs(step, stages)
+                if any(n not in done for n in needed):
+                    break
+                start = max([clock[r], *(done[n] for n in needed)])
+                clock[r] = start + durations[step.kind]
+                done[_key(step.kind, step.stage, step.micro_batch)] = clock[r]
+                lanes[r].append(Span(step, start, clock[r]))
+                place[r] += 1
+                progress = True
+    stuck = {r: queue[place[r]] for r, queue in queues.items() if place[r] < len(queue)}
+    if stuck:
+        raise ValueError(f"the order cannot run: every rank waits: {stuck}")
+    busy = sum(s.end - s.start for lane in lanes for s in lane)
+    whole = max(clock.values()) * len(lanes)
+    return Timeline(lanes, 1.0 - busy / whole, [_live(lane) for lane in lanes], [_sends(lane, rank_of, stages) for lane in lanes])
+
+
+def text_lanes(timeline: Timeline, width: int = 100) -> list[str]:
+    """A line a rank, a column a unit of time: F, B, I, W, and a dot for waiting; cut at `width` columns."""
+    lines = []
+    for r, lane in enumerate(timeline.lanes):
+        row = ["."] * round(max(s.end for lane in timeline.lanes for s in lane))
+        for s in lane:
+            row[round(s.start) : round(s.end)] = [s.step.kind] * round(s.end - s.start)
+        line = "".join(row)
+        lines.append(f"rank {r:<3}{line if len(line) <= width else line[: width - 1] + '…'}")
+    return lines
+
+
+def draw(timeline: Timeline, title: str, path: Path) -> None:
+    """Lanes of all ranks as a picture; the name's ending (.png, .svg) decides the format."""
+    from matplotlib.figure import Figure  # slow to import, and only a drawing needs it
+
+    lanes = timeline.lanes
+    length = max(s.end for lane in lanes for s in lane)
+    figure = Figure(figsize=(max(8.0, min(28.0, 0.28 * length)), 1.4 + 0.5 * len(lanes)), layout="constrained")
+    axes: Any = figure.subplots()
+    chunks = max(len({s.step.stage for s in lane}) for lane in lanes)
+    for r, lane in enumerate(lanes):
+        own = sorted({s.step.stage for s in lane})
+        for s in lane:
+            # Later stages of a rank are drawn lighter, so that the loops of a looped schedule can be told apart.
+            alpha = 1.0 - 0.6 * own.index(s.step.stage) / max(1, chunks)
+            axes.barh(r, s.end - s.start, 0.86, s.start, color=COLORS[s.step.kind], alpha=alpha, edgecolor="white", linewidth=0.7)
+            if length <= 160:
+                axes.text((s.start + s.end) / 2, r, str(s.step.micro_batch), ha="center", va="center", fontsize=7, color="black")
+    axes.set_yticks(range(len(lanes)), [f"rank {r}" for r in range(len(lanes))])
+    axes.invert_yaxis()
+    axes.set_xlim(0, length)
+    axes.set_xlabel("time, in forwards of one stage")
+    axes.set_title(f"{title}: bubble {100 * timeline.bubble:.1f} %, at most {max(timeline.live)} live activations", fontsize=10)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    kinds = [k for k in COLORS if any(s.step.kind == k for lane in lanes for s in lane)]
+    names = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+    handles = [axes.barh([0], [0], color=COLORS[k], label=names[k]) for k in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _key(kind: str, stage: int, micro_batch: int) -> tuple[str, int, int]:
+    # The stage before waits for the input's gradient, whether or not the weights' came with it.
+    return ("I" if kind == "B" else kind, stage, micro_batch)
+
+
+def _needs(step: Step, stages: int) -> list[tuple[str, int, int]]:
+    stage, m = step.stage, step.micro_batch
+    match step.kind:
+        case "F":
+            return [("F", stage - 1, m)] if stage else []
+        case "W":
+            return [("I", stage, m)]
+        case _:
+            return [("F", stage, m), *([("I", stage + 1, m)] if stage < stages - 1 else [])]
+
+
+def _live(lane: list[Span]) -> int:
+    alive = most = 0
+    for s in lane:
+        alive += {"F": 1, "B": -1, "W": -1, "I": 0}[s.step.kind]
+        most = max(most, alive)
+    return most
+
+
+def _sends(lane: list[Span], rank_of: dict[int, int], stages: int) -> int:
+    count = 0
+    for s in lane:
+        to = s.step.stage + (1 if s.step.kind == "F" else -1)
+        if s.step.kind != "W" and 0 <= to < stages and rank_of[to] != rank_of[s.step.stage]:
+            count += 1
+    return count
