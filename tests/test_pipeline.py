@@ -151,13 +151,18 @@ def test_bytes_between_stages(schedule: str) -> None:
 def recorded(case: Case) -> list[Step]:
     """What this rank's runtime did in the last step."""
     done: list[Step] = []
-    for name, kind in (("forward_one_chunk", "F"), ("backward_one_chunk", "B"), ("backward_weight_one_chunk", "W")):
 
-        def spy(self: Stage, chunk: int, *args: Any, _real: Any = getattr(Stage, name), _kind: str = kind, **keys: Any) -> Any:
-            done.append(Step("I" if _kind == "B" and not keys["full_backward"] else _kind, self.stage_index, chunk))
-            return _real(self, chunk, *args, **keys)
+    def watch(name: str, kind: str) -> None:
+        real = getattr(Stage, name)
+
+        def spy(self: Stage, chunk: int, *args: Any, **keys: Any) -> Any:
+            done.append(Step("I" if kind == "B" and not keys["full_backward"] else kind, self.stage_index, chunk))
+            return real(self, chunk, *args, **keys)
 
         setattr(Stage, name, spy)
+
+    for name, kind in (("forward_one_chunk", "F"), ("backward_one_chunk", "B"), ("backward_weight_one_chunk", "W")):
+        watch(name, kind)
     train(replace(case, steps=1))
     return done
 

@@ -86,7 +86,7 @@ def _one_forward_one_backward(ranks: int, m: int, rank: int) -> list[Any]:
     backwards = [engine._Action(rank, KINDS["B"], i) for i in range(m)]
     actions = forwards[:ahead]
     for i in range(m):
-        actions += forwards[ahead + i : ahead + i + 1] + [backwards[i]]
+        actions += [*forwards[ahead + i : ahead + i + 1], backwards[i]]
     return actions
 
 

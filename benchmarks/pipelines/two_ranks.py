@@ -1,0 +1,95 @@
+"""Two pipeline ranks of one thread against one process of one thread, every schedule, in turn in one run.
+
+`python benchmarks/pipelines/two_ranks.py [ROUNDS]` on a machine with two free cores.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.common import machine, write
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Model, Optim, Parallel
+from megascale.config.stages import stage_parts
+from megascale.data.loader import Batch
+from megascale.model.decoder import Shape
+from megascale.model.kernels import torch_rmsnorm
+from megascale.optim.clip import clip_factor, global_norm
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import build_stages, parallelize
+from megascale.schedule.accumulate import Accumulation
+from megascale.schedule.pipeline import Pipeline
+from tests.ranks import run_ranks
+
+CFG = Model(num_layers=10, hidden_size=512, num_heads=8, vocab_size=8192, ffn="gelu", ffn_size=2048)
+SEQ, M, STEPS = 256, 8, 3
+LAYOUTS = {
+    "one process": Parallel(),
+    "gpipe": Parallel(pp=2, pp_schedule="gpipe"),
+    "1f1b": Parallel(pp=2),
+    "interleaved_1f1b": Parallel(pp=2, pp_schedule="interleaved_1f1b", pp_virtual=2),
+    "interleaved_zero_bubble": Parallel(pp=2, pp_schedule="interleaved_zero_bubble", pp_virtual=2),
+    "zbv": Parallel(pp=2, pp_schedule="zbv"),
+    "dualpipev": Parallel(pp=2, pp_schedule="dualpipev"),
+}
+
+
+def seconds(name: str) -> list[float]:
+    cfg, cpu = LAYOUTS[name], torch.device("cpu")
+    ranks = cfg.pp
+    mesh = build_mesh(axis_sizes(cfg, ranks), "cpu")
+    shape = Shape(SEQ, torch.float32, torch.float32)
+    model = parallelize(build_stages(CFG, shape, torch_rmsnorm, cfg, mesh["pp"].rank), mesh, cfg, cpu)
+    for _ in model.draw_weights(1):
+        pass
+    schedule = Pipeline(model, cfg, cpu) if cfg.pp > 1 else Accumulation(model)
+    optimizer = build_optimizer(model, Optim())
+    torch.manual_seed(0)
+    tokens = torch.randint(0, CFG.vocab_size or 0, (M, 1, SEQ + 1))
+    batches = [Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), None, None, torch.arange(1), SEQ) for t in tokens]
+    found = []
+    for i in range(STEPS + 1):
+        if ranks > 1:
+            dist.barrier()
+        start = time.perf_counter()
+        schedule.run(batches, 1 / (M * SEQ))
+        norm = global_norm(model.weights, ranks)
+        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
+        for w in model.weights:
+            w.parameter.grad = None
+        if i:
+            found.append(time.perf_counter() - start)
+    return found
+
+
+def main() -> None:
+    taken: dict[str, list[float]] = {}
+    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
+        for name, cfg in LAYOUTS.items():
+            # The slower rank decides when a step is over.
+            taken.setdefault(name, []).extend(map(max, zip(*run_ranks(cfg.pp, seconds, name, timeout=300))))
+            print(name, [round(s, 3) for s in taken[name]], flush=True)
+    median = {name: statistics.median(s) for name, s in taken.items()}
+    write(
+        __file__,
+        "two_ranks",
+        {
+            "machine": machine() | {"threads": 1},
+            "micro_batches": M,
+            "layers": {n: [len(p.layers) for p in stage_parts(CFG, cfg, SEQ)] for n, cfg in LAYOUTS.items()},
+            "seconds": {n: round(s, 4) for n, s in median.items()},
+            "speed_over_one_process": {n: round(median["one process"] / s, 3) for n, s in median.items() if n != "one process"},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
