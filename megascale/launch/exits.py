@@ -32,6 +32,8 @@ class Exit:
 
 def as_exit(error: BaseException) -> Exit | None:
     """Memory and peers by what their errors say; None for anything else, which is a bug and keeps its traceback."""
+    if error.__cause__ is not None and (known := as_exit(error.__cause__)) is not None:
+        return known  # the pipeline's runtime wraps what a stage raises
     text = f"{type(error).__name__}: {error}".lower()
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
