@@ -26,6 +26,7 @@ from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo
+from megascale.launch.rendezvous import interface_towards
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
@@ -95,9 +96,13 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
+    interface = interface_towards(ranks.address) if ranks.address else None
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{ranks.address}:{ranks.port}" if ranks.launcher != "torchrun" else "env://",
+        init_method=ranks.url if ranks.launcher != "torchrun" else "env://",
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=timedelta(seconds=config.run.collective_timeout),
