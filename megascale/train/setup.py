@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,6 +113,13 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         dist.destroy_process_group()
 
 
+def leave_together() -> None:
+    """Waits for all ranks: launchers that kill what is left when one rank ends must not find anybody still writing."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # a peer that dies now takes nothing with it: the run's state is whole
+            dist.barrier()
+
+
 def agreed(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; an error of one rank is raised on all, so that none waits for another for ever."""
     result, error = None, None
@@ -169,8 +176,11 @@ def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, devi
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
-    """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start."""
+def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None) -> Iterator[Trainer]:
+    """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start.
+
+    stop  what signals set, where somebody listens to them already
+    """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     device = agreed(lambda: choose_device(config, ranks))
     run_dir = Path(config.run_dir)
@@ -232,7 +242,8 @@ def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
     checkpointer = Checkpointer(
         run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
     )
-    stop = StopFlag(run_dir, watch_file=first)
+    stop = stop or StopFlag()
+    stop.file = run_dir / "STOP" if first else None
     trainer = Trainer(config, model, optimizer, batches, valid, checkpointer, reporter, stop, progress, device)
     try:
         yield trainer
