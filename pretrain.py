@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from megascale.config.load import load_config
 from megascale.errors import MegascaleError
 from megascale.launch.exits import Exit, as_exit, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
+from megascale.train.stop import StopFlag
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -33,36 +35,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    ranks, run_dir, step = RankInfo(), None, 0
-    try:
-        args = parse(argv)
-        ranks = find_ranks()
-        config = load_config(args.config, args.overrides)
-        if args.dry_run:
-            from megascale.train.dry_run import dry_run
+    ranks, run_dir, step, stop = RankInfo(), None, 0, StopFlag()
+    with ExitStack() as group:  # closed last: the ranks part when exit.json is written
+        try:
+            args = parse(argv)
+            ranks = find_ranks()
+            config = load_config(args.config, args.overrides)
+            if args.dry_run:
+                from megascale.train.dry_run import dry_run
 
-            dry_run(config, args.ranks or ranks.size, args.json, args.draw)
-            return 0
-        from megascale.train.setup import build_trainer, choose_device, process_group
+                dry_run(config, args.ranks or ranks.size, args.json, args.draw)
+                return 0
+            stop.loud = ranks.rank == 0
+            stop.listen()
+            from megascale.train.setup import build_trainer, choose_device, leave_together, process_group
 
-        with process_group(config, ranks, choose_device(config, ranks)), build_trainer(config, ranks) as trainer:
-            run_dir = Path(config.run_dir)
-            try:
-                trainer.train()
-            finally:
-                step = trainer.progress.step
-        ending = Exit(0, "done")
-    except MegascaleError as error:
-        ending = Exit(error.code, str(error))
-    except Exception as error:
-        known = as_exit(error)
-        if known is None:
-            write_exit(run_dir, Exit(1, f"{type(error).__name__}: {error}"), ranks, step)
-            raise
-        ending = known
-    write_exit(run_dir, ending, ranks, step)
-    if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
-        print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
+            group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
+            with build_trainer(config, ranks, stop) as trainer:
+                run_dir = Path(config.run_dir)
+                try:
+                    trainer.train()
+                finally:
+                    step = trainer.progress.step
+            ending = Exit(0, "done")
+        except MegascaleError as error:
+            ending = Exit(error.code, str(error))
+        except Exception as error:
+            known = as_exit(error)
+            if known is None:
+                write_exit(run_dir, Exit(1, f"{type(error).__name__}: {error}"), ranks, step)
+                raise
+            ending = known
+        write_exit(run_dir, ending, ranks, step)
+        if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
+            print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
+        if ending.code in (0, 75):
+            leave_together()
     return ending.code
 
 
@@ -70,4 +78,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if code in (4, 5) else sys.exit(code)  # a lost peer must not hold this process in destructors
+    # A lost peer must not hold this process in destructors, and ranks that stop must not drift apart in them.
+    os._exit(code) if code in (4, 5, 75) else sys.exit(code)

@@ -92,9 +92,9 @@ class Reporter:
         """True on all ranks alike once any rank's request is in a result that has been read."""
         return self._stop
 
-    def event(self, event: str, step: int) -> None:
+    def event(self, event: str, step: int, **details: Any) -> None:
         if self.log is not None:
-            self.log.event(event, step)
+            self.log.event(event, step, **details)
 
     def checkpoints(self, events: list[Event], step: int) -> None:
         for e in events:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo
+from megascale.launch.rendezvous import interface_towards
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
@@ -97,9 +98,13 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
+    interface = interface_towards(ranks.address) if ranks.address else None
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{ranks.address}:{ranks.port}" if ranks.launcher != "torchrun" else "env://",
+        init_method=ranks.url if ranks.launcher != "torchrun" else "env://",
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=timedelta(seconds=config.run.collective_timeout),
@@ -108,6 +113,13 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave_together() -> None:
+    """Waits for all ranks: launchers that kill what is left when one rank ends must not find anybody still writing."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # a peer that dies now takes nothing with it: the run's state is whole
+            dist.barrier()
 
 
 def agreed(action: Callable[[], T]) -> T:
@@ -170,8 +182,11 @@ def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, devi
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
-    """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start."""
+def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None) -> Iterator[Trainer]:
+    """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start.
+
+    stop  what signals set, where somebody listens to them already
+    """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     device = agreed(lambda: choose_device(config, ranks))
     run_dir = Path(config.run_dir)
@@ -233,7 +248,8 @@ def build_trainer(config: Config, ranks: RankInfo) -> Iterator[Trainer]:
     checkpointer = Checkpointer(
         run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
     )
-    stop = StopFlag(run_dir, watch_file=first)
+    stop = stop or StopFlag()
+    stop.file = run_dir / "STOP" if first else None
     schedule = build_schedule(model, config, device)
     trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, progress, device)
     try:

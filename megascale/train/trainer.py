@@ -45,25 +45,25 @@ class Trainer:
     def train(self) -> None:
         """Runs to the last step. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
         train, last_step = self.config.train, self.config.train.total_steps
-        with self.stop.listening():
-            while self.progress.step < last_step:
-                step = self.progress.step + 1
-                with self.reporter.profile(step):
-                    result = self.train_step(step, next(self.batches))
-                self.progress.step, self.progress.samples = step, self.progress.samples + train.global_batch_size
-                self.progress.tokens += self.places
-                if train.eval_every and (step % train.eval_every == 0 or step == last_step):
-                    result.valid_loss = self.evaluate()
-                self.reporter.step(result, self.progress)
-                stopping = self.reporter.stop_agreed()
-                if self.progress.skipped_in_a_row > train.max_skipped_steps:
-                    self.give_up(step)
-                if stopping or step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                    self.save(wait=stopping or step == last_step)
-                self.reporter.checkpoints(self.checkpointer.poll(), step)
-                if stopping and step < last_step:
-                    self.reporter.event("stop", step)
-                    raise StopRequested(f"stopped on request after step {step} of {last_step}: run the same command again to go on")
+        while self.progress.step < last_step:
+            step = self.progress.step + 1
+            with self.reporter.profile(step):
+                result = self.train_step(step, next(self.batches))
+            self.progress.step, self.progress.samples = step, self.progress.samples + train.global_batch_size
+            self.progress.tokens += self.places
+            if train.eval_every and (step % train.eval_every == 0 or step == last_step):
+                result.valid_loss = self.evaluate()
+            self.reporter.step(result, self.progress)
+            stopping = self.reporter.stop_agreed()
+            if self.progress.skipped_in_a_row > train.max_skipped_steps:
+                self.give_up(step)
+            if stopping or step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                self.save(wait=stopping or step == last_step)
+            self.reporter.checkpoints(self.checkpointer.poll(), step)
+            if stopping and step < last_step:
+                why = self.reason_to_stop()
+                self.reporter.event("stop", step, reason=why)
+                raise StopRequested(f"stopped on request ({why}) after step {step} of {last_step}: run the same command again to go on")
 
         self.reporter.event("done", self.progress.step)
 
@@ -106,6 +106,15 @@ class Trainer:
             dist.all_reduce(numbers)
         a, b, c = numbers.unbind()
         return a, b, c
+
+    def reason_to_stop(self) -> str:
+        """What the first rank that was asked heard, told to all."""
+        reasons: list[str | None] = [self.stop.reason]
+        if self.model.mesh.size > 1:
+            reasons = [None] * self.model.mesh.size
+            dist.all_gather_object(reasons, self.stop.reason)
+        rank, reason = next(((r, text) for r, text in enumerate(reasons) if text is not None), (0, "unknown"))
+        return reason if rank == 0 else f"{reason} on rank {rank}"
 
     def save(self, wait: bool) -> None:
         """Starts a checkpoint of the present state; `wait` until it is whole."""
