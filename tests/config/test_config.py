@@ -202,7 +202,11 @@ def cli(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
         (["configs/quickstart.yml"], {}, "did you mean configs/quickstart.yaml"),
         (["configs/quickstart.yaml", "data.train=nowhere/x", "run.dir=/tmp/never"], {}, "nowhere/x"),
         (["configs/quickstart.yaml"], {"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"),
-        (["configs/quickstart.yaml"], {"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 tasks"),
+        (
+            ["configs/quickstart.yaml"],
+            {"OMPI_COMM_WORLD_SIZE": "4"},
+            "OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_LOCAL_SIZE missing",
+        ),
         (
             ["configs/quickstart.yaml", "data.train=nowhere/x", "parallel.tp=3", "model.vocab_size=9"],
             {},

@@ -19,8 +19,8 @@ from megascale.checkpoint.loader import newest
 from megascale.config.load import build_config
 from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo
+from megascale.schedule.accumulate import Accumulation
 from megascale.train import setup
-from megascale.train import trainer as trainer_module
 from megascale.train.stop import ECHO, StopFlag
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.dist
 PHASES: dict[str, tuple[Any, str, int]] = {
     "start": (setup, "open_data", 1),
     "data": (setup, "micro_batches", 3 + 2),  # after the two of the validation set
-    "forward": (trainer_module, "run_micro_batches", 3),
+    "forward": (Accumulation, "run", 3),
     "save": (storage, "write_shard", 1),
-    "evaluation": (trainer_module, "forward_only", 1),
+    "evaluation": (Accumulation, "evaluate", 1),
 }
 CHANGES: dict[str, Any] = {
     "train__steps": 8,
