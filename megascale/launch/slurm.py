@@ -124,14 +124,18 @@ def _header(job: Job) -> str:
 
 def _pool_directives(job: Job, pool: Pool) -> list[str]:
     tasks = 1 if job.torchrun else pool.ranks_per_node
-    cpus = job.cpus_per_rank and job.cpus_per_rank * pool.ranks_per_node // tasks
+    cpus = (job.cpus_per_rank or 1) * pool.ranks_per_node // tasks
+    if "-" in pool.nodes:
+        # With tasks named, SLURM gives the smallest number of nodes that holds the smallest number of tasks; with CPUs, as many as it can.
+        room = [f"--mincpus={cpus * tasks}"]
+    else:
+        room = [f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if job.cpus_per_rank else [])]
     return [
         *([f"--partition={pool.partition}"] if pool.partition else []),
         *([f"--constraint={pool.constraint}"] if pool.constraint else []),
         f"--nodes={pool.nodes}",
-        f"--ntasks-per-node={tasks}",
+        *room,
         *([f"--gpus-per-node={pool.gpus_per_node}"] if pool.gpus_per_node else []),
-        *([f"--cpus-per-task={cpus}"] if cpus else []),
     ]
 
 

@@ -1,4 +1,4 @@
-"""pretrain.py with a pause in every step, so that a test can step in between: `python -m tests.launch.slow CONFIG …`."""
+"""pretrain.py with a pause before every step, of as many seconds as the file STEP_PAUSE says at the time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 import runpy
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from megascale.train.trainer import Trainer
 
 if __name__ == "__main__":
-    pause, real = float(os.environ["STEP_SECONDS"]), Trainer.train_step
+    pause, real = Path(os.environ["STEP_PAUSE"]), Trainer.train_step
 
     def slow_step(self: Trainer, *args: Any) -> Any:
-        time.sleep(pause)
+        time.sleep(float(pause.read_text()))
         return real(self, *args)
 
     Trainer.train_step = slow_step  # type: ignore[method-assign]

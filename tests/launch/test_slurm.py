@@ -48,7 +48,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 class Place:
-    """A run's folder with its config, and the arguments that launch it on CPUs with a pause in every step."""
+    """A run's folder with its config, and the arguments that launch it on CPUs, with a pause in every step until `hurry`."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder, self.config, self.dir = folder, folder / "tiny.yaml", folder / "run"
@@ -58,7 +58,13 @@ class Place:
         slow = folder / "python"
         slow.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -m tests.launch.slow "$@"\n')
         slow.chmod(0o755)
-        self.arguments = [self.config, "--gpus-per-node", 0, "--python", slow, "--export", "STEP_SECONDS=0.25"]
+        self.pause = folder / "pause"
+        self.pause.write_text("1")
+        self.slowly = [self.config, "--python", slow, "--export", f"STEP_PAUSE={self.pause}"]
+        self.arguments = [*self.slowly, "--gpus-per-node", 0]
+
+    def hurry(self) -> None:
+        self.pause.write_text("0")
 
     def step(self) -> int:
         """The last step in the metrics; 0 before the first."""
@@ -86,6 +92,7 @@ def place(tmp_path: Path) -> Place:
 
 def test_two_nodes(cluster: Cluster, place: Place, straight: list[float]) -> None:
     """Catches ranks that do not meet, a lost copy of what ran, and exports that do not arrive (the pause needs one)."""
+    place.hurry()
     (job,) = cluster.submit(*place.arguments, "--nodes", 2, "--ranks-per-node", 2)
     cluster.wait_state(job, "COMPLETED")
     place.check_curve(straight)
@@ -107,14 +114,23 @@ def test_cancelled_stays_cancelled(cluster: Cluster, place: Place) -> None:
     assert cluster.show(job, "Restarts") == "0" and "requeued" not in place.log() and "starting again" not in place.log()
 
 
+def near_the_limit(cluster: Cluster, place: Place, job: str) -> None:
+    """Moves a job's time limit to where SLURM sends its signal, which it does at its next look, within 30 s."""
+    place.pause.write_text("2")
+    cluster.wait("second step", lambda: place.step() >= 2)
+    cluster.call("scontrol", "update", f"jobid={job}", "TimeLimit=2")
+
+
 def test_time_limit_then_fewer_nodes(cluster: Cluster, place: Place, straight: list[float]) -> None:
     """Catches a job that dies at its time limit, or goes on from elsewhere, or needs as many nodes as before."""
-    (job,) = cluster.submit(*place.arguments, "--nodes", "1-2", "--time", 1, "--signal-seconds", 52)
+    (job,) = cluster.submit(*place.arguments, "--nodes", "1-2", "--time", 10, "--signal-seconds", 110)
+    near_the_limit(cluster, place, job)
     cluster.wait("requeue", lambda: cluster.show(job, "Restarts") == "1")
     cluster.wait_state(job, "PENDING")
     stopped = place.ending()
     assert stopped["code"] == 75 and "SIGUSR1" in stopped["reason"] and 1 <= stopped["step"] < STEPS
-    cluster.call("scontrol", "update", f"jobid={job}", "NumNodes=1", "TimeLimit=5")
+    cluster.call("scontrol", "update", f"jobid={job}", "NumNodes=1", "TimeLimit=10")
+    place.hurry()
     cluster.start_now(job)
     cluster.wait_state(job, "COMPLETED")
     place.check_curve(straight)
@@ -129,6 +145,7 @@ def test_preemption(cluster: Cluster, place: Place, straight: list[float]) -> No
     urgent = cluster.call("sbatch", "--parsable", "-p", "urgent", "--exclusive", "-N3", "-o", "/dev/null", "--wrap", "sleep 1").strip()
     cluster.wait("requeue", lambda: cluster.show(job, "Restarts") == "1")
     assert place.ending()["code"] == 75 and "SIGTERM" in place.ending()["reason"]
+    place.hurry()
     cluster.wait_state(urgent, "COMPLETED")
     cluster.start_now(job)
     cluster.wait_state(job, "COMPLETED")
@@ -140,14 +157,18 @@ def test_node_failure(cluster: Cluster, tmp_path: Path, straight: list[float]) -
     place = Place(tmp_path, checkpoint__every=2)
     (job,) = cluster.submit(*place.arguments, "--nodes", 2)
     cluster.wait("fifth step", lambda: place.step() >= 5)
-    cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    os.kill(int((cluster.folder / "slurmd.n2.pid").read_text()), signal.SIGKILL)
+    kill_last(job)
+    cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")  # SLURM would notice by itself, after minutes
     try:
+        place.hurry()
         cluster.wait("requeue", lambda: cluster.show(job, "Restarts") == "1")
         cluster.start_now(job)
         cluster.wait_state(job, "COMPLETED")
         assert cluster.show(job, "NodeList") == "n[1,3]"
     finally:
-        cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+        cluster.call("slurmd", "-N", "n2")
+        cluster.wait("three nodes", lambda: cluster.call("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() == "3")
     place.check_curve(straight)
     resumed = next(e for e in rows(place.folder, "events") if e["event"] == "resume")
     assert resumed["step"] >= 4
@@ -158,14 +179,15 @@ def test_a_killed_rank_starts_again_in_place(cluster: Cluster, tmp_path: Path, s
     place = Place(tmp_path, checkpoint__every=2)
     (job,) = cluster.submit(*place.arguments, "--nodes", 2)
     cluster.wait("fifth step", lambda: place.step() >= 5)
-    kill_one(job)
+    place.hurry()
+    kill_last(job)
     cluster.wait_state(job, "COMPLETED")
     place.check_curve(straight)
     assert "starting again in 10 s, time 1 of 5" in place.log() and cluster.show(job, "Restarts") == "0"
 
 
-def kill_one(job: str) -> None:
-    """The rank of the highest number of a job, found by its environment."""
+def kill_last(job: str) -> None:
+    """Kills the rank of the highest number of a job, found by its environment."""
     ranks = {}
     for folder in Path("/proc").iterdir():
         try:
@@ -181,10 +203,11 @@ def kill_one(job: str) -> None:
 
 def test_chain(cluster: Cluster, place: Place, straight: list[float]) -> None:
     """Catches links that run side by side, one that is lost with the time limit, and one that does not go on."""
-    first, second = cluster.submit(*place.arguments, "--nodes", 1, "--time", 1, "--signal-seconds", 54, "--chain", 2)
+    first, second = cluster.submit(*place.arguments, "--nodes", 1, "--time", 10, "--signal-seconds", 110, "--chain", 2)
+    near_the_limit(cluster, place, first)
     cluster.wait_state(first, "COMPLETED")
+    place.hurry()
     assert place.ending()["code"] == 75
-    cluster.call("scontrol", "update", f"jobid={second}", "TimeLimit=5")
     cluster.wait_state(second, "COMPLETED")
     place.check_curve(straight)
     assert [e["event"] for e in rows(place.folder, "events") if "ranks" in e] == ["start", "resume"]
@@ -192,6 +215,7 @@ def test_chain(cluster: Cluster, place: Place, straight: list[float]) -> None:
 
 def test_array_of_seeds(cluster: Cluster, place: Place) -> None:
     """Catches tasks of an array that share a directory or a seed."""
+    place.hurry()
     (job,) = cluster.submit(*place.arguments, "--nodes", 1, "--seeds", "1,2", "train.steps=3")
     cluster.wait("end of both", lambda: not cluster.call("squeue", "-h", "-j", job))
     found = [json.loads((place.folder / f"run-seed{s}" / "metrics.jsonl").read_text().splitlines()[0])["loss"] for s in (1, 2)]
@@ -201,9 +225,8 @@ def test_array_of_seeds(cluster: Cluster, place: Place) -> None:
 
 def test_pools(cluster: Cluster, place: Place, straight: list[float]) -> None:
     """Catches a heterogeneous job whose parts count their ranks apart, or whose replicas lie across the pools."""
-    (job,) = cluster.submit(
-        place.config, "--python", place.arguments[4], *place.arguments[5:], "--pool", "nodes=1,gpus=0,ranks=2", "--pool", "nodes=2,gpus=0"
-    )
+    place.hurry()
+    (job,) = cluster.submit(*place.slowly, "--pool", "nodes=1,gpus=0,ranks=2", "--pool", "nodes=2,gpus=0")
     cluster.wait_state(job, "COMPLETED")
     place.check_curve(straight)
     assert rows(place.folder, "events")[0]["layout"] == "dp_replicate2·dp_shard2"
