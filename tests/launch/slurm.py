@@ -53,6 +53,8 @@ class Cluster:
         self.wait(f"{states} of job {job}", lambda: self.show(job, "JobState") in states)
 
     def start_now(self, job: str) -> None:
-        """A requeued job waits two minutes; not here."""
+        """A requeued job waits two minutes, so that what is left of it is gone; here only until that is so."""
         self.wait_state(job, "PENDING")
+        self.wait("end of what is left", lambda: not self.call("squeue", "-h", "-t", "COMPLETING"))
+        time.sleep(1)
         self.call("scontrol", "update", f"jobid={job}", "StartTime=now")

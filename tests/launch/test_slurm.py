@@ -129,10 +129,14 @@ def test_time_limit_then_fewer_nodes(cluster: Cluster, place: Place, straight: l
     cluster.wait_state(job, "PENDING")
     stopped = place.ending()
     assert stopped["code"] == 75 and "SIGUSR1" in stopped["reason"] and 1 <= stopped["step"] < STEPS
-    cluster.call("scontrol", "update", f"jobid={job}", "NumNodes=1", "TimeLimit=10")
+    cluster.call("scontrol", "update", f"jobid={job}", "TimeLimit=10")
     place.hurry()
-    cluster.start_now(job)
-    cluster.wait_state(job, "COMPLETED")
+    cluster.call("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    try:
+        cluster.start_now(job)
+        cluster.wait_state(job, "COMPLETED")
+    finally:
+        cluster.call("scontrol", "update", "nodename=n[1-2]", "state=resume")
     place.check_curve(straight)
     assert [(e["event"], e["ranks"]) for e in rows(place.folder, "events") if "ranks" in e] == [("start", 2), ("resume", 1)]
     assert place.log().count("start 0, nodes") == place.log().count("start 1, nodes") == 1, "one log for all attempts"
