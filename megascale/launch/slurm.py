@@ -141,6 +141,7 @@ def _pool_directives(job: Job, pool: Pool) -> list[str]:
 
 def _settings(job: Job) -> str:
     lines = [
+        *job.setup,  # before `set -u`, which the scripts of many clusters do not bear
         "set -u -o pipefail",
         "",
         f"root={shlex.quote(job.root)}",
@@ -165,7 +166,7 @@ def _settings(job: Job) -> str:
     lines += [f"export {key}={shlex.quote(value)}" for key, value in job.exports]
     if job.torchrun:
         lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun would set it itself, with a warning")
-    lines += [f"cd {shlex.quote(job.workdir)} || exit 2  # paths in the config start here", *job.setup]
+    lines += [f"cd {shlex.quote(job.workdir)} || exit 2  # paths in the config start here"]
     return "\n".join(lines)
 
 
@@ -252,7 +253,7 @@ def _srun(job: Job) -> str:
     if job.container is not None and job.container.runtime == "apptainer":
         inside = ["apptainer", "exec", *(["--nv"] if job.pools[0].gpus_per_node else [])]
         inside += [*(w for m in job.container.mounts for w in ("--bind", m)), "--pwd", job.workdir, job.container.image]
-    before = " ".join(["srun", *map(shlex.quote, flags)])
+    shared = " ".join(map(shlex.quote, flags))  # said again for every part of a heterogeneous job
     command = '"$python" "$root/pretrain.py" "$config" "${overrides[@]}"'
     enter = " ".join(map(shlex.quote, inside)) + " " if inside else ""
     blocks = []
@@ -263,8 +264,8 @@ def _srun(job: Job) -> str:
         where += f" --ntasks-per-node={tasks}"
         if job.cpus_per_rank:  # srun does not take it over from sbatch
             where += f" --cpus-per-task={job.cpus_per_rank * pool.ranks_per_node // tasks}"
-        blocks.append(f"{where} \\\n    {enter}{_torchrun(pool) if job.torchrun else command}")
-    return f"  {before} \\\n    " + " : \\\n    ".join(blocks)
+        blocks.append(f"{shared} \\\n    {where} \\\n    {enter}{_torchrun(pool) if job.torchrun else command}")
+    return "  srun " + " : \\\n    ".join(blocks)
 
 
 def _torchrun(pool: Pool) -> str:
