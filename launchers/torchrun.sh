@@ -12,7 +12,9 @@ nproc=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
 nodes=${NODES:-1}
 if [ "$nodes" -gt 1 ]; then
   : "${HEAD:?several nodes need HEAD=host:port, the same on all of them}"
-  where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id megascale)
+  # torchrun would tell the others this host's own name, which they may not resolve, or resolve to themselves.
+  here=$(PYTHONPATH=$root "$python" -c 'import sys; from megascale.launch.rendezvous import address_towards as a; print(a(sys.argv[1]) or "")' "${HEAD%:*}")
+  where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id megascale ${here:+--local-addr "$here"})
 else
   where=(--standalone)
 fi

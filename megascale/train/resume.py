@@ -71,7 +71,7 @@ def _check_owner(config: Config, run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
     names = {p.name for p in run_dir.iterdir()}
-    if names and not names & set(OWN_FILES) and names - {"exit.json", "STOP"}:
+    if names and not names & set(OWN_FILES) and names - {"exit.json", "STOP", "launch"}:
         raise UsageError(
             f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(names)[:3])}): choose another run.name or run.dir"
         )

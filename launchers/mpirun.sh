@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Ranks started by MPI's own launcher, Open MPI's or MPICH's, whichever mpirun is.
+#   launchers/mpirun.sh CONFIG [section.key=value …]
+# NPROC     ranks on every host (default: this one's GPUs, or 2 on a machine without)
+# HOSTS     the hosts, "a b c"; rank 0 is on the first (default: this one)
+# MPIRUN    the launcher (default: mpirun)
+# Needs no mpi4py: the address and the port where the ranks meet are settled here.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$(test -x "$root/.venv/bin/python" && echo "$root/.venv/bin/python" || echo python3)}
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+nproc=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
+read -ra hosts <<<"${HOSTS:-}"
+mpirun=${MPIRUN:-mpirun}
+command -v "$mpirun" >/dev/null || { echo "error: there is no $mpirun on the PATH: load an MPI module, or set MPIRUN" >&2; exit 2; }
+
+count=$((nproc * (${#hosts[@]} > 0 ? ${#hosts[@]} : 1)))
+MASTER_ADDR=${MASTER_ADDR:-${hosts[0]:-127.0.0.1}}
+MASTER_PORT=${MASTER_PORT:-$(PYTHONPATH=$root "$python" -c 'from megascale.launch.rendezvous import free_port; print(free_port("'$$'"))')}
+export MASTER_ADDR MASTER_PORT
+if "$mpirun" --version 2>&1 | grep -qi 'open *mpi\|openrte\|prte'; then
+  where=()
+  for host in ${hosts[@]+"${hosts[@]}"}; do where+=("$host:$nproc"); done
+  list=$(IFS=,; echo "${where[*]:-}")
+  # Not bound to one core each: pretrain.py shares out the cores itself.
+  exec "$mpirun" -n "$count" ${list:+--host "$list"} --bind-to none --oversubscribe -x MASTER_ADDR -x MASTER_PORT \
+    "$python" "$root/pretrain.py" "$@"
+else
+  list=$(IFS=,; echo "${hosts[*]:-}")
+  exec "$mpirun" -n "$count" -ppn "$nproc" ${list:+-hosts "$list"} -genv MASTER_ADDR "$MASTER_ADDR" -genv MASTER_PORT "$MASTER_PORT" \
+    "$python" "$root/pretrain.py" "$@"
+fi

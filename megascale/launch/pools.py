@@ -1,0 +1,99 @@
+"""Which nodes a job asks for, and which ranks stand where. Pools of unlike nodes keep whole replicas, so that only the sum of gradients
+crosses the slow link between them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from megascale.config.schema import Parallel
+from megascale.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Nodes of one kind. `nodes`: "4", or "2-4" for as many as SLURM can give; gpus_per_node 0 means CPUs."""
+
+    nodes: str
+    gpus_per_node: int
+    ranks_per_node: int
+    partition: str | None = None
+    constraint: str | None = None
+
+    @property
+    def least_ranks(self) -> int:
+        return int(self.nodes.split("-")[0]) * self.ranks_per_node
+
+
+def make_pool(nodes: str, gpus: int, ranks: int | None, partition: str | None = None, constraint: str | None = None) -> Pool:
+    """Checked values. Ranks follow the GPUs where they are not given: one each, and one for a node without."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    if match is None or int(match[1]) < 1 or int(match[2] or match[1]) < int(match[1]):
+        raise UsageError(f"--nodes is {nodes}: a number such as 4 or a range such as 2-4 is needed")
+    if gpus < 0 or (ranks is not None and ranks < 1):
+        raise UsageError(f"{gpus} GPUs and {ranks} ranks on a node: GPUs from 0 (CPUs) on and ranks from 1 on are needed")
+    if ranks is not None and gpus and ranks > gpus:
+        raise UsageError(
+            f"--ranks-per-node is {ranks} and --gpus-per-node is {gpus}: a rank needs a GPU of its own; give at most {gpus} ranks"
+        )
+    return Pool(nodes, gpus, ranks or gpus or 1, partition, constraint)
+
+
+def read_pool(text: str) -> Pool:
+    """ "nodes=2,gpus=8,ranks=8,partition=a100,constraint=ib" → Pool."""
+    values: dict[str, str] = {}
+    for item in text.split(","):
+        key, equals, value = item.partition("=")
+        if not equals or key not in ("nodes", "gpus", "ranks", "partition", "constraint"):
+            raise UsageError(f"--pool {text}: cannot use {item!r}; write nodes=N,gpus=G with ranks=, partition= and constraint= as needed")
+        values[key] = value
+    for key in ("nodes", "gpus"):
+        if key not in values:
+            raise UsageError(f"--pool {text}: {key}= is missing")
+    for key in ("gpus", "ranks"):
+        if not values.get(key, "0").isdigit():
+            raise UsageError(f"--pool {text}: {key} is {values[key]!r}, and a whole number is needed")
+    ranks = int(values["ranks"]) if "ranks" in values else None
+    return make_pool(values["nodes"], int(values["gpus"]), ranks, values.get("partition"), values.get("constraint"))
+
+
+def replicas_over_pools(pools: tuple[Pool, ...], parallel: Parallel) -> tuple[str, ...]:
+    """Overrides that make every pool hold whole replicas: the largest replicas that fit, unless the config says how large they are.
+
+    Ranks are numbered pool after pool, and a replica is a block of dp_shard · cp · tp neighbouring ranks, so it lies in one pool exactly
+    when that product divides every pool's ranks. Raises UsageError where it cannot.
+    """
+    if len(pools) == 1:
+        return ()
+    for pool in pools:
+        if "-" in pool.nodes:
+            raise UsageError(f"a pool of {pool.nodes} nodes: several pools need fixed numbers, so that replicas can be dealt out to them")
+    ranks = [p.least_ranks for p in pools]
+    inside, common = parallel.cp * parallel.tp, math.gcd(*ranks)
+    words = " + ".join(map(str, ranks))
+    if parallel.dp_shard == -1:
+        if common % inside:
+            raise UsageError(
+                f"pools of {words} ranks, and parallel.tp {parallel.tp} × parallel.cp {parallel.cp} does not divide their common divisor "
+                f"{common}: a replica would cross the link between pools; choose pools whose ranks are multiples of {inside}"
+            )
+        shard = common // inside
+    else:
+        shard = parallel.dp_shard
+    replica = shard * inside
+    if any(n % replica for n in ranks):
+        raise UsageError(
+            f"pools of {words} ranks, and a replica of parallel.dp_shard {shard} × tp {parallel.tp} × cp {parallel.cp} is {replica} ranks: "
+            f"it would cross the link between pools; set parallel.dp_shard to -1, or to a divisor of {common // math.gcd(common, inside)}"
+        )
+    if sum(ranks) % (replica * parallel.pp):
+        raise UsageError(f"{words} ranks are no multiple of parallel.pp {parallel.pp} × {replica} ranks of a replica: change parallel.pp")
+    replicas = sum(ranks) // (replica * parallel.pp)
+    if parallel.dp_replicate not in (1, replicas):
+        raise UsageError(
+            f"parallel.dp_replicate is {parallel.dp_replicate}, and pools of {words} ranks hold {replicas} replicas of {replica} ranks: "
+            f"leave it out, or set it to {replicas}"
+        )
+    return (f"parallel.dp_replicate={replicas}", f"parallel.dp_shard={shard}")

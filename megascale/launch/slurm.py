@@ -1,0 +1,305 @@
+"""SLURM batch scripts as text: a pure function from plain data. The script is meant to be read, and lives without this package."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+
+from megascale.errors import UsageError
+from megascale.launch.pools import Pool
+from megascale.launch.rendezvous import FIRST_PORT, PORTS
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image and how it is entered: pyxis (srun's own flags) or apptainer. `mounts`: folders it must see."""
+
+    image: str
+    runtime: str
+    mounts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a script says. Paths are absolute; overrides are section.key=value.
+
+    variants  an array: (label, overrides) of every task, each with a run directory of its own
+    chained   a link of a chain ends well at the time limit, so that the next one starts; otherwise the job requeues itself
+    """
+
+    name: str
+    config: str
+    run_dir: str
+    root: str
+    workdir: str
+    python: str
+    pools: tuple[Pool, ...]
+    overrides: tuple[str, ...] = ()
+    variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    at_once: int | None = None
+    time: str | None = None
+    signal_seconds: int = 120
+    max_requeues: int = 100
+    max_restarts: int = 5
+    cpus_per_rank: int | None = None
+    account: str | None = None
+    qos: str | None = None
+    exclude: str | None = None
+    directives: tuple[str, ...] = ()
+    exports: tuple[tuple[str, str], ...] = ()
+    setup: tuple[str, ...] = ()
+    container: Container | None = None
+    torchrun: bool = False
+    chained: bool = False
+
+
+def check_job(job: Job) -> None:
+    """Refuses what SLURM would refuse later, or do otherwise than meant."""
+    if job.time is not None and not re.fullmatch(r"\d+|(\d+-)?\d{1,2}(:\d{1,2}){0,2}|\d+:\d{2}(:\d{2})?", job.time):
+        raise UsageError(f"--time is {job.time}: minutes, hours:minutes:seconds or days-hours:minutes are needed")
+    if len(job.pools) > 1 and job.variants:
+        raise UsageError("--pool several times makes a heterogeneous job, and SLURM has no arrays of those: submit the variants one by one")
+    if len(job.pools) > 1 and job.torchrun:
+        raise UsageError("--torchrun and several pools: torchrun starts equally many ranks on all nodes; leave out --torchrun")
+    labels = [label for label, _ in job.variants]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two tasks of the array would share the run directory {job.run_dir}-{twice}: give every one its own overrides")
+    for key, _ in job.exports:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise UsageError(f"--export {key}: write NAME=VALUE with a name that a shell can hold")
+
+
+def render(job: Job) -> str:
+    """The script. Raises UsageError for a job that cannot be."""
+    check_job(job)
+    parts = [_header(job), _settings(job), _BEGIN, _MEETING, _traps(job), _loop(job), _end(job)]
+    return "\n".join(part.strip("\n") + "\n" for part in parts if part)
+
+
+def variant_label(overrides: tuple[str, ...]) -> str:
+    """ "run.seed=3 optim.lr=1e-3" → "seed3-lr1e-3", for names of directories."""
+    words = []
+    for item in overrides:
+        key, _, value = item.partition("=")
+        words.append(re.sub(r"[^A-Za-z0-9._-]+", "_", key.rsplit(".", 1)[-1] + value).strip("_"))
+    return "-".join(words)
+
+
+def chain_commands(script: str, links: int) -> list[str]:
+    """Shell lines that submit `links` jobs, each waiting for the one before to end well."""
+    lines = [f"job=$(sbatch --parsable {shlex.quote(script)})"]
+    again = f'job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="afterok:${{job%%;*}}" {shlex.quote(script)})'
+    return lines + [again] * (links - 1)
+
+
+def _header(job: Job) -> str:
+    nodes = " + ".join(f"{p.nodes} nodes of {f'{p.gpus_per_node} GPUs' if p.gpus_per_node else 'CPUs'}" for p in job.pools)
+    log = "%x-%A_%a.log" if job.variants else "%x-%j.log"
+    common = [
+        f"--job-name={job.name}",
+        *([f"--account={job.account}"] if job.account else []),
+        *([f"--qos={job.qos}"] if job.qos else []),
+        *([f"--exclude={job.exclude}"] if job.exclude else []),
+        *([f"--time={job.time}"] if job.time else []),
+        *([f"--array=0-{len(job.variants) - 1}" + (f"%{job.at_once}" if job.at_once else "")] if job.variants else []),
+        "--requeue",
+        "--open-mode=append",
+        f"--signal=B:USR1@{job.signal_seconds}",
+        f"--output={_quoted(f'{job.run_dir}/launch/{log}')}",
+        *job.directives,
+    ]
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {job.name}: {nodes}. Written by launchers/slurm.py; submit it with sbatch, read it, change it.",
+        "# SLURM brings the job back after preemption and lost nodes (requeue), into the same log (append).",
+        f"# USR1, {job.signal_seconds} s before the time limit: the ranks save and leave, and the job goes on from there.",
+        *(f"#SBATCH {item}" for item in [*common, *_pool_directives(job, job.pools[0])]),
+    ]
+    for pool in job.pools[1:]:
+        lines += ["#SBATCH hetjob", *(f"#SBATCH {item}" for item in _pool_directives(job, pool))]
+    return "\n".join(lines)
+
+
+def _pool_directives(job: Job, pool: Pool) -> list[str]:
+    tasks = 1 if job.torchrun else pool.ranks_per_node
+    cpus = (job.cpus_per_rank or 1) * pool.ranks_per_node // tasks
+    if "-" in pool.nodes:
+        # With tasks named, SLURM gives the smallest number of nodes that holds the smallest number of tasks; with CPUs, as many as it can.
+        room = [f"--mincpus={cpus * tasks}"]
+    else:
+        room = [f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if job.cpus_per_rank else [])]
+    return [
+        *([f"--partition={pool.partition}"] if pool.partition else []),
+        *([f"--constraint={pool.constraint}"] if pool.constraint else []),
+        f"--nodes={pool.nodes}",
+        *room,
+        *([f"--gpus-per-node={pool.gpus_per_node}"] if pool.gpus_per_node else []),
+    ]
+
+
+def _settings(job: Job) -> str:
+    lines = [
+        *job.setup,  # before `set -u`, which the scripts of many clusters do not bear
+        "set -u -o pipefail",
+        "",
+        f"root={shlex.quote(job.root)}",
+        f"python={shlex.quote(job.python)}",
+        f"config={shlex.quote(job.config)}",
+        f"run_dir={shlex.quote(job.run_dir)}",
+        f"max_requeues={job.max_requeues}  # how often the job may come back, for whatever reason",
+        f"max_restarts={job.max_restarts}  # how often the ranks may start again in place after a lost peer",
+        "overrides=(",
+        *(f"  {shlex.quote(o)}" for o in (f"run.name={job.name}", *job.overrides)),
+        ")",
+    ]
+    if job.variants:
+        lines.append("case $SLURM_ARRAY_TASK_ID in")
+        for i, (label, overrides) in enumerate(job.variants):
+            words = " ".join(shlex.quote(o) for o in (f"run.name={job.name}-{label}", *overrides))
+            lines.append(f"  {i}) run_dir={shlex.quote(f'{job.run_dir}-{label}')}; overrides+=({words}) ;;")
+        lines += ['  *) echo "the array has no task $SLURM_ARRAY_TASK_ID"; exit 2 ;;', "esac"]
+    lines.append('overrides+=("run.dir=$run_dir")')
+    lists = [f"$SLURM_JOB_NODELIST_HET_GROUP_{i}" for i in range(len(job.pools))] if len(job.pools) > 1 else ["$SLURM_JOB_NODELIST"]
+    lines.append(f'nodes="{",".join(lists)}"')
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in job.exports]
+    if job.torchrun:
+        lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun would set it itself, with a warning")
+    lines += [f"cd {shlex.quote(job.workdir)} || exit 2  # paths in the config start here"]
+    return "\n".join(lines)
+
+
+_BEGIN = """
+say() { echo "$(date '+%F %T') $*"; }
+say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes $nodes"
+if [ "${SLURM_RESTART_COUNT:-0}" -gt "$max_requeues" ]; then
+  say "came back ${SLURM_RESTART_COUNT} times, and max_requeues is $max_requeues: giving up"
+  exit 1
+fi
+
+# What runs, kept beside the run: this script, and the config as it was at the first start, so that an edit does not reach a requeued job.
+mkdir -p "$run_dir/launch" || exit 2
+cp "$0" "$run_dir/launch/$SLURM_JOB_ID.sbatch"
+[ -e "$run_dir/launch/$SLURM_JOB_ID.yaml" ] || cp "$config" "$run_dir/launch/$SLURM_JOB_ID.yaml" || exit 2
+config=$run_dir/launch/$SLURM_JOB_ID.yaml
+"""
+
+_MEETING = f"""
+# The ranks meet on the first node, where this script runs, under the address that SLURM itself uses: its names need not resolve. The port
+# comes from the job's number, below those that kernels give to outgoing connections; one that somebody listens on is passed over.
+head=$(scontrol show hostnames "$nodes" | head -n 1)
+address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export MASTER_ADDR=${{address:-$head}}
+export MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))
+next_port() {{
+  MASTER_PORT=$(({FIRST_PORT} + (MASTER_PORT - {FIRST_PORT} + 1) % {PORTS}))
+}}
+taken() {{ (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; }}
+"""
+
+
+def _traps(job: Job) -> str:
+    ask = 'touch "$run_dir/STOP"' if job.torchrun else '[ -z "$step" ] || kill -USR1 "$step"'
+    why = (
+        "# torchrun does not pass USR1 on to its ranks; a file STOP asks them as well."
+        if job.torchrun
+        else "# srun passes USR1 on to its tasks."
+    )
+    return f"""
+{why}
+asked=""  # why the ranks were asked to stop: limit, or cancel
+step=""   # the process of srun
+trap 'asked=${{asked:-limit}}; say "the time limit is near: the ranks are asked to save"; {ask}' USR1
+trap 'asked=cancel' TERM
+"""
+
+
+def _loop(job: Job) -> str:
+    return f"""
+restarts=0
+code=75
+while [ -z "$asked" ]; do
+  while taken; do next_port; done
+  rm -f "$run_dir/exit.json"
+{_srun(job)} &
+  step=$!
+  [ -z "$asked" ] || kill -USR1 "$step"  # asked while it was being started
+  # In the background, since bash runs traps only between commands; a trap ends the wait before srun has ended.
+  wait "$step"; code=$?
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
+  step=""
+  # srun tells the code of one task, which may be one that was killed because another had failed; the run itself says why it ended.
+  told=$(sed -n 's/^{{"code": \\([0-9]*\\),.*/\\1/p' "$run_dir/exit.json" 2>/dev/null)
+  code=${{told:-$code}}
+  say "ended with code $code: $(cat "$run_dir/exit.json" 2>/dev/null)"
+  # Only a lost peer (5) or a killed rank (128 and more) is worth another try in place.
+  if [ -n "$asked" ] || {{ [ "$code" -ne 5 ] && [ "$code" -le 128 ]; }} || [ "$restarts" -ge "$max_restarts" ]; then break; fi
+  restarts=$((restarts + 1))
+  say "starting again in $((10 * restarts)) s, time $restarts of $max_restarts"
+  next_port
+  sleep $((10 * restarts)) & wait $!
+done
+"""
+
+
+def _srun(job: Job) -> str:
+    """The line that starts the ranks, a block of neighbours on every node, without the end of the line."""
+    flags = ["--kill-on-bad-exit=1", "--distribution=block"]
+    if job.container is not None and job.container.runtime == "pyxis":
+        mounts = ",".join(f"{m}:{m}" for m in job.container.mounts)
+        flags += [f"--container-image={job.container.image}", f"--container-mounts={mounts}", f"--container-workdir={job.workdir}"]
+    inside: list[str] = []
+    if job.container is not None and job.container.runtime == "apptainer":
+        inside = ["apptainer", "exec", *(["--nv"] if job.pools[0].gpus_per_node else [])]
+        inside += [*(w for m in job.container.mounts for w in ("--bind", m)), "--pwd", job.workdir, job.container.image]
+    shared = " ".join(map(shlex.quote, flags))  # said again for every part of a heterogeneous job
+    command = '"$python" "$root/pretrain.py" "$config" "${overrides[@]}"'
+    enter = " ".join(map(shlex.quote, inside)) + " " if inside else ""
+    blocks = []
+    for i, pool in enumerate(job.pools):
+        tasks = 1 if job.torchrun else pool.ranks_per_node
+        count = f"SLURM_JOB_NUM_NODES_HET_GROUP_{i}" if len(job.pools) > 1 else "SLURM_JOB_NUM_NODES"
+        where = f'{f"--het-group={i} " if len(job.pools) > 1 else ""}--nodes="${count}" --ntasks="$(({count} * {tasks}))"'
+        where += f" --ntasks-per-node={tasks}"
+        if job.cpus_per_rank:  # srun does not take it over from sbatch
+            where += f" --cpus-per-task={job.cpus_per_rank * pool.ranks_per_node // tasks}"
+        blocks.append(f"{shared} \\\n    {where} \\\n    {enter}{_torchrun(pool) if job.torchrun else command}")
+    return "  srun " + " : \\\n    ".join(blocks)
+
+
+def _torchrun(pool: Pool) -> str:
+    """One agent a node. Every one knows the meeting place, so no agent has to find out who it is by its host's name."""
+    agent = (
+        'exec "$0" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" '
+        f'--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node {pool.ranks_per_node} "$@"'
+    )
+    return f"bash -c '{agent}' \\\n    " + '"$python" "$root/pretrain.py" "$config" "${overrides[@]}"'
+
+
+def _end(job: Job) -> str:
+    forget = '    rm -f "$run_dir/STOP"\n' if job.torchrun else ""
+    if job.chained:
+        again = f"""    say "this link of the chain ends here, the next one goes on"
+{forget}    exit 0"""
+    else:
+        again = f"""    say "requeued"
+{forget}    scontrol requeue "$SLURM_JOB_ID" && sleep 300 & wait $!"""
+    return f"""
+# Only the time limit's signal makes the job come back by itself: a cancelled one has saved, too, and must stay away.
+preempted() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }}
+if [ "$asked" = limit ]; then
+  if [ "$code" -eq 75 ] || [ "$code" -eq 5 ] || [ "$code" -gt 128 ]; then
+{again}
+  fi
+elif [ "$code" -eq 75 ]; then
+  # Preempted: SLURM requeues the job itself when the grace time is over. To end before would look like a failure.
+  for _ in $(seq 900); do preempted || break; sleep 1; done
+fi
+exit "$code"
+"""
+
+
+def _quoted(text: str) -> str:
+    """A value of an #SBATCH line, which knows double quotes."""
+    return f'"{text}"' if re.search(r"[\s#']", text) else text
