@@ -8,12 +8,16 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megascale.config.load import load_config
 from megascale.errors import MegascaleError
 from megascale.launch.exits import Exit, as_exit, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.train.stop import StopFlag
+
+if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
+    from megascale.train.watch import Watch
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -36,6 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     ranks, run_dir, step, stop = RankInfo(), None, 0, StopFlag()
+    watch: Watch | None = None
     with ExitStack() as group:  # closed last: the ranks part when exit.json is written
         try:
             args = parse(argv)
@@ -50,9 +55,9 @@ def main(argv: list[str]) -> int:
             stop.listen()
             from megascale.train.setup import build_trainer, choose_device, leave_together, process_group
 
-            group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
-            with build_trainer(config, ranks, stop) as trainer:
-                run_dir = Path(config.run_dir)
+            watch = group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
+            with build_trainer(config, ranks, stop, watch.pulse) as trainer:
+                run_dir = watch.run_dir = Path(config.run_dir)
                 try:
                     trainer.train()
                 finally:
@@ -63,9 +68,14 @@ def main(argv: list[str]) -> int:
         except Exception as error:
             known = as_exit(error)
             if known is None:
-                write_exit(run_dir, Exit(1, f"{type(error).__name__}: {error}"), ranks, step)
+                known = Exit(1, f"{type(error).__name__}: {error}")
+                write_exit(run_dir, known, ranks, step)
+                if watch is not None:
+                    watch.leaves(known)
                 raise
-            ending = known
+            ending = known if known.code != 5 or watch is None else Exit(5, watch.explain(error, known.reason))
+        if watch is not None:
+            watch.leaves(ending)
         write_exit(run_dir, ending, ranks, step)
         if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
             print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)

@@ -25,8 +25,8 @@ def all_reduce(x: Tensor, axis: Axis, operation: str = "sum") -> Tensor:
     if axis.size == 1:
         return x
     x = x.contiguous()
-    dist.all_reduce(x, _OPERATIONS[operation], group=axis.group)
     axis.traffic.add(axis.name, "all_reduce", 2 * x.nbytes * (axis.size - 1) // axis.size)
+    dist.all_reduce(x, _OPERATIONS[operation], group=axis.group)
     return x
 
 
@@ -36,8 +36,8 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
         return x
     moved = x.movedim(dim, 0).contiguous()
     out = torch.empty((axis.size * moved.shape[0], *moved.shape[1:]), dtype=x.dtype, device=x.device)
-    gather_into(out, moved, group=axis.group)
     axis.traffic.add(axis.name, "all_gather", moved.nbytes * (axis.size - 1))
+    gather_into(out, moved, group=axis.group)
     return out.movedim(0, dim)
 
 
@@ -47,8 +47,8 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
         return x
     moved = x.movedim(dim, 0).contiguous()
     out = torch.empty((moved.shape[0] // axis.size, *moved.shape[1:]), dtype=x.dtype, device=x.device)
-    scatter_into(out, moved, group=axis.group)
     axis.traffic.add(axis.name, "reduce_scatter", out.nbytes * (axis.size - 1))
+    scatter_into(out, moved, group=axis.group)
     return out.movedim(0, dim)
 
 

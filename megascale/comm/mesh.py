@@ -14,12 +14,19 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass
 class Traffic:
-    """Bytes sent by this rank and collectives started, by axis, since the last `take`."""
+    """Bytes sent by this rank and collectives started, by axis, since the last `take`.
+
+    What is added is added before it is sent, so that `last` names the collective in which a rank hangs. `moved` only rises.
+    """
 
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    moved: int = 0
+    last: str = ""
 
     def add(self, axis: str, operation: str, sent: int) -> None:
+        self.moved += 1
+        self.last = f"{operation} over {axis}"
         self.sent[axis] += sent
         self.calls[axis, operation] += 1
 

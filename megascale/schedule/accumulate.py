@@ -32,6 +32,7 @@ class Accumulation:
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
         total: Tensor | None = None
         for i, batch in enumerate(batches):
+            self.model.mesh.traffic.moved += 1
             with self.model.micro_batch(i == len(batches) - 1):
                 loss = self.model.module(batch.tokens, batch.targets, batch.documents, batch.positions, batch.samples, scale=scale)
                 loss.backward()

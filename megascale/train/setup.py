@@ -42,8 +42,10 @@ from megascale.train.resume import Start, claim_run_dir, find_start
 from megascale.train.state import Progress, model_pieces, state_pieces
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
+from megascale.train.watch import Pulse, Watch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
 
 
@@ -90,27 +92,26 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
 
 
 @contextmanager
-def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[None]:
-    """Ranks met (nothing for a process alone); threads set so that ranks on one node share its cores."""
+def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[Watch]:
+    """Ranks met (nothing for a process alone) and watched; threads set so that ranks on one node share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.run.threads or max(1, cores // ranks.local_size))
+    limit = config.run.collective_timeout
     if ranks.size == 1:
-        yield
+        yield Watch(ranks, None, limit)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
     interface = interface_towards(ranks.address) if ranks.address else None
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    dist.init_process_group(
-        backend,
-        init_method=ranks.url if ranks.launcher != "torchrun" else "env://",
-        rank=ranks.rank,
-        world_size=ranks.size,
-        timeout=timedelta(seconds=config.run.collective_timeout),
-    )
+    url = ranks.url if ranks.launcher != "torchrun" else "env://"
+    store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.size, timeout=timedelta(seconds=limit)))
+    # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
+    patience = timedelta(seconds=limit + WATCH_FIRST)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=patience)
     try:
-        yield
+        yield Watch(ranks, store, limit)
     finally:
         dist.destroy_process_group()
 
@@ -182,10 +183,11 @@ def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, devi
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None) -> Iterator[Trainer]:
+def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None, pulse: Pulse | None = None) -> Iterator[Trainer]:
     """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start.
 
-    stop  what signals set, where somebody listens to them already
+    stop   what signals set, where somebody listens to them already
+    pulse  where the trainer says what it does, for a watch
     """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     device = agreed(lambda: choose_device(config, ranks))
@@ -248,10 +250,12 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None)
     checkpointer = Checkpointer(
         run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
     )
+    pulse = pulse or Pulse()
+    pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
     schedule = build_schedule(model, config, device)
-    trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, progress, device)
+    trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
     try:
         yield trainer
     finally:

@@ -18,6 +18,7 @@ from megascale.schedule.accumulate import Schedule
 from megascale.train.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress, state_pieces
 from megascale.train.stop import StopFlag
+from megascale.train.watch import SAVING, Pulse
 
 
 class Trainer:
@@ -34,24 +35,28 @@ class Trainer:
         checkpointer: Checkpointer,
         reporter: Reporter,
         stop: StopFlag,
+        pulse: Pulse,
         progress: Progress,
         device: torch.device,
     ) -> None:
         self.config, self.model, self.schedule, self.optimizer = config, model, schedule, optimizer
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
-        self.reporter, self.stop, self.progress, self.device = reporter, stop, progress, device
+        self.reporter, self.stop, self.pulse, self.progress, self.device = reporter, stop, pulse, progress, device
         self.places = config.train.global_batch_size * config.train.seq_len
 
     def train(self) -> None:
         """Runs to the last step. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
-        train, last_step = self.config.train, self.config.train.total_steps
+        train, last_step, first_step = self.config.train, self.config.train.total_steps, self.progress.step + 1
         while self.progress.step < last_step:
             step = self.progress.step + 1
+            if step > first_step:
+                self.pulse.at(step, "training")
             with self.reporter.profile(step):
                 result = self.train_step(step, next(self.batches))
             self.progress.step, self.progress.samples = step, self.progress.samples + train.global_batch_size
             self.progress.tokens += self.places
             if train.eval_every and (step % train.eval_every == 0 or step == last_step):
+                self.pulse.at(step, "evaluating")
                 result.valid_loss = self.evaluate()
             self.reporter.step(result, self.progress)
             stopping = self.reporter.stop_agreed()
@@ -118,6 +123,7 @@ class Trainer:
 
     def save(self, wait: bool) -> None:
         """Starts a checkpoint of the present state; `wait` until it is whole."""
+        self.pulse.at(self.progress.step, SAVING)
         trainer = {**self.progress.plain(), **self.reporter.provenance}
         self.checkpointer.save(self.progress.step, state_pieces(self.model, self.optimizer), trainer)
         if wait:

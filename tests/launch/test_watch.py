@@ -1,0 +1,159 @@
+"""Who is lost, who hangs: named by every rank that lives, within a set time, with code 5."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megascale.config.load import to_yaml
+from megascale.launch.rendezvous import free_port
+from megascale.train.watch import BEAT, GONE, SAVING, STARTING, Beat, Sight, blame, judge
+from tests.runs import make_tokens, rows, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sights(*beats: Beat, heard: float = 100.0, moved: float = 100.0) -> list[Sight]:
+    return [Sight(b, heard, moved) for b in beats]
+
+
+A = Beat(0, "n1", 7, 41, "training", 310, "all_reduce over dp_shard")
+B = Beat(1, "n2", 7, 41, "training", 309, "all_gather over tp")
+
+
+def test_all_is_well() -> None:
+    """Catches alarms while anything moves, while kernels compile, while a slow disk is written, and when a rank has left as it should."""
+    assert judge(sights(A, B), 105, silence=10, limit=10) is None
+    one_moves = [Sight(A, 200, 100), Sight(B, 200, 195)]
+    assert judge(one_moves, 200, silence=10, limit=10) is None
+    for phase in (STARTING, SAVING):
+        still = sights(replace(A, phase=phase), replace(B, phase=phase), heard=200)
+        assert judge(still, 200, silence=10, limit=10) is None
+    assert judge(sights(replace(A, phase=GONE), moved=200), 200, silence=10, limit=10) is None
+
+
+def test_a_silent_rank_is_named() -> None:
+    """Catches a lost node that goes unnoticed because nobody's library sees its connection close."""
+    text = judge([Sight(A, 130, 130), Sight(B, 100, 100)], 130, silence=20, limit=600)
+    assert text == "rank 1 on n2 is silent for 30 s (step 41, training, last collective all_gather over tp)"
+
+
+def test_the_rank_behind_is_named() -> None:
+    """Catches a verdict that names one of those that wait instead of the one that they wait for."""
+    text = judge(sights(A, B, heard=130), 130, silence=20, limit=20)
+    assert text is not None and "rank 1 on n2 is behind (step 41, training, last collective all_gather over tp)" in text
+    assert "rank 0 on n1 waits (step 41, training, last collective all_reduce over dp_shard)" in text
+    equal = judge(sights(A, replace(A, rank=1), heard=130), 130, silence=20, limit=20)
+    assert equal is not None and "network" in equal and "run.collective_timeout" in equal
+
+
+def test_a_hung_save_ends_at_last() -> None:
+    """Catches a dead file system that holds the nodes for ever."""
+    saving = sights(replace(A, phase=SAVING), replace(B, phase=SAVING), heard=1000)
+    assert judge(saving, 1000, silence=20, limit=100) is None
+    assert judge(saving, 1400, silence=1000, limit=100) is not None
+
+
+def test_blame() -> None:
+    """Catches a report of a closed connection that does not say whose, or accuses one that left because of another."""
+    later = replace(B, count=9)
+    assert blame([A, B], [replace(A, count=9), later]) is None
+    assert blame([A, B], [A, later]) == f"rank 0 on n1 is gone ({A.place})"
+    assert blame([A, B], [replace(A, phase=GONE), later]) is None
+    told = blame([A, B], [A, replace(later, ending="code 1, ValueError: odd")])
+    assert told == f"rank 1 on n2 left ({B.place}): code 1, ValueError: odd"
+
+
+class Job:
+    """Two ranks of a run that would take for ever, started as torchrun would start them."""
+
+    def __init__(self, folder: Path, program: list[str], **changes: Any) -> None:
+        make_tokens(folder / "tokens")
+        config = folder / "tiny.yaml"
+        values = {"train__steps": 10**6, "checkpoint__every": 10**6, "run__collective_timeout": 4, "parallel__dp_shard": 2, **changes}
+        config.write_text(to_yaml(settings(folder, **values)))
+        env = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM_", "OMPI_", "PMI"))}
+        port = str(free_port(str(folder)))
+        self.folder, self.run = folder, folder / "run"
+        self.ranks = []
+        for r in range(2):
+            own = {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            full = {**env, **own, "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "FOLDER": str(folder)}
+            with open(folder / f"rank{r}.err", "w") as errors:
+                command = [sys.executable, *program, str(config)]
+                self.ranks.append(subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.DEVNULL, stderr=errors))
+
+    def wait_for_step(self, step: int) -> None:
+        deadline, file = time.monotonic() + 60, self.run / "metrics.jsonl"
+        while not file.exists() or file.read_text().count("\n") < step:
+            assert time.monotonic() < deadline, "the run does not begin"
+            time.sleep(0.05)
+
+    def ending(self, rank: int) -> tuple[int, dict[str, Any], str]:
+        code = self.ranks[rank].wait(40)
+        return code, json.loads((self.run / "exit.json").read_text()), (self.folder / f"rank{rank}.err").read_text()
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[Job]]:
+    started: list[Job] = []
+    yield started
+    for job in started:
+        for process in job.ranks:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)])
+def test_a_lost_rank(tmp_path: Path, jobs: list[Job], victim: int, number: signal.Signals) -> None:
+    """Catches survivors that wait for ever, leave with another code, keep no stacks, or cannot say who is gone."""
+    job = Job(tmp_path, ["pretrain.py"])
+    jobs.append(job)
+    job.wait_for_step(3)
+    time.sleep(2 * BEAT)
+    os.kill(job.ranks[victim].pid, number)
+    start = time.monotonic()
+    code, ending, errors = job.ending(1 - victim)
+    assert code == ending["code"] == 5 and time.monotonic() - start < 20
+    assert f"rank {victim} " in ending["reason"] and "run the same command again" in ending["reason"] and "Traceback" not in errors
+    assert ending["step"] >= 3 and ending["rank"] == 1 - victim
+    assert "trainer.py" in (job.run / "stacks" / f"rank-{1 - victim:05d}.txt").read_text()
+    assert "step " in ending["reason"] and "last collective" in ending["reason"]
+
+
+@pytest.mark.dist
+def test_a_rank_that_hangs(tmp_path: Path, jobs: list[Job]) -> None:
+    """Catches a hang with all processes alive: the one that reads no data is named, not the one that waits in a collective."""
+    job = Job(tmp_path, ["-m", "tests.launch.hang"])
+    jobs.append(job)
+    code, ending, _ = job.ending(0)
+    assert code == ending["code"] == job.ranks[1].wait(20) == 5
+    assert "rank 1 " in ending["reason"] and "is behind" in ending["reason"] and "rank 0 " in ending["reason"]
+    stacks = [(job.run / "stacks" / f"rank-{r:05d}.txt").read_text() for r in range(2)]
+    deepest = r'\(most recent call first\):\n  File "\S*hang.py", line \d+ in train_step'
+    assert re.search(deepest, stacks[1]) and not re.search(deepest, stacks[0])
+    assert rows(tmp_path)[-1]["step"] == 4
+
+
+@pytest.mark.dist
+def test_a_rank_with_a_bug(tmp_path: Path, jobs: list[Job]) -> None:
+    """Catches a peer that calls a rank lost which has left with an error of its own, whose text is what one needs."""
+    job = Job(tmp_path, ["-m", "tests.launch.hang"], run__name="bug")
+    jobs.append(job)
+    assert job.ranks[1].wait(60) == 1
+    code = job.ranks[0].wait(20)
+    assert (
+        code == 5 and "rank 1 on " in (tmp_path / "rank0.err").read_text() and "ValueError: a bug" in (tmp_path / "rank0.err").read_text()
+    )
