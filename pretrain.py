@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megascale.config.load import load_config
+from megascale.config.schema import Config
 from megascale.errors import MegascaleError
 from megascale.launch.exits import Exit, as_exit, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
@@ -40,6 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     ranks, run_dir, step, stop = RankInfo(), None, 0, StopFlag()
+    config: Config | None = None
     watch: Watch | None = None
     with ExitStack() as group:  # closed last: the ranks part when exit.json is written
         try:
@@ -73,7 +75,9 @@ def main(argv: list[str]) -> int:
                 if watch is not None:
                     watch.leaves(known)
                 raise
-            ending = known if known.code != 5 or watch is None else Exit(5, watch.explain(error, known.reason))
+            from megascale.train.ending import explain
+
+            ending = explain(known, error, watch, config, ranks)
         if watch is not None:
             watch.leaves(ending)
         write_exit(run_dir, ending, ranks, step)

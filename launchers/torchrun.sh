@@ -12,9 +12,14 @@ nproc=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
 nodes=${NODES:-1}
 if [ "$nodes" -gt 1 ]; then
   : "${HEAD:?several nodes need HEAD=host:port, the same on all of them}"
-  # torchrun would tell the others this host's own name, which they may not resolve, or resolve to themselves.
-  here=$(PYTHONPATH=$root "$python" -c 'import sys; from megascale.launch.rendezvous import address_towards as a; print(a(sys.argv[1]) or "")' "${HEAD%:*}")
-  where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id megascale ${here:+--local-addr "$here"})
+  # torchrun would tell the others this host's own name, which they may not resolve, or resolve to themselves; and it would guess from that
+  # name whether the ranks meet here.
+  read -r here is_head < <(PYTHONPATH=$root "$python" -c 'import sys; from megascale.launch.rendezvous import towards; print(*towards(sys.argv[1]))' "${HEAD%:*}")
+  if [ -z "${is_head:-}" ]; then
+    echo "error: this node finds no way to ${HEAD%:*}: give HEAD the address of the first node under which the others reach it" >&2
+    exit 2
+  fi
+  where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id megascale --rdzv-conf "is_host=$is_head" --local-addr "$here")
 else
   where=(--standalone)
 fi

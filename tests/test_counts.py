@@ -15,7 +15,7 @@ from megascale.config.load import build_config
 from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
 from megascale.optim.optimizers import build_optimizer
-from megascale.train.dry_run import rank_bytes
+from megascale.train.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
 from tests.ranks import run_ranks
 

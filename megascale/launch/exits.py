@@ -37,10 +37,7 @@ def as_exit(error: BaseException) -> Exit | None:
     text = f"{type(error).__name__}: {error}".lower()
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
-        return Exit(
-            4,
-            f"out of memory ({first}); halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks",
-        )
+        return Exit(4, f"out of memory ({first})")
     if isinstance(error, RuntimeError) and any(w in text for w in PEER_WORDS):
         return Exit(5, f"a peer is gone or silent ({first}); run the same command again")
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import re
 import shutil
@@ -88,6 +87,14 @@ def address_towards(target: str) -> str | None:
             except OSError:
                 continue
     return None
+
+
+def towards(head: str) -> tuple[str, int] | tuple[()]:
+    """This node's address on the way to the node `head`, and 1 if that node is this one; nothing where no way leads there."""
+    here = address_towards(head)
+    if here is None:
+        return ()
+    return here, int(here in {str(place[0]) for *_, place in socket.getaddrinfo(head, 1, type=socket.SOCK_DGRAM)})
 
 
 def interface_towards(target: str) -> str | None:
@@ -196,14 +203,12 @@ class Communicator:
 
 def mpi_world() -> Communicator | None:
     """MPI, begun if need be; None without mpi4py or without a working MPI library beneath it."""
-    if importlib.util.find_spec("mpi4py") is None:
-        return None
-    import mpi4py
-
-    mpi4py.rc(initialize=False, finalize=False)
     try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=False)
         from mpi4py import MPI
-    except (ImportError, RuntimeError):  # no libmpi on this machine
+    except (ImportError, RuntimeError):  # no mpi4py, or no libmpi on this machine
         return None
     ours = not MPI.Is_initialized()
     if ours:

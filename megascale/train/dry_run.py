@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from megascale.comm.mesh import AXES, Axis, Traffic, coordinates
-from megascale.comm.piece import chunk_bounds
 from megascale.config.layout import axis_sizes, describe, micro_batches
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config
@@ -20,11 +18,9 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
-from megascale.optim.optimizers import MATRICES
-from megascale.parallel.apply import build_stages
-from megascale.parallel.tensor import Placement, cut_model
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
+from megascale.train.memory import largest_rank
 from megascale.train.setup import DTYPES, resolve_vocabulary
 
 
@@ -65,9 +61,7 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
 def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     """The numbers of a checked config as plain data."""
     sizes = axis_sizes(config.parallel, ranks)
-    # Of the tensor and shard coordinates the first has the largest part, as torch.chunk leaves the rest for last; stages differ freely.
-    first = coordinates(0, sizes)
-    totals = max((rank_bytes(config, {**first, "pp": r}, sizes) for r in range(sizes["pp"])), key=lambda b: sum(b.values()))
+    totals = largest_rank(config, sizes)
     timeline = pipeline_timeline(config, ranks)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
     model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
@@ -91,27 +85,6 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
         },
         "config": config.plain(),
     }
-
-
-def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of stored weights, their gradients and the optimizer's state on the rank at `place`. Gathered copies come and go and are not
-    counted.
-    """
-    storage = DTYPES[config.precision.storage]
-    shape = Shape(config.train.seq_len, storage, DTYPES[config.precision.compute])
-    kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
-    traffic = Traffic()
-    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
-    shard = axes["dp_shard"] if config.parallel.engine == "fsdp2" else Axis("dp_shard", 1, 0, None, traffic)
-    weights = optimizer = 0
-    for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
-        for name, p in cut_model(stage, specs_of(stage), axes["tp"], config.parallel.tp_sequence).items():
-            held = _held(p, shard)
-            weights += held * storage.itemsize
-            # A tied embedding's copy beside the head is optimized where the embedding is.
-            if name != "embedding.weight" or stage.part.first:
-                optimizer += optimizer_bytes(config.optim.name, p, held, storage.itemsize)
-    return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
 
 
 def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
@@ -144,23 +117,3 @@ def draw_pipeline(config: Config, timeline: Timeline | None, picture: str) -> No
         draw(timeline, f"{describe(config.parallel)}, {config.train.global_batch_size} sequences a step", Path(picture))
     except OSError as error:
         raise UsageError(f"--draw {picture} cannot be written: {error.strerror}") from None
-
-
-def _held(placement: Placement, shard: Axis) -> int:
-    """Elements on this rank, padding included."""
-    local = list(placement.spec.shape)
-    if placement.dim is not None:
-        local[placement.dim] = placement.part
-    first, last = chunk_bounds(local[0], shard.size, shard.rank)
-    local[0] = last - first
-    n = 1
-    for size in local:
-        n *= size
-    return n
-
-
-def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:
-    """State of one weight: one tensor like it for Lion and for Muon's matrices, two and a step count for AdamW."""
-    if name == "lion" or (name == "muon" and placement.spec.role in MATRICES):
-        return elements * itemsize
-    return 2 * elements * itemsize + (4 if elements else 0)
