@@ -9,6 +9,7 @@ from html import escape
 from matplotlib.figure import Figure
 
 from megascale.report.canvas import svg
+from megascale.report.goodput import goodput_figure, goodput_table
 from megascale.report.loss import NARROW, loss_figure
 from megascale.report.panels import lines_figure, traffic_figure
 from megascale.report.read import Row, RunData, as_number
@@ -17,7 +18,7 @@ from megascale.report.words import plain
 
 # More events than this are folded, and those beside it that come by the hundred are left to the fold.
 EVENTS_SHOWN = 40
-UNEVENTFUL = ("saved", "skip")
+UNEVENTFUL = ("save", "saved", "skip")
 
 CSS = """
 :root{color-scheme:light}
@@ -68,6 +69,7 @@ def page(runs: Sequence[RunData], title: str) -> str:
             ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
             *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),
         ),
+        *_goodput(runs),
         "<h2>Optimization</h2>",
         _panels(
             ("gradient norm", lines_figure(runs, "grad_norm", "global gradient norm", log=True)),
@@ -133,6 +135,17 @@ def config_tables(runs: Sequence[RunData]) -> str:
     return "".join(parts)
 
 
+def _goodput(runs: Sequence[RunData]) -> list[str]:
+    """Where the time went, for the runs that tell it."""
+    told = [(run, figure) for run in runs if (figure := goodput_figure(run)) is not None]
+    parts = ["<h2>Where the time went</h2>"] if told else []
+    for run, figure in told:
+        parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
+        parts.append(f'<figure class="wide">{svg(figure, f"time of {run.name} by attempt")}</figure>')
+        parts.append(_table(["", "time", "share", ""], goodput_table(run), numbers={1, 2}))
+    return parts
+
+
 def _loss(runs: Sequence[RunData]) -> str:
     description = "Loss over steps of " + ", ".join(r.name for r in runs)
     broad, narrow = svg(loss_figure(runs), description), svg(loss_figure(runs, look=NARROW), description)
@@ -167,7 +180,7 @@ def _details(event: Row) -> str:
     """Free keys as "key value"; changes as "key: old → new"."""
     parts = []
     for key, value in event.items():
-        if key in ("time", "step", "event") or value in (None, "", [], {}):
+        if key in ("time", "step", "event", "began", "last_seen") or value in (None, "", [], {}):
             continue
         if key == "changes" and isinstance(value, dict):
             parts += [f"{k}: {' → '.join(map(plain, v)) if isinstance(v, list) else plain(v)}" for k, v in value.items()]

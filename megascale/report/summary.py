@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megascale.report.goodput import attempts, goodput
 from megascale.report.read import RunData, as_number
 from megascale.report.series import gap, layouts
 from megascale.report.words import NONE, byte_words, count, duration, fixed, scientific
@@ -24,6 +25,7 @@ def highlights(run: RunData) -> Facts:
         "MFU, median": fixed(_median(run, "mfu") * 100, 1, " %"),
         "peak memory": byte_words(_largest(run, "memory_bytes")),
         "wall time": duration(wall_seconds(run)),
+        "goodput": fixed(100 * goodput(attempts(run)), 1, " %"),
     }
     return {key: value for key, value in facts.items() if value != NONE}
 
@@ -48,6 +50,7 @@ def headline(run: RunData) -> Facts:
         "peak memory": byte_words(_largest(run, "memory_bytes")),
         "wall time, first to last event": duration(wall_seconds(run)),
         "of it in training steps": duration(step_seconds(run)),
+        "goodput, productive share of all attempts": fixed(100 * goodput(attempts(run)), 1, " %"),
     }
     for axis in run.nested("sent_bytes"):
         facts[f"sent a step by {axis}, median"] = byte_words(_median(run, "sent_bytes", axis))

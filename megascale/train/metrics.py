@@ -18,6 +18,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.run_dir = run_dir
+        self.past = past_of(run_dir, step)
         self._keep(run_dir / "metrics.jsonl", lambda row: row.get("step", 0) <= step)
         self._keep(run_dir / "events.jsonl", lambda row: True)
         self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
@@ -65,17 +66,36 @@ class RunLog:
     @staticmethod
     def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrites a file with the rows that are wanted; the half line of a run that was killed while writing it goes."""
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and wanted(row):
-                kept.append(line)
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        if path.exists():
+            write_atomic(path, "".join(line + "\n" for line, row in whole_rows(path) if wanted(row)))
+
+
+def whole_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL file that hold an object, with it; none where there is no file."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            found.append((line, row))
+    return found
+
+
+def past_of(run_dir: Path, step: int) -> dict[str, Any]:
+    """What a resume after `step` forgets, for the account of time: when the run was last alive, and how many steps are done again.
+
+    A process that is killed tells no end: its last row, event or heartbeat stands for it.
+    """
+    rows = [row for name in ("metrics.jsonl", "events.jsonl", "heartbeat.json") for _, row in whole_rows(run_dir / name)]
+    times = [row["time"] for row in rows if isinstance(row.get("time"), int | float)]
+    if not times:
+        return {}
+    steps = [row["step"] for row in rows if isinstance(row.get("step"), int)]
+    return {"last_seen": max(times), "lost_steps": max(0, max(steps, default=0) - step)}
 
 
 def finite(value: Any) -> Any:

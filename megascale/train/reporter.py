@@ -35,6 +35,7 @@ class StepResult:
     clock: StepClock
     sent: dict[str, int]  # bytes by axis, of this rank
     valid_loss: dict[str, float] | None = None
+    valid_seconds: float = 0.0
     tokens: int = 0
 
 
@@ -133,6 +134,7 @@ class Reporter:
         mfu = None if self.peak is None else rate * self.flops_per_token / (self.peak * self.mesh.size)
         row: dict[str, Any] = {
             "step": result.step,
+            "time": round(time.time(), 3),
             "loss": loss,
             "grad_norm": norm,
             "lr": result.lr,
@@ -145,6 +147,7 @@ class Reporter:
         }
         if result.valid_loss is not None:
             row["valid_loss"] = result.valid_loss
+            row["valid_seconds"] = result.valid_seconds
         self.log.metrics(row)
         self.console.step(row)
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -286,6 +287,8 @@ def announce(
         "torch": torch.__version__,
         "node": platform.node(),
         "unigram_entropy": entropy,
+        "began": round(psutil.Process().create_time(), 3),
+        **log.past,
     }
     if start.folder is not None:
         details["from"] = str(start.folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -57,7 +59,9 @@ class Trainer:
             self.progress.tokens += self.places
             if train.eval_every and (step % train.eval_every == 0 or step == last_step):
                 self.pulse.at(step, "evaluating")
+                begin = time.perf_counter()
                 result.valid_loss = self.evaluate()
+                result.valid_seconds = time.perf_counter() - begin
             self.reporter.step(result, self.progress)
             stopping = self.reporter.stop_agreed()
             if self.progress.skipped_in_a_row > train.max_skipped_steps:
@@ -124,10 +128,12 @@ class Trainer:
     def save(self, wait: bool) -> None:
         """Starts a checkpoint of the present state; `wait` until it is whole."""
         self.pulse.at(self.progress.step, SAVING)
+        begin = time.perf_counter()
         trainer = {**self.progress.plain(), **self.reporter.provenance}
         self.checkpointer.save(self.progress.step, state_pieces(self.model, self.optimizer), trainer)
+        events = self.checkpointer.finish() if wait else []
+        self.reporter.event("save", self.progress.step, stalled=round(time.perf_counter() - begin, 4))
         if wait:
-            events = self.checkpointer.finish()
             self.reporter.checkpoints(events, self.progress.step)
             failed = [e for e in events if e.kind == "failed" and e.step == self.progress.step]
             if failed:

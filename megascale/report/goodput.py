@@ -1,0 +1,154 @@
+"""Where a run's time went, over all its attempts: productive, saving, evaluating, lost, starting, waiting.
+
+An attempt is one process group's life, from the start of its first process to its last word: an event, a logged row, a heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from megascale.report.canvas import COLOURS, GREY, new_figure, style
+from megascale.report.read import RunData, as_number
+from megascale.report.words import duration
+
+# What each second is counted as, in the order of drawing, with its colour.
+KINDS = {
+    "productive": COLOURS[2],
+    "saving": COLOURS[5],
+    "evaluating": COLOURS[0],
+    "lost": COLOURS[1],  # steps that were done again after a resume
+    "starting": COLOURS[4],
+    "waiting": GREY,  # between two attempts: queue, or nobody there
+}
+MEANING = {
+    "productive": "steps that count",
+    "saving": "training stalled by a checkpoint",
+    "evaluating": "validation",
+    "lost": "steps after the last checkpoint, done again",
+    "starting": "from the process to its first step",
+    "waiting": "no process alive",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Seconds by kind; `began` and `ended` in seconds since the epoch, `waited` before it."""
+
+    began: float
+    ended: float
+    first_step: int
+    seconds: dict[str, float]
+
+
+def attempts(run: RunData) -> list[Attempt]:
+    """The attempts of a run in their order; none where its files do not tell times."""
+    starts = [e for e in run.events if e["event"] in ("start", "resume") and isinstance(e.get("time"), int | float)]
+    found: list[Attempt] = []
+    for i, start in enumerate(starts):
+        following = starts[i + 1] if i + 1 < len(starts) else None
+        end = _last_word(run, start["time"], following)
+        # Two attempts of one process, as tests make them, share its beginning.
+        began = max(min(_number(start.get("began"), start["time"]), start["time"]), found[-1].ended if found else 0.0)
+        inside = [e for e in run.events if start["time"] <= _number(e.get("time"), -1.0) <= end]
+        rows = [r for r in run.metrics if start["time"] < _number(r.get("time"), -1.0) <= end]
+        saving = sum(_number(e.get("stalled"), 0.0) for e in inside if e["event"] == "save")
+        evaluating = sum(_number(r.get("valid_seconds"), 0.0) for r in rows)
+        lost = _lost(run, start, end, following, saving + evaluating)
+        seconds = {
+            "saving": saving,
+            "evaluating": evaluating,
+            "lost": lost,
+            "starting": start["time"] - began,
+            "waiting": began - found[-1].ended if found else 0.0,
+        }
+        seconds["productive"] = max(0.0, end - start["time"] - saving - evaluating - lost)
+        found.append(Attempt(began, end, int(start["step"]) + 1, seconds))
+    return found
+
+
+def totals(found: Sequence[Attempt]) -> dict[str, float]:
+    return {kind: sum(a.seconds[kind] for a in found) for kind in KINDS}
+
+
+def goodput(found: Sequence[Attempt]) -> float:
+    """Productive seconds over all seconds; NaN without any."""
+    sums = totals(found)
+    return sums["productive"] / total if (total := sum(sums.values())) > 0 else float("nan")
+
+
+def goodput_figure(run: RunData) -> Figure | None:
+    """One bar an attempt on a common clock, coloured by what the time went into; None for a run without times."""
+    found = attempts(run)
+    if not found or found[-1].ended <= found[0].began:
+        return None
+    shown = found[-30:]
+    scale, unit = _unit(shown[-1].ended - shown[0].began)
+    height = 0.9 + 0.24 * len(shown)
+    with style():
+        figure = new_figure(9.2, height + 0.45)
+        axes = figure.add_axes((0.11, 0.42 / (height + 0.45), 0.87, (height - 0.75) / (height + 0.45)))
+        for i, attempt in enumerate(shown):
+            left = attempt.began - shown[0].began
+            # Kinds are drawn one after the other, not where they happened: a save takes milliseconds, and there may be thousands.
+            for kind in ("starting", "productive", "evaluating", "saving", "lost"):
+                axes.barh(i, attempt.seconds[kind] / scale, left=left / scale, height=0.62, color=KINDS[kind], linewidth=0)
+                left += attempt.seconds[kind]
+            if i and attempt.seconds["waiting"]:
+                wait = attempt.seconds["waiting"]
+                axes.barh(i, -wait / scale, left=(attempt.began - shown[0].began) / scale, height=0.12, color=KINDS["waiting"], linewidth=0)
+        axes.set_yticks(range(len(shown)), [f"from step {a.first_step:,}" for a in shown], fontsize=8.5)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, (shown[-1].ended - shown[0].began) / scale)
+        axes.set_xlabel(f"{unit} since the first process began", fontsize=9)
+        figure.legend(
+            handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
+            loc="upper left",
+            bbox_to_anchor=(0.1, 1.0),
+            ncols=len(KINDS),
+            fontsize=8.5,
+            columnspacing=1.4,
+        )
+    return figure
+
+
+def goodput_table(run: RunData) -> list[list[str]]:
+    """Rows of kind, time, share, meaning, and a last one with the sum."""
+    sums = totals(attempts(run))
+    whole = sum(sums.values())
+    rows = [[kind, duration(s), f"{100 * s / whole:.1f} %", MEANING[kind]] for kind, s in sums.items()] if whole > 0 else []
+    return [*rows, ["all", duration(whole), "100 %", ""]] if rows else []
+
+
+def _last_word(run: RunData, start: float, following: dict[str, object] | None) -> float:
+    """When an attempt was last alive, as far as the files know."""
+    if following is not None:
+        return max(start, min(_number(following.get("last_seen"), start), _number(following.get("time"), start)))
+    times = [_number(row.get("time"), start) for row in [*run.metrics, *run.events]]
+    return max([start, *times])
+
+
+def _lost(run: RunData, start: dict[str, object], end: float, following: dict[str, object] | None, idle: float) -> float:
+    """Seconds of steps that the next attempt did again, at the attempt's own mean speed."""
+    if following is None:
+        return 0.0
+    again = _number(following.get("lost_steps"), 0.0)
+    done = _number(following.get("step"), 0.0) + again - _number(start.get("step"), 0.0)
+    busy = max(0.0, end - _number(start.get("time"), end) - idle)
+    return busy * min(1.0, again / done) if done > 0 else 0.0
+
+
+def _number(value: object, other: float) -> float:
+    number = as_number(value)
+    return number if number == number else other
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * size:
+            return size, unit
+    return 1.0, "seconds"
