@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from megascale.launch.ranks import RankInfo
+from megascale.launch.ranks import RankInfo, node_name
 
 # What torch and the communication libraries say, in lower case, when a peer is gone or silent. They raise plain RuntimeErrors.
 PEER_WORDS = (
@@ -47,7 +46,7 @@ def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -
     """exit.json of the run. Rank 0 writes it; another rank does when it knows of a failure that rank 0 may not live to tell."""
     if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in (0, 2, 3, 75)):
         return
-    record = {"code": ending.code, "reason": ending.reason, "rank": ranks.rank, "node": platform.node(), "step": step}
+    record = {"code": ending.code, "reason": ending.reason, "rank": ranks.rank, "node": node_name(), "step": step}
     temporary = run_dir / f".exit.json.{ranks.rank}.tmp"
     try:
         temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")

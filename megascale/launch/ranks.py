@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,11 @@ from typing import NamedTuple
 
 from megascale.errors import UsageError
 from megascale.launch import rendezvous
+
+
+def node_name() -> str:
+    """What the scheduler calls this node, which is the name that it excludes by; else what the node calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,10 @@ def goodput_figure(run: RunData) -> Figure | None:
         return None
     shown = found[-30:]
     scale, unit = _unit(shown[-1].ended - shown[0].began)
-    height = 0.9 + 0.24 * len(shown)
+    height = 0.36 + 0.24 * len(shown)  # inches, the legend above the bars included
     with style():
         figure = new_figure(9.2, height + 0.45)
-        axes = figure.add_axes((0.11, 0.42 / (height + 0.45), 0.87, (height - 0.75) / (height + 0.45)))
+        axes = figure.add_axes((0.11, 0.42 / (height + 0.45), 0.87, (height - 0.36) / (height + 0.45)))
         for i, attempt in enumerate(shown):
             left = attempt.began - shown[0].began
             # Kinds are drawn one after the other, not where they happened: a save takes milliseconds, and there may be thousands.

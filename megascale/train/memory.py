@@ -5,7 +5,6 @@ Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks wi
 
 from __future__ import annotations
 
-import os
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.schema import Config, Parallel, Train
 from megascale.config.support import check
 from megascale.errors import MegascaleError
-from megascale.launch.ranks import RankInfo
+from megascale.launch.ranks import RankInfo, node_name
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
@@ -127,7 +126,7 @@ def what_fits(config: Config, device: torch.device, ranks: RankInfo) -> str:
     config = check(resolve_vocabulary(config), ranks.size)
     state, live = needed(config, ranks.size)
     text = (
-        f"this rank has {limit / GB:.2f} GB on {os.uname().nodename}; weights, gradients and optimizer take {state / GB:.2f} GB and the "
+        f"this rank has {limit / GB:.2f} GB on {node_name()}; weights, gradients and optimizer take {state / GB:.2f} GB and the "
         f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {live / GB:.2f} GB"
     )
     groups = ([f"{words} ({need / GB:.2f} GB)" for words, need in group if need < 0.9 * limit] for group in options(config, ranks.size))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -26,7 +25,7 @@ from megascale.data.dataset import Mixture, check_tokenizers, read_sources, sour
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
-from megascale.launch.ranks import RankInfo
+from megascale.launch.ranks import RankInfo, node_name
 from megascale.launch.rendezvous import interface_towards
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
@@ -285,7 +284,7 @@ def announce(
         "ranks": ranks.size,
         **facts,
         "torch": torch.__version__,
-        "node": platform.node(),
+        "node": node_name(),
         "unigram_entropy": entropy,
         "began": round(psutil.Process().create_time(), 3),
         **log.past,

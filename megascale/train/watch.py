@@ -11,7 +11,6 @@ import faulthandler
 import json
 import math
 import os
-import platform
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ import torch.distributed as dist
 
 from megascale.comm.mesh import Traffic
 from megascale.launch.exits import Exit, write_exit
-from megascale.launch.ranks import RankInfo
+from megascale.launch.ranks import RankInfo, node_name
 from megascale.train.metrics import write_atomic
 
 BEAT = 1.0  # seconds between two beats
@@ -227,7 +226,7 @@ class Watch:
     def _beat(self) -> Beat:
         traffic = self.pulse.traffic
         moved, last = (0, "") if traffic is None else (traffic.moved, traffic.last)
-        return Beat(self.ranks.rank, platform.node(), self._count, self.pulse.step, self.pulse.phase, moved, last, self._ending)
+        return Beat(self.ranks.rank, node_name(), self._count, self.pulse.step, self.pulse.phase, moved, last, self._ending)
 
     def _post(self) -> None:
         self._count += 1
@@ -268,7 +267,7 @@ class Watch:
             path = self.run_dir / "stacks" / f"rank-{self.ranks.rank:05d}.txt"
             with open(path, "a" if self._kept else "w", encoding="utf-8") as file:
                 self._kept = True
-                file.write(f"{why}\nrank {self.ranks.rank} on {platform.node()}: {self._beat().place}\n\n")
+                file.write(f"{why}\nrank {self.ranks.rank} on {node_name()}: {self._beat().place}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
