@@ -1,6 +1,6 @@
 """Idle share of every schedule on 4 ranks whose stages sleep for a calibrated time, beside the model's; and the runtime's own cost.
 
-`python benchmarks/pipelines/bubble.py` (three minutes, any machine: sleeping ranks need no cores).
+`python benchmarks/pipelines/bubble.py` (six minutes, any machine: sleeping ranks need no cores).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megascale.schedule.pipeline import Runtime
 from megascale.schedule.timeline import simulate
 from tests.ranks import run_ranks
 
-RANKS, M, UNIT, STEPS = 4, 8, 0.2, 2  # UNIT: seconds of a rank's forward, shared among its stages
+RANKS, M, UNIT, STEPS = 4, 8, 0.6, 1  # UNIT: seconds of a rank's forward, shared among its stages
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "looped_bfs": 2, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv": 2, "dualpipev": 2}
 
 
@@ -92,8 +92,8 @@ def main() -> None:
     for schedule, virtual in SCHEDULES.items():
         order = compute_order(schedule, RANKS, virtual, M)
         model = simulate(order)
-        seconds = max(run_ranks(RANKS, measured, schedule, UNIT, timeout=100))
-        idle = max(run_ranks(RANKS, measured, schedule, 0.0, timeout=100))
+        seconds = max(run_ranks(RANKS, measured, schedule, UNIT, timeout=300))
+        idle = max(run_ranks(RANKS, measured, schedule, 0.0, timeout=300))
         # With backwards counted twice a forward a rank works 3·M units whatever the schedule.
         bubble = 1 - 3 * M * UNIT / seconds
         actions = max(sum(1 for _ in lane) for lane in model.lanes)

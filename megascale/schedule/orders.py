@@ -49,7 +49,8 @@ def compute_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
         )
         for i in own
     ]
-    return dict(kind(stand_ins, micro_batches, loss_fn=_no_loss, scale_grads=False).pipeline_order)
+    order = kind(stand_ins, micro_batches, loss_fn=_no_loss, scale_grads=False).pipeline_order
+    return {rank: [a for action in actions for a in _apart(action)] for rank, actions in order.items()}
 
 
 def forward_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -> Order:
@@ -58,17 +59,21 @@ def forward_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
 
 
 def steps(actions: list[Any]) -> list[Step]:
-    """A rank's computations without waiting, overlapped pairs taken apart: what is drawn and what is compared with what ran."""
-    result = []
-    for action in actions:
-        for a in (action.sub_actions or (action,)) if action is not None else ():
-            result.append(Step(a.computation_type.value if a.computation_type.value in "FBIW" else "", a.stage_index, a.microbatch_index))
-    return [s for s in result if s.kind]
+    """A rank's computations without waiting: what is drawn and what is compared with what ran."""
+    found = [a for a in actions if a is not None and a.computation_type.value in "FBIW"]
+    return [Step(a.computation_type.value, a.stage_index, a.microbatch_index) for a in found]
 
 
 def splits_backward(order: Order) -> bool:
     """Whether weight gradients are computed apart from input gradients."""
     return any(s.kind == "W" for actions in order.values() for s in steps(actions))
+
+
+def _apart(action: Any) -> list[Any]:
+    """DualPipeV's pairs of a forward and a backward as two actions. torch's runtime does not overlap a pair: it runs the two one after the
+    other once the messages of both are there, which doubles the idle time.
+    """
+    return list(action.sub_actions) if action is not None and action.sub_actions else [action]
 
 
 def _breadth_first(schedule: str, ranks: int, virtual: int, m: int, rank: int, backward: bool) -> list[Any]:

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Measures a layer, the embedding and the head on this machine, and prints the `parallel.pp_layers` that balances the stages by it.
+
+Without the key, layers are balanced by estimated FLOPs, which know nothing of memory-bound norms or of a device's small products.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from megascale.cli import new_app, run_tool
+from megascale.config.load import load_config
+from megascale.config.schema import Config
+from megascale.config.stages import Part, estimated_costs, split_layers
+from megascale.config.support import check
+from megascale.errors import UsageError
+from megascale.launch.ranks import RankInfo
+from megascale.model.decoder import Decoder, Shape
+from megascale.model.kernels import choose_kernels
+from megascale.train.setup import DTYPES, choose_device, resolve_vocabulary
+
+app = new_app(__doc__ or "")
+WARM, ROUNDS = 2, 5
+
+
+@app.command()
+def main(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]…")] = None,
+) -> None:
+    """Prints seconds of forward and backward of each part at the config's micro-batch, and the split by measured and by estimated cost."""
+    config = load_config(str(file), overrides or [])
+    p = config.parallel
+    if p.pp == 1:
+        raise UsageError("parallel.pp is 1, so there are no stages to balance: add parallel.pp=4")
+    config = check(resolve_vocabulary(config), p.pp * p.tp * p.cp)
+    device = choose_device(config, RankInfo())
+    names = ("a layer", "embedding", "head and loss")
+    parts = (Part(range(1), False, False), Part(range(0), True, False), Part(range(0), False, True))
+    layer, before, after = (seconds(config, part, device) for part in parts)
+    for name, cost in zip(names, (layer, before, after)):
+        print(f"{name:<14}{cost * 1e3:10.2f} ms forward and backward, {cost / layer:6.2f} layers")
+    stages = p.pp * p.stages_per_rank
+    guess = estimated_costs(config.model, config.train.seq_len)
+    for name, costs in (("estimated", guess), ("measured", (layer, before, after))):
+        split = [len(r) for r in split_layers(config.model.num_layers, stages, *costs)]
+        loads = [n * layer + before * (i == 0) + after * (i == stages - 1) for i, n in enumerate(split)]
+        words = ",".join(map(str, split))
+        print(f"by {name} cost: parallel.pp_layers=[{words}], dearest stage {max(loads) / statistics.mean(loads):.2f} of the mean")
+
+
+def seconds(config: Config, part: Part, device: torch.device) -> float:
+    """Median seconds of one micro-batch through a stage that holds `part`, whole tensors (tp cuts all parts alike)."""
+    t, cfg = config.train, config.model
+    compute = DTYPES[config.precision.compute]
+    shape = Shape(t.seq_len, compute, compute)
+    with torch.device(device):
+        stage = Decoder(cfg, shape, choose_kernels(config.run.kernels, cfg.norm, device).norm, part)
+        stage = stage.to_empty(device=device)
+        for parameter in stage.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        tokens = torch.randint(0, cfg.vocab_size or 1, (t.micro_batch_size, t.seq_len))
+        stream = None if part.first else torch.randn(t.micro_batch_size, t.seq_len, cfg.hidden_size, dtype=compute, requires_grad=True)
+
+    def once() -> float:
+        start = time.perf_counter()
+        y: Tensor = stage(tokens, tokens if part.last else None, stream=stream, scale=1.0)
+        (y if part.last else y.sum()).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return statistics.median([once() for _ in range(WARM + ROUNDS)][WARM:])
+
+
+if __name__ == "__main__":
+    run_tool(app)
