@@ -56,6 +56,7 @@ def main(
     mount: Annotated[list[str] | None, typer.Option(help="a folder that the container must see, beside this one and the run's")] = None,
     python: Annotated[str | None, typer.Option(help="the interpreter of the ranks; this one, or python3 in a container, if absent")] = None,
     torchrun: Annotated[bool, typer.Option("--torchrun", help="one torchrun a node instead of one task a rank")] = False,
+    preflight: Annotated[bool, typer.Option("--preflight", help="examine the nodes first, and come back without unfit ones")] = False,
 ) -> None:
     """Prints the SLURM batch script of a run, or submits it with --submit."""
     pools = _pools(nodes, gpus_per_node, ranks_per_node, partition, constraint, pool or [])
@@ -91,6 +92,7 @@ def main(
         setup=tuple(setup or []),
         container=Container(container, runtime, tuple(folders)) if container else None,
         torchrun=torchrun,
+        preflight=preflight,
         chained=chain > 1,
     )
     if submit:

@@ -207,6 +207,18 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
+def slurm_node_of(rank: int, env: Mapping[str, str]) -> str | None:
+    """The node of any rank of this SLURM step, whose ranks stand in blocks; None outside of SLURM."""
+    if "SLURM_STEP_NODELIST" not in env or "SLURM_STEP_TASKS_PER_NODE" not in env:
+        return None
+    by_rank = [
+        node
+        for node, tasks in zip(rendezvous.expand_nodes(env["SLURM_STEP_NODELIST"]), tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"]))
+        for _ in range(tasks)
+    ]
+    return by_rank[rank] if rank < len(by_rank) else None
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     if name not in env and default is not None:
         return default

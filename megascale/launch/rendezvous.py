@@ -147,6 +147,15 @@ def slurm_head(env: Mapping[str, str]) -> str:
     return address
 
 
+def expand_nodes(nodes: str) -> list[str]:
+    """ "gpu[07-09],login1" → the single names, by SLURM's own rules; nothing where scontrol is missing or does not answer."""
+    try:
+        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return said.stdout.split()
+
+
 def node_address(name: str) -> str | None:
     """NodeAddr of a SLURM node; None where scontrol cannot tell."""
     if shutil.which("scontrol") is None:

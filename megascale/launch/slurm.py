@@ -51,6 +51,7 @@ class Job:
     setup: tuple[str, ...] = ()
     container: Container | None = None
     torchrun: bool = False
+    preflight: bool = False
     chained: bool = False
 
 
@@ -74,7 +75,7 @@ def check_job(job: Job) -> None:
 def render(job: Job) -> str:
     """The script. Raises UsageError for a job that cannot be."""
     check_job(job)
-    parts = [_header(job), _settings(job), _BEGIN, _MEETING, _traps(job), _loop(job), _end(job)]
+    parts = [_header(job), _settings(job), _BEGIN, _MEETING, _traps(job), _preflight(job), _loop(job), _end(job)]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
@@ -243,9 +244,36 @@ done
 """
 
 
-def _srun(job: Job) -> str:
-    """The line that starts the ranks, a block of neighbours on every node, without the end of the line."""
-    flags = ["--kill-on-bad-exit=1", "--distribution=block"]
+def _preflight(job: Job) -> str:
+    if not job.preflight:
+        return ""
+    return f"""
+# The nodes are examined first. Unfit ones are named, and the job goes back to the queue to come again without them.
+preflight_seconds=120  # until a rank that has not reported counts as lost
+while taken; do next_port; done
+{_srun(job, '"$root/launchers/preflight.py" --out "$run_dir/launch" --timeout "$preflight_seconds"', kill=False)} &
+step=$!
+wait "$step"; code=$?
+step=""
+if [ "$code" -ne 0 ] && [ -z "$asked" ]; then
+  unfit=$(sed -n 's/^ "exclude": "--exclude=\\(.*\\)",$/\\1/p' "$run_dir/launch/preflight.json" 2>/dev/null)
+  say "preflight ended with code $code, unfit: ${{unfit:-unknown, see above}}"
+  [ -n "$unfit" ] || exit "$code"
+  before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\\([^ ]*\\).*/\\1/p' | sed 's/(null)//')
+  # SLURM takes the change only once the job waits again, and ends this script while it does.
+  (trap '' TERM; scontrol requeue "$SLURM_JOB_ID"; scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${{before:+$before,}}$unfit")
+  sleep 300 & wait $!
+fi
+next_port
+"""
+
+
+def _srun(job: Job, program: str = '"$root/pretrain.py" "$config" "${overrides[@]}"', kill: bool = True) -> str:
+    """The line that starts the ranks, a block of neighbours on every node, without the end of the line.
+
+    kill  whether one that fails ends the others, too
+    """
+    flags = [f"--kill-on-bad-exit={int(kill)}", "--distribution=block"]
     if job.container is not None and job.container.runtime == "pyxis":
         mounts = ",".join(f"{m}:{m}" for m in job.container.mounts)
         flags += [f"--container-image={job.container.image}", f"--container-mounts={mounts}", f"--container-workdir={job.workdir}"]
@@ -254,7 +282,7 @@ def _srun(job: Job) -> str:
         inside = ["apptainer", "exec", *(["--nv"] if job.pools[0].gpus_per_node else [])]
         inside += [*(w for m in job.container.mounts for w in ("--bind", m)), "--pwd", job.workdir, job.container.image]
     shared = " ".join(map(shlex.quote, flags))  # said again for every part of a heterogeneous job
-    command = '"$python" "$root/pretrain.py" "$config" "${overrides[@]}"'
+    command = f'"$python" {program}'
     enter = " ".join(map(shlex.quote, inside)) + " " if inside else ""
     blocks = []
     for i, pool in enumerate(job.pools):
@@ -264,17 +292,17 @@ def _srun(job: Job) -> str:
         where += f" --ntasks-per-node={tasks}"
         if job.cpus_per_rank:  # srun does not take it over from sbatch
             where += f" --cpus-per-task={job.cpus_per_rank * pool.ranks_per_node // tasks}"
-        blocks.append(f"{shared} \\\n    {where} \\\n    {enter}{_torchrun(pool) if job.torchrun else command}")
+        blocks.append(f"{shared} \\\n    {where} \\\n    {enter}{_torchrun(pool, program) if job.torchrun else command}")
     return "  srun " + " : \\\n    ".join(blocks)
 
 
-def _torchrun(pool: Pool) -> str:
+def _torchrun(pool: Pool, program: str) -> str:
     """One agent a node. Every one knows the meeting place, so no agent has to find out who it is by its host's name."""
     agent = (
         'exec "$0" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" '
         f'--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node {pool.ranks_per_node} "$@"'
     )
-    return f"bash -c '{agent}' \\\n    " + '"$python" "$root/pretrain.py" "$config" "${overrides[@]}"'
+    return f"bash -c '{agent}' \\\n    " + f'"$python" {program}'
 
 
 def _end(job: Job) -> str:

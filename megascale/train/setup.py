@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from megascale.checkpoint.loader import load
 from megascale.checkpoint.saver import Checkpointer
+from megascale.comm.group import join, open_store
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
@@ -26,7 +26,6 @@ from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
-from megascale.launch.rendezvous import interface_towards
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
@@ -101,15 +100,9 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield Watch(ranks, None, limit)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
-    interface = interface_towards(ranks.address) if ranks.address else None
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    url = ranks.url if ranks.launcher != "torchrun" else "env://"
-    store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.size, timeout=timedelta(seconds=limit)))
     # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
-    patience = timedelta(seconds=limit + WATCH_FIRST)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=patience)
+    store = open_store(ranks, limit)
+    join(store, ranks, backend, limit + WATCH_FIRST)
     try:
         yield Watch(ranks, store, limit)
     finally:

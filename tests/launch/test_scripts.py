@@ -49,6 +49,7 @@ JOBS = {
     "array": replace(BASE, variants=(("seed1", ("run.seed=1",)), ("seed2-lr1e-3", ("run.seed=2", "optim.lr=1e-3"))), at_once=1),
     "pools": replace(BASE, pools=(Pool("2", 8, 8, "a100"), Pool("1", 4, 4, "v100")), cpus_per_rank=4, container=APPTAINER),
     "torchrun": replace(BASE, torchrun=True, cpus_per_rank=6),
+    "preflight": replace(BASE, preflight=True),
 }
 
 

@@ -242,3 +242,24 @@ def test_torchrun_per_node(cluster: Cluster, place: Place, straight: list[float]
     cluster.wait_state(job, "COMPLETED")
     place.check_curve(straight)
     assert rows(place.folder, "events")[0]["layout"] == "dp_shard4"
+
+
+def test_preflight_leaves_out_a_node(cluster: Cluster, place: Place, straight: list[float]) -> None:
+    """Catches an unfit node that the job gets again, or one that keeps it from running at all."""
+    place.hurry()
+    sick = place.folder / "sick"
+    healthy = place.folder / "python"
+    sick.write_text(
+        f'#!/bin/sh\ncase "$SLURMD_NODENAME $1" in n1*preflight.py) exit 9;; *preflight.py) shift; '
+        f'exec {sys.executable} launchers/preflight.py "$@" --gemm-size 128 --disk-mb 1 --timeout 15;; esac\nexec {healthy} "$@"\n'
+    )
+    sick.chmod(0o755)
+    (job,) = cluster.submit(
+        place.config, "--python", sick, "--export", f"STEP_PAUSE={place.pause}", "--gpus-per-node", 0, "--nodes", 2, "--preflight"
+    )
+    cluster.wait("requeue", lambda: cluster.show(job, "Restarts") == "1", seconds=60)
+    cluster.start_now(job)
+    cluster.wait_state(job, "COMPLETED")
+    place.check_curve(straight)
+    assert cluster.show(job, "ExcNodeList") == "n1" and cluster.show(job, "NodeList") == "n[2-3]"
+    assert "unfit: n1: rank 0 did not report" in place.log() and "all is well" in place.log()
