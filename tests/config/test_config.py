@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -158,7 +158,10 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
         "parallel.tp_sequence": ["true", "false"],
         "parallel.engine": ["fsdp2", "ddp"],
         "parallel.dp_shard": [-1, 1, 2],
-        "parallel.pp": [1, 1, 1, 2],
+        "parallel.pp": [1, 1, 2, 2, 3],
+        "parallel.pp_schedule": list(get_args(Parallel.model_fields["pp_schedule"].annotation)),
+        "parallel.pp_virtual": [1, 2, 3],
+        "model.num_layers": [2, 5],
         "parallel.recompute": ["none", "full"],
         "train.seq_len": [8, 9],
     }
