@@ -61,7 +61,11 @@ def single(case: Case) -> dict[str, Any]:
 
 
 def assert_equal(case: Case, ranks: int, bound: float = EXACT) -> None:
-    reference, got = single(case), run_ranks(ranks, train, case)[0]
+    assert_same(run_ranks(ranks, train, case)[0], single(case), case, bound)
+
+
+def assert_same(got: dict[str, Any], reference: dict[str, Any], case: Case, bound: float = EXACT) -> None:
+    """Losses, norms, first gradients and last weights of two trainings."""
     for key in ("loss", "norm"):
         gaps = [abs(a - b) / abs(b) for a, b in zip(got[key], reference[key])]
         assert max(gaps) <= bound, f"{key} differs by {max(gaps):.2e} on {case.parallel}"

@@ -14,13 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import split_layers, stages_of_rank
+from megascale.model.auxiliary import ride_on
+from megascale.model.block import Block
 from megascale.schedule.orders import Step, compute_order, steps
 from megascale.schedule.pipeline import Stage
 from megascale.schedule.timeline import draw, simulate, text_lanes
 from tests import runs
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
-from tests.test_layouts import MODELS, assert_equal, single
+from tests.test_layouts import MODELS, assert_equal, assert_same, single
 
 pytestmark = pytest.mark.dist
 
@@ -259,6 +261,38 @@ def test_resume_between_pipelines(tmp_path: Path) -> None:
     stayed, came = runs.weights_at(tmp_path, 10), runs.weights_at(wandering, 10)
     assert {n: t.shape for n, t in stayed.items()} == {n: t.shape for n, t in came.items()}
     assert all((came[n] - t).abs().max() <= 1e-11 * t.abs().max().clamp(min=1e-3) for n, t in stayed.items())
+
+
+def with_auxiliary_losses(case: Case) -> tuple[dict[str, Any], float]:
+    """Trains with a loss on the stream behind every block; also that loss's sum over the run, as this rank reported it."""
+    told: list[float] = []
+    real = Block.forward
+
+    def forward(self: Block, x: torch.Tensor, context: Any) -> torch.Tensor:
+        y = real(self, x, context)
+        return ride_on(y, y.square().sum(), 0.01 / (case.batch * case.seq_len), lambda loss: told.append(loss.item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "forward", forward)
+        return train(case), sum(told)
+
+
+AUXILIARY = {"alone": (1, {}), "zero x recompute": (2, {"dp_shard": 2, "recompute": "full"}), "tp": (2, {"tp": 2})}
+
+
+@pytest.mark.parametrize("product", AUXILIARY)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_losses_of_middle_stages(schedule: str, product: str) -> None:
+    """Catches a loss of a middle stage that gets no gradient, or one a pass too often where backward is split or forward repeated."""
+    others, keys = AUXILIARY[product]
+    case = Case(deep("llama"), pipelined(schedule, **keys), batch=8)
+    one = replace(case, parallel=Parallel())
+    (reference, expected), plain = with_auxiliary_losses(one), train(one)
+    assert worst(plain["grad"], reference["grad"])[0] > 1e-3, "the loss does not matter"
+    results = run_ranks(2 * others, with_auxiliary_losses, case)
+    assert_same(results[0][0], reference, case)
+    copies = others if "tp" in keys else 1  # ranks of tp see the same stream
+    assert abs(sum(told for _, told in results) / copies - expected) <= 1e-10 * expected
 
 
 @pytest.mark.slow
