@@ -11,6 +11,8 @@ import torch
 
 from megascale.checkpoint import storage
 from megascale.data import loader
+from megascale.model.block import Block
+from megascale.model.spec import ParamSpec, declare_state
 from megascale.schedule.accumulate import Accumulation
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at
@@ -113,6 +115,33 @@ def test_packing_is_the_same_on_every_layout(folder: Path, packing: str) -> None
     split = other(folder, "split")
     run_ranks(3, run, same_data(folder, split, train__packing=packing))
     assert max(abs(a - b) / b for a, b in zip(losses(split), losses(folder))) <= 1e-12
+
+
+def counting(values: dict[str, Any], stop_at: int | None = None) -> tuple[int, str]:
+    """A run whose blocks count their steps in a declared state that starts at 5."""
+    build, step = Block.__init__, Accumulation.run
+
+    def declare(self: Block, *args: Any) -> None:
+        build(self, *args)
+        declare_state(self, "age", ParamSpec((2,), "norm", "tokens", mean=5.0), torch.float32)
+
+    def count(self: Accumulation, *args: Any) -> Any:
+        for state in self.model.states:
+            state.tensor.add_(1)
+        return step(self, *args)
+
+    Block.__init__, Accumulation.run = declare, count  # type: ignore[method-assign, assignment]
+    return run(values, stop_at)
+
+
+def test_declared_state_belongs_to_checkpoints(folder: Path) -> None:
+    """Catches state of a layer that is left without a start, gets optimizer state, or is lost at a resume on another layout."""
+    assert [code for code, _ in run_ranks(2, counting, settings(folder, parallel__tp=2), 2)] == [75, 75]
+    assert run_ranks(3, counting, settings(folder, parallel__engine="ddp")) == [(0, "done")] * 3
+    found = weights_at(folder, 6)
+    for layer in range(2):
+        assert torch.equal(found[f"model.blocks.{layer}.age"], torch.full((2,), 11.0))
+    assert not any("age" in name for name in found if name.startswith("optim."))
 
 
 def spoiled(values: dict[str, Any], bad_steps: list[int]) -> tuple[int, str]:

@@ -49,11 +49,30 @@ class SpecParameter(nn.Parameter):
     spec: ParamSpec
 
 
+class SpecState(torch.Tensor):
+    """A meta-device buffer that remembers its spec."""
+
+    spec: ParamSpec
+
+
 def declare(spec: ParamSpec, dtype: torch.dtype) -> nn.Parameter:
     """A parameter on the meta device: it has a shape and a dtype and costs nothing."""
     parameter = nn.Parameter(torch.empty(spec.shape, dtype=dtype, device="meta"))
     cast(SpecParameter, parameter).spec = spec
     return parameter
+
+
+def declare_state(module: nn.Module, name: str, spec: ParamSpec, dtype: torch.dtype) -> None:
+    """Gives `module` a buffer on the meta device that starts as its spec says and belongs to checkpoints, but has neither gradient nor
+    optimizer state: coefficients of a layer, a router's bias. Every rank that holds the layer holds all of it, with equal values.
+    """
+    module.register_buffer(name, torch.empty(spec.shape, dtype=dtype, device="meta"))
+    cast(SpecState, module.get_buffer(name)).spec = spec
+
+
+def states_of(model: nn.Module) -> dict[str, ParamSpec]:
+    """Canonical name → spec of what `declare_state` declared in a freshly built model."""
+    return {name: cast(SpecState, b).spec for name, b in model.named_buffers() if hasattr(b, "spec")}
 
 
 def specs_of(model: nn.Module) -> dict[str, ParamSpec]:

@@ -18,7 +18,7 @@ from megascale.config.stages import stage_parts, stages_of_rank
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.init import initialize
 from megascale.model.kernels import NormKernel
-from megascale.model.spec import specs_of
+from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.tensor import Placement, cut_model
@@ -49,16 +49,31 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class State:
+    """A declared buffer, whole on every rank that holds its layer."""
+
+    name: str
+    spec: ParamSpec
+    tensor: Tensor
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(self.spec.shape, (0,) * len(self.spec.shape), self.tensor)
+
+
+@dataclass(frozen=True)
 class ParallelModel:
     """What one rank holds: its `stages` (one without a pipeline) and the `modules` to call for them, in stage order.
 
-    `weights` in canonical order. `guest` is the last stage's copy of a tied embedding, where another stage owns it: it takes the owner's
-    value before a step and gives its gradient after, so that norm, optimizer and checkpoint know one weight only.
+    `weights` in canonical order, `states` what checkpoints keep beside them. `guest` is the last stage's copy of a tied embedding, where
+    another stage owns it: it takes the owner's value before a step and gives its gradient after, so that norm, optimizer and checkpoint
+    know one weight only.
     """
 
     stages: list[Decoder]
     modules: list[nn.Module]
     weights: list[Weight]
+    states: list[State]
     guest: Weight | None
     mesh: Mesh
     micro_batch: MicroBatchScope  # entered around each forward and backward with "is it the last?", without a pipeline
@@ -101,6 +116,9 @@ class ParallelModel:
                 w.local.zero_()  # vocabulary padding stays zero for ever: its gradient is zero
                 initialize(self.piece(w, w.local), w.name, w.placement.spec, seed)
             yield w.name
+        for state in self.states:
+            initialize(state.piece, state.name, state.spec, seed)
+            yield state.name
 
 
 def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Decoder]:
@@ -112,13 +130,16 @@ def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Pa
 
 def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn."""
-    weights, modules, guest = [], [], None
+    weights: list[Weight] = []
+    states: list[State] = []
+    modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
     pipeline = mesh["pp"].size > 1
     sharded = cfg.engine == "fsdp2" and mesh.data_size > 1
     for stage in stages:
         module: nn.Module = stage
         placements = cut_model(stage, specs_of(stage), mesh["tp"], cfg.tp_sequence)
+        state_specs = states_of(stage)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
             compile_blocks(stage)
@@ -136,7 +157,8 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
                 guest = weight
             else:
                 weights.append(weight)
-    return ParallelModel(stages, modules, weights, guest, mesh, micro_batch)
+        states += [State(name, spec, stage.get_buffer(name)) for name, spec in state_specs.items()]
+    return ParallelModel(stages, modules, weights, states, guest, mesh, micro_batch)
 
 
 @torch.no_grad()

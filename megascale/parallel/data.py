@@ -64,7 +64,10 @@ def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute
 def replicate_model(model: Decoder, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
     """DDP over dp_replicate: gradients summed once a step in buckets that overlap with backward."""
     axis = mesh["dp_replicate"]
-    wrapped = DistributedDataParallel(model, process_group=axis.group, gradient_as_bucket_view=True, init_sync=False)
+    # Declared states are equal on all ranks by construction; DDP would send rank 0's before every forward.
+    wrapped = DistributedDataParallel(
+        model, process_group=axis.group, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False
+    )
     wrapped.register_comm_hook(axis, _summing_hook)
     return wrapped, lambda last: nullcontext() if last else wrapped.no_sync()
 

@@ -28,7 +28,8 @@ class Progress:
 
 def model_pieces(model: ParallelModel) -> dict[str, Piece]:
     """Canonical names under "model.", live."""
-    return {f"model.{w.name}": model.piece(w, w.local) for w in model.weights}
+    weights = {f"model.{w.name}": model.piece(w, w.local) for w in model.weights}
+    return {**weights, **{f"model.{s.name}": s.piece for s in model.states}}
 
 
 def state_pieces(model: ParallelModel, optimizer: Optimizer) -> dict[str, Piece]:
