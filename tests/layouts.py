@@ -82,7 +82,7 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
 
 
 def build(case: Case, ranks: int) -> ParallelModel:
-    mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu")
+    mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu", case.parallel.heads_over)
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
     shape = Shape(case.seq_len, storage, DTYPES[case.precision])
@@ -121,7 +121,7 @@ def train(case: Case) -> dict[str, Any]:
         loss = schedule.run(batches, 1 / places)
         result["sent"], result["calls"] = mesh.traffic.take()
         share = 1.0 if mesh["tp"].rank == 0 else 0.0
-        counted = share if mesh["pp"].rank == 0 else 0.0
+        counted = share if mesh["pp"].rank == 0 and mesh["cp"].rank == 0 else 0.0
         sums = torch.tensor([loss.item() * share, counted * sum(b.valid for b in batches) / places], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(sums)

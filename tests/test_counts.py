@@ -121,6 +121,8 @@ def live_bytes(case: Case) -> tuple[dict[str, int], dict[str, int]]:
         (4, Parallel(tp=4)),
         (2, Parallel(engine="ddp", dp_replicate=2, dp_shard=1)),
         (4, Parallel(pp=2, pp_schedule="zbv", dp_shard=2)),
+        (4, Parallel(cp=2, dp_shard=2)),
+        (2, Parallel(cp=2, engine="ddp")),
         (3, Parallel(pp=3)),
     ],
 )

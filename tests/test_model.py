@@ -130,7 +130,7 @@ def test_xpos_depends_on_distance_only() -> None:
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
 
     def score(i: int, j: int) -> float:
-        r = rotary(torch.arange(20)[None], freq, torch.float64, xpos=True)
+        r = rotary(torch.arange(20)[None], freq, torch.float64, xpos_middle=10)
         turned = rotate(q, r.q_cos[:, :, i : i + 1], r.q_sin[:, :, i : i + 1])
         return float((turned * rotate(k, r.k_cos[:, :, j : j + 1], r.k_sin[:, :, j : j + 1])).sum())
 

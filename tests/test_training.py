@@ -59,6 +59,7 @@ def test_resume_on_the_same_layout_is_bit_equal(folder: Path, ranks: int, change
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (3, {"parallel__dp_shard": 3}),
     (2, {"parallel__tp": 2, "parallel__tp_sequence": True}),
+    (4, {"parallel__dp_shard": 2, "parallel__cp": 2}),
     (4, {"parallel__dp_replicate": 2, "parallel__dp_shard": 2, "parallel__recompute": "full"}),
     (4, {"parallel__tp": 2, "parallel__engine": "ddp", "parallel__dp_shard": 1, "parallel__dp_replicate": 2}),
     (1, {}),
@@ -67,15 +68,15 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_on_other_layouts(folder: Path, optimizer: str) -> None:
-    """Catches state that is resharded wrongly: one run wanders over five layouts and equals the one that stayed."""
-    fixed = {"optim__name": optimizer, "train__steps": 10, "model__vocab_size": 41, "checkpoint__every": 2}
+    """Catches state that is resharded wrongly: one run wanders over six layouts and equals the one that stayed."""
+    fixed = {"optim__name": optimizer, "train__steps": 12, "model__vocab_size": 41, "checkpoint__every": 2}
     run_ranks(1, run, settings(folder, **fixed))
     wandering = other(folder, "wandering")
     for i, (ranks, changes) in enumerate(LAYOUTS):
         codes = run_ranks(ranks, run, same_data(folder, wandering, **fixed, **changes), 2 * i + 1)
         assert {c for c, _ in codes} == ({75} if i + 1 < len(LAYOUTS) else {0}), codes
     assert max(abs(a - b) / b for a, b in zip(losses(wandering), losses(folder))) <= 1e-12
-    stayed, came = weights_at(folder, 10), weights_at(wandering, 10)
+    stayed, came = weights_at(folder, 12), weights_at(wandering, 12)
     assert {n: t.shape for n, t in stayed.items()} == {n: t.shape for n, t in came.items()}
     for name, tensor in stayed.items():
         assert (came[name] - tensor).abs().max() <= 1e-11 * tensor.abs().max().clamp(min=1e-3), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from megascale.model.layers import Linear, Norm
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import Gains
 
+# (q [b, h, s, e], k and v [b, g, s, e], what the model made for a mask) → [b, h, s, e]
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+
 
 def identity(x: Tensor) -> Tensor:
     return x
@@ -23,7 +27,8 @@ def identity(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """softmax(q·kᵀ/√e)·v per head, then the output product.
 
-    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity.
+    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
+    where tokens of other ranks are met.
     """
 
     def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
@@ -42,9 +47,10 @@ class Attention(nn.Module):
             self.k_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
+        self.attend: Attend = attend
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any) -> Tensor:
         """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only."""
         x = self.enter(x)
         q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
@@ -54,7 +60,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
-        y = attend(q, k, v, mask)
+        y = self.attend(q, k, v, mask)
         y = self.o.product(y.transpose(1, 2).flatten(2))
         return self.o.add_bias(self.leave(y))
 
@@ -73,3 +79,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type == "cpu" and mask is None and q.requires_grad and q.shape[2] <= LONGEST:
         return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
+    """The KV heads that the query heads `queries` use, `group` query heads to each; and for every query head its place among them, or None
+    where equal runs of query heads use one after the other, as grouped attention takes for granted.
+    """
+    needed = [h // group for h in queries]
+    kv = range(needed[0], needed[-1] + 1)
+    run = len(needed) // len(kv)
+    even = len(needed) % len(kv) == 0 and needed == [kv[i // run] for i in range(len(needed))]
+    return kv, None if even else [h - kv[0] for h in needed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from megascale.model.residual import Residual
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of the layer."""
+    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal; what it is otherwise is between the
+    model's `mask_of` and the attentions' `attend`), dropout keys [b, s] of the layer.
+    """
 
     rotary: Rotary | None
-    mask: Tensor | None
+    mask: Any
     keys: Tensor | None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ class Decoder(nn.Module):
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
     `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds) and `mask_of`.
     """
 
     def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
@@ -70,6 +72,8 @@ class Decoder(nn.Module):
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
+        self.sequence_here: Callable[[Tensor], Tensor] = identity
+        self.mask_of: Callable[..., Any] = attention_mask
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
@@ -117,7 +121,7 @@ class Decoder(nn.Module):
         return cross_entropy_sum(
             x.flatten(0, 1),
             self.head_weight,
-            targets.flatten(),
+            self.sequence_here(targets).flatten(),
             scale,
             self.vocab_first,
             self.cfg.vocab_size,
@@ -125,7 +129,10 @@ class Decoder(nn.Module):
         )
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """tokens [b, s] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        """tokens [b, S] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
         weight = self.embedding.weight.to(self.shape.compute)
         if self.vocab_axis is None:
             x = F.embedding(tokens, weight)
@@ -135,8 +142,6 @@ class Decoder(nn.Module):
             x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
         x = self.leave_embedding(x)
         if self.cfg.position == "learned":
-            if positions is None:
-                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
@@ -148,14 +153,14 @@ class Decoder(nn.Module):
             assert cfg.head_dim is not None
             freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(where, freq, self.shape.compute, cfg.position == "xpos")
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
         slopes = None
         if cfg.position == "alibi":
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
-        mask = attention_mask(seq_len, documents, cfg.sliding_window, slopes, self.shape.compute, device)
+        mask = self.mask_of(seq_len, documents, cfg.sliding_window, slopes, self.shape.compute, device)
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
-            keys = self.tokens_here(keys)
+            keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
             yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)))

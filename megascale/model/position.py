@@ -37,19 +37,19 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None, dev
     return torch.where(wavelength > low, freq / scaling.factor, torch.where(wavelength < high, freq, between))
 
 
-def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: bool) -> Rotary:
+def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos_middle: int | None) -> Rotary:
     """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`.
 
     XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ_i = (2i/e + 0.4)/1.4. Only differences of n act;
-    counting from the middle of the sequence keeps both factors small.
+    counting from the middle of the sequence, `xpos_middle`, keeps both factors small. None: no XPos.
     """
     angle = positions.to(torch.float64)[:, None, :, None] * freq
     cos, sin = angle.cos(), angle.sin()
-    if not xpos:
+    if xpos_middle is None:
         return Rotary(*(t.to(dtype) for t in (cos, sin, cos, sin)))
     half = freq.numel()
     zeta = (torch.arange(half, dtype=torch.float64, device=freq.device) / half + 0.4) / 1.4
-    power = (positions.to(torch.float64) - positions.shape[-1] // 2)[:, None, :, None] / 512
+    power = (positions.to(torch.float64) - xpos_middle)[:, None, :, None] / 512
     scale = zeta**power
     return Rotary(*(t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)))
 

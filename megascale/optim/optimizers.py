@@ -156,7 +156,7 @@ def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
     if placement.dim is not None:
         shape[placement.dim] = placement.part
     if w.sharded:
-        axis = mesh["dp_shard"]
+        axis = mesh["shard"]
         rows = -(-shape[0] // axis.size)
         padded = local.new_zeros((rows, *local.shape[1:]))
         padded[: local.shape[0]] = local
@@ -170,7 +170,7 @@ def own_part(whole: Tensor, w: Weight, mesh: Mesh) -> Tensor:
     if placement.dim is not None:
         whole = whole.narrow(placement.dim, mesh["tp"].rank * placement.part, placement.part)
     if w.sharded:
-        first, last = chunk_bounds(whole.shape[0], mesh["dp_shard"].size, mesh["dp_shard"].rank)
+        first, last = chunk_bounds(whole.shape[0], mesh["shard"].size, mesh["shard"].rank)
         whole = whole[first:last]
     return whole
 

@@ -48,11 +48,13 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
-    shard = axes["dp_shard"] if config.parallel.engine == "fsdp2" else Axis("dp_shard", 1, 0, None, traffic)
+    shards, index = 1, 0
+    if config.parallel.engine == "fsdp2":
+        shards, index = sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"]
     weights = optimizer = 0
     for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
         for name, p in cut_model(stage, specs_of(stage), axes["tp"], config.parallel.tp_sequence).items():
-            held = _held(p, shard)
+            held = _held(p, shards, index)
             weights += held * storage.itemsize
             # A tied embedding's copy beside the head is optimized where the embedding is.
             if name != "embedding.weight" or stage.part.first:
@@ -60,12 +62,12 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
 
 
-def _held(placement: Placement, shard: Axis) -> int:
+def _held(placement: Placement, shards: int, index: int) -> int:
     """Elements on this rank, padding included."""
     local = list(placement.spec.shape)
     if placement.dim is not None:
         local[placement.dim] = placement.part
-    first, last = chunk_bounds(local[0], shard.size, shard.rank)
+    first, last = chunk_bounds(local[0], shards, index)
     local[0] = last - first
     n = 1
     for size in local:
@@ -83,7 +85,7 @@ def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: in
 def activation_bytes(config: Config, ranks: int) -> float:
     """Estimated bytes of activations on the fullest rank, micro-batches in flight included; those of embedding and head left out."""
     p, m = config.parallel, config.model
-    tokens = config.train.micro_batch_size * config.train.seq_len
+    tokens = config.train.micro_batch_size * config.train.seq_len / p.cp
     t = p.tp
     cut = 1.0 / t if p.tp_sequence else 1.0
     # Per token and unit of width: 24 bytes live inside the products that tp cuts, 10 outside. Selective recomputation keeps the results of

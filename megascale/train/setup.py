@@ -188,7 +188,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     first = ranks.rank == 0
     start: Start = agreed(lambda: find_start(config, run_dir))
     mixture, valid_sets = agreed(lambda: open_data(config))
-    mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type)
+    mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
     optimizer = build_optimizer(model, config.optim)
     for _ in model.draw_weights(config.run.seed):
