@@ -43,10 +43,14 @@ def group_bytes(ranks: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_sharding_sends_what_it_should(reshard: bool) -> None:
-    """Catches extra gathers: ZeRO-3 gathers each block twice a micro-batch and the root once, ZeRO-2 everything once; all reduce once."""
-    n, layers = 2, MODEL.num_layers
-    case = Case(MODEL, Parallel(dp_shard=n, reshard_after_forward=reshard), batch=2 * M, steps=2, keep_tensors=False)
+@pytest.mark.parametrize(("shard", "cp"), [(2, 1), (1, 2), (2, 2)])
+def test_sharding_sends_what_it_should(reshard: bool, shard: int, cp: int) -> None:
+    """Catches extra gathers: ZeRO-3 gathers each block twice a micro-batch and the root once, ZeRO-2 everything once; all reduce once.
+    Ranks of cp share in this as those of dp_shard do.
+    """
+    n, layers = shard * cp, MODEL.num_layers
+    layout = Parallel(dp_shard=shard, cp=cp, reshard_after_forward=reshard)
+    case = Case(MODEL, layout, batch=shard * M, steps=2, keep_tensors=False)
     result = run_ranks(n, train, case)[0]
     gathers = 2 if reshard else 1
     assert result["calls"]["dp_shard", "all_gather"] == M * (gathers * layers + 1)
