@@ -134,7 +134,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     states: list[State] = []
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
-    pipeline = mesh["pp"].size > 1
+    pipeline, layered = mesh["pp"].size > 1, cfg.accumulation == "layered"
     sharded = cfg.engine == "fsdp2" and mesh.data_size > 1
     for stage in stages:
         module: nn.Module = stage
@@ -145,7 +145,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             compile_blocks(stage)
         if sharded:
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
-            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute)
+            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered)
         stage.to_empty(device=device)
         if cfg.engine == "ddp" and mesh.data_size > 1 and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
