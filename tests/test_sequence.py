@@ -44,6 +44,7 @@ PRODUCTS: dict[str, tuple[int, Parallel]] = {
     ),
     "ulysses x tp": (4, Parallel(cp=2, cp_method="ulysses", tp=2)),
     "ulysses x 1f1b": (4, Parallel(cp=2, cp_method="ulysses", pp=2)),
+    "ring x layered": (4, Parallel(cp=2, dp_shard=2, accumulation="layered")),
     "both x ddp x pp": (8, Parallel(cp=4, cp_ulysses=2, engine="ddp", pp=2)),
 }
 

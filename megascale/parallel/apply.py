@@ -135,7 +135,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     states: list[State] = []
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
-    pipeline = mesh["pp"].size > 1
+    pipeline, layered = mesh["pp"].size > 1, cfg.accumulation == "layered"
     # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
     sharded = cfg.engine == "fsdp2" and copies
@@ -149,7 +149,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             compile_blocks(stage)
         if sharded:
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
-            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute)
+            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered)
         stage.to_empty(device=device)
         if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
