@@ -19,7 +19,7 @@ from megascale.errors import UsageError
 from megascale.model import kernels, loss
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.init import initialize
-from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary, rotate
+from megascale.model.position import alibi_slopes, inverse_frequencies, rotary, rotate
 from megascale.model.spec import ParamSpec, specs_of
 from megascale.optim.optimizers import Muon, orthogonalize
 from megascale.optim.schedule import learning_rate
@@ -138,15 +138,10 @@ def test_xpos_depends_on_distance_only() -> None:
     assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-3)
 
 
-def test_alibi_slopes_and_masks() -> None:
-    """Catches slopes in the wrong order and windows that are one too wide."""
+def test_alibi_slopes() -> None:
+    """Catches slopes in the wrong order."""
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(6)[:4] == [2.0 ** (-2 * i) for i in range(1, 5)] and len(alibi_slopes(6)) == 6
-    mask = attention_mask(5, None, 2, None, torch.float32, CPU)
-    assert mask is not None and mask[0, 0, 3].tolist() == [False, False, True, True, False]
-    documents = torch.tensor([[0, 0, 1, 1, 1]])
-    mask = attention_mask(5, documents, None, torch.tensor([0.5]), torch.float32, CPU)
-    assert mask is not None and mask[0, 0, 3].tolist() == [-math.inf, -math.inf, -0.5, 0.0, -math.inf]
 
 
 def test_learning_rates() -> None:
