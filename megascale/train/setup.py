@@ -36,6 +36,7 @@ from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
+from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, claim_run_dir, find_start
@@ -44,7 +45,6 @@ from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
 from megascale.train.watch import Pulse, Watch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
 
@@ -101,6 +101,8 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield Watch(ranks, None, limit)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and config.parallel.offload:
+        backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
     # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
     store = open_store(ranks, limit)
     join(store, ranks, backend, limit + WATCH_FIRST)
@@ -187,13 +189,14 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     device = agreed(lambda: choose_device(config, ranks))
+    agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
     start: Start = agreed(lambda: find_start(config, run_dir))
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.parallel.offload)
     for _ in model.draw_weights(config.run.seed):
         pass
     progress = Progress()
