@@ -36,11 +36,12 @@ from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
+from megascale.train.engine import Engine, Native
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, claim_run_dir, find_start
-from megascale.train.state import Progress, model_pieces, state_pieces
+from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
 from megascale.train.watch import Pulse, Watch
@@ -155,6 +156,11 @@ def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.devic
     return Layered(model, parallel.breadth_first) if parallel.accumulation == "layered" else Accumulation(model)
 
 
+def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
+    schedule = build_schedule(model, config.parallel, device)
+    return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
+
+
 def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
     """The training mixture and the named validation sets."""
     data, train = config.data, config.train
@@ -196,13 +202,16 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
-    optimizer = build_optimizer(model, config.optim, config.parallel.offload)
     for _ in model.draw_weights(config.run.seed):
         pass
+    engine = build_engine(model, config, device)
     progress = Progress()
     if start.folder is not None:
-        state = model_pieces(model) if start.weights_only else state_pieces(model, optimizer)
+        state = engine.pieces()
+        if start.weights_only:
+            state = {name: piece for name, piece in state.items() if name.startswith("model.")}
         saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        engine.loaded(state)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
@@ -253,8 +262,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    schedule = build_schedule(model, config.parallel, device)
-    trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
     try:
         yield trainer
     finally:
