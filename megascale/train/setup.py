@@ -37,7 +37,7 @@ from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, claim_run_dir, find_start
+from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress, model_pieces, state_pieces
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -199,6 +199,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         saved = load(start.folder, state, prefix="model." if start.weights_only else None)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
+        agreed(lambda: check_coefficients(config, model, start.folder))
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
     log, console = None, None
     if first:
