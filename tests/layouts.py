@@ -18,8 +18,7 @@ from megascale.model.kernels import choose_kernels
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer, gather_whole
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
-from megascale.schedule.accumulate import Accumulation
-from megascale.schedule.pipeline import Pipeline
+from megascale.train.setup import build_schedule
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -110,7 +109,7 @@ def train(case: Case) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
     optimizer = build_optimizer(model, case.optim)
-    schedule = Pipeline(model, case.parallel, CPU) if case.parallel.pp > 1 else Accumulation(model)
+    schedule = build_schedule(model, case.parallel, CPU)
     places = case.batch * case.seq_len
     result: dict[str, Any] = {"loss": [], "norm": []}
     mesh = model.mesh

@@ -58,8 +58,9 @@ def describe(parallel: Parallel) -> str:
     words = "·".join(f"{n}{size}" for n, size in axes if size > 1)
     if parallel.pp > 1:
         words += f" {parallel.pp_schedule}" + (f"×{parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else "")
-    extra = " ddp" if parallel.engine == "ddp" and words else ""
-    return (words or "1 process") + extra
+    extra = f" {parallel.engine}" if parallel.engine != "fsdp2" and words else ""
+    layered = " layered" if parallel.accumulation == "layered" else ""
+    return (words or "1 process") + extra + layered
 
 
 def _product(sizes: dict[str, int]) -> int:

@@ -129,12 +129,33 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        "layered",
-        ("parallel.accumulation", "parallel.breadth_first"),
-        lambda c, n: c.parallel.accumulation == "layered" or c.parallel.breadth_first > 1,
-        "layered accumulation is not built yet",
-        "use depth_first and breadth_first 1",
-        True,
+        "layered_engine",
+        ("parallel.accumulation", "parallel.engine"),
+        lambda c, n: c.parallel.accumulation == "layered" and c.parallel.engine != "fsdp2",
+        "layered accumulation decides itself when weights are gathered and gradients reduced, and this engine does",
+        "use engine fsdp2, or accumulation depth_first",
+    ),
+    Rule(
+        "layered_pipeline",
+        ("parallel.accumulation", "parallel.pp"),
+        lambda c, n: c.parallel.accumulation == "layered" and c.parallel.pp > 1,
+        "over pipeline ranks, layered accumulation is the schedule looped_bfs",
+        "use accumulation depth_first with pp_schedule looped_bfs and as many pp_virtual as layers allow, or pp 1",
+    ),
+    Rule(
+        "breadth_without_layers",
+        ("parallel.breadth_first", "parallel.accumulation"),
+        lambda c, n: (c.parallel.breadth_first or 1) > 1 and c.parallel.accumulation == "depth_first",
+        "depth-first accumulation takes one micro-batch at a time",
+        "use accumulation layered, or leave breadth_first out",
+    ),
+    Rule(
+        "breadth_divides",
+        ("parallel.breadth_first", "train.global_batch_size", "train.micro_batch_size"),
+        lambda c, n: c.parallel.accumulation == "layered" and micro_batches(c, n) % (c.parallel.breadth_first or 1) != 0,
+        "breadth_first micro-batches go through a layer together, and the step's m = global_batch_size ÷ (micro_batch_size × data ranks) "
+        "do not divide into such groups",
+        "choose breadth_first that divides m, or leave it out so that all of them go together",
     ),
     Rule(
         "deepspeed",
@@ -147,7 +168,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "offload",
         ("parallel.offload",),
-        lambda c, n: c.parallel.offload != "none",
+        lambda c, n: bool(c.parallel.offload),
         "offload is not built yet",
         "use none",
         True,

@@ -139,7 +139,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     states: list[State] = []
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
-    pipeline = mesh["pp"].size > 1
+    pipeline, layered = mesh["pp"].size > 1, cfg.accumulation == "layered"
     sharded = cfg.engine == "fsdp2" and mesh.data_size > 1
     for stage in stages:
         module: nn.Module = stage
@@ -150,7 +150,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             compile_blocks(stage)
         if sharded:
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
-            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute)
+            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered)
         stage.to_empty(device=device)
         stage.at_step(1)
         if cfg.engine == "ddp" and mesh.data_size > 1 and not pipeline:

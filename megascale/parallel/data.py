@@ -25,11 +25,12 @@ from megascale.model.decoder import Decoder
 MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
-def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype) -> MicroBatchScope:
+def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype, one_group: bool) -> MicroBatchScope:
     """FSDP2 over dp_shard, replicated over dp_replicate (HSDP) where that is larger than one.
 
-    One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward. Stored weights are
-    the masters; they are gathered in the compute dtype and gradients are reduced in the stored one.
+    One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
+    stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
+    reduced in the stored one.
     """
     assert mesh.device_mesh is not None
     shard, replicate = mesh["dp_shard"], mesh["dp_replicate"]
@@ -37,7 +38,7 @@ def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute
     grid = mesh.device_mesh[names]
     storage = model.shape.storage
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage, cast_forward_inputs=False)
-    for _, block in model.units():
+    for _, block in () if one_group else model.units():
         fully_shard(block, mesh=grid, reshard_after_forward=reshard_after_forward, mp_policy=mixed)
     fully_shard(model, mesh=grid, reshard_after_forward=False, mp_policy=mixed)
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]

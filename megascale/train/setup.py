@@ -19,7 +19,7 @@ from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
@@ -33,6 +33,7 @@ from megascale.model.spec import specs_of
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.schedule.accumulate import Accumulation, Schedule
+from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog, write_atomic
@@ -146,8 +147,10 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     return parallelize(stages, mesh, config.parallel, device), facts, flops
 
 
-def build_schedule(model: ParallelModel, config: Config, device: torch.device) -> Schedule:
-    return Pipeline(model, config.parallel, device) if config.parallel.pp > 1 else Accumulation(model)
+def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:
+    if parallel.pp > 1:
+        return Pipeline(model, parallel, device)
+    return Layered(model, parallel.breadth_first) if parallel.accumulation == "layered" else Accumulation(model)
 
 
 def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
@@ -248,7 +251,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    schedule = build_schedule(model, config, device)
+    schedule = build_schedule(model, config.parallel, device)
     trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
     try:
         yield trainer
