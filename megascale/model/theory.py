@@ -45,8 +45,8 @@ class Point(NamedTuple):
 
     layer: int
     sublayer: str
-    var: float
-    corr: float
+    variance: float
+    correlation: float
     gradient: float
 
 
@@ -61,8 +61,10 @@ def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Sig
     x = first
     for layer in range(stack.layers):
         row = residual(cfg, stack, layer)
-        each: list[tuple[str, list[Sublayer]]] = [("attention", [attention]), ("ffn", [feed_forward])]
-        for kind, sublayers in [("block", [attention, feed_forward])] if row.one_norm else each:
+        parts: list[tuple[str, list[Sublayer]]] = [("attention", [attention]), ("ffn", [feed_forward])]
+        if row.one_norm:
+            parts = [("block", [attention, feed_forward])]
+        for kind, sublayers in parts:
             x, pull = _join(cfg, row, x, sublayers, seq_len, stack.side == "decoder", warm, kind != "ffn")
             names.append((layer, kind))
             signals.append(x)

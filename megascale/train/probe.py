@@ -197,3 +197,40 @@ def probe(model: ParallelModel, schedule: Schedule, batches: Sequence[Batch], pl
     for w in model.weights:
         w.parameter.grad = None
     return taps.points(1.0, lr)
+
+
+def warnings(points: list[Point]) -> list[str]:
+    """What looks wrong, in words. The thresholds are a factor of ten between the ends, and tokens within 25 degrees of one another."""
+    found: list[str] = []
+    stack = points[1:]
+    if not all(math.isfinite(value) for p in points for value in (p.variance, p.gradient, p.weight_gradient)):
+        bad = next(p for p in points if not (math.isfinite(p.variance) and math.isfinite(p.gradient)))
+        found.append(f"not finite: the stream or its gradient behind the {bad.sublayer} of layer {bad.layer} is no number")
+        return found
+    first, last = stack[0], stack[-1]
+    if last.correlation > 0.9 and points[0].correlation < 0.9:
+        where = next(p for p in stack if p.correlation > 0.9)
+        found.append(
+            f"rank collapse: two tokens' vectors have a mean cosine of {last.correlation:.3f} at the top ({points[0].correlation:.3f} in "
+            f"the embedding), beyond 0.9 from layer {where.layer} on: the top cannot tell tokens apart"
+        )
+    gradients = {p.layer: 0.0 for p in stack}
+    for p in stack:
+        gradients[p.layer] = math.hypot(gradients[p.layer], p.weight_gradient)
+    low, high = gradients[first.layer], gradients[last.layer]
+    if high > 0 and low < high / 10:
+        found.append(
+            f"vanishing gradients: the weights of block {first.layer} get {low / high:.1e} of what those of block {last.layer} get: lower "
+            "layers hardly learn; deepnorm or deepscale keep them alike"
+        )
+    if high > 0 and low > high * 10:
+        found.append(
+            f"exploding gradients: the weights of block {first.layer} get {low / high:.1f} times what those of block {last.layer} get: "
+            "lower layers take all of the clipped step; deepnorm or deepscale keep them alike"
+        )
+    if last.variance > 100 * first.variance:
+        found.append(
+            f"growing stream: its variance rises from {first.variance:.3g} to {last.variance:.3g} over the stack: upper blocks add little "
+            "to what is already there"
+        )
+    return found
