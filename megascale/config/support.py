@@ -166,12 +166,25 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        "offload",
-        ("parallel.offload",),
-        lambda c, n: bool(c.parallel.offload),
-        "offload is not built yet",
-        "use none",
-        True,
+        "offload_inputs",
+        ("parallel.offload", "parallel.recompute"),
+        lambda c, n: "activations" in c.parallel.offload and c.parallel.recompute != "full",
+        "block inputs are what full recomputation keeps; without it more would have to move than the link carries",
+        "set parallel.recompute to full, or leave activations out of offload",
+    ),
+    Rule(
+        "offload_parameters",
+        ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
+        lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
+        "FSDP2 moves parameters, so there must be at least two data ranks for it to cut them over",
+        "use engine fsdp2 on at least two data ranks, or offload optimizer",
+    ),
+    Rule(
+        "offload_muon",
+        ("parallel.offload", "optim.name"),
+        lambda c, n: c.optim.name == "muon" and bool({"optimizer", "parameters"} & set(c.parallel.offload)),
+        "Muon multiplies whole matrices, which a host does far too slowly",
+        "use adamw or lion, or offload activations only",
     ),
     Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
     Rule(
@@ -262,6 +275,15 @@ RULES: tuple[Rule, ...] = (
         "set data.valid or data.valid_fraction, or eval_every to 0",
     ),
 )
+
+
+def _sharded(config: Config, ranks: int) -> bool:
+    """Whether FSDP2 cuts the weights; true as well where the axes do not fit the ranks, which is refused on its own."""
+    try:
+        sizes = axis_sizes(config.parallel, ranks)
+    except UsageError:
+        return True
+    return config.parallel.engine == "fsdp2" and sizes["dp_shard"] * sizes["dp_replicate"] > 1
 
 
 def _stage_layers_fit(config: Config) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megascale.comm.collectives import all_reduce
 from megascale.data.loader import Batch
 from megascale.model.block import Block
+from megascale.optim.optimizers import MATRICES
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.accumulate import Schedule
 
@@ -95,6 +96,8 @@ class Taps:
         return lambda module, args, output: self._look(row, output)
 
     def _look(self, row: int, x: Tensor) -> None:
+        if torch._C._current_graph_task_id() >= 0:
+            return  # inside a backward pass: a block that is recomputed was seen before
         if self.comparing:
             before = self.streams[row][self.seen.get(row, 0)]
             self.seen[row] = self.seen.get(row, 0) + 1
@@ -176,10 +179,15 @@ def _point(name: tuple[int, str], s: list[float], loss_scale: float, lr: float) 
     )
 
 
-def probe(model: ParallelModel, schedule: Schedule, batches: Sequence[Batch], places: int, lr: float, tokens_cut: bool) -> list[Point]:
+def probe(
+    model: ParallelModel, schedule: Schedule, batches: Sequence[Batch], places: int, lr: float, tokens_cut: bool, all_weights: bool = False
+) -> list[Point]:
     """One pass forward and back, one step of plain gradient descent at `lr`, and one pass more for what that changed.
 
-    places  tokens of the batches of all ranks; tokens_cut: the stream is cut along the sequence over the tensor axis
+    places       tokens of the batches of all ranks
+    tokens_cut   the stream is cut along the sequence over the tensor axis
+    all_weights  the step moves everything; else the blocks' matrices, of which alone DeepNorm's bound speaks: gains of norms add a part
+                 that grows with their number under every scheme
     """
     taps = Taps(model, tokens_cut)
     model.train(True)
@@ -189,7 +197,7 @@ def probe(model: ParallelModel, schedule: Schedule, batches: Sequence[Batch], pl
         taps.weight_gradients()
         with torch.no_grad():
             for w in model.weights:
-                if (grad := w.local_grad) is not None:
+                if (grad := w.local_grad) is not None and (all_weights or w.placement.spec.role in MATRICES):
                     w.local.sub_(grad, alpha=lr)
                 w.parameter.grad = None
         taps.comparing = True
