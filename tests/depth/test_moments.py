@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale.config.load import build_config
 from megascale.config.schema import Parallel
 from megascale.data.loader import sample_numbers
+from megascale.launch.ranks import RankInfo
 from megascale.model import moments
 from megascale.model.moments import Gradient, Signal
 from megascale.model.residual import Stack
@@ -22,6 +26,8 @@ from megascale.train.setup import build_schedule
 from tests.depth.test_table import scheme
 from tests.layouts import CPU, Case, build, fake_batch
 from tests.ranks import run_ranks
+from tests.runs import make_tokens, settings
+from tools.probe import measure, write
 
 N = 400_000
 CLOSE = 0.02  # of N draws; the worst of the rules below deviates by 1 %
@@ -119,7 +125,7 @@ def test_softmax(var: float, corr: float) -> None:
     assert scores.grad.square().mean().item() == pytest.approx(moments.softmax_gradient(1.0, var, corr, n), rel=0.05)
 
 
-def measured(case: Case, breadth: bool = False) -> list[tuple[Any, ...]]:
+def measured(case: Case) -> list[tuple[Any, ...]]:
     import torch.distributed as dist
 
     model = build(case, dist.get_world_size() if dist.is_initialized() else 1)
@@ -148,8 +154,9 @@ STACKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", STACKS)
 def test_theory_is_what_is_measured(name: str) -> None:
-    """Catches a row that theory and blocks read differently. Variances within 15 %, gradients within 25 %, correlations within 0.12 on 8
-    blocks of width 96: theory knows neither finite width nor the correlation between a branch and its stream.
+    """Catches a row that theory and blocks read differently. Variances and gradients within 25 %, cosines within 0.2, on
+    8 blocks of width 96: theory takes all positions alike, while causal attention averages little for early tokens; and it knows neither
+    finite width nor the correlation between a branch and its stream. Most schemes stay within a tenth (docs/depth.md).
     """
     sizes = {"num_layers": 8, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 4, "ffn_size": 256, "vocab_size": 200, "init_std": 0.08}
     case = Case(scheme(name.split()[0], **{**sizes, **STACKS[name]}), precision="fp32", seq_len=64, batch=8, micro_batch=8)
@@ -160,8 +167,8 @@ def test_theory_is_what_is_measured(name: str) -> None:
     theory = stack_points(case.model, Stack("decoder", 8), case.seq_len, warm, start, end)
     assert [(p.layer, p.sublayer) for p in points[1:]] == [(t.layer, t.sublayer) for t in theory]
     for got, want in zip(points[1:], theory):
-        assert got.variance + got.mean**2 == pytest.approx(want.variance, rel=0.15), want
-        assert got.correlation == pytest.approx(want.correlation, abs=0.12), want
+        assert got.variance + got.mean**2 == pytest.approx(want.variance, rel=0.25), want
+        assert got.correlation == pytest.approx(want.correlation, abs=0.2), want
         assert got.gradient == pytest.approx(want.gradient, rel=0.25), want
 
 
@@ -220,3 +227,14 @@ def test_warnings_in_words() -> None:
     assert "exploding" in warnings(points(weight_gradient=lambda n: 10.0**-n))[0]
     assert "growing stream" in warnings(points(variance=lambda n: 3.0**n))[0]
     assert "not finite" in warnings(points(variance=lambda n: math.inf if n == 4 else 1.0))[0]
+
+
+def test_the_tool_writes_what_it_saw(tmp_path: Path) -> None:
+    """Catches a tool that lost touch with its parts: a config with a branch period on its own tokens, as JSON and as a picture."""
+    make_tokens(tmp_path / "tokens")
+    values = settings(tmp_path, model__residual="branchnorm", model__branchnorm_period=10)
+    found = measure(build_config(values), RankInfo(), CPU, 1e-4)
+    write(found, tmp_path / "out" / "probe")
+    read = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert len(read["points"]) == 5 and len(read["theory"]) == 4 and read["tokens"] == 16 and read["layout"] == "1 process"
+    assert (tmp_path / "out" / "probe.png").stat().st_size > 10_000
