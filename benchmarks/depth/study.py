@@ -1,7 +1,7 @@
 """Loss curves of all residual schemes side by side: same data, same budget, several learning rates and seeds.
 
-`python benchmarks/depth/study.py` trains 100 blocks of width 64 for 150 steps of 4 × 64 tokens: 10 schemes, 2 learning rates and 2 seeds are
-about 45 minutes on two idle cores (`--processes 2`). `--layers 1000 --schemes deepnorm branchnorm deepscale pre post --seeds 1 --lrs 1e-3`
+`python benchmarks/depth/study.py --processes 2` trains 100 blocks of width 64 for 150 steps of 4 × 64 tokens: 10 schemes, 2 learning rates
+and 2 seeds are about 45 minutes on two idle cores. `--layers 1000 --schemes deepnorm branchnorm deepscale pre post --seeds 1 --lrs 1e-3`
 is the 1000-block study; `--steps`, `--width`, `--batch` and `--seq-len` make it larger. Runs that are in the results already are kept, so a
 stopped study goes on. The corpus is the quickstart's text in 512 pieces:
 
@@ -16,6 +16,8 @@ import json
 import math
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,10 @@ def train(scheme: str, lr: float, seed: int, args: argparse.Namespace) -> list[f
             "run.peak_tflops=0.05",
             f"data.train={args.data}",
         ]
-        with build_trainer(load_config(str(CONFIG), overrides), RankInfo()) as trainer:
-            trainer.reporter.console = None
-            try:
-                trainer.train()
-            except TrainingError:
-                pass
+        # Gradients that are not finite, step after step, end a run: its curve says so.
+        quiet = redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(TrainingError)
+        with quiet[0], quiet[1], build_trainer(load_config(str(CONFIG), overrides), RankInfo()) as trainer, quiet[2]:
+            trainer.train()
         return [json.loads(line)["loss"] for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
