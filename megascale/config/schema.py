@@ -74,7 +74,10 @@ class Model(Section):
     residual: Literal["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"] = (
         "pre"
     )
-    branchnorm_period: Positive = 4000
+    branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
+    token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
+    dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
+    linear: Literal["dense", "bitlinear"] = "dense"  # of the blocks' products; bitlinear: weights −1, 0, 1 and 8-bit inputs
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0

@@ -16,7 +16,8 @@ from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
 from megascale.model.position import Rotary, rotate
-from megascale.model.residual import Gains
+from megascale.model.residual import Residual
+from megascale.model.spec import Cut, Role
 
 # (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
 Attend = Callable[[Tensor, Tensor, Tensor, Seen | None], Tensor]
@@ -33,20 +34,27 @@ class Attention(nn.Module):
     where tokens of other ranks are met.
     """
 
-    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
         super().__init__()
         assert cfg.num_kv_heads and cfg.head_dim
-        d, e, std = cfg.hidden_size, cfg.head_dim, cfg.init_std
+        d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
+
+        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
+            bias = cfg.bias and role not in row.unbiased
+            return Linear(out_dim, in_dim, role, cut, row.starts.std(role, out_dim, in_dim), dtype, bias, cfg.linear)
+
+        def norm(dim: int, cut: Cut) -> Norm:
+            return Norm(dim, cfg.norm, cfg.norm_eps, cut, dtype, norm_kernel, cfg.bias and "norm" not in row.unbiased, cfg.dyt_alpha[1])
+
         self.head_dim = e
-        self.q = Linear(cfg.num_heads * e, d, "query", 0, std * gains.query, dtype, cfg.bias)
-        self.k = Linear(cfg.num_kv_heads * e, d, "key", "kv_heads", std * gains.key, dtype, cfg.bias)
-        self.v = Linear(cfg.num_kv_heads * e, d, "value", "kv_heads", std * gains.value, dtype, cfg.bias)
-        self.o = Linear(d, cfg.num_heads * e, "attention_out", 1, std * gains.attention_out, dtype, cfg.bias)
-        self.q_norm: Norm | None = None
-        self.k_norm: Norm | None = None
-        if cfg.qk_norm:
-            self.q_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
-            self.k_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
+        self.q = product(heads * e, d, "query", 0)
+        self.k = product(kv_heads * e, d, "key", "kv_heads")
+        self.v = product(kv_heads * e, d, "value", "kv_heads")
+        self.o = product(d, heads * e, "attention_out", 1)
+        normed = cfg.qk_norm or row.qk_norm
+        self.q_norm = norm(e, "heads") if normed else None
+        self.k_norm = norm(e, "heads") if normed else None
+        self.inner_norm = norm(heads * e, 0) if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = attend
@@ -63,7 +71,8 @@ class Attention(nn.Module):
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
         y = self.attend(q, k, v, seen)
-        y = self.o.product(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ class ParallelModel:
     def module(self) -> nn.Module:
         return self.modules[0]
 
+    def at_step(self, step: int) -> None:
+        """Sets the global step, counted from 1, that BranchNorm's coefficient follows: before each step, and before an evaluation."""
+        for stage in self.stages:
+            stage.at_step(step)
+
     def train(self, mode: bool) -> None:
         for module in self.modules:
             module.train(mode)
@@ -154,6 +159,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
             micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered, on_host)
         allocate(stage, device, on_host)
+        stage.at_step(1)
         if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)

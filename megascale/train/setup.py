@@ -40,7 +40,7 @@ from megascale.train.engine import Engine, Native
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, claim_run_dir, find_start
+from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -218,6 +218,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         engine.loaded(state)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
+        agreed(lambda: check_coefficients(config, model, start.folder))
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
     log, console = None, None
     if first:

@@ -93,8 +93,8 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "family": (1, ("model.family=encoder",)),
-    "residual": (1, ("model.residual=deepnorm",)),
-    "norm": (1, ("model.norm=dyt",)),
+    "residual": (1, ("model.residual=mus",)),
+    "branchnorm_period": (1, ("model.residual=branchnorm",)),
     "experts": (1, ("model.moe={num_experts: 4}",)),
     "stages_without_pipeline": (1, ("parallel.pp_virtual=2",)),
     "one_stage_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=2", "model.num_layers=8")),
@@ -161,7 +161,9 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
     pick = {
         "model.num_kv_heads": [1, 2, 3, 4],
         "model.norm": ["rmsnorm", "layernorm", "dyt"],
-        "model.residual": ["pre", "post", "deepnorm"],
+        "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "mus"],
+        "model.branchnorm_period": ["null", "null", 3],
+        "model.linear": ["dense", "bitlinear"],
         "model.position": ["rope", "alibi", "learned", "xpos"],
         "model.head_dim": [3, 4],
         "model.ffn_size": [24, 25],
