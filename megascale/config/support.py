@@ -30,10 +30,24 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "family",
         ("model.family",),
-        lambda c, n: c.model.family != "decoder",
-        "this version trains decoders only",
-        "use decoder",
+        lambda c, n: c.model.family not in ("decoder", "encoder"),
+        "this version trains decoders and encoders",
+        "use decoder or encoder",
         True,
+    ),
+    Rule(
+        "encoder_position",
+        ("model.family", "model.position"),
+        lambda c, n: c.model.family == "encoder" and c.model.position == "xpos",
+        "xPos decays with the distance from a later token to an earlier one, and an encoder looks both ways",
+        "use rope, alibi or learned",
+    ),
+    Rule(
+        "mask_fraction",
+        ("data.mask_fraction", "model.family"),
+        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
+        "tokens are masked for encoders only",
+        "remove mask_fraction, or use family encoder",
     ),
     Rule(
         "residual",

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
+"""Self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from megascale.model.position import Rotary, rotate
 from megascale.model.residual import Residual
 from megascale.model.spec import Cut, Role
 
+# (q [b, h, s, e], k and v [b, g, s, e], mask) → [b, h, s, e]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
 
 def identity(x: Tensor) -> Tensor:
     return x
@@ -24,7 +27,8 @@ def identity(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """softmax(q·kᵀ/√e)·v per head, then the output product.
 
-    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity.
+    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
+    how tokens meet: `attend`, or `attend_all` where they also see what comes after them.
     """
 
     def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
@@ -50,6 +54,7 @@ class Attention(nn.Module):
         self.inner_norm = norm(heads * e, 0) if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
+        self.attend: Attend = attend if cfg.causal else attend_all
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
@@ -62,7 +67,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
-        y = attend(q, k, v, mask)
+        y = self.attend(q, k, v, mask)
         y = y.transpose(1, 2).flatten(2)
         y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
@@ -82,3 +87,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type == "cpu" and mask is None and q.requires_grad and q.shape[2] <= LONGEST:
         return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` of tokens that see one another, before and after, where the mask lets them."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":
+        repeat = q.shape[1] // k.shape[1]
+        k, v, grouped = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)

@@ -75,15 +75,18 @@ def attention_mask(
     slopes: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
+    causal: bool = True,
 ) -> Tensor | None:
-    """None where plain causal attention serves; else [1 or b, 1 or h, s, s], boolean, or additive in `dtype` with ALiBi.
+    """None where plain attention serves; else [1 or b, 1 or h, s, s], boolean, or additive in `dtype` with ALiBi.
 
-    documents [b, s]: attention stays between equal numbers. window: a token sees itself and the window−1 before it.
+    documents [b, s]: attention stays between equal numbers. window: a token sees itself and the window−1 before it and, where attention is
+    not causal, after it.
     """
     if documents is None and window is None and slopes is None:
         return None
     n = torch.arange(seq_len, device=device)
     back = n[:, None] - n[None, :]
+    back = back if causal else back.abs()
     seen = (back >= 0) if window is None else (back >= 0) & (back < window)
     seen = seen[None, None]
     if documents is not None:

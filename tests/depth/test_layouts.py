@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "layerscale": {"norm": "dyt", "qk_norm": True},
     "parallel": {"dropout": 0.1},
     "subln with dyt": {"norm": "dyt"},
+    "deepnorm encoder": {"family": "encoder", "num_kv_heads": 1, "position": "alibi", "sliding_window": 5},
     "bitlinear": {"linear": "bitlinear", "num_kv_heads": 1, "bias": True},
     "bitlinear subln": {"linear": "bitlinear"},
 }
