@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
+from megascale.model.attention_tiles import Seen
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, dropout
@@ -19,12 +20,13 @@ from megascale.model.spec import ParamSpec, declare, declare_state
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of the layer, and
-    the factor [1] on every branch that follows the global step (None: no scheme with one).
+    """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them, or all where attention
+    is not causal), dropout keys [b, s] of the layer, and the factor [1] on every branch that follows the global step (None: no scheme with
+    one).
     """
 
     rotary: Rotary | None
-    mask: Tensor | None
+    seen: Seen | None
     keys: Tensor | None
     branch: Tensor | None = None
 
@@ -59,7 +61,7 @@ class Block(nn.Module):
         """x [b, s, d] → [b, s, d]"""
         keys = context.keys
         other_keys = None if keys is None else ~keys
-        attention = lambda h: self._scaled(self.attention(h, context.rotary, context.mask), self.attention_scale, keys)  # noqa: E731
+        attention = lambda h: self._scaled(self.attention(h, context.rotary, context.seen), self.attention_scale, keys)  # noqa: E731
         ffn = lambda h: self._scaled(self.ffn(h), self.ffn_scale, other_keys)  # noqa: E731
         if self.ffn_norm is None:
             h = self.attention_norm(x)

@@ -17,11 +17,13 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.attention import identity
+from megascale.model.attention_flex import with_blocks
+from megascale.model.attention_tiles import Seen
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
-from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary
+from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
 
@@ -49,6 +51,7 @@ class Decoder(nn.Module):
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
     `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
     warm: Tensor | None
@@ -81,6 +84,7 @@ class Decoder(nn.Module):
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
+        self.sequence_here: Callable[[Tensor], Tensor] = identity
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
@@ -116,8 +120,8 @@ class Decoder(nn.Module):
 
         A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it; one without the head returns its own.
 
-        documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
-        training.
+        documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
+        while training.
         """
         contexts = self.contexts(tokens, documents, positions, samples)
         x = self.embed(tokens, positions) if stream is None else stream
@@ -136,7 +140,7 @@ class Decoder(nn.Module):
         return cross_entropy_sum(
             x.flatten(0, 1),
             self.head_weight,
-            targets.flatten(),
+            self.sequence_here(targets).flatten(),
             scale,
             self.vocab_first,
             self.cfg.vocab_size,
@@ -144,7 +148,10 @@ class Decoder(nn.Module):
         )
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """tokens [b, s] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        """tokens [b, S] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
         weight = self.embedding.weight.to(self.shape.compute)
         if self.vocab_axis is None:
             x = F.embedding(tokens, weight)
@@ -156,8 +163,6 @@ class Decoder(nn.Module):
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype)
         if self.cfg.position == "learned":
-            if positions is None:
-                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
@@ -169,14 +174,17 @@ class Decoder(nn.Module):
             assert cfg.head_dim is not None
             freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(where, freq, self.shape.compute, cfg.position == "xpos")
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
         slopes = None
         if cfg.position == "alibi":
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
-        mask = attention_mask(seq_len, documents, cfg.sliding_window, slopes, self.shape.compute, device, cfg.causal)
+        seen = None
+        if documents is not None or cfg.sliding_window is not None or slopes is not None:
+            seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
+            seen = with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
-            keys = self.tokens_here(keys)
+            keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
-            yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)), self.warm)
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm)

@@ -22,6 +22,7 @@ from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
+from megascale.parallel.sequence import spread_sequence
 from megascale.parallel.tensor import Placement, cut_model
 
 
@@ -36,7 +37,7 @@ class Weight:
 
     @property
     def sharded(self) -> bool:
-        """Cut over the dp_shard axis by FSDP2, along dimension 0."""
+        """Cut over dp_shard and cp by FSDP2, along dimension 0."""
         return isinstance(self.parameter, DTensor)
 
     @property
@@ -104,7 +105,7 @@ class ParallelModel:
             offset[weight.placement.dim] = self.mesh["tp"].rank * weight.placement.part
             whole[weight.placement.dim] = weight.placement.part
         if weight.sharded:
-            offset[0] += chunk_bounds(whole[0], self.mesh["dp_shard"].size, self.mesh["dp_shard"].rank)[0]
+            offset[0] += chunk_bounds(whole[0], self.mesh["shard"].size, self.mesh["shard"].rank)[0]
         keep = tuple(slice(0, max(0, min(n, s - o))) for n, s, o in zip(local.shape, shape, offset))
         return Piece(shape, tuple(min(o, s) for o, s in zip(offset, shape)), local[keep])
 
@@ -141,10 +142,13 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
     pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
-    sharded = cfg.engine == "fsdp2" and mesh.data_size > 1
+    # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
+    copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
+    sharded = cfg.engine == "fsdp2" and copies
     for stage in stages:
         module: nn.Module = stage
         placements = cut_model(stage, specs_of(stage), mesh["tp"], cfg.tp_sequence)
+        spread_sequence(stage, mesh, cfg)
         state_specs = states_of(stage)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
@@ -156,11 +160,11 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered, on_host)
         allocate(stage, device, on_host)
         stage.at_step(1)
-        if cfg.engine == "ddp" and mesh.data_size > 1 and not pipeline:
+        if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)
         for name, parameter in stage.named_parameters():
-            parts = (mesh["dp_shard"].size if sharded else 1) * (mesh["tp"].size if placements[name].dim is not None else 1)
+            parts = (mesh["shard"].size if sharded else 1) * (mesh["tp"].size if placements[name].dim is not None else 1)
             weight = Weight(name, parameter, placements[name], mesh.size // (parts * mesh["pp"].size))
             if name == "embedding.weight" and not stage.part.first:
                 guest = weight

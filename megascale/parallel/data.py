@@ -28,14 +28,14 @@ MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 def shard_model(
     model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype, one_group: bool, on_host: bool
 ) -> MicroBatchScope:
-    """FSDP2 over dp_shard, replicated over dp_replicate (HSDP) where that is larger than one.
+    """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) where that is larger than one.
 
     One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
     stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
     reduced in the stored one. `on_host` keeps shards and their gradients in host memory.
     """
     assert mesh.device_mesh is not None
-    shard, replicate = mesh["dp_shard"], mesh["dp_replicate"]
+    shard, replicate = mesh["shard"], mesh["dp_replicate"]
     names = ("dp_replicate", "dp_shard") if replicate.size > 1 else ("dp_shard",)
     grid = mesh.device_mesh[names]
     storage = model.shape.storage
@@ -66,8 +66,8 @@ def shard_model(
 
 
 def replicate_model(model: Decoder, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
-    """DDP over dp_replicate: gradients summed once a step in buckets that overlap with backward."""
-    axis = mesh["dp_replicate"]
+    """DDP over dp_replicate and cp together: gradients summed once a step in buckets that overlap with backward."""
+    axis = mesh["replicas"]
     # Declared states are equal on all ranks by construction; DDP would send rank 0's before every forward.
     wrapped = DistributedDataParallel(
         model, process_group=axis.group, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False

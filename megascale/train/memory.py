@@ -43,11 +43,13 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
-    shard = axes["dp_shard"] if config.parallel.engine == "fsdp2" else Axis("dp_shard", 1, 0, None, traffic)
+    shards, index = 1, 0
+    if config.parallel.engine == "fsdp2":
+        shards, index = sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"]
     weights = optimizer = 0
     for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
         for name, p in cut_model(stage, specs_of(stage), axes["tp"], config.parallel.tp_sequence).items():
-            held = _held(p, shard)
+            held = _held(p, shards, index)
             weights += held * storage.itemsize
             # A tied embedding's copy beside the head is optimized where the embedding is.
             if name != "embedding.weight" or stage.part.first:
@@ -69,12 +71,12 @@ def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
     }
 
 
-def _held(placement: Placement, shard: Axis) -> int:
+def _held(placement: Placement, shards: int, index: int) -> int:
     """Elements on this rank, padding included."""
     local = list(placement.spec.shape)
     if placement.dim is not None:
         local[placement.dim] = placement.part
-    first, last = chunk_bounds(local[0], shard.size, shard.rank)
+    first, last = chunk_bounds(local[0], shards, index)
     local[0] = last - first
     n = 1
     for size in local:
@@ -107,7 +109,7 @@ def stashed_bytes(config: Config, ranks: int) -> float:
 
 def _two_byte_units(config: Config) -> float:
     """Tokens × width of a micro-batch, counted in two-byte numbers."""
-    tokens = config.train.micro_batch_size * config.train.seq_len
+    tokens = config.train.micro_batch_size * config.train.seq_len / config.parallel.cp
     return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
 
 

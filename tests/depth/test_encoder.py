@@ -13,7 +13,8 @@ from megascale.data.dataset import Mixture, Source
 from megascale.data.loader import make_batch
 from megascale.data.masking import Masking
 from megascale.errors import UsageError
-from megascale.model.position import attention_mask
+from megascale.model.attention import attend_all
+from megascale.model.attention_tiles import Seen
 from megascale.train.setup import resolve_vocabulary
 from tests.layouts import CPU
 from tests.ranks import run_ranks
@@ -49,12 +50,16 @@ def test_batches_ask_for_hidden_tokens(tmp_path: Path) -> None:
         assert (batch.documents is None) == (packing == "concat")
 
 
-def test_masks_look_both_ways() -> None:
-    """Catches a window that only looks back, and slopes that reward what lies ahead."""
-    mask = attention_mask(5, None, 2, None, torch.float32, CPU, causal=False)
-    assert mask is not None and mask[0, 0, 2].tolist() == [False, True, True, True, False]
-    mask = attention_mask(4, torch.tensor([[0, 0, 1, 1]]), None, torch.tensor([0.5]), torch.float32, CPU, causal=False)
-    assert mask is not None and mask[0, 0, 0].tolist() == [0.0, -0.5, -np.inf, -np.inf]
+def test_documents_keep_to_themselves() -> None:
+    """Catches an encoder that looks into another document, or back only inside its own."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    got = attend_all(q, k, v, Seen(False, documents))
+    for part in (slice(0, 3), slice(3, 6)):
+        torch.testing.assert_close(got[:, :, part], attend_all(q[:, :, part], k[:, :, part], v[:, :, part], None))
+    weights = (q[0, 1, 1] @ k[0, 1, :3].t() / 2).softmax(-1)
+    torch.testing.assert_close(got[0, 1, 1], weights @ v[0, 1, :3])
 
 
 @pytest.mark.dist

@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "layerscale": {"norm": "dyt", "qk_norm": True},
     "parallel": {"dropout": 0.1},
     "subln with dyt": {"norm": "dyt"},
-    "deepnorm encoder": {"family": "encoder", "num_kv_heads": 1, "position": "alibi", "sliding_window": 5},
+    "deepnorm encoder": {"family": "encoder", "num_kv_heads": 1, "position": "learned"},
     "bitlinear": {"linear": "bitlinear", "num_kv_heads": 1, "bias": True},
     "bitlinear subln": {"linear": "bitlinear"},
 }
@@ -52,7 +52,7 @@ def test_every_scheme_equals_one_process(name: str, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     residual = {"bitlinear": "pre"}.get(name, name.split()[-1] if name.startswith("bitlinear") else name.split()[0])
     cfg = scheme(residual, **{"num_layers": 4, **MODELS[name]})
-    assert_equal(Case(cfg, parallel, packed=name in ("deepnorm", "subln")), ranks)
+    assert_equal(Case(cfg, parallel, packed=name in ("deepnorm", "subln", "deepnorm encoder")), ranks)
 
 
 def test_tp_beyond_kv_heads_with_quantized_rows() -> None:
