@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from megascale.config.load import build_config
 from megascale.config.schema import Parallel
+from megascale.launch.ranks import RankInfo
 from megascale.model import decoder
+from megascale.train.setup import build_trainer
 from tests.depth.test_table import scheme
-from tests.layouts import Case, train
+from tests.layouts import Case
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, run, settings, weights_at
 from tests.test_layouts import assert_equal
@@ -75,9 +78,23 @@ def test_resume_inside_branchnorms_warm_up(tmp_path: Path, parallel: dict[str, A
     assert {c for c, _ in run_ranks(2, run, values, 3)} == {75}
     assert run_ranks(1, run, {**values, "parallel": {}}) == [(0, "done")]
     assert max(abs(a - b) / b for a, b in zip(losses(again), losses(tmp_path))) <= 1e-12
-    other = run_ranks(1, train, Case(scheme("branchnorm")))[0]["loss"]
-    late = run_ranks(1, train, Case(scheme("branchnorm").model_copy(update={"branchnorm_period": 1})))[0]["loss"]
-    assert abs(other[0] - late[0]) > 1e-3, "the step does not matter"
+
+
+def factor_after(values: dict[str, Any]) -> float:
+    """Trains to the end; the factor of the branches then."""
+    with build_trainer(build_config(values), RankInfo()) as trainer:
+        trainer.train()
+        warm = trainer.model.model.warm
+    assert warm is not None
+    return warm.item()
+
+
+def test_the_factor_follows_the_step(tmp_path: Path) -> None:
+    """Catches a trainer that does not tell the step, or counts it from 0, and a factor beyond 1."""
+    make_tokens(tmp_path / "tokens")
+    for period, expected in ((8, 6 / 8), (4, 1.0)):
+        values = settings(tmp_path, model__residual="branchnorm", model__branchnorm_period=period, run__dir=str(tmp_path / str(period)))
+        assert run_ranks(1, factor_after, values) == [expected]
 
 
 def other_depth(values: dict[str, Any], stop_at: int) -> tuple[int, str]:
