@@ -16,7 +16,7 @@ from megascale.errors import UsageError
 from megascale.model.attention import attend_all
 from megascale.model.attention_tiles import Seen
 from megascale.train.setup import resolve_vocabulary
-from tests.layouts import CPU
+from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
 
@@ -41,12 +41,12 @@ def test_batches_ask_for_hidden_tokens(tmp_path: Path) -> None:
     """Catches targets that are the next token, and a target that attention may not reach dropped although it is its own."""
     mixture = Mixture([Source(make_tokens(tmp_path / "tokens"), 1.0, "t")], 16, 1, VOCAB, "all", 0.0, shuffled=True)
     for packing in ("concat", "documents"):
-        plain = make_batch(mixture, [5, -1], packing, CPU)
-        batch = make_batch(mixture, [5, -1], packing, CPU, Masking(1, 0.5, VOCAB))
-        asked = batch.targets[0] >= 0
-        assert 0 < asked.sum() < 16 and batch.valid == int(asked.sum()) and (batch.targets[1] == -1).all()
-        assert torch.equal(batch.targets[0][asked], plain.tokens[0][asked])
-        assert torch.equal(batch.tokens[0][~asked], plain.tokens[0][~asked])
+        numbers, masking = [*range(20), -1], Masking(1, 0.5, VOCAB)
+        plain, batch = make_batch(mixture, numbers, packing, CPU), make_batch(mixture, numbers, packing, CPU, masking)
+        asked = torch.stack([torch.from_numpy(masking.corrupt(row.numpy(), n)[1]) for n, row in zip(numbers, plain.tokens)])
+        asked[-1] = False
+        assert batch.valid == int(asked.sum()) > 100 and (batch.targets[~asked] == -1).all()
+        assert torch.equal(batch.targets[asked], plain.tokens[asked]) and torch.equal(batch.tokens[~asked], plain.tokens[~asked])
         assert (batch.documents is None) == (packing == "concat")
 
 
@@ -60,6 +60,9 @@ def test_documents_keep_to_themselves() -> None:
         torch.testing.assert_close(got[:, :, part], attend_all(q[:, :, part], k[:, :, part], v[:, :, part], None))
     weights = (q[0, 1, 1] @ k[0, 1, :3].t() / 2).softmax(-1)
     torch.testing.assert_close(got[0, 1, 1], weights @ v[0, 1, :3])
+    model, tokens = build(Case(tiny(family="encoder")), 1).module, torch.tensor([[3, 1, 4, 1, 5, 9]])
+    both = model(tokens, documents=documents)
+    torch.testing.assert_close(both, torch.cat((model(tokens[:, :3]), model(tokens[:, 3:])), 1), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.dist
