@@ -104,7 +104,8 @@ def expected(config: Config, points: list[Point]) -> list[dict[str, Any]]:
     end = Gradient(last.gradient**2, max(0.0, last.gradient_correlation))
     period = config.model.branchnorm_period
     warm = 1.0 if period is None else min(1.0, 1 / period)
-    curves = stack_points(config.model, Stack("decoder", config.model.num_layers), config.train.seq_len, warm, start, end)
+    stack = Stack("decoder" if config.model.causal else "encoder", config.model.num_layers)
+    curves = stack_points(config.model, stack, config.train.seq_len, warm, start, end)
     return [c._asdict() for c in curves]
 
 

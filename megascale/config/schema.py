@@ -88,6 +88,11 @@ class Model(Section):
     vocab_size: Positive | None = None  # from the tokenizer if absent
     moe: Moe | None = None
 
+    @property
+    def causal(self) -> bool:
+        """A token sees itself and what is before it; an encoder's sees all."""
+        return self.family != "encoder"
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
@@ -212,6 +217,7 @@ class Data(Section):
     train: str | list[DataSource | str]
     valid: str | list[DataSource | str] | None = None
     valid_fraction: Share = 0.0
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens that an encoder has to name; 0.15 if absent
     tokenizer: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
+"""Self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
     """softmax(q·kᵀ/√e)·v per head, then the output product.
 
     `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
-    where tokens of other ranks are met.
+    how tokens meet: `attend`, or `attend_all` where they also see what comes after them; those of other ranks too, where a pass says so.
     """
 
     def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         self.inner_norm = norm(heads * e, 0) if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
-        self.attend: Attend = attend
+        self.attend: Attend = attend if cfg.causal else attend_all
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
     def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None) -> Tensor:
@@ -104,3 +104,16 @@ def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
     run = len(needed) // len(kv)
     even = len(needed) % len(kv) == 0 and needed == [kv[i // run] for i in range(len(needed))]
     return kv, None if even else [h - kv[0] for h in needed]
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+    """`attend` of tokens that see one another, before and after; `seen`, not causal, keeps them inside their documents."""
+    if seen is not None and q.device.type == "cpu":
+        return masked_attention(q, k, v, seen)
+    mask = None
+    if seen is not None and seen.documents is not None:
+        mask = seen.documents[:, None, :, None] == seen.documents[:, None, None, :]
+    if q.shape[1] != k.shape[1] and q.device.type == "cpu":
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

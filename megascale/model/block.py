@@ -20,8 +20,9 @@ from megascale.model.spec import ParamSpec, declare, declare_state
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them), dropout keys [b, s] of
-    the layer, and the factor [1] on every branch that follows the global step (None: no scheme with one).
+    """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them, or all where attention
+    is not causal), dropout keys [b, s] of the layer, and the factor [1] on every branch that follows the global step (None: no scheme with
+    one).
     """
 
     rotary: Rotary | None

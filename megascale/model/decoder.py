@@ -1,4 +1,5 @@
-"""The decoder family: tokens in, the sum of the cross-entropy over this rank's valid targets out.
+"""The decoder and encoder families: tokens in, the sum of the cross-entropy over this rank's valid targets out. They differ in what a
+token sees and in their side of the residual table; that an encoder is asked for hidden tokens is a matter of its data.
 
 Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 """
@@ -60,7 +61,8 @@ class Decoder(nn.Module):
         part = part or Part(range(cfg.num_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
         self.cfg, self.shape, self.part = cfg, shape, part
-        at_ends, stack, dtype, d = ends(cfg), Stack("decoder", cfg.num_layers), shape.storage, cfg.hidden_size
+        at_ends, dtype, d = ends(cfg), shape.storage, cfg.hidden_size
+        stack = Stack("decoder" if cfg.causal else "encoder", cfg.num_layers)
         if part.first or (part.last and cfg.tie_embeddings):
             self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if part.first and cfg.position == "learned":
@@ -178,8 +180,8 @@ class Decoder(nn.Module):
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
         seen = None
         if documents is not None or cfg.sliding_window is not None or slopes is not None:
-            seen = Seen(True, documents, cfg.sliding_window, slopes)
-            seen = with_blocks(seen, seq_len, device) if device.type == "cuda" else seen
+            seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
+            seen = with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)

@@ -1,7 +1,7 @@
 """One forward and backward of any model on any layout, with the moments of the stream behind every sublayer.
 
-Hooks look at the stream where a sublayer's input begins and where a block ends; nothing in a model knows of them. Sums, not means, are
-kept, each weighted by how often ranks hold the same numbers, so that one sum over all ranks makes them whole.
+Hooks look at the stream where a sublayer's input begins and where a block ends; nothing in a model knows of them. Sums and their counts
+are kept, so that one sum over all ranks makes them whole; what several ranks hold alike counts as often in both.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class Taps:
         self.row = {name: i for i, name in enumerate(self.names)}
         tp = model.mesh["tp"]
         self.tokens_cut = tokens_cut and tp.size > 1
-        self.share = 1.0 if self.tokens_cut else 1.0 / tp.size
         self.sums = torch.zeros(len(self.names), 9, dtype=torch.float64)
         self.streams: dict[int, list[Tensor]] = {i: [] for i in range(len(self.names))}
         # Sums over a sequence's tokens of vectors of length one, of the stream and of its gradient: their length gives the mean cosine.
@@ -101,18 +100,18 @@ class Taps:
         if self.comparing:
             before = self.streams[row][self.seen.get(row, 0)]
             self.seen[row] = self.seen.get(row, 0) + 1
-            self.sums[row, CHANGE] += self.share * _squares(x.detach() - before)
+            self.sums[row, CHANGE] += _squares(x.detach() - before)
             return
         self.streams[row].append(x.detach().clone())
-        self.sums[row, COUNT] += self.share * x.numel()
-        self.sums[row, SUM] += self.share * x.detach().to(torch.float64).sum().cpu()
-        self.sums[row, SQUARES] += self.share * _squares(x.detach())
+        self.sums[row, COUNT] += x.numel()
+        self.sums[row, SUM] += x.detach().to(torch.float64).sum().cpu()
+        self.sums[row, SQUARES] += _squares(x.detach())
         self.directions.setdefault((row, CORR), []).append(_directions(x))
         if x.requires_grad:
             x.register_hook(lambda g: self._gradient(row, g))
 
     def _gradient(self, row: int, g: Tensor) -> None:
-        self.sums[row, GRADIENT] += self.share * _squares(g)
+        self.sums[row, GRADIENT] += _squares(g)
         self.directions.setdefault((row, GRADIENT_CORR), []).append(_directions(g))
 
     def weight_gradients(self) -> None:
@@ -136,10 +135,10 @@ class Taps:
             tokens = torch.tensor([float(self.streams[row][0].shape[1])])
             if self.tokens_cut:
                 whole, tokens = all_reduce(whole, self.model.mesh["tp"]), all_reduce(tokens, self.model.mesh["tp"])
-            n, share = tokens.item(), 1.0 / self.model.mesh["tp"].size
-            self.sums[row, kind] += share * (whole.square().sum().item() - n * whole.shape[0]) / max(1.0, n * (n - 1))
+            n = tokens.item()
+            self.sums[row, kind] += (whole.square().sum().item() - n * whole.shape[0]) / max(1.0, n * (n - 1))
             if kind == CORR:
-                self.sums[row, PAIRS] += share * whole.shape[0]
+                self.sums[row, PAIRS] += whole.shape[0]
         sums = self.sums.to(self.model.weights[0].local.device)
         if self.model.mesh.size > 1:
             dist.all_reduce(sums)

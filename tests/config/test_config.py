@@ -92,7 +92,11 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
 
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
-    "family": (1, ("model.family=encoder",)),
+    "family": (1, ("model.family=encoder_decoder",)),
+    "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
+    "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
+    "encoder_context": (2, ("model.family=encoder", "parallel.cp=2")),
+    "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "residual": (1, ("model.residual=mus",)),
     "branchnorm_period": (1, ("model.residual=branchnorm",)),
     "experts": (1, ("model.moe={num_experts: 4}",)),
@@ -160,6 +164,7 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
     """Values in and out of what is supported."""
     pick = {
         "model.num_kv_heads": [1, 2, 3, 4],
+        "model.family": ["decoder", "encoder"],
         "model.norm": ["rmsnorm", "layernorm", "dyt"],
         "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "mus"],
         "model.branchnorm_period": ["null", "null", 3],

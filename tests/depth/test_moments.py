@@ -193,19 +193,22 @@ def test_the_probe_is_the_same_on_every_layout(layout: str) -> None:
         assert a[2:] == pytest.approx(b[2:], rel=1e-9, abs=1e-12)
 
 
-def test_weight_gradients_make_up_the_norm() -> None:
-    """Catches a sublayer whose weights are counted elsewhere: all points and the ends together are the global norm."""
+@pytest.mark.parametrize("name", ["parallel", "deepnorm"])
+def test_weight_gradients_make_up_the_norm(name: str) -> None:
+    """Catches a sublayer whose weights are counted elsewhere: each is its own, and all with the ends together are the global norm."""
     from megascale.optim.clip import global_norm
 
-    case = Case(scheme("parallel", tie_embeddings=True))
+    case = Case(scheme(name, tie_embeddings=True))
     points = [Point(*p) for p in measured(case)]
     model = build(case, 1)
-    loss = build_schedule(model, case.parallel, CPU).run(
-        [fake_batch(case, [n]) for n in range(case.batch)], 1 / (case.batch * case.seq_len)
-    )
-    ends = sum(w.local_grad.square().sum() for w in model.weights if w.name == "final_norm.weight")  # type: ignore[union-attr]
-    total = math.sqrt(sum(p.weight_gradient**2 for p in points) + float(ends))
-    assert loss.item() > 0 and total == pytest.approx(global_norm(model.weights, 1).item(), rel=1e-12)
+    batches = [fake_batch(case, [n]) for n in range(case.batch)]
+    build_schedule(model, case.parallel, CPU).run(batches, 1 / (case.batch * case.seq_len))
+    squares = {w.name: w.local_grad.square().sum().item() for w in model.weights if w.local_grad is not None}
+    for p in points[1:]:
+        start = f"blocks.{p.layer}." + ("" if p.sublayer == "block" else p.sublayer)
+        assert p.weight_gradient**2 == pytest.approx(sum(x for n, x in squares.items() if n.startswith(start)), rel=1e-12)
+    total = math.sqrt(sum(p.weight_gradient**2 for p in points) + squares.get("final_norm.weight", 0.0))
+    assert total == pytest.approx(global_norm(model.weights, 1).item(), rel=1e-12)
 
 
 def test_warnings_in_words() -> None:

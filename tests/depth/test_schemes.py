@@ -61,8 +61,9 @@ class Reference:
         y = torch.zeros(b, self.s, heads, e, dtype=x.dtype)
         for h in range(heads):
             for n in range(self.s):
-                score = (q[:, n, None, h] * k[:, : n + 1, h // group]).sum(-1) / math.sqrt(e)
-                y[:, n, h] = (score.softmax(-1).unsqueeze(-1) * v[:, : n + 1, h // group]).sum(1)
+                end = self.s if self.cfg.family == "encoder" else n + 1
+                score = (q[:, n, None, h] * k[:, :end, h // group]).sum(-1) / math.sqrt(e)
+                y[:, n, h] = (score.softmax(-1).unsqueeze(-1) * v[:, :end, h // group]).sum(1)
         y = y.flatten(2)
         if self.cfg.residual == "subln":
             y = self.norm(y, f"{at}.attention.inner_norm")
@@ -120,6 +121,7 @@ VARIANTS = {
     "llama": {},
     "biased and tied": {"norm": "layernorm", "ffn": "relu", "bias": True, "tie_embeddings": True, "qk_norm": True, "num_kv_heads": 1},
     "dyt": {"norm": "dyt", "bias": True},
+    "encoder": {"family": "encoder", "ffn": "relu"},
     "bitlinear": {"linear": "bitlinear", "num_kv_heads": 4},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megascale.model.residual import BRANCH, Stack, deepnorm, deepscale, ends, layerscale, residual, subln, token_correlations
+from megascale.model.residual import Stack, deepnorm, deepscale, ends, layerscale, residual, subln, token_correlations
 from tests.layouts import Case, build, tiny
 
 SCHEMES = ("pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel")
@@ -114,7 +114,7 @@ def test_starts_by_role(name: str, kv_heads: int, ffn: str) -> None:
             return xavier
         if name in ("deepnorm", "subln"):
             gain = (8 * L) ** -0.25 if name == "deepnorm" else math.sqrt(math.log(2 * L))
-            return xavier * (gain if role in BRANCH else 1)
+            return xavier * (gain if role in ("value", "attention_out", "up", "down") else 1)
         if role in ("query", "key", "gate"):
             return 1 / math.sqrt(d)
         if role in ("value", "attention_out"):
