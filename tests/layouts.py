@@ -18,6 +18,7 @@ from megascale.model.kernels import choose_kernels
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer, gather_whole
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.parallel.expert import settle_routers
 from megascale.schedule.accumulate import Accumulation
 from megascale.schedule.pipeline import Pipeline
 
@@ -131,6 +132,7 @@ def train(case: Case) -> dict[str, Any]:
         if step == 0 and case.keep_tensors:
             result["grad"] = whole(model, "local_grad")
         optimizer.step(case.optim.lr, clip_factor(norm, case.clip) / sums[1], torch.isfinite(norm))
+        settle_routers(model.stages, mesh.axes, torch.isfinite(norm))
         for w in model.weights:
             w.parameter.grad = None
     if case.keep_tensors:

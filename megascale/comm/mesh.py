@@ -10,6 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Slowest link first: neighbouring ranks share the axis that talks most.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+# The same ranks as experts see them: those of one stage and replica in another order, `ep` running faster than `edp`. Where experts are cut
+# like the dense weights, both have size one and nothing is different.
+EXPERT_AXES = ("edp", "ep")
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Mesh:
 
     axes: dict[str, Axis]
     device_mesh: DeviceMesh | None
+    expert_mesh: DeviceMesh | None  # over dp_replicate, edp and ep, where experts have axes of their own
     traffic: Traffic
     rank: int
     size: int
@@ -73,19 +77,38 @@ class Mesh:
 
 
 def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Global rank → its place on each axis, in the order of AXES, the last axis running fastest."""
+    """Global rank → its place on each axis, in the order of AXES, the last axis running fastest; then on EXPERT_AXES."""
     place = {}
     for name in reversed(AXES):
         rank, place[name] = divmod(rank, sizes[name])
+    place["edp"] = place["ep"] = 0
+    if _own_axes(sizes):
+        index = (place["dp_shard"] * sizes["cp"] + place["cp"]) * sizes["tp"] + place["tp"]
+        place["edp"], place["ep"] = divmod(index // _expert_tp(sizes), sizes["ep"])
     return place
 
 
 def build_mesh(sizes: dict[str, int], device_type: str) -> Mesh:
-    """`sizes` for every axis of AXES, their product being the number of ranks. Collective over all ranks."""
+    """`sizes` for every axis of AXES, their product being the number of ranks, and of EXPERT_AXES. Collective over all ranks."""
     traffic = Traffic()
+    names = (*AXES, *EXPERT_AXES)
     if not dist.is_initialized():
-        return Mesh({n: Axis(n, 1, 0, None, traffic) for n in AXES}, None, traffic, 0, 1)
+        return Mesh({n: Axis(n, 1, 0, None, traffic) for n in names}, None, None, traffic, 0, 1)
     device_mesh = init_device_mesh(device_type, tuple(sizes[n] for n in AXES), mesh_dim_names=AXES)
+    expert_mesh = None
+    if _own_axes(sizes):
+        grid = {n: sizes[n] for n in ("pp", "dp_replicate", "edp", "ep")} | {"etp": _expert_tp(sizes)}
+        expert_mesh = init_device_mesh(device_type, tuple(grid.values()), mesh_dim_names=tuple(grid))
     place = coordinates(dist.get_rank(), sizes)
-    axes = {n: Axis(n, sizes[n], place[n], device_mesh.get_group(n) if sizes[n] > 1 else None, traffic) for n in AXES}
-    return Mesh(axes, device_mesh, traffic, dist.get_rank(), dist.get_world_size())
+    groups = {n: expert_mesh if n in EXPERT_AXES else device_mesh for n in names}
+    axes = {n: Axis(n, sizes[n], place[n], m.get_group(n) if sizes[n] > 1 and (m := groups[n]) else None, traffic) for n in names}
+    return Mesh(axes, device_mesh, expert_mesh, traffic, dist.get_rank(), dist.get_world_size())
+
+
+def _own_axes(sizes: dict[str, int]) -> bool:
+    return sizes["edp"] * sizes["ep"] > 1
+
+
+def _expert_tp(sizes: dict[str, int]) -> int:
+    """Ranks over which a single expert is cut: what the expert axes leave of a replica."""
+    return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (sizes["edp"] * sizes["ep"])

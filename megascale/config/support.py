@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megascale.config.layout import axis_sizes, data_parts, micro_batches
+from megascale.config.layout import axis_sizes, data_parts, expert_mesh_fits, micro_batches
 from megascale.config.schema import Config
 from megascale.config.stages import V_SHAPED
 from megascale.errors import UsageError
@@ -52,12 +52,25 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        "experts",
-        ("model.moe",),
-        lambda c, n: c.model.moe is not None,
-        "mixture of experts is not built yet",
-        "remove model.moe",
-        True,
+        "moe_top_k",
+        ("model.moe.top_k", "model.moe.num_experts"),
+        lambda c, n: c.model.moe is not None and c.model.moe.top_k > c.model.moe.num_experts,
+        "a token cannot choose more experts than there are",
+        "choose a smaller top_k or more experts",
+    ),
+    Rule(
+        "moe_bias",
+        ("model.moe", "model.bias"),
+        lambda c, n: c.model.moe is not None and c.model.bias,
+        "experts have no biases",
+        "set model.bias to false",
+    ),
+    Rule(
+        "moe_every",
+        ("model.moe.every", "model.num_layers"),
+        lambda c, n: c.model.moe is not None and c.model.moe.every > c.model.num_layers,
+        "no layer would have experts",
+        "choose a smaller every, or remove model.moe",
     ),
     Rule(
         "stages_without_pipeline",
@@ -122,12 +135,67 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        "expert_axes",
-        ("parallel.ep", "parallel.etp"),
-        lambda c, n: c.parallel.ep > 1 or (c.parallel.etp or 1) > 1,
-        "expert parallelism is not built yet",
-        "set ep to 1 and leave etp out",
-        True,
+        "ep_without_experts",
+        ("parallel.ep", "parallel.etp", "model.moe"),
+        lambda c, n: c.model.moe is None and (c.parallel.ep > 1 or c.parallel.etp is not None),
+        "there are no experts to deal out",
+        "set ep to 1 and leave etp out, or give the model experts with model.moe",
+    ),
+    Rule(
+        "ep_experts",
+        ("parallel.ep", "model.moe.num_experts"),
+        lambda c, n: c.model.moe is not None and c.model.moe.num_experts % c.parallel.ep != 0,
+        "every rank of ep holds equally many experts",
+        "choose an ep that divides num_experts",
+    ),
+    Rule(
+        "etp",
+        ("parallel.etp", "parallel.tp"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp not in (1, c.parallel.tp),
+        "an expert is cut like dense weights or not at all",
+        "set etp to 1, or leave it out to take tp",
+    ),
+    Rule(
+        "etp_sequence",
+        ("parallel.etp", "parallel.tp", "parallel.tp_sequence"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp == 1 < c.parallel.tp and not c.parallel.tp_sequence,
+        "with whole experts each tensor rank routes tokens of its own, and without tp_sequence all have the same ones",
+        "set tp_sequence to true, or leave etp out",
+    ),
+    Rule(
+        "expert_mesh",
+        ("parallel.ep", "parallel.etp", "parallel.dp_shard", "parallel.cp", "parallel.tp"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp in (1, c.parallel.tp) and not expert_mesh_fits(c.parallel, n),
+        "experts lie on the ranks of one replica, dp_shard × cp × tp = edp × ep × etp, and ep × etp does not divide them",
+        "choose a smaller ep, or a dp_shard that makes dp_shard × cp × tp a multiple of ep × etp",
+    ),
+    Rule(
+        "ep_engine",
+        ("parallel.engine", "parallel.ep", "parallel.etp"),
+        lambda c, n: (
+            c.model.moe is not None and c.parallel.engine != "fsdp2" and (c.parallel.ep > 1 or c.parallel.expert_tp != c.parallel.tp)
+        ),
+        "expert axes are built on FSDP2",
+        "use engine fsdp2, or set ep to 1 and leave etp out",
+    ),
+    Rule(
+        "etp_width",
+        ("parallel.etp", "parallel.tp", "model.moe.ffn_size"),
+        lambda c, n: c.model.moe is not None and bool(_expert_width(c) % c.parallel.expert_tp or _shared_width(c) % c.parallel.tp),
+        "the width of an expert is cut over etp, that of shared experts over tp",
+        "choose a moe.ffn_size that is a multiple of tp",
+    ),
+    Rule(
+        "capacity_cut",
+        ("model.moe.capacity_factor", "parallel.etp", "parallel.tp"),
+        lambda c, n: (
+            c.model.moe is not None
+            and c.model.moe.capacity_factor is not None
+            and c.parallel.expert_tp == 1 < c.parallel.tp
+            and c.parallel.tp_sequence
+        ),
+        "capacity is counted over whole sequences, and with whole experts each tensor rank routes a part of them",
+        "leave etp out, or remove capacity_factor to drop nothing",
     ),
     Rule(
         "layered",
@@ -242,6 +310,14 @@ RULES: tuple[Rule, ...] = (
         "set data.valid or data.valid_fraction, or eval_every to 0",
     ),
 )
+
+
+def _expert_width(config: Config) -> int:
+    return config.model.moe.ffn_size or 0 if config.model.moe else 0
+
+
+def _shared_width(config: Config) -> int:
+    return config.model.moe.num_shared * _expert_width(config) if config.model.moe else 0
 
 
 def _stage_layers_fit(config: Config) -> bool:

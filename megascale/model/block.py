@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
+from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, dropout
@@ -18,27 +20,31 @@ from megascale.model.residual import Residual
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of the layer."""
+    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of the layer, and
+    the weight [b, s] of each token in auxiliary losses (None: there are none).
+    """
 
     rotary: Rotary | None
     mask: Tensor | None
     keys: Tensor | None
+    counted: Tensor | None
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, sparse: bool) -> None:
         super().__init__()
         self.norm_first, self.dropout = row.norm_first, cfg.dropout
         self.attention_norm = Norm(cfg.hidden_size, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
         self.attention = Attention(cfg, row.gains, dtype, norm_kernel)
         self.ffn_norm = Norm(cfg.hidden_size, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
-        self.ffn = FeedForward(cfg, row.gains, dtype)
+        self.ffn = MixtureOfExperts(cfg, row.gains, dtype) if sparse else FeedForward(cfg, row.gains, dtype)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
         keys = context.keys
         x = self._join(x, self.attention_norm, lambda h: self.attention(h, context.rotary, context.mask), keys)
-        return self._join(x, self.ffn_norm, self.ffn, None if keys is None else ~keys)
+        ffn = partial(self.ffn, counted=context.counted) if isinstance(self.ffn, MixtureOfExperts) else self.ffn
+        return self._join(x, self.ffn_norm, ffn, None if keys is None else ~keys)
 
     def _join(self, x: Tensor, norm: Norm, branch: Callable[[Tensor], Tensor], keys: Tensor | None) -> Tensor:
         if self.norm_first:

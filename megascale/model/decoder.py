@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
-from megascale.config.stages import Part
+from megascale.config.stages import Part, has_experts
 from megascale.model.attention import identity
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         if part.first and cfg.position == "learned":
             self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
         # Keyed by global numbers, so that names are the same however the layers are cut into stages.
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, row, dtype, norm_kernel) for i in part.layers})
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, row, dtype, norm_kernel, has_experts(cfg, i)) for i in part.layers})
         self.final_norm: Norm | None = None
         if part.last and row.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
@@ -102,7 +102,8 @@ class Decoder(nn.Module):
         documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
         training.
         """
-        contexts = self.contexts(tokens, documents, positions, samples)
+        counted = (targets >= 0) * scale if targets is not None and self.cfg.moe is not None else None
+        contexts = self.contexts(tokens, documents, positions, samples, counted)
         x = self.embed(tokens, positions) if stream is None else stream
         for (_, block), context in zip(self.units(), contexts):
             x = block(x, context)
@@ -140,7 +141,9 @@ class Decoder(nn.Module):
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
-    def contexts(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None) -> Iterator[Context]:
+    def contexts(
+        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None, counted: Tensor | None
+    ) -> Iterator[Context]:
         """The context of each block; they differ in their dropout keys only."""
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
@@ -158,4 +161,4 @@ class Decoder(nn.Module):
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(keys)
         for layer in self.part.layers:
-            yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)))
+            yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)), counted)

@@ -14,13 +14,20 @@ from megascale.model.layers import Linear
 from megascale.model.residual import Gains
 
 
+def activate(kind: str, y: Tensor, gate: Tensor | None) -> Tensor:
+    """silu(gate) ⊙ y where there is a gate, else GELU or ReLU of y."""
+    if gate is not None:
+        return F.silu(gate) * y
+    return F.gelu(y) if kind == "gelu" else F.relu(y)
+
+
 class FeedForward(nn.Module):
     """down(φ(up·x)), or down(silu(gate·x) ⊙ up·x) for SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, width: int | None = None) -> None:
         super().__init__()
         assert cfg.ffn_size
-        d, f, std = cfg.hidden_size, cfg.ffn_size, cfg.init_std
+        d, f, std = cfg.hidden_size, width or cfg.ffn_size, cfg.init_std
         self.kind = cfg.ffn
         self.up = Linear(f, d, "up", 0, std * gains.up, dtype, cfg.bias)
         self.gate = Linear(f, d, "gate", 0, std * gains.gate, dtype, cfg.bias) if cfg.ffn == "swiglu" else None
@@ -31,9 +38,5 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
         x = self.enter(x)
-        y = self.up(x)
-        if self.gate is not None:
-            y = F.silu(self.gate(x)) * y
-        else:
-            y = F.gelu(y) if self.kind == "gelu" else F.relu(y)
+        y = activate(self.kind, self.up(x), None if self.gate is None else self.gate(x))
         return self.down.add_bias(self.leave(self.down.product(y)))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 # What a weight does. Optimizers and schemes choose by role, never by name.
-Role = Literal["embedding", "position", "head", "norm", "bias", "query", "key", "value", "attention_out", "up", "gate", "down"]
+Role = Literal["embedding", "position", "head", "norm", "bias", "query", "key", "value", "attention_out", "up", "gate", "down", "router"]
 
 # How tensor parallelism treats a weight. A number is the dimension it is cut along. "tokens": every rank holds all of it and applies it to
 # the tokens it has, so with tokens cut over ranks its gradient is a partial sum. "heads": every rank holds all of it and applies it to its
@@ -22,13 +22,21 @@ Cut = int | Literal["tokens", "heads", "kv_heads"]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`."""
+    """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`.
+
+    truncated  the start keeps to two deviations
+    experts    dimension 0 counts experts, which expert parallelism cuts
+    uses       how often a token meets an element of it: less than once in a bank of experts
+    """
 
     shape: tuple[int, ...]
     role: Role
     cut: Cut
     std: float = 0.0
     mean: float = 0.0
+    truncated: bool = False
+    experts: bool = False
+    uses: float = 1.0
 
     @property
     def decays(self) -> bool:
@@ -78,3 +86,8 @@ def states_of(model: nn.Module) -> dict[str, ParamSpec]:
 def specs_of(model: nn.Module) -> dict[str, ParamSpec]:
     """Canonical name → spec of a freshly built model. A tied weight appears once, under its first name."""
     return {name: cast(SpecParameter, p).spec for name, p in model.named_parameters()}
+
+
+def active_parameters(specs: dict[str, ParamSpec]) -> int:
+    """The parameters that one token meets: of a bank of experts those that it chooses."""
+    return round(sum(s.numel * min(1.0, s.uses) for s in specs.values()))

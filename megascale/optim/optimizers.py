@@ -130,9 +130,10 @@ class Muon:
             go = finite.to(local.dtype)
             grad = torch.where(finite, grad, torch.zeros_like(grad))
             m.add_((grad - m) * ((1 - beta) * go))
-            whole = gather_whole(torch.lerp(grad, m, beta), w, self.mesh)
-            update = own_part(orthogonalize(whole, self.COEFFICIENTS, self.ROUNDS), w, self.mesh)
-            size = 0.2 * max(whole.shape) ** 0.5
+            # Experts are matrices of their own: each is orthogonalized where it lives.
+            whole = gather_whole(torch.lerp(grad, m, beta), w, self.mesh, but="ep")
+            update = own_part(orthogonalize(whole, self.COEFFICIENTS, self.ROUNDS), w, self.mesh, but="ep")
+            size = 0.2 * max(whole.shape[-2:]) ** 0.5
             local.mul_(1 - lr * self.cfg.weight_decay * go).sub_(update * (lr * size * go))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -140,38 +141,43 @@ class Muon:
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], rounds: int) -> Tensor:
-    """The nearest matrix with equal singular values, roughly: Newton–Schulz rounds of X ← aX + b(XXᵀ)X + c(XXᵀ)²X."""
+    """The nearest matrix with equal singular values, roughly: Newton–Schulz rounds of X ← aX + b(XXᵀ)X + c(XXᵀ)²X. The last two dimensions
+    are the matrix's.
+    """
     a, b, c = coefficients
-    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(rounds):
-        gram = x @ x.t()
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
-def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
-    """A [rows, columns] tensor shaped like the weight's local part → the unsharded one, on every rank."""
-    shape, placement = list(w.placement.spec.shape), w.placement
-    if placement.dim is not None:
-        shape[placement.dim] = placement.part
+def gather_whole(local: Tensor, w: Weight, mesh: Mesh, but: str = "") -> Tensor:
+    """A tensor shaped like the weight's local part → the unsharded one, on every rank. What the axis `but` cuts stays cut."""
+    placement = w.placement
     if w.sharded:
-        axis = mesh["dp_shard"]
-        rows = -(-shape[0] // axis.size)
-        padded = local.new_zeros((rows, *local.shape[1:]))
-        padded[: local.shape[0]] = local
-        local = all_gather(padded, axis, 0)[: shape[0]]
-    return local if placement.dim is None else all_gather(local, mesh["tp"], placement.dim)
+        axis, dim, length = mesh[placement.shard], placement.shard_dim, placement.shape[placement.shard_dim]
+        padded = local.new_zeros([-(-length // axis.size) if i == dim else n for i, n in enumerate(local.shape)])
+        padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+        local = all_gather(padded, axis, dim).narrow(dim, 0, length)
+    for cut in placement.cuts:
+        if cut.axis != but:
+            local = all_gather(local, mesh[cut.axis], cut.dim)
+    return local
 
 
-def own_part(whole: Tensor, w: Weight, mesh: Mesh) -> Tensor:
+def own_part(whole: Tensor, w: Weight, mesh: Mesh, but: str = "") -> Tensor:
     """The inverse of `gather_whole`."""
     placement = w.placement
-    if placement.dim is not None:
-        whole = whole.narrow(placement.dim, mesh["tp"].rank * placement.part, placement.part)
+    for cut in placement.cuts:
+        if cut.axis != but:
+            whole = whole.narrow(cut.dim, mesh[cut.axis].rank * cut.part, cut.part)
     if w.sharded:
-        first, last = chunk_bounds(whole.shape[0], mesh["dp_shard"].size, mesh["dp_shard"].rank)
-        whole = whole[first:last]
+        axis, dim = mesh[placement.shard], placement.shard_dim
+        first, last = chunk_bounds(whole.shape[dim], axis.size, axis.rank)
+        whole = whole.narrow(dim, first, last - first)
     return whole
 
 

@@ -5,6 +5,7 @@ Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks wi
 
 from __future__ import annotations
 
+import math
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megascale.comm.mesh import AXES, Axis, Traffic, coordinates
+from megascale.comm.mesh import AXES, EXPERT_AXES, Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
 from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.schema import Config, Parallel, Train
@@ -21,10 +22,9 @@ from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
-from megascale.model.spec import specs_of
 from megascale.optim.optimizers import MATRICES
-from megascale.parallel.apply import build_stages
-from megascale.parallel.tensor import Placement, cut_model
+from megascale.parallel.apply import build_stages, cut_stage
+from megascale.parallel.tensor import Placement
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
 from megascale.train.setup import DTYPES, choose_device, resolve_vocabulary
@@ -47,12 +47,11 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     shape = Shape(config.train.seq_len, storage, DTYPES[config.precision.compute])
     kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
-    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
-    shard = axes["dp_shard"] if config.parallel.engine == "fsdp2" else Axis("dp_shard", 1, 0, None, traffic)
+    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
     weights = optimizer = 0
     for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
-        for name, p in cut_model(stage, specs_of(stage), axes["tp"], config.parallel.tp_sequence).items():
-            held = _held(p, shard)
+        for name, p in cut_stage(stage, axes, config.parallel).items():
+            held = _held(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
             weights += held * storage.itemsize
             # A tied embedding's copy beside the head is optimized where the embedding is.
             if name != "embedding.weight" or stage.part.first:
@@ -60,17 +59,13 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
 
 
-def _held(placement: Placement, shard: Axis) -> int:
+def _held(placement: Placement, shard: Axis | None) -> int:
     """Elements on this rank, padding included."""
-    local = list(placement.spec.shape)
-    if placement.dim is not None:
-        local[placement.dim] = placement.part
-    first, last = chunk_bounds(local[0], shard.size, shard.rank)
-    local[0] = last - first
-    n = 1
-    for size in local:
-        n *= size
-    return n
+    local = placement.shape
+    if shard is not None:
+        first, last = chunk_bounds(local[placement.shard_dim], shard.size, shard.rank)
+        local[placement.shard_dim] = last - first
+    return math.prod(local)
 
 
 def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:

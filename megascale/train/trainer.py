@@ -16,6 +16,7 @@ from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import Optimizer
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
+from megascale.parallel.expert import settle_routers
 from megascale.schedule.accumulate import Schedule
 from megascale.train.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress, state_pieces
@@ -89,9 +90,11 @@ class Trainer:
         finite = torch.isfinite(norm)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
         self.optimizer.step(lr, clip_factor(norm, self.config.train.clip) / total_valid, finite)
+        settle_routers(self.model.stages, self.model.mesh.axes, finite)
         for w in self.model.weights:
             w.parameter.grad = None
-        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), self.model.mesh.traffic.take()[0])
+        sent = self.model.mesh.traffic.take()[0]
+        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, self.reporter.observed.take())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
