@@ -19,8 +19,7 @@ from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer, gather_whole
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.parallel.expert import settle_routers
-from megascale.schedule.accumulate import Accumulation
-from megascale.schedule.pipeline import Pipeline
+from megascale.train.setup import build_schedule
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -110,8 +109,8 @@ def train(case: Case) -> dict[str, Any]:
     """losses and norms by step, gradients of the first step, weights at the end, bytes and calls of the last step."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
-    optimizer = build_optimizer(model, case.optim)
-    schedule = Pipeline(model, case.parallel, CPU) if case.parallel.pp > 1 else Accumulation(model)
+    optimizer = build_optimizer(model, case.optim, case.parallel.offload)
+    schedule = build_schedule(model, case.parallel, CPU)
     places = case.batch * case.seq_len
     result: dict[str, Any] = {"loss": [], "norm": []}
     mesh = model.mesh

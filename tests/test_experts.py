@@ -50,6 +50,8 @@ LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
     "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "bias"),
     "whole experts over tp and dp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=4), "shared"),
     "whole experts x edp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "shared"),
+    "layered, ep x edp": (4, Parallel(ep=2, accumulation="layered", recompute="full"), "bias"),
+    "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered"), "shared"),
     "whole experts, sharded only": (2, Parallel(tp=2, tp_sequence=True, etp=1), "xmoe"),
 }
 

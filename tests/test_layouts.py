@@ -140,6 +140,7 @@ def random_case(draw: st.DrawFn) -> tuple[int, Case]:
     engine = draw(st.sampled_from(["fsdp2", "ddp"]))
     shard = 1 if engine == "ddp" else draw(st.sampled_from([n for n in (1, 2, 3, 4) if data % n == 0]))
     parallel = Parallel(
+        accumulation="depth_first" if engine == "ddp" else draw(st.sampled_from(["depth_first", "layered"])),
         tp=tp,
         dp_shard=shard,
         dp_replicate=data // shard,

@@ -76,8 +76,9 @@ def describe(parallel: Parallel) -> str:
         words += f" {parallel.pp_schedule}" + (f"×{parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else "")
     if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
         words += f" ep{parallel.ep}" + (f"·etp{parallel.expert_tp}" if parallel.expert_tp != parallel.tp else "")
-    extra = " ddp" if parallel.engine == "ddp" and words else ""
-    return (words or "1 process") + extra
+    extra = f" {parallel.engine}" if parallel.engine != "fsdp2" and words else ""
+    layered = " layered" if parallel.accumulation == "layered" else ""
+    return (words or "1 process") + extra + layered
 
 
 def _product(sizes: dict[str, int]) -> int:

@@ -111,6 +111,12 @@ class Model(Section):
         return v
 
 
+def _words(value: Any) -> Any:
+    """`none`, one word, or a list of words → a list without repetition."""
+    words = value if isinstance(value, list | tuple) else [value]
+    return [w for i, w in enumerate(words) if w not in ("none", None, *words[:i])]
+
+
 class Parallel(Section):
     dp_replicate: Positive = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1  # -1: the ranks that the other axes leave
@@ -126,10 +132,10 @@ class Parallel(Section):
     ep: Positive = 1  # ranks over which the experts are dealt out
     etp: Positive | None = None  # ranks over which one expert is cut; tp if absent
     accumulation: Literal["depth_first", "layered"] = "depth_first"
-    breadth_first: Positive = 1
+    breadth_first: Positive | None = None  # micro-batches that pass a layer together under layered; all of the step if absent
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
     recompute: Literal["none", "selective", "full"] = "none"
-    offload: Literal["none", "optimizer", "parameters", "activations"] = "none"
+    offload: Annotated[tuple[Literal["optimizer", "parameters", "activations"], ...], BeforeValidator(_words)] = ()  # one or a list; none
     compile: bool = False
 
     @property

@@ -63,8 +63,16 @@ def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
     return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
 
 
+def layered_parts(layers: int) -> list[Part]:
+    """The finest stages: the embedding, every layer, and the final norm with the head. All lie on one rank."""
+    blocks = [Part(range(i, i + 1), False, False) for i in range(layers)]
+    return [Part(range(0), True, False), *blocks, Part(range(layers, layers), False, True)]
+
+
 def stage_parts(model: Model, parallel: Parallel, seq_len: int) -> list[Part]:
-    """The part of every stage, in stage order. One whole part without a pipeline."""
+    """The part of every stage, in stage order. One whole part where neither a pipeline nor layered accumulation cuts the model."""
+    if parallel.accumulation == "layered":
+        return layered_parts(model.num_layers)
     stages = parallel.pp * parallel.stages_per_rank
     if parallel.pp_layers is not None:
         ends = [sum(parallel.pp_layers[: i + 1]) for i in range(stages)]

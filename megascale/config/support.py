@@ -172,9 +172,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "ep_engine",
         ("parallel.engine", "parallel.ep", "parallel.etp"),
-        lambda c, n: (
-            c.model.moe is not None and c.parallel.engine != "fsdp2" and (c.parallel.ep > 1 or c.parallel.expert_tp != c.parallel.tp)
-        ),
+        lambda c, n: c.model.moe is not None and c.parallel.engine != "fsdp2" and _own_expert_axes(c),
         "expert axes are built on FSDP2",
         "use engine fsdp2, or set ep to 1 and leave etp out",
     ),
@@ -198,12 +196,33 @@ RULES: tuple[Rule, ...] = (
         "leave etp out, or remove capacity_factor to drop nothing",
     ),
     Rule(
-        "layered",
-        ("parallel.accumulation", "parallel.breadth_first"),
-        lambda c, n: c.parallel.accumulation == "layered" or c.parallel.breadth_first > 1,
-        "layered accumulation is not built yet",
-        "use depth_first and breadth_first 1",
-        True,
+        "layered_engine",
+        ("parallel.accumulation", "parallel.engine"),
+        lambda c, n: c.parallel.accumulation == "layered" and c.parallel.engine != "fsdp2",
+        "layered accumulation decides itself when weights are gathered and gradients reduced, and this engine does",
+        "use engine fsdp2, or accumulation depth_first",
+    ),
+    Rule(
+        "layered_pipeline",
+        ("parallel.accumulation", "parallel.pp"),
+        lambda c, n: c.parallel.accumulation == "layered" and c.parallel.pp > 1,
+        "over pipeline ranks, layered accumulation is the schedule looped_bfs",
+        "use accumulation depth_first with pp_schedule looped_bfs and as many pp_virtual as layers allow, or pp 1",
+    ),
+    Rule(
+        "breadth_without_layers",
+        ("parallel.breadth_first", "parallel.accumulation"),
+        lambda c, n: (c.parallel.breadth_first or 1) > 1 and c.parallel.accumulation == "depth_first",
+        "depth-first accumulation takes one micro-batch at a time",
+        "use accumulation layered, or leave breadth_first out",
+    ),
+    Rule(
+        "breadth_divides",
+        ("parallel.breadth_first", "train.global_batch_size", "train.micro_batch_size"),
+        lambda c, n: c.parallel.accumulation == "layered" and micro_batches(c, n) % (c.parallel.breadth_first or 1) != 0,
+        "breadth_first micro-batches go through a layer together, and the step's m = global_batch_size ÷ (micro_batch_size × data ranks) "
+        "do not divide into such groups",
+        "choose breadth_first that divides m, or leave it out so that all of them go together",
     ),
     Rule(
         "deepspeed",
@@ -214,12 +233,32 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        "offload",
-        ("parallel.offload",),
-        lambda c, n: c.parallel.offload != "none",
-        "offload is not built yet",
-        "use none",
-        True,
+        "offload_inputs",
+        ("parallel.offload", "parallel.recompute"),
+        lambda c, n: "activations" in c.parallel.offload and c.parallel.recompute != "full",
+        "block inputs are what full recomputation keeps; without it more would have to move than the link carries",
+        "set parallel.recompute to full, or leave activations out of offload",
+    ),
+    Rule(
+        "offload_parameters",
+        ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
+        lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
+        "FSDP2 moves parameters, so there must be at least two data ranks for it to cut them over",
+        "use engine fsdp2 on at least two data ranks, or offload optimizer",
+    ),
+    Rule(
+        "offload_experts",
+        ("parallel.offload", "parallel.ep", "parallel.etp"),
+        lambda c, n: c.model.moe is not None and "parameters" in c.parallel.offload and _own_expert_axes(c),
+        "FSDP2 moves the parameters that it cuts, and experts with axes of their own may have nothing left to cut",
+        "set ep to 1 and leave etp out, or leave parameters out of offload",
+    ),
+    Rule(
+        "offload_muon",
+        ("parallel.offload", "optim.name"),
+        lambda c, n: c.optim.name == "muon" and bool({"optimizer", "parameters"} & set(c.parallel.offload)),
+        "Muon multiplies whole matrices, which a host does far too slowly",
+        "use adamw or lion, or offload activations only",
     ),
     Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
     Rule(
@@ -312,12 +351,25 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def _own_expert_axes(config: Config) -> bool:
+    return config.parallel.ep > 1 or config.parallel.expert_tp != config.parallel.tp
+
+
 def _expert_width(config: Config) -> int:
     return config.model.moe.ffn_size or 0 if config.model.moe else 0
 
 
 def _shared_width(config: Config) -> int:
     return config.model.moe.num_shared * _expert_width(config) if config.model.moe else 0
+
+
+def _sharded(config: Config, ranks: int) -> bool:
+    """Whether FSDP2 cuts the weights; true as well where the axes do not fit the ranks, which is refused on its own."""
+    try:
+        sizes = axis_sizes(config.parallel, ranks)
+    except UsageError:
+        return True
+    return config.parallel.engine == "fsdp2" and sizes["dp_shard"] * sizes["dp_replicate"] > 1
 
 
 def _stage_layers_fit(config: Config) -> bool:

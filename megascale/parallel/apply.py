@@ -23,6 +23,7 @@ from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.memory import compile_blocks, recompute_blocks
+from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.tensor import Placement, cut_model, local_tensor
 
 
@@ -143,7 +144,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     states: list[State] = []
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
-    pipeline = mesh["pp"].size > 1
+    pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
     sharded = cfg.engine == "fsdp2" and (mesh.data_size > 1 or mesh["edp"].size > 1)
     for stage in stages:
         module: nn.Module = stage
@@ -152,10 +153,13 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
             compile_blocks(stage)
+        if "activations" in cfg.offload:
+            offload_block_inputs(stage, device)
         if sharded:
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
-            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, placements)
-        stage.to_empty(device=device)
+            reshard = cfg.reshard_after_forward and not pipeline
+            micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
+        allocate(stage, device, on_host)
         if cfg.engine == "ddp" and mesh.data_size > 1 and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)
@@ -170,3 +174,11 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
                 weights.append(weight)
         states += [State(name, spec, stage.get_buffer(name)) for name, spec in state_specs.items()]
     return ParallelModel(stages, modules, weights, states, guest, mesh, micro_batch)
+
+
+def allocate(stage: Decoder, device: torch.device, on_host: bool) -> None:
+    """Memory for weights (in the host's where they are offloaded) and buffers."""
+    stage.to_empty(device="cpu" if on_host else device)
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

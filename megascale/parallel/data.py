@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,17 +30,25 @@ MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
 def shard_model(
-    model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype, placements: Mapping[str, Placement]
+    model: Decoder,
+    mesh: Mesh,
+    reshard_after_forward: bool,
+    compute: torch.dtype,
+    one_group: bool,
+    on_host: bool,
+    placements: Mapping[str, Placement],
 ) -> MicroBatchScope:
     """FSDP2 over dp_shard, replicated over dp_replicate (HSDP) where that is larger than one.
 
-    One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward. Stored weights are
-    the masters; they are gathered in the compute dtype and gradients are reduced in the stored one. Experts with axes of their own are
-    groups over edp; where nothing is left to shard or sum there, they are plain weights.
+    One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
+    stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
+    reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with axes of their own are groups over
+    edp; where nothing is left to shard or sum there, they are plain weights.
     """
     assert mesh.device_mesh is not None
     storage = model.shape.storage
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda") if on_host else OffloadPolicy()
     replicate = mesh["dp_replicate"]
     dims = {p: placements[name].shard_dim for name, p in model.named_parameters()}
     alone: set[nn.Parameter] = set()
@@ -52,6 +60,7 @@ def shard_model(
             mesh=grid[names],
             reshard_after_forward=reshard,
             mp_policy=mixed,
+            offload_policy=place,
             shard_placement_fn=lambda p: Shard(dims[p]),
             ignored_params=alone,
         )
@@ -68,10 +77,10 @@ def shard_model(
     if mesh.expert_mesh is not None:
         for bank in banks(model):
             if mesh["edp"].size * replicate.size > 1:
-                shard(bank, mesh["edp"], mesh.expert_mesh, reshard_after_forward)
+                shard(bank, mesh["edp"], mesh.expert_mesh, reshard_after_forward and not one_group)
             else:
                 alone.update(bank.parameters())
-    for _, block in model.units():
+    for _, block in () if one_group else model.units():
         shard(block, mesh["dp_shard"], mesh.device_mesh, reshard_after_forward)
     shard(model, mesh["dp_shard"], mesh.device_mesh, False)
 

@@ -20,7 +20,11 @@ Order = dict[int, list[Any]]  # rank → torch's actions; None is a step of wait
 
 @dataclass(frozen=True)
 class Step:
-    """One computation. kind: F forward, B full backward, I gradient of the input only, W gradients of the weights."""
+    """One computation. kind: F forward, B full backward, I gradient of the input only, W gradients of the weights.
+
+    Or what happens to a stage's weights, of no micro-batch (−1): G their gathering is started, R the backward that follows reduces their
+    gradients, U they are freed again.
+    """
 
     kind: str
     stage: int
@@ -56,6 +60,41 @@ def compute_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
 def forward_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -> Order:
     """Evaluation: every stage takes all micro-batches, one stage after the other."""
     return {r: _breadth_first(schedule, ranks, virtual, micro_batches, r, backward=False) for r in range(ranks)}
+
+
+def layered_order(stages: int, micro_batches: int, breadth: int) -> list[Step]:
+    """Layered accumulation on one rank (Lamy-Poirier, arXiv 2106.02679): each stage takes `breadth` micro-batches before the next stage
+    starts, so that its weights are gathered once a direction and its gradients reduced once, for all of them.
+
+    The first stage is the embedding, whose backward needs no weights; the last is the head, where each micro-batch turns around at once.
+    The stage before the head stays gathered from forward to backward. Going back, micro-batches come in opposite order, so that what was
+    put away last is needed first. One stage ahead is gathered while the present one computes.
+    """
+    order: list[Step] = []
+    head = stages - 1
+    for start in range(0, micro_batches, breadth):
+        group = range(start, min(start + breadth, micro_batches))
+        order += _layers_forward(range(head), head, group, keep=head - 1)
+        turns = [Step(kind, head, i) for i in group for kind in "FB"]
+        order += [*turns[:-1], Step("R", head, -1), turns[-1], Step("U", head, -1)]
+        for stage in reversed(range(head)):
+            backwards = [Step("B", stage, i) for i in reversed(group)]
+            ahead = [Step("G", stage - 1, -1)] if stage > 1 else []
+            order += [*ahead, *backwards[:-1], Step("R", stage, -1), backwards[-1], Step("U", stage, -1)]
+    return order
+
+
+def layered_forward_order(stages: int, micro_batches: int) -> list[Step]:
+    """Evaluation: all micro-batches through each stage in turn."""
+    return _layers_forward(range(stages), stages - 1, range(micro_batches), keep=None)
+
+
+def _layers_forward(stages: range, last: int, group: range, keep: int | None) -> list[Step]:
+    order = [Step("G", stages[0], -1)]
+    for stage in stages:
+        ahead = [Step("G", stage + 1, -1)] if stage < last else []
+        order += [*ahead, *(Step("F", stage, i) for i in group), *([] if stage == keep else [Step("U", stage, -1)])]
+    return order
 
 
 def steps(actions: list[Any]) -> list[Step]:

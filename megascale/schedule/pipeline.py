@@ -18,15 +18,16 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime
 
 from megascale.comm.collectives import all_reduce
-from megascale.comm.mesh import Axis, Mesh
+from megascale.comm.mesh import Mesh
 from megascale.config.schema import Parallel
 from megascale.config.stages import stages_of_rank
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder
 from megascale.model.experts import Bank
 from megascale.model.layers import Deferred, Linear
-from megascale.parallel.apply import ParallelModel, Weight
+from megascale.parallel.apply import ParallelModel
 from megascale.schedule.orders import compute_order, forward_order, splits_backward
+from megascale.schedule.tied import TiedEmbedding
 
 
 class Pipeline:
@@ -34,22 +35,22 @@ class Pipeline:
 
     def __init__(self, model: ParallelModel, cfg: Parallel, device: torch.device) -> None:
         self.model, self.cfg, self.device = model, cfg, device
-        self.axis: Axis = model.mesh["pp"]
-        self.numbers = stages_of_rank(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, self.axis.rank)
+        self.tied = TiedEmbedding(model)
+        self.numbers = stages_of_rank(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, model.mesh["pp"].rank)
         self.runtimes: dict[tuple[int, torch.Size], Runtime] = {}
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        self._lend_tied()
+        self.tied.lend()
         total = self._runtime(batches).step(batches, scale, "train")
         if self.cfg.engine == "ddp":
             self._sum_replicas()
-        self._return_tied()
+        self.tied.give_back()
         self.model.finish_gradients()
         return total
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        self._lend_tied()
+        self.tied.lend()
         return self._runtime(batches).step(batches, 1.0, "evaluate")
 
     def _runtime(self, batches: Sequence[Batch]) -> Runtime:
@@ -67,47 +68,6 @@ class Pipeline:
         if grads:
             flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.model.mesh["dp_replicate"])
             torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
-
-    def _owner(self) -> Weight | None:
-        """The tied embedding on the rank of the first stage."""
-        if not self.model.stages[0].cfg.tie_embeddings:
-            return None
-        return next((w for w in self.model.weights if w.name == "embedding.weight"), None)
-
-    @torch.no_grad()
-    def _lend_tied(self) -> None:
-        owner, guest = self._owner(), self.model.guest
-        if owner is not None and guest is not None:
-            guest.local.copy_(owner.local)
-        elif owner is not None:
-            self._send(owner.local, self.axis.size - 1)
-        elif guest is not None:
-            self._receive(guest.local, 0)
-
-    @torch.no_grad()
-    def _return_tied(self) -> None:
-        owner, guest = self._owner(), self.model.guest
-        extra = None if guest is None else guest.local_grad
-        if owner is not None:
-            grad = owner.local_grad
-            assert grad is not None
-            if extra is None:
-                extra = torch.empty_like(grad)
-                self._receive(extra, self.axis.size - 1)
-            grad += extra
-        elif extra is not None:
-            self._send(extra, 0)
-        if guest is not None:
-            guest.parameter.grad = None
-
-    def _send(self, x: Tensor, to: int) -> None:
-        assert self.axis.group is not None
-        self.axis.traffic.add("tied", "send", x.nbytes)
-        dist.send(x.contiguous(), dist.get_global_rank(self.axis.group, to), group=self.axis.group)
-
-    def _receive(self, x: Tensor, source: int) -> None:
-        assert self.axis.group is not None
-        dist.recv(x, dist.get_global_rank(self.axis.group, source), group=self.axis.group)
 
 
 class Runtime:

@@ -20,8 +20,8 @@ from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
-from megascale.train.memory import largest_rank
-from megascale.train.setup import DTYPES, resolve_vocabulary
+from megascale.train.memory import DTYPES, host_bytes, largest_rank
+from megascale.train.setup import resolve_vocabulary
 
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
@@ -37,6 +37,8 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     largest = report["bytes_per_rank"]
     for kind in ("parameters", "gradients", "optimizer"):
         print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
+    for kind, size in report.get("host_bytes_per_rank", {}).items():
+        print(f"  {kind:<11}{size:>18,} bytes of it in host memory" if kind == "state" else f"  {kind:<11}{size:>18,} bytes in host memory")
     schedule = report["schedule"]
     print(
         f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "
@@ -77,6 +79,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "layout": describe(config.parallel),
         "bytes_per_rank": totals,
+        **({"host_bytes_per_rank": host_bytes(config, ranks)} if config.parallel.offload else {}),
         "flops_per_step": flops_per_token(config.model, specs, train.seq_len) * tokens,
         "schedule": {
             "data_ranks": parts,

@@ -19,7 +19,7 @@ from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
@@ -33,18 +33,20 @@ from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.schedule.accumulate import Accumulation, Schedule
+from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
+from megascale.train.engine import Engine, Native
+from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, claim_run_dir, find_start
-from megascale.train.state import Progress, model_pieces, state_pieces
+from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
 from megascale.train.watch import Pulse, Watch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
 
@@ -101,6 +103,8 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield Watch(ranks, None, limit)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and config.parallel.offload:
+        backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
     # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
     store = open_store(ranks, limit)
     join(store, ranks, backend, limit + WATCH_FIRST)
@@ -152,8 +156,15 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     return parallelize(stages, mesh, config.parallel, device), facts, flops
 
 
-def build_schedule(model: ParallelModel, config: Config, device: torch.device) -> Schedule:
-    return Pipeline(model, config.parallel, device) if config.parallel.pp > 1 else Accumulation(model)
+def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:
+    if parallel.pp > 1:
+        return Pipeline(model, parallel, device)
+    return Layered(model, parallel.breadth_first) if parallel.accumulation == "layered" else Accumulation(model)
+
+
+def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
+    schedule = build_schedule(model, config.parallel, device)
+    return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
 
 
 def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
@@ -190,19 +201,23 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     device = agreed(lambda: choose_device(config, ranks))
+    agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
     start: Start = agreed(lambda: find_start(config, run_dir))
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
-    optimizer = build_optimizer(model, config.optim)
     for _ in model.draw_weights(config.run.seed):
         pass
+    engine = build_engine(model, config, device)
     progress = Progress()
     if start.folder is not None:
-        state = model_pieces(model) if start.weights_only else state_pieces(model, optimizer)
+        state = engine.pieces()
+        if start.weights_only:
+            state = {name: piece for name, piece in state.items() if name.startswith("model.")}
         saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        engine.loaded(state)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
@@ -254,8 +269,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    schedule = build_schedule(model, config, device)
-    trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
     try:
         yield trainer
     finally:

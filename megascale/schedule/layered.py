@@ -1,0 +1,137 @@
+"""Layered accumulation: all micro-batches pass a layer before the next layer starts, so its weights cross the network once a direction.
+
+The order is data (orders.py: `layered_order`); this file carries it out over stages of one layer each, all on this rank. The graph is cut
+between two stages: it is entered by a door that keeps the gradient which leaves through it, and started from its output's edge, so that
+nothing here holds an activation and block inputs may live elsewhere (parallel/offload.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from megascale.data.loader import Batch
+from megascale.model.decoder import Decoder
+from megascale.parallel.apply import ParallelModel
+from megascale.schedule.orders import Step, layered_forward_order, layered_order
+from megascale.schedule.tied import TiedEmbedding
+
+
+class Layered:
+    """`breadth`: micro-batches that go through a stage together; None for all of a step."""
+
+    def __init__(self, model: ParallelModel, breadth: int | None) -> None:
+        self.model, self.breadth = model, breadth
+        self.tied = TiedEmbedding(model)
+        for stage in model.stages:
+            if isinstance(stage, FSDPModule):
+                stage.set_reshard_after_backward(False)
+                stage.set_requires_gradient_sync(False)
+                # Stages finish together at the end of the step: until then their reductions run beside the next stage's backward.
+                stage.set_is_last_backward(False)
+        first = model.stages[0]
+        if isinstance(first, FSDPModule):
+            first.set_unshard_in_backward(False)  # the embedding's gradient does not depend on its values
+
+    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        self.tied.lend()
+        pass_ = _Pass(self.model, batches, scale)
+        for step in layered_order(len(self.model.stages), len(batches), self.breadth or len(batches)):
+            pass_.do(step)
+        self._finish()
+        self.tied.give_back()
+        self.model.finish_gradients()
+        return torch.stack(pass_.losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        self.tied.lend()
+        pass_ = _Pass(self.model, batches, 1.0)
+        for step in layered_forward_order(len(self.model.stages), len(batches)):
+            pass_.do(step)
+        return torch.stack(pass_.losses).to(torch.float64).sum()
+
+    def _finish(self) -> None:
+        """Waits for the reductions of all stages, as FSDP2 does after a last backward."""
+        for stage in self.model.stages:
+            if isinstance(stage, FSDPModule):
+                stage.set_is_last_backward(True)
+                fully_shard.state(stage)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+                stage.set_is_last_backward(False)
+
+
+class _Pass:
+    """One way of some micro-batches through the stages. Keyed by (stage, micro-batch): where its graph starts and ends."""
+
+    def __init__(self, model: ParallelModel, batches: Sequence[Batch], scale: float) -> None:
+        self.model, self.batches, self.scale = model, batches, scale
+        self.losses: list[Tensor] = []
+        self.streams: dict[int, Tensor] = {}  # by micro-batch: what the next stage takes
+        self.grads: dict[int, Tensor] = {}  # by micro-batch: what the stage before takes
+        self.ends: dict[tuple[int, int], GradientEdge] = {}
+        self.doors: dict[tuple[int, int], list[Tensor]] = {}
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def do(self, step: Step) -> None:
+        stage = self.model.stages[step.stage]
+        sharded = isinstance(stage, FSDPModule)
+        match step.kind:
+            case "F":
+                self.forward(step.stage, step.micro_batch)
+            case "B":
+                self.backward(step.stage, step.micro_batch)
+            case "G" if sharded:
+                for group in _groups(stage):
+                    group.unshard(async_op=True)
+            case "R" if sharded:
+                stage.set_requires_gradient_sync(True)  # type: ignore[operator]
+                stage.set_requires_all_reduce(len(self.losses) == len(self.batches))  # type: ignore[operator]
+            case "U" if sharded:
+                for group in _groups(stage):
+                    group.reshard()
+                stage.set_requires_gradient_sync(False)  # type: ignore[operator]
+
+    def forward(self, number: int, i: int) -> None:
+        self.model.mesh.traffic.moved += 1
+        b, key, x = self.batches[i], (number, i), self.streams.pop(i, None)
+        if x is not None and torch.is_grad_enabled():
+            self.doors[key] = []
+            x = _Door.apply(self.anchor, x, self.doors[key])
+        y = self.model.stages[number](b.tokens, b.targets, b.documents, b.positions, b.samples, scale=self.scale, stream=x)
+        if torch.is_grad_enabled():
+            self.ends[key] = get_gradient_edge(y)
+        if number < len(self.model.stages) - 1:
+            self.streams[i] = y.detach()
+        else:
+            self.losses.append(y.detach())
+            self.grads[i] = torch.ones_like(y)
+
+    def backward(self, number: int, i: int) -> None:
+        key = number, i
+        torch.autograd.backward(self.ends.pop(key), self.grads.pop(i))
+        if number > 0:
+            (self.grads[i],) = self.doors.pop(key)
+
+
+def _groups(stage: Decoder) -> list[FSDPModule]:
+    """What FSDP2 gathers of a stage: its weights, and its experts where they have axes of their own."""
+    return [m for m in stage.modules() if isinstance(m, FSDPModule)]
+
+
+class _Door(torch.autograd.Function):
+    """Identity on a stage's input; backward puts the input's gradient into `out`. The anchor makes the output require a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, out: list[Tensor]) -> Tensor:
+        ctx.out = out
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.out.append(grads[0])
+        return None, None, None

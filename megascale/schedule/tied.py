@@ -1,0 +1,57 @@
+"""An embedding that also is the head, where the first and the last stage are different modules, maybe on different ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.comm.mesh import Axis
+from megascale.parallel.apply import ParallelModel, Weight
+
+
+class TiedEmbedding:
+    """The first stage owns the weight. The last one has a copy, the guest, that takes the owner's value before a step and gives its
+    gradient after. Nothing happens where embedding and head are not tied.
+    """
+
+    def __init__(self, model: ParallelModel) -> None:
+        self.guest = model.guest
+        self.axis: Axis = model.mesh["pp"]
+        tied = model.stages[0].cfg.tie_embeddings
+        self.owner: Weight | None = next((w for w in model.weights if tied and w.name == "embedding.weight"), None)
+
+    @torch.no_grad()
+    def lend(self) -> None:
+        owner, guest = self.owner, self.guest
+        if owner is not None and guest is not None:
+            guest.local.copy_(owner.local)
+        elif owner is not None:
+            self._send(owner.local, self.axis.size - 1)
+        elif guest is not None:
+            self._receive(guest.local, 0)
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        owner, guest = self.owner, self.guest
+        extra = None if guest is None else guest.local_grad
+        if owner is not None:
+            grad = owner.local_grad
+            assert grad is not None
+            if extra is None:
+                extra = torch.empty_like(grad)
+                self._receive(extra, self.axis.size - 1)
+            grad += extra
+        elif extra is not None:
+            self._send(extra, 0)
+        if guest is not None:
+            guest.parameter.grad = None
+
+    def _send(self, x: Tensor, to: int) -> None:
+        assert self.axis.group is not None
+        self.axis.traffic.add("tied", "send", x.nbytes)
+        dist.send(x.contiguous(), dist.get_global_rank(self.axis.group, to), group=self.axis.group)
+
+    def _receive(self, x: Tensor, source: int) -> None:
+        assert self.axis.group is not None
+        dist.recv(x, dist.get_global_rank(self.axis.group, source), group=self.axis.group)
