@@ -32,6 +32,7 @@ MODELS: dict[str, Model] = {
     "shared": sparse(num_shared=1),
     "bias": sparse(router="sigmoid", balance="bias", bias_rate=0.1),
     "capacity": sparse(router="softmax_topk", capacity_factor=0.7),
+    "entropy": sparse(balance="entropy", num_shared=1),
     "xmoe": sparse(3, router="xmoe", every=2, top_k=1),
 }
 # How many ranks, the layout, and the model that it is tried with.
@@ -49,7 +50,7 @@ LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
     "ep x tp sequence": (4, Parallel(tp=2, tp_sequence=True, ep=2, recompute="full"), "capacity"),
     "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "bias"),
     "whole experts over tp and dp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=4), "shared"),
-    "whole experts x edp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "shared"),
+    "whole experts x edp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "entropy"),
     "layered, ep x edp": (4, Parallel(ep=2, accumulation="layered", recompute="full"), "bias"),
     "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered"), "shared"),
     "whole experts, sharded only": (2, Parallel(tp=2, tp_sequence=True, etp=1), "xmoe"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from megascale.config.schema import Moe
 from megascale.model.experts import MixtureOfExperts, grouped_product, has_grouped_product, readings
 from megascale.model.residual import residual
-from megascale.model.router import Choice, Router, balance_loss, choose, moved_bias, within_capacity, z_loss
+from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, specs_of
 from tests.layouts import tiny
 
@@ -77,7 +77,7 @@ def test_losses_against_loops() -> None:
     """Catches a balance loss over the whole micro-batch instead of each sequence, and tokens that should not count."""
     logits = logits_of()
     choice = choose("topk_softmax", logits, K, None)
-    balance = z = 0.0
+    balance = entropy = z = 0.0
     for b in range(B):
         weights = COUNTED[b].tolist()
         for s, w in enumerate(weights):
@@ -86,17 +86,20 @@ def test_losses_against_loops() -> None:
             f = sum(w * choice.experts[b, s].tolist().count(i) for s, w in enumerate(weights)) / (K * sum(weights))
             p = sum(w * float(choice.probabilities[b, s, i]) for s, w in enumerate(weights)) / sum(weights)
             balance += sum(weights) * E * f * p
+            entropy += sum(weights) * p * math.log(p)
     assert float(balance_loss(choice, COUNTED)) == pytest.approx(balance, rel=1e-13)
+    assert float(entropy_loss(choice, COUNTED)) == pytest.approx(entropy, rel=1e-13)
     assert float(z_loss(logits, COUNTED)) == pytest.approx(z, rel=1e-13)
     even = Choice(torch.arange(E).repeat(2, 1)[:, :, None], torch.ones(2, E, 1), torch.full((2, E, E), 1 / E))
     assert float(balance_loss(even, torch.ones(2, E))) == pytest.approx(2 * E)  # one a token
 
 
-def test_losses_do_not_depend_on_how_the_batch_is_cut() -> None:
+@pytest.mark.parametrize("form", [balance_loss, entropy_loss])
+def test_losses_do_not_depend_on_how_the_batch_is_cut(form: Any) -> None:
     """Catches what makes a curve depend on the layout: sequences alone, or cut in two with their loads summed, give the same losses."""
     choice = choose("softmax_topk", logits_of(), K, None)
-    whole = float(balance_loss(choice, COUNTED))
-    apart = sum(float(balance_loss(Choice(*(t[b : b + 1] for t in choice)), COUNTED[b : b + 1])) for b in range(B))
+    whole = float(form(choice, COUNTED))
+    apart = sum(float(form(Choice(*(t[b : b + 1] for t in choice)), COUNTED[b : b + 1])) for b in range(B))
     assert apart == pytest.approx(whole, rel=1e-14)
     loads: list[Tensor] = []
 
@@ -106,19 +109,22 @@ def test_losses_do_not_depend_on_how_the_batch_is_cut() -> None:
 
     halves = [slice(0, 3), slice(3, S)]
     for part in halves:
-        balance_loss(Choice(*(t[:, part] for t in choice)), COUNTED[:, part], note)
+        form(Choice(*(t[:, part] for t in choice)), COUNTED[:, part], note)
     total = loads[0] + loads[1]
-    shares = [float(balance_loss(Choice(*(t[:, p] for t in choice)), COUNTED[:, p], lambda _: total)) for p in halves]
+    shares = [float(form(Choice(*(t[:, p] for t in choice)), COUNTED[:, p], lambda _: total)) for p in halves]
     assert sum(shares) == pytest.approx(whole, rel=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["balance", "z"])
+@pytest.mark.parametrize("kind", ["balance", "entropy", "z"])
 def test_gradients_of_the_losses_by_finite_differences(kind: str) -> None:
     """Catches a gradient through the counts, which are constants, or one that is lost through the probabilities."""
     logits = logits_of().requires_grad_()
 
     def value(x: Tensor) -> Tensor:
-        return z_loss(x, COUNTED) if kind == "z" else balance_loss(choose("topk_softmax", x, K, None), COUNTED)
+        if kind == "z":
+            return z_loss(x, COUNTED)
+        form = entropy_loss if kind == "entropy" else balance_loss
+        return form(choose("topk_softmax", x, K, None), COUNTED)
 
     value(logits).backward()
     assert logits.grad is not None

@@ -42,8 +42,8 @@ class Moe(Section):
     ffn_size: Positive | None = None  # of one expert; the model's if absent
     every: Positive = 1  # every n-th layer has experts, the others are dense
     router: Literal["topk_softmax", "softmax_topk", "sigmoid", "xmoe"] = "topk_softmax"
-    balance: Literal["loss", "bias", "none"] = "loss"
-    aux_loss: Annotated[float, Field(ge=0)] = 1e-2  # weight of the balance loss
+    balance: Literal["loss", "entropy", "bias", "none"] = "loss"
+    aux_loss: Annotated[float, Field(ge=0)] = 1e-2  # weight of the balance or entropy loss
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
     bias_rate: Annotated[float, Field(gt=0)] = 1e-3  # by which balance: bias moves a step
     capacity_factor: Annotated[float, Field(gt=0)] | None = None  # absent: no token is dropped

@@ -24,7 +24,7 @@ from megascale.model.feedforward import FeedForward, activate
 from megascale.model.layers import Deferred, deferred_product
 from megascale.model.observe import Observations, Raw
 from megascale.model.residual import Gains
-from megascale.model.router import Choice, Router, balance_loss, within_capacity, z_loss
+from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, Role, declare
 
 
@@ -221,9 +221,10 @@ class MixtureOfExperts(nn.Module):
 
     def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, counted: Tensor) -> Tensor:
         moe, counted = self.moe, self.counted_here(counted).to(logits.dtype)
-        balance, z = balance_loss(choice, counted, self.over_sequence), z_loss(logits, counted)
+        form = entropy_loss if moe.balance == "entropy" else balance_loss
+        balance, z = form(choice, counted, self.over_sequence), z_loss(logits, counted)
         loss = moe.z_loss * z
-        if moe.balance == "loss":
+        if moe.balance in ("loss", "entropy"):
             loss = loss + moe.aux_loss * balance
         with torch.no_grad():
             here = (counted > 0).unsqueeze(-1)

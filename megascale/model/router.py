@@ -65,10 +65,27 @@ def balance_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tenso
     num_experts, top_k = choice.probabilities.shape[-1], choice.experts.shape[-1]
     with torch.no_grad():
         chosen = F.one_hot(choice.experts, num_experts).sum(2).to(counted.dtype)
-        mass = over_sequence(torch.einsum("bs,bse->be", counted, chosen)) / top_k
-        share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+        share = _mean(torch.einsum("bs,bse->be", counted, chosen) / top_k, over_sequence)
     # The share carries no gradient, and what is left is linear in the tokens: ranks may add their parts.
     return num_experts * (share * torch.einsum("bs,bse->be", counted, choice.probabilities)).sum()
+
+
+def entropy_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+    """Σᵢ Pᵢ·log Pᵢ of each sequence, weighted by its counted tokens: −log E a token when all experts are equally likely (MoEUT, arXiv
+    2405.16039, section 2.1, over one sequence instead of a batch).
+
+    Its gradient is log P, held fixed, times P's: the rest is that of ΣP = 1. So it is linear in the tokens, too.
+    """
+    mass = torch.einsum("bs,bse->be", counted, choice.probabilities)
+    with torch.no_grad():
+        log_mean = _mean(mass, over_sequence).clamp(min=torch.finfo(mass.dtype).tiny).log()
+    return (log_mean * mass).sum()
+
+
+def _mean(mass: Tensor, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
+    """[b, E] weights of the tokens here → shares of whole sequences, zero where nothing counts."""
+    mass = over_sequence(mass)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def z_loss(logits: Tensor, counted: Tensor) -> Tensor:
