@@ -41,7 +41,7 @@ class Moe(Section):
     num_shared: NonNegative = 0  # experts that every token meets, as one of num_shared times the width
     ffn_size: Positive | None = None  # of one expert; the model's if absent
     every: Positive = 1  # every n-th layer has experts, the others are dense
-    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "xmoe"] = "topk_softmax"
+    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
     balance: Literal["loss", "entropy", "bias", "none"] = "loss"
     aux_loss: Annotated[float, Field(ge=0)] = 1e-2  # weight of the balance or entropy loss
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
@@ -49,6 +49,15 @@ class Moe(Section):
     capacity_factor: Annotated[float, Field(gt=0)] | None = None  # absent: no token is dropped
     eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0  # in evaluation, where capacity_factor is set
     init: Literal["model", "st_moe"] = "model"
+
+
+class Moeut(Section):
+    """Layers in groups whose weights repeat in depth, with experts in attention beside those of `moe` (arXiv 2405.16039)."""
+
+    group_size: Positive = 2  # layers with weights of their own
+    attention_experts: Positive = 8  # for the values and for the output of every head
+    attention_top_k: Positive = 2
+    attention_aux_loss: Annotated[float, Field(ge=0)] = 1e-3  # weight of their entropy loss
 
 
 class RopeScaling(Section):
@@ -87,6 +96,13 @@ class Model(Section):
     qk_norm: bool = False
     vocab_size: Positive | None = None  # from the tokenizer if absent
     moe: Moe | None = None
+    moeut: Moeut | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotary positions turn: MoEUT's turn half of them, as an even number."""
+        assert self.head_dim is not None
+        return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
 
     @model_validator(mode="before")
     @classmethod

@@ -73,6 +73,46 @@ RULES: tuple[Rule, ...] = (
         "choose a smaller every, or remove model.moe",
     ),
     Rule(
+        "moeut_groups",
+        ("model.moeut.group_size", "model.num_layers"),
+        lambda c, n: c.model.moeut is not None and c.model.num_layers % c.model.moeut.group_size != 0,
+        "a group of layers is repeated a whole number of times",
+        "choose a group_size that divides num_layers",
+    ),
+    Rule(
+        "moeut_top_k",
+        ("model.moeut.attention_top_k", "model.moeut.attention_experts"),
+        lambda c, n: c.model.moeut is not None and c.model.moeut.attention_top_k > c.model.moeut.attention_experts,
+        "a head cannot choose more experts than it has",
+        "choose a smaller attention_top_k or more attention_experts",
+    ),
+    Rule(
+        "moeut_layers",
+        ("model.moeut", "model.moe"),
+        lambda c, n: c.model.moeut is not None and (c.model.moe is None or c.model.moe.every > 1),
+        "every layer of MoEUT has experts in its feed-forward sublayer",
+        "set model.moe with every 1",
+    ),
+    Rule(
+        "moeut_block",
+        ("model.moeut", "model.residual", "model.num_kv_heads", "model.num_heads", "model.qk_norm"),
+        lambda c, n: (
+            c.model.moeut is not None and (c.model.residual != "pre" or c.model.num_kv_heads != c.model.num_heads or c.model.qk_norm)
+        ),
+        "MoEUT has a block of its own, with its own norms and a key for every query head",
+        "set residual to pre and qk_norm to false, and leave num_kv_heads out",
+    ),
+    Rule(
+        "moeut_axes",
+        ("model.moeut", "parallel.tp", "parallel.cp", "parallel.pp", "parallel.accumulation"),
+        lambda c, n: (
+            c.model.moeut is not None
+            and (c.parallel.tp > 1 or c.parallel.cp > 1 or c.parallel.pp > 1 or c.parallel.accumulation == "layered")
+        ),
+        "layers that share their weights lie on one rank, and their heads are not cut yet",
+        "use the data axes and ep",
+    ),
+    Rule(
         "stages_without_pipeline",
         ("parallel.pp", "parallel.pp_virtual"),
         lambda c, n: c.parallel.pp == 1 and (c.parallel.pp_virtual > 1 or c.parallel.pp_layers is not None),

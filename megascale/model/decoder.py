@@ -5,6 +5,7 @@ Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part, has_experts
 from megascale.model.attention import identity
+from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
+from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary
 from megascale.model.residual import residual
 from megascale.model.spec import ParamSpec, declare
@@ -61,7 +64,12 @@ class Decoder(nn.Module):
         if part.first and cfg.position == "learned":
             self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
         # Keyed by global numbers, so that names are the same however the layers are cut into stages.
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, row, dtype, norm_kernel, has_experts(cfg, i)) for i in part.layers})
+        self.blocks = nn.ModuleDict()
+        for i in part.layers if cfg.moeut is None else range(cfg.moeut.group_size):
+            if cfg.moeut is None:
+                self.blocks[str(i)] = Block(cfg, row, dtype, norm_kernel, has_experts(cfg, i))
+            else:
+                self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
         if part.last and row.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
@@ -74,10 +82,9 @@ class Decoder(nn.Module):
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
 
-    def units(self) -> Iterator[tuple[str, Block]]:
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
         for number, block in self.blocks.items():
-            assert isinstance(block, Block)
             yield f"blocks.{number}", block
 
     @property
@@ -102,11 +109,16 @@ class Decoder(nn.Module):
         documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
         training.
         """
-        counted = (targets >= 0) * scale if targets is not None and self.cfg.moe is not None else None
+        counted = None
+        if targets is not None and self.cfg.moe is not None:
+            counted = (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
         contexts = self.contexts(tokens, documents, positions, samples, counted)
         x = self.embed(tokens, positions) if stream is None else stream
-        for (_, block), context in zip(self.units(), contexts):
-            x = block(x, context)
+        if self.cfg.moeut is None:
+            for (_, block), context in zip(self.units(), contexts):
+                x = block(x, context)
+        else:
+            x = self.repeat(x, contexts)
         if not self.part.last:
             return x
         if self.final_norm is not None:
@@ -124,6 +136,21 @@ class Decoder(nn.Module):
             self.cfg.vocab_size,
             self.vocab_axis,
         )
+
+    def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:
+        """The group of blocks as often as there are layers. What their experts got is judged over all repeats, at the end."""
+        moe, moeut = self.cfg.moe, self.cfg.moeut
+        assert moe is not None and moeut is not None
+        told: dict[str, list[Masses]] = {name: [] for name, _ in self.units()}
+        for (name, block), context in zip(itertools.cycle(self.units()), contexts):
+            x, masses = block(x, context)
+            if masses is not None:
+                told[name].append(masses)
+        if not torch.is_grad_enabled() or not all(told.values()):
+            return x
+        weight = moe.aux_loss if moe.balance == "entropy" else 0.0
+        loss = torch.stack([repeats_loss(masses, weight, moeut.attention_aux_loss) for masses in told.values()]).sum()
+        return ride_on(x, loss, 1.0, lambda _: None)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, s] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
@@ -148,8 +175,7 @@ class Decoder(nn.Module):
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
         if cfg.position in ("rope", "xpos"):
-            assert cfg.head_dim is not None
-            freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
+            freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
             angles = rotary(where, freq, self.shape.compute, cfg.position == "xpos")
         slopes = None

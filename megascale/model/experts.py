@@ -9,6 +9,7 @@ nothing. `dispatch` is where expert parallelism sends rows to the ranks of their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,6 +81,27 @@ class _Spread(torch.autograd.Function):
         return grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
 
+class Sort(NamedTuple):
+    """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and what undoes it."""
+
+    order: Tensor
+    inverse: Tensor
+    top_k: int
+
+    @classmethod
+    def of(cls, experts: Tensor) -> Sort:
+        order = experts.flatten().argsort(stable=True)
+        return cls(order, inverse_of(order), experts.shape[1])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Tokens [n, d] → rows [n·k, d]."""
+        return _Spread.apply(x, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [n·k, d] → the results [n, k, d] of each token's experts."""
+        return permute(rows, self.inverse, self.order).unflatten(0, (-1, self.top_k))
+
+
 def inverse_of(order: Tensor) -> Tensor:
     """The permutation that undoes `order` [n]."""
     inverse = torch.empty_like(order)
@@ -122,7 +144,7 @@ def _add_gradient(weight: Tensor, counts: Tensor, g: Tensor, x: Tensor) -> None:
 class Bank(nn.Module):
     """One matrix of all experts, [E, out, in]. `deferred` as in `Linear`."""
 
-    def __init__(self, num_experts: int, out_dim: int, in_dim: int, spec: ParamSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = declare(spec, dtype)
         self.deferred: Deferred | None = None
@@ -134,24 +156,35 @@ class Bank(nn.Module):
         return deferred_product(x, product, partial(_add_gradient, self.weight, counts), self.deferred)
 
 
+class Start(NamedTuple):
+    """How the weights of a mixture start: the deviation of each role, and whether it is truncated."""
+
+    std: dict[Role, float]
+    truncated: bool = False
+
+
+def spread_through(bank: Bank, x: Tensor, experts: Tensor) -> Tensor:
+    """Each token x [n, in] through the matrices `experts` [n, k] of a bank → [n, k, out]."""
+    sort = Sort.of(experts)
+    return sort.gather(bank(sort.spread(x), load(experts, bank.weight.shape[0])))
+
+
 class Experts(nn.Module):
     """The feed-forward sublayers of the experts here, each on its own block of rows."""
 
-    def __init__(self, cfg: Model, moe: Moe, gains: Gains, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Model, moe: Moe, start: Start, dtype: torch.dtype) -> None:
         super().__init__()
         assert moe.ffn_size
-        d, f = cfg.hidden_size, moe.ffn_size
+        d, f, uses = cfg.hidden_size, moe.ffn_size, moe.top_k / moe.num_experts
         self.kind = cfg.ffn
 
-        def bank(out_dim: int, in_dim: int, role: Role, cut: int, gain: float) -> Bank:
-            std, truncated = start(moe, cfg.init_std * gain, in_dim)
+        def bank(out_dim: int, in_dim: int, role: Role, cut: int) -> Bank:
             shape = (moe.num_experts, out_dim, in_dim)
-            uses = moe.top_k / moe.num_experts
-            return Bank(*shape, ParamSpec(shape, role, cut, std, truncated=truncated, experts=True, uses=uses), dtype)
+            return Bank(ParamSpec(shape, role, cut, start.std[role], truncated=start.truncated, experts=True, uses=uses), dtype)
 
-        self.up = bank(f, d, "up", 1, gains.up)
-        self.gate = bank(f, d, "gate", 1, gains.gate) if cfg.ffn == "swiglu" else None
-        self.down = bank(d, f, "down", 2, gains.down)
+        self.up = bank(f, d, "up", 1)
+        self.gate = bank(f, d, "gate", 1) if cfg.ffn == "swiglu" else None
+        self.down = bank(d, f, "down", 2)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [n, d] sorted by expert, counts [E_here] → [n, d], a part of a sum where the width is cut over ranks."""
@@ -167,13 +200,15 @@ class MixtureOfExperts(nn.Module):
     `over_sequence` sums over the ranks that hold the others.
     """
 
-    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, start: Start | None = None) -> None:
         super().__init__()
         moe = cfg.moe
         assert moe is not None and moe.ffn_size is not None
+        start = start or start_of(cfg, moe, gains)
         self.moe, self.num_experts = moe, moe.num_experts
-        self.router = Router(cfg.hidden_size, moe, *start(moe, cfg.init_std, cfg.hidden_size), dtype)
-        self.experts = Experts(cfg, moe, gains, dtype)
+        self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
+        self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype)
+        self.experts = Experts(cfg, moe, start, dtype)
         self.shared = FeedForward(cfg, gains, dtype, moe.num_shared * moe.ffn_size) if moe.num_shared else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
@@ -189,30 +224,32 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, counted: Tensor | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; `counted` [b, s]: see router.py, None where no auxiliary loss is wanted."""
         x = self.enter(x)
-        logits, choice = self.router(x)
+        return self.leave(self.chosen_by(x, x, counted)[0])
+
+    @torch.compiler.disable
+    def chosen_by(self, h: Tensor, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Choice]:
+        """What the experts that h [b, s, d] chooses make of x [b, s, d], and the choice."""
+        logits, choice = self.router(h)
         kept = None
         if self.moe.capacity_factor is not None:
             factor = self.moe.capacity_factor if self.training else self.moe.eval_capacity_factor
             kept = within_capacity(choice.experts, self.num_experts, factor)
         if counted is not None and torch.is_grad_enabled():
             x = self._with_losses(x, logits, choice, kept, counted)
-        return self.leave(self._mix(x, choice, kept))
+        return self._mix(x, choice, kept), choice
 
     def _mix(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
-        tokens, top_k = x.flatten(0, 1), choice.experts.shape[-1]
         # What found no room belongs to no expert and is sorted behind all others.
-        experts = choice.experts if kept is None else choice.experts.where(kept, self.num_experts)
-        order = experts.flatten().argsort(stable=True)
-        inverse = inverse_of(order)
-        counts = load(experts, self.num_experts)
-        rows = _Spread.apply(tokens, order, inverse, top_k)
+        experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
+        sort, counts = Sort.of(experts), load(experts, self.num_experts)
+        rows = sort.spread(x.flatten(0, 1))
         if kept is not None:
             # The products leave these rows and their gradients undefined.
             rows = rows.where((torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1), rows.new_zeros(()))
         arrival = self.dispatch(rows, counts)
         shared = self.shared(x) if self.shared is not None else None  # while the rows travel
         rows_here, counts_here = arrival.wait()
-        results = permute(arrival.back(self.experts(rows_here, counts_here)), inverse, order).unflatten(0, (-1, top_k))
+        results = sort.gather(arrival.back(self.experts(rows_here, counts_here)))
         gates = choice.gates.flatten(0, 1).to(x.dtype)
         if kept is not None:
             results = results.where(kept.flatten(0, 1).unsqueeze(-1), results.new_zeros(()))
@@ -223,9 +260,7 @@ class MixtureOfExperts(nn.Module):
         moe, counted = self.moe, self.counted_here(counted).to(logits.dtype)
         form = entropy_loss if moe.balance == "entropy" else balance_loss
         balance, z = form(choice, counted, self.over_sequence), z_loss(logits, counted)
-        loss = moe.z_loss * z
-        if moe.balance in ("loss", "entropy"):
-            loss = loss + moe.aux_loss * balance
+        loss = moe.z_loss * z + self.balance_weight * balance
         with torch.no_grad():
             here = (counted > 0).unsqueeze(-1)
             seen = {
@@ -252,9 +287,14 @@ def load(experts: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:num_experts]
 
 
-def start(moe: Moe, std: float, fan_in: int) -> tuple[float, bool]:
-    """Deviation of a weight's start and whether it is truncated: the model's, or √(0.1/fan_in) (ST-MoE, arXiv 2202.08906, section 3)."""
-    return (std, False) if moe.init == "model" else ((0.1 / fan_in) ** 0.5, True)
+def start_of(cfg: Model, moe: Moe, gains: Gains) -> Start:
+    """The model's own start, or √(0.1/fan_in) truncated at two deviations (ST-MoE, arXiv 2202.08906, section 3)."""
+    if moe.init == "model":
+        std = cfg.init_std
+        return Start({"router": std, "up": std * gains.up, "gate": std * gains.gate, "down": std * gains.down})
+    assert moe.ffn_size
+    wide, narrow = math.sqrt(0.1 / cfg.hidden_size), math.sqrt(0.1 / moe.ffn_size)
+    return Start({"router": wide, "up": wide, "gate": wide, "down": narrow}, truncated=True)
 
 
 def readings(raw: Raw) -> dict[str, float]:

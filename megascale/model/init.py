@@ -39,6 +39,9 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
         source = tuple(slice(x - b, y - b) for x, y, b in zip(low, high, begin))
         target = tuple(slice(x - o, y - o) for x, y, o in zip(low, high, offset))
         local[target].copy_(values[source].mul_(spec.std).add_(spec.mean))
+    if spec.equal_rows:
+        assert local.shape[-1] == shape[-1], "rows of equal length must be whole where they are drawn"
+        local.mul_(spec.std * shape[-1] ** 0.5 / local.norm(dim=-1, keepdim=True))
 
 
 def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int], truncated: bool) -> Tensor:

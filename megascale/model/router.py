@@ -42,19 +42,23 @@ def choose(rule: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice
     topk_softmax, xmoe   softmax over the k largest logits (Mixtral, arXiv 2401.04088)
     softmax_topk         the k largest of the softmax over all, as they are (Switch, arXiv 2101.03961)
     sigmoid              the k largest σ + bias; gates σ, divided by their sum when k > 1 (DeepSeek-V3, arXiv 2412.19437)
+    sigma                the k largest σ, as they are (σ-MoE, arXiv 2310.10837); balance is judged by the softmax
 
     A `bias` [E] takes part in the selection only, under every rule.
     """
-    scores = torch.sigmoid(logits) if rule == "sigmoid" else torch.softmax(logits, -1)
-    ranked = logits if rule in ("topk_softmax", "xmoe") else scores
-    experts = (ranked if bias is None else ranked + bias).topk(top_k, -1).indices
-    gates = ranked.gather(-1, experts)
+    probabilities = torch.softmax(logits, -1)
     if rule in ("topk_softmax", "xmoe"):
+        scores = logits
+    else:
+        scores = probabilities if rule == "softmax_topk" else torch.sigmoid(logits)
+    experts = (scores if bias is None else scores + bias).topk(top_k, -1).indices
+    gates = scores.gather(-1, experts)
+    if scores is logits:
         gates = torch.softmax(gates, -1)
     elif rule == "sigmoid":
         gates = gates / gates.sum(-1, keepdim=True) if top_k > 1 else gates
-        scores = scores / scores.sum(-1, keepdim=True)
-    return Choice(experts, gates, scores)
+        probabilities = scores / scores.sum(-1, keepdim=True)
+    return Choice(experts, gates, probabilities)
 
 
 def balance_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
@@ -65,25 +69,35 @@ def balance_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tenso
     num_experts, top_k = choice.probabilities.shape[-1], choice.experts.shape[-1]
     with torch.no_grad():
         chosen = F.one_hot(choice.experts, num_experts).sum(2).to(counted.dtype)
-        share = _mean(torch.einsum("bs,bse->be", counted, chosen) / top_k, over_sequence)
+        share = _shares(mass_of(chosen, counted) / top_k, over_sequence)
     # The share carries no gradient, and what is left is linear in the tokens: ranks may add their parts.
-    return num_experts * (share * torch.einsum("bs,bse->be", counted, choice.probabilities)).sum()
+    return num_experts * (share * mass_of(choice.probabilities, counted)).sum()
 
 
 def entropy_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
     """Σᵢ Pᵢ·log Pᵢ of each sequence, weighted by its counted tokens: −log E a token when all experts are equally likely (MoEUT, arXiv
-    2405.16039, section 2.1, over one sequence instead of a batch).
-
-    Its gradient is log P, held fixed, times P's: the rest is that of ΣP = 1. So it is linear in the tokens, too.
+    2405.16039, section 2.1).
     """
-    mass = torch.einsum("bs,bse->be", counted, choice.probabilities)
+    return entropy_of(mass_of(choice.probabilities, counted), over_sequence)
+
+
+def mass_of(probabilities: Tensor, counted: Tensor) -> Tensor:
+    """[b, s, …, E] weighted by [b, s] and summed over the tokens here: [b, …, E]."""
+    return (counted.view(*counted.shape, *[1] * (probabilities.ndim - 2)) * probabilities).sum(1)
+
+
+def entropy_of(mass: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+    """mass [n, E] → Σ of mass·log P, P being each row's shares: the rows' negative entropies, weighted by their mass.
+
+    Its gradient is log P held fixed times the mass's, the rest being that of ΣP = 1. So it is linear in the tokens, too.
+    """
     with torch.no_grad():
-        log_mean = _mean(mass, over_sequence).clamp(min=torch.finfo(mass.dtype).tiny).log()
-    return (log_mean * mass).sum()
+        log_share = _shares(mass, over_sequence).clamp(min=torch.finfo(mass.dtype).tiny).log()
+    return (log_share * mass).sum()
 
 
-def _mean(mass: Tensor, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
-    """[b, E] weights of the tokens here → shares of whole sequences, zero where nothing counts."""
+def _shares(mass: Tensor, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, E] weights of the tokens here → shares of whole sequences, zero where nothing counts."""
     mass = over_sequence(mass)
     return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
@@ -129,11 +143,12 @@ class Router(nn.Module):
         super().__init__()
         self.rule, self.top_k = cfg.router, cfg.top_k
         # Every rank holds a router whole and sees its own experts' share of the gates' gradients, hence "heads".
-        wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated)
+        # σ-MoE's rows start at equal length, or the longest would be chosen first.
+        wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated, equal_rows=cfg.router == "sigma")
         self.project: nn.Parameter | None = None
         self.temperature: nn.Parameter | None = None
         if cfg.router == "xmoe":
-            wide = ParamSpec((cfg.num_experts, ROUTING_DIM), "router", "heads", EXPERT_NORM / math.sqrt(ROUTING_DIM))
+            wide = ParamSpec((cfg.num_experts, ROUTING_DIM), "router", "heads", EXPERT_NORM / math.sqrt(ROUTING_DIM), equal_rows=True)
             self.project = declare(ParamSpec((ROUTING_DIM, hidden), "router", "heads", std, truncated=truncated), dtype)
             self.temperature = declare(ParamSpec((1,), "norm", "heads", mean=TEMPERATURE), dtype)
         self.weight = declare(wide, dtype)

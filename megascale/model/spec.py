@@ -4,7 +4,7 @@ checkpoints and the dry run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -24,9 +24,10 @@ Cut = int | Literal["tokens", "heads", "kv_heads"]
 class ParamSpec:
     """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`.
 
-    truncated  the start keeps to two deviations
-    experts    dimension 0 counts experts, which expert parallelism cuts
-    uses       how often a token meets an element of it: less than once in a bank of experts
+    truncated   the start keeps to two deviations
+    equal_rows  the start's rows are all brought to the length std·√columns
+    experts     dimension 0 counts experts, which expert parallelism cuts
+    uses        how often a token meets an element of it: less than once in a bank of experts, several times where layers repeat
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class ParamSpec:
     std: float = 0.0
     mean: float = 0.0
     truncated: bool = False
+    equal_rows: bool = False
     experts: bool = False
     uses: float = 1.0
 
@@ -68,6 +70,13 @@ def declare(spec: ParamSpec, dtype: torch.dtype) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(spec.shape, dtype=dtype, device="meta"))
     cast(SpecParameter, parameter).spec = spec
     return parameter
+
+
+def declare_repeated(module: nn.Module, times: int) -> None:
+    """A token passes `module` several times: its weights are used as often."""
+    for parameter in module.parameters():
+        spec = cast(SpecParameter, parameter).spec
+        cast(SpecParameter, parameter).spec = replace(spec, uses=spec.uses * times)
 
 
 def declare_state(module: nn.Module, name: str, spec: ParamSpec, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from megascale.comm.collectives import copy_to_ranks, gather_parts, local_part, scatter_sum, sum_over_ranks
 from megascale.comm.mesh import Axis
+from megascale.model.block import Block
 from megascale.model.decoder import Decoder
 from megascale.model.spec import ParamSpec
 
@@ -71,6 +72,7 @@ def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequen
     else:
         enter, leave = partial(copy_to_ranks, axis=axis), partial(sum_over_ranks, axis=axis)
     for _, block in model.units():
+        assert isinstance(block, Block)
         for sublayer in (block.attention, block.ffn):
             sublayer.enter, sublayer.leave = enter, leave
     model.enter_head, model.leave_embedding = enter, leave
@@ -104,6 +106,7 @@ def _cut_kv_heads(model: Decoder, axis: Axis) -> bool:
     first, last = needed[0], needed[-1] + 1
     even = per_rank % (last - first) == 0 and needed == [first + i // (per_rank // (last - first)) for i in range(per_rank)]
     for _, block in model.units():
+        assert isinstance(block, Block)
         attention = block.attention
         attention.k.rows = attention.v.rows = (first * cfg.head_dim, last * cfg.head_dim)
         attention.kv_of_query = None if even else [h - first for h in needed]

@@ -98,6 +98,11 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
     "moe_bias": (1, ("model.moe={}", "model.bias=true")),
     "moe_every": (1, ("model.moe={every: 2}",)),
+    "moeut_groups": (1, ("model.moe={}", "model.moeut={group_size: 2}")),
+    "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
+    "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
+    "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
+    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.tp=2")),
     "stages_without_pipeline": (1, ("parallel.pp_virtual=2",)),
     "one_stage_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=2", "model.num_layers=8")),
     "v_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=3", "parallel.pp_schedule=zbv", "model.num_layers=8")),
@@ -260,7 +265,7 @@ def test_every_config_that_ships_is_valid() -> None:
         loaded = load_config(path)
         if loaded.model.vocab_size is None:
             loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"vocab_size": 8192})})
-        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate)
+        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate * loaded.parallel.ep)
         report = describe_run(check(loaded, ranks), ranks)
         number = path.stem.rsplit("-", 1)[-1]
         if number[-1] in "mb" and number[:-1].replace(".", "").isdigit():
