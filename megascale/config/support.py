@@ -212,9 +212,16 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "ep_engine",
         ("parallel.engine", "parallel.ep", "parallel.etp"),
-        lambda c, n: c.model.moe is not None and c.parallel.engine != "fsdp2" and _own_expert_axes(c),
+        lambda c, n: c.model.moe is not None and c.parallel.engine == "ddp" and _own_expert_axes(c),
         "expert axes are built on FSDP2",
         "use engine fsdp2, or set ep to 1 and leave etp out",
+    ),
+    Rule(
+        "moe_deepspeed",
+        ("model.moe", "parallel.engine"),
+        lambda c, n: c.model.moe is not None and c.parallel.engine == "deepspeed",
+        "DeepSpeed steps by itself, and routers are settled and seen after our own steps only",
+        "use engine fsdp2 or ddp",
     ),
     Rule(
         "etp_width",
@@ -265,12 +272,37 @@ RULES: tuple[Rule, ...] = (
         "choose breadth_first that divides m, or leave it out so that all of them go together",
     ),
     Rule(
-        "deepspeed",
-        ("parallel.engine",),
-        lambda c, n: c.parallel.engine == "deepspeed",
-        "DeepSpeed is not built in yet",
-        "use fsdp2",
-        True,
+        "deepspeed_axes",
+        ("parallel.engine", "parallel.pp", "parallel.dp_replicate"),
+        lambda c, n: c.parallel.engine == "deepspeed" and (c.parallel.pp > 1 or c.parallel.dp_replicate > 1 or not _data_ranks(c, n)),
+        "DeepSpeed is built in for data ranks on dp_shard, at least two, with tp beside them",
+        "put the ranks on dp_shard and tp, or use engine fsdp2",
+    ),
+    Rule(
+        "deepspeed_update",
+        ("parallel.engine", "optim.name", "precision.compute"),
+        lambda c, n: (
+            c.parallel.engine == "deepspeed" and (c.optim.name != "adamw" or c.precision.compute == "fp64" or c.precision.storage != "fp32")
+        ),
+        "DeepSpeed is built in with AdamW and fp32 masters, computing in bf16 or fp32",
+        "use optim.name adamw with precision.compute bf16 or fp32 and without precision.master, or engine fsdp2",
+    ),
+    Rule(
+        "zero_offload",
+        ("parallel.engine", "parallel.zero_stage", "parallel.offload"),
+        lambda c, n: c.parallel.engine == "deepspeed" and "parameters" in c.parallel.offload and c.parallel.zero_stage < 3,
+        "only ZeRO 3 cuts weights, so only there can they be away",
+        "set zero_stage to 3, or offload optimizer",
+    ),
+    Rule(
+        "offload_dir",
+        ("parallel.offload_dir", "parallel.engine", "parallel.offload"),
+        lambda c, n: (
+            c.parallel.offload_dir is not None
+            and (c.parallel.engine != "deepspeed" or not {"optimizer", "parameters"} & set(c.parallel.offload))
+        ),
+        "state goes to a disk with DeepSpeed only, and only where offload says what",
+        "use engine deepspeed with offload optimizer or parameters, or leave offload_dir out for host memory",
     ),
     Rule(
         "offload_inputs",
@@ -404,12 +436,17 @@ def _shared_width(config: Config) -> int:
 
 
 def _sharded(config: Config, ranks: int) -> bool:
-    """Whether FSDP2 cuts the weights; true as well where the axes do not fit the ranks, which is refused on its own."""
+    """Whether FSDP2 cuts the weights."""
+    return config.parallel.engine == "fsdp2" and _data_ranks(config, ranks)
+
+
+def _data_ranks(config: Config, ranks: int) -> bool:
+    """Whether there are at least two data ranks; true as well where the axes do not fit the ranks, which is refused on its own."""
     try:
         sizes = axis_sizes(config.parallel, ranks)
     except UsageError:
         return True
-    return config.parallel.engine == "fsdp2" and sizes["dp_shard"] * sizes["dp_replicate"] > 1
+    return sizes["dp_shard"] * sizes["dp_replicate"] > 1
 
 
 def _stage_layers_fit(config: Config) -> bool:

@@ -18,7 +18,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
-from megascale.schedule.orders import compute_order
+from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.train.memory import DTYPES, host_bytes, largest_rank
 from megascale.train.setup import resolve_vocabulary
@@ -50,7 +50,12 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     timeline = pipeline_timeline(config, ranks)
     if timeline is not None:
         pipeline = schedule["pipeline"]
-        print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
+        if config.parallel.accumulation == "layered":
+            print("layered: embedding, every layer and head take all micro-batches in turn")
+        else:
+            print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
+        if sum(pipeline["gathers"]):
+            print(f"  by rank: weights gathered {pipeline['gathers']} times a step, gradients reduced {pipeline['reductions']} times")
         for line, live, sends in zip(text_lanes(timeline), timeline.live, timeline.sends):
             print(f"  {line}  live {live}, sends {sends}")
     if picture:
@@ -93,18 +98,25 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
-    """The schedule of a checked config in model time; None without a pipeline."""
-    p = config.parallel
+    """The schedule of a checked config in model time, with the exchanges of weights where they are sharded; None where micro-batches just
+    follow each other.
+    """
+    p, m = config.parallel, micro_batches(config, ranks)
+    if p.accumulation == "layered":
+        return simulate({0: layered_order(config.model.num_layers + 2, m, p.breadth_first or m)})
     if p.pp == 1:
         return None
-    return simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
+    order = compute_order(p.pp_schedule, p.pp, p.pp_virtual, m)
+    return simulate(with_weights(order, m) if p.engine == "fsdp2" and p.dp_shard > 1 else order)
 
 
 def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
     p = config.parallel
     return {
-        "schedule": p.pp_schedule,
-        "stages": p.pp * p.stages_per_rank,
+        "schedule": "layered" if p.accumulation == "layered" else p.pp_schedule,
+        "stages": len({s.step.stage for lane in timeline.lanes for s in lane}),
+        "gathers": [sum(mark.kind == "G" for mark in marks) for marks in timeline.marks],
+        "reductions": [sum(mark.kind == "R" for mark in marks) for marks in timeline.marks],
         "layers": [len(part.layers) for part in stage_parts(config.model, p, config.train.seq_len)],
         "bubble": timeline.bubble,
         "live_activations": timeline.live,
@@ -115,7 +127,7 @@ def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
 
 def draw_pipeline(config: Config, timeline: Timeline | None, picture: str) -> None:
     if timeline is None:
-        raise UsageError(f"--draw {picture} draws a pipeline, and parallel.pp is 1: set parallel.pp to at least 2")
+        raise UsageError(f"--draw {picture} draws the order of a pipeline or of layered accumulation: set parallel.pp or accumulation")
     if Path(picture).suffix not in (".png", ".svg"):
         raise UsageError(f"--draw {picture} has no known ending: name it .png or .svg")
     try:

@@ -52,7 +52,21 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
             # A tied embedding's copy beside the head is optimized where the embedding is.
             if name != "embedding.weight" or stage.part.first:
                 optimizer += optimizer_bytes(config.optim.name, p, held, storage.itemsize)
+    if config.parallel.engine == "deepspeed":
+        return _zero_bytes(config, weights // storage.itemsize, sizes["dp_shard"])
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+
+
+def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
+    """The same under DeepSpeed, but for the padding of its flat buffers: optimizer state with fp32 masters is cut over the data ranks, from
+    stage 2 on gradients, from stage 3 on weights, which are kept in the compute dtype (Rajbhandari et al., arXiv 1910.02054, section 5).
+    """
+    stage, cut = config.parallel.zero_stage, -(-elements // ranks)
+    return {
+        "parameters": (cut if stage == 3 else elements) * DTYPES[config.precision.compute].itemsize,
+        "gradients": (cut if stage >= 2 else elements) * 4,
+        "optimizer": 12 * cut,
+    }
 
 
 def _held(placement: Placement, shard: Axis | None) -> int:

@@ -163,6 +163,10 @@ def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.devic
 
 
 def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
+    if config.parallel.engine == "deepspeed":
+        from megascale.train.deepspeed import DeepSpeed  # an extra, imported for those who ask for it
+
+        return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)
     return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
 
