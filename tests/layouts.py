@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.comm.mesh import build_mesh
+from megascale.comm.collectives import all_gather
+from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch, sample_numbers
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
 from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer, gather_whole
-from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import ParallelModel, Weight, build_stages, parallelize
 from megascale.parallel.expert import settle_routers
 from megascale.train.setup import build_schedule
 
@@ -82,7 +83,7 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
 
 
 def build(case: Case, ranks: int) -> ParallelModel:
-    mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu")
+    mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu", case.parallel.heads_over)
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
     shape = Shape(case.seq_len, storage, DTYPES[case.precision])
@@ -90,6 +91,19 @@ def build(case: Case, ranks: int) -> ParallelModel:
     for _ in model.draw_weights(7):
         pass
     return model
+
+
+def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
+    """A tensor shaped like the weight's local part → the unsharded one, on every rank."""
+    placement = w.placement
+    if w.sharded:
+        axis, dim, length = mesh[placement.shard], placement.shard_dim, placement.shape[placement.shard_dim]
+        padded = local.new_zeros([-(-length // axis.size) if i == dim else n for i, n in enumerate(local.shape)])
+        padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+        local = all_gather(padded, axis, dim).narrow(dim, 0, length)
+    for cut in placement.cuts:
+        local = all_gather(local, mesh[cut.axis], cut.dim)
+    return local
 
 
 def whole(model: ParallelModel, of: str) -> dict[str, Tensor]:
@@ -121,7 +135,7 @@ def train(case: Case) -> dict[str, Any]:
         loss = schedule.run(batches, 1 / places)
         result["sent"], result["calls"] = mesh.traffic.take()
         share = 1.0 if mesh["tp"].rank == 0 else 0.0
-        counted = share if mesh["pp"].rank == 0 else 0.0
+        counted = share if mesh["pp"].rank == 0 and mesh["cp"].rank == 0 else 0.0
         sums = torch.tensor([loss.item() * share, counted * sum(b.valid for b in batches) / places], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(sums)

@@ -123,6 +123,8 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "zero2, selective": (2, Parallel(dp_shard=2, reshard_after_forward=False, recompute="selective")),
     "ddp": (2, Parallel(engine="ddp")),
     "hsdp x ep": (4, Parallel(dp_shard=2, dp_replicate=2, ep=2)),
+    "ring": (2, Parallel(cp=2)),
+    "ulysses x ep": (4, Parallel(cp=2, cp_method="ulysses", ep=2)),
     "ep x edp": (4, Parallel(ep=2, recompute="full")),
 }
 

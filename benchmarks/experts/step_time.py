@@ -33,8 +33,9 @@ SEQ_LEN, MICRO_BATCHES = 512, 2
 
 def shape(layers: int, experts: int) -> Model:
     """A decoder whose tokens meet 1536 channels in every feed-forward sublayer, dense or as two experts of half that width."""
-    sizes: dict[str, Any] = {"num_layers": layers, "hidden_size": 512, "num_heads": 8, "ffn_size": 1536, "vocab_size": 4096}
-    return Model(**sizes, **({"moe": {"num_experts": experts, "top_k": 2, "ffn_size": 768}} if experts else {}))
+    moe = {"num_experts": experts, "top_k": 2, "ffn_size": 768} if experts else None
+    sizes: dict[str, Any] = {"num_layers": layers, "hidden_size": 512, "num_heads": 8, "ffn_size": 1536, "vocab_size": 4096, "moe": moe}
+    return Model(**sizes)
 
 
 def our_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, compiled: bool) -> tuple[Callable[[], object], dict[str, int]]:

@@ -1,11 +1,15 @@
 """Collectives that count the bytes they send, plain and as autograd functions.
 
 Counting follows the ring: an all-gather or reduce-scatter of N ranks sends (N−1)/N of the whole tensor from each rank, an all-reduce twice
-that. The autograd functions are opaque to torch.compile: counts and groups are Python objects, and inductor has nothing to fuse there.
+that; an all-to-all and a message are counted as they are, without what a rank keeps. The autograd functions are opaque to torch.compile:
+counts and groups are Python objects, and inductor has nothing to fuse there.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +61,41 @@ def local_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.chunk(axis.size, dim)[axis.rank] if axis.size > 1 else x
 
 
+def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
+    """`parts[i]` goes to rank i; returns what every rank i sent here, of `shapes[i]`. Sizes may differ: nothing is padded."""
+    flat = torch.cat([p.reshape(-1) for p in parts])
+    sizes = [math.prod(shape) for shape in shapes]
+    out = flat.new_empty(sum(sizes))
+    axis.traffic.add(axis.name, "all_to_all", flat.nbytes - parts[axis.rank].nbytes)
+    dist.all_to_all_single(out, flat, sizes, [p.numel() for p in parts], group=axis.group)
+    return [x.view(*shape) for x, shape in zip(out.split(sizes), shapes)]
+
+
+@dataclass
+class Passing:
+    """A block on its way to the next rank, and the one that comes from the rank before. `sent` must stay alive until `wait`."""
+
+    works: list[dist.Work]
+    sent: Tensor
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def pass_on(x: Tensor, shape: Sequence[int], axis: Axis) -> Passing:
+    """Starts sending `x` to the next rank of the ring and receiving a tensor of `shape` from the one before."""
+    assert axis.group is not None
+    x = x.contiguous()
+    buffer = x.new_empty(*shape)
+    after, before = (dist.get_global_rank(axis.group, (axis.rank + step) % axis.size) for step in (1, -1))
+    axis.traffic.add(axis.name, "send", x.nbytes)
+    pair = [dist.P2POp(dist.isend, x, after, axis.group), dist.P2POp(dist.irecv, buffer, before, axis.group)]
+    return Passing(dist.batch_isend_irecv(pair), x, buffer)
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -98,6 +137,32 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return all_gather(grads[0], ctx.axis, ctx.dim), None, None
+
+
+class _Switch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, cut: int, parts: Sequence[int], join: int, lengths: Sequence[int]) -> Tensor:
+        ctx.arguments = axis, join, lengths, cut, parts
+        shapes = []
+        for length in lengths:
+            shape = list(x.shape)
+            shape[cut], shape[join] = parts[axis.rank], length
+            shapes.append(shape)
+        return torch.cat(all_to_all(x.split(list(parts), cut), shapes, axis), join)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Switch.apply(grads[0], *ctx.arguments), None, None, None, None, None
+
+
+@torch.compiler.disable
+def switch(x: Tensor, axis: Axis, cut: int, parts: Sequence[int], join: int, lengths: Sequence[int]) -> Tensor:
+    """Whole along `cut` and sharded along `join` → sharded along `cut` and whole along `join`, in one all-to-all; backward switches back.
+
+    parts    how much of `cut` every rank gets; their sum is its length
+    lengths  how much of `join` every rank has
+    """
+    return x if axis.size == 1 else _Switch.apply(x, axis, cut, parts, join, lengths)  # type: ignore[no-any-return]
 
 
 @torch.compiler.disable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -54,7 +54,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes, and torch's DeviceMesh over the same ranks (None for one process)."""
+    """All axes, and torch's DeviceMesh over the axes on which weights lie (None for one process).
+
+    Beside those of AXES there are the same ranks seen otherwise. `shard`: dp_shard and cp together, over which FSDP2 cuts weights, since
+    ranks that hold other tokens of the same samples need the same weights. `replicas`: all ranks between which DDP sums. `cp_ring` and
+    `cp_ulysses`: the two directions of cp. Each counts its bytes under the name of the axis it is made of.
+    """
 
     axes: dict[str, Axis]
     device_mesh: DeviceMesh | None
@@ -88,27 +93,46 @@ def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
     return place
 
 
-def build_mesh(sizes: dict[str, int], device_type: str) -> Mesh:
-    """`sizes` for every axis of AXES, their product being the number of ranks, and of EXPERT_AXES. Collective over all ranks."""
+def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mesh:
+    """`sizes` for every axis of AXES, their product being the number of ranks, and of EXPERT_AXES; `ulysses` neighbours on cp trade heads,
+    and such groups pass blocks around. Collective over all ranks.
+    """
     traffic = Traffic()
-    names = (*AXES, *EXPERT_AXES)
-    if not dist.is_initialized():
-        return Mesh({n: Axis(n, 1, 0, None, traffic) for n in names}, None, None, traffic, 0, 1)
-    device_mesh = init_device_mesh(device_type, tuple(sizes[n] for n in AXES), mesh_dim_names=AXES)
-    expert_mesh = None
+    pp, replicate, shard, cp, tp = (sizes[n] for n in AXES)
+    grid, axes = _view(dict(zip(AXES, (pp, replicate, shard, cp, tp))), device_type, traffic)
+    seen = {"shard": axes["dp_shard"], "replicas": axes["dp_replicate"], "cp_ring": axes["cp"], "cp_ulysses": axes["cp"]}
+    if cp > 1:
+        grid, stored = _view({"pp": pp, "dp_replicate": replicate, "dp_shard": shard * cp, "tp": tp}, device_type, traffic)
+        _, copied = _view({"pp": pp, "dp_replicate": replicate * shard * cp, "tp": tp}, device_type, traffic)
+        _, split = _view({"before": pp * replicate * shard, "cp": cp // ulysses, "ulysses": ulysses, "tp": tp}, device_type, traffic)
+        seen = {
+            "shard": stored["dp_shard"],
+            "replicas": copied["dp_replicate"],
+            "cp_ring": split["cp"],
+            "cp_ulysses": replace(split["ulysses"], name="cp"),
+        }
+    experts = None
+    seen |= {n: Axis(n, 1, 0, None, traffic) for n in EXPERT_AXES}
     if _own_axes(sizes):
-        grid = {n: sizes[n] for n in ("pp", "dp_replicate", "edp", "ep")} | {"etp": _expert_tp(sizes)}
-        expert_mesh = init_device_mesh(device_type, tuple(grid.values()), mesh_dim_names=tuple(grid))
-    place = coordinates(dist.get_rank(), sizes)
-    groups = {n: expert_mesh if n in EXPERT_AXES else device_mesh for n in names}
-    axes = {n: Axis(n, sizes[n], place[n], m.get_group(n) if sizes[n] > 1 and (m := groups[n]) else None, traffic) for n in names}
-    return Mesh(axes, device_mesh, expert_mesh, traffic, dist.get_rank(), dist.get_world_size())
+        view = {"pp": pp, "dp_replicate": replicate, "edp": sizes["edp"], "ep": sizes["ep"], "etp": _expert_tp(sizes)}
+        experts, cut = _view(view, device_type, traffic)
+        seen |= {n: cut[n] for n in EXPERT_AXES}
+    started = dist.is_initialized()
+    return Mesh({**axes, **seen}, grid, experts, traffic, dist.get_rank() if started else 0, dist.get_world_size() if started else 1)
 
 
 def _own_axes(sizes: dict[str, int]) -> bool:
-    return sizes["edp"] * sizes["ep"] > 1
+    return sizes.get("edp", 1) * sizes.get("ep", 1) > 1
 
 
 def _expert_tp(sizes: dict[str, int]) -> int:
     """Ranks over which a single expert is cut: what the expert axes leave of a replica."""
     return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (sizes["edp"] * sizes["ep"])
+
+
+def _view(sizes: dict[str, int], device_type: str, traffic: Traffic) -> tuple[DeviceMesh | None, dict[str, Axis]]:
+    """All ranks as one grid, the last name running fastest."""
+    if not dist.is_initialized():
+        return None, {n: Axis(n, 1, 0, None, traffic) for n in sizes}
+    grid = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return grid, {n: Axis(n, k, grid.get_local_rank(n), grid.get_group(n) if k > 1 else None, traffic) for n, k in sizes.items()}

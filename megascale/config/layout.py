@@ -69,11 +69,13 @@ def micro_batches(config: Config, ranks: int) -> int:
 
 
 def describe(parallel: Parallel) -> str:
-    """A resolved layout in a few words: "dp_shard2·tp2", or "1 process"."""
+    """A resolved layout in a few words: "dp_shard2·tp2", "cp4 ring×ulysses2", or "1 process"."""
     axes = [(n, getattr(parallel, n)) for n in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
     words = "·".join(f"{n}{size}" for n, size in axes if size > 1)
     if parallel.pp > 1:
         words += f" {parallel.pp_schedule}" + (f"×{parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else "")
+    if parallel.cp > 1:
+        words += f" {parallel.cp_method}" + (f"×ulysses{parallel.cp_ulysses}" if parallel.cp_ulysses > 1 else "")
     if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
         words += f" ep{parallel.ep}" + (f"·etp{parallel.expert_tp}" if parallel.expert_tp != parallel.tp else "")
     extra = f" {parallel.engine}" if parallel.engine != "fsdp2" and words else ""

@@ -141,6 +141,7 @@ class Parallel(Section):
     tp_sequence: bool = False
     cp: Positive = 1
     cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
+    cp_ulysses: Positive = 1  # with ring: so many neighbours trade heads, and the groups of them pass blocks around
     pp: Positive = 1
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
     pp_virtual: Positive = 1  # stages per rank; zbv and dualpipev always have two
@@ -160,6 +161,11 @@ class Parallel(Section):
     def expert_tp(self) -> int:
         """Ranks over which one expert is cut."""
         return self.etp or self.tp
+
+    @property
+    def heads_over(self) -> int:
+        """Ranks of cp that trade heads with each other; cp divided by it is the length of the ring."""
+        return self.cp if self.cp_method == "ulysses" else self.cp_ulysses
 
     @property
     def stages_per_rank(self) -> int:

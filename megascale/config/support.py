@@ -104,13 +104,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "moeut_axes",
-        ("model.moeut", "parallel.tp", "parallel.cp", "parallel.pp", "parallel.accumulation"),
-        lambda c, n: (
-            c.model.moeut is not None
-            and (c.parallel.tp > 1 or c.parallel.cp > 1 or c.parallel.pp > 1 or c.parallel.accumulation == "layered")
-        ),
-        "layers that share their weights lie on one rank, and their heads are not cut yet",
-        "use the data axes and ep",
+        ("model.moeut", "parallel.tp", "parallel.pp", "parallel.accumulation"),
+        lambda c, n: c.model.moeut is not None and (c.parallel.tp > 1 or c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
+        "layers that share their weights stay together, and their heads are not cut yet",
+        "use the data axes, cp and ep",
     ),
     Rule(
         "stages_without_pipeline",
@@ -167,12 +164,32 @@ RULES: tuple[Rule, ...] = (
         "choose a larger global_batch_size, a smaller micro_batch_size, or zbv",
     ),
     Rule(
-        "context",
-        ("parallel.cp",),
-        lambda c, n: c.parallel.cp > 1,
-        "context parallelism is not built yet",
-        "set it to 1",
-        True,
+        "dsp_dimensions",
+        ("parallel.cp", "parallel.cp_method", "model.family"),
+        lambda c, n: c.parallel.cp > 1 and c.parallel.cp_method == "dsp" and c.model.family != "spacetime",
+        "dsp moves the cut from one dimension of the sequence to another, and text has one",
+        "use cp_method ring or ulysses",
+    ),
+    Rule(
+        "ulysses_heads",
+        ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses", "parallel.tp", "model.num_heads"),
+        lambda c, n: c.parallel.cp > 1 and c.parallel.heads_over > c.model.num_heads // c.parallel.tp,
+        "ranks that trade heads need at least one query head each, and there are num_heads ÷ tp",
+        "use cp_method ring with cp_ulysses of at most that number, a ring of cp ÷ cp_ulysses going beyond it",
+    ),
+    Rule(
+        "ring_places",
+        ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses"),
+        lambda c, n: c.parallel.cp % c.parallel.cp_ulysses != 0 or (c.parallel.cp_ulysses > 1 and c.parallel.cp_method != "ring"),
+        "cp_ulysses cuts a ring of cp ranks into groups of equal size",
+        "choose a divisor of cp, or leave cp_ulysses out",
+    ),
+    Rule(
+        "cp_sequence",
+        ("parallel.cp", "parallel.tp", "train.seq_len"),
+        lambda c, n: c.parallel.cp > 1 and c.train.seq_len // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp,
+        "every rank holds an early and a late piece of the sequence, of at least one position for each rank that tp_sequence cuts it over",
+        "choose a seq_len of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
     ),
     Rule(
         "ep_without_experts",
@@ -232,15 +249,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "capacity_cut",
-        ("model.moe.capacity_factor", "parallel.etp", "parallel.tp"),
+        ("model.moe.capacity_factor", "parallel.cp", "parallel.etp", "parallel.tp"),
         lambda c, n: (
             c.model.moe is not None
             and c.model.moe.capacity_factor is not None
-            and c.parallel.expert_tp == 1 < c.parallel.tp
-            and c.parallel.tp_sequence
+            and (c.parallel.cp > 1 or (c.parallel.expert_tp == 1 < c.parallel.tp and c.parallel.tp_sequence))
         ),
-        "capacity is counted over whole sequences, and with whole experts each tensor rank routes a part of them",
-        "leave etp out, or remove capacity_factor to drop nothing",
+        "capacity is counted over whole sequences, and with cp or with whole experts on tensor ranks each rank routes a part of them",
+        "set cp to 1 and leave etp out, or remove capacity_factor to drop nothing",
     ),
     Rule(
         "layered_engine",
@@ -273,8 +289,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "deepspeed_axes",
-        ("parallel.engine", "parallel.pp", "parallel.dp_replicate"),
-        lambda c, n: c.parallel.engine == "deepspeed" and (c.parallel.pp > 1 or c.parallel.dp_replicate > 1 or not _data_ranks(c, n)),
+        ("parallel.engine", "parallel.pp", "parallel.cp", "parallel.dp_replicate"),
+        lambda c, n: (
+            c.parallel.engine == "deepspeed"
+            and (max(c.parallel.pp, c.parallel.cp, c.parallel.dp_replicate) > 1 or not _weights_can_be_cut(c, n))
+        ),
         "DeepSpeed is built in for data ranks on dp_shard, at least two, with tp beside them",
         "put the ranks on dp_shard and tp, or use engine fsdp2",
     ),
@@ -315,7 +334,7 @@ RULES: tuple[Rule, ...] = (
         "offload_parameters",
         ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
         lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
-        "FSDP2 moves parameters, so there must be at least two data ranks for it to cut them over",
+        "FSDP2 moves parameters, so there must be at least two ranks with other tokens for it to cut them over",
         "use engine fsdp2 on at least two data ranks, or offload optimizer",
     ),
     Rule(
@@ -437,16 +456,16 @@ def _shared_width(config: Config) -> int:
 
 def _sharded(config: Config, ranks: int) -> bool:
     """Whether FSDP2 cuts the weights."""
-    return config.parallel.engine == "fsdp2" and _data_ranks(config, ranks)
+    return config.parallel.engine == "fsdp2" and _weights_can_be_cut(config, ranks)
 
 
-def _data_ranks(config: Config, ranks: int) -> bool:
-    """Whether there are at least two data ranks; true as well where the axes do not fit the ranks, which is refused on its own."""
+def _weights_can_be_cut(config: Config, ranks: int) -> bool:
+    """Whether ranks with other tokens hold the same weights; true where the axes do not fit the ranks, which is refused on its own."""
     try:
         sizes = axis_sizes(config.parallel, ranks)
     except UsageError:
         return True
-    return sizes["dp_shard"] * sizes["dp_replicate"] > 1
+    return sizes["dp_shard"] * sizes["dp_replicate"] * sizes["cp"] > 1
 
 
 def _stage_layers_fit(config: Config) -> bool:

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention_cpu import LONGEST, CausalAttention
+from megascale.model.attention_flex import flex_attention
+from megascale.model.attention_masked import masked_attention
+from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import Gains
+
+# (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
+Attend = Callable[[Tensor, Tensor, Tensor, Seen | None], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -23,7 +29,8 @@ def identity(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """softmax(q·kᵀ/√e)·v per head, then the output product.
 
-    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity.
+    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
+    where tokens of other ranks are met.
     """
 
     def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
@@ -42,9 +49,10 @@ class Attention(nn.Module):
             self.k_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
+        self.attend: Attend = attend
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only."""
         x = self.enter(x)
         q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
@@ -54,7 +62,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
-        y = attend(q, k, v, mask)
+        y = self.attend(q, k, v, seen)
         y = self.o.product(y.transpose(1, 2).flatten(2))
         return self.o.add_bias(self.leave(y))
 
@@ -63,13 +71,27 @@ class Attention(nn.Module):
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; causal when no mask is given."""
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `seen` a token sees itself and all before it."""
+    cpu = q.device.type == "cpu"
+    if seen is not None:
+        return masked_attention(q, k, v, seen) if cpu else flex_attention(q, k, v, seen)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cpu":
+    if grouped and cpu:
         # The CPU's flash kernel takes equal head counts only; the grouped path would fall back to materialized scores.
         repeat = q.shape[1] // k.shape[1]
         k, v, grouped = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), False
-    if q.device.type == "cpu" and mask is None and q.requires_grad and q.shape[2] <= LONGEST:
+    if cpu and q.requires_grad and q.shape[2] <= LONGEST:
         return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
+    """The KV heads that the query heads `queries` use, `group` query heads to each; and for every query head its place among them, or None
+    where equal runs of query heads use one after the other, as grouped attention takes for granted.
+    """
+    needed = [h // group for h in queries]
+    kv = range(needed[0], needed[-1] + 1)
+    run = len(needed) // len(kv)
+    even = len(needed) % len(kv) == 0 and needed == [kv[i // run] for i in range(len(needed))]
+    return kv, None if even else [h - kv[0] for h in needed]

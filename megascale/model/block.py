@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
+from megascale.model.attention_tiles import Seen
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
@@ -20,12 +21,12 @@ from megascale.model.residual import Residual
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal), dropout keys [b, s] of the layer, and
-    the weight [b, s] of each token in auxiliary losses (None: there are none).
+    """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them), dropout keys [b, s] of
+    the layer, and the weight [b, s] of each token in auxiliary losses (None: there are none).
     """
 
     rotary: Rotary | None
-    mask: Tensor | None
+    seen: Seen | None
     keys: Tensor | None
     counted: Tensor | None
 
@@ -42,7 +43,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
         keys = context.keys
-        x = self._join(x, self.attention_norm, lambda h: self.attention(h, context.rotary, context.mask), keys)
+        x = self._join(x, self.attention_norm, lambda h: self.attention(h, context.rotary, context.seen), keys)
         ffn = partial(self.ffn, counted=context.counted) if isinstance(self.ffn, MixtureOfExperts) else self.ffn
         return self._join(x, self.ffn_norm, ffn, None if keys is None else ~keys)
 

@@ -17,13 +17,15 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part, has_experts
 from megascale.model.attention import identity
+from megascale.model.attention_flex import with_blocks
+from megascale.model.attention_tiles import Seen
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
-from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary
+from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
 from megascale.model.residual import residual
 from megascale.model.spec import ParamSpec, declare
 
@@ -51,6 +53,7 @@ class Decoder(nn.Module):
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
     `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
     def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
@@ -78,6 +81,7 @@ class Decoder(nn.Module):
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
+        self.sequence_here: Callable[[Tensor], Tensor] = identity
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
@@ -106,12 +110,13 @@ class Decoder(nn.Module):
 
         A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it; one without the head returns its own.
 
-        documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
-        training.
+        documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
+        while training.
         """
         counted = None
         if targets is not None and self.cfg.moe is not None:
             counted = (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
+            counted = self.sequence_here(counted)
         contexts = self.contexts(tokens, documents, positions, samples, counted)
         x = self.embed(tokens, positions) if stream is None else stream
         if self.cfg.moeut is None:
@@ -130,7 +135,7 @@ class Decoder(nn.Module):
         return cross_entropy_sum(
             x.flatten(0, 1),
             self.head_weight,
-            targets.flatten(),
+            self.sequence_here(targets).flatten(),
             scale,
             self.vocab_first,
             self.cfg.vocab_size,
@@ -141,19 +146,26 @@ class Decoder(nn.Module):
         """The group of blocks as often as there are layers. What their experts got is judged over all repeats, at the end."""
         moe, moeut = self.cfg.moe, self.cfg.moeut
         assert moe is not None and moeut is not None
-        told: dict[str, list[Masses]] = {name: [] for name, _ in self.units()}
-        for (name, block), context in zip(itertools.cycle(self.units()), contexts):
+        told: dict[str, list[Masses]] = {name: [] for name in self.blocks}
+        for (name, block), context in zip(itertools.cycle(self.blocks.items()), contexts):
             x, masses = block(x, context)
             if masses is not None:
                 told[name].append(masses)
         if not torch.is_grad_enabled() or not all(told.values()):
             return x
         weight = moe.aux_loss if moe.balance == "entropy" else 0.0
-        loss = torch.stack([repeats_loss(masses, weight, moeut.attention_aux_loss) for masses in told.values()]).sum()
-        return ride_on(x, loss, 1.0, lambda _: None)
+        losses = []
+        for name, masses_of in told.items():
+            block = self.blocks[name]
+            assert isinstance(block, RepeatedBlock)
+            losses.append(repeats_loss(masses_of, weight, moeut.attention_aux_loss, block.ffn.over_sequence))
+        return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """tokens [b, s] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        """tokens [b, S] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
         weight = self.embedding.weight.to(self.shape.compute)
         if self.vocab_axis is None:
             x = F.embedding(tokens, weight)
@@ -163,8 +175,6 @@ class Decoder(nn.Module):
             x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
         x = self.leave_embedding(x)
         if self.cfg.position == "learned":
-            if positions is None:
-                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
@@ -177,14 +187,17 @@ class Decoder(nn.Module):
         if cfg.position in ("rope", "xpos"):
             freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(where, freq, self.shape.compute, cfg.position == "xpos")
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
         slopes = None
         if cfg.position == "alibi":
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
-        mask = attention_mask(seq_len, documents, cfg.sliding_window, slopes, self.shape.compute, device)
+        seen = None
+        if documents is not None or cfg.sliding_window is not None or slopes is not None:
+            seen = Seen(True, documents, cfg.sliding_window, slopes)
+            seen = with_blocks(seen, seq_len, device) if device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
-            keys = self.tokens_here(keys)
+            keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
-            yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)), counted)
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), counted)

@@ -9,6 +9,7 @@ Shapes: b micro-batch, s sequence, T = b·s tokens, d hidden, h heads, e head si
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.model.attention import attend
+from megascale.model.attention import Attend, attend
+from megascale.model.attention_tiles import Seen
 from megascale.model.block import Context
 from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_through
 from megascale.model.kernels import NormKernel
@@ -54,8 +56,9 @@ class SwitchHead(nn.Module):
         self.o = Bank(ParamSpec((h * n, d, e), "attention_out", 0, std / math.sqrt(h * e), uses=uses), dtype)
         self.value_selector = declare(ParamSpec((h * n, d), "router", 0, wide, equal_rows=True), dtype)
         self.out_selector = declare(ParamSpec((h * n, d), "router", 0, wide, equal_rows=True), dtype)
+        self.attend: Attend = attend
 
-    def forward(self, x: Tensor, normed: Tensor, rotary: Rotary | None, mask: Tensor | None) -> tuple[Tensor, Choice, Choice]:
+    def forward(self, x: Tensor, normed: Tensor, rotary: Rotary | None, seen: Seen | None) -> tuple[Tensor, Choice, Choice]:
         """x and N(x) [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs."""
         q, k = (part(normed).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k))
         if rotary is not None:
@@ -63,7 +66,7 @@ class SwitchHead(nn.Module):
             q, k = self._rotate(q, rotary.q_cos, rotary.q_sin), self._rotate(k, rotary.k_cos, rotary.k_sin)
         into, out = self._choose(normed, self.value_selector), self._choose(normed, self.out_selector)
         v = self._values(x, into).transpose(1, 2)
-        return self._outputs(attend(q, k, v, mask).transpose(1, 2), out), into, out
+        return self._outputs(self.attend(q, k, v, seen).transpose(1, 2), out), into, out
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1)
@@ -116,7 +119,7 @@ class RepeatedBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
         """x [b, s, d] → [b, s, d], and what its experts got, where that counts."""
         keys, counted = context.keys, context.counted
-        y, into, out = self.attention(x, self.attention_norm(x), context.rotary, context.mask)
+        y, into, out = self.attention(x, self.attention_norm(x), context.rotary, context.seen)
         x = x + dropout(y, self.dropout, keys)
         y, choice = self.ffn.chosen_by(self.ffn_norm(x), x, counted)
         x = x + dropout(y, self.dropout, None if keys is None else ~keys)
@@ -125,8 +128,8 @@ class RepeatedBlock(nn.Module):
         return x, Masses(*(mass_of(c.probabilities, counted.to(c.probabilities.dtype)) for c in (choice, into, out)))
 
 
-def repeats_loss(told: list[Masses], ffn_weight: float, attention_weight: float) -> Tensor:
+def repeats_loss(told: list[Masses], ffn_weight: float, attention_weight: float, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
     """One layer's entropy losses over all its repeats, 0-dim: of its feed-forward, of its values and outputs (the mean over heads)."""
     ffn, value, out = (torch.stack(parts).sum(0) for parts in zip(*told))
-    of_heads = entropy_of(value.flatten(0, 1)) + entropy_of(out.flatten(0, 1))
-    return (ffn_weight * entropy_of(ffn) + attention_weight * of_heads / value.shape[1]) / len(told)
+    of_heads = entropy_of(value.flatten(0, 1), over_sequence) + entropy_of(out.flatten(0, 1), over_sequence)
+    return (ffn_weight * entropy_of(ffn, over_sequence) + attention_weight * of_heads / value.shape[1]) / len(told)

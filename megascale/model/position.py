@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles (with Llama 3's scaling), XPos decay, ALiBi slopes, and attention masks.
+"""Where a token stands: rotary angles (with Llama 3's scaling), XPos decay and ALiBi slopes.
 
 Shapes: b micro-batch, s sequence, h heads, e head size.
 """
@@ -37,19 +37,19 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None, dev
     return torch.where(wavelength > low, freq / scaling.factor, torch.where(wavelength < high, freq, between))
 
 
-def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: bool) -> Rotary:
+def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos_middle: int | None) -> Rotary:
     """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`.
 
     XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ_i = (2i/e + 0.4)/1.4. Only differences of n act;
-    counting from the middle of the sequence keeps both factors small.
+    counting from the middle of the sequence, `xpos_middle`, keeps both factors small. None: no XPos.
     """
     angle = positions.to(torch.float64)[:, None, :, None] * freq
     cos, sin = angle.cos(), angle.sin()
-    if not xpos:
+    if xpos_middle is None:
         return Rotary(*(t.to(dtype) for t in (cos, sin, cos, sin)))
     half = freq.numel()
     zeta = (torch.arange(half, dtype=torch.float64, device=freq.device) / half + 0.4) / 1.4
-    power = (positions.to(torch.float64) - positions.shape[-1] // 2)[:, None, :, None] / 512
+    power = (positions.to(torch.float64) - xpos_middle)[:, None, :, None] / 512
     scale = zeta**power
     return Rotary(*(t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)))
 
@@ -66,29 +66,3 @@ def alibi_slopes(heads: int) -> list[float]:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
     return slopes
-
-
-def attention_mask(
-    seq_len: int,
-    documents: Tensor | None,
-    window: int | None,
-    slopes: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """None where plain causal attention serves; else [1 or b, 1 or h, s, s], boolean, or additive in `dtype` with ALiBi.
-
-    documents [b, s]: attention stays between equal numbers. window: a token sees itself and the window−1 before it.
-    """
-    if documents is None and window is None and slopes is None:
-        return None
-    n = torch.arange(seq_len, device=device)
-    back = n[:, None] - n[None, :]
-    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-    seen = seen[None, None]
-    if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
-    if slopes is None:
-        return seen
-    bias = -slopes.to(dtype)[None, :, None, None] * back.to(dtype)
-    return bias.masked_fill(~seen, float("-inf"))

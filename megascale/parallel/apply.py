@@ -24,6 +24,7 @@ from megascale.parallel.data import MicroBatchScope, replicate_model, shard_mode
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
+from megascale.parallel.sequence import spread_sequence
 from megascale.parallel.tensor import Placement, cut_model, local_tensor
 
 
@@ -145,10 +146,13 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
     pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
-    sharded = cfg.engine == "fsdp2" and (mesh.data_size > 1 or mesh["edp"].size > 1)
+    # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
+    copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
+    sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
+        spread_sequence(stage, mesh, cfg)
         state_specs = states_of(stage)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
@@ -160,7 +164,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             reshard = cfg.reshard_after_forward and not pipeline
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
         allocate(stage, device, on_host)
-        if cfg.engine == "ddp" and mesh.data_size > 1 and not pipeline:
+        if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)
         for name, parameter in stage.named_parameters():

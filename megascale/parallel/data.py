@@ -38,7 +38,7 @@ def shard_model(
     on_host: bool,
     placements: Mapping[str, Placement],
 ) -> MicroBatchScope:
-    """FSDP2 over dp_shard, replicated over dp_replicate (HSDP) where that is larger than one.
+    """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) where that is larger than one.
 
     One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
     stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
@@ -81,8 +81,8 @@ def shard_model(
             else:
                 alone.update(bank.parameters())
     for _, block in () if one_group else model.units():
-        shard(block, mesh["dp_shard"], mesh.device_mesh, reshard_after_forward)
-    shard(model, mesh["dp_shard"], mesh.device_mesh, False)
+        shard(block, mesh["shard"], mesh.device_mesh, reshard_after_forward)
+    shard(model, mesh["shard"], mesh.device_mesh, False)
 
     @contextmanager
     def scope(last: bool) -> Iterator[None]:
@@ -95,8 +95,8 @@ def shard_model(
 
 
 def replicate_model(model: Decoder, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
-    """DDP over dp_replicate: gradients summed once a step in buckets that overlap with backward."""
-    axis = mesh["dp_replicate"]
+    """DDP over dp_replicate and cp together: gradients summed once a step in buckets that overlap with backward."""
+    axis = mesh["replicas"]
     # Declared states are equal on all ranks by construction; DDP would send rank 0's before every forward.
     wrapped = DistributedDataParallel(
         model, process_group=axis.group, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False

@@ -44,7 +44,10 @@ def cut_experts(model: Decoder, placements: dict[str, Placement], axes: Mapping[
             if moe.shared is not None:
                 moe.shared.enter, moe.shared.leave = moe.enter, moe.leave
             moe.enter = moe.leave = _as_it_is
-            moe.counted_here, moe.over_sequence = model.tokens_here, partial(_sum_of_copies, axis=tp)
+            moe.counted_here = model.tokens_here
+        cut = [axis for axis in (axes["cp"], *(() if whole else (tp,))) if axis.size > 1]
+        if cut:
+            moe.over_sequence = partial(_sum_over, axes=cut)
     return placements
 
 
@@ -63,7 +66,7 @@ def _place(spec: ParamSpec, axes: Mapping[str, Axis], cfg: Parallel, own_axes: b
         cuts.append(Slice("ep", 0, spec.shape[0] // axes["ep"].size))
     if axes["tp"].size > 1 and cfg.expert_tp == cfg.tp:
         cuts.append(Slice("tp", spec.cut, spec.shape[spec.cut] // axes["tp"].size))
-    shard = "edp" if own_axes else "dp_shard"
+    shard = "edp" if own_axes else "shard"
     here = Placement(spec, tuple(cuts))
     return Placement(spec, here.cuts, False, shard, shard_dim(here.shape, axes[shard].size))
 
@@ -99,8 +102,11 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def _sum_of_copies(x: Tensor, axis: Axis) -> Tensor:
-    return all_reduce(x.clone(), axis)
+def _sum_over(x: Tensor, axes: list[Axis]) -> Tensor:
+    x = x.clone()
+    for axis in axes:
+        x = all_reduce(x, axis)
+    return x
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from megascale.comm.collectives import copy_to_ranks, gather_parts, local_part, scatter_sum, sum_over_ranks
 from megascale.comm.mesh import Axis
+from megascale.model.attention import kv_heads_of
 from megascale.model.block import Block
 from megascale.model.decoder import Decoder
 from megascale.model.spec import ParamSpec
@@ -44,7 +45,7 @@ class Placement:
     spec: ParamSpec
     cuts: tuple[Slice, ...] = ()
     partial: bool = False
-    shard: str = "dp_shard"
+    shard: str = "shard"
     shard_dim: int = 0
 
     @property
@@ -102,14 +103,12 @@ def _cut_kv_heads(model: Decoder, axis: Axis) -> bool:
     if cfg.num_kv_heads % axis.size == 0:
         return True
     per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads
-    needed = [h // group for h in range(axis.rank * per_rank, (axis.rank + 1) * per_rank)]
-    first, last = needed[0], needed[-1] + 1
-    even = per_rank % (last - first) == 0 and needed == [first + i // (per_rank // (last - first)) for i in range(per_rank)]
+    kv, of_query = kv_heads_of(range(axis.rank * per_rank, (axis.rank + 1) * per_rank), group)
     for _, block in model.units():
         assert isinstance(block, Block)
         attention = block.attention
-        attention.k.rows = attention.v.rows = (first * cfg.head_dim, last * cfg.head_dim)
-        attention.kv_of_query = None if even else [h - first for h in needed]
+        attention.k.rows = attention.v.rows = (kv.start * cfg.head_dim, kv.stop * cfg.head_dim)
+        attention.kv_of_query = of_query
     return False
 
 

@@ -66,7 +66,7 @@ class Pipeline:
         everyone = [*self.model.weights, *([self.model.guest] if self.model.guest else [])]
         grads = [g for w in everyone if (g := w.local_grad) is not None]
         if grads:
-            flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.model.mesh["dp_replicate"])
+            flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.model.mesh["replicas"])
             torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
 
 
@@ -114,7 +114,7 @@ class Stage(PipelineStage):
         self, model: ParallelModel, module: Decoder, number: int, total: int, split: bool, tokens: torch.Size, device: torch.device
     ) -> None:
         mesh: Mesh = model.mesh
-        length = module.tokens_here(torch.empty(tokens, device="meta")).shape[1]
+        length = module.tokens_here(module.sequence_here(torch.empty(tokens, device="meta"))).shape[1]
         stream = torch.empty(tokens[0], length, module.cfg.hidden_size, dtype=module.shape.compute, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.promote_types(module.shape.compute, torch.float32), device="meta", requires_grad=True)
         first, last = number == 0, number == total - 1

@@ -44,6 +44,7 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
+    axes["shard"] = Axis("dp_shard", sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"], None, traffic)
     weights = optimizer = 0
     for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
         for name, p in cut_stage(stage, axes, config.parallel).items():
@@ -103,7 +104,7 @@ def stashed_bytes(config: Config, ranks: int) -> float:
 
 def _two_byte_units(config: Config) -> float:
     """Tokens × width of a micro-batch, counted in two-byte numbers."""
-    tokens = config.train.micro_batch_size * config.train.seq_len
+    tokens = config.train.micro_batch_size * config.train.seq_len / config.parallel.cp
     return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.checkpoint.saver import Event
-from megascale.comm.mesh import AXES, EXPERT_AXES, Mesh
+from megascale.comm.mesh import Mesh
 from megascale.config.schema import Train
 from megascale.model.observe import Raw
 from megascale.train.console import Console
@@ -158,12 +158,12 @@ class Reporter:
 
     def _largest(self, traffic: dict[str, int]) -> dict[str, int]:
         """Bytes of the step by axis, the largest of all ranks."""
-        axes = [name for name in (*AXES, *EXPERT_AXES) if self.mesh[name].size > 1]
+        axes = list(dict.fromkeys(axis.name for axis in self.mesh.axes.values() if axis.size > 1))
         if not axes:
             return {}
         numbers = torch.tensor([traffic.get(a, 0) for a in axes], dtype=torch.int64, device=self.device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return dict(zip(axes, numbers.tolist()))
+        return {axis: sent for axis, sent in zip(axes, numbers.tolist()) if sent}
 
 
 def memory_bytes(device: torch.device) -> int:

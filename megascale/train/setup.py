@@ -210,7 +210,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     first = ranks.rank == 0
     start: Start = agreed(lambda: find_start(config, run_dir))
     mixture, valid_sets = agreed(lambda: open_data(config))
-    mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type)
+    mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
     for _ in model.draw_weights(config.run.seed):
         pass
@@ -253,8 +253,9 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     )
     if log is not None and config.run.tensorboard:
         log.add_tensorboard(progress.step)
-    if log is not None and config.run.wandb:
-        progress.logger_ids["wandb"] = log.add_wandb(config.run.name, config.plain(), progress.logger_ids.get("wandb"))
+    if config.run.wandb:
+        known = progress.logger_ids.get("wandb", "")
+        progress.logger_ids["wandb"] = agreed(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
     batch = config.train.global_batch_size
     origin = progress.samples - progress.step * batch
     batches = Prefetcher(

@@ -103,7 +103,8 @@ class Trainer:
         """Three numbers summed over the ranks in one message, ranks with the same data counted once."""
         mesh = self.model.mesh
         share = 1.0 if mesh["tp"].rank == 0 else 0.0
-        counted = valid * share if mesh["pp"].rank == 0 else 0.0  # all stages see the same batch; the loss is zero but at the head
+        # All stages and all of cp know the whole batch. Their losses add up: zero but at the head, and of a rank's own positions.
+        counted = valid * share if mesh["pp"].rank == 0 and mesh["cp"].rank == 0 else 0.0
         numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([counted, stop], dtype=torch.float64).to(self.device)])
         if mesh.size > 1:
             dist.all_reduce(numbers)
