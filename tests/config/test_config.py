@@ -135,6 +135,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
+    "update_in_backward": (1, ("parallel.update_in_backward=true", "parallel.accumulation=layered")),
     "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
     "deepspeed_update": (2, ("parallel.engine=deepspeed", "optim.name=lion")),
     "zero_offload": (2, ("parallel.engine=deepspeed", "parallel.zero_stage=2", "parallel.offload=parameters")),
