@@ -86,7 +86,10 @@ class Model(Section):
     residual: Literal["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"] = (
         "pre"
     )
-    branchnorm_period: Positive = 4000
+    branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
+    token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
+    dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
+    linear: Literal["dense", "bitlinear"] = "dense"  # of the blocks' products; bitlinear: weights −1, 0, 1 and 8-bit inputs
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
@@ -103,6 +106,11 @@ class Model(Section):
         """Channels of a head that rotary positions turn: MoEUT's turn half of them, as an even number."""
         assert self.head_dim is not None
         return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
+
+    @property
+    def causal(self) -> bool:
+        """A token sees itself and what is before it; an encoder's sees all."""
+        return self.family != "encoder"
 
     @model_validator(mode="before")
     @classmethod
@@ -236,6 +244,7 @@ class Data(Section):
     train: str | list[DataSource | str]
     valid: str | list[DataSource | str] | None = None
     valid_fraction: Share = 0.0
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens that an encoder has to name; 0.15 if absent
     tokenizer: str | None = None
 
 

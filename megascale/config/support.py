@@ -30,26 +30,53 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "family",
         ("model.family",),
-        lambda c, n: c.model.family != "decoder",
-        "this version trains decoders only",
-        "use decoder",
+        lambda c, n: c.model.family not in ("decoder", "encoder"),
+        "this version trains decoders and encoders",
+        "use decoder or encoder",
         True,
+    ),
+    Rule(
+        "encoder_position",
+        ("model.family", "model.position"),
+        lambda c, n: c.model.family == "encoder" and c.model.position in ("xpos", "alibi"),
+        "xPos and ALiBi weigh how far back a token looks, and an encoder looks both ways",
+        "use rope or learned",
+    ),
+    Rule(
+        "encoder_window",
+        ("model.family", "model.sliding_window"),
+        lambda c, n: c.model.family == "encoder" and c.model.sliding_window is not None,
+        "the window ends at the token itself, and an encoder looks both ways",
+        "remove sliding_window",
+    ),
+    Rule(
+        "encoder_context",
+        ("model.family", "parallel.cp"),
+        lambda c, n: c.model.family == "encoder" and c.parallel.cp > 1,
+        "tokens of other ranks are met in causal order",
+        "set cp to 1",
+    ),
+    Rule(
+        "mask_fraction",
+        ("data.mask_fraction", "model.family"),
+        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
+        "tokens are masked for encoders only",
+        "remove mask_fraction, or use family encoder",
     ),
     Rule(
         "residual",
         ("model.residual",),
-        lambda c, n: c.model.residual not in ("pre", "post"),
-        "this version has pre- and post-norm",
-        "use pre or post",
+        lambda c, n: c.model.residual == "mus",
+        "res-post-norm comes with unit scaling, which is not built yet",
+        "use pre, or deepnorm or deepscale for very deep models",
         True,
     ),
     Rule(
-        "norm",
-        ("model.norm",),
-        lambda c, n: c.model.norm == "dyt",
-        "DyT is not built yet",
-        "use rmsnorm or layernorm",
-        True,
+        "branchnorm_period",
+        ("model.residual", "model.branchnorm_period"),
+        lambda c, n: (c.model.residual == "branchnorm") != (c.model.branchnorm_period is not None),
+        "BranchNorm, and nothing else, has a period: the steps over which its branches come in",
+        "set branchnorm_period (4000 is quoted from its paper; less for short runs) for branchnorm, or leave it out",
     ),
     Rule(
         "moe_top_k",
@@ -64,6 +91,13 @@ RULES: tuple[Rule, ...] = (
         lambda c, n: c.model.moe is not None and c.model.bias,
         "experts have no biases",
         "set model.bias to false",
+    ),
+    Rule(
+        "moe_sublayer",
+        ("model.moe", "model.residual", "model.linear"),
+        lambda c, n: c.model.moe is not None and (c.model.residual == "subln" or c.model.linear != "dense"),
+        "experts have neither inner norms nor quantized products",
+        "use another residual scheme than subln and linear dense, or remove model.moe",
     ),
     Rule(
         "moe_every",
@@ -95,12 +129,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "moeut_block",
-        ("model.moeut", "model.residual", "model.num_kv_heads", "model.num_heads", "model.qk_norm"),
+        ("model.moeut", "model.family", "model.norm", "model.residual", "model.num_kv_heads", "model.num_heads", "model.qk_norm"),
         lambda c, n: (
-            c.model.moeut is not None and (c.model.residual != "pre" or c.model.num_kv_heads != c.model.num_heads or c.model.qk_norm)
+            c.model.moeut is not None
+            and (
+                (c.model.family, c.model.residual, c.model.qk_norm) != ("decoder", "pre", False)
+                or c.model.norm == "dyt"
+                or c.model.num_kv_heads != c.model.num_heads
+            )
         ),
-        "MoEUT has a block of its own, with its own norms and a key for every query head",
-        "set residual to pre and qk_norm to false, and leave num_kv_heads out",
+        "MoEUT is a decoder with a block of its own, with its own norms and a key for every query head",
+        "set family to decoder, norm to rmsnorm or layernorm, residual to pre and qk_norm to false, and leave num_kv_heads out",
     ),
     Rule(
         "moeut_axes",

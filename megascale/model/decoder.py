@@ -1,4 +1,5 @@
-"""The decoder family: tokens in, the sum of the cross-entropy over this rank's valid targets out.
+"""The decoder and encoder families: tokens in, the sum of the cross-entropy over this rank's valid targets out. They differ in what a
+token sees and in their side of the residual table; that an encoder is asked for hidden tokens is a matter of its data.
 
 Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 """
@@ -26,7 +27,7 @@ from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
-from megascale.model.residual import residual
+from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
 
 
@@ -56,28 +57,38 @@ class Decoder(nn.Module):
     The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
+    warm: Tensor | None
+
     def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
         super().__init__()
         part = part or Part(range(cfg.num_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
         self.cfg, self.shape, self.part = cfg, shape, part
-        row, dtype, d = residual(cfg.residual, cfg.num_layers), shape.storage, cfg.hidden_size
+        at_ends, dtype, d = ends(cfg), shape.storage, cfg.hidden_size
+        stack = Stack("decoder" if cfg.causal else "encoder", cfg.num_layers)
         if part.first or (part.last and cfg.tie_embeddings):
-            self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
+            self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if part.first and cfg.position == "learned":
-            self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
+            self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", at_ends.embedding), dtype)
+        self.embedding_scale: nn.Parameter | None = None
+        if part.first and at_ends.embedding_scale is not None:
+            self.embedding_scale = declare(ParamSpec((1,), "scale", "tokens", mean=at_ends.embedding_scale), dtype)
         # Keyed by global numbers, so that names are the same however the layers are cut into stages.
         self.blocks = nn.ModuleDict()
         for i in part.layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
-                self.blocks[str(i)] = Block(cfg, row, dtype, norm_kernel, has_experts(cfg, i))
+                self.blocks[str(i)] = Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, has_experts(cfg, i))
             else:
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
-        if part.last and row.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        if part.last and at_ends.final_norm:
+            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         if part.last and not cfg.tie_embeddings:
-            self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, cfg.init_std), dtype)
+            self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
+        self.hidden_factor = at_ends.hidden_factor
+        # BranchNorm's factor is a function of the step, hence no state of checkpoints: `at_step` sets it.
+        warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+        self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
@@ -85,6 +96,12 @@ class Decoder(nn.Module):
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
+
+    @torch.no_grad()
+    def at_step(self, step: int) -> None:
+        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation."""
+        if self.warm is not None and self.cfg.branchnorm_period is not None:
+            self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
@@ -128,6 +145,8 @@ class Decoder(nn.Module):
             return x
         if self.final_norm is not None:
             x = self.final_norm(x)
+        if self.hidden_factor != 1.0:
+            x = x * self.hidden_factor
         x = self.enter_head(x)
         if targets is None:
             return linear(x, self.head_weight)
@@ -174,6 +193,8 @@ class Decoder(nn.Module):
             here = (row >= 0) & (row < weight.shape[0])
             x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
         x = self.leave_embedding(x)
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale.to(x.dtype)
         if self.cfg.position == "learned":
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
@@ -193,11 +214,11 @@ class Decoder(nn.Module):
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
         seen = None
         if documents is not None or cfg.sliding_window is not None or slopes is not None:
-            seen = Seen(True, documents, cfg.sliding_window, slopes)
-            seen = with_blocks(seen, seq_len, device) if device.type == "cuda" else seen
+            seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
+            seen = with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
-            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), counted)
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm, counted)

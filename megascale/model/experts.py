@@ -22,9 +22,10 @@ from megascale.config.schema import Model, Moe
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
 from megascale.model.feedforward import FeedForward, activate
+from megascale.model.kernels import NormKernel
 from megascale.model.layers import Deferred, deferred_product
 from megascale.model.observe import Observations, Raw
-from megascale.model.residual import Gains
+from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, Role, declare
 
@@ -200,16 +201,16 @@ class MixtureOfExperts(nn.Module):
     `over_sequence` sums over the ranks that hold the others.
     """
 
-    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, start: Start | None = None) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, start: Start | None = None) -> None:
         super().__init__()
         moe = cfg.moe
         assert moe is not None and moe.ffn_size is not None
-        start = start or start_of(cfg, moe, gains)
+        start = start or start_of(cfg, moe, row)
         self.moe, self.num_experts = moe, moe.num_experts
         self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
         self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype)
         self.experts = Experts(cfg, moe, start, dtype)
-        self.shared = FeedForward(cfg, gains, dtype, moe.num_shared * moe.ffn_size) if moe.num_shared else None
+        self.shared = FeedForward(cfg, row, dtype, norm_kernel, moe.num_shared * moe.ffn_size) if moe.num_shared else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.over_sequence: Callable[[Tensor], Tensor] = identity
@@ -287,13 +288,16 @@ def load(experts: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:num_experts]
 
 
-def start_of(cfg: Model, moe: Moe, gains: Gains) -> Start:
-    """The model's own start, or √(0.1/fan_in) truncated at two deviations (ST-MoE, arXiv 2202.08906, section 3)."""
-    if moe.init == "model":
-        std = cfg.init_std
-        return Start({"router": std, "up": std * gains.up, "gate": std * gains.gate, "down": std * gains.down})
+def start_of(cfg: Model, moe: Moe, row: Residual) -> Start:
+    """Each expert as the scheme starts a feed-forward sublayer and the router as `init_std` says; or all √(0.1/fan_in), truncated at two
+    deviations (ST-MoE, arXiv 2202.08906, section 3).
+    """
     assert moe.ffn_size
-    wide, narrow = math.sqrt(0.1 / cfg.hidden_size), math.sqrt(0.1 / moe.ffn_size)
+    d, f = cfg.hidden_size, moe.ffn_size
+    if moe.init == "model":
+        roles: tuple[tuple[Role, int, int], ...] = (("up", f, d), ("gate", f, d), ("down", d, f))
+        return Start({"router": cfg.init_std, **{role: row.starts.std(role, out, into) for role, out, into in roles}})
+    wide, narrow = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
     return Start({"router": wide, "up": wide, "gate": wide, "down": narrow}, truncated=True)
 
 

@@ -24,7 +24,7 @@ from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_throug
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm, dropout
 from megascale.model.position import Rotary, rotate
-from megascale.model.residual import Gains
+from megascale.model.residual import Residual, Starts
 from megascale.model.router import Choice, choose, entropy_of, mass_of
 from megascale.model.spec import ParamSpec, declare, declare_repeated
 
@@ -110,7 +110,7 @@ class RepeatedBlock(nn.Module):
         self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
         wide = std / math.sqrt(d)
         start = Start({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
-        self.ffn = MixtureOfExperts(cfg, Gains(), dtype, start)
+        self.ffn = MixtureOfExperts(cfg, Residual("before", Starts("constant", cfg.init_std)), dtype, norm_kernel, start)
         if moe.balance == "entropy":
             self.ffn.balance_weight = 0.0  # the entropy is one of all repeats
         assert cfg.moeut is not None

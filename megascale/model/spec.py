@@ -11,7 +11,24 @@ import torch
 from torch import nn
 
 # What a weight does. Optimizers and schemes choose by role, never by name.
-Role = Literal["embedding", "position", "head", "norm", "bias", "query", "key", "value", "attention_out", "up", "gate", "down", "router"]
+# "scale": a learned factor on a channel or on everything; "coefficient": a factor that is not learned.
+Role = Literal[
+    "embedding",
+    "position",
+    "head",
+    "norm",
+    "bias",
+    "scale",
+    "coefficient",
+    "query",
+    "key",
+    "value",
+    "attention_out",
+    "up",
+    "gate",
+    "down",
+    "router",
+]
 
 # How tensor parallelism treats a weight. A number is the dimension it is cut along. "tokens": every rank holds all of it and applies it to
 # the tokens it has, so with tokens cut over ranks its gradient is a partial sum. "heads": every rank holds all of it and applies it to its
@@ -42,8 +59,8 @@ class ParamSpec:
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices: not for norms and biases."""
-        return self.role not in ("norm", "bias")
+        """Weight decay is for matrices: not for norms, biases and learned factors."""
+        return self.role not in ("norm", "bias", "scale")
 
     @property
     def numel(self) -> int:

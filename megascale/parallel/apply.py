@@ -90,6 +90,11 @@ class ParallelModel:
     def module(self) -> nn.Module:
         return self.modules[0]
 
+    def at_step(self, step: int) -> None:
+        """Sets the global step, counted from 1, that BranchNorm's coefficient follows: before each step, and before an evaluation."""
+        for stage in self.stages:
+            stage.at_step(step)
+
     def train(self, mode: bool) -> None:
         for module in self.modules:
             module.train(mode)
@@ -164,6 +169,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
             reshard = cfg.reshard_after_forward and not pipeline
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
         allocate(stage, device, on_host)
+        stage.at_step(1)
         if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)

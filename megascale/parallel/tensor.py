@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megascale.comm.collectives import copy_to_ranks, gather_parts, local_part, scatter_sum, sum_over_ranks
+from megascale.comm.collectives import (
+    copy_to_ranks,
+    gather_parts,
+    local_part,
+    max_over_ranks,
+    scatter_sum,
+    share_sum,
+    sum_over_ranks,
+)
 from megascale.comm.mesh import Axis
 from megascale.model.attention import kv_heads_of
 from megascale.model.block import Block
 from megascale.model.decoder import Decoder
+from megascale.model.layers import Linear, Norm
 from megascale.model.spec import ParamSpec
 
 SEQUENCE = 1  # the dimension of [b, s, d] and [b, s] that is cut
@@ -76,6 +85,7 @@ def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequen
         assert isinstance(block, Block)
         for sublayer in (block.attention, block.ffn):
             sublayer.enter, sublayer.leave = enter, leave
+    _share_statistics(model, placements, axis)
     model.enter_head, model.leave_embedding = enter, leave
     model.vocab_axis = axis
     assert model.cfg.vocab_size is not None
@@ -110,6 +120,23 @@ def _cut_kv_heads(model: Decoder, axis: Axis) -> bool:
         attention.k.rows = attention.v.rows = (kv.start * cfg.head_dim, kv.stop * cfg.head_dim)
         attention.kv_of_query = of_query
     return False
+
+
+def _share_statistics(model: nn.Module, placements: dict[str, Placement], axis: Axis) -> None:
+    """Norms over a cut dimension and quantized products take their statistics over all parts, which are equal in size."""
+
+    def mean(x: Tensor) -> Tensor:
+        return share_sum(x, axis) / axis.size
+
+    for name, module in model.named_modules():
+        if isinstance(module, Norm) and placements[f"{name}.weight"].cuts:
+            module.mean_parts = mean
+        if isinstance(module, Linear) and module.statistics is not None:
+            dims = [cut.dim for cut in placements[f"{name}.weight"].cuts]
+            if dims:
+                module.statistics.weight_mean = mean
+            if 1 in dims:
+                module.statistics.input_mean, module.statistics.input_max = mean, partial(max_over_ranks, axis=axis)
 
 
 def resize(model: nn.Module, name: str, placement: Placement) -> None:

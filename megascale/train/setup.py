@@ -23,6 +23,7 @@ from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
+from megascale.data.masking import Masking
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
@@ -41,7 +42,7 @@ from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, claim_run_dir, find_start
+from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -52,21 +53,27 @@ T = TypeVar("T")
 
 
 def resolve_vocabulary(config: Config) -> Config:
-    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused."""
+    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused. An encoder
+    has one token more, its last, that stands for hidden ones.
+    """
+    more = 1 if config.model.family == "encoder" else 0
     prefix = read_sources(config.data.train, "data.train")[0].path
     path = config.data.tokenizer or beside(prefix)
     if path is None:
-        size = config.model.vocab_size or source_facts(prefix).get("vocab_size")
+        known = source_facts(prefix).get("vocab_size")
+        size = config.model.vocab_size or (known and known + more)
         if size is None:
             raise UsageError(
                 f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer"
             )
     else:
         tokenizer = load_tokenizer(path)
-        size = config.model.vocab_size or tokenizer.vocab_size
-        if size < tokenizer.vocab_size:
+        size = config.model.vocab_size or tokenizer.vocab_size + more
+        if size < tokenizer.vocab_size + more:
+            mask = " and an encoder needs one more for its mask" if more else ""
             raise UsageError(
-                f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces: leave vocab_size out to take them"
+                f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces{mask}: leave vocab_size out to "
+                "take them"
             )
         made_with = source_facts(prefix).get("tokenizer_fingerprint")
         if made_with is not None and made_with != tokenizer.fingerprint:
@@ -174,8 +181,8 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
 def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
     """The training mixture and the named validation sets."""
     data, train = config.data, config.train
-    vocab = config.model.vocab_size
-    assert vocab is not None
+    assert config.model.vocab_size is not None
+    vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
     sources = read_sources(data.train, "data.train")
     part = "train" if data.valid_fraction > 0 else "all"
     mixture = Mixture(sources, train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=True)
@@ -193,7 +200,10 @@ def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, devi
     """This rank's micro-batches of the global batch that starts at sample `first`."""
     t = config.train
     rows = sample_numbers(first, t.global_batch_size, t.micro_batch_size, mesh.data_rank, mesh.data_size)
-    return [make_batch(mixture, row, t.packing, device) for row in rows]
+    masking = None
+    if config.model.family == "encoder":
+        masking = Masking(config.run.seed, config.data.mask_fraction or 0.15, mixture.vocab_size)
+    return [make_batch(mixture, row, t.packing, device, masking) for row in rows]
 
 
 @contextmanager
@@ -224,6 +234,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         engine.loaded(state)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
+        agreed(lambda: check_coefficients(config, model, start.folder))
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
     log, console = None, None
     if first:

@@ -78,6 +78,7 @@ class Trainer:
         clock = StepClock(self.device)
         self.model.mesh.traffic.take()  # what evaluation sent is not the step's
         self.model.train(True)
+        self.model.at_step(step)
         loss = self.engine.run(micro_batches, 1.0 / self.places)
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry the fixed 1/places; the number of valid targets is known only to all ranks together.

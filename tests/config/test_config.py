@@ -92,11 +92,16 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
 
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
-    "family": (1, ("model.family=encoder",)),
-    "residual": (1, ("model.residual=deepnorm",)),
-    "norm": (1, ("model.norm=dyt",)),
+    "family": (1, ("model.family=encoder_decoder",)),
+    "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
+    "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
+    "encoder_context": (2, ("model.family=encoder", "parallel.cp=2")),
+    "mask_fraction": (1, ("data.mask_fraction=0.2",)),
+    "residual": (1, ("model.residual=mus",)),
+    "branchnorm_period": (1, ("model.residual=branchnorm",)),
     "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
     "moe_bias": (1, ("model.moe={}", "model.bias=true")),
+    "moe_sublayer": (1, ("model.moe={}", "model.residual=subln")),
     "moe_every": (1, ("model.moe={every: 2}",)),
     "moeut_groups": (1, ("model.moe={}", "model.moeut={group_size: 2}")),
     "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
@@ -176,8 +181,11 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
     """Values in and out of what is supported."""
     pick = {
         "model.num_kv_heads": [1, 2, 3, 4],
+        "model.family": ["decoder", "encoder"],
         "model.norm": ["rmsnorm", "layernorm", "dyt"],
-        "model.residual": ["pre", "post", "deepnorm"],
+        "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "mus"],
+        "model.branchnorm_period": ["null", "null", 3],
+        "model.linear": ["dense", "bitlinear"],
         "model.position": ["rope", "alibi", "learned", "xpos"],
         "model.head_dim": [3, 4],
         "model.ffn_size": [24, 25],
