@@ -72,6 +72,8 @@ def main(
 def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
     """What OUT.json holds."""
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    if config.model.moeut is not None:
+        raise UsageError("model.moeut is set, and theory knows stacks of blocks with weights of their own: remove model.moeut to probe one")
     p, t = config.parallel, config.train
     filling = 2 * p.pp * p.stages_per_rank if p.pp > 1 else 1
     batch = t.micro_batch_size * data_parts(p) * filling

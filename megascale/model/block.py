@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
 from megascale.model.attention_tiles import Seen
+from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, dropout
@@ -21,14 +23,15 @@ from megascale.model.spec import ParamSpec, declare, declare_state
 
 class Context(NamedTuple):
     """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them, or all where attention
-    is not causal), dropout keys [b, s] of the layer, and the factor [1] on every branch that follows the global step (None: no scheme with
-    one).
+    is not causal), dropout keys [b, s] of the layer, the factor [1] on every branch that follows the global step (None: no scheme with
+    one), and the weight [b, s] of each token in auxiliary losses (None: there are none).
     """
 
     rotary: Rotary | None
     seen: Seen | None
     keys: Tensor | None
-    branch: Tensor | None = None
+    branch: Tensor | None
+    counted: Tensor | None
 
 
 class Block(nn.Module):
@@ -37,7 +40,7 @@ class Block(nn.Module):
     skip: Tensor | None
     branch: Tensor | None
 
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, sparse: bool) -> None:
         super().__init__()
         self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
         bias = cfg.bias and "norm" not in row.unbiased
@@ -46,7 +49,7 @@ class Block(nn.Module):
         self.ffn_norm: Norm | None = None
         if not row.one_norm:
             self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[1])
-        self.ffn = FeedForward(cfg, row, dtype, norm_kernel)
+        self.ffn = MixtureOfExperts(cfg, row, dtype, norm_kernel) if sparse else FeedForward(cfg, row, dtype, norm_kernel)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)
         # In bf16 a λ of 0.9995 would round to 1, and a thousand layers would not notice their own factor.
@@ -62,7 +65,8 @@ class Block(nn.Module):
         keys = context.keys
         other_keys = None if keys is None else ~keys
         attention = lambda h: self._scaled(self.attention(h, context.rotary, context.seen), self.attention_scale, keys)  # noqa: E731
-        ffn = lambda h: self._scaled(self.ffn(h), self.ffn_scale, other_keys)  # noqa: E731
+        inner = partial(self.ffn, counted=context.counted) if isinstance(self.ffn, MixtureOfExperts) else self.ffn
+        ffn = lambda h: self._scaled(inner(h), self.ffn_scale, other_keys)  # noqa: E731
         if self.ffn_norm is None:
             h = self.attention_norm(x)
             return self._add(x, attention(h) + ffn(h), context)

@@ -6,6 +6,7 @@ Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
-from megascale.config.stages import Part
+from megascale.config.stages import Part, has_experts
 from megascale.model.attention import identity
 from megascale.model.attention_flex import with_blocks
 from megascale.model.attention_tiles import Seen
+from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
+from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
@@ -71,7 +74,12 @@ class Decoder(nn.Module):
         if part.first and at_ends.embedding_scale is not None:
             self.embedding_scale = declare(ParamSpec((1,), "scale", "tokens", mean=at_ends.embedding_scale), dtype)
         # Keyed by global numbers, so that names are the same however the layers are cut into stages.
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), dtype, norm_kernel) for i in part.layers})
+        self.blocks = nn.ModuleDict()
+        for i in part.layers if cfg.moeut is None else range(cfg.moeut.group_size):
+            if cfg.moeut is None:
+                self.blocks[str(i)] = Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, has_experts(cfg, i))
+            else:
+                self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
@@ -95,10 +103,9 @@ class Decoder(nn.Module):
         if self.warm is not None and self.cfg.branchnorm_period is not None:
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
-    def units(self) -> Iterator[tuple[str, Block]]:
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
         for number, block in self.blocks.items():
-            assert isinstance(block, Block)
             yield f"blocks.{number}", block
 
     @property
@@ -123,10 +130,17 @@ class Decoder(nn.Module):
         documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
         while training.
         """
-        contexts = self.contexts(tokens, documents, positions, samples)
+        counted = None
+        if targets is not None and self.cfg.moe is not None:
+            counted = (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
+            counted = self.sequence_here(counted)
+        contexts = self.contexts(tokens, documents, positions, samples, counted)
         x = self.embed(tokens, positions) if stream is None else stream
-        for (_, block), context in zip(self.units(), contexts):
-            x = block(x, context)
+        if self.cfg.moeut is None:
+            for (_, block), context in zip(self.units(), contexts):
+                x = block(x, context)
+        else:
+            x = self.repeat(x, contexts)
         if not self.part.last:
             return x
         if self.final_norm is not None:
@@ -147,6 +161,25 @@ class Decoder(nn.Module):
             self.vocab_axis,
         )
 
+    def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:
+        """The group of blocks as often as there are layers. What their experts got is judged over all repeats, at the end."""
+        moe, moeut = self.cfg.moe, self.cfg.moeut
+        assert moe is not None and moeut is not None
+        told: dict[str, list[Masses]] = {name: [] for name in self.blocks}
+        for (name, block), context in zip(itertools.cycle(self.blocks.items()), contexts):
+            x, masses = block(x, context)
+            if masses is not None:
+                told[name].append(masses)
+        if not torch.is_grad_enabled() or not all(told.values()):
+            return x
+        weight = moe.aux_loss if moe.balance == "entropy" else 0.0
+        losses = []
+        for name, masses_of in told.items():
+            block = self.blocks[name]
+            assert isinstance(block, RepeatedBlock)
+            losses.append(repeats_loss(masses_of, weight, moeut.attention_aux_loss, block.ffn.over_sequence))
+        return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
+
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, S] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
         if positions is None:
@@ -166,13 +199,14 @@ class Decoder(nn.Module):
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
-    def contexts(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None) -> Iterator[Context]:
+    def contexts(
+        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None, counted: Tensor | None
+    ) -> Iterator[Context]:
         """The context of each block; they differ in their dropout keys only."""
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
         if cfg.position in ("rope", "xpos"):
-            assert cfg.head_dim is not None
-            freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
+            freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
             angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
         slopes = None
@@ -187,4 +221,4 @@ class Decoder(nn.Module):
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
-            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm)
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm, counted)

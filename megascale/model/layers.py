@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 # Weight gradients still to be computed, in the order in which backward met them.
 Deferred = list[Callable[[], None]]
+# (gradient of a product's result, its input) → added to the gradient of its weight. It refers to the weight, a leaf that the optimizer or
+# FSDP owns, and is called after backward: a saved tensor would not do.
+AddGradient = Callable[[Tensor, Tensor], None]
 
 
 class _KeepInput(torch.autograd.Function):
@@ -33,17 +37,16 @@ class _KeepInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: slice, queue: Deferred, met: list[Tensor]) -> Tensor:
-        # The weight is a leaf that the optimizer or FSDP owns: it is referred to, not saved, for its gradient is put there later.
-        ctx.weight, ctx.rows, ctx.queue, ctx.met = weight, rows, queue, met
+    def forward(ctx: Any, x: Tensor, add_gradient: AddGradient, queue: Deferred, met: list[Tensor]) -> Tensor:
+        ctx.add_gradient, ctx.queue, ctx.met = add_gradient, queue, met
         ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), weight, rows, g = ctx.saved_tensors, ctx.weight, ctx.rows, ctx.met.pop()
-        ctx.queue.append(lambda: _add_gradient(weight, rows, g, x))
-        return grads[0], None, None, None, None
+        (x,), g = ctx.saved_tensors, ctx.met.pop()
+        ctx.queue.append(partial(ctx.add_gradient, g, x))
+        return grads[0], None, None, None
 
 
 class _MeetGradient(torch.autograd.Function):
@@ -105,7 +108,8 @@ class Linear(nn.Module):
             x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
         rows = slice(*self.rows) if self.rows else slice(None)
         if self.deferred is not None and torch.is_grad_enabled():
-            return _deferred_product(x, self.weight, weight, rows, self.deferred)
+            product = partial(linear, weight=weight.detach()[rows])
+            return deferred_product(x, product, partial(_add_gradient, self.weight, rows), self.deferred)
         return linear(x, weight if self.rows is None else weight[rows])
 
     def add_bias(self, y: Tensor) -> Tensor:
@@ -117,13 +121,10 @@ class Linear(nn.Module):
 
 
 @torch.compiler.disable
-def _deferred_product(x: Tensor, weight: Tensor, value: Tensor, rows: slice, queue: Deferred) -> Tensor:
-    """The product with `value`, the weight as it is or quantized, and the weight's gradient queued; x must require a gradient, as every
-    stream between layers does.
-    """
+def deferred_product(x: Tensor, product: Callable[[Tensor], Tensor], add_gradient: AddGradient, queue: Deferred) -> Tensor:
+    """`product` of x with a detached weight, whose gradient is queued; x must require a gradient, as every stream between layers does."""
     met: list[Tensor] = []
-    x = _KeepInput.apply(x, weight, rows, queue, met)
-    return _MeetGradient.apply(linear(x, value.detach()[rows]), met)  # type: ignore[no-any-return]
+    return _MeetGradient.apply(product(_KeepInput.apply(x, add_gradient, queue, met)), met)  # type: ignore[no-any-return]
 
 
 class Norm(nn.Module):

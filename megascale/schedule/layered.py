@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megascale.data.loader import Batch
+from megascale.model.decoder import Decoder
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.orders import Step, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding
@@ -85,12 +86,14 @@ class _Pass:
             case "B":
                 self.backward(step.stage, step.micro_batch)
             case "G" if sharded:
-                stage.unshard(async_op=True)  # type: ignore[operator]
+                for group in _groups(stage):
+                    group.unshard(async_op=True)
             case "R" if sharded:
                 stage.set_requires_gradient_sync(True)  # type: ignore[operator]
                 stage.set_requires_all_reduce(len(self.losses) == len(self.batches))  # type: ignore[operator]
             case "U" if sharded:
-                stage.reshard()  # type: ignore[operator]
+                for group in _groups(stage):
+                    group.reshard()
                 stage.set_requires_gradient_sync(False)  # type: ignore[operator]
 
     def forward(self, number: int, i: int) -> None:
@@ -113,6 +116,11 @@ class _Pass:
         torch.autograd.backward(self.ends.pop(key), self.grads.pop(i))
         if number > 0:
             (self.grads[i],) = self.doors.pop(key)
+
+
+def _groups(stage: Decoder) -> list[FSDPModule]:
+    """What FSDP2 gathers of a stage: its weights, and its experts where they have axes of their own."""
+    return [m for m in stage.modules() if isinstance(m, FSDPModule)]
 
 
 class _Door(torch.autograd.Function):

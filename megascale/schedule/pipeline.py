@@ -23,6 +23,7 @@ from megascale.config.schema import Parallel
 from megascale.config.stages import stages_of_rank
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder
+from megascale.model.experts import Bank
 from megascale.model.layers import Deferred, Linear
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.orders import compute_order, forward_order, splits_backward
@@ -121,7 +122,7 @@ class Stage(PipelineStage):
         self.queue: Deferred = []
         if split:
             for layer in module.modules():
-                if isinstance(layer, Linear):
+                if isinstance(layer, Linear | Bank):
                     layer.deferred = self.queue
         super().__init__(
             module,

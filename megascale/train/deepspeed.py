@@ -111,7 +111,7 @@ class DeepSpeed:
         self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
         for w in self.model.weights:
             # It sums squares over the tensor axis for those that say so, and counts the others once.
-            w.parameter.model_parallel = w.parameter.tensor_model_parallel = w.placement.dim is not None  # type: ignore[attr-defined]
+            w.parameter.model_parallel = w.parameter.tensor_model_parallel = bool(w.placement.cuts)  # type: ignore[attr-defined]
             if w.placement.partial:
                 # It reduces over data ranks in its own hooks, so shares of a sum over the tensor axis are summed as they appear.
                 w.parameter.register_hook(partial(all_reduce, axis=mesh["tp"]))

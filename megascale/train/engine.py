@@ -14,6 +14,7 @@ from megascale.data.loader import Batch
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import Optimizer
 from megascale.parallel.apply import ParallelModel
+from megascale.parallel.expert import settle_routers
 from megascale.schedule.accumulate import Schedule
 from megascale.train.state import state_pieces
 
@@ -51,6 +52,7 @@ class Native:
         norm = global_norm(self.model.weights, self.model.mesh.size) / valid
         finite = torch.isfinite(norm)
         self.optimizer.step(lr, clip_factor(norm, self.clip) / valid, finite)
+        settle_routers(self.model.stages, self.model.mesh.axes, finite)
         for w in self.model.weights:
             w.parameter.grad = None
         return norm, finite

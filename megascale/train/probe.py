@@ -76,6 +76,7 @@ class Taps:
         handles: list[Any] = []
         for stage in self.model.stages:
             for name, block in stage.units():
+                assert isinstance(block, Block)  # the tool refuses models of other blocks
                 layer = int(name.rpartition(".")[2])
                 if layer == 0:
                     handles.append(block.register_forward_pre_hook(self._before(self.row[-1, "embedding"])))

@@ -30,7 +30,7 @@ from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
-from megascale.model.spec import specs_of
+from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.schedule.accumulate import Accumulation, Schedule
@@ -40,6 +40,7 @@ from megascale.train.console import Console
 from megascale.train.engine import Engine, Native
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
+from megascale.train.observed import Observed
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress
@@ -152,7 +153,12 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
     specs = specs_of(Decoder(config.model, shape, kernels.norm))
     flops = flops_per_token(config.model, specs, config.train.seq_len)
-    facts = {"parameters": sum(s.numel for s in specs.values()), "norm_kernel": f"{kernels.source} ({kernels.reason})"}
+    active = active_parameters(specs)
+    facts = {
+        "parameters": sum(s.numel for s in specs.values()),
+        "parameters_active": active,
+        "norm_kernel": f"{kernels.source} ({kernels.reason})",
+    }
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
     return parallelize(stages, mesh, config.parallel, device), facts, flops
 
@@ -243,6 +249,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         config.train.total_steps,
         flops,
         peak,
+        Observed(model),
         log,
         console,
         {
@@ -317,10 +324,9 @@ def announce(
     log.event("resume" if progress.step else "start", progress.step, **details)
     if start.changes:
         log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
-    size = facts["parameters"]
-    console.say(
-        f"{config.run.name}: {size / 1e6:.1f}M parameters on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}"
-    )
+    size, active = facts["parameters"], facts["parameters_active"]
+    many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
+    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:

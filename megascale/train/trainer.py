@@ -85,7 +85,8 @@ class Trainer:
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid / self.places, float(self.stop.requested()))
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
         norm, finite = self.engine.update(lr, total_valid)
-        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), self.model.mesh.traffic.take()[0])
+        sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
+        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

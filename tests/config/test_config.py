@@ -99,7 +99,15 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "residual": (1, ("model.residual=mus",)),
     "branchnorm_period": (1, ("model.residual=branchnorm",)),
-    "experts": (1, ("model.moe={num_experts: 4}",)),
+    "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
+    "moe_bias": (1, ("model.moe={}", "model.bias=true")),
+    "moe_sublayer": (1, ("model.moe={}", "model.residual=subln")),
+    "moe_every": (1, ("model.moe={every: 2}",)),
+    "moeut_groups": (1, ("model.moe={}", "model.moeut={group_size: 2}")),
+    "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
+    "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
+    "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
+    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.tp=2")),
     "stages_without_pipeline": (1, ("parallel.pp_virtual=2",)),
     "one_stage_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=2", "model.num_layers=8")),
     "v_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=3", "parallel.pp_schedule=zbv", "model.num_layers=8")),
@@ -114,7 +122,15 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "ulysses_heads": (5, ("parallel.cp=5", "parallel.cp_method=ulysses", "train.seq_len=10")),
     "ring_places": (3, ("parallel.cp=3", "parallel.cp_ulysses=2")),
     "cp_sequence": (5, ("parallel.cp=5",)),
-    "expert_axes": (1, ("parallel.etp=2",)),
+    "ep_without_experts": (1, ("parallel.etp=1",)),
+    "ep_experts": (2, ("model.moe={num_experts: 3}", "parallel.ep=2")),
+    "etp": (2, ("model.moe={}", "parallel.tp=2", "parallel.etp=4")),
+    "etp_sequence": (2, ("model.moe={}", "parallel.tp=2", "parallel.etp=1")),
+    "expert_mesh": (3, ("model.moe={}", "parallel.ep=2")),
+    "ep_engine": (2, ("model.moe={}", "parallel.tp=2", "parallel.tp_sequence=true", "parallel.etp=1", "parallel.engine=ddp")),
+    "moe_deepspeed": (2, ("model.moe={}", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
+    "etp_width": (2, ("model.moe={ffn_size: 25}", "parallel.tp=2")),
+    "capacity_cut": (2, ("model.moe={capacity_factor: 1.25}", "parallel.cp=2")),
     "layered_engine": (1, ("parallel.accumulation=layered", "parallel.engine=ddp")),
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
@@ -125,6 +141,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "offload_dir": (1, ("parallel.offload_dir=disk", "parallel.offload=optimizer")),
     "offload_inputs": (1, ("parallel.offload=activations",)),
     "offload_parameters": (1, ("parallel.offload=parameters",)),
+    "offload_experts": (2, ("model.moe={}", "parallel.ep=2", "parallel.offload=parameters")),
     "offload_muon": (1, ("parallel.offload=optimizer", "optim.name=muon")),
     "fp8": (1, ("precision.fp8=true",)),
     "base_width": (1, ("optim.base_width=64",)),
@@ -263,7 +280,7 @@ def test_every_config_that_ships_is_valid() -> None:
         loaded = load_config(path)
         if loaded.model.vocab_size is None:
             loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"vocab_size": 8192})})
-        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate)
+        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate * loaded.parallel.ep)
         report = describe_run(check(loaded, ranks), ranks)
         number = path.stem.rsplit("-", 1)[-1]
         if number[-1] in "mb" and number[:-1].replace(".", "").isdigit():
