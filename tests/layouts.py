@@ -108,7 +108,7 @@ def train(case: Case) -> dict[str, Any]:
     """losses and norms by step, gradients of the first step, weights at the end, bytes and calls of the last step."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
-    optimizer = build_optimizer(model, case.optim)
+    optimizer = build_optimizer(model, case.optim, case.parallel.offload)
     schedule = build_schedule(model, case.parallel, CPU)
     places = case.batch * case.seq_len
     result: dict[str, Any] = {"loss": [], "norm": []}

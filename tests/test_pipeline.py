@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.config.stages import split_layers, stages_of_rank
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block
-from megascale.schedule.orders import Step, compute_order, steps
+from megascale.schedule.orders import Step, compute_order, layered_order, steps, with_weights
 from megascale.schedule.pipeline import Stage
 from megascale.schedule.timeline import draw, simulate, text_lanes
 from tests import runs
@@ -181,8 +182,8 @@ def test_what_runs_is_what_is_drawn(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_order_can_hang(schedule: str) -> None:
-    """Catches a deadlock, a computation that is missing or done twice, for every P ≤ 6, V ≤ 4, m ≤ 12 that is not refused."""
-    virtuals = range(1, 5) if schedule in ("looped_bfs", "interleaved_1f1b", "interleaved_zero_bubble") else (SCHEDULES[schedule],)
+    """Catches a deadlock, a computation that is missing or done twice, for every P ≤ 6, V ≤ 6, m ≤ 12 that is not refused."""
+    virtuals = range(1, 7) if schedule in ("looped_bfs", "interleaved_1f1b", "interleaved_zero_bubble") else (SCHEDULES[schedule],)
     for ranks in range(2, 7):
         for virtual in virtuals:
             for m in range(1, 13):
@@ -221,10 +222,41 @@ def test_timelines_have_the_published_bubbles() -> None:
     assert text_lanes(simulate(compute_order("1f1b", 2, 1, 2))) == ["rank 0  FF..BB.BB", "rank 1  .FBBFBB.."]
 
 
+def test_modular_pipelines_gather_each_layer_twice() -> None:
+    """Catches gathers and reductions of every micro-batch in looped_bfs with a layer a stage: drawn, and counted where they are sent."""
+    gathers = {}
+    for m in (4, 8):
+        drawn = simulate(with_weights(compute_order("looped_bfs", 2, 4, m), m))
+        kinds = [Counter(mark.kind for mark in marks) for marks in drawn.marks]
+        assert [k["R"] for k in kinds] == [4, 4]
+        # A stage is one group of weights; the first stage, on the first rank, has its embedding as another.
+        gathers[m] = sum(2 if mark.stage == 0 else 1 for mark in drawn.marks[0] if mark.kind == "G")
+        parallel = pipelined("looped_bfs", pp_virtual=4, dp_shard=2, pp_layers=(1,) * 8)
+        case = Case(deep("llama", 8), parallel, batch=2 * m, steps=1, keep_tensors=False)
+        calls = run_ranks(4, train, case)[0]["calls"]
+        assert calls["dp_shard", "reduce_scatter"] == 4 + 1
+        assert calls["dp_shard", "all_gather"] == gathers[m]
+    assert gathers[4] == gathers[8]
+
+
+def test_layered_pipelines_equal_one_process() -> None:
+    """Catches a stage of one layer under FSDP2 that is freed while a micro-batch still needs it."""
+    parallel = pipelined("looped_bfs", pp_virtual=3, dp_shard=2, tp=1, recompute="full", pp_layers=(1,) * 6)
+    assert_equal(Case(deep("gpt", 6), parallel, batch=12), 4)
+
+
 def test_pictures_can_be_drawn(tmp_path: Path) -> None:
     for end in ("png", "svg"):
         draw(simulate(compute_order("zbv", 4, 2, 8)), "zbv", tmp_path / f"order.{end}")
         assert (tmp_path / f"order.{end}").stat().st_size > 5000
+    layered = simulate({0: layered_order(4, 3, 3)})
+    draw(layered, "layered", tmp_path / "layered.png")
+    assert [(m.kind, m.stage, m.time) for m in layered.marks[0] if m.kind == "R"] == [
+        ("R", 3, 18.0),
+        ("R", 2, 24.0),
+        ("R", 1, 30.0),
+        ("R", 0, 36.0),
+    ]
 
 
 def test_layers_are_balanced() -> None:

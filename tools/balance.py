@@ -24,7 +24,8 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
-from megascale.train.setup import DTYPES, choose_device, resolve_vocabulary
+from megascale.train.memory import DTYPES
+from megascale.train.setup import choose_device, resolve_vocabulary
 
 app = new_app(__doc__ or "")
 WARM, ROUNDS = 1, 3

@@ -82,7 +82,8 @@ def main() -> None:
     model = simulate(compute_order(schedule, 2, virtual, M))
     busy = sum(s.end - s.start for lane in drawn for s in lane)
     bubble = 1 - busy / (2 * max(s.end for lane in drawn for s in lane))
-    draw(Timeline(drawn, bubble, model.live, model.sends), f"{schedule}, two ranks, as it ran ({unit * 1e3:.0f} ms a forward)", picture)
+    timeline = Timeline(drawn, bubble, model.live, model.sends, [[], []])
+    draw(timeline, f"{schedule}, two ranks, as it ran ({unit * 1e3:.0f} ms a forward)", picture)
     facts = {"bubble_measured": round(bubble, 4), "bubble_of_the_model": round(model.bubble, 4), "forward_seconds": round(unit, 4)}
     write(__file__, f"trace_{schedule}", {"machine": machine(), "micro_batches": M, "schedule": schedule, **facts})
 

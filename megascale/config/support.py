@@ -179,20 +179,61 @@ RULES: tuple[Rule, ...] = (
         "choose breadth_first that divides m, or leave it out so that all of them go together",
     ),
     Rule(
-        "deepspeed",
-        ("parallel.engine",),
-        lambda c, n: c.parallel.engine == "deepspeed",
-        "DeepSpeed is not built in yet",
-        "use fsdp2",
-        True,
+        "deepspeed_axes",
+        ("parallel.engine", "parallel.pp", "parallel.cp", "parallel.dp_replicate"),
+        lambda c, n: (
+            c.parallel.engine == "deepspeed"
+            and (c.parallel.pp > 1 or c.parallel.cp > 1 or c.parallel.dp_replicate > 1 or not _data_ranks(c, n))
+        ),
+        "DeepSpeed is built in for data ranks on dp_shard, at least two, with tp beside them",
+        "put the ranks on dp_shard and tp, or use engine fsdp2",
     ),
     Rule(
-        "offload",
-        ("parallel.offload",),
-        lambda c, n: bool(c.parallel.offload),
-        "offload is not built yet",
-        "use none",
-        True,
+        "deepspeed_update",
+        ("parallel.engine", "optim.name", "precision.compute"),
+        lambda c, n: (
+            c.parallel.engine == "deepspeed" and (c.optim.name != "adamw" or c.precision.compute == "fp64" or c.precision.storage != "fp32")
+        ),
+        "DeepSpeed is built in with AdamW and fp32 masters, computing in bf16 or fp32",
+        "use optim.name adamw with precision.compute bf16 or fp32 and without precision.master, or engine fsdp2",
+    ),
+    Rule(
+        "zero_offload",
+        ("parallel.engine", "parallel.zero_stage", "parallel.offload"),
+        lambda c, n: c.parallel.engine == "deepspeed" and "parameters" in c.parallel.offload and c.parallel.zero_stage < 3,
+        "only ZeRO 3 cuts weights, so only there can they be away",
+        "set zero_stage to 3, or offload optimizer",
+    ),
+    Rule(
+        "offload_dir",
+        ("parallel.offload_dir", "parallel.engine", "parallel.offload"),
+        lambda c, n: (
+            c.parallel.offload_dir is not None
+            and (c.parallel.engine != "deepspeed" or not {"optimizer", "parameters"} & set(c.parallel.offload))
+        ),
+        "state goes to a disk with DeepSpeed only, and only where offload says what",
+        "use engine deepspeed with offload optimizer or parameters, or leave offload_dir out for host memory",
+    ),
+    Rule(
+        "offload_inputs",
+        ("parallel.offload", "parallel.recompute"),
+        lambda c, n: "activations" in c.parallel.offload and c.parallel.recompute != "full",
+        "block inputs are what full recomputation keeps; without it more would have to move than the link carries",
+        "set parallel.recompute to full, or leave activations out of offload",
+    ),
+    Rule(
+        "offload_parameters",
+        ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
+        lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
+        "FSDP2 moves parameters, so there must be at least two data ranks for it to cut them over",
+        "use engine fsdp2 on at least two data ranks, or offload optimizer",
+    ),
+    Rule(
+        "offload_muon",
+        ("parallel.offload", "optim.name"),
+        lambda c, n: c.optim.name == "muon" and bool({"optimizer", "parameters"} & set(c.parallel.offload)),
+        "Muon multiplies whole matrices, which a host does far too slowly",
+        "use adamw or lion, or offload activations only",
     ),
     Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
     Rule(
@@ -283,6 +324,20 @@ RULES: tuple[Rule, ...] = (
         "set data.valid or data.valid_fraction, or eval_every to 0",
     ),
 )
+
+
+def _sharded(config: Config, ranks: int) -> bool:
+    """Whether FSDP2 cuts the weights."""
+    return config.parallel.engine == "fsdp2" and (config.parallel.cp > 1 or _data_ranks(config, ranks))
+
+
+def _data_ranks(config: Config, ranks: int) -> bool:
+    """Whether there are at least two data ranks; true as well where the axes do not fit the ranks, which is refused on its own."""
+    try:
+        sizes = axis_sizes(config.parallel, ranks)
+    except UsageError:
+        return True
+    return sizes["dp_shard"] * sizes["dp_replicate"] > 1
 
 
 def _stage_layers_fit(config: Config) -> bool:

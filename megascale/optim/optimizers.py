@@ -15,6 +15,7 @@ from megascale.comm.collectives import all_gather
 from megascale.comm.mesh import Mesh
 from megascale.comm.piece import chunk_bounds
 from megascale.config.schema import Optim
+from megascale.optim.host import Mirror, OnHost
 from megascale.parallel.apply import ParallelModel, Weight
 
 MATRICES = ("query", "key", "value", "attention_out", "up", "gate", "down")  # the roles that Muon orthogonalizes
@@ -28,15 +29,25 @@ class Optimizer(Protocol):
         """state key → weight name → this rank's tensor: shaped like the weight's local part, or 0-dim. Live, to be saved and loaded."""
 
 
-def build_optimizer(model: ParallelModel, cfg: Optim) -> Optimizer:
+def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
+    """`offload` as in the config: with "optimizer" the state lies in host memory, with "parameters" the weights lie there already."""
+    if "parameters" in offload:
+        return OnHost(_build(model.weights, model, cfg), None)
+    if "optimizer" in offload:
+        mirror = Mirror(model.weights)
+        return OnHost(_build(mirror.weights, model, cfg), mirror)
+    return _build(model.weights, model, cfg)
+
+
+def _build(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
     match cfg.name:
         case "adamw":
-            return AdamW(model.weights, cfg)
+            return AdamW(weights, cfg)
         case "lion":
-            return Lion(model.weights, cfg)
+            return Lion(weights, cfg)
         case "muon":
-            matrices = [w for w in model.weights if w.placement.spec.role in MATRICES]
-            rest = [w for w in model.weights if w.placement.spec.role not in MATRICES]
+            matrices = [w for w in weights if w.placement.spec.role in MATRICES]
+            rest = [w for w in weights if w.placement.spec.role not in MATRICES]
             return Muon(matrices, AdamW(rest, cfg), model.mesh, cfg)
 
 

@@ -21,6 +21,7 @@ from megascale.model.kernels import NormKernel
 from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.memory import compile_blocks, recompute_blocks
+from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.sequence import spread_sequence
 from megascale.parallel.tensor import Placement, cut_model
 
@@ -135,7 +136,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     states: list[State] = []
     modules, guest = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
-    pipeline, layered = mesh["pp"].size > 1, cfg.accumulation == "layered"
+    pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
     # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
     sharded = cfg.engine == "fsdp2" and copies
@@ -147,10 +148,12 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
             compile_blocks(stage)
+        if "activations" in cfg.offload:
+            offload_block_inputs(stage, device)
         if sharded:
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
-            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered)
-        stage.to_empty(device=device)
+            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered, on_host)
+        allocate(stage, device, on_host)
         if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)
@@ -163,6 +166,14 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
                 weights.append(weight)
         states += [State(name, spec, stage.get_buffer(name)) for name, spec in state_specs.items()]
     return ParallelModel(stages, modules, weights, states, guest, mesh, micro_batch)
+
+
+def allocate(stage: Decoder, device: torch.device, on_host: bool) -> None:
+    """Memory for weights (in the host's where they are offloaded) and buffers."""
+    stage.to_empty(device="cpu" if on_host else device)
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,12 +25,14 @@ from megascale.model.decoder import Decoder
 MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
-def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype, one_group: bool) -> MicroBatchScope:
+def shard_model(
+    model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype, one_group: bool, on_host: bool
+) -> MicroBatchScope:
     """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) where that is larger than one.
 
     One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
     stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
-    reduced in the stored one.
+    reduced in the stored one. `on_host` keeps shards and their gradients in host memory.
     """
     assert mesh.device_mesh is not None
     shard, replicate = mesh["shard"], mesh["dp_replicate"]
@@ -38,9 +40,10 @@ def shard_model(model: Decoder, mesh: Mesh, reshard_after_forward: bool, compute
     grid = mesh.device_mesh[names]
     storage = model.shape.storage
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda") if on_host else OffloadPolicy()
     for _, block in () if one_group else model.units():
-        fully_shard(block, mesh=grid, reshard_after_forward=reshard_after_forward, mp_policy=mixed)
-    fully_shard(model, mesh=grid, reshard_after_forward=False, mp_policy=mixed)
+        fully_shard(block, mesh=grid, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=place)
+    fully_shard(model, mesh=grid, reshard_after_forward=False, mp_policy=mixed, offload_policy=place)
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for group in groups:
         # These do not recurse.

@@ -15,7 +15,8 @@ from torch.distributed.pipelining import schedules as engine
 from megascale.config.stages import stages_of_rank
 
 KINDS = {"F": engine._ComputationType.FORWARD, "B": engine._ComputationType.FULL_BACKWARD}
-Order = dict[int, list[Any]]  # rank → torch's actions; None is a step of waiting
+WEIGHTS = {"UNSHARD": "G", "RESHARD": "U", "REDUCE_GRAD": "R"}
+Order = dict[int, list[Any]]  # rank → torch's actions, or steps; None is a step of waiting
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,26 @@ def _layers_forward(stages: range, last: int, group: range, keep: int | None) ->
 
 def steps(actions: list[Any]) -> list[Step]:
     """A rank's computations without waiting: what is drawn and what is compared with what ran."""
-    found = [a for a in actions if a is not None and a.computation_type.value in "FBIW"]
-    return [Step(a.computation_type.value, a.stage_index, a.microbatch_index) for a in found]
+    return [s for s in as_steps(actions) if s.micro_batch >= 0]
+
+
+def as_steps(actions: list[Any]) -> list[Step]:
+    """Torch's actions (or steps already) as steps: computations, and what happens to weights. Messages and waiting are left out."""
+    return [step for action in actions if (step := _as_step(action)) is not None]
+
+
+def _as_step(action: Any) -> Step | None:
+    if isinstance(action, Step):
+        return action
+    kind = "" if action is None else action.computation_type.value
+    if kind in WEIGHTS:
+        return Step(WEIGHTS[kind], action.stage_index, -1)
+    return Step(kind, action.stage_index, action.microbatch_index) if kind in ("F", "B", "I", "W") else None
+
+
+def with_weights(order: Order, micro_batches: int) -> Order:
+    """An order of computations and, between them, what torch's runtime does to the weights of stages that FSDP2 shards."""
+    return {r: engine._add_reduce_grad([*engine._add_unshard_reshard(actions)], micro_batches) for r, actions in order.items()}
 
 
 def splits_backward(order: Order) -> bool:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megascale.schedule.orders import Order, Step, steps
+from megascale.schedule.orders import Order, Step, as_steps, steps
 
 # In units of a forward. A full backward is two products for one: the input's gradient and the weights'.
 DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 COLORS = {"F": "#4c78a8", "B": "#f58518", "I": "#e8a45c", "W": "#54a24b"}
+MARKS = {"G": ("^", "#2a7f62", "weights gathered"), "R": ("v", "#b5304f", "gradients reduced")}
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,25 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """The gathering of a stage's weights (G) starts, or its gradients are ready and reduced (R)."""
+
+    kind: str
+    stage: int
+    time: float
+
+
+@dataclass(frozen=True)
 class Timeline:
     """lanes: spans by rank. bubble: share of the ranks' time spent waiting. live: by rank, the most forwards whose backward is still to
-    come. sends: by rank, messages of activations and gradients.
+    come. sends: by rank, messages of activations and gradients. marks: by rank, exchanges of weights, where the order has them.
     """
 
     lanes: list[list[Span]]
     bubble: float
     live: list[int]
     sends: list[int]
+    marks: list[list[Mark]]
 
 
 def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
@@ -60,7 +71,8 @@ def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
         raise ValueError(f"the order cannot run: every rank waits: {stuck}")
     busy = sum(s.end - s.start for lane in lanes for s in lane)
     whole = max(clock.values()) * len(lanes)
-    return Timeline(lanes, 1.0 - busy / whole, [_live(lane) for lane in lanes], [_sends(lane, rank_of, stages) for lane in lanes])
+    marks = [_marks(as_steps(order[r]), lane) for r, lane in zip(queues, lanes)]
+    return Timeline(lanes, 1.0 - busy / whole, [_live(lane) for lane in lanes], [_sends(lane, rank_of, stages) for lane in lanes], marks)
 
 
 def text_lanes(timeline: Timeline, width: int = 100) -> list[str]:
@@ -92,6 +104,10 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
             axes.barh(r, s.end - s.start, 0.86, s.start, color=COLORS[s.step.kind], alpha=alpha, edgecolor="white", linewidth=0.7)
             if length <= 160:
                 axes.text((s.start + s.end) / 2, r, str(s.step.micro_batch), ha="center", va="center", fontsize=7, color="black")
+        for mark in timeline.marks[r]:
+            if mark.kind in MARKS:
+                shape, color, _ = MARKS[mark.kind]
+                axes.plot(mark.time, r + (0.5 if mark.kind == "G" else -0.5), shape, color=color, markersize=5, clip_on=False, zorder=3)
     axes.set_yticks(range(len(lanes)), [f"rank {r}" for r in range(len(lanes))])
     axes.invert_yaxis()
     axes.set_xlim(0, length)
@@ -102,7 +118,9 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     kinds = [k for k in COLORS if any(s.step.kind == k for lane in lanes for s in lane)]
     names = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
     handles = [axes.barh([0], [0], color=COLORS[k], label=names[k]) for k in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8)
+    shown = [k for k in MARKS if any(m.kind == k for marks in timeline.marks for m in marks)]
+    handles += [axes.plot([], [], MARKS[k][0], color=MARKS[k][1], label=MARKS[k][2])[0] for k in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -120,6 +138,20 @@ def _needs(step: Step, stages: int) -> list[tuple[str, int, int]]:
             return [("I", stage, m)]
         case _:
             return [("F", stage, m), *([("I", stage + 1, m)] if stage < stages - 1 else [])]
+
+
+def _marks(queue: list[Step], lane: list[Span]) -> list[Mark]:
+    """When the exchanges of `queue` happen, given when its computations ran."""
+    marks, ran = [], 0
+    for i, step in enumerate(queue):
+        if step.micro_batch >= 0:
+            ran += 1
+        elif step.kind in MARKS:
+            # A reduction that is announced before the last backward of its stage happens at that one's end.
+            ahead = step.kind == "R" and i + 1 < len(queue) and queue[i + 1].stage == step.stage and queue[i + 1].micro_batch >= 0
+            place = ran if ahead else ran - 1
+            marks.append(Mark(step.kind, step.stage, lane[place].end if place >= 0 else 0.0))
+    return marks
 
 
 def _live(lane: list[Span]) -> int:

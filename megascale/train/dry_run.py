@@ -18,10 +18,10 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
-from megascale.schedule.orders import compute_order
+from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
-from megascale.train.memory import largest_rank
-from megascale.train.setup import DTYPES, resolve_vocabulary
+from megascale.train.memory import DTYPES, host_bytes, largest_rank
+from megascale.train.setup import resolve_vocabulary
 
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
@@ -35,6 +35,8 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     largest = report["bytes_per_rank"]
     for kind in ("parameters", "gradients", "optimizer"):
         print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
+    for kind, size in report.get("host_bytes_per_rank", {}).items():
+        print(f"  {kind:<11}{size:>18,} bytes of it in host memory" if kind == "state" else f"  {kind:<11}{size:>18,} bytes in host memory")
     schedule = report["schedule"]
     print(
         f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "
@@ -46,7 +48,12 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     timeline = pipeline_timeline(config, ranks)
     if timeline is not None:
         pipeline = schedule["pipeline"]
-        print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
+        if config.parallel.accumulation == "layered":
+            print("layered: embedding, every layer and head take all micro-batches in turn")
+        else:
+            print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
+        if sum(pipeline["gathers"]):
+            print(f"  by rank: weights gathered {pipeline['gathers']} times a step, gradients reduced {pipeline['reductions']} times")
         for line, live, sends in zip(text_lanes(timeline), timeline.live, timeline.sends):
             print(f"  {line}  live {live}, sends {sends}")
     if picture:
@@ -75,6 +82,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "layout": describe(config.parallel),
         "bytes_per_rank": totals,
+        **({"host_bytes_per_rank": host_bytes(config, ranks)} if config.parallel.offload else {}),
         "flops_per_step": flops_per_token(config.model, specs, train.seq_len) * tokens,
         "schedule": {
             "data_ranks": parts,
@@ -88,18 +96,25 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
-    """The schedule of a checked config in model time; None without a pipeline."""
-    p = config.parallel
+    """The schedule of a checked config in model time, with the exchanges of weights where they are sharded; None where micro-batches just
+    follow each other.
+    """
+    p, m = config.parallel, micro_batches(config, ranks)
+    if p.accumulation == "layered":
+        return simulate({0: layered_order(config.model.num_layers + 2, m, p.breadth_first or m)})
     if p.pp == 1:
         return None
-    return simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
+    order = compute_order(p.pp_schedule, p.pp, p.pp_virtual, m)
+    return simulate(with_weights(order, m) if p.engine == "fsdp2" and p.dp_shard > 1 else order)
 
 
 def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
     p = config.parallel
     return {
-        "schedule": p.pp_schedule,
-        "stages": p.pp * p.stages_per_rank,
+        "schedule": "layered" if p.accumulation == "layered" else p.pp_schedule,
+        "stages": len({s.step.stage for lane in timeline.lanes for s in lane}),
+        "gathers": [sum(mark.kind == "G" for mark in marks) for marks in timeline.marks],
+        "reductions": [sum(mark.kind == "R" for mark in marks) for marks in timeline.marks],
         "layers": [len(part.layers) for part in stage_parts(config.model, p, config.train.seq_len)],
         "bubble": timeline.bubble,
         "live_activations": timeline.live,
@@ -110,7 +125,7 @@ def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
 
 def draw_pipeline(config: Config, timeline: Timeline | None, picture: str) -> None:
     if timeline is None:
-        raise UsageError(f"--draw {picture} draws a pipeline, and parallel.pp is 1: set parallel.pp to at least 2")
+        raise UsageError(f"--draw {picture} draws the order of a pipeline or of layered accumulation: set parallel.pp or accumulation")
     if Path(picture).suffix not in (".png", ".svg"):
         raise UsageError(f"--draw {picture} has no known ending: name it .png or .svg")
     try:

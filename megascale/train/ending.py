@@ -5,7 +5,7 @@ from __future__ import annotations
 from megascale.config.schema import Config
 from megascale.launch.exits import Exit
 from megascale.launch.ranks import RankInfo
-from megascale.train.memory import out_of_memory
+from megascale.train.fits import out_of_memory
 from megascale.train.watch import Watch
 
 

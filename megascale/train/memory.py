@@ -1,13 +1,9 @@
-"""What a run keeps in memory: stored state exactly, activations by the published estimate, and which settings would fit.
+"""What a run keeps in memory, on the device and on the host: stored state exactly, activations by the published estimate.
 
 Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks with fused attention, in two-byte numbers.
 """
 
 from __future__ import annotations
-
-import resource
-from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,9 +11,8 @@ import torch
 from megascale.comm.mesh import AXES, Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
 from megascale.config.layout import axis_sizes, micro_batches
-from megascale.config.schema import Config, Parallel, Train
-from megascale.config.support import check
-from megascale.errors import MegascaleError
+from megascale.config.schema import Config
+from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
@@ -27,8 +22,8 @@ from megascale.parallel.apply import build_stages
 from megascale.parallel.tensor import Placement, cut_model
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
-from megascale.train.setup import DTYPES, choose_device, resolve_vocabulary
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 GB = 1e9
 
 
@@ -59,7 +54,21 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
             # A tied embedding's copy beside the head is optimized where the embedding is.
             if name != "embedding.weight" or stage.part.first:
                 optimizer += optimizer_bytes(config.optim.name, p, held, storage.itemsize)
+    if config.parallel.engine == "deepspeed":
+        return _zero_bytes(config, weights // storage.itemsize, sizes["dp_shard"])
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+
+
+def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
+    """The same under DeepSpeed, but for the padding of its flat buffers: optimizer state with fp32 masters is cut over the data ranks, from
+    stage 2 on gradients, from stage 3 on weights, which are kept in the compute dtype (Rajbhandari et al., arXiv 1910.02054, section 5).
+    """
+    stage, cut = config.parallel.zero_stage, -(-elements // ranks)
+    return {
+        "parameters": (cut if stage == 3 else elements) * DTYPES[config.precision.compute].itemsize,
+        "gradients": (cut if stage >= 2 else elements) * 4,
+        "optimizer": 12 * cut,
+    }
 
 
 def _held(placement: Placement, shards: int, index: int) -> int:
@@ -84,93 +93,72 @@ def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: in
 
 def activation_bytes(config: Config, ranks: int) -> float:
     """Estimated bytes of activations on the fullest rank, micro-batches in flight included; those of embedding and head left out."""
-    p, m = config.parallel, config.model
-    tokens = config.train.micro_batch_size * config.train.seq_len / p.cp
-    t = p.tp
+    p, t = config.parallel, config.parallel.tp
     cut = 1.0 / t if p.tp_sequence else 1.0
     # Per token and unit of width: 24 bytes live inside the products that tp cuts, 10 outside. Selective recomputation keeps the results of
     # products and attention, about 16 and 2; full only a block's input.
     per_unit = {"none": 24 / t + 10 * cut, "selective": 16 / t + 2 * cut, "full": 2 * cut}[p.recompute]
-    in_flight = m.num_layers / (p.pp * p.stages_per_rank)
-    if p.pp > 1:
-        timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
-        in_flight *= max(timeline.live)
-    width = DTYPES[config.precision.compute].itemsize / 2
-    return tokens * m.hidden_size * per_unit * in_flight * width
+    return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
+
+
+def stashed_bytes(config: Config, ranks: int) -> float:
+    """Bytes of block inputs that wait in host memory on the fullest rank."""
+    cut = 1.0 / config.parallel.tp if config.parallel.tp_sequence else 1.0
+    return 2 * cut * _two_byte_units(config) * _blocks_in_flight(config, ranks)
+
+
+def _two_byte_units(config: Config) -> float:
+    """Tokens × width of this rank's part of a micro-batch, counted in two-byte numbers."""
+    tokens = config.train.micro_batch_size * config.train.seq_len / config.parallel.cp
+    return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
+
+
+def _blocks_in_flight(config: Config, ranks: int) -> float:
+    """How often a block's activations are alive at once: blocks of this rank × micro-batches between forward and backward."""
+    p, blocks = config.parallel, config.model.num_layers
+    if p.accumulation == "layered":
+        return float(blocks * (p.breadth_first or micro_batches(config, ranks)))
+    if p.pp == 1:
+        return float(blocks)
+    timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
+    return blocks / (p.pp * p.stages_per_rank) * max(timeline.live)
 
 
 def needed(config: Config, ranks: int) -> tuple[int, float]:
-    """(bytes of stored state, estimated bytes of activations) on the fullest rank."""
-    return sum(largest_rank(config, axis_sizes(config.parallel, ranks)).values()), activation_bytes(config, ranks)
+    """(bytes of stored state, estimated bytes of activations) on the device of the fullest rank."""
+    kept = largest_rank(config, axis_sizes(config.parallel, ranks))
+    offload = config.parallel.offload
+    if "parameters" in offload:
+        kept = {}
+    elif "optimizer" in offload:
+        kept = {**kept, "optimizer": 0}
+    live = activation_bytes(config, ranks)
+    if "activations" in offload:
+        live -= stashed_bytes(config, ranks)
+    return sum(kept.values()), live
 
 
-def limit_of(device: torch.device, ranks: RankInfo) -> float:
-    """Bytes that this rank may use: its device's, or its share of what the node, the container or the process is allowed."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    total = float(psutil.virtual_memory().total)
-    with suppress(OSError, ValueError):  # no such file, or "max"
-        total = min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    own = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min(total / ranks.local_size, float(own) if own != resource.RLIM_INFINITY else total)
+def host_bytes(config: Config, ranks: int) -> dict[str, int]:
+    """What `parallel.offload` keeps in the host memory of the fullest rank: `state` (weights, gradients, the optimizer's) and `inputs`."""
+    offload = config.parallel.offload
+    state = {"optimizer", "parameters"} & set(offload)
+    return {
+        "state": sum(largest_rank(config, axis_sizes(config.parallel, ranks)).values()) if state else 0,
+        "inputs": int(stashed_bytes(config, ranks)) if "activations" in offload else 0,
+    }
 
 
-def out_of_memory(reason: str, config: Config, ranks: RankInfo) -> str:
-    """`reason` with the arithmetic behind it, where that can still be done."""
-    with suppress(Exception):  # the process is short of memory: what was known before must not get lost for an estimate
-        return f"{reason}; {what_fits(config, choose_device(config, ranks), ranks)}"
-    return f"{reason}; halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks"
-
-
-def what_fits(config: Config, device: torch.device, ranks: RankInfo) -> str:
-    """The arithmetic after an out-of-memory: what there is, what the run needs, and the smallest changes that would fit."""
-    limit = limit_of(device, ranks)
-    config = check(resolve_vocabulary(config), ranks.size)
-    state, live = needed(config, ranks.size)
-    text = (
-        f"this rank has {limit / GB:.2f} GB on {node_name()}; weights, gradients and optimizer take {state / GB:.2f} GB and the "
-        f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {live / GB:.2f} GB"
-    )
-    groups = ([f"{words} ({need / GB:.2f} GB)" for words, need in group if need < 0.9 * limit] for group in options(config, ranks.size))
-    *cheap, spread = [fitting[:1] for fitting in groups]
-    found = [words for fitting in cheap for words in fitting] or spread
-    if found:
-        return f"{text}; by this estimate would fit: {', or '.join(found)}"
-    return f"{text}; no micro-batch, recomputation or up to 64 times the ranks would fit: choose a smaller model.hidden_size or num_layers"
-
-
-def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
-    """Changes of one kind a list, from mild to strong, each with the bytes that the fullest rank would need: smaller micro-batches,
-    recomputation, both, more shards beside both.
-    """
-    train, p = config.train, config.parallel
-    batches: list[tuple[str, Train]] = []
-    while (size := (batches[-1][1] if batches else train).micro_batch_size // 2) > 0:
-        batches.append((f"train.micro_batch_size={size}", train.model_copy(update={"micro_batch_size": size})))
-    modes = ["selective", "full"][["none", "selective", "full"].index(p.recompute) :]
-    recomputed = [(f"parallel.recompute={mode}", p.model_copy(update={"recompute": mode})) for mode in modes]
-    shards = axis_sizes(p, ranks)["dp_shard"]
-    small, least = (batches or [("", train)])[-1], (recomputed or [("", p)])[-1]
-    spread = [
-        (
-            " ".join(w for w in (small[0], least[0], f"parallel.dp_shard={shards * n} on {ranks * n} ranks") if w),
-            least[1].model_copy(update={"dp_shard": shards * n}),
-            ranks * n,
+def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) -> None:
+    """Raises UsageError where this node has too little memory for what its ranks would offload. `free` in bytes; absent: what there is."""
+    if not config.parallel.offload:
+        return
+    need = host_bytes(config, ranks.size)
+    free = float(psutil.virtual_memory().available) if free is None else free
+    total = sum(need.values()) * ranks.local_size
+    if total > free:
+        raise UsageError(
+            f"parallel.offload is {', '.join(config.parallel.offload)}: the {ranks.local_size} ranks of {node_name()} would keep "
+            f"{total / GB:.2f} GB there (state {need['state'] / GB:.2f}, block inputs {need['inputs'] / GB:.2f} a rank) and "
+            f"{free / GB:.2f} GB are free; offload less, cut the state over more dp_shard ranks, or let fewer micro-batches go together "
+            "(parallel.breadth_first)"
         )
-        for n in (2, 4, 8, 16, 32, 64)
-    ]
-    return [
-        [option for words, t in batches for option in _option(words, config, t, p, ranks)],
-        [option for words, q in recomputed for option in _option(words, config, train, q, ranks)],
-        [option for w, t in batches for v, q in recomputed for option in _option(f"{w} {v}", config, t, q, ranks)],
-        [option for words, q, n in spread for option in _option(words, config, small[1], q, n)],
-    ]
-
-
-def _option(words: str, config: Config, train: Train, parallel: Parallel, ranks: int) -> list[tuple[str, float]]:
-    """One change with its bytes; nothing where it is refused, since then it is no advice."""
-    try:
-        changed = check(config.model_copy(update={"train": train, "parallel": parallel}), ranks)
-    except MegascaleError:
-        return []
-    return [(words, float(sum(needed(changed, ranks))))]

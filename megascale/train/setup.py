@@ -36,15 +36,16 @@ from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
+from megascale.train.engine import Engine, Native
+from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, claim_run_dir, find_start
-from megascale.train.state import Progress, model_pieces, state_pieces
+from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
 from megascale.train.watch import Pulse, Watch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
 
@@ -101,6 +102,8 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         yield Watch(ranks, None, limit)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and config.parallel.offload:
+        backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
     # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
     store = open_store(ranks, limit)
     join(store, ranks, backend, limit + WATCH_FIRST)
@@ -153,6 +156,15 @@ def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.devic
     return Layered(model, parallel.breadth_first) if parallel.accumulation == "layered" else Accumulation(model)
 
 
+def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
+    if config.parallel.engine == "deepspeed":
+        from megascale.train.deepspeed import DeepSpeed  # an extra, imported for those who ask for it
+
+        return DeepSpeed(model, config, device)
+    schedule = build_schedule(model, config.parallel, device)
+    return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
+
+
 def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
     """The training mixture and the named validation sets."""
     data, train = config.data, config.train
@@ -187,19 +199,23 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     device = agreed(lambda: choose_device(config, ranks))
+    agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
     start: Start = agreed(lambda: find_start(config, run_dir))
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
-    optimizer = build_optimizer(model, config.optim)
     for _ in model.draw_weights(config.run.seed):
         pass
+    engine = build_engine(model, config, device)
     progress = Progress()
     if start.folder is not None:
-        state = model_pieces(model) if start.weights_only else state_pieces(model, optimizer)
+        state = engine.pieces()
+        if start.weights_only:
+            state = {name: piece for name, piece in state.items() if name.startswith("model.")}
         saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        engine.loaded(state)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
@@ -250,8 +266,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    schedule = build_schedule(model, config.parallel, device)
-    trainer = Trainer(config, model, schedule, optimizer, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
     try:
         yield trainer
     finally:

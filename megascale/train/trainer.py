@@ -12,13 +12,11 @@ from megascale.checkpoint.saver import Checkpointer
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import StopRequested, TrainingError
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import Optimizer
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
-from megascale.schedule.accumulate import Schedule
+from megascale.train.engine import Engine
 from megascale.train.reporter import Reporter, StepClock, StepResult
-from megascale.train.state import Progress, state_pieces
+from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.watch import SAVING, Pulse
 
@@ -30,8 +28,7 @@ class Trainer:
         self,
         config: Config,
         model: ParallelModel,
-        schedule: Schedule,
-        optimizer: Optimizer,
+        engine: Engine,
         batches: Prefetcher,
         valid: dict[str, list[list[Batch]]],
         checkpointer: Checkpointer,
@@ -41,7 +38,7 @@ class Trainer:
         progress: Progress,
         device: torch.device,
     ) -> None:
-        self.config, self.model, self.schedule, self.optimizer = config, model, schedule, optimizer
+        self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.pulse, self.progress, self.device = reporter, stop, pulse, progress, device
         self.places = config.train.global_batch_size * config.train.seq_len
@@ -81,16 +78,12 @@ class Trainer:
         clock = StepClock(self.device)
         self.model.mesh.traffic.take()  # what evaluation sent is not the step's
         self.model.train(True)
-        loss = self.schedule.run(micro_batches, 1.0 / self.places)
+        loss = self.engine.run(micro_batches, 1.0 / self.places)
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry the fixed 1/places; the number of valid targets is known only to all ranks together.
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid / self.places, float(self.stop.requested()))
-        norm = global_norm(self.model.weights, self.model.mesh.size) / total_valid
-        finite = torch.isfinite(norm)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
-        self.optimizer.step(lr, clip_factor(norm, self.config.train.clip) / total_valid, finite)
-        for w in self.model.weights:
-            w.parameter.grad = None
+        norm, finite = self.engine.update(lr, total_valid)
         return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), self.model.mesh.traffic.take()[0])
 
     @torch.no_grad()
@@ -99,7 +92,7 @@ class Trainer:
         self.model.train(False)
         losses = {}
         for name, batches in self.valid.items():
-            total = torch.stack([self.schedule.evaluate(step) for step in batches]).sum()
+            total = torch.stack([self.engine.evaluate(step) for step in batches]).sum()
             valid = sum(b.valid for step in batches for b in step)
             loss, count, _ = self.sum_over_ranks(total, float(valid), 0.0)
             losses[name] = (loss / count).item()
@@ -131,7 +124,7 @@ class Trainer:
         self.pulse.at(self.progress.step, SAVING)
         begin = time.perf_counter()
         trainer = {**self.progress.plain(), **self.reporter.provenance}
-        self.checkpointer.save(self.progress.step, state_pieces(self.model, self.optimizer), trainer)
+        self.checkpointer.save(self.progress.step, self.engine.pieces(), trainer)
         events = self.checkpointer.finish() if wait else []
         self.reporter.event("save", self.progress.step, stalled=round(time.perf_counter() - begin, 4))
         if wait:

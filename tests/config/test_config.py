@@ -115,8 +115,13 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
-    "deepspeed": (1, ("parallel.engine=deepspeed",)),
-    "offload": (1, ("parallel.offload=optimizer",)),
+    "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
+    "deepspeed_update": (2, ("parallel.engine=deepspeed", "optim.name=lion")),
+    "zero_offload": (2, ("parallel.engine=deepspeed", "parallel.zero_stage=2", "parallel.offload=parameters")),
+    "offload_dir": (1, ("parallel.offload_dir=disk", "parallel.offload=optimizer")),
+    "offload_inputs": (1, ("parallel.offload=activations",)),
+    "offload_parameters": (1, ("parallel.offload=parameters",)),
+    "offload_muon": (1, ("parallel.offload=optimizer", "optim.name=muon")),
     "fp8": (1, ("precision.fp8=true",)),
     "base_width": (1, ("optim.base_width=64",)),
     "ddp_shard": (2, ("parallel.engine=ddp", "parallel.dp_shard=2")),
@@ -173,6 +178,7 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
         "parallel.pp_virtual": [1, 2, 3],
         "model.num_layers": [2, 5],
         "parallel.recompute": ["none", "full"],
+        "parallel.offload": ["none", "optimizer", "parameters", "activations", "[optimizer, activations]"],
         "train.seq_len": [8, 9],
     }
     keys = draw(st.lists(st.sampled_from(sorted(pick)), max_size=5, unique=True))

@@ -1,0 +1,65 @@
+"""What turns micro-batches into updated weights: our own schedules and optimizers, or an engine that owns both (DeepSpeed)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megascale.comm.piece import Piece
+from megascale.data.loader import Batch
+from megascale.optim.clip import clip_factor, global_norm
+from megascale.optim.optimizers import Optimizer
+from megascale.parallel.apply import ParallelModel
+from megascale.schedule.accumulate import Schedule
+from megascale.train.state import state_pieces
+
+
+class Engine(Protocol):
+    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """Forward and backward of a step, as `Schedule.run`."""
+
+    def update(self, lr: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients ÷ `valid`, clipped, applied. Returns their norm before clipping and whether it is finite; where not, nothing moves."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """As `Schedule.evaluate`."""
+
+    def pieces(self) -> dict[str, Piece]:
+        """All that a resume needs, to be saved or loaded into. Collective."""
+
+    def loaded(self, pieces: dict[str, Piece]) -> None:
+        """`pieces` have been loaded into: takes them over where they are not the live state itself. Collective."""
+
+
+@dataclass
+class Native:
+    """Our own schedule and optimizer over the weights of `model`. `clip`: the largest norm; 0 never clips."""
+
+    model: ParallelModel
+    schedule: Schedule
+    optimizer: Optimizer
+    clip: float
+
+    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        return self.schedule.run(batches, scale)
+
+    def update(self, lr: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+        norm = global_norm(self.model.weights, self.model.mesh.size) / valid
+        finite = torch.isfinite(norm)
+        self.optimizer.step(lr, clip_factor(norm, self.clip) / valid, finite)
+        for w in self.model.weights:
+            w.parameter.grad = None
+        return norm, finite
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        return self.schedule.evaluate(batches)
+
+    def pieces(self) -> dict[str, Piece]:
+        return state_pieces(self.model, self.optimizer)
+
+    def loaded(self, pieces: dict[str, Piece]) -> None:
+        """The pieces are the live state."""
