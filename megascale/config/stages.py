@@ -45,9 +45,13 @@ def split_layers(layers: int, stages: int, cost: float, before: float, after: fl
 
 def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
     """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs."""
-    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None and model.vocab_size is not None
+    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
     d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     products = d * (2 * heads + 2 * kv) + d * model.ffn_size * (3 if model.ffn == "swiglu" else 2)
+    if model.spacetime is not None:
+        mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
+        return 2.0 * products + 4.0 * heads * mean, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
+    assert model.vocab_size is not None
     window = min(seq_len, model.sliding_window or seq_len)
     return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
 

@@ -81,6 +81,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
+def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    """As `attend`, of tokens without order: each sees all."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+
 def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
     """The KV heads that the query heads `queries` use, `group` query heads to each; and for every query head its place among them, or None
     where equal runs of query heads use one after the other, as grouped attention takes for granted.

@@ -16,10 +16,12 @@ from megascale.comm.piece import Piece, chunk_bounds
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import stage_parts, stages_of_rank
 from megascale.model.decoder import Decoder, Shape
+from megascale.model.families import Family, build_part
 from megascale.model.init import initialize
 from megascale.model.kernels import NormKernel
 from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
+from megascale.parallel.grid import spread_grid
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.sequence import spread_sequence
@@ -72,7 +74,7 @@ class ParallelModel:
     know one weight only.
     """
 
-    stages: list[Decoder]
+    stages: list[Family]
     modules: list[nn.Module]
     weights: list[Weight]
     states: list[State]
@@ -81,7 +83,7 @@ class ParallelModel:
     micro_batch: MicroBatchScope  # entered around each forward and backward with "is it the last?", without a pipeline
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> Family:
         return self.stages[0]
 
     @property
@@ -123,14 +125,14 @@ class ParallelModel:
             yield state.name
 
 
-def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Decoder]:
+def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Family]:
     """The meta modules of one pipeline rank, in stage order; the whole model where there is no pipeline."""
     parts = stage_parts(cfg, parallel, shape.seq_len)
     mine = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.pp_virtual, pp_rank) if parallel.pp > 1 else range(len(parts))
-    return [Decoder(cfg, shape, norm_kernel, parts[i]) for i in mine]
+    return [build_part(cfg, shape, norm_kernel, parts[i]) for i in mine]
 
 
-def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
+def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn."""
     weights: list[Weight] = []
     states: list[State] = []
@@ -143,7 +145,10 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     for stage in stages:
         module: nn.Module = stage
         placements = cut_model(stage, specs_of(stage), mesh["tp"], cfg.tp_sequence)
-        spread_sequence(stage, mesh, cfg)
+        if isinstance(stage, Decoder):
+            spread_sequence(stage, mesh, cfg)
+        else:
+            spread_grid(stage, mesh, cfg)
         state_specs = states_of(stage)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
@@ -168,7 +173,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     return ParallelModel(stages, modules, weights, states, guest, mesh, micro_batch)
 
 
-def allocate(stage: Decoder, device: torch.device, on_host: bool) -> None:
+def allocate(stage: Family, device: torch.device, on_host: bool) -> None:
     """Memory for weights (in the host's where they are offloaded) and buffers."""
     stage.to_empty(device="cpu" if on_host else device)
     for module in stage.modules():

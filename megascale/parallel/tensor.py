@@ -16,7 +16,7 @@ from torch import nn
 from megascale.comm.collectives import copy_to_ranks, gather_parts, local_part, scatter_sum, sum_over_ranks
 from megascale.comm.mesh import Axis
 from megascale.model.attention import kv_heads_of
-from megascale.model.decoder import Decoder
+from megascale.model.families import Family
 from megascale.model.spec import ParamSpec
 
 SEQUENCE = 1  # the dimension of [b, s, d] and [b, s] that is cut
@@ -37,7 +37,7 @@ class Placement:
     partial: bool
 
 
-def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
+def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
     """Replaces meta parameters by this rank's parts and hangs the exchanges into the model. Identity at size one."""
     if axis.size == 1:
         return {name: Placement(spec, None, 0, False) for name, spec in specs.items()}
@@ -55,9 +55,7 @@ def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequen
         for sublayer in (block.attention, block.ffn):
             sublayer.enter, sublayer.leave = enter, leave
     model.enter_head, model.leave_embedding = enter, leave
-    model.vocab_axis = axis
-    assert model.cfg.vocab_size is not None
-    model.vocab_first = axis.rank * -(-model.cfg.vocab_size // axis.size)
+    model.cut_ends(axis)
     heads = model.cfg.num_heads // axis.size
     model.heads_here = (axis.rank * heads, (axis.rank + 1) * heads)
     return placements
@@ -72,7 +70,7 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
     return Placement(spec, None, 0, partial=cut == "heads" or tp_sequence)
 
 
-def _cut_kv_heads(model: Decoder, axis: Axis) -> bool:
+def _cut_kv_heads(model: Family, axis: Axis) -> bool:
     """True when the KV heads are cut like the query heads; otherwise gives each attention the rows that its query heads need."""
     cfg = model.cfg
     assert cfg.num_kv_heads is not None and cfg.head_dim is not None

@@ -15,7 +15,8 @@ from megascale.config.stages import stage_parts
 from megascale.config.support import check, padding_note
 from megascale.errors import UsageError
 from megascale.measure.compute import flops_per_token
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Shape
+from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
 from megascale.schedule.orders import compute_order, layered_order, with_weights
@@ -71,7 +72,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     totals = largest_rank(config, sizes)
     timeline = pipeline_timeline(config, ranks)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
-    model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    model = build_part(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
     specs = specs_of(model)
     parameters = sum(s.numel for s in specs.values())
     train, parts = config.train, sizes["dp_replicate"] * sizes["dp_shard"]

@@ -27,7 +27,8 @@ from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Shape
+from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import specs_of
 from megascale.optim.optimizers import build_optimizer
@@ -143,7 +144,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
-    specs = specs_of(Decoder(config.model, shape, kernels.norm))
+    specs = specs_of(build_part(config.model, shape, kernels.norm))
     flops = flops_per_token(config.model, specs, config.train.seq_len)
     facts = {"parameters": sum(s.numel for s in specs.values()), "norm_kernel": f"{kernels.source} ({kernels.reason})"}
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)

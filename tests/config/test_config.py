@@ -90,9 +90,14 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
     assert axis_sizes(Parallel(engine="ddp", tp=2), 8)["dp_replicate"] == 4
 
 
+GRID = "{shape: [4, 4], patch: [1, 2], channels: 1}"  # 8 tokens
+
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "family": (1, ("model.family=encoder",)),
+    "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
+    "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
+    "spacetime_text": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.sliding_window=2")),
     "residual": (1, ("model.residual=deepnorm",)),
     "norm": (1, ("model.norm=dyt",)),
     "experts": (1, ("model.moe={num_experts: 4}",)),
@@ -110,6 +115,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "ulysses_heads": (5, ("parallel.cp=5", "parallel.cp_method=ulysses", "train.seq_len=10")),
     "ring_places": (3, ("parallel.cp=3", "parallel.cp_ulysses=2")),
     "cp_sequence": (5, ("parallel.cp=5",)),
+    "grid_lengths": (3, (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.cp=3", "parallel.cp_method=dsp")),
+    "grid_exchange": (2, (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.cp=2", "parallel.cp_ulysses=2")),
     "expert_axes": (1, ("parallel.etp=2",)),
     "layered_engine": (1, ("parallel.accumulation=layered", "parallel.engine=ddp")),
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
