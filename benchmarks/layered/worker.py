@@ -1,0 +1,111 @@
+"""One rank of `two_hosts.py`: trains every mode at every bandwidth, in turn, and prints seconds and bytes as JSON (rank 0)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.layered.hosts import ADDRESSES, CABLE, limit
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.load import build_config
+from megascale.config.schema import Config, Parallel
+from megascale.data.loader import Batch
+from megascale.model.decoder import Shape
+from megascale.model.kernels import torch_rmsnorm
+from megascale.parallel.apply import build_stages, parallelize
+from megascale.train.setup import build_engine
+
+CPU = torch.device("cpu")
+MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "ffn_size": 704, "vocab_size": 2048}
+SEQ, M = 512, 8
+
+
+def modes(ranks: int) -> dict[str, Parallel]:
+    """What is compared. With two ranks a host, HSDP shards inside the host and has replicas across."""
+    wide = {"layered": Parallel(dp_shard=ranks, accumulation="layered"), "depth-first": Parallel(dp_shard=ranks)}
+    wide["HSDP"] = Parallel(dp_replicate=2, dp_shard=ranks // 2)
+    if ranks > 2:
+        wide["layered in HSDP"] = Parallel(dp_replicate=2, dp_shard=ranks // 2, accumulation="layered")
+    if importlib.util.find_spec("deepspeed") is not None:
+        wide["DeepSpeed ZeRO-3"] = Parallel(dp_shard=ranks, engine="deepspeed")
+    return wide
+
+
+def settings(parallel: Parallel, ranks: int, micro_batch: int) -> Config:
+    train = {"steps": 1, "seq_len": SEQ, "micro_batch_size": micro_batch, "global_batch_size": micro_batch * M * ranks}
+    return build_config({"model": MODEL, "train": train, "data": {"train": "x"}, "parallel": parallel.model_dump()})
+
+
+def stepper(config: Config, ranks: int) -> Callable[[], dict[str, int]]:
+    """One training step; returns the bytes that this rank sent, by axis."""
+    mesh = build_mesh(axis_sizes(config.parallel, ranks), "cpu")
+    shape = Shape(SEQ, torch.float32, torch.float32)
+    model = parallelize(build_stages(config.model, shape, torch_rmsnorm, config.parallel, 0), mesh, config.parallel, CPU)
+    for _ in model.draw_weights(1):
+        pass
+    engine = build_engine(model, config, CPU)
+    torch.manual_seed(dist.get_rank())
+    tokens = torch.randint(0, MODEL["vocab_size"], (config.train.micro_batch_size, SEQ + 1))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, torch.arange(len(tokens)), tokens[:, 1:].numel())
+    places = config.train.global_batch_size * SEQ
+
+    def step() -> dict[str, int]:
+        mesh.traffic.take()
+        engine.run([batch] * M, 1 / places)
+        engine.update(1e-4, torch.ones(()))
+        return mesh.traffic.take()[0]
+
+    return step
+
+
+def main() -> None:
+    rank, ranks, micro_batch, steps = (int(a) for a in sys.argv[1:5])
+    bandwidths = [None if b == "-" else int(b) for b in sys.argv[5:]]
+    per_host = ranks // 2
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = CABLE
+    meeting = f"tcp://{ADDRESSES[0]}:29611"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
+    result: dict[str, Any] = {}
+    for name, parallel in modes(ranks).items():
+        step = stepper(settings(parallel, ranks, micro_batch), ranks)
+        limit_all(None, rank, per_host)
+        sent = step()
+        result[name] = {"sent_bytes": sent, "seconds": {}}
+        for bandwidth in bandwidths:
+            limit_all(bandwidth, rank, per_host)
+            seconds = []
+            for _ in range(steps):
+                dist.barrier()
+                begin = time.perf_counter()
+                step()
+                dist.barrier()
+                seconds.append(time.perf_counter() - begin)
+            result[name]["seconds"][str(bandwidth or "unlimited")] = seconds
+            if rank == 0:
+                print(f"{name} at {bandwidth or 'unlimited'}: {seconds}", file=sys.stderr, flush=True)
+    if rank == 0:
+        print(json.dumps(result))
+    dist.barrier()
+    os._exit(0)
+
+
+def limit_all(megabits: int | None, rank: int, per_host: int) -> None:
+    dist.barrier()
+    if rank % per_host == 0:
+        limit(megabits)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
