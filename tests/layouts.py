@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.comm.mesh import build_mesh
+from megascale.comm.collectives import all_gather
+from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel, Spacetime
 from megascale.data.loader import Batch, sample_numbers
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
 from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer, gather_whole
-from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import ParallelModel, Weight, build_stages, parallelize
 from megascale.train.setup import build_schedule
 
 CPU = torch.device("cpu")
@@ -103,6 +104,20 @@ def build(case: Case, ranks: int) -> ParallelModel:
     for _ in model.draw_weights(7):
         pass
     return model
+
+
+def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
+    """A [rows, columns] tensor shaped like the weight's local part → the unsharded one, on every rank."""
+    shape, placement = list(w.placement.spec.shape), w.placement
+    if placement.dim is not None:
+        shape[placement.dim] = placement.part
+    if w.sharded:
+        axis = mesh["shard"]
+        rows = -(-shape[0] // axis.size)
+        padded = local.new_zeros((rows, *local.shape[1:]))
+        padded[: local.shape[0]] = local
+        local = all_gather(padded, axis, 0)[: shape[0]]
+    return local if placement.dim is None else all_gather(local, mesh["tp"], placement.dim)
 
 
 def whole(model: ParallelModel, of: str) -> dict[str, Tensor]:

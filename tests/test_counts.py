@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
+from megascale.optim import optimizers
 from megascale.optim.optimizers import build_optimizer
 from megascale.train.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
@@ -147,3 +149,52 @@ def test_counting_follows_the_ring() -> None:
     all_gather(torch.ones(3), alone, 0)
     assert traffic.take() == ({}, {})
     assert [chunk_bounds(5, 3, r) for r in range(3)] == [(0, 2), (2, 4), (4, 5)]
+
+
+def muon_step(case: Case) -> tuple[dict[str, int], int, int, dict[str, int]]:
+    """Bytes this rank sends in one step of the optimizer, how many matrices it works on, how many there are, and their bytes by kind."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    model = build(case, ranks)
+    optimizer = build_optimizer(model, case.optim)
+    for w in model.weights:
+        w.parameter.grad = torch.ones_like(w.parameter)
+    worked = []
+    original = optimizers.orthogonalize
+    optimizers.orthogonalize = lambda *args: worked.append(1) or original(*args)  # type: ignore[func-returns-value]
+    model.mesh.traffic.take()
+    optimizer.step(0.1, torch.ones(()), torch.tensor(True))
+    matrices = [w for w in model.weights if w.placement.spec.role in optimizers.MATRICES]
+    sizes: Counter[str] = Counter()
+    for w in matrices:
+        sizes["cut" if w.placement.dim is not None else "whole"] += w.placement.spec.numel * ITEM
+    return model.mesh.traffic.take()[0], len(worked), len(matrices), dict(sizes)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (3, Parallel(dp_shard=3)),
+        (2, Parallel(engine="ddp", dp_replicate=2, dp_shard=1)),
+        (4, Parallel(tp=2, dp_shard=2)),
+        (4, Parallel(dp_replicate=2, dp_shard=2)),
+        (4, Parallel(tp=4, dp_shard=1)),
+    ],
+)
+def test_muon_shares_its_work(ranks: int, parallel: Parallel) -> None:
+    """Catches a matrix that is orthogonalized twice, and pieces that travel to ranks that have no use for them."""
+    results = run_ranks(ranks, muon_step, Case(tiny(num_layers=4, ffn_size=48), parallel, Optim(name="muon")))
+    count, sizes = results[0][2], results[0][3]
+    assert sum(worked for _, worked, _, _ in results) == count
+    assert max(worked for _, worked, _, _ in results) <= -(-count // ranks) + 1  # matrices cut and held whole are shared out apart
+    sent: Counter[str] = Counter()
+    for bytes_of_rank, *_ in results:
+        sent.update(bytes_of_rank)
+    shards, copies, tp = parallel.dp_shard, parallel.dp_replicate, parallel.tp
+    everything = sum(sizes.values())
+    # To the owner and back where they are cut, back only where all hold the same; KV heads fewer than ranks are held whole over tp.
+    expected = {
+        "dp_shard": 2 * everything * (shards - 1) // shards,
+        "dp_replicate": everything * (copies - 1),
+        "tp": 2 * sizes.get("cut", 0) * (tp - 1) // tp + sizes.get("whole", 0) * (tp - 1),
+    }
+    assert dict(sent) == {axis: n for axis, n in expected.items() if n}

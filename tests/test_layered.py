@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "replicas": (2, Parallel(dp_replicate=2, dp_shard=1)),
     "hsdp": (4, Parallel(dp_replicate=2, dp_shard=2)),
     "tp x zero x recompute": (4, Parallel(tp=2, tp_sequence=True, dp_shard=2, recompute="full")),
+    "cp x zero": (4, Parallel(cp=2, dp_shard=2)),
     "tp x selective": (2, Parallel(tp=2, recompute="selective")),
 }
 

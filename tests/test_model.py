@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +12,10 @@ import torch.nn.functional as F
 
 from megascale.comm.piece import Piece
 from megascale.config.schema import Optim, RopeScaling
-from megascale.errors import UsageError
 from megascale.model import kernels, loss
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.init import initialize
-from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary, rotate
+from megascale.model.position import alibi_slopes, inverse_frequencies, rotary, rotate
 from megascale.model.spec import ParamSpec, specs_of
 from megascale.optim.optimizers import Muon, orthogonalize
 from megascale.optim.schedule import learning_rate
@@ -138,15 +134,10 @@ def test_xpos_depends_on_distance_only() -> None:
     assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-3)
 
 
-def test_alibi_slopes_and_masks() -> None:
-    """Catches slopes in the wrong order and windows that are one too wide."""
+def test_alibi_slopes() -> None:
+    """Catches slopes in the wrong order."""
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(6)[:4] == [2.0 ** (-2 * i) for i in range(1, 5)] and len(alibi_slopes(6)) == 6
-    mask = attention_mask(5, None, 2, None, torch.float32, CPU)
-    assert mask is not None and mask[0, 0, 3].tolist() == [False, False, True, True, False]
-    documents = torch.tensor([[0, 0, 1, 1, 1]])
-    mask = attention_mask(5, documents, None, torch.tensor([0.5]), torch.float32, CPU)
-    assert mask is not None and mask[0, 0, 3].tolist() == [-math.inf, -math.inf, -0.5, 0.0, -math.inf]
 
 
 def test_learning_rates() -> None:
@@ -175,38 +166,6 @@ def test_muon_is_torchs() -> None:
             update = orthogonalize(torch.lerp(g, momentum, 0.9), Muon.COEFFICIENTS, Muon.ROUNDS)
             ours = ours * (1 - 0.1 * 0.1) - 0.1 * 0.2 * max(shape) ** 0.5 * update
         assert (ours - theirs).abs().max() < 0.03 * (ours - weight).abs().max()
-
-
-def stand_in(calls: list[str]) -> dict[str, Any]:
-    """A module that has NVIDIA apex's symbols."""
-    package, normalization, module = (types.ModuleType(n) for n in ("apex", "apex.normalization", "apex.normalization.fused_layer_norm"))
-
-    def fused(x: torch.Tensor, weight: torch.Tensor, shape: Any, eps: float) -> torch.Tensor:
-        calls.append("fused")
-        return F.rms_norm(x, shape, weight, eps)
-
-    module.fused_rms_norm_affine = fused  # type: ignore[attr-defined]
-    return {m.__name__: m for m in (package, normalization, module)}
-
-
-def test_kernels_are_chosen_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches PyPI's `apex`, another project, being taken for NVIDIA's, and a choice that falls back in silence."""
-    calls: list[str] = []
-    cuda = torch.device("cuda")
-    assert kernels.choose_kernels("auto", "rmsnorm", CPU).source == "torch"
-    with pytest.raises(UsageError, match="needs a CUDA device"):
-        kernels.choose_kernels("apex", "rmsnorm", CPU)
-    with pytest.raises(UsageError, match="has no fused_rms_norm_affine here"):
-        kernels.choose_kernels("apex", "rmsnorm", cuda)
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # PyPI's has no such module
-    with pytest.raises(UsageError, match="has no fused_rms_norm_affine here"):
-        kernels.choose_kernels("apex", "rmsnorm", cuda)
-    for name, module in stand_in(calls).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    choice = kernels.choose_kernels("apex", "rmsnorm", cuda)
-    x, w = torch.randn(3, 4), torch.ones(4)
-    torch.testing.assert_close(choice.norm(x, w, None, 1e-5), kernels.torch_rmsnorm(x, w, None, 1e-5))
-    assert (choice.source, calls) == ("apex", ["fused"])
 
 
 def test_compiled_blocks_equal_eager_ones() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +160,42 @@ def spoiled(values: dict[str, Any], bad_steps: list[int]) -> tuple[int, str]:
 
     Accumulation.run = spoil  # type: ignore[method-assign]
     return run(values)
+
+
+class FakeWandb(ModuleType):
+    """Stands in for Weights & Biases: remembers how runs were started and what they logged."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **how: Any) -> Any:
+        self.started.append(how)
+        return SimpleNamespace(id=how["id"] or "drawn-by-them", log=lambda values, step: self.logged.append((step, values)))
+
+
+def test_wandb_keeps_its_id_over_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a resume that begins another curve beside the first, and rows that reach the logger under another step."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    values = settings(folder, run__wandb=True, run__name="mine")
+    assert run(values, 3)[0] == 75 and run(values) == (0, "done")
+    assert [(how["id"], how["resume"], how["name"]) for how in fake.started] == [
+        (None, "allow", "mine"),
+        ("drawn-by-them", "allow", "mine"),
+    ]
+    assert [step for step, _ in fake.logged] == [1, 2, 3, 4, 5, 6]
+    assert [values["loss"] for _, values in fake.logged] == losses(folder)
+
+
+def test_wandb_that_does_not_start_ends_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a missing key that ends rank 0 with a traceback and leaves the others waiting."""
+    fake = FakeWandb()
+    monkeypatch.setattr(fake, "init", lambda **how: (_ for _ in ()).throw(RuntimeError("no API key configured")))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for code, message in run_ranks(2, run, settings(folder, run__wandb=True)):
+        assert code == 2 and "no API key configured" in message and "WANDB_MODE=offline" in message
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])

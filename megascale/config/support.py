@@ -229,10 +229,17 @@ RULES: tuple[Rule, ...] = (
         ("parallel.engine", "parallel.pp", "parallel.cp", "parallel.dp_replicate"),
         lambda c, n: (
             c.parallel.engine == "deepspeed"
-            and (c.parallel.pp > 1 or c.parallel.cp > 1 or c.parallel.dp_replicate > 1 or not _data_ranks(c, n))
+            and (max(c.parallel.pp, c.parallel.cp, c.parallel.dp_replicate) > 1 or not _weights_can_be_cut(c, n))
         ),
         "DeepSpeed is built in for data ranks on dp_shard, at least two, with tp beside them",
         "put the ranks on dp_shard and tp, or use engine fsdp2",
+    ),
+    Rule(
+        "deepspeed_family",
+        ("parallel.engine", "model.family"),
+        lambda c, n: c.parallel.engine == "deepspeed" and c.model.family != "decoder",
+        "DeepSpeed has been tried with text only",
+        "use engine fsdp2",
     ),
     Rule(
         "deepspeed_update",
@@ -271,7 +278,7 @@ RULES: tuple[Rule, ...] = (
         "offload_parameters",
         ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
         lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
-        "FSDP2 moves parameters, so there must be at least two data ranks for it to cut them over",
+        "FSDP2 moves parameters, so there must be at least two ranks with other tokens for it to cut them over",
         "use engine fsdp2 on at least two data ranks, or offload optimizer",
     ),
     Rule(
@@ -374,16 +381,16 @@ RULES: tuple[Rule, ...] = (
 
 def _sharded(config: Config, ranks: int) -> bool:
     """Whether FSDP2 cuts the weights."""
-    return config.parallel.engine == "fsdp2" and (config.parallel.cp > 1 or _data_ranks(config, ranks))
+    return config.parallel.engine == "fsdp2" and _weights_can_be_cut(config, ranks)
 
 
-def _data_ranks(config: Config, ranks: int) -> bool:
-    """Whether there are at least two data ranks; true as well where the axes do not fit the ranks, which is refused on its own."""
+def _weights_can_be_cut(config: Config, ranks: int) -> bool:
+    """Whether ranks with other tokens hold the same weights; true where the axes do not fit the ranks, which is refused on its own."""
     try:
         sizes = axis_sizes(config.parallel, ranks)
     except UsageError:
         return True
-    return sizes["dp_shard"] * sizes["dp_replicate"] > 1
+    return sizes["dp_shard"] * sizes["dp_replicate"] * sizes["cp"] > 1
 
 
 def _grid(config: Config) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,16 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention_cpu import LONGEST, CausalAttention
+from megascale.model.attention_flex import flex_attention
+from megascale.model.attention_masked import masked_attention
+from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import Gains
 
-# (q [b, h, s, e], k and v [b, g, s, e], what the model made for a mask) → [b, h, s, e]
-Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+# (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
+Attend = Callable[[Tensor, Tensor, Tensor, Seen | None], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class Attention(nn.Module):
         self.attend: Attend = attend
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only."""
         x = self.enter(x)
         q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
@@ -60,7 +62,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
-        y = self.attend(q, k, v, mask)
+        y = self.attend(q, k, v, seen)
         y = self.o.product(y.transpose(1, 2).flatten(2))
         return self.o.add_bias(self.leave(y))
 
@@ -69,19 +71,22 @@ class Attention(nn.Module):
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; causal when no mask is given."""
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `seen` a token sees itself and all before it."""
+    cpu = q.device.type == "cpu"
+    if seen is not None:
+        return masked_attention(q, k, v, seen) if cpu else flex_attention(q, k, v, seen)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cpu":
+    if grouped and cpu:
         # The CPU's flash kernel takes equal head counts only; the grouped path would fall back to materialized scores.
         repeat = q.shape[1] // k.shape[1]
         k, v, grouped = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), False
-    if q.device.type == "cpu" and mask is None and q.requires_grad and q.shape[2] <= LONGEST:
+    if cpu and q.requires_grad and q.shape[2] <= LONGEST:
         return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
     """As `attend`, of tokens without order: each sees all."""
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type == "cpu":

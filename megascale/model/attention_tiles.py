@@ -9,26 +9,29 @@ Shapes: b micro-batch, g KV heads, r query heads for each, h = g·r, n queries h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SCORES = 1 << 21  # of a tile, all heads together: 8 MiB in fp32
 ROWS = 16  # least queries of a tile, so that products stay products
+TALL = 128  # most of them, so that a tile reaches little beyond what they see
 
 Ranges = Sequence[range]  # consecutive positions each, ascending: where a rank's tokens stand in the whole sequence
 
 
 class Seen(NamedTuple):
     """What a query sees, said by positions: keys up to its own (`causal`), the last `window` of them, of its own document
-    (`documents` [b, S]); `slopes` [h] of ALiBi weigh the distance.
+    (`documents` [b, S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same for torch's
+    FlexAttention, where that runs.
     """
 
     causal: bool = True
     documents: Tensor | None = None
     window: int | None = None
     slopes: Tensor | None = None
+    blocks: Any = None
 
 
 class Tile(NamedTuple):
@@ -43,8 +46,18 @@ class Tile(NamedTuple):
     partly: bool
 
 
-def tiles(queries: Ranges, keys: Ranges, height: int, causal: bool, window: int | None) -> Iterator[Tile]:
-    """Covers every visible pair once, and no tile without one."""
+def document_starts(documents: Tensor) -> Tensor:
+    """[b, S] numbers → [b, S] int64: for each token the first position of its run of equal numbers."""
+    changed = torch.zeros_like(documents, dtype=torch.int64)
+    place = torch.arange(documents.shape[1], device=documents.device)
+    changed[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], place[1:], 0)
+    return changed.cummax(1).values
+
+
+def tiles(
+    queries: Ranges, keys: Ranges, height: int, causal: bool, window: int | None, starts: Sequence[int] | None = None
+) -> Iterator[Tile]:
+    """Covers every visible pair once, and no tile without one. `starts`: for each position the first one of its document."""
     above = 0
     for part in queries:
         for row in range(part.start, part.stop, height):
@@ -53,6 +66,7 @@ def tiles(queries: Ranges, keys: Ranges, height: int, causal: bool, window: int 
             left = 0
             for block in keys:
                 first = block.start if window is None else max(block.start, row - window + 1)
+                first = first if starts is None else max(first, starts[row])
                 stop = min(block.stop, last + 1) if causal else block.stop
                 if first < stop:
                     hidden = causal and (stop - 1 > row or (window is not None and first <= last - window))
@@ -75,7 +89,7 @@ def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries
 
     They begin as 0 and −∞, are of at least fp32, and after all blocks hold the result and log Σ exp of the scores.
     """
-    for tile in tiles(queries, keys, _height(q, k), seen.causal, seen.window):
+    for tile in _tiles(q, k, queries, keys, seen):
         scores = _scores(q, k, tile, seen)
         top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # −∞ − −∞ where a row sees nothing
         scores.sub_(top).exp_()
@@ -107,7 +121,7 @@ def add_block_gradients(
     """Adds to `grads` (of q, k, v, in at least fp32) what one block contributes. delta [b, h, n, 1] is Σ d_out·out over the channels."""
     d_q, d_k, d_v = grads
     scale = q.shape[-1] ** -0.5
-    for tile in tiles(queries, keys, _height(q, k), seen.causal, seen.window):
+    for tile in _tiles(q, k, queries, keys, seen):
         p = _scores(q, k, tile, seen).sub_(_group(lse, k, tile)).exp_()
         d_rows = _group(d_out, k, tile)
         d_scores = _product(_wide(d_rows), _wide(_keys(v, tile)).transpose(1, 2)).sub_(_group(delta, k, tile)).mul_(p).to(q.dtype)
@@ -116,8 +130,16 @@ def add_block_gradients(
         d_v[:, :, tile.keys] += _product(p.to(q.dtype).transpose(1, 2), d_rows).view_as(d_v[:, :, tile.keys])
 
 
-def _height(q: Tensor, k: Tensor) -> int:
-    return max(ROWS, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, seen: Seen) -> Iterator[Tile]:
+    """Of a height at which a tile has about SCORES entries. Other documents' keys are left out where all samples can."""
+    starts, reach = None, k.shape[2]
+    if seen.documents is not None and seen.causal:
+        starts = document_starts(seen.documents).amin(0).tolist()
+        reach = min(reach, max(here - start for here, start in enumerate(starts)) + TALL)
+    if seen.window is not None:
+        reach = min(reach, seen.window + TALL)
+    height = max(ROWS, min(TALL, SCORES // max(1, q.shape[0] * q.shape[1] * reach)))
+    return tiles(queries, keys, height, seen.causal, seen.window, starts)
 
 
 def _scores(q: Tensor, k: Tensor, tile: Tile, seen: Seen) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
+from megascale.model.attention_tiles import Seen
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, dropout
@@ -18,12 +19,12 @@ from megascale.model.residual import Residual
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, the attention mask (None: plain causal; what it is otherwise is between the
-    model's `mask_of` and the attentions' `attend`), dropout keys [b, s] of the layer.
+    """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them), dropout keys [b, s] of
+    the layer.
     """
 
     rotary: Rotary | None
-    mask: Any
+    seen: Seen | None
     keys: Tensor | None
 
 
@@ -39,7 +40,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
         keys = context.keys
-        x = self._join(x, self.attention_norm, lambda h: self.attention(h, context.rotary, context.mask), keys)
+        x = self._join(x, self.attention_norm, lambda h: self.attention(h, context.rotary, context.seen), keys)
         return self._join(x, self.ffn_norm, self.ffn, None if keys is None else ~keys)
 
     def _join(self, x: Tensor, norm: Norm, branch: Callable[[Tensor], Tensor], keys: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,13 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.attention import identity
+from megascale.model.attention_flex import with_blocks
+from megascale.model.attention_tiles import Seen
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
-from megascale.model.position import alibi_slopes, attention_mask, inverse_frequencies, rotary
+from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
 from megascale.model.residual import residual
 from megascale.model.spec import ParamSpec, declare
 
@@ -49,7 +50,7 @@ class Decoder(nn.Module):
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
     `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
-    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds) and `mask_of`.
+    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
     def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
@@ -73,7 +74,6 @@ class Decoder(nn.Module):
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
         self.sequence_here: Callable[[Tensor], Tensor] = identity
-        self.mask_of: Callable[..., Any] = attention_mask
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
@@ -113,8 +113,8 @@ class Decoder(nn.Module):
 
         A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it; one without the head returns its own.
 
-        documents [b, s] keep attention inside equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks while
-        training.
+        documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
+        while training.
         """
         contexts = self.contexts(tokens, documents, positions, samples)
         x = self.embed(tokens, positions) if stream is None else stream
@@ -167,10 +167,13 @@ class Decoder(nn.Module):
         slopes = None
         if cfg.position == "alibi":
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
-        mask = self.mask_of(seq_len, documents, cfg.sliding_window, slopes, self.shape.compute, device)
+        seen = None
+        if documents is not None or cfg.sliding_window is not None or slopes is not None:
+            seen = Seen(True, documents, cfg.sliding_window, slopes)
+            seen = with_blocks(seen, seq_len, device) if device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
-            yield Context(angles, mask, None if keys is None else mix64(keys + (layer << 32)))
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)))

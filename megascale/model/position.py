@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles (with Llama 3's scaling), XPos decay, ALiBi slopes, and attention masks.
+"""Where a token stands: rotary angles (with Llama 3's scaling), XPos decay and ALiBi slopes.
 
 Shapes: b micro-batch, s sequence, h heads, e head size.
 """
@@ -66,29 +66,3 @@ def alibi_slopes(heads: int) -> list[float]:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
     return slopes
-
-
-def attention_mask(
-    seq_len: int,
-    documents: Tensor | None,
-    window: int | None,
-    slopes: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """None where plain causal attention serves; else [1 or b, 1 or h, s, s], boolean, or additive in `dtype` with ALiBi.
-
-    documents [b, s]: attention stays between equal numbers. window: a token sees itself and the window−1 before it.
-    """
-    if documents is None and window is None and slopes is None:
-        return None
-    n = torch.arange(seq_len, device=device)
-    back = n[:, None] - n[None, :]
-    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-    seen = seen[None, None]
-    if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
-    if slopes is None:
-        return seen
-    bias = -slopes.to(dtype)[None, :, None, None] * back.to(dtype)
-    return bias.masked_fill(~seen, float("-inf"))

@@ -22,6 +22,7 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.attention import Attend, attend, attend_all, identity
+from megascale.model.attention_tiles import Seen
 from megascale.model.block import Block, Context
 from megascale.model.decoder import Shape, Table
 from megascale.model.kernels import NormKernel
@@ -198,10 +199,10 @@ def coordinate(grid: Grid, dim: int, device: torch.device) -> Tensor:
     return place.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape).flatten()
 
 
-def along(q: Tensor, k: Tensor, v: Tensor, mask: None, dim: int, shape: Sequence[int], inner: Attend) -> Tensor:
+def along(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, dim: int, shape: Sequence[int], inner: Attend) -> Tensor:
     """Attention of tokens [b, heads, n, e] of a grid of `shape` with those that differ from them along `dim` only; the others are batch."""
     q, k, v = (to_lines(x, shape, dim) for x in (q, k, v))
-    return from_lines(inner(q, k, v, mask), shape, dim)
+    return from_lines(inner(q, k, v, seen), shape, dim)
 
 
 def to_lines(x: Tensor, shape: Sequence[int], dim: int) -> Tensor:

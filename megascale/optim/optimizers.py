@@ -11,11 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megascale.comm.collectives import all_gather
 from megascale.comm.mesh import Mesh
-from megascale.comm.piece import chunk_bounds
 from megascale.config.schema import Optim
 from megascale.optim.host import Mirror, OnHost
+from megascale.optim.owners import take_turns, work_shared
 from megascale.parallel.apply import ParallelModel, Weight
 
 MATRICES = ("query", "key", "value", "attention_out", "up", "gate", "down")  # the roles that Muon orthogonalizes
@@ -118,33 +117,37 @@ class Muon:
     """Orthogonalized momentum for hidden matrices, AdamW for everything else.
 
     The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which sees one whole
-    matrix. Here a matrix may lie on several ranks: its momentum is gathered, orthogonalized and cut again, in the weight's own precision,
-    so that every layout takes the same step.
+    matrix. Here a matrix may lie on several ranks: one of them, its owner, gets the whole momentum, orthogonalizes it in the weight's own
+    precision, so that every layout takes the same step, and sends the pieces back.
     """
 
     ROUNDS = 5
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
     def __init__(self, weights: list[Weight], rest: AdamW, mesh: Mesh, cfg: Optim) -> None:
-        self.weights, self.rest, self.mesh, self.cfg = weights, rest, mesh, cfg
+        self.weights, self.rest, self.cfg = weights, rest, cfg
         self.momentum = {w.name: torch.zeros_like(w.local) for w in weights}
+        self.turns = take_turns(weights, mesh, lambda w: orthogonalization_flops(w.placement.spec.shape))
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
         self.rest.step(lr, factor, finite)
         _scale_gradients(self.weights, factor)
-        beta = self.cfg.betas[0]
-        for w in self.weights:
-            grad, local, m = w.local_grad, w.local, self.momentum[w.name]
-            if grad is None:
-                grad = torch.zeros_like(local)
-            go = finite.to(local.dtype)
-            grad = torch.where(finite, grad, torch.zeros_like(grad))
-            m.add_((grad - m) * ((1 - beta) * go))
-            whole = gather_whole(torch.lerp(grad, m, beta), w, self.mesh)
-            update = own_part(orthogonalize(whole, self.COEFFICIENTS, self.ROUNDS), w, self.mesh)
-            size = 0.2 * max(whole.shape) ** 0.5
-            local.mul_(1 - lr * self.cfg.weight_decay * go).sub_(update * (lr * size * go))
+        for turn in self.turns:
+            pieces = [self._direction(m.weight, finite) for m in turn]
+            updates = work_shared(turn, pieces, lambda x: orthogonalize(x, self.COEFFICIENTS, self.ROUNDS))
+            for m, update in zip(turn, updates):
+                local = m.weight.local
+                go = finite.to(local.dtype)
+                size = 0.2 * max(m.weight.placement.spec.shape) ** 0.5
+                local.mul_(1 - lr * self.cfg.weight_decay * go).sub_(update * (lr * size * go))
+
+    def _direction(self, w: Weight, finite: Tensor) -> Tensor:
+        """Moves the weight's momentum and looks one step ahead (Nesterov)."""
+        beta, m = self.cfg.betas[0], self.momentum[w.name]
+        grad = torch.zeros_like(m) if w.local_grad is None else torch.where(finite, w.local_grad, torch.zeros_like(m))
+        m.add_((grad - m) * ((1 - beta) * finite.to(m.dtype)))
+        return torch.lerp(grad, m, beta)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"momentum": self.momentum, **self.rest.state()}
@@ -161,29 +164,10 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], roun
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
-def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
-    """A [rows, columns] tensor shaped like the weight's local part → the unsharded one, on every rank."""
-    shape, placement = list(w.placement.spec.shape), w.placement
-    if placement.dim is not None:
-        shape[placement.dim] = placement.part
-    if w.sharded:
-        axis = mesh["shard"]
-        rows = -(-shape[0] // axis.size)
-        padded = local.new_zeros((rows, *local.shape[1:]))
-        padded[: local.shape[0]] = local
-        local = all_gather(padded, axis, 0)[: shape[0]]
-    return local if placement.dim is None else all_gather(local, mesh["tp"], placement.dim)
-
-
-def own_part(whole: Tensor, w: Weight, mesh: Mesh) -> Tensor:
-    """The inverse of `gather_whole`."""
-    placement = w.placement
-    if placement.dim is not None:
-        whole = whole.narrow(placement.dim, mesh["tp"].rank * placement.part, placement.part)
-    if w.sharded:
-        first, last = chunk_bounds(whole.shape[0], mesh["shard"].size, mesh["shard"].rank)
-        whole = whole[first:last]
-    return whole
+def orthogonalization_flops(shape: tuple[int, ...]) -> float:
+    """Of one round, for a matrix of `shape`: three products with the smaller side's Gram matrix."""
+    small, large = sorted(shape[-2:])
+    return 4 * small**2 * large + 2 * small**3
 
 
 def _scale_gradients(weights: list[Weight], factor: Tensor) -> None:

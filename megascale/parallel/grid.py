@@ -86,8 +86,8 @@ def _parts(length: int, ranks: int) -> list[range]:
 def _across(model: Spacetime, layer: int, axis: Axis, met: list[list[range]], method: str) -> Attend:
     """Attention along the dimension that is cut."""
     if method == "ring":
-        seen = Seen(causal=model.causal(layer))
-        return lambda q, k, v, mask: ring_attention(q, k, v, seen, axis, met)
+        rule = Seen(causal=model.causal(layer))
+        return lambda q, k, v, seen: ring_attention(q, k, v, rule, axis, met)
     return partial(ulysses_attention, axis=axis, lengths=[total(r) for r in met], inner=model.alone(layer))
 
 
@@ -105,7 +105,7 @@ def ulysses_everywhere(model: Spacetime, axis: Axis) -> None:
             block.attention.attend = partial(along, dim=dim, shape=shape, inner=exchange)
 
 
-def _turned(q: Tensor, k: Tensor, v: Tensor, mask: None, dim: int, shape: list[int], inner: Attend) -> Tensor:
+def _turned(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, dim: int, shape: list[int], inner: Attend) -> Tensor:
     """`inner` of tokens that come as lines along `dim`."""
     q, k, v = (from_lines(x, shape, dim) for x in (q, k, v))
-    return to_lines(inner(q, k, v, mask), shape, dim)
+    return to_lines(inner(q, k, v, seen), shape, dim)

@@ -22,6 +22,8 @@ KEPT = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.megascale.masked_attention.default,
+    torch.ops.higher_order.flex_attention,
 }
 
 

@@ -108,7 +108,6 @@ def spread_sequence(model: Decoder, mesh: Mesh, cfg: Parallel) -> None:
     model.heads_here = (ends[ulysses.rank], ends[ulysses.rank + 1])
     meet: Attend = attend
     if ring.size > 1:
-        model.mask_of = describe
         meet = partial(ring_attention, axis=ring, met=spread.met)
     if ulysses.size > 1:
         first_rank = ring.rank * ulysses.size
@@ -123,15 +122,8 @@ def take(x: Tensor, ranges: Ranges) -> Tensor:
     return torch.cat([x[:, r.start : r.stop] for r in ranges], dim=1)
 
 
-def describe(
-    seq_len: int, documents: Tensor | None, window: int | None, slopes: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> Seen:
-    """In place of a mask of all pairs: a ring makes the parts it needs, tile by tile."""
-    return Seen(True, documents, window, slopes)
-
-
 @torch.compiler.disable
-def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]: tokens for heads, attention of this rank's heads, heads for tokens.
 
     lengths  positions that each rank of the axis holds
@@ -149,16 +141,16 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, axis: Axis, le
     kv, expand = served[axis.rank]
     whole = switch(packed, axis, HEADS, parts, SEQUENCE, lengths).split([heads[axis.rank], len(kv), len(kv)], HEADS)
     k, v = (x if expand is None else x[:, expand] for x in whole[1:])
-    return switch(inner(whole[0], k, v, mask), axis, SEQUENCE, lengths, HEADS, heads)
+    return switch(inner(whole[0], k, v, seen), axis, SEQUENCE, lengths, HEADS, heads)
 
 
 @torch.compiler.disable
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: Seen, axis: Axis, met: list[list[range]]) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: Axis, met: list[list[range]]) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] of this ring place's positions → [b, h, s, e].
 
     met  the positions of every place of the ring
     """
-    return _Ring.apply(q, k, v, mask, axis, met)  # type: ignore[no-any-return]
+    return _Ring.apply(q, k, v, seen or Seen(), axis, met)  # type: ignore[no-any-return]
 
 
 class _Ring(torch.autograd.Function):

@@ -23,7 +23,7 @@ class RunLog:
         self._keep(run_dir / "events.jsonl", lambda row: True)
         self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._events = open(run_dir / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._sinks: list[Any] = []
+        self._sinks: list[Callable[[dict[str, Any]], None]] = []
 
     def add_tensorboard(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -37,12 +37,22 @@ class RunLog:
         self._sinks.append(write)
 
     def add_wandb(self, name: str, config: dict[str, Any], run_id: str | None) -> str:
-        """Starts or continues a Weights & Biases run and returns its id, to be kept in checkpoints."""
+        """Starts or continues a Weights & Biases run and returns its id, to be kept in checkpoints.
+
+        Steps that a resume does again are refused there with a warning; a run being a function of its config, they are the same. The end of
+        the run, and how the process ended, is what W&B's own exit hook sees.
+        """
         try:
             import wandb
         except ImportError:
             raise UsageError("run.wandb is true and the package wandb is missing: pip install wandb, or set it to false") from None
-        run = wandb.init(project=name, name=name, id=run_id, resume="allow", config=config, dir=str(self.run_dir))
+        try:
+            run = wandb.init(project=name, name=name, id=run_id, resume="allow", config=config, dir=str(self.run_dir))
+        except Exception as error:  # no key, no network, no right to write: all of them before anything is trained
+            raise UsageError(
+                f"run.wandb is true and Weights & Biases did not start ({error}): log in with `wandb login`, set WANDB_MODE=offline, "
+                "or set run.wandb to false"
+            ) from None
         self._sinks.append(lambda row: run.log(scalars(row), step=row["step"]))
         return str(run.id)
 

@@ -260,8 +260,9 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     )
     if log is not None and config.run.tensorboard:
         log.add_tensorboard(progress.step)
-    if log is not None and config.run.wandb:
-        progress.logger_ids["wandb"] = log.add_wandb(config.run.name, config.plain(), progress.logger_ids.get("wandb"))
+    if config.run.wandb:
+        known = progress.logger_ids.get("wandb", "")
+        progress.logger_ids["wandb"] = agreed(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
     batch = config.train.global_batch_size
     origin = progress.samples - progress.step * batch
     batches = Prefetcher(

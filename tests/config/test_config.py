@@ -123,6 +123,10 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
     "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
+    "deepspeed_family": (
+        2,
+        (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.engine=deepspeed"),
+    ),
     "deepspeed_update": (2, ("parallel.engine=deepspeed", "optim.name=lion")),
     "zero_offload": (2, ("parallel.engine=deepspeed", "parallel.zero_stage=2", "parallel.offload=parameters")),
     "offload_dir": (1, ("parallel.offload_dir=disk", "parallel.offload=optimizer")),
