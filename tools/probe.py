@@ -72,6 +72,11 @@ def main(
 def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
     """What OUT.json holds."""
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    if config.model.moeut is not None or config.model.family == "spacetime" or config.parallel.engine == "deepspeed":
+        raise UsageError(
+            "the probe looks at stacks of attention and feed-forward blocks that our own engines run: probe a config without model.moeut, "
+            f"of family decoder or encoder, under engine fsdp2 or ddp (here: {config.model.family}, {config.parallel.engine})"
+        )
     if config.model.moeut is not None:
         raise UsageError("model.moeut is set, and theory knows stacks of blocks with weights of their own: remove model.moeut to probe one")
     p, t = config.parallel, config.train
@@ -100,7 +105,9 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
 
 
 def expected(config: Config, points: list[Point]) -> list[dict[str, Any]]:
-    """Theory from what the data give: the embedding's moments and the gradient behind the last block."""
+    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts."""
+    if config.model.moe is not None:
+        return []
     first, last = points[0], points[-1]
     start = Signal(first.mean, first.variance, first.correlation)
     end = Gradient(last.gradient**2, max(0.0, last.gradient_correlation))
@@ -131,7 +138,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes, (key, (label, scale)) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         depth = [(i + 0.0) / per_block for i in range(len(points))]
         axes.plot(depth, [p[key] for p in points], ".", color="#1f5fa8", markersize=4, label="measured")
-        if key in lines:
+        if key in lines and theory:
             axes.plot(depth[1:], [p[lines[key]] for p in theory], "-", color="#c8551b", linewidth=1.2, label="theory")
             axes.legend(frameon=False, fontsize=8)
         if scale == "log" and any(p[key] > 0 for p in points):

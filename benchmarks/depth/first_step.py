@@ -1,6 +1,6 @@
 """The first step by depth: how far one SGD step moves the top of the stream, and whether the first block gets the gradient of the last.
 
-`python benchmarks/depth/first_step.py --data data/stdlib` (2 × 128 tokens of that corpus, width 64, fp64, about 15 minutes of one core).
+`python -m benchmarks.depth.first_step --data data/stdlib` (2 × 128 tokens of that corpus, width 64, fp64, about 15 minutes of one core).
 Steps of 1e-9 in fp64 measure slopes; where a slope is so steep that even they leave the linear range, the number is a lower bound.
 """
 

@@ -1,6 +1,6 @@
 """Seconds of a training step under each residual scheme, norm and linear, beside pre-norm with RMSNorm at equal shapes.
 
-`python benchmarks/depth/step_time.py` takes turns: in every round each variant runs once, and its time is divided by pre-norm's in that
+`python -m benchmarks.depth.step_time` takes turns: in every round each variant runs once, and its time is divided by pre-norm's in that
 round; medians over rounds. `--compile` compiles the blocks, as long runs do.
 """
 

@@ -1,6 +1,6 @@
 """Loss curves of all residual schemes side by side: same data, same budget, several learning rates and seeds.
 
-`python benchmarks/depth/study.py --processes 2` trains 100 blocks of width 64 for 150 steps of 4 × 64 tokens: 10 schemes, 2 learning rates
+`python -m benchmarks.depth.study --processes 2` trains 100 blocks of width 64 for 150 steps of 4 × 64 tokens: 10 schemes, 2 learning rates
 and 2 seeds are about 45 minutes on two idle cores. `--layers 1000 --schemes deepnorm branchnorm deepscale pre post --seeds 1 --lrs 1e-3`
 is the 1000-block study; `--steps`, `--width`, `--batch` and `--seq-len` make it larger. Runs that are in the results already are kept, so a
 stopped study goes on. The corpus is the quickstart's text in 512 pieces:

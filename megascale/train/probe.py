@@ -62,8 +62,8 @@ class Taps:
     def __init__(self, model: ParallelModel, tokens_cut: bool) -> None:
         self.model, self.names = model, point_names(model)
         self.row = {name: i for i, name in enumerate(self.names)}
-        tp = model.mesh["tp"]
-        self.tokens_cut = tokens_cut and tp.size > 1
+        # Where ranks hold parts of one sequence.
+        self.cuts = [model.mesh["cp"], *([model.mesh["tp"]] if tokens_cut else [])]
         self.sums = torch.zeros(len(self.names), 9, dtype=torch.float64)
         self.streams: dict[int, list[Tensor]] = {i: [] for i in range(len(self.names))}
         # Sums over a sequence's tokens of vectors of length one, of the stream and of its gradient: their length gives the mean cosine.
@@ -134,8 +134,8 @@ class Taps:
         for (row, kind), found in self.directions.items():
             whole = torch.cat(found)  # [sequences, d]
             tokens = torch.tensor([float(self.streams[row][0].shape[1])])
-            if self.tokens_cut:
-                whole, tokens = all_reduce(whole, self.model.mesh["tp"]), all_reduce(tokens, self.model.mesh["tp"])
+            for axis in self.cuts:
+                whole, tokens = all_reduce(whole, axis), all_reduce(tokens, axis)
             n = tokens.item()
             self.sums[row, kind] += (whole.square().sum().item() - n * whole.shape[0]) / max(1.0, n * (n - 1))
             if kind == CORR:

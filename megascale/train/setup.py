@@ -22,6 +22,7 @@ from megascale.config.load import to_yaml
 from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
+from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.masking import Masking
 from megascale.data.tokenizer import beside, load_tokenizer
@@ -38,6 +39,7 @@ from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.engine import Engine, Native
+from megascale.train.in_backward import InBackward
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
@@ -63,6 +65,7 @@ def resolve_vocabulary(config: Config) -> Config:
         known = source_facts(prefix).get("vocab_size")
         size = config.model.vocab_size or (known and known + more)
         if size is None:
+            TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
             raise UsageError(
                 f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer"
             )
@@ -175,6 +178,9 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)
+    if config.parallel.update_in_backward:
+        assert isinstance(schedule, Layered)
+        return InBackward(model, schedule, config.optim, device)
     return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from megascale.config.identity import check_identity, identity
 from megascale.config.layout import axis_sizes
 from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
 from megascale.config.schema import Config, Parallel
@@ -46,6 +47,8 @@ def config(*overrides: str) -> Config:
         ("model=3", "write section.key=value"),
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
+        ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
+        ("parallel.parallel_foo=2", "`--dry-run` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:
@@ -135,6 +138,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
+    "update_in_backward": (1, ("parallel.update_in_backward=true", "parallel.accumulation=layered")),
     "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
     "deepspeed_update": (2, ("parallel.engine=deepspeed", "optim.name=lion")),
     "zero_offload": (2, ("parallel.engine=deepspeed", "parallel.zero_stage=2", "parallel.offload=parameters")),
@@ -289,6 +293,14 @@ def test_every_config_that_ships_is_valid() -> None:
         if number[-1] in "mb" and number[:-1].replace(".", "").isdigit():
             nominal = float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
             assert abs(report["parameters"] / nominal - 1) < 0.03, (path, report["parameters"])
+
+
+def test_keys_that_are_younger_than_a_checkpoint() -> None:
+    """Catches a release whose new keys make every older run another one, and a new key in use that passes unseen."""
+    old = {k: v for k, v in identity(config()).items() if k not in ("model.linear", "model.dyt_alpha", "data.mask_fraction")}
+    assert check_identity(config(), old, "x") == {}
+    with pytest.raises(UsageError, match=r"model.linear: 'dense' in the checkpoint, 'bitlinear' now"):
+        check_identity(config("model.linear=bitlinear"), old, "x")
 
 
 def test_flatten() -> None:

@@ -176,6 +176,7 @@ PROBED: dict[str, tuple[int, Parallel]] = {
     "tp sequence x zero3 x recompute": (4, Parallel(tp=2, tp_sequence=True, dp_shard=2, recompute="full")),
     "tp x ddp": (4, Parallel(tp=2, dp_replicate=2, dp_shard=1, engine="ddp")),
     "pipeline": (2, Parallel(pp=2, pp_schedule="zbv")),
+    "context x tp sequence": (4, Parallel(cp=2, tp=2, tp_sequence=True)),
     "layered": (2, Parallel(accumulation="layered", dp_shard=2)),
 }
 
@@ -185,7 +186,7 @@ PROBED: dict[str, tuple[int, Parallel]] = {
 def test_the_probe_is_the_same_on_every_layout(layout: str) -> None:
     """Catches moments of a rank's own tokens, gradients counted once a rank, and looks taken twice under recomputation."""
     ranks, parallel = PROBED[layout]
-    case = Case(scheme("deepnorm", num_layers=4, dropout=0.1), batch=8)
+    case = Case(scheme("deepnorm", num_layers=4, dropout=0.1), batch=8, seq_len=16)
     got = run_ranks(ranks, measured, replace(case, parallel=parallel))[-1]
     want = run_ranks(1, measured, case)[0]
     assert [p[:2] for p in got] == [p[:2] for p in want] and len(want) == 9
@@ -241,3 +242,6 @@ def test_the_tool_writes_what_it_saw(tmp_path: Path) -> None:
     read = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert len(read["points"]) == 5 and len(read["theory"]) == 4 and read["tokens"] == 16 and read["layout"] == "1 process"
     assert (tmp_path / "out" / "probe.png").stat().st_size > 10_000
+    found = measure(build_config(settings(tmp_path, model__moe={"num_experts": 4, "ffn_size": 16})), RankInfo(), CPU, 1e-4)
+    write(found, tmp_path / "experts")
+    assert found["theory"] == [] and found["points"][-1]["weight_gradient"] > 0
