@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megascale.comm.mesh import Axis, Traffic, build_mesh
 from megascale.config.layout import axis_sizes
@@ -95,6 +97,57 @@ def test_single_and_mixed_precision(precision: str, bound: float) -> None:
         reference, got = single(case), run_ranks(ranks, train, case)[0]
         assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= bound
         assert worst(got["grad"], reference["grad"])[0] <= 4 * bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks(recompute: str) -> None:
+    """Catches a graph that swallows an exchange, or a mixture that breaks inside one."""
+    parallel = Parallel(tp=2, tp_sequence=True, ep=2, compile=True, recompute=recompute)  # type: ignore[arg-type]
+    case = Case(sparse(num_experts=2), parallel, precision="fp32")
+    reference, got = single(case), run_ranks(4, train, case, timeout=170)[0]
+    assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 2e-5
+    assert worst(got["grad"], reference["grad"])[0] <= 1e-4
+
+
+@st.composite
+def random_case(draw: st.DrawFn) -> tuple[int, Case]:
+    """A mixture and a layout of up to 4 ranks that the support table allows."""
+    ep, tp, cp = draw(st.sampled_from([(1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2), (1, 2, 1)]))
+    whole = tp > 1 and (ep == 4 or draw(st.booleans()))
+    replicas = draw(st.sampled_from([1, 2])) if ep * tp * cp == 2 else 1
+    parallel = Parallel(
+        ep=ep,
+        tp=tp,
+        cp=cp,
+        etp=1 if whole else None,
+        tp_sequence=whole or draw(st.booleans()),
+        dp_replicate=replicas,
+        dp_shard=max(1, 4 // (tp * cp * replicas)),
+        reshard_after_forward=draw(st.booleans()),
+        recompute=draw(st.sampled_from(["none", "selective", "full"])),
+    )
+    capacity = None if whole or cp > 1 else draw(st.sampled_from([None, 0.6, 1.25]))
+    model = sparse(
+        draw(st.integers(1, 3)),
+        num_experts=draw(st.sampled_from([4, 8])),
+        top_k=draw(st.integers(1, 3)),
+        num_shared=draw(st.integers(0, 2)),
+        router=draw(st.sampled_from(["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"])),
+        balance=draw(st.sampled_from(["loss", "entropy", "bias", "none"])),
+        capacity_factor=capacity,
+    )
+    model = model.model_copy(
+        update={"ffn": draw(st.sampled_from(["swiglu", "gelu", "relu"])), "dropout": draw(st.sampled_from([0.0, 0.1]))}
+    )
+    return 4, Case(model, parallel, batch=draw(st.integers(3, 6)), packed=draw(st.booleans()), steps=2)
+
+
+@given(random_case())
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_random_layouts(drawn: tuple[int, Case]) -> None:
+    """Catches what nobody thought of combining."""
+    assert_equal(drawn[1], drawn[0])
 
 
 def test_muon_orthogonalizes_each_expert() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megascale.config.schema import Moe
+from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, grouped_product, has_grouped_product, readings
-from megascale.model.residual import residual
+from megascale.model.kernels import torch_rmsnorm
+from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, specs_of
 from tests.layouts import tiny
@@ -34,9 +35,13 @@ def filled(module: torch.nn.Module) -> Any:
     return module
 
 
+def declared(cfg: Model) -> MixtureOfExperts:
+    """The mixture of the first of two pre-norm blocks, on the meta device."""
+    return MixtureOfExperts(cfg, residual(cfg, Stack("decoder", 2), 0), torch.float64, torch_rmsnorm)
+
+
 def mixture(**keys: Any) -> MixtureOfExperts:
-    cfg = tiny(moe={"num_experts": E, "top_k": K, "ffn_size": 16, **keys})
-    return filled(MixtureOfExperts(cfg, residual("pre", 2).gains, torch.float64))  # type: ignore[no-any-return]
+    return filled(declared(tiny(moe={"num_experts": E, "top_k": K, "ffn_size": 16, **keys})))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("rule", ["topk_softmax", "xmoe", "softmax_topk", "sigmoid"])
@@ -182,7 +187,7 @@ def test_xmoe_compares_directions() -> None:
 def test_the_mixture_against_a_loop(kind: str) -> None:
     """Catches a token that meets the wrong expert, a gate on the wrong row, and shared experts that are left out or gated."""
     cfg = tiny(ffn=kind, moe={"num_experts": E, "top_k": K, "ffn_size": 16, "num_shared": 2})
-    moe = filled(MixtureOfExperts(cfg, residual("pre", 2).gains, torch.float64))
+    moe = filled(declared(cfg))
     x = torch.randn(B, S, 24, dtype=torch.float64)
     got = moe(x, None)
 
@@ -259,7 +264,7 @@ def test_st_moes_start() -> None:
     from megascale.model.init import initialize
 
     cfg = tiny(moe={"num_experts": E, "ffn_size": 16, "init": "st_moe"})
-    specs = specs_of(MixtureOfExperts(cfg, residual("pre", 2).gains, torch.float64))
+    specs = specs_of(declared(cfg))
     for name, fan_in in (("router.weight", 24), ("experts.up.weight", 24), ("experts.down.weight", 16)):
         assert specs[name].std == pytest.approx(math.sqrt(0.1 / fan_in)) and specs[name].truncated
     spec = ParamSpec((3, 300, 400), "up", 1, 0.5, truncated=True)

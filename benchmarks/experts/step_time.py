@@ -3,19 +3,22 @@
 
     python benchmarks/experts/step_time.py --dtype bf16
 
-One process, all in one run and taking turns. Needs `pip install -e '.[hf]'` for the comparison. A step has several micro-batches, as steps
+One process, all in one run and taking turns; seconds by the clock and of the processor, of which the second mean something on a machine
+that others use as well (with one thread). Needs `pip install -e '.[hf]'` for the comparison. A step has several micro-batches, as steps
 have: the optimizer's pass over all experts, of which a token meets few, is paid once for all of them.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.common import in_turn, machine, write
+from benchmarks.common import machine, write
 from megascale.comm.mesh import AXES, build_mesh
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
@@ -94,11 +97,28 @@ def their_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, comp
     return step
 
 
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each step by the clock and of the processor, medians of rounds in which the candidates take turns."""
+    clock: dict[str, list[float]] = {what: [] for what in steps}
+    processor: dict[str, list[float]] = {what: [] for what in steps}
+    for _ in range(rounds):
+        for what, step in steps.items():
+            begin, busy = time.perf_counter(), time.process_time()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            clock[what].append(time.perf_counter() - begin)
+            processor[what].append(time.process_time() - busy)
+    medians = [{what: statistics.median(found) for what, found in times.items()} for times in (clock, processor)]
+    return medians[0], medians[1]
+
+
 def main(
     dtype: str = "bf16",
     layers: int = 1,
     sequences: Annotated[int, typer.Option(help="of 512 tokens in a micro-batch")] = 16,
     rounds: int = 3,
+    threads: int = 2,
     experts: Annotated[list[int], typer.Option(help="how many, each in turn")] = [8, 64],  # noqa: B006
     compiled: bool = False,
     theirs: Annotated[str, typer.Option(help="Mixtral's implementations of experts, by comma; empty: none")] = "eager,grouped_mm",
@@ -106,6 +126,7 @@ def main(
     name: Annotated[str, typer.Option(help="of the file with the results")] = "step_time",
 ) -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(threads)
     place, kind = torch.device(device), DTYPES[dtype]
     batches = [torch.randint(0, 4096, (sequences, SEQ_LEN + 1), device=place) for _ in range(MICRO_BATCHES)]
     steps: dict[str, Callable[[], object]] = {}
@@ -117,7 +138,8 @@ def main(
         steps[f"Mixtral, {implementation}"] = their_step(shape(layers, experts[0]), batches, kind, compiled, implementation)
     for step in steps.values():
         step()  # what is made once
-    seconds = {what: found["seconds"] for what, found in in_turn(steps, rounds, place, kind).items()}
+    clock, processor = in_turn(steps, rounds, place)
+    seconds = processor if threads == 1 and device == "cpu" else clock
     tokens = MICRO_BATCHES * sequences * SEQ_LEN
     write(
         __file__,
@@ -126,7 +148,9 @@ def main(
             "machine": machine(),
             "tokens": tokens,
             "layers": layers,
-            "seconds": seconds,
+            "seconds": clock,
+            "processor_seconds": processor,
+            "ratios_of": "processor_seconds" if seconds is processor else "seconds",
             "sizes": sizes,
             "over_dense": {what: t / seconds["dense"] for what, t in seconds.items() if what in sizes},
             "over_mixtral": {what: t / seconds[f"{experts[0]} experts"] for what, t in seconds.items() if what.startswith("Mixtral")},

@@ -160,6 +160,7 @@ class Parallel(Section):
     breadth_first: Positive | None = None  # micro-batches that pass a layer together under layered; all of the step if absent
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
     recompute: Literal["none", "selective", "full"] = "none"
+    update_in_backward: bool = False  # under layered: a layer's weights move as soon as its gradient is there; needs train.clip 0
     zero_stage: Literal[1, 2, 3] = 3  # of engine deepspeed: it cuts optimizer state, gradients too, weights too
     offload: Annotated[tuple[Literal["optimizer", "parameters", "activations"], ...], BeforeValidator(_words)] = ()  # one or a list; none
     offload_dir: str | None = None  # of engine deepspeed: a folder on NVMe instead of host memory

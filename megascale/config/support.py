@@ -327,6 +327,22 @@ RULES: tuple[Rule, ...] = (
         "choose breadth_first that divides m, or leave it out so that all of them go together",
     ),
     Rule(
+        "update_in_backward",
+        ("parallel.update_in_backward", "parallel.accumulation", "parallel.breadth_first", "parallel.offload", "train.clip", "optim.name"),
+        lambda c, n: (
+            c.parallel.update_in_backward
+            and (
+                c.parallel.accumulation != "layered"
+                or (c.parallel.breadth_first or micro_batches(c, n)) != micro_batches(c, n)
+                or bool({"optimizer", "parameters"} & set(c.parallel.offload))
+                or c.train.clip != 0
+                or c.optim.name == "muon"
+            )
+        ),
+        "a layer can be updated during backward where its gradient comes at once and nothing of the other layers is needed for it",
+        "use accumulation layered without breadth_first, clip 0, adamw or lion, and no offload of their state; or leave it out",
+    ),
+    Rule(
         "deepspeed_axes",
         ("parallel.engine", "parallel.pp", "parallel.cp", "parallel.dp_replicate"),
         lambda c, n: (

@@ -32,14 +32,15 @@ class Optimizer(Protocol):
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
     """`offload` as in the config: with "optimizer" the state lies in host memory, with "parameters" the weights lie there already."""
     if "parameters" in offload:
-        return OnHost(_build(model.weights, model, cfg), None)
+        return OnHost(optimizer_over(model.weights, model, cfg), None)
     if "optimizer" in offload:
         mirror = Mirror(model.weights)
-        return OnHost(_build(mirror.weights, model, cfg), mirror)
-    return _build(model.weights, model, cfg)
+        return OnHost(optimizer_over(mirror.weights, model, cfg), mirror)
+    return optimizer_over(model.weights, model, cfg)
 
 
-def _build(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
+def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
+    """The optimizer of `cfg` for some weights of the model, where they lie."""
     match cfg.name:
         case "adamw":
             return AdamW(weights, cfg)

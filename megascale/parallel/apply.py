@@ -112,9 +112,11 @@ class ParallelModel:
         keep = tuple(slice(0, max(0, min(n, s - o))) for n, s, o in zip(local.shape, shape, offset))
         return Piece(shape, tuple(min(o, s) for o, s in zip(offset, shape)), local[keep])
 
-    def finish_gradients(self) -> None:
-        """After the last micro-batch: gradients that are shares of a sum over the tensor axis are summed, in one message."""
-        grads = [g for w in self.weights if w.placement.partial and (g := w.local_grad) is not None]
+    def finish_gradients(self, weights: list[Weight] | None = None) -> None:
+        """After the last micro-batch: gradients (of `weights` alone, where given) that are shares of a sum over the tensor axis are summed,
+        in one message.
+        """
+        grads = [g for w in (self.weights if weights is None else weights) if w.placement.partial and (g := w.local_grad) is not None]
         if grads:
             flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.mesh["tp"])
             torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])

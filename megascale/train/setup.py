@@ -38,6 +38,7 @@ from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.engine import Engine, Native
+from megascale.train.in_backward import InBackward
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
@@ -175,6 +176,9 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)
+    if config.parallel.update_in_backward:
+        assert isinstance(schedule, Layered)
+        return InBackward(model, schedule, config.optim, device)
     return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
 
 
