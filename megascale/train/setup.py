@@ -22,6 +22,7 @@ from megascale.config.load import to_yaml
 from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
+from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.masking import Masking
 from megascale.data.tokenizer import beside, load_tokenizer
@@ -64,6 +65,7 @@ def resolve_vocabulary(config: Config) -> Config:
         known = source_facts(prefix).get("vocab_size")
         size = config.model.vocab_size or (known and known + more)
         if size is None:
+            TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
             raise UsageError(
                 f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer"
             )

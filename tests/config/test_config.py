@@ -47,6 +47,8 @@ def config(*overrides: str) -> Config:
         ("model=3", "write section.key=value"),
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
+        ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
+        ("parallel.parallel_foo=2", "`--dry-run` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:
