@@ -189,6 +189,13 @@ def test_wandb_keeps_its_id_over_a_resume(folder: Path, monkeypatch: pytest.Monk
     assert [values["loss"] for _, values in fake.logged] == losses(folder)
 
 
+def test_pipelines_are_refused_on_a_torch_that_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback from inside torch 2.11, whose pipeline stages lack what ours use."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    for code, message in run_ranks(2, run, settings(folder, parallel__pp=2)):
+        assert code == 2 and "parallel.pp is 2 and torch is 2.11.0" in message
+
+
 def test_wandb_that_does_not_start_ends_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a missing key that ends rank 0 with a traceback and leaves the others waiting."""
     fake = FakeWandb()

@@ -155,6 +155,12 @@ def agreed(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def check_torch(config: Config) -> None:
+    """Refuses what the installed torch cannot do: before 2.12 the stages of its pipelines were of another make."""
+    if config.parallel.pp > 1 and torch.__version__.startswith("2.11."):
+        raise UsageError(f"parallel.pp is {config.parallel.pp} and torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
+
+
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
@@ -233,6 +239,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse  where the trainer says what it does, for a watch
     """
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    agreed(lambda: check_torch(config))
     device = agreed(lambda: choose_device(config, ranks))
     agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
