@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument(
         "--dry-run",
         action="store_true",

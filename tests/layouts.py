@@ -19,6 +19,7 @@ from megascale.model.kernels import choose_kernels
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, Weight, build_stages, parallelize
+from megascale.parallel.expert import settle_routers
 from megascale.train.setup import build_schedule
 
 CPU = torch.device("cpu")
@@ -107,17 +108,16 @@ def build(case: Case, ranks: int) -> ParallelModel:
 
 
 def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
-    """A [rows, columns] tensor shaped like the weight's local part → the unsharded one, on every rank."""
-    shape, placement = list(w.placement.spec.shape), w.placement
-    if placement.dim is not None:
-        shape[placement.dim] = placement.part
+    """A tensor shaped like the weight's local part → the unsharded one, on every rank."""
+    placement = w.placement
     if w.sharded:
-        axis = mesh["shard"]
-        rows = -(-shape[0] // axis.size)
-        padded = local.new_zeros((rows, *local.shape[1:]))
-        padded[: local.shape[0]] = local
-        local = all_gather(padded, axis, 0)[: shape[0]]
-    return local if placement.dim is None else all_gather(local, mesh["tp"], placement.dim)
+        axis, dim, length = mesh[placement.shard], placement.shard_dim, placement.shape[placement.shard_dim]
+        padded = local.new_zeros([-(-length // axis.size) if i == dim else n for i, n in enumerate(local.shape)])
+        padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+        local = all_gather(padded, axis, dim).narrow(dim, 0, length)
+    for cut in placement.cuts:
+        local = all_gather(local, mesh[cut.axis], cut.dim)
+    return local
 
 
 def whole(model: ParallelModel, of: str) -> dict[str, Tensor]:
@@ -159,6 +159,7 @@ def train(case: Case) -> dict[str, Any]:
         if step == 0 and case.keep_tensors:
             result["grad"] = whole(model, "local_grad")
         optimizer.step(case.optim.lr, clip_factor(norm, case.clip) / sums[1], torch.isfinite(norm))
+        settle_routers(model.stages, mesh.axes, torch.isfinite(norm))
         for w in model.weights:
             w.parameter.grad = None
     if case.keep_tensors:

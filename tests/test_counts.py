@@ -166,7 +166,7 @@ def muon_step(case: Case) -> tuple[dict[str, int], int, int, dict[str, int]]:
     matrices = [w for w in model.weights if w.placement.spec.role in optimizers.MATRICES]
     sizes: Counter[str] = Counter()
     for w in matrices:
-        sizes["cut" if w.placement.dim is not None else "whole"] += w.placement.spec.numel * ITEM
+        sizes["cut" if w.placement.cuts else "whole"] += w.placement.spec.numel * ITEM
     return model.mesh.traffic.take()[0], len(worked), len(matrices), dict(sizes)
 
 

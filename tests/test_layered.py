@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megascale.config.schema import Optim, Parallel
+from megascale.data.loader import Batch
 from megascale.schedule import layered
 from megascale.schedule.orders import Step, layered_forward_order, layered_order
-from tests.layouts import Case, tiny, train
+from megascale.train.in_backward import InBackward
+from tests.layouts import CPU, Case, build, tiny, train
 from tests.ranks import run_ranks
+from tests.runs import make_tokens, rows, run, settings
 from tests.test_counts import ITEM, padded
 from tests.test_layouts import MODELS, assert_equal
 
@@ -166,3 +171,48 @@ def test_what_runs_is_the_order() -> None:
     ran = run_ranks(1, recorded, case)[0]
     wanted = [s for s in layered_order(MODELS["llama"].num_layers + 2, 4, 2) if s.kind in "FB"]
     assert [Step(*s) for s in ran] == wanted
+
+
+def test_updates_during_backward(tmp_path: Path) -> None:
+    """Catches a layer that moves before its gradient is whole, a tied embedding updated without its head's share, and moments lost at a
+    resume: the same run with updates after the step, and one that changes between the two ways on another layout.
+    """
+    make_tokens(tmp_path / "tokens")
+    fixed: dict[str, Any] = {"train__clip": 0.0, "model__tie_embeddings": True, "model__qk_norm": True, "train__packing": "documents"}
+    layered_keys = {"parallel__accumulation": "layered", "parallel__update_in_backward": True}
+    for place, steps in (
+        ("after", [(1, {}, None)]),
+        ("during", [(2, {**layered_keys, "parallel__dp_shard": 2}, None)]),
+        ("both", [(4, {**layered_keys, "parallel__dp_shard": 2, "parallel__tp": 2, "parallel__tp_sequence": True}, 2), (3, {}, None)]),
+    ):
+        for ranks, keys, stop in steps:
+            given = settings(tmp_path, **fixed, **keys)
+            given["run"]["dir"] = str(tmp_path / place / "run")
+            codes = run_ranks(ranks, run, given, stop)
+            assert {code for code, _ in codes} == ({75} if stop else {0}), codes
+    for place in ("during", "both"):
+        for key in ("loss", "grad_norm"):
+            wanted, got = ([r[key] for r in rows(tmp_path / p)] for p in ("after", place))
+            assert max(abs(a - b) / b for a, b in zip(got, wanted)) <= 1e-12, (place, key)
+
+
+def gradients_alive(case: Case) -> int:
+    """The most weights that had a gradient at once, while a layer was updated."""
+    model = build(case, 1)
+    engine = InBackward(model, layered.Layered(model, None), Optim(), CPU)
+    most = [0]
+    update = engine._update_stage
+
+    def count(number: int) -> None:
+        most[0] = max(most[0], len({w.name.split(".")[1] for w in model.weights if w.parameter.grad is not None and "blocks" in w.name}))
+        update(number)
+
+    engine.schedule.after_stage = count
+    tokens = torch.zeros(1, case.seq_len, dtype=torch.int64)
+    engine.run([Batch(tokens, tokens, None, None, torch.arange(1), case.seq_len)] * 2, 1.0, 1e-3)
+    return most[0]
+
+
+def test_gradients_of_one_layer_live_at_once() -> None:
+    """Catches an update during backward that saves nothing."""
+    assert run_ranks(1, gradients_alive, Case(tiny(num_layers=5), Parallel(accumulation="layered")))[0] == 1

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megascale.cli import new_app, run_tool
 from megascale.data.prepare import prepare, sample_texts
-from megascale.data.readers import find_files
+from megascale.data.readers import find_files, is_text
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
 
@@ -29,7 +29,7 @@ def main(
     inputs: Annotated[list[Path], typer.Argument(help="files (.txt, .jsonl, .parquet, each also .gz or .zst) and folders")],
     out: Annotated[str, typer.Option(help="prefix of the files to write: PREFIX.bin, .idx, .json, .model")],
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json; trained if absent")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help=f"pieces of the tokenizer to train, {VOCABULARY} if absent")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=3, help=f"pieces of the tokenizer to train, {VOCABULARY} if absent")] = None,
     text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text")] = "text",
     pattern: Annotated[str, typer.Option(help="files to take from folders")] = "*",
     exclude: Annotated[list[str], typer.Option(help="name of folders to leave out; may be repeated")] = ["site-packages"],  # noqa: B006
@@ -48,6 +48,13 @@ def main(
         raise UsageError(f"{existing[0]} exists: choose another --out, or add --overwrite")
     files = [f for f in find_files(inputs, pattern, exclude) if f not in outputs]
     console = Console(stderr=True, highlight=False)
+    other = [f for f in files if not is_text(f)]
+    named = [f for f in other if f in inputs]
+    if named:
+        raise UsageError(f"{named[0]} is not text, it has zero bytes: leave it out, or give the text that is in it")
+    if other:
+        console.print(f"left out {len(other)} files in folders that are not text, such as {other[0]}")
+        files = [f for f in files if f not in set(other)]
     with tempfile.TemporaryDirectory() as scratch:
         if tokenizer is None:
             console.print(f"training a tokenizer of {vocab_size or VOCABULARY} pieces …")

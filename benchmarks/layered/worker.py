@@ -61,8 +61,8 @@ def stepper(config: Config, ranks: int) -> Callable[[], dict[str, int]]:
 
     def step() -> dict[str, int]:
         mesh.traffic.take()
-        engine.run([batch] * M, 1 / places)
-        engine.update(1e-4, torch.ones(()))
+        engine.run([batch] * M, 1 / places, 1e-4)
+        engine.update(torch.ones(()))
         return mesh.traffic.take()[0]
 
     return step

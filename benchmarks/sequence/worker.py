@@ -69,8 +69,8 @@ def stepper(name: str, n: int, layers: int) -> Callable[[], int]:
 
     def step() -> int:
         mesh.traffic.take()
-        engine.run([batch], 1 / batch.valid)
-        engine.update(1e-4, torch.ones(()))
+        engine.run([batch], 1 / batch.valid, 1e-4)
+        engine.update(torch.ones(()))
         sent = mesh.traffic.take()[0]
         return sent.get("cp", 0) + sent.get("tp", 0)
 

@@ -212,6 +212,18 @@ def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
 
 
 @torch.compiler.disable
+def share_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Partial results summed forward, each rank using the sum differently: gradients are summed backward too."""
+    return _Copy.apply(_Reduce.apply(x, axis), axis)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def max_over_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The largest of all ranks' values; it has no gradient."""
+    return all_reduce(x.detach().clone(), axis, "max")
+
+
+@torch.compiler.disable
 def gather_parts(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Pieces along `dim` joined forward; backward each rank gets its piece of the summed gradient."""
     return _Gather.apply(x, axis, dim)  # type: ignore[no-any-return]

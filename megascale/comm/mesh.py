@@ -10,6 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Slowest link first: neighbouring ranks share the axis that talks most.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+# The same ranks as experts see them: those of one stage and replica in another order, `ep` running faster than `edp`. Where experts are cut
+# like the dense weights, both have size one and nothing is different.
+EXPERT_AXES = ("edp", "ep")
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Mesh:
 
     axes: dict[str, Axis]
     device_mesh: DeviceMesh | None
+    expert_mesh: DeviceMesh | None  # over dp_replicate, edp and ep, where experts have axes of their own
     traffic: Traffic
     rank: int
     size: int
@@ -78,16 +82,20 @@ class Mesh:
 
 
 def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Global rank → its place on each axis, in the order of AXES, the last axis running fastest."""
+    """Global rank → its place on each axis, in the order of AXES, the last axis running fastest; then on EXPERT_AXES."""
     place = {}
     for name in reversed(AXES):
         rank, place[name] = divmod(rank, sizes[name])
+    place["edp"] = place["ep"] = 0
+    if _own_axes(sizes):
+        index = (place["dp_shard"] * sizes["cp"] + place["cp"]) * sizes["tp"] + place["tp"]
+        place["edp"], place["ep"] = divmod(index // _expert_tp(sizes), sizes["ep"])
     return place
 
 
 def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mesh:
-    """`sizes` for every axis of AXES, their product being the number of ranks; `ulysses` neighbours on cp trade heads, and such groups pass
-    blocks around. Collective over all ranks.
+    """`sizes` for every axis of AXES, their product being the number of ranks, and of EXPERT_AXES; `ulysses` neighbours on cp trade heads,
+    and such groups pass blocks around. Collective over all ranks.
     """
     traffic = Traffic()
     pp, replicate, shard, cp, tp = (sizes[n] for n in AXES)
@@ -103,8 +111,23 @@ def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mes
             "cp_ring": split["cp"],
             "cp_ulysses": replace(split["ulysses"], name="cp"),
         }
+    experts = None
+    seen |= {n: Axis(n, 1, 0, None, traffic) for n in EXPERT_AXES}
+    if _own_axes(sizes):
+        view = {"pp": pp, "dp_replicate": replicate, "edp": sizes["edp"], "ep": sizes["ep"], "etp": _expert_tp(sizes)}
+        experts, cut = _view(view, device_type, traffic)
+        seen |= {n: cut[n] for n in EXPERT_AXES}
     started = dist.is_initialized()
-    return Mesh({**axes, **seen}, grid, traffic, dist.get_rank() if started else 0, dist.get_world_size() if started else 1)
+    return Mesh({**axes, **seen}, grid, experts, traffic, dist.get_rank() if started else 0, dist.get_world_size() if started else 1)
+
+
+def _own_axes(sizes: dict[str, int]) -> bool:
+    return sizes.get("edp", 1) * sizes.get("ep", 1) > 1
+
+
+def _expert_tp(sizes: dict[str, int]) -> int:
+    """Ranks over which a single expert is cut: what the expert axes leave of a replica."""
+    return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (sizes["edp"] * sizes["ep"])
 
 
 def _view(sizes: dict[str, int], device_type: str, traffic: Traffic) -> tuple[DeviceMesh | None, dict[str, Axis]]:

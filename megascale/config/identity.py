@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megascale.config.load import flatten, known_keys
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Section
 from megascale.errors import UsageError
 
 SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.packing")
@@ -24,7 +24,8 @@ def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[st
     Raises UsageError with the diff where a change is not in `run.allow_change`.
     """
     now = identity(config)
-    changed = {k: (saved.get(k), now.get(k)) for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)}
+    then = {**_defaults(), **saved}
+    changed = {k: (then.get(k), now.get(k)) for k in sorted({*saved, *now}) if then.get(k) != now.get(k)}
     allowed = _covered(changed, config.run.allow_change)
     refused = {k: v for k, v in changed.items() if k not in allowed}
     if refused:
@@ -35,6 +36,18 @@ def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[st
             + f"\nset them back, choose another run.name, or allow it with run.allow_change='[{keys}]'"
         )
     return {k: changed[k] for k in allowed}
+
+
+def _defaults() -> dict[str, Any]:
+    """{"section.key": default}: what a key that came after a checkpoint meant before it existed."""
+    found = {}
+    for section, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for key, info in field.annotation.model_fields.items():
+            if not info.is_required():
+                value = info.get_default(call_default_factory=True)
+                found[f"{section}.{info.alias or key}"] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def check_allow_change(keys: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from megascale.errors import UsageError
 
 
 def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
-    """Size of every mesh axis, `dp_shard: -1` (DDP: dp_replicate) taking the ranks that the others leave.
+    """Size of every mesh axis, `dp_shard: -1` (DDP: dp_replicate) taking the ranks that the others leave; then of the expert axes.
 
     Raises UsageError when the product cannot be the number of ranks.
     """
@@ -35,7 +35,23 @@ def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
             f"{_words(sizes)} make {_product(sizes)} ranks, and there are {ranks}: start {_product(sizes)} ranks, or set "
             "parallel.dp_shard to -1 so that it takes what the other axes leave"
         )
-    return sizes
+    return {**sizes, **expert_sizes(parallel, sizes)}
+
+
+def expert_sizes(parallel: Parallel, sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes of `edp` and `ep` within a replica: dp_shard·cp·tp = edp·ep·etp. Both are 1 where experts are cut as dense weights are."""
+    if parallel.ep == 1 and parallel.expert_tp == parallel.tp:
+        return {"edp": 1, "ep": 1}
+    return {"edp": sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (parallel.ep * parallel.expert_tp), "ep": parallel.ep}
+
+
+def expert_mesh_fits(parallel: Parallel, ranks: int) -> bool:
+    """Whether ep × etp divides the ranks of a replica; true where the dense axes do not fit the ranks, which is refused on its own."""
+    try:
+        sizes = axis_sizes(parallel, ranks)
+    except UsageError:
+        return True
+    return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] % (parallel.ep * parallel.expert_tp) == 0
 
 
 def data_parts(parallel: Parallel) -> int:
@@ -60,6 +76,8 @@ def describe(parallel: Parallel) -> str:
         words += f" {parallel.pp_schedule}" + (f"×{parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else "")
     if parallel.cp > 1:
         words += f" {parallel.cp_method}" + (f"×ulysses{parallel.cp_ulysses}" if parallel.cp_ulysses > 1 else "")
+    if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
+        words += f" ep{parallel.ep}" + (f"·etp{parallel.expert_tp}" if parallel.expert_tp != parallel.tp else "")
     extra = f" {parallel.engine}" if parallel.engine != "fsdp2" and words else ""
     layered = " layered" if parallel.accumulation == "layered" else ""
     return (words or "1 process") + extra + layered

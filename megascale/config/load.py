@@ -74,7 +74,12 @@ ELSEWHERE = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "resume_from_checkpoint": "checkpoint.resume",
-    # TorchTitan, DeepSpeed
+    # TorchTitan, DeepSpeed, and what people write
+    "tensor_parallel": "parallel.tp",
+    "tensor_parallel_size": "parallel.tp",
+    "pipeline_parallel_size": "parallel.pp",
+    "context_parallel_degree": "parallel.cp",
+    "expert_parallel_degree": "parallel.ep",
     "data_parallel_shard_degree": "parallel.dp_shard",
     "data_parallel_replicate_degree": "parallel.dp_replicate",
     "tensor_parallel_degree": "parallel.tp",
@@ -194,7 +199,7 @@ def _suggest(key: str) -> str:
     last = plain.rsplit(".", 1)[-1]
     if last in ELSEWHERE:
         return f"; here it is called {ELSEWHERE[last]}"
-    keys = known_keys()
+    keys = [k for k in known_keys() if "." in k or "." not in plain]  # a key that has a section is no section
     near = difflib.get_close_matches(plain, keys, 1, 0.75)
     if not near:
         by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}

@@ -39,14 +39,26 @@ class Run(Section):
 class Moe(Section):
     num_experts: Positive = 8
     top_k: Positive = 2
-    num_shared: NonNegative = 0
-    ffn_size: Positive | None = None
-    every: Positive = 1
-    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "xmoe"] = "topk_softmax"
-    balance: Literal["loss", "bias", "none"] = "loss"
-    aux_loss: float = 1e-2
-    z_loss: float = 1e-3
-    capacity_factor: float | None = None
+    num_shared: NonNegative = 0  # experts that every token meets, as one of num_shared times the width
+    ffn_size: Positive | None = None  # of one expert; the model's if absent
+    every: Positive = 1  # every n-th layer has experts, the others are dense
+    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    balance: Literal["loss", "entropy", "bias", "none"] = "loss"
+    aux_loss: Annotated[float, Field(ge=0)] = 1e-2  # weight of the balance or entropy loss
+    z_loss: Annotated[float, Field(ge=0)] = 1e-3
+    bias_rate: Annotated[float, Field(gt=0)] = 1e-3  # by which balance: bias moves a step
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # absent: no token is dropped
+    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0  # in evaluation, where capacity_factor is set
+    init: Literal["model", "st_moe"] = "model"
+
+
+class Moeut(Section):
+    """Layers in groups whose weights repeat in depth, with experts in attention beside those of `moe` (arXiv 2405.16039)."""
+
+    group_size: Positive = 2  # layers with weights of their own
+    attention_experts: Positive = 8  # for the values and for the output of every head
+    attention_top_k: Positive = 2
+    attention_aux_loss: Annotated[float, Field(ge=0)] = 1e-3  # weight of their entropy loss
 
 
 class RopeScaling(Section):
@@ -113,7 +125,10 @@ class Model(Section):
     residual: Literal["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"] = (
         "pre"
     )
-    branchnorm_period: Positive = 4000
+    branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
+    token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
+    dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
+    linear: Literal["dense", "bitlinear"] = "dense"  # of the blocks' products; bitlinear: weights −1, 0, 1 and 8-bit inputs
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
@@ -124,6 +139,18 @@ class Model(Section):
     vocab_size: Positive | None = None  # from the tokenizer if absent
     moe: Moe | None = None
     spacetime: Spacetime | None = None  # with family spacetime
+    moeut: Moeut | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotary positions turn: MoEUT's turn half of them, as an even number."""
+        assert self.head_dim is not None
+        return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
+
+    @property
+    def causal(self) -> bool:
+        """A token sees itself and what is before it; an encoder's sees all."""
+        return self.family != "encoder"
 
     def attended(self, layer: int) -> int:
         """The dimension of the grid that a layer of the spacetime family attends over: each in turn."""
@@ -147,6 +174,9 @@ class Model(Section):
         if isinstance(hidden, int) and v.get("ffn_size") is None:
             # Three SwiGLU matrices of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
             v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if ffn == "swiglu" else 4 * hidden
+        moe = v.get("moe")
+        if isinstance(moe, dict) and moe.get("ffn_size") is None and isinstance(v.get("ffn_size"), int):
+            v["moe"] = {**moe, "ffn_size": v["ffn_size"]}
         return v
 
 
@@ -169,16 +199,22 @@ class Parallel(Section):
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
     pp_virtual: Positive = 1  # stages per rank; zbv and dualpipev always have two
     pp_layers: tuple[NonNegative, ...] | None = None  # layers of each stage in order; absent: balanced by estimated cost
-    ep: Positive = 1
-    etp: Positive | None = None
+    ep: Positive = 1  # ranks over which the experts are dealt out
+    etp: Positive | None = None  # ranks over which one expert is cut; tp if absent
     accumulation: Literal["depth_first", "layered"] = "depth_first"
     breadth_first: Positive | None = None  # micro-batches that pass a layer together under layered; all of the step if absent
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
     recompute: Literal["none", "selective", "full"] = "none"
+    update_in_backward: bool = False  # under layered: a layer's weights move as soon as its gradient is there; needs train.clip 0
     zero_stage: Literal[1, 2, 3] = 3  # of engine deepspeed: it cuts optimizer state, gradients too, weights too
     offload: Annotated[tuple[Literal["optimizer", "parameters", "activations"], ...], BeforeValidator(_words)] = ()  # one or a list; none
     offload_dir: str | None = None  # of engine deepspeed: a folder on NVMe instead of host memory
     compile: bool = False
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks over which one expert is cut."""
+        return self.etp or self.tp
 
     @property
     def heads_over(self) -> int:
@@ -254,6 +290,7 @@ class Data(Section):
     train: str | list[DataSource | str]
     valid: str | list[DataSource | str] | None = None
     valid_fraction: Share = 0.0
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens that an encoder has to name; 0.15 if absent
     tokenizer: str | None = None
 
 

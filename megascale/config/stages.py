@@ -43,11 +43,22 @@ def split_layers(layers: int, stages: int, cost: float, before: float, after: fl
     return [range(sum(count[:i]), sum(count[: i + 1])) for i in range(stages)]
 
 
+def has_experts(model: Model, layer: int) -> bool:
+    """Whether the layer's feed-forward sublayer is a mixture of experts: every n-th is, the n-th being the first."""
+    return model.moe is not None and (layer + 1) % model.moe.every == 0
+
+
 def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
-    """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs."""
+    """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs. Where some
+    layers have experts, a layer costs their mean.
+    """
     assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
     d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    products = d * (2 * heads + 2 * kv) + d * model.ffn_size * (3 if model.ffn == "swiglu" else 2)
+    width: float = model.ffn_size
+    if model.moe is not None and model.moe.ffn_size is not None:
+        share = sum(has_experts(model, i) for i in range(model.num_layers)) / model.num_layers
+        width += share * ((model.moe.top_k + model.moe.num_shared) * model.moe.ffn_size - model.ffn_size)
+    products = d * (2 * heads + 2 * kv) + d * width * (3 if model.ffn == "swiglu" else 2)
     if model.spacetime is not None:
         mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
         return 2.0 * products + 4.0 * heads * mean, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megascale.config.dsp import plan_cuts
-from megascale.config.layout import axis_sizes, data_parts, micro_batches
+from megascale.config.layout import axis_sizes, data_parts, expert_mesh_fits, micro_batches
 from megascale.config.schema import Config
 from megascale.config.stages import V_SHAPED
 from megascale.errors import UsageError
@@ -31,9 +31,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "family",
         ("model.family",),
-        lambda c, n: c.model.family not in ("decoder", "spacetime"),
-        "this version trains decoders of text and transformers over grids",
-        "use decoder or spacetime",
+        lambda c, n: c.model.family not in ("decoder", "encoder", "spacetime"),
+        "this version trains decoders and encoders of text, and transformers over grids",
+        "use decoder, encoder or spacetime",
         True,
     ),
     Rule(
@@ -66,28 +66,133 @@ RULES: tuple[Rule, ...] = (
         "use position rope or learned, without sliding_window and tie_embeddings, and packing concat",
     ),
     Rule(
+        "spacetime_schemes",
+        ("model.family", "model.residual", "model.norm", "model.linear", "model.moe", "model.moeut"),
+        lambda c, n: (
+            _grid(c)
+            and (
+                c.model.residual not in ("pre", "post")
+                or c.model.norm == "dyt"
+                or c.model.linear != "dense"
+                or c.model.moe is not None
+                or c.model.moeut is not None
+            )
+        ),
+        "on a grid blocks are dense, with pre- or post-norm; the others have been tried with text only",
+        "use residual pre or post, norm rmsnorm or layernorm, linear dense, and remove moe and moeut",
+    ),
+    Rule(
+        "encoder_position",
+        ("model.family", "model.position"),
+        lambda c, n: c.model.family == "encoder" and c.model.position in ("xpos", "alibi"),
+        "xPos and ALiBi weigh how far back a token looks, and an encoder looks both ways",
+        "use rope or learned",
+    ),
+    Rule(
+        "encoder_window",
+        ("model.family", "model.sliding_window"),
+        lambda c, n: c.model.family == "encoder" and c.model.sliding_window is not None,
+        "the window ends at the token itself, and an encoder looks both ways",
+        "remove sliding_window",
+    ),
+    Rule(
+        "encoder_context",
+        ("model.family", "parallel.cp"),
+        lambda c, n: c.model.family == "encoder" and c.parallel.cp > 1,
+        "tokens of other ranks are met in causal order",
+        "set cp to 1",
+    ),
+    Rule(
+        "mask_fraction",
+        ("data.mask_fraction", "model.family"),
+        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
+        "tokens are masked for encoders only",
+        "remove mask_fraction, or use family encoder",
+    ),
+    Rule(
         "residual",
         ("model.residual",),
-        lambda c, n: c.model.residual not in ("pre", "post"),
-        "this version has pre- and post-norm",
-        "use pre or post",
+        lambda c, n: c.model.residual == "mus",
+        "res-post-norm comes with unit scaling, which is not built yet",
+        "use pre, or deepnorm or deepscale for very deep models",
         True,
     ),
     Rule(
-        "norm",
-        ("model.norm",),
-        lambda c, n: c.model.norm == "dyt",
-        "DyT is not built yet",
-        "use rmsnorm or layernorm",
-        True,
+        "branchnorm_period",
+        ("model.residual", "model.branchnorm_period"),
+        lambda c, n: (c.model.residual == "branchnorm") != (c.model.branchnorm_period is not None),
+        "BranchNorm, and nothing else, has a period: the steps over which its branches come in",
+        "set branchnorm_period (4000 is quoted from its paper; less for short runs) for branchnorm, or leave it out",
     ),
     Rule(
-        "experts",
-        ("model.moe",),
-        lambda c, n: c.model.moe is not None,
-        "mixture of experts is not built yet",
-        "remove model.moe",
-        True,
+        "moe_top_k",
+        ("model.moe.top_k", "model.moe.num_experts"),
+        lambda c, n: c.model.moe is not None and c.model.moe.top_k > c.model.moe.num_experts,
+        "a token cannot choose more experts than there are",
+        "choose a smaller top_k or more experts",
+    ),
+    Rule(
+        "moe_bias",
+        ("model.moe", "model.bias"),
+        lambda c, n: c.model.moe is not None and c.model.bias,
+        "experts have no biases",
+        "set model.bias to false",
+    ),
+    Rule(
+        "moe_sublayer",
+        ("model.moe", "model.residual", "model.linear"),
+        lambda c, n: c.model.moe is not None and (c.model.residual == "subln" or c.model.linear != "dense"),
+        "experts have neither inner norms nor quantized products",
+        "use another residual scheme than subln and linear dense, or remove model.moe",
+    ),
+    Rule(
+        "moe_every",
+        ("model.moe.every", "model.num_layers"),
+        lambda c, n: c.model.moe is not None and c.model.moe.every > c.model.num_layers,
+        "no layer would have experts",
+        "choose a smaller every, or remove model.moe",
+    ),
+    Rule(
+        "moeut_groups",
+        ("model.moeut.group_size", "model.num_layers"),
+        lambda c, n: c.model.moeut is not None and c.model.num_layers % c.model.moeut.group_size != 0,
+        "a group of layers is repeated a whole number of times",
+        "choose a group_size that divides num_layers",
+    ),
+    Rule(
+        "moeut_top_k",
+        ("model.moeut.attention_top_k", "model.moeut.attention_experts"),
+        lambda c, n: c.model.moeut is not None and c.model.moeut.attention_top_k > c.model.moeut.attention_experts,
+        "a head cannot choose more experts than it has",
+        "choose a smaller attention_top_k or more attention_experts",
+    ),
+    Rule(
+        "moeut_layers",
+        ("model.moeut", "model.moe"),
+        lambda c, n: c.model.moeut is not None and (c.model.moe is None or c.model.moe.every > 1),
+        "every layer of MoEUT has experts in its feed-forward sublayer",
+        "set model.moe with every 1",
+    ),
+    Rule(
+        "moeut_block",
+        ("model.moeut", "model.family", "model.norm", "model.residual", "model.num_kv_heads", "model.num_heads", "model.qk_norm"),
+        lambda c, n: (
+            c.model.moeut is not None
+            and (
+                (c.model.family, c.model.residual, c.model.qk_norm) != ("decoder", "pre", False)
+                or c.model.norm == "dyt"
+                or c.model.num_kv_heads != c.model.num_heads
+            )
+        ),
+        "MoEUT is a decoder with a block of its own, with its own norms and a key for every query head",
+        "set family to decoder, norm to rmsnorm or layernorm, residual to pre and qk_norm to false, and leave num_kv_heads out",
+    ),
+    Rule(
+        "moeut_axes",
+        ("model.moeut", "parallel.tp", "parallel.pp", "parallel.accumulation"),
+        lambda c, n: c.model.moeut is not None and (c.parallel.tp > 1 or c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
+        "layers that share their weights stay together, and their heads are not cut yet",
+        "use the data axes, cp and ep",
     ),
     Rule(
         "stages_without_pipeline",
@@ -188,12 +293,71 @@ RULES: tuple[Rule, ...] = (
         "set cp_ulysses to 1 and tp_sequence to false",
     ),
     Rule(
-        "expert_axes",
-        ("parallel.ep", "parallel.etp"),
-        lambda c, n: c.parallel.ep > 1 or (c.parallel.etp or 1) > 1,
-        "expert parallelism is not built yet",
-        "set ep to 1 and leave etp out",
-        True,
+        "ep_without_experts",
+        ("parallel.ep", "parallel.etp", "model.moe"),
+        lambda c, n: c.model.moe is None and (c.parallel.ep > 1 or c.parallel.etp is not None),
+        "there are no experts to deal out",
+        "set ep to 1 and leave etp out, or give the model experts with model.moe",
+    ),
+    Rule(
+        "ep_experts",
+        ("parallel.ep", "model.moe.num_experts"),
+        lambda c, n: c.model.moe is not None and c.model.moe.num_experts % c.parallel.ep != 0,
+        "every rank of ep holds equally many experts",
+        "choose an ep that divides num_experts",
+    ),
+    Rule(
+        "etp",
+        ("parallel.etp", "parallel.tp"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp not in (1, c.parallel.tp),
+        "an expert is cut like dense weights or not at all",
+        "set etp to 1, or leave it out to take tp",
+    ),
+    Rule(
+        "etp_sequence",
+        ("parallel.etp", "parallel.tp", "parallel.tp_sequence"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp == 1 < c.parallel.tp and not c.parallel.tp_sequence,
+        "with whole experts each tensor rank routes tokens of its own, and without tp_sequence all have the same ones",
+        "set tp_sequence to true, or leave etp out",
+    ),
+    Rule(
+        "expert_mesh",
+        ("parallel.ep", "parallel.etp", "parallel.dp_shard", "parallel.cp", "parallel.tp"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp in (1, c.parallel.tp) and not expert_mesh_fits(c.parallel, n),
+        "experts lie on the ranks of one replica, dp_shard × cp × tp = edp × ep × etp, and ep × etp does not divide them",
+        "choose a smaller ep, or a dp_shard that makes dp_shard × cp × tp a multiple of ep × etp",
+    ),
+    Rule(
+        "ep_engine",
+        ("parallel.engine", "parallel.ep", "parallel.etp"),
+        lambda c, n: c.model.moe is not None and c.parallel.engine == "ddp" and _own_expert_axes(c),
+        "expert axes are built on FSDP2",
+        "use engine fsdp2, or set ep to 1 and leave etp out",
+    ),
+    Rule(
+        "moe_deepspeed",
+        ("model.moe", "parallel.engine"),
+        lambda c, n: c.model.moe is not None and c.parallel.engine == "deepspeed",
+        "DeepSpeed steps by itself, and routers are settled and seen after our own steps only",
+        "use engine fsdp2 or ddp",
+    ),
+    Rule(
+        "etp_width",
+        ("parallel.etp", "parallel.tp", "model.moe.ffn_size"),
+        lambda c, n: c.model.moe is not None and bool(_expert_width(c) % c.parallel.expert_tp or _shared_width(c) % c.parallel.tp),
+        "the width of an expert is cut over etp, that of shared experts over tp",
+        "choose a moe.ffn_size that is a multiple of tp",
+    ),
+    Rule(
+        "capacity_cut",
+        ("model.moe.capacity_factor", "parallel.cp", "parallel.etp", "parallel.tp"),
+        lambda c, n: (
+            c.model.moe is not None
+            and c.model.moe.capacity_factor is not None
+            and (c.parallel.cp > 1 or (c.parallel.expert_tp == 1 < c.parallel.tp and c.parallel.tp_sequence))
+        ),
+        "capacity is counted over whole sequences, and with cp or with whole experts on tensor ranks each rank routes a part of them",
+        "set cp to 1 and leave etp out, or remove capacity_factor to drop nothing",
     ),
     Rule(
         "layered_engine",
@@ -223,6 +387,22 @@ RULES: tuple[Rule, ...] = (
         "breadth_first micro-batches go through a layer together, and the step's m = global_batch_size ÷ (micro_batch_size × data ranks) "
         "do not divide into such groups",
         "choose breadth_first that divides m, or leave it out so that all of them go together",
+    ),
+    Rule(
+        "update_in_backward",
+        ("parallel.update_in_backward", "parallel.accumulation", "parallel.breadth_first", "parallel.offload", "train.clip", "optim.name"),
+        lambda c, n: (
+            c.parallel.update_in_backward
+            and (
+                c.parallel.accumulation != "layered"
+                or (c.parallel.breadth_first or micro_batches(c, n)) != micro_batches(c, n)
+                or bool({"optimizer", "parameters"} & set(c.parallel.offload))
+                or c.train.clip != 0
+                or c.optim.name == "muon"
+            )
+        ),
+        "a layer can be updated during backward where its gradient comes at once and nothing of the other layers is needed for it",
+        "use accumulation layered without breadth_first, clip 0, adamw or lion, and no offload of their state; or leave it out",
     ),
     Rule(
         "deepspeed_axes",
@@ -280,6 +460,13 @@ RULES: tuple[Rule, ...] = (
         lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
         "FSDP2 moves parameters, so there must be at least two ranks with other tokens for it to cut them over",
         "use engine fsdp2 on at least two data ranks, or offload optimizer",
+    ),
+    Rule(
+        "offload_experts",
+        ("parallel.offload", "parallel.ep", "parallel.etp"),
+        lambda c, n: c.model.moe is not None and "parameters" in c.parallel.offload and _own_expert_axes(c),
+        "FSDP2 moves the parameters that it cuts, and experts with axes of their own may have nothing left to cut",
+        "set ep to 1 and leave etp out, or leave parameters out of offload",
     ),
     Rule(
         "offload_muon",
@@ -377,6 +564,18 @@ RULES: tuple[Rule, ...] = (
         "set data.valid or data.valid_fraction, or eval_every to 0",
     ),
 )
+
+
+def _own_expert_axes(config: Config) -> bool:
+    return config.parallel.ep > 1 or config.parallel.expert_tp != config.parallel.tp
+
+
+def _expert_width(config: Config) -> int:
+    return config.model.moe.ffn_size or 0 if config.model.moe else 0
+
+
+def _shared_width(config: Config) -> int:
+    return config.model.moe.num_shared * _expert_width(config) if config.model.moe else 0
 
 
 def _sharded(config: Config, ranks: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megascale.data.dataset import Mixture
+from megascale.data.masking import Masking
 
 NOT_COUNTED = -1  # as a target; as a sample number it marks an empty place
 
@@ -42,10 +43,11 @@ def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: i
     return rows
 
 
-def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch.device) -> Batch:
+def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch.device, masking: Masking | None = None) -> Batch:
     """The samples `numbers` of a mixture, on `device`; NOT_COUNTED among them leaves a place empty.
 
-    `packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them).
+    `packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them). A target is the
+    next token; with `masking` it is the token itself where that was chosen.
     """
     size = mixture.seq_len
     tokens = np.zeros((len(numbers), size + 1), np.int64)
@@ -55,9 +57,14 @@ def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch
         if number != NOT_COUNTED:
             tokens[row], documents[row] = mixture.sample(number)
             targets[row] = tokens[row, 1:]
+            if masking is not None:
+                seen, asked = masking.corrupt(tokens[row, :-1], number)
+                targets[row] = np.where(asked, tokens[row, :-1], NOT_COUNTED)
+                tokens[row, :-1] = seen
     inside = positions = None
-    if packing == "documents":
+    if packing == "documents" and masking is None:
         targets[documents[:, 1:] != documents[:, :-1]] = NOT_COUNTED
+    if packing == "documents":
         inside = to_device(documents[:, :-1], device)
         positions = to_device(_restarting(documents[:, :-1]), device)
     return Batch(

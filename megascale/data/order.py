@@ -49,11 +49,12 @@ def _feistel(x: Any, half: int, keys: list[int]) -> Any:
     mask = (1 << half) - 1
     left, right = x >> half, x & mask
     for k in keys:
-        left, right = right, left ^ (_scramble(right ^ k) & mask)
+        left, right = right, left ^ (scramble(right ^ k) & mask)
     return left << half | right
 
 
-def _scramble(x: Any) -> Any:
+def scramble(x: Any) -> Any:
+    """A bijective scrambling of 64-bit numbers, one (int) or many (uint64 array): splitmix64's finalizer."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)

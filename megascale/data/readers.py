@@ -60,6 +60,14 @@ def find_files(inputs: list[Path], pattern: str, exclude: Sequence[str] = ()) ->
     return files
 
 
+def is_text(path: Path) -> bool:
+    """False where the beginning has a zero byte, as in pictures, archives and programs; packed files and Parquet are not judged."""
+    if path.suffix in (*PACKED, ".parquet"):
+        return True
+    with path.open("rb") as file:
+        return b"\0" not in file.read(8192)
+
+
 def can_enter(path: Path) -> bool:
     """Whether reading may begin in the middle; packed files have to be read from the front."""
     return path.suffix not in PACKED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -123,6 +124,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Non
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).split("] ")[-1]
+        needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason)
+        if needed:  # SentencePiece's own advice is an option that this tool does not have
+            reason = f"its characters alone need {needed[1]}: give --vocab-size {needed[1]} or more"
         raise UsageError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {reason}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(model.getvalue())

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
+"""Self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
 from megascale.model.position import Rotary, rotate
-from megascale.model.residual import Gains
+from megascale.model.residual import Residual
+from megascale.model.spec import Cut, Role
 
 # (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
 Attend = Callable[[Tensor, Tensor, Tensor, Seen | None], Tensor]
@@ -30,26 +31,33 @@ class Attention(nn.Module):
     """softmax(q·kᵀ/√e)·v per head, then the output product.
 
     `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
-    where tokens of other ranks are met.
+    how tokens meet: `attend`, or `attend_all` where they also see what comes after them; those of other ranks too, where a pass says so.
     """
 
-    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
         super().__init__()
         assert cfg.num_kv_heads and cfg.head_dim
-        d, e, std = cfg.hidden_size, cfg.head_dim, cfg.init_std
+        d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
+
+        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
+            bias = cfg.bias and role not in row.unbiased
+            return Linear(out_dim, in_dim, role, cut, row.starts.std(role, out_dim, in_dim), dtype, bias, cfg.linear)
+
+        def norm(dim: int, cut: Cut) -> Norm:
+            return Norm(dim, cfg.norm, cfg.norm_eps, cut, dtype, norm_kernel, cfg.bias and "norm" not in row.unbiased, cfg.dyt_alpha[1])
+
         self.head_dim = e
-        self.q = Linear(cfg.num_heads * e, d, "query", 0, std * gains.query, dtype, cfg.bias)
-        self.k = Linear(cfg.num_kv_heads * e, d, "key", "kv_heads", std * gains.key, dtype, cfg.bias)
-        self.v = Linear(cfg.num_kv_heads * e, d, "value", "kv_heads", std * gains.value, dtype, cfg.bias)
-        self.o = Linear(d, cfg.num_heads * e, "attention_out", 1, std * gains.attention_out, dtype, cfg.bias)
-        self.q_norm: Norm | None = None
-        self.k_norm: Norm | None = None
-        if cfg.qk_norm:
-            self.q_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
-            self.k_norm = Norm(e, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
+        self.q = product(heads * e, d, "query", 0)
+        self.k = product(kv_heads * e, d, "key", "kv_heads")
+        self.v = product(kv_heads * e, d, "value", "kv_heads")
+        self.o = product(d, heads * e, "attention_out", 1)
+        normed = cfg.qk_norm or row.qk_norm
+        self.q_norm = norm(e, "heads") if normed else None
+        self.k_norm = norm(e, "heads") if normed else None
+        self.inner_norm = norm(heads * e, 0) if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
-        self.attend: Attend = attend
+        self.attend: Attend = attend if cfg.causal else attend_all
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
     def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None) -> Tensor:
@@ -63,7 +71,8 @@ class Attention(nn.Module):
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
         y = self.attend(q, k, v, seen)
-        y = self.o.product(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -86,15 +95,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
-    """As `attend`, of tokens without order: each sees all."""
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cpu":
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        grouped = False
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-
-
 def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
     """The KV heads that the query heads `queries` use, `group` query heads to each; and for every query head its place among them, or None
     where equal runs of query heads use one after the other, as grouped attention takes for granted.
@@ -104,3 +104,16 @@ def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
     run = len(needed) // len(kv)
     even = len(needed) % len(kv) == 0 and needed == [kv[i // run] for i in range(len(needed))]
     return kv, None if even else [h - kv[0] for h in needed]
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+    """`attend` of tokens that see one another, before and after; `seen`, not causal, keeps them inside their documents."""
+    if seen is not None and q.device.type == "cpu":
+        return masked_attention(q, k, v, seen)
+    mask = None
+    if seen is not None and seen.documents is not None:
+        mask = seen.documents[:, None, :, None] == seen.documents[:, None, None, :]
+    if q.shape[1] != k.shape[1] and q.device.type == "cpu":
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

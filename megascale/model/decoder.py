@@ -1,10 +1,12 @@
-"""The decoder family: tokens in, the sum of the cross-entropy over this rank's valid targets out.
+"""The decoder and encoder families: tokens in, the sum of the cross-entropy over this rank's valid targets out. They differ in what a
+token sees and in their side of the residual table; that an encoder is asked for hidden tokens is a matter of its data.
 
 Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,16 +16,18 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
-from megascale.config.stages import Part
+from megascale.config.stages import Part, has_experts
 from megascale.model.attention import identity
 from megascale.model.attention_flex import with_blocks
 from megascale.model.attention_tiles import Seen
+from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
+from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
-from megascale.model.residual import residual
+from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
 
 
@@ -53,23 +57,38 @@ class Decoder(nn.Module):
     The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
+    warm: Tensor | None
+
     def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
         super().__init__()
         part = part or Part(range(cfg.num_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
         self.cfg, self.shape, self.part = cfg, shape, part
-        row, dtype, d = residual(cfg.residual, cfg.num_layers), shape.storage, cfg.hidden_size
+        at_ends, dtype, d = ends(cfg), shape.storage, cfg.hidden_size
+        stack = Stack("decoder" if cfg.causal else "encoder", cfg.num_layers)
         if part.first or (part.last and cfg.tie_embeddings):
-            self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, cfg.init_std), dtype)
+            self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if part.first and cfg.position == "learned":
-            self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", cfg.init_std), dtype)
+            self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", at_ends.embedding), dtype)
+        self.embedding_scale: nn.Parameter | None = None
+        if part.first and at_ends.embedding_scale is not None:
+            self.embedding_scale = declare(ParamSpec((1,), "scale", "tokens", mean=at_ends.embedding_scale), dtype)
         # Keyed by global numbers, so that names are the same however the layers are cut into stages.
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, row, dtype, norm_kernel) for i in part.layers})
+        self.blocks = nn.ModuleDict()
+        for i in part.layers if cfg.moeut is None else range(cfg.moeut.group_size):
+            if cfg.moeut is None:
+                self.blocks[str(i)] = Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, has_experts(cfg, i))
+            else:
+                self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
-        if part.last and row.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        if part.last and at_ends.final_norm:
+            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         if part.last and not cfg.tie_embeddings:
-            self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, cfg.init_std), dtype)
+            self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
+        self.hidden_factor = at_ends.hidden_factor
+        # BranchNorm's factor is a function of the step, hence no state of checkpoints: `at_step` sets it.
+        warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+        self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
@@ -77,6 +96,12 @@ class Decoder(nn.Module):
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
+
+    @torch.no_grad()
+    def at_step(self, step: int) -> None:
+        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation."""
+        if self.warm is not None and self.cfg.branchnorm_period is not None:
+            self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
     def cut_ends(self, axis: Axis) -> None:
         """Told by the tensor pass which rows of the vocabulary are here."""
@@ -88,10 +113,9 @@ class Decoder(nn.Module):
         here = self.tokens_here(self.sequence_here(torch.empty(batch, device="meta")))
         return (here.shape[0], here.shape[1], self.cfg.hidden_size), (here.shape[0], here.shape[1], self.cfg.hidden_size)
 
-    def units(self) -> Iterator[tuple[str, Block]]:
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
         for number, block in self.blocks.items():
-            assert isinstance(block, Block)
             yield f"blocks.{number}", block
 
     @property
@@ -116,14 +140,23 @@ class Decoder(nn.Module):
         documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
         while training.
         """
-        contexts = self.contexts(tokens, documents, positions, samples)
+        counted = None
+        if targets is not None and self.cfg.moe is not None:
+            counted = (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
+            counted = self.sequence_here(counted)
+        contexts = self.contexts(tokens, documents, positions, samples, counted)
         x = self.embed(tokens, positions) if stream is None else stream
-        for (_, block), context in zip(self.units(), contexts):
-            x = block(x, context)
+        if self.cfg.moeut is None:
+            for (_, block), context in zip(self.units(), contexts):
+                x = block(x, context)
+        else:
+            x = self.repeat(x, contexts)
         if not self.part.last:
             return x
         if self.final_norm is not None:
             x = self.final_norm(x)
+        if self.hidden_factor != 1.0:
+            x = x * self.hidden_factor
         x = self.enter_head(x)
         if targets is None:
             return linear(x, self.head_weight)
@@ -138,6 +171,25 @@ class Decoder(nn.Module):
             self.vocab_axis,
         )
 
+    def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:
+        """The group of blocks as often as there are layers. What their experts got is judged over all repeats, at the end."""
+        moe, moeut = self.cfg.moe, self.cfg.moeut
+        assert moe is not None and moeut is not None
+        told: dict[str, list[Masses]] = {name: [] for name in self.blocks}
+        for (name, block), context in zip(itertools.cycle(self.blocks.items()), contexts):
+            x, masses = block(x, context)
+            if masses is not None:
+                told[name].append(masses)
+        if not torch.is_grad_enabled() or not all(told.values()):
+            return x
+        weight = moe.aux_loss if moe.balance == "entropy" else 0.0
+        losses = []
+        for name, masses_of in told.items():
+            block = self.blocks[name]
+            assert isinstance(block, RepeatedBlock)
+            losses.append(repeats_loss(masses_of, weight, moeut.attention_aux_loss, block.ffn.over_sequence))
+        return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
+
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, S] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
         if positions is None:
@@ -151,17 +203,20 @@ class Decoder(nn.Module):
             here = (row >= 0) & (row < weight.shape[0])
             x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
         x = self.leave_embedding(x)
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale.to(x.dtype)
         if self.cfg.position == "learned":
             x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
         return x
 
-    def contexts(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None) -> Iterator[Context]:
+    def contexts(
+        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None, counted: Tensor | None
+    ) -> Iterator[Context]:
         """The context of each block; they differ in their dropout keys only."""
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
         if cfg.position in ("rope", "xpos"):
-            assert cfg.head_dim is not None
-            freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
+            freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
             angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
         slopes = None
@@ -169,11 +224,11 @@ class Decoder(nn.Module):
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
         seen = None
         if documents is not None or cfg.sliding_window is not None or slopes is not None:
-            seen = Seen(True, documents, cfg.sliding_window, slopes)
-            seen = with_blocks(seen, seq_len, device) if device.type == "cuda" else seen
+            seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
+            seen = with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
         for layer in self.part.layers:
-            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)))
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm, counted)

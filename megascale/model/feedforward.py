@@ -10,30 +10,44 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import identity
-from megascale.model.layers import Linear
-from megascale.model.residual import Gains
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Linear, Norm
+from megascale.model.residual import Residual
+from megascale.model.spec import Cut, Role
+
+
+def activate(kind: str, y: Tensor, gate: Tensor | None) -> Tensor:
+    """silu(gate) ⊙ y where there is a gate, else GELU or ReLU of y."""
+    if gate is not None:
+        return F.silu(gate) * y
+    return F.gelu(y) if kind == "gelu" else F.relu(y)
 
 
 class FeedForward(nn.Module):
-    """down(φ(up·x)), or down(silu(gate·x) ⊙ up·x) for SwiGLU (arXiv 2002.05202)."""
+    """down(φ(up·x)), or down(silu(gate·x) ⊙ up·x) for SwiGLU (arXiv 2002.05202); the row may put a norm before `down`."""
 
-    def __init__(self, cfg: Model, gains: Gains, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, width: int | None = None) -> None:
         super().__init__()
         assert cfg.ffn_size
-        d, f, std = cfg.hidden_size, cfg.ffn_size, cfg.init_std
+        d, f = cfg.hidden_size, width or cfg.ffn_size
+
+        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
+            return Linear(out_dim, in_dim, role, cut, row.starts.std(role, out_dim, in_dim), dtype, cfg.bias, cfg.linear)
+
         self.kind = cfg.ffn
-        self.up = Linear(f, d, "up", 0, std * gains.up, dtype, cfg.bias)
-        self.gate = Linear(f, d, "gate", 0, std * gains.gate, dtype, cfg.bias) if cfg.ffn == "swiglu" else None
-        self.down = Linear(d, f, "down", 1, std * gains.down, dtype, cfg.bias)
+        self.up = product(f, d, "up", 0)
+        self.gate = product(f, d, "gate", 0) if cfg.ffn == "swiglu" else None
+        self.down = product(d, f, "down", 1)
+        self.inner_norm: Norm | None = None
+        if row.inner_norms:
+            self.inner_norm = Norm(f, cfg.norm, cfg.norm_eps, 0, dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
         x = self.enter(x)
-        y = self.up(x)
-        if self.gate is not None:
-            y = F.silu(self.gate(x)) * y
-        else:
-            y = F.gelu(y) if self.kind == "gelu" else F.relu(y)
+        y = activate(self.kind, self.up(x), None if self.gate is None else self.gate(x))
+        if self.inner_norm is not None:
+            y = self.inner_norm(y)
         return self.down.add_bias(self.leave(self.down.product(y)))

@@ -32,17 +32,22 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
     last = [(o + n - 1) // t for o, n, t in zip(offset, local.shape, tile)]
     for index in itertools.product(*(range(a, b + 1) for a, b in zip(first, last))):
         begin = [i * t for i, t in zip(index, tile)]
-        values = _draw(seed, name, index, [min(t, n - b) for t, n, b in zip(tile, shape, begin)])
+        values = _draw(seed, name, index, [min(t, n - b) for t, n, b in zip(tile, shape, begin)], spec.truncated)
         # The overlap of tile and rectangle, in the coordinates of each.
         low = [max(b, o) for b, o in zip(begin, offset)]
         high = [min(b + v, o + n) for b, v, o, n in zip(begin, values.shape, offset, local.shape)]
         source = tuple(slice(x - b, y - b) for x, y, b in zip(low, high, begin))
         target = tuple(slice(x - o, y - o) for x, y, o in zip(low, high, offset))
         local[target].copy_(values[source].mul_(spec.std).add_(spec.mean))
+    if spec.equal_rows:
+        assert local.shape[-1] == shape[-1], "rows of equal length must be whole where they are drawn"
+        local.mul_(spec.std * shape[-1] ** 0.5 / local.norm(dim=-1, keepdim=True))
 
 
-def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int]) -> Tensor:
-    """Standard normal numbers of one tile."""
+def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int], truncated: bool) -> Tensor:
+    """Standard normal numbers of one tile, those beyond two deviations replaced where `truncated`."""
     digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    if truncated:
+        return torch.nn.init.trunc_normal_(torch.empty(shape), a=-2.0, b=2.0, generator=generator)
     return torch.randn(shape, generator=generator)

@@ -36,6 +36,12 @@ def torch_layernorm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """γ ⊙ tanh(αx) + b (Zhu et al., arXiv 2503.10622); alpha [1]. No kernel of other packages has it."""
+    y = torch.tanh(alpha * x)
+    return y * weight if bias is None else torch.addcmul(bias, y, weight)
+
+
 # (module, function) of NVIDIA's packages. apex: `fused_rms_norm_affine(x, weight, normalized_shape, eps)` and
 # `fused_layer_norm_affine(x, weight, bias, normalized_shape, eps)`; Transformer Engine has modules only, so its functional form is used.
 SYMBOLS = {
@@ -48,7 +54,12 @@ SYMBOLS = {
 
 def choose_kernels(wanted: str, norm: str, device: torch.device) -> KernelChoice:
     """`wanted`: auto | torch | apex | te. Raises UsageError when an explicit choice is not installed or not for this device."""
-    own = KernelChoice({"rmsnorm": torch_rmsnorm, "layernorm": torch_layernorm}[norm], "torch", "torch's own")
+    # DyT is written out where it stands (`dyt`): nothing calls a kernel for it.
+    own = KernelChoice(torch_rmsnorm if norm == "rmsnorm" else torch_layernorm, "torch", "torch's own")
+    if norm == "dyt":
+        if wanted not in ("auto", "torch"):
+            raise UsageError(f"run.kernels is {wanted} and model.norm is dyt, which {wanted} does not have: use auto or torch")
+        return own
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return own
     if device.type != "cuda" and wanted != "auto":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale.model.kernels import NormKernel
+from megascale.model.bitlinear import Statistics, quantized_input, quantized_weight
+from megascale.model.kernels import NormKernel, dyt
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 
 
@@ -23,6 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 # Weight gradients still to be computed, in the order in which backward met them.
 Deferred = list[Callable[[], None]]
+# (gradient of a product's result, its input) → added to the gradient of its weight. It refers to the weight, a leaf that the optimizer or
+# FSDP owns, and is called after backward: a saved tensor would not do.
+AddGradient = Callable[[Tensor, Tensor], None]
 
 
 class _KeepInput(torch.autograd.Function):
@@ -32,17 +37,16 @@ class _KeepInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: slice, queue: Deferred, met: list[Tensor]) -> Tensor:
-        # The weight is a leaf that the optimizer or FSDP owns: it is referred to, not saved, for its gradient is put there later.
-        ctx.weight, ctx.rows, ctx.queue, ctx.met = weight, rows, queue, met
+    def forward(ctx: Any, x: Tensor, add_gradient: AddGradient, queue: Deferred, met: list[Tensor]) -> Tensor:
+        ctx.add_gradient, ctx.queue, ctx.met = add_gradient, queue, met
         ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), weight, rows, g = ctx.saved_tensors, ctx.weight, ctx.rows, ctx.met.pop()
-        ctx.queue.append(lambda: _add_gradient(weight, rows, g, x))
-        return grads[0], None, None, None, None
+        (x,), g = ctx.saved_tensors, ctx.met.pop()
+        ctx.queue.append(partial(ctx.add_gradient, g, x))
+        return grads[0], None, None, None
 
 
 class _MeetGradient(torch.autograd.Function):
@@ -74,12 +78,14 @@ class Linear(nn.Module):
     """A weight [out, in] with an optional bias.
 
     `rows`, set by the tensor pass, restricts a weight held whole to the output rows this rank needs. `deferred`, set by the pipeline, takes
-    the weight gradients of schedules that compute them apart.
+    the weight gradients of schedules that compute them apart. `kind` is dense or bitlinear (bitlinear.py).
     """
 
     bias: Tensor | None
 
-    def __init__(self, out_dim: int, in_dim: int, role: Role, cut: Cut, std: float, dtype: torch.dtype, bias: bool = False) -> None:
+    def __init__(
+        self, out_dim: int, in_dim: int, role: Role, cut: Cut, std: float, dtype: torch.dtype, bias: bool = False, kind: str = "dense"
+    ) -> None:
         super().__init__()
         self.weight = declare(ParamSpec((out_dim, in_dim), role, cut, std), dtype)
         # A bias is cut with the output dimension; the bias of an input-cut weight is added once, after the sum over ranks.
@@ -87,18 +93,24 @@ class Linear(nn.Module):
         self.bias = declare(ParamSpec((out_dim,), "bias", bias_cut), dtype) if bias else None
         self.rows: tuple[int, int] | None = None
         self.deferred: Deferred | None = None
+        self.statistics = Statistics() if kind == "bitlinear" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.deferred is not None:
+        if self.deferred is not None or self.statistics is not None:
             return self.add_bias(self.product(x))
         weight: Tensor = self.weight
         return linear(x, weight if self.rows is None else weight[slice(*self.rows)], self._bias())
 
     def product(self, x: Tensor) -> Tensor:
         """The product without the bias: for input-cut weights, whose partial results are summed over ranks first."""
+        weight: Tensor = self.weight
+        if self.statistics is not None:
+            x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
+        rows = slice(*self.rows) if self.rows else slice(None)
         if self.deferred is not None and torch.is_grad_enabled():
-            return _deferred_product(x, self.weight, slice(*self.rows) if self.rows else slice(None), self.deferred)
-        return linear(x, self.weight if self.rows is None else self.weight[slice(*self.rows)])
+            product = partial(linear, weight=weight.detach()[rows])
+            return deferred_product(x, product, partial(_add_gradient, self.weight, rows), self.deferred)
+        return linear(x, weight if self.rows is None else weight[rows])
 
     def add_bias(self, y: Tensor) -> Tensor:
         bias = self._bias()
@@ -109,27 +121,47 @@ class Linear(nn.Module):
 
 
 @torch.compiler.disable
-def _deferred_product(x: Tensor, weight: Tensor, rows: slice, queue: Deferred) -> Tensor:
-    """The product with its weight's gradient queued; x must require a gradient, as every stream between layers does."""
+def deferred_product(x: Tensor, product: Callable[[Tensor], Tensor], add_gradient: AddGradient, queue: Deferred) -> Tensor:
+    """`product` of x with a detached weight, whose gradient is queued; x must require a gradient, as every stream between layers does."""
     met: list[Tensor] = []
-    x = _KeepInput.apply(x, weight, rows, queue, met)
-    return _MeetGradient.apply(linear(x, weight.detach()[rows]), met)  # type: ignore[no-any-return]
+    return _MeetGradient.apply(product(_KeepInput.apply(x, add_gradient, queue, met)), met)  # type: ignore[no-any-return]
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, with statistics in at least fp32."""
+    """RMSNorm or LayerNorm over the last dimension, with statistics in at least fp32; or DyT, which has none and a learned α instead.
+
+    Where the tensor pass cuts the dimension, `mean_parts` makes a mean over this rank's equal part [..., 1] one over all.
+    """
 
     bias: Tensor | None
+    alpha: Tensor | None
 
-    def __init__(self, dim: int, kind: str, eps: float, cut: Cut, dtype: torch.dtype, kernel: NormKernel, bias: bool) -> None:
+    def __init__(
+        self, dim: int, kind: str, eps: float, cut: Cut, dtype: torch.dtype, kernel: NormKernel, bias: bool, alpha: float = 0.5
+    ) -> None:
         super().__init__()
-        self.dim, self.eps, self.kernel = dim, eps, kernel
+        self.dim, self.kind, self.eps, self.kernel = dim, kind, eps, kernel
         self.weight = declare(ParamSpec((dim,), "norm", cut, mean=1.0), dtype)
-        self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if kind == "layernorm" and bias else None
+        self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if kind != "rmsnorm" and bias else None
+        # One number for all channels: where these are cut, each rank's gradient of it is a share of a sum.
+        alpha_cut: Cut = "heads" if cut == 0 else cut
+        self.alpha = declare(ParamSpec((1,), "scale", alpha_cut, mean=alpha), dtype) if kind == "dyt" else None
+        self.mean_parts: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self.kernel(x, self.weight.to(x.dtype), bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if self.alpha is not None:
+            return dyt(x, self.alpha.to(x.dtype), weight, bias)
+        if self.mean_parts is not None:
+            return self._in_parts(x, self.mean_parts, weight, bias)
+        return self.kernel(x, weight, bias, self.eps)
+
+    def _in_parts(self, x: Tensor, mean_parts: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.kind == "layernorm":
+            y = y - mean_parts(y.mean(-1, keepdim=True))
+        y = (y * torch.rsqrt(mean_parts(y.square().mean(-1, keepdim=True)) + self.eps)).to(x.dtype) * weight
+        return y if bias is None else y + bias
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:

@@ -15,6 +15,9 @@ from megascale.comm.mesh import Axis
 
 # Logits held at once. 2²⁵ numbers are 128 MiB in fp32: large enough for full-speed products, small beside a model.
 CHUNK_ELEMENTS = 1 << 25
+# On CPUs a chunk of 16 MiB stays in the cache between its passes and in the heap between steps, where larger ones are given back to the
+# system and faulted in anew; but below CPU_ROWS tokens products get slow.
+CPU_ELEMENTS, CPU_ROWS = 1 << 22, 256
 
 
 def cross_entropy_sum(x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None) -> Tensor:
@@ -47,7 +50,10 @@ class _CrossEntropySum(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if need_x else None
         grad_w: Tensor | None = None
-        step = max(1, CHUNK_ELEMENTS // w.shape[0])
+        elements = CHUNK_ELEMENTS
+        if x.device.type == "cpu":
+            elements = min(elements, max(CPU_ELEMENTS, CPU_ROWS * w.shape[0]))
+        step = max(1, elements // w.shape[0])
         for start in range(0, x.shape[0], step):
             rows = slice(start, start + step)
             loss, d_logits = _chunk(x[rows] @ w.t(), targets[rows], scale, first, vocab_size, axis, need_x or need_w, exact)
@@ -55,9 +61,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if grad_x is not None:
                 torch.mm(d_logits, w, out=grad_x[rows])
             if need_w:
-                part = d_logits.t() @ x[rows]
-                # Chunks add up in full precision; a single chunk needs no copy.
-                grad_w = part if grad_w is None and step >= x.shape[0] else part.to(exact) if grad_w is None else grad_w.add_(part)
+                grad_w = _add_product(grad_w, d_logits, x[rows], exact if step < x.shape[0] else x.dtype)
         if ctx.needs_input_grad[0] or need_w:
             ctx.save_for_backward(grad_x, None if grad_w is None else grad_w.to(weight.dtype))
         return total * scale
@@ -75,6 +79,13 @@ class _CrossEntropySum(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + d_logitsᵀ·x [V, d] in `dtype`: chunks add up in full precision, in the product itself where it has that already."""
+    if total is None:
+        return (d_logits.t() @ x).to(dtype)
+    return total.addmm_(d_logits.t(), x) if x.dtype == dtype else total.add_(d_logits.t() @ x)
 
 
 def _chunk(

@@ -1,44 +1,212 @@
-"""How a sublayer joins the stream, as a table: (scheme, depth) → where the norm stands and how weights start.
+"""How a sublayer joins the stream, as a table: (scheme, depth, architecture, layer) → where the norm stands, what the skip and the branch
+are multiplied with, and how weights start, by role.
 
-Blocks read the row; nothing else knows a scheme's name. A new scheme is a new row (CONTRIBUTING.md has the recipe).
+Blocks read the row; nothing else knows a scheme's name. A new scheme is a new row (CONTRIBUTING.md has the recipe). Everything here is
+plain numbers: N blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
+
+Sources: DeepNorm arXiv 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel
+blocks 2302.05442.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+from megascale.config.schema import Model
+
+# The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
+BRANCH = ("value", "attention_out", "up", "down")
+# E[φ(z)²] of a standard normal z; SwiGLU's is that of SiLU, times a second factor of unit variance.
+SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "swiglu": 0.356}
 
 
 @dataclass(frozen=True)
-class Gains:
-    """Factors on the initial deviation `model.init_std`, by role."""
+class Stack:
+    """A stack of blocks as the schemes see it: its `layers`, and those of the `partner` stack of an encoder–decoder (0: it is alone)."""
 
-    query: float = 1.0
-    key: float = 1.0
-    value: float = 1.0
-    attention_out: float = 1.0
-    up: float = 1.0
-    gate: float = 1.0
-    down: float = 1.0
+    side: Literal["encoder", "decoder"]
+    layers: int
+    partner: int = 0
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """Of one block, in order; a decoder with an encoder beside it also attends to that."""
+        return ("attention", "cross", "ffn") if self.side == "decoder" and self.partner else ("attention", "ffn")
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The normal start of a block's matrices: a unit by `rule`, times a gain by role (1 where none stands).
+
+    constant  `unit` for every matrix
+    xavier    √(2/(in + out)) on the matrix's real shape
+    fan_in    √(1/in)
+    """
+
+    rule: Literal["constant", "xavier", "fan_in"]
+    unit: float = 1.0
+    gains: Mapping[str, float] = field(default_factory=dict)
+
+    def std(self, role: str, out_dim: int, in_dim: int) -> float:
+        """The deviation of a matrix [out_dim, in_dim]."""
+        match self.rule:
+            case "constant":
+                unit = self.unit
+            case "xavier":
+                unit = math.sqrt(2 / (in_dim + out_dim))
+            case "fan_in":
+                unit = math.sqrt(1 / in_dim)
+        return unit * self.gains.get(role, 1.0)
 
 
 @dataclass(frozen=True)
 class Residual:
-    """One row: x ← x + F(N(x)) when `norm_first`, else x ← N(x + F(x)); `final_norm` normalizes the stream once more before the head."""
+    """One row: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after".
 
-    norm_first: bool
+    branch_period   the branch is also multiplied with min(1, step/period), steps counted from 1
+    channel_scale   the branch is also multiplied with a learned vector that starts at this value
+    inner_norms     norms before the attention's output product and after the feed-forward's activation
+    one_norm        attention and feed-forward read the same normalized stream and are added to it together
+    qk_norm         queries and keys are normalized whatever the config says
+    unbiased        roles that have no bias whatever the config says
+    """
+
+    norm: Literal["before", "after"]
+    starts: Starts
+    skip: float = 1.0
+    branch: float = 1.0
+    branch_period: int | None = None
+    channel_scale: float | None = None
+    inner_norms: bool = False
+    one_norm: bool = False
+    qk_norm: bool = False
+    unbiased: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How the stream begins and ends: deviations of the tables, a factor on the last hidden state, a norm before the head, and the start
+    of a learned scalar on the embedding.
+    """
+
+    embedding: float
+    head: float
     final_norm: bool
-    gains: Gains
+    hidden_factor: float = 1.0
+    embedding_scale: float | None = None
 
 
-def residual(scheme: str, num_layers: int) -> Residual:
-    """The row of `scheme` for a stack of `num_layers` blocks with two sublayers each."""
-    match scheme:
+def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
+    """The row of `cfg.residual` for block `layer` (from 0) of a stack."""
+    constant = Starts("constant", cfg.init_std)
+    # Each write into a pre-norm stream is scaled so that the sum of all keeps the size of one (GPT-2, section 2.3).
+    writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)
+    writers = Starts("constant", cfg.init_std, {"attention_out": writer, "down": writer})
+    match cfg.residual:
         case "pre":
-            # Each of the 2L writes into the stream is scaled so that their sum keeps the size of one (GPT-2, section 2.3).
-            writer = 1 / math.sqrt(2 * num_layers)
-            return Residual(norm_first=True, final_norm=True, gains=Gains(attention_out=writer, down=writer))
+            return Residual("before", writers)
         case "post":
-            return Residual(norm_first=False, final_norm=False, gains=Gains())
+            return Residual("after", constant)
+        case "deepnorm":
+            alpha, beta = deepnorm(stack)
+            return Residual("after", Starts("xavier", gains=dict.fromkeys(BRANCH, beta)), skip=alpha)
+        case "branchnorm":
+            return Residual("after", Starts("xavier"), branch_period=cfg.branchnorm_period)
+        case "deepscale" | "deepscale_post":
+            skip, branch = deepscale(stack)
+            starts = Starts("fan_in", gains=deepscale_gains(cfg, stack, layer))
+            return Residual("before" if cfg.residual == "deepscale" else "after", starts, skip=skip, branch=branch)
+        case "subln":
+            return Residual("before", Starts("xavier", gains=dict.fromkeys(BRANCH, subln(stack))), inner_norms=True)
+        case "layerscale":
+            return Residual("before", constant, channel_scale=layerscale(stack.layers))
+        case "parallel":
+            return Residual("before", writers, one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm"))
         case _:
-            raise ValueError(f"no residual scheme {scheme}")
+            raise ValueError(f"no residual scheme {cfg.residual}")
+
+
+def ends(cfg: Model) -> Ends:
+    """Embedding, head and final norm of the scheme. DyT fixes no size, so the embedding's is learned (arXiv 2503.10622, appendix)."""
+    d = cfg.hidden_size
+    learned = math.sqrt(d) if cfg.norm == "dyt" else None
+    final = cfg.residual not in ("post", "deepnorm", "branchnorm", "deepscale_post")
+    if cfg.residual not in ("deepscale", "deepscale_post"):
+        return Ends(cfg.init_std, cfg.init_std, final, embedding_scale=learned)
+    tables = 2 if cfg.position == "learned" else 1
+    embedding = math.sqrt((1 - cfg.dropout) / tables)
+    factor = 1 / (embedding * math.sqrt(d)) if cfg.tie_embeddings else 1.0
+    return Ends(embedding, 1 / math.sqrt(d), final, factor, learned)
+
+
+def deepnorm(stack: Stack) -> tuple[float, float]:
+    """(α, β) of DeepNorm's table (arXiv 2203.00555, figure 2). TorchScale's 1.15 for the encoder of a pair is not the paper's 0.87."""
+    layers, other = stack.layers, stack.partner
+    if not other:
+        return (2 * layers) ** 0.25, (8 * layers) ** -0.25
+    if stack.side == "encoder":
+        size = (layers**4 * other) ** (1 / 16)
+        return 0.81 * size, 0.87 / size
+    return (3 * layers) ** 0.25, (12 * layers) ** -0.25
+
+
+def subln(stack: Stack) -> float:
+    """The gain of SubLN's table (arXiv 2210.06423, figure 2)."""
+    if not stack.partner:
+        return math.sqrt(math.log(2 * stack.layers))
+    if stack.side == "encoder":
+        return math.sqrt(math.log(3 * stack.partner) * math.log(2 * stack.layers) / 3)
+    return math.sqrt(math.log(3 * stack.layers))
+
+
+def layerscale(layers: int) -> float:
+    """γ at the start (arXiv 2103.17239, section 2.2)."""
+    return 0.1 if layers <= 18 else 1e-5 if layers <= 24 else 1e-6
+
+
+def deepscale(stack: Stack) -> tuple[float, float]:
+    """(λ, β) with λ² + β² = 1 and β² = 2 ÷ (number of sublayers)."""
+    beta = math.sqrt(2 / (len(stack.sublayers) * stack.layers))
+    return math.sqrt(1 - beta**2), beta
+
+
+def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
+    """Gains on √(1/in) that give every branch unit variance and unit gradient, whatever is correlated in its input.
+
+    Averaging over tokens leaves of a value's variance its token correlation r, so value and output share √((1−p)/r). The feed-forward's two
+    matrices share (1−p)·d/(f·E[φ²]) evenly where φ is homogeneous in `up`; GELU wants an input of unit variance, so `down` bears it all.
+    """
+    assert cfg.ffn_size is not None
+    keep, moment = 1 - cfg.dropout, SECOND_MOMENT[cfg.ffn]
+    at = len(stack.sublayers) * layer
+    r = token_correlations(stack.sublayers * stack.layers, cfg.dropout, cfg.token_correlation)[at]
+    attention = (keep / r) ** 0.25
+    if cfg.ffn == "gelu":
+        up, down = 1.0, math.sqrt(keep / moment)
+    else:
+        ratio = cfg.hidden_size / cfg.ffn_size
+        up, down = (keep * ratio / moment) ** 0.25, (keep / (ratio * moment)) ** 0.25
+    return {"value": attention, "attention_out": attention, "up": up, "down": down}
+
+
+@lru_cache(maxsize=16)
+def token_correlations(sublayers: tuple[str, ...], dropout: float, start: float) -> tuple[float, ...]:
+    """The correlation of two tokens' vectors before each sublayer of a DeepScaleLM stack, and behind the last.
+
+    `start` is that of undropped embeddings: the chance that two tokens are the same (0.221 for English text, weakly sourced for others).
+    """
+    beta2 = 2 / len(sublayers)
+    r = start * (1 - dropout)
+    found = [r]
+    for kind in sublayers:
+        if kind == "ffn":
+            out = (1 - dropout) * (r + (math.sqrt(1 - r * r) - r * math.acos(r)) / math.pi)
+        else:
+            out = 1 - dropout
+        r = min(1.0, (1 - beta2) * r + beta2 * out)
+        found.append(r)
+    return tuple(found)

@@ -28,7 +28,7 @@ from megascale.model.decoder import Shape, Table
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.position import Rotary, inverse_frequencies, rotary
-from megascale.model.residual import residual
+from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec
 
 Grid = Sequence[Sequence[range]]  # for every dimension the positions that are here
@@ -44,19 +44,20 @@ class Spacetime(nn.Module):
         part = part or Part(range(cfg.num_layers))
         assert cfg.spacetime is not None
         self.cfg, self.shape, self.part, self.fields = cfg, shape, part, cfg.spacetime
-        row, dtype, d, std = residual(cfg.residual, cfg.num_layers), shape.storage, cfg.hidden_size, cfg.init_std
+        at_ends, stack, dtype, d = ends(cfg), Stack("decoder", cfg.num_layers), shape.storage, cfg.hidden_size
+        std = at_ends.embedding
         if part.first:
             self.embedding = Table(ParamSpec((d, self.fields.values), "embedding", 1, std), dtype)
             if self.fields.objective == "masked":
                 self.mask_token = Table(ParamSpec((d,), "position", "tokens", std), dtype)
             if cfg.position == "learned":
                 self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, row, dtype, norm_kernel) for i in part.layers})
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, False) for i in part.layers})
         self.final_norm: Norm | None = None
-        if part.last and row.final_norm:
+        if part.last and at_ends.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
         if part.last:
-            self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
+            self.head = Table(ParamSpec((self.fields.values, d), "head", 0, at_ends.head), dtype)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
@@ -89,6 +90,9 @@ class Spacetime(nn.Module):
             assert isinstance(block, Block)
             layer = int(number)
             block.attention.attend = partial(along, dim=self.cfg.attended(layer), shape=sizes(self.grids[layer]), inner=attends[layer])
+
+    def at_step(self, step: int) -> None:
+        """Nothing here follows the step."""
 
     def cut_ends(self, axis: Axis) -> None:
         """Told by the tensor pass which rows of the head and columns of the embedding are here."""
@@ -167,7 +171,7 @@ class Spacetime(nn.Module):
                 for dim, length in enumerate(self.fields.grid):
                     place = place * length + coordinate(grid, dim, device)
                 keys = mix64(self.tokens_here(mix64(samples)[:, None] + place) + (layer << 32))
-            yield Context(angles, None, keys)
+            yield Context(angles, None, keys, None, None)
 
     def _values(self, fields: Tensor, grid: Grid, width: int) -> Tensor:
         """Fields [b, s₁ … s_K, c] → the numbers of the patches of `grid` [b, n, width] that this tensor rank has, zero beyond the last."""

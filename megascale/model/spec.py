@@ -4,14 +4,31 @@ checkpoints and the dry run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 from torch import nn
 
 # What a weight does. Optimizers and schemes choose by role, never by name.
-Role = Literal["embedding", "position", "head", "norm", "bias", "query", "key", "value", "attention_out", "up", "gate", "down"]
+# "scale": a learned factor on a channel or on everything; "coefficient": a factor that is not learned.
+Role = Literal[
+    "embedding",
+    "position",
+    "head",
+    "norm",
+    "bias",
+    "scale",
+    "coefficient",
+    "query",
+    "key",
+    "value",
+    "attention_out",
+    "up",
+    "gate",
+    "down",
+    "router",
+]
 
 # How tensor parallelism treats a weight. A number is the dimension it is cut along. "tokens": every rank holds all of it and applies it to
 # the tokens it has, so with tokens cut over ranks its gradient is a partial sum. "heads": every rank holds all of it and applies it to its
@@ -22,18 +39,28 @@ Cut = int | Literal["tokens", "heads", "kv_heads"]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`."""
+    """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`.
+
+    truncated   the start keeps to two deviations
+    equal_rows  the start's rows are all brought to the length std·√columns
+    experts     dimension 0 counts experts, which expert parallelism cuts
+    uses        how often a token meets an element of it: less than once in a bank of experts, several times where layers repeat
+    """
 
     shape: tuple[int, ...]
     role: Role
     cut: Cut
     std: float = 0.0
     mean: float = 0.0
+    truncated: bool = False
+    equal_rows: bool = False
+    experts: bool = False
+    uses: float = 1.0
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices: not for norms and biases."""
-        return self.role not in ("norm", "bias")
+        """Weight decay is for matrices: not for norms, biases and learned factors."""
+        return self.role not in ("norm", "bias", "scale")
 
     @property
     def numel(self) -> int:
@@ -62,6 +89,13 @@ def declare(spec: ParamSpec, dtype: torch.dtype) -> nn.Parameter:
     return parameter
 
 
+def declare_repeated(module: nn.Module, times: int) -> None:
+    """A token passes `module` several times: its weights are used as often."""
+    for parameter in module.parameters():
+        spec = cast(SpecParameter, parameter).spec
+        cast(SpecParameter, parameter).spec = replace(spec, uses=spec.uses * times)
+
+
 def declare_state(module: nn.Module, name: str, spec: ParamSpec, dtype: torch.dtype) -> None:
     """Gives `module` a buffer on the meta device that starts as its spec says and belongs to checkpoints, but has neither gradient nor
     optimizer state: coefficients of a layer, a router's bias. Every rank that holds the layer holds all of it, with equal values.
@@ -78,3 +112,8 @@ def states_of(model: nn.Module) -> dict[str, ParamSpec]:
 def specs_of(model: nn.Module) -> dict[str, ParamSpec]:
     """Canonical name → spec of a freshly built model. A tied weight appears once, under its first name."""
     return {name: cast(SpecParameter, p).spec for name, p in model.named_parameters()}
+
+
+def active_parameters(specs: dict[str, ParamSpec]) -> int:
+    """The parameters that one token meets: of a bank of experts those that it chooses."""
+    return round(sum(s.numel * min(1.0, s.uses) for s in specs.values()))

@@ -6,6 +6,7 @@ factor for its gradients and whether they are finite as device tensors: a bad st
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -31,14 +32,15 @@ class Optimizer(Protocol):
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
     """`offload` as in the config: with "optimizer" the state lies in host memory, with "parameters" the weights lie there already."""
     if "parameters" in offload:
-        return OnHost(_build(model.weights, model, cfg), None)
+        return OnHost(optimizer_over(model.weights, model, cfg), None)
     if "optimizer" in offload:
         mirror = Mirror(model.weights)
-        return OnHost(_build(mirror.weights, model, cfg), mirror)
-    return _build(model.weights, model, cfg)
+        return OnHost(optimizer_over(mirror.weights, model, cfg), mirror)
+    return optimizer_over(model.weights, model, cfg)
 
 
-def _build(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
+def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
+    """The optimizer of `cfg` for some weights of the model, where they lie."""
     match cfg.name:
         case "adamw":
             return AdamW(weights, cfg)
@@ -139,7 +141,7 @@ class Muon:
             for m, update in zip(turn, updates):
                 local = m.weight.local
                 go = finite.to(local.dtype)
-                size = 0.2 * max(m.weight.placement.spec.shape) ** 0.5
+                size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
                 local.mul_(1 - lr * self.cfg.weight_decay * go).sub_(update * (lr * size * go))
 
     def _direction(self, w: Weight, finite: Tensor) -> Tensor:
@@ -154,20 +156,23 @@ class Muon:
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], rounds: int) -> Tensor:
-    """The nearest matrix with equal singular values, roughly: Newton–Schulz rounds of X ← aX + b(XXᵀ)X + c(XXᵀ)²X."""
+    """The nearest matrix with equal singular values, roughly: Newton–Schulz rounds of X ← aX + b(XXᵀ)X + c(XXᵀ)²X. The last two dimensions
+    are the matrix's.
+    """
     a, b, c = coefficients
-    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(rounds):
-        gram = x @ x.t()
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 def orthogonalization_flops(shape: tuple[int, ...]) -> float:
-    """Of one round, for a matrix of `shape`: three products with the smaller side's Gram matrix."""
+    """Of one round, for matrices of `shape`: three products with the smaller side's Gram matrix."""
     small, large = sorted(shape[-2:])
-    return 4 * small**2 * large + 2 * small**3
+    return math.prod(shape[:-2]) * (4.0 * small**2 * large + 2.0 * small**3)
 
 
 def _scale_gradients(weights: list[Weight], factor: Tensor) -> None:

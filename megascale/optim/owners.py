@@ -58,15 +58,18 @@ class Matrix:
 
 
 def steps_to_whole(w: Weight, mesh: Mesh) -> tuple[Step, ...]:
-    """Copies first, for what only one of them works on need not be brought together by the others. Axes of one rank are left out."""
-    dim, part, tp = w.placement.dim, w.placement.part, mesh["tp"]
-    steps = [Step(mesh["dp_replicate"] if w.sharded else mesh["replicas"])]
-    if dim is None:
+    """Copies first, for what only one of them works on need not be brought together by the others. Axes of one rank are left out.
+
+    Experts are matrices of their own and stay where ep has dealt them; on axes of their own they have copies over dp_replicate alone.
+    """
+    p, tp, own_axes = w.placement, mesh["tp"], w.placement.shard == "edp"
+    steps = [Step(mesh["dp_replicate"] if w.sharded or own_axes else mesh["replicas"])]
+    cuts = [cut for cut in p.cuts if cut.axis == "tp"]
+    if not cuts and not own_axes:
         steps.append(Step(tp))
     if w.sharded:
-        steps.append(Step(mesh["shard"], 0, part if dim == 0 else w.placement.spec.shape[0]))
-    if dim is not None:
-        steps.append(Step(tp, dim, part * tp.size))
+        steps.append(Step(mesh[p.shard], p.shard_dim, p.shape[p.shard_dim]))
+    steps += [Step(tp, cut.dim, cut.part * tp.size) for cut in cuts]
     return tuple(step for step in steps if step.axis.size > 1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megascale.comm.collectives import all_reduce
-from megascale.comm.mesh import Mesh
+from megascale.comm.mesh import Axis, Mesh
 from megascale.comm.piece import Piece, chunk_bounds
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import stage_parts, stages_of_rank
@@ -21,11 +22,12 @@ from megascale.model.init import initialize
 from megascale.model.kernels import NormKernel
 from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
+from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.sequence import spread_sequence
-from megascale.parallel.tensor import Placement, cut_model
+from megascale.parallel.tensor import Placement, cut_model, local_tensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Weight:
 
     @property
     def sharded(self) -> bool:
-        """Cut over dp_shard and cp by FSDP2, along dimension 0."""
+        """Cut further by FSDP2, over the axis that its placement names."""
         return isinstance(self.parameter, DTensor)
 
     @property
@@ -90,25 +92,33 @@ class ParallelModel:
     def module(self) -> nn.Module:
         return self.modules[0]
 
+    def at_step(self, step: int) -> None:
+        """Sets the global step, counted from 1, that BranchNorm's coefficient follows: before each step, and before an evaluation."""
+        for stage in self.stages:
+            stage.at_step(step)
+
     def train(self, mode: bool) -> None:
         for module in self.modules:
             module.train(mode)
 
     def piece(self, weight: Weight, local: Tensor) -> Piece:
         """The rectangle of the unsharded tensor that `local` (the weight, or a state shaped like it) covers; padding is cut off."""
-        shape = weight.placement.spec.shape
-        offset, whole = [0] * len(shape), list(shape)
-        if weight.placement.dim is not None:
-            offset[weight.placement.dim] = self.mesh["tp"].rank * weight.placement.part
-            whole[weight.placement.dim] = weight.placement.part
+        placement = weight.placement
+        shape, whole = placement.spec.shape, placement.shape
+        offset = [0] * len(shape)
+        for cut in placement.cuts:
+            offset[cut.dim] = self.mesh[cut.axis].rank * cut.part
         if weight.sharded:
-            offset[0] += chunk_bounds(whole[0], self.mesh["shard"].size, self.mesh["shard"].rank)[0]
+            axis, dim = self.mesh[placement.shard], placement.shard_dim
+            offset[dim] += chunk_bounds(whole[dim], axis.size, axis.rank)[0]
         keep = tuple(slice(0, max(0, min(n, s - o))) for n, s, o in zip(local.shape, shape, offset))
         return Piece(shape, tuple(min(o, s) for o, s in zip(offset, shape)), local[keep])
 
-    def finish_gradients(self) -> None:
-        """After the last micro-batch: gradients that are shares of a sum over the tensor axis are summed, in one message."""
-        grads = [g for w in self.weights if w.placement.partial and (g := w.local_grad) is not None]
+    def finish_gradients(self, weights: list[Weight] | None = None) -> None:
+        """After the last micro-batch: gradients (of `weights` alone, where given) that are shares of a sum over the tensor axis are summed,
+        in one message.
+        """
+        grads = [g for w in (self.weights if weights is None else weights) if w.placement.partial and (g := w.local_grad) is not None]
         if grads:
             flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.mesh["tp"])
             torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
@@ -132,6 +142,12 @@ def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Pa
     return [build_part(cfg, shape, norm_kernel, parts[i]) for i in mine]
 
 
+def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
+    """The passes that cut layers themselves. Name → where this rank's part of each weight stands, of which it now has the shape."""
+    placements = cut_model(stage, specs_of(stage), axes["tp"], cfg.tp_sequence)
+    return placements if stage.cfg.moe is None else cut_experts(stage, placements, axes, cfg)
+
+
 def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn."""
     weights: list[Weight] = []
@@ -141,10 +157,10 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
     pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
     # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
-    sharded = cfg.engine == "fsdp2" and copies
+    sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
     for stage in stages:
         module: nn.Module = stage
-        placements = cut_model(stage, specs_of(stage), mesh["tp"], cfg.tp_sequence)
+        placements = cut_stage(stage, mesh.axes, cfg)
         if isinstance(stage, Decoder):
             spread_sequence(stage, mesh, cfg)
         else:
@@ -157,14 +173,18 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
             offload_block_inputs(stage, device)
         if sharded:
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
-            micro_batch = shard_model(stage, mesh, cfg.reshard_after_forward and not pipeline, stage.shape.compute, layered, on_host)
+            reshard = cfg.reshard_after_forward and not pipeline
+            micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
         allocate(stage, device, on_host)
+        stage.at_step(1)
         if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)
         for name, parameter in stage.named_parameters():
-            parts = (mesh["shard"].size if sharded else 1) * (mesh["tp"].size if placements[name].dim is not None else 1)
-            weight = Weight(name, parameter, placements[name], mesh.size // (parts * mesh["pp"].size))
+            placement = placements[name]
+            shards = mesh[placement.shard].size if isinstance(parameter, DTensor) else 1
+            parts = shards * math.prod(mesh[c.axis].size for c in placement.cuts)
+            weight = Weight(name, parameter, placement, mesh.size // (parts * mesh["pp"].size))
             if name == "embedding.weight" and not stage.part.first:
                 guest = weight
             else:
@@ -179,9 +199,3 @@ def allocate(stage: Family, device: torch.device, on_host: bool) -> None:
     for module in stage.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-
-
-@torch.no_grad()
-def local_tensor(x: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank, sharing its memory."""
-    return x.to_local() if isinstance(x, DTensor) else x.detach()

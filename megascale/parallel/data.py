@@ -6,54 +6,83 @@ not pass through our collectives, hence the counting hooks.
 
 # No `from __future__ import annotations` here: DDP reads the real annotations of a communication hook.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from megascale.comm.collectives import gather_into, scatter_into
 from megascale.comm.mesh import Axis, Mesh
 from megascale.model.families import Family
+from megascale.parallel.expert import banks
+from megascale.parallel.tensor import Placement
 
 # Called around each micro-batch with "is it the last one of the step?"
 MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
 def shard_model(
-    model: Family, mesh: Mesh, reshard_after_forward: bool, compute: torch.dtype, one_group: bool, on_host: bool
+    model: Family,
+    mesh: Mesh,
+    reshard_after_forward: bool,
+    compute: torch.dtype,
+    one_group: bool,
+    on_host: bool,
+    placements: Mapping[str, Placement],
 ) -> MicroBatchScope:
     """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) where that is larger than one.
 
     One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
     stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
-    reduced in the stored one. `on_host` keeps shards and their gradients in host memory.
+    reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with axes of their own are groups over
+    edp; where nothing is left to shard or sum there, they are plain weights.
     """
     assert mesh.device_mesh is not None
-    shard, replicate = mesh["shard"], mesh["dp_replicate"]
-    names = ("dp_replicate", "dp_shard") if replicate.size > 1 else ("dp_shard",)
-    grid = mesh.device_mesh[names]
     storage = model.shape.storage
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda") if on_host else OffloadPolicy()
-    for _, block in () if one_group else model.units():
-        fully_shard(block, mesh=grid, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=place)
-    fully_shard(model, mesh=grid, reshard_after_forward=False, mp_policy=mixed, offload_policy=place)
-    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for group in groups:
+    replicate = mesh["dp_replicate"]
+    dims = {p: placements[name].shard_dim for name, p in model.named_parameters()}
+    alone: set[nn.Parameter] = set()
+
+    def shard(module: nn.Module, axis: Axis, grid: DeviceMesh, reshard: bool) -> None:
+        names = ("dp_replicate", axis.name) if replicate.size > 1 else (axis.name,)
+        fully_shard(
+            module,
+            mesh=grid[names],
+            reshard_after_forward=reshard,
+            mp_policy=mixed,
+            offload_policy=place,
+            shard_placement_fn=lambda p: Shard(dims[p]),
+            ignored_params=alone,
+        )
+        assert isinstance(module, FSDPModule)
         # These do not recurse.
-        group.set_gradient_divide_factor(1.0)
-        group.set_force_sum_reduction_for_comms(True)
-        if shard.size > 1:
-            group.set_custom_all_gather(CountingAllGather(shard))
-            group.set_custom_reduce_scatter(CountingReduceScatter(shard))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        if axis.size > 1:
+            module.set_custom_all_gather(CountingAllGather(axis))
+            module.set_custom_reduce_scatter(CountingReduceScatter(axis))
         if replicate.size > 1:
-            group.set_all_reduce_hook(_count_all_reduce(replicate))
+            module.set_all_reduce_hook(_count_all_reduce(replicate))
+
+    if mesh.expert_mesh is not None:
+        for bank in banks(model):
+            if mesh["edp"].size * replicate.size > 1:
+                shard(bank, mesh["edp"], mesh.expert_mesh, reshard_after_forward and not one_group)
+            else:
+                alone.update(bank.parameters())
+    for _, block in () if one_group else model.units():
+        shard(block, mesh["shard"], mesh.device_mesh, reshard_after_forward)
+    shard(model, mesh["shard"], mesh.device_mesh, False)
 
     @contextmanager
     def scope(last: bool) -> Iterator[None]:

@@ -114,7 +114,7 @@ def spread_sequence(model: Decoder, mesh: Mesh, cfg: Parallel) -> None:
         lengths = [total(r) for r in spread.held[first_rank : first_rank + ulysses.size]]
         meet = partial(ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
     for _, block in model.units():
-        block.attention.attend = meet
+        block.attention.attend = meet  # type: ignore[union-attr]
 
 
 def take(x: Tensor, ranges: Ranges) -> Tensor:

@@ -11,49 +11,81 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from megascale.comm.collectives import copy_to_ranks, gather_parts, local_part, scatter_sum, sum_over_ranks
+from megascale.comm.collectives import (
+    copy_to_ranks,
+    gather_parts,
+    local_part,
+    max_over_ranks,
+    scatter_sum,
+    share_sum,
+    sum_over_ranks,
+)
 from megascale.comm.mesh import Axis
 from megascale.model.attention import kv_heads_of
+from megascale.model.block import Block
 from megascale.model.families import Family
+from megascale.model.layers import Linear, Norm
 from megascale.model.spec import ParamSpec
 
 SEQUENCE = 1  # the dimension of [b, s, d] and [b, s] that is cut
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where this rank's part of a weight stands before data parallelism cuts it further.
+class Slice:
+    """A weight cut along `dim` over the ranks of `axis`, `part` being this rank's length, padding included."""
 
-    dim       the dimension cut over the tensor axis, or None where every rank holds all of it
-    part      this rank's length along `dim`, padding included
-    partial   the gradient is this rank's share of a sum over the axis
+    axis: str
+    dim: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this rank's part of a weight stands.
+
+    cuts       what parallelism within a layer cuts; empty where every rank holds all of it
+    partial    the gradient is this rank's share of a sum over the tensor axis
+    shard      the axis over which FSDP2 cuts what is left, along `shard_dim`
     """
 
     spec: ParamSpec
-    dim: int | None
-    part: int
-    partial: bool
+    cuts: tuple[Slice, ...] = ()
+    partial: bool = False
+    shard: str = "shard"
+    shard_dim: int = 0
+
+    @property
+    def shape(self) -> list[int]:
+        """Of this rank's part before FSDP2 cuts it, padding included."""
+        shape = list(self.spec.shape)
+        for cut in self.cuts:
+            shape[cut.dim] = cut.part
+        return shape
 
 
 def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
-    """Replaces meta parameters by this rank's parts and hangs the exchanges into the model. Identity at size one."""
+    """Replaces meta parameters by this rank's parts and hangs the exchanges into the model. Identity at size one. Experts are left whole
+    for the pass that deals them out (parallel/expert.py).
+    """
     if axis.size == 1:
-        return {name: Placement(spec, None, 0, False) for name, spec in specs.items()}
+        return {name: Placement(spec) for name, spec in specs.items()}
     kv_cut = _cut_kv_heads(model, axis)
     placements = {name: _place(spec, axis, tp_sequence, kv_cut) for name, spec in specs.items()}
     for name, p in placements.items():
-        if p.dim is not None:
-            _resize(model, name, p)
+        resize(model, name, p)
     if tp_sequence:
         enter, leave = partial(gather_parts, axis=axis, dim=SEQUENCE), partial(scatter_sum, axis=axis, dim=SEQUENCE)
         model.tokens_here = partial(local_part, axis=axis, dim=SEQUENCE)
     else:
         enter, leave = partial(copy_to_ranks, axis=axis), partial(sum_over_ranks, axis=axis)
     for _, block in model.units():
+        assert isinstance(block, Block)
         for sublayer in (block.attention, block.ffn):
             sublayer.enter, sublayer.leave = enter, leave
+    _share_statistics(model, placements, axis)
     model.enter_head, model.leave_embedding = enter, leave
     model.cut_ends(axis)
     heads = model.cfg.num_heads // axis.size
@@ -65,9 +97,11 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
     cut = spec.cut
     if cut == "kv_heads":
         cut = 0 if kv_cut else "heads"
+    if spec.experts:
+        return Placement(spec)
     if isinstance(cut, int):
-        return Placement(spec, cut, -(-spec.shape[cut] // axis.size), False)
-    return Placement(spec, None, 0, partial=cut == "heads" or tp_sequence)
+        return Placement(spec, (Slice("tp", cut, -(-spec.shape[cut] // axis.size)),))
+    return Placement(spec, partial=cut == "heads" or tp_sequence)
 
 
 def _cut_kv_heads(model: Family, axis: Axis) -> bool:
@@ -79,18 +113,40 @@ def _cut_kv_heads(model: Family, axis: Axis) -> bool:
     per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads
     kv, of_query = kv_heads_of(range(axis.rank * per_rank, (axis.rank + 1) * per_rank), group)
     for _, block in model.units():
+        assert isinstance(block, Block)
         attention = block.attention
         attention.k.rows = attention.v.rows = (kv.start * cfg.head_dim, kv.stop * cfg.head_dim)
         attention.kv_of_query = of_query
     return False
 
 
-def _resize(model: nn.Module, name: str, placement: Placement) -> None:
+def _share_statistics(model: nn.Module, placements: dict[str, Placement], axis: Axis) -> None:
+    """Norms over a cut dimension and quantized products take their statistics over all parts, which are equal in size."""
+
+    def mean(x: Tensor) -> Tensor:
+        return share_sum(x, axis) / axis.size
+
+    for name, module in model.named_modules():
+        if isinstance(module, Norm) and placements[f"{name}.weight"].cuts:
+            module.mean_parts = mean
+        if isinstance(module, Linear) and module.statistics is not None:
+            dims = [cut.dim for cut in placements[f"{name}.weight"].cuts]
+            if dims:
+                module.statistics.weight_mean = mean
+            if 1 in dims:
+                module.statistics.input_mean, module.statistics.input_max = mean, partial(max_over_ranks, axis=axis)
+
+
+def resize(model: nn.Module, name: str, placement: Placement) -> None:
     """Gives a meta parameter its local shape."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    shape = list(placement.spec.shape)
-    assert placement.dim is not None
-    shape[placement.dim] = placement.part
     old = getattr(owner, leaf)
-    setattr(owner, leaf, nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta")))
+    if list(old.shape) != placement.shape:
+        setattr(owner, leaf, nn.Parameter(torch.empty(placement.shape, dtype=old.dtype, device="meta")))
+
+
+@torch.no_grad()
+def local_tensor(x: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x.detach()

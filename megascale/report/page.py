@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from megascale.report.canvas import svg
 from megascale.report.goodput import goodput_figure, goodput_table
 from megascale.report.loss import NARROW, loss_figure
-from megascale.report.panels import lines_figure, traffic_figure
+from megascale.report.panels import heat_figure, lines_figure, traffic_figure
 from megascale.report.read import Row, RunData, as_number
 from megascale.report.summary import headline, highlights, verdict
 from megascale.report.words import plain
@@ -69,6 +69,7 @@ def page(runs: Sequence[RunData], title: str) -> str:
             ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
             *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),
         ),
+        *_experts(runs),
         *_goodput(runs),
         "<h2>Optimization</h2>",
         _panels(
@@ -133,6 +134,26 @@ def config_tables(runs: Sequence[RunData]) -> str:
         )
     parts.append(f"<details><summary>all {len(keys)} keys</summary>{_table(head, [[k, *rows[k]] for k in keys])}</details>")
     return "".join(parts)
+
+
+EXPERTS = {
+    "load_max_over_mean": "busiest expert's load ÷ mean",
+    "load_entropy": "entropy of the load, 1 when even",
+    "dropped_share": "share of assignments dropped",
+    "aux_loss": "auxiliary loss a token",
+    "z_loss": "router z-loss a token",
+    "router_logits": "largest router logit",
+}
+
+
+def _experts(runs: Sequence[RunData]) -> list[str]:
+    """What routers told, for the runs that have some."""
+    parts = []
+    for run in runs:
+        figures = [(f"{title} of {run.name}, by layer", heat_figure(run, "experts", key, title)) for key, title in EXPERTS.items()]
+        if any(figure is not None for _, figure in figures):
+            parts += [f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "", _panels(*figures)]
+    return ["<h2>Experts</h2>", *parts] if parts else []
 
 
 def _goodput(runs: Sequence[RunData]) -> list[str]:

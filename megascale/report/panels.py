@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megascale.report.canvas import COLOURS, GREY, label, legend, new_figure, step_axis, style
-from megascale.report.read import Array, Row, RunData
+from megascale.report.read import Array, Row, RunData, as_number
 from megascale.report.series import markers, smooth, thin
 from megascale.report.words import byte_unit, scientific
 
@@ -82,6 +82,50 @@ def traffic_figure(run: RunData, titled: bool = False) -> Figure | None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _resumes(axes, run)
     return figure
+
+
+def heat_figure(run: RunData, group: str, reading: str, title: str, limit: int = 240) -> Figure | None:
+    """A reading that every layer of a group has (model/observe.py), as colour over steps and layers; None where the run has none.
+
+    A row stands for the steps since the row before; neighbours are averaged into at most `limit` columns.
+    """
+    rows = [(r["step"], found) for r in run.metrics if (found := _by_layer(r, group, reading))]
+    layers = sorted({layer for _, found in rows for layer in found})
+    groups = [[rows[i] for i in part] for part in np.array_split(np.arange(len(rows)), max(1, min(limit, len(rows))))]
+    values = np.array([[_mean([found.get(layer, np.nan) for _, found in part]) for part in groups] for layer in layers], float)
+    if not np.isfinite(values).any():
+        return None
+    edges = [groups[0][0][0] - 0.5, *(part[-1][0] + 0.5 for part in groups)]
+    with style():
+        figure, axes = _panel(title, [], run.last_step)
+        axes.grid(False)
+        places = np.arange(len(layers) + 1) - 0.5
+        # As a picture: a path for every cell would be larger than all the rest of the page.
+        image = axes.pcolormesh(edges, places, np.ma.masked_invalid(values), cmap="cividis", rasterized=True)
+        axes.set_ylabel("layer", fontsize=SIZE)
+        shown = range(0, len(layers), -(-len(layers) // 8))
+        axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
+        step_axis(axes, run.last_step, 5)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
+        bar.ax.tick_params(labelsize=SIZE - 1.5)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        _resumes(axes, run)
+    return figure
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = [v for v in values if np.isfinite(v)]
+    return sum(known) / len(known) if known else np.nan
+
+
+def _by_layer(row: Row, group: str, reading: str) -> dict[int, float]:
+    """Layer → reading; empty where a row has no such group, or one that was not written by the trainer."""
+    told = row.get(group)
+    layers, values = (told.get(key) if isinstance(told, dict) else None for key in ("layers", reading))
+    if not (isinstance(layers, list) and isinstance(values, list) and all(isinstance(n, int) for n in layers)):
+        return {}
+    return dict(zip(layers, map(as_number, values)))
 
 
 def _changes(rows: Sequence[Row], limit: int = 800) -> list[Row]:

@@ -7,7 +7,7 @@ nothing here holds an activation and block inputs may live elsewhere (parallel/o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megascale.data.loader import Batch
+from megascale.model.families import Family
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.orders import Step, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding
@@ -27,6 +28,7 @@ class Layered:
     def __init__(self, model: ParallelModel, breadth: int | None) -> None:
         self.model, self.breadth = model, breadth
         self.tied = TiedEmbedding(model)
+        self.after_stage: Callable[[int], None] | None = None  # where somebody wants a stage's gradients as soon as they are whole
         for stage in model.stages:
             if isinstance(stage, FSDPModule):
                 stage.set_reshard_after_backward(False)
@@ -42,9 +44,12 @@ class Layered:
         pass_ = _Pass(self.model, batches, scale)
         for step in layered_order(len(self.model.stages), len(batches), self.breadth or len(batches)):
             pass_.do(step)
-        self._finish()
-        self.tied.give_back()
-        self.model.finish_gradients()
+            if step.kind == "U" and step.stage in pass_.reduced and self.after_stage is not None:
+                self._hand_over(step.stage)
+        if self.after_stage is None:
+            self._finish(self.model.stages)
+            self.tied.give_back()
+            self.model.finish_gradients()
         return torch.stack(pass_.losses).sum()
 
     @torch.no_grad()
@@ -55,9 +60,16 @@ class Layered:
             pass_.do(step)
         return torch.stack(pass_.losses).to(torch.float64).sum()
 
-    def _finish(self) -> None:
-        """Waits for the reductions of all stages, as FSDP2 does after a last backward."""
-        for stage in self.model.stages:
+    def _hand_over(self, number: int) -> None:
+        assert self.after_stage is not None
+        self._finish([self.model.stages[number]])
+        if number == 0:
+            self.tied.give_back()
+        self.after_stage(number)
+
+    def _finish(self, stages: list[Family]) -> None:
+        """Waits for the reductions of `stages`, as FSDP2 does after a last backward."""
+        for stage in stages:
             if isinstance(stage, FSDPModule):
                 stage.set_is_last_backward(True)
                 fully_shard.state(stage)._root_post_backward_final_callback()  # type: ignore[attr-defined]
@@ -74,23 +86,28 @@ class _Pass:
         self.grads: dict[int, Tensor] = {}  # by micro-batch: what the stage before takes
         self.ends: dict[tuple[int, int], GradientEdge] = {}
         self.doors: dict[tuple[int, int], list[Tensor]] = {}
+        self.reduced: set[int] = set()  # stages whose last backward has been announced
         self.anchor = torch.zeros((), requires_grad=True)
 
     def do(self, step: Step) -> None:
         stage = self.model.stages[step.stage]
         sharded = isinstance(stage, FSDPModule)
+        if step.kind == "R":
+            self.reduced.add(step.stage)
         match step.kind:
             case "F":
                 self.forward(step.stage, step.micro_batch)
             case "B":
                 self.backward(step.stage, step.micro_batch)
             case "G" if sharded:
-                stage.unshard(async_op=True)  # type: ignore[operator]
+                for group in _groups(stage):
+                    group.unshard(async_op=True)
             case "R" if sharded:
                 stage.set_requires_gradient_sync(True)  # type: ignore[operator]
                 stage.set_requires_all_reduce(len(self.losses) == len(self.batches))  # type: ignore[operator]
             case "U" if sharded:
-                stage.reshard()  # type: ignore[operator]
+                for group in _groups(stage):
+                    group.reshard()
                 stage.set_requires_gradient_sync(False)  # type: ignore[operator]
 
     def forward(self, number: int, i: int) -> None:
@@ -113,6 +130,11 @@ class _Pass:
         torch.autograd.backward(self.ends.pop(key), self.grads.pop(i))
         if number > 0:
             (self.grads[i],) = self.doors.pop(key)
+
+
+def _groups(stage: Family) -> list[FSDPModule]:
+    """What FSDP2 gathers of a stage: its weights, and its experts where they have axes of their own."""
+    return [m for m in stage.modules() if isinstance(m, FSDPModule)]
 
 
 class _Door(torch.autograd.Function):

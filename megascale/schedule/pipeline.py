@@ -22,6 +22,7 @@ from megascale.comm.mesh import Mesh
 from megascale.config.schema import Parallel
 from megascale.config.stages import stages_of_rank
 from megascale.data.loader import Batch
+from megascale.model.experts import Bank
 from megascale.model.families import Family
 from megascale.model.layers import Deferred, Linear
 from megascale.parallel.apply import ParallelModel
@@ -122,7 +123,7 @@ class Stage(PipelineStage):
         self.queue: Deferred = []
         if split:
             for layer in module.modules():
-                if isinstance(layer, Linear):
+                if isinstance(layer, Linear | Bank):
                     layer.deferred = self.queue
         super().__init__(
             module,

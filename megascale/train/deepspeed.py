@@ -24,6 +24,7 @@ from megascale.data.loader import Batch
 from megascale.errors import UsageError
 from megascale.optim.optimizers import Optimizer, build_optimizer
 from megascale.parallel.apply import ParallelModel, Weight
+from megascale.train.in_backward import valid_share
 from megascale.train.state import state_pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,12 +41,12 @@ class DeepSpeed:
         self.engine: Any = None
         self.inner: Any = None
 
-    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+    def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
         self._start()
+        for group in self.inner.param_groups:
+            group["lr"] = lr
         # DeepSpeed clips what it has reduced, so gradients must be final: the number of valid targets is agreed on before.
-        places = 1.0 / scale
-        valid = torch.tensor(sum(b.valid for b in batches) / places, dtype=torch.float64, device=self.device)
-        valid = all_reduce(valid, self.data)
+        valid = valid_share(batches, scale, self.model.mesh, self.device)
         total: Tensor | None = None
         for i, b in enumerate(batches):
             self.model.mesh.traffic.moved += 1
@@ -60,9 +61,7 @@ class DeepSpeed:
         assert total is not None
         return total
 
-    def update(self, lr: float, valid: Tensor) -> tuple[Tensor, Tensor]:
-        for group in self.inner.param_groups:
-            group["lr"] = lr
+    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         skipped = self.engine.skipped_steps
         self.engine.step()
         finite = self.engine.skipped_steps == skipped
@@ -80,7 +79,7 @@ class DeepSpeed:
         if self.engine is None:
             if self.waiting is None:
                 self.waiting = build_optimizer(self.model, self.config.optim)
-            return state_pieces(self.model, self.waiting)
+            return state_pieces(self.model, self.waiting.state())
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         pieces = {f"model.{s.name}": s.piece for s in self.model.states}
@@ -111,7 +110,7 @@ class DeepSpeed:
         self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
         for w in self.model.weights:
             # It sums squares over the tensor axis for those that say so, and counts the others once.
-            w.parameter.model_parallel = w.parameter.tensor_model_parallel = w.placement.dim is not None  # type: ignore[attr-defined]
+            w.parameter.model_parallel = w.parameter.tensor_model_parallel = bool(w.placement.cuts)  # type: ignore[attr-defined]
             if w.placement.partial:
                 # It reduces over data ranks in its own hooks, so shares of a sum over the tensor axis are summed as they appear.
                 w.parameter.register_hook(partial(all_reduce, axis=mesh["tp"]))

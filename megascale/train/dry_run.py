@@ -19,7 +19,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
-from megascale.model.spec import specs_of
+from megascale.model.spec import active_parameters, specs_of
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.train.memory import DTYPES, host_bytes, largest_rank
@@ -33,7 +33,9 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     config = check(config, ranks)
     report = describe_run(config, ranks)
     print(to_yaml(config.plain()), end="")
-    print(f"---\n{report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}: {report['parameters']:,} parameters")
+    size, active = report["parameters"], report["parameters_active"]
+    of_these = f", {active:,} of them a token" if active < size else ""
+    print(f"---\n{report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}: {size:,} parameters{of_these}")
     largest = report["bytes_per_rank"]
     for kind in ("parameters", "gradients", "optimizer"):
         print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
@@ -82,7 +84,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     tokens = train.global_batch_size * train.seq_len
     return {
         "parameters": parameters,
-        "parameters_active": parameters,
+        "parameters_active": active_parameters(specs),
         "ranks": ranks,
         "layout": describe(config.parallel),
         "bytes_per_rank": totals,

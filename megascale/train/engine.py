@@ -14,15 +14,16 @@ from megascale.data.loader import Batch
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import Optimizer
 from megascale.parallel.apply import ParallelModel
+from megascale.parallel.expert import settle_routers
 from megascale.schedule.accumulate import Schedule
 from megascale.train.state import state_pieces
 
 
 class Engine(Protocol):
-    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """Forward and backward of a step, as `Schedule.run`."""
+    def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
+        """Forward and backward of a step, as `Schedule.run`; `lr` is the rate of its update."""
 
-    def update(self, lr: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ÷ `valid`, clipped, applied. Returns their norm before clipping and whether it is finite; where not, nothing moves."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -43,14 +44,17 @@ class Native:
     schedule: Schedule
     optimizer: Optimizer
     clip: float
+    lr: float = 0.0
 
-    def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+    def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
+        self.lr = lr
         return self.schedule.run(batches, scale)
 
-    def update(self, lr: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         norm = global_norm(self.model.weights, self.model.mesh.size) / valid
         finite = torch.isfinite(norm)
-        self.optimizer.step(lr, clip_factor(norm, self.clip) / valid, finite)
+        self.optimizer.step(self.lr, clip_factor(norm, self.clip) / valid, finite)
+        settle_routers(self.model.stages, self.model.mesh.axes, finite)
         for w in self.model.weights:
             w.parameter.grad = None
         return norm, finite
@@ -59,7 +63,7 @@ class Native:
         return self.schedule.evaluate(batches)
 
     def pieces(self) -> dict[str, Piece]:
-        return state_pieces(self.model, self.optimizer)
+        return state_pieces(self.model, self.optimizer.state())
 
     def loaded(self, pieces: dict[str, Piece]) -> None:
         """The pieces are the live state."""

@@ -5,10 +5,12 @@ Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks wi
 
 from __future__ import annotations
 
+import math
+
 import psutil
 import torch
 
-from megascale.comm.mesh import AXES, Axis, Traffic, coordinates
+from megascale.comm.mesh import AXES, EXPERT_AXES, Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
 from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.schema import Config
@@ -16,10 +18,9 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
-from megascale.model.spec import specs_of
 from megascale.optim.optimizers import MATRICES
-from megascale.parallel.apply import build_stages
-from megascale.parallel.tensor import Placement, cut_model
+from megascale.parallel.apply import build_stages, cut_stage
+from megascale.parallel.tensor import Placement
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
 
@@ -42,14 +43,12 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     shape = Shape(config.train.seq_len, storage, DTYPES[config.precision.compute])
     kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
-    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in AXES}
-    shards, index = 1, 0
-    if config.parallel.engine == "fsdp2":
-        shards, index = sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"]
+    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
+    axes["shard"] = Axis("dp_shard", sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"], None, traffic)
     weights = optimizer = 0
     for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
-        for name, p in cut_model(stage, specs_of(stage), axes["tp"], config.parallel.tp_sequence).items():
-            held = _held(p, shards, index)
+        for name, p in cut_stage(stage, axes, config.parallel).items():
+            held = _held(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
             weights += held * storage.itemsize
             # A tied embedding's copy beside the head is optimized where the embedding is.
             if name != "embedding.weight" or stage.part.first:
@@ -71,17 +70,13 @@ def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
     }
 
 
-def _held(placement: Placement, shards: int, index: int) -> int:
+def _held(placement: Placement, shard: Axis | None) -> int:
     """Elements on this rank, padding included."""
-    local = list(placement.spec.shape)
-    if placement.dim is not None:
-        local[placement.dim] = placement.part
-    first, last = chunk_bounds(local[0], shards, index)
-    local[0] = last - first
-    n = 1
-    for size in local:
-        n *= size
-    return n
+    local = placement.shape
+    if shard is not None:
+        first, last = chunk_bounds(local[placement.shard_dim], shard.size, shard.rank)
+        local[placement.shard_dim] = last - first
+    return math.prod(local)
 
 
 def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:

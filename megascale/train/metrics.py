@@ -112,17 +112,21 @@ def finite(value: Any) -> Any:
     """Numbers that JSON cannot hold become null."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def scalars(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers of a row as "a/b" → number."""
+    """Nested numbers of a row as "a/b" → number; those of a list by their place in it."""
     flat: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):
             flat.update(scalars(value, f"{prefix}{key}/"))
+        elif isinstance(value, list):
+            flat.update(scalars({str(i): v for i, v in enumerate(value)}, f"{prefix}{key}/"))
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat

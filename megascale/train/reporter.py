@@ -17,8 +17,10 @@ from torch import Tensor
 from megascale.checkpoint.saver import Event
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Train
+from megascale.model.observe import Raw
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog
+from megascale.train.observed import Observed, Source
 from megascale.train.state import Progress
 
 
@@ -34,6 +36,7 @@ class StepResult:
     lr: float
     clock: StepClock
     sent: dict[str, int]  # bytes by axis, of this rank
+    seen: dict[Source, Raw]  # what modules here told
     valid_loss: dict[str, float] | None = None
     valid_seconds: float = 0.0
     tokens: int = 0
@@ -73,6 +76,7 @@ class Reporter:
     last_step: int
     flops_per_token: float
     peak: float | None  # FLOP/s of one rank
+    observed: Observed
     log: RunLog | None
     console: Console | None
     provenance: dict[str, Any]  # what every checkpoint records beside the progress
@@ -125,7 +129,7 @@ class Reporter:
             self.log.event("skip", result.step, loss=loss, grad_norm=norm)
         if not (result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None):
             return
-        sent = self._largest(result.sent)
+        sent, seen = self._largest(result.sent), self.observed.row(result.seen, self.device)
         if self.log is None or self.console is None:
             return
         seconds = result.clock.seconds()
@@ -144,6 +148,7 @@ class Reporter:
             "mfu": mfu,
             "memory_bytes": memory_bytes(self.device),
             "sent_bytes": sent,
+            **seen,
         }
         if result.valid_loss is not None:
             row["valid_loss"] = result.valid_loss

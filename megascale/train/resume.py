@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megascale.checkpoint.index import read_json
 from megascale.checkpoint.loader import find, newest
 from megascale.config.identity import check_allow_change, check_identity, identity
 from megascale.config.load import build_config, read_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
+from megascale.parallel.apply import ParallelModel
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
 
@@ -52,6 +55,24 @@ def find_start(config: Config, run_dir: Path) -> Start:
     if config.checkpoint.init_from is not None:
         return Start(find(config.checkpoint.init_from), True)
     return Start()
+
+
+def check_coefficients(config: Config, model: ParallelModel, folder: Path | None) -> None:
+    """Raises UsageError where a loaded layer's residual coefficient is not the one that the config's scheme and depth give.
+
+    A model that grew keeps the old ones on purpose; `run.allow_change` with model.residual says so.
+    """
+    if "model.residual" in config.run.allow_change or "model" in config.run.allow_change:
+        return
+    for state in model.states:
+        if state.spec.role == "coefficient":
+            loaded, expected = state.tensor, torch.full_like(state.tensor, state.spec.mean)
+            if not torch.allclose(loaded, expected, rtol=1e-6):
+                raise UsageError(
+                    f"{state.name} is {loaded[0].item():.6f} in {folder}, and model.residual {config.model.residual} at this depth gives "
+                    f"{expected[0].item():.6f}: start from a checkpoint of this scheme and depth, or keep its coefficients with "
+                    "run.allow_change='[model.residual]'"
+                )
 
 
 def claim_run_dir(config: Config, run_dir: Path, start: Start) -> None:

@@ -23,7 +23,9 @@ from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
 from megascale.data.fields import FieldMixture
+from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
+from megascale.data.masking import Masking
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
@@ -31,7 +33,7 @@ from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
-from megascale.model.spec import specs_of
+from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.schedule.accumulate import Accumulation, Schedule
@@ -39,10 +41,12 @@ from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.engine import Engine, Native
+from megascale.train.in_backward import InBackward
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
+from megascale.train.observed import Observed
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, claim_run_dir, find_start
+from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -54,25 +58,30 @@ Samples = Mixture | FieldMixture
 
 
 def resolve_vocabulary(config: Config) -> Config:
-    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused. Fields have
-    none.
+    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused. An encoder
+    has one token more, its last, that stands for hidden ones; fields have none.
     """
     if config.model.spacetime is not None:
         return config
+    more = 1 if config.model.family == "encoder" else 0
     prefix = read_sources(config.data.train, "data.train")[0].path
     path = config.data.tokenizer or beside(prefix)
     if path is None:
-        size = config.model.vocab_size or source_facts(prefix).get("vocab_size")
+        known = source_facts(prefix).get("vocab_size")
+        size = config.model.vocab_size or (known and known + more)
         if size is None:
+            TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
             raise UsageError(
                 f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer"
             )
     else:
         tokenizer = load_tokenizer(path)
-        size = config.model.vocab_size or tokenizer.vocab_size
-        if size < tokenizer.vocab_size:
+        size = config.model.vocab_size or tokenizer.vocab_size + more
+        if size < tokenizer.vocab_size + more:
+            mask = " and an encoder needs one more for its mask" if more else ""
             raise UsageError(
-                f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces: leave vocab_size out to take them"
+                f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces{mask}: leave vocab_size out to "
+                "take them"
             )
         made_with = source_facts(prefix).get("tokenizer_fingerprint")
         if made_with is not None and made_with != tokenizer.fingerprint:
@@ -152,7 +161,12 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
     specs = specs_of(build_part(config.model, shape, kernels.norm))
     flops = flops_per_token(config.model, specs, config.train.seq_len)
-    facts = {"parameters": sum(s.numel for s in specs.values()), "norm_kernel": f"{kernels.source} ({kernels.reason})"}
+    active = active_parameters(specs)
+    facts = {
+        "parameters": sum(s.numel for s in specs.values()),
+        "parameters_active": active,
+        "norm_kernel": f"{kernels.source} ({kernels.reason})",
+    }
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
     return parallelize(stages, mesh, config.parallel, device), facts, flops
 
@@ -169,6 +183,9 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)
+    if config.parallel.update_in_backward:
+        assert isinstance(schedule, Layered)
+        return InBackward(model, schedule, config.optim, device)
     return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
 
 
@@ -180,7 +197,8 @@ def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
         if config.model.spacetime is not None:
             return FieldMixture(sources, config.model.spacetime, seed, part, data.valid_fraction, shuffled)
         assert config.model.vocab_size is not None
-        return Mixture(sources, train.seq_len, seed, config.model.vocab_size, part, data.valid_fraction, shuffled)
+        vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
+        return Mixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, shuffled)
 
     sources = read_sources(data.train, "data.train")
     part = "train" if data.valid_fraction > 0 else "all"
@@ -201,7 +219,10 @@ def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, devi
     rows = sample_numbers(first, t.global_batch_size, t.micro_batch_size, mesh.data_rank, mesh.data_size)
     if isinstance(samples, FieldMixture):
         return [samples.batch(row, device) for row in rows]
-    return [make_batch(samples, row, t.packing, device) for row in rows]
+    masking = None
+    if config.model.family == "encoder":
+        masking = Masking(config.run.seed, config.data.mask_fraction or 0.15, samples.vocab_size)
+    return [make_batch(samples, row, t.packing, device, masking) for row in rows]
 
 
 @contextmanager
@@ -232,6 +253,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         engine.loaded(state)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
+        agreed(lambda: check_coefficients(config, model, start.folder))
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
     log, console = None, None
     if first:
@@ -246,6 +268,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         config.train.total_steps,
         flops,
         peak,
+        Observed(model),
         log,
         console,
         {
@@ -320,10 +343,9 @@ def announce(
     log.event("resume" if progress.step else "start", progress.step, **details)
     if start.changes:
         log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
-    size = facts["parameters"]
-    console.say(
-        f"{config.run.name}: {size / 1e6:.1f}M parameters on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}"
-    )
+    size, active = facts["parameters"], facts["parameters_active"]
+    many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
+    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from megascale.comm.piece import Piece
-from megascale.optim.optimizers import Optimizer
 from megascale.parallel.apply import ParallelModel
 
 
@@ -32,11 +31,11 @@ def model_pieces(model: ParallelModel) -> dict[str, Piece]:
     return {**weights, **{f"model.{s.name}": s.piece for s in model.states}}
 
 
-def state_pieces(model: ParallelModel, optimizer: Optimizer) -> dict[str, Piece]:
-    """Everything that a resume needs, live: loading into these pieces changes the training state."""
+def state_pieces(model: ParallelModel, optimizer: dict[str, dict[str, Tensor]]) -> dict[str, Piece]:
+    """Everything that a resume needs, live: loading into these pieces changes the training state. `optimizer`: `Optimizer.state()`."""
     pieces = model_pieces(model)
     weights = {w.name: w for w in model.weights}
-    for key, tensors in optimizer.state().items():
+    for key, tensors in optimizer.items():
         for name, tensor in tensors.items():
             pieces[f"optim.{key}.{name}"] = _piece(model, weights, name, tensor)
     return pieces

@@ -78,13 +78,15 @@ class Trainer:
         clock = StepClock(self.device)
         self.model.mesh.traffic.take()  # what evaluation sent is not the step's
         self.model.train(True)
-        loss = self.engine.run(micro_batches, 1.0 / self.places)
+        self.model.at_step(step)
+        lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
+        loss = self.engine.run(micro_batches, 1.0 / self.places, lr)
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry the fixed 1/places; the number of valid targets is known only to all ranks together.
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid / self.places, float(self.stop.requested()))
-        lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
-        norm, finite = self.engine.update(lr, total_valid)
-        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), self.model.mesh.traffic.take()[0])
+        norm, finite = self.engine.update(total_valid)
+        sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
+        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

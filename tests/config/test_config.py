@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from megascale.config.identity import check_identity, identity
 from megascale.config.layout import axis_sizes
 from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
 from megascale.config.schema import Config, Parallel
@@ -46,6 +47,8 @@ def config(*overrides: str) -> Config:
         ("model=3", "write section.key=value"),
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
+        ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
+        ("parallel.parallel_foo=2", "`--dry-run` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:
@@ -94,13 +97,26 @@ GRID = "{shape: [4, 4], patch: [1, 2], channels: 1}"  # 8 tokens
 
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
-    "family": (1, ("model.family=encoder",)),
+    "family": (1, ("model.family=encoder_decoder",)),
     "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
     "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
     "spacetime_text": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.sliding_window=2")),
-    "residual": (1, ("model.residual=deepnorm",)),
-    "norm": (1, ("model.norm=dyt",)),
-    "experts": (1, ("model.moe={num_experts: 4}",)),
+    "spacetime_schemes": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.residual=deepnorm")),
+    "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
+    "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
+    "encoder_context": (2, ("model.family=encoder", "parallel.cp=2")),
+    "mask_fraction": (1, ("data.mask_fraction=0.2",)),
+    "residual": (1, ("model.residual=mus",)),
+    "branchnorm_period": (1, ("model.residual=branchnorm",)),
+    "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
+    "moe_bias": (1, ("model.moe={}", "model.bias=true")),
+    "moe_sublayer": (1, ("model.moe={}", "model.residual=subln")),
+    "moe_every": (1, ("model.moe={every: 2}",)),
+    "moeut_groups": (1, ("model.moe={}", "model.moeut={group_size: 2}")),
+    "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
+    "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
+    "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
+    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.tp=2")),
     "stages_without_pipeline": (1, ("parallel.pp_virtual=2",)),
     "one_stage_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=2", "model.num_layers=8")),
     "v_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=3", "parallel.pp_schedule=zbv", "model.num_layers=8")),
@@ -117,11 +133,20 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp_sequence": (5, ("parallel.cp=5",)),
     "grid_lengths": (3, (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.cp=3", "parallel.cp_method=dsp")),
     "grid_exchange": (2, (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.cp=2", "parallel.cp_ulysses=2")),
-    "expert_axes": (1, ("parallel.etp=2",)),
+    "ep_without_experts": (1, ("parallel.etp=1",)),
+    "ep_experts": (2, ("model.moe={num_experts: 3}", "parallel.ep=2")),
+    "etp": (2, ("model.moe={}", "parallel.tp=2", "parallel.etp=4")),
+    "etp_sequence": (2, ("model.moe={}", "parallel.tp=2", "parallel.etp=1")),
+    "expert_mesh": (3, ("model.moe={}", "parallel.ep=2")),
+    "ep_engine": (2, ("model.moe={}", "parallel.tp=2", "parallel.tp_sequence=true", "parallel.etp=1", "parallel.engine=ddp")),
+    "moe_deepspeed": (2, ("model.moe={}", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
+    "etp_width": (2, ("model.moe={ffn_size: 25}", "parallel.tp=2")),
+    "capacity_cut": (2, ("model.moe={capacity_factor: 1.25}", "parallel.cp=2")),
     "layered_engine": (1, ("parallel.accumulation=layered", "parallel.engine=ddp")),
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
+    "update_in_backward": (1, ("parallel.update_in_backward=true", "parallel.accumulation=layered")),
     "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
     "deepspeed_family": (
         2,
@@ -132,6 +157,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "offload_dir": (1, ("parallel.offload_dir=disk", "parallel.offload=optimizer")),
     "offload_inputs": (1, ("parallel.offload=activations",)),
     "offload_parameters": (1, ("parallel.offload=parameters",)),
+    "offload_experts": (2, ("model.moe={}", "parallel.ep=2", "parallel.offload=parameters")),
     "offload_muon": (1, ("parallel.offload=optimizer", "optim.name=muon")),
     "fp8": (1, ("precision.fp8=true",)),
     "base_width": (1, ("optim.base_width=64",)),
@@ -171,8 +197,11 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
     """Values in and out of what is supported."""
     pick = {
         "model.num_kv_heads": [1, 2, 3, 4],
+        "model.family": ["decoder", "encoder"],
         "model.norm": ["rmsnorm", "layernorm", "dyt"],
-        "model.residual": ["pre", "post", "deepnorm"],
+        "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "mus"],
+        "model.branchnorm_period": ["null", "null", 3],
+        "model.linear": ["dense", "bitlinear"],
         "model.position": ["rope", "alibi", "learned", "xpos"],
         "model.head_dim": [3, 4],
         "model.ffn_size": [24, 25],
@@ -180,6 +209,9 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
         "parallel.tp_sequence": ["true", "false"],
         "parallel.engine": ["fsdp2", "ddp"],
         "parallel.dp_shard": [-1, 1, 2],
+        "model.moe": ["{num_experts: 4}", "{num_experts: 3, num_shared: 1, top_k: 4}", "{num_experts: 2, capacity_factor: 1.0}"],
+        "parallel.ep": [1, 2, 3],
+        "parallel.etp": [1, 2],
         "parallel.cp": [1, 1, 2, 3, 4],
         "parallel.cp_method": ["ring", "ulysses", "dsp"],
         "parallel.cp_ulysses": [1, 1, 2],
@@ -267,12 +299,20 @@ def test_every_config_that_ships_is_valid() -> None:
         loaded = load_config(path)
         if loaded.model.vocab_size is None:
             loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"vocab_size": 8192})})
-        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate)
+        ranks = max(1, loaded.parallel.tp * loaded.parallel.dp_replicate * loaded.parallel.ep)
         report = describe_run(check(loaded, ranks), ranks)
         number = path.stem.rsplit("-", 1)[-1]
         if number[-1] in "mb" and number[:-1].replace(".", "").isdigit():
             nominal = float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
             assert abs(report["parameters"] / nominal - 1) < 0.03, (path, report["parameters"])
+
+
+def test_keys_that_are_younger_than_a_checkpoint() -> None:
+    """Catches a release whose new keys make every older run another one, and a new key in use that passes unseen."""
+    old = {k: v for k, v in identity(config()).items() if k not in ("model.linear", "model.dyt_alpha", "data.mask_fraction")}
+    assert check_identity(config(), old, "x") == {}
+    with pytest.raises(UsageError, match=r"model.linear: 'dense' in the checkpoint, 'bitlinear' now"):
+        check_identity(config("model.linear=bitlinear"), old, "x")
 
 
 def test_flatten() -> None:

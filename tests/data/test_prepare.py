@@ -175,11 +175,14 @@ def test_wrong_use_is_one_message(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "o.model").write_text("precious")
     (tmp_path / "file").write_text("")
+    (tmp_path / "z.bin").write_bytes(b"\0")
     for arguments, words in (
         ([tmp_path / "none.txt", "--out", tmp_path / "p"], "there is no input"),
         ([tmp_path / "a.txt", "--out", tmp_path / "p", "--tokenizer", tmp_path / "none.model"], "there is no tokenizer"),
         ([tmp_path / "a.txt", "--out", tmp_path / "p", "--tokenizer", model, "--vocab-size", 300], "exclude each other"),
         ([tmp_path / "a.txt", "--out", tmp_path / "p", "--vocab-size", 8000], "a tokenizer of 8000 pieces cannot be trained"),
+        ([tmp_path / "a.txt", "--out", tmp_path / "p", "--vocab-size", 100], "give --vocab-size"),
+        ([tmp_path / "z.bin", "--out", tmp_path / "p", "--tokenizer", model], "is not text"),
         ([tmp_path / "a.txt", "--out", tmp_path, "--tokenizer", model], "is a folder"),
         ([tmp_path / "a.txt", "--out", tmp_path / "file" / "p", "--tokenizer", model], "cannot be written"),
         ([tmp_path / "a.txt", "--out", tmp_path / "o", "--tokenizer", model], "o.model exists"),
@@ -188,7 +191,7 @@ def test_wrong_use_is_one_message(tmp_path: Path, model: Path) -> None:
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     assert (tmp_path / "o.model").read_text() == "precious"
-    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "o.model", "file"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "o.model", "file", "z.bin"}
 
 
 def test_hugging_face_tokenizers(tmp_path: Path, model: Path) -> None:

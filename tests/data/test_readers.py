@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megascale.data.prepare import sample_texts
-from megascale.data.readers import find_files, read_blocks
+from megascale.data.readers import find_files, is_text, read_blocks
 from megascale.errors import UsageError
 
 
@@ -130,3 +130,10 @@ def test_the_sample_reaches_over_the_whole_input(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 100}) + "\n" for i in range(10_000)))
     passages = list(sample_texts([tmp_path / "one.jsonl"], "text", 20 << 16))
     assert {int(p.split()[0]) // 1000 for p in passages} == set(range(10)) and sum(map(len, passages)) <= 20 << 16
+
+
+def test_pictures_are_no_text(tmp_path: Path) -> None:
+    """Catches a folder's pictures and archives becoming tokens, and packed text taken for one of them."""
+    for name, data, text in (("a.png", b"\x89PNG\r\n\0\0", False), ("b.md", "Größe".encode(), True), ("c.txt.gz", b"\x1f\x8b\0\0", True)):
+        (tmp_path / name).write_bytes(data)
+        assert is_text(tmp_path / name) is text

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from megascale.report.canvas import label, legend, new_figure, pack
 from megascale.report.loss import NARROW, WIDE, Look, loss_figure
 from megascale.report.page import config_tables, events_table, page
-from megascale.report.panels import lines_figure, traffic_figure
+from megascale.report.panels import heat_figure, lines_figure, traffic_figure
 from megascale.report.read import RunData, read_run
 from tests.report.runs import curve, event, make_run, metric, start, steps, write_run
 
@@ -190,3 +190,21 @@ def test_quickstart_can_read_a_run_that_is_starting(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps(2), [start()], {"train": {"steps": 4}}))
     assert int(run.config["train.steps"]) == 4
     assert run.metrics[-1]["step"] == 2
+
+
+def test_experts_are_seen(tmp_path: Path) -> None:
+    """Catches a heat map of the wrong layer, one that a step without rows shifts, and a run without experts that gets an empty chapter."""
+    told = {"layers": [1, 3], "load_max_over_mean": [1.5, None], "dropped_share": [0.0, 0.1]}
+    rows = steps(9, lambda s: {"experts": {**told, "load_max_over_mean": [float(s), None]}} if s != 4 else {"experts": "broken"})
+    run = make_run(tmp_path / "a", rows)
+    figure = heat_figure(run, "experts", "load_max_over_mean", "load")
+    assert figure is not None
+    mesh = figure.axes[0].collections[0]
+    values, edges = mesh.get_array(), mesh.get_coordinates()[0, :, 0].tolist()  # type: ignore[attr-defined]
+    assert values is not None and values.mask[1].all() and values[0].tolist() == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert edges == [0.5, 1.5, 2.5, 3.5, 5.5, 6.5, 7.5, 8.5, 9.5]  # step 4 was not told: the row of 5 stands for it
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["1", "3"]
+    assert heat_figure(run, "experts", "z_loss", "z") is None
+    text = page([run], "t")
+    assert "<h2>Experts</h2>" in text and Tags(text).open == []
+    assert "<h2>Experts</h2>" not in page([make_run(tmp_path / "b")], "t")

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Does a mixture of experts learn more than a dense model of equal active parameters, and what keeps its load even?
+
+Trains small models on the quickstart corpus, one process and one thread each: a dense one and a mixture of 8 experts of half its width,
+two a token, for every seed; then a wider mixture under every way of balancing, and under none. Runs that are whole are not trained again.
+
+    python benchmarks/experts/quality.py --data data/stdlib --folder runs/experts
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.common import machine, write
+from megascale.config.load import build_config
+from megascale.launch.ranks import RankInfo
+from megascale.report.read import read_run
+from megascale.train.setup import build_trainer
+
+# Every way of balancing is tried with its published weight, and with the z-loss beside it.
+BALANCES: dict[str, dict[str, Any]] = {
+    "loss": {"balance": "loss"},
+    "entropy": {"balance": "entropy"},
+    "bias": {"balance": "bias", "router": "sigmoid"},
+    "none": {"balance": "none"},
+}
+
+
+def settings(
+    data: str, folder: Path, name: str, seed: int, width: int, ffn: int, lr: float, steps: int, balance: str | None
+) -> dict[str, Any]:
+    """A run of 4 layers of `width`; `ffn` channels meet a token, dense or (with `balance`) as two of eight experts."""
+    moe = None if balance is None else {"num_experts": 8, "top_k": 2, "ffn_size": ffn // 2, **BALANCES[balance]}
+    return {
+        "run": {"name": "experts", "dir": str(folder / name), "seed": seed, "threads": 1, "device": "cpu"},
+        "model": {"num_layers": 4, "hidden_size": width, "num_heads": 4, "ffn_size": ffn, "tie_embeddings": True, "moe": moe},
+        "train": {
+            "steps": steps,
+            "global_batch_size": 16,
+            "micro_batch_size": 16,
+            "seq_len": 128,
+            "eval_every": steps // 3,
+            "eval_steps": 24,
+            "log_every": 5,
+        },
+        "optim": {"lr": lr, "warmup_steps": 20},
+        "data": {"train": data, "valid_fraction": 0.02},
+        "precision": {"compute": "bf16"},
+    }
+
+
+def train(values: dict[str, Any]) -> dict[str, Any]:
+    """Trains unless the run is whole; its validation losses and the load over steps (max ÷ mean of every layer)."""
+    folder = Path(values["run"]["dir"])
+    if not (folder / "metrics.jsonl").exists() or read_run(folder).last_step < values["train"]["steps"]:
+        with build_trainer(build_config(values), RankInfo(0, 1, 0, 1)) as trainer:
+            trainer.train()
+    rows = read_run(folder).metrics
+    losses = {r["step"]: next(iter(r["valid_loss"].values())) for r in rows if "valid_loss" in r}
+    return {"valid_loss": losses, "load": {r["step"]: r["experts"]["load_max_over_mean"] for r in rows if "experts" in r}}
+
+
+def main(
+    data: Annotated[str, typer.Option(help="prefix of the quickstart's tokens")] = "data/stdlib",
+    folder: Annotated[Path, typer.Option(help="where the runs go")] = Path("runs/experts"),
+    seeds: int = 3,
+    steps: int = 1200,
+    load_steps: int = 300,
+) -> None:
+    torch.set_num_threads(1)
+    quality: dict[str, list[float]] = {"dense": [], "experts": []}
+    curves: dict[str, Any] = {}
+    for seed in range(1, seeds + 1):
+        for name, balance in (("dense", None), ("experts", "loss")):
+            found = train(settings(data, folder, f"{name}-{seed}", seed, 64, 128, 5e-3, steps, balance))
+            quality[name].append(found["valid_loss"][steps])
+            curves[f"{name} {seed}"] = found["valid_loss"]
+    load = {b: train(settings(data, folder, f"load-{b}", 1, 128, 384, 3e-3, load_steps, b))["load"] for b in BALANCES}
+    write(
+        __file__,
+        "quality",
+        {
+            "machine": machine(),
+            "tokens": steps * 16 * 128,
+            "valid_loss": quality,
+            "gain": [dense - sparse for dense, sparse in zip(*quality.values())],
+            "curves": curves,
+            "load_at_end": {b: max(found[max(found)]) for b, found in load.items()},
+            "load": load,
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

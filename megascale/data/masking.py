@@ -1,0 +1,40 @@
+"""The masked-token objective (BERT, arXiv 1810.04805): which tokens of a sample an encoder does not see and has to name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.data.order import scramble
+
+Tokens = NDArray[np.int64]
+HIDDEN, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
+ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """`fraction` of the tokens is chosen; `mask_token` stands for a hidden one, and all numbers below it are tokens."""
+
+    seed: int
+    fraction: float
+    mask_token: int
+
+    def corrupt(self, tokens: Tokens, sample: int) -> tuple[Tokens, NDArray[np.bool_]]:
+        """tokens [s] of sample number `sample` → what the encoder sees [s], and where it is asked [s]. A function of its arguments alone:
+        the same on every layout and at every resume; another epoch, which has other sample numbers, hides other tokens.
+        """
+        digest = hashlib.blake2b(f"{self.seed}/mask/{sample}".encode(), digest_size=8).digest()
+        place = np.arange(len(tokens), dtype=np.uint64) * ODD + np.uint64(int.from_bytes(digest, "little"))
+        chosen = _uniform(scramble(place)) < self.fraction
+        kind = _uniform(scramble(place ^ ODD))
+        other = (scramble(place + np.uint64(1)) % np.uint64(self.mask_token)).astype(np.int64)
+        seen = np.where(chosen & (kind < HIDDEN), self.mask_token, tokens)
+        return np.where(chosen & (kind >= HIDDEN) & (kind < HIDDEN + RANDOM), other, seen), chosen
+
+
+def _uniform(x: NDArray[np.uint64]) -> NDArray[np.float64]:
+    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)

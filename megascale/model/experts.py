@@ -1,0 +1,319 @@
+"""Mixture of experts: a router, a bank of experts as stacked weights, shared experts, and the way of the tokens between them.
+
+Shapes: b micro-batch, s sequence, T = b·s tokens, k chosen experts a token, E experts, n rows (assignments of a token to an expert), d
+hidden, f this rank's share of an expert's width.
+
+Rows are sorted by expert, so that each expert's are one block and one grouped product serves all of them; an expert without rows costs
+nothing. `dispatch` is where expert parallelism sends rows to the ranks of their experts; alone it is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.config.schema import Model, Moe
+from megascale.model.attention import identity
+from megascale.model.auxiliary import ride_on
+from megascale.model.feedforward import FeedForward, activate
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Deferred, deferred_product
+from megascale.model.observe import Observations, Raw
+from megascale.model.residual import Residual
+from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
+from megascale.model.spec import ParamSpec, Role, declare
+
+
+class Arrival(NamedTuple):
+    """Rows under way to the ranks of their experts: `wait` for those that come here, with their number by expert here [E_here], and take
+    the results `back` to where the rows came from, in their order.
+    """
+
+    wait: Callable[[], tuple[Tensor, Tensor]]
+    back: Callable[[Tensor], Tensor]
+
+
+# (rows [n, d] sorted by expert, counts [E] of them, those beyond the sum of the counts being of no expert) → their arrival.
+Dispatch = Callable[[Tensor, Tensor], Arrival]
+
+
+def stay(rows: Tensor, counts: Tensor) -> Arrival:
+    """The dispatch of one process."""
+    return Arrival(lambda: (rows, counts), identity)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order] for a permutation. Its gradient is another gather, where indexing's own would be a slow scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _, inverse = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x [n, …] in the order `order` [n]; `inverse` undoes it."""
+    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens [T, d] → rows [T·k, d] in the order `order`; gradients are summed over a token's rows in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class Sort(NamedTuple):
+    """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and what undoes it."""
+
+    order: Tensor
+    inverse: Tensor
+    top_k: int
+
+    @classmethod
+    def of(cls, experts: Tensor) -> Sort:
+        order = experts.flatten().argsort(stable=True)
+        return cls(order, inverse_of(order), experts.shape[1])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Tokens [n, d] → rows [n·k, d]."""
+        return _Spread.apply(x, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [n·k, d] → the results [n, k, d] of each token's experts."""
+        return permute(rows, self.inverse, self.order).unflatten(0, (-1, self.top_k))
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """The permutation that undoes `order` [n]."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+def has_grouped_product(x: Tensor, weight: Tensor) -> bool:
+    """PyTorch's grouped product knows fp32 and bf16, and rows of a multiple of 16 bytes."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    return hasattr(torch, "_grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
+
+
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x [n, in] sorted by expert, weight [E, out, in], counts [E] rows of each expert → [n, out].
+
+    Rows beyond the sum of the counts are undefined, and so are their gradients.
+    """
+    weight = weight.to(x.dtype)
+    if has_grouped_product(x, weight):
+        return torch._grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
+    sizes = counts.tolist()
+    rest = x.shape[0] - sum(sizes)
+    *parts, _ = x.split([*sizes, rest])
+    return torch.cat([*(F.linear(part, w) for part, w in zip(parts, weight.unbind(0))), x.new_zeros((rest, weight.shape[1]))])
+
+
+@torch.no_grad()
+def _add_gradient(weight: Tensor, counts: Tensor, g: Tensor, x: Tensor) -> None:
+    """The weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
+    if has_grouped_product(x, weight):
+        part = torch._grouped_mm(g.t(), x, offs=counts.cumsum(0).to(torch.int32))
+    else:
+        sizes = counts.tolist()
+        part = torch.stack([a.t() @ b for a, b in zip(g[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes))])
+    part = part.to(weight.dtype)
+    weight.grad = part if weight.grad is None else weight.grad + part
+
+
+class Bank(nn.Module):
+    """One matrix of all experts, [E, out, in]. `deferred` as in `Linear`."""
+
+    def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = declare(spec, dtype)
+        self.deferred: Deferred | None = None
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        if self.deferred is None or not torch.is_grad_enabled():
+            return grouped_product(x, self.weight, counts)
+        product = partial(grouped_product, weight=self.weight.detach(), counts=counts)
+        return deferred_product(x, product, partial(_add_gradient, self.weight, counts), self.deferred)
+
+
+class Start(NamedTuple):
+    """How the weights of a mixture start: the deviation of each role, and whether it is truncated."""
+
+    std: dict[Role, float]
+    truncated: bool = False
+
+
+def spread_through(bank: Bank, x: Tensor, experts: Tensor) -> Tensor:
+    """Each token x [n, in] through the matrices `experts` [n, k] of a bank → [n, k, out]."""
+    sort = Sort.of(experts)
+    return sort.gather(bank(sort.spread(x), load(experts, bank.weight.shape[0])))
+
+
+class Experts(nn.Module):
+    """The feed-forward sublayers of the experts here, each on its own block of rows."""
+
+    def __init__(self, cfg: Model, moe: Moe, start: Start, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert moe.ffn_size
+        d, f, uses = cfg.hidden_size, moe.ffn_size, moe.top_k / moe.num_experts
+        self.kind = cfg.ffn
+
+        def bank(out_dim: int, in_dim: int, role: Role, cut: int) -> Bank:
+            shape = (moe.num_experts, out_dim, in_dim)
+            return Bank(ParamSpec(shape, role, cut, start.std[role], truncated=start.truncated, experts=True, uses=uses), dtype)
+
+        self.up = bank(f, d, "up", 1)
+        self.gate = bank(f, d, "gate", 1) if cfg.ffn == "swiglu" else None
+        self.down = bank(d, f, "down", 2)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [n, d] sorted by expert, counts [E_here] → [n, d], a part of a sum where the width is cut over ranks."""
+        y = self.up(x, counts)
+        return self.down(activate(self.kind, y, None if self.gate is None else self.gate(x, counts)), counts)  # type: ignore[no-any-return]
+
+
+class MixtureOfExperts(nn.Module):
+    """y = Σ over a token's chosen experts of gate · expert(x), plus shared experts that every token meets.
+
+    `enter` and `leave` are tensor parallelism's, `dispatch` is expert parallelism's. `copies` counts the ranks that route the same tokens:
+    each takes its share of the auxiliary losses. Where tokens stay cut along the sequence, `counted_here` picks this rank's and
+    `over_sequence` sums over the ranks that hold the others.
+    """
+
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, start: Start | None = None) -> None:
+        super().__init__()
+        moe = cfg.moe
+        assert moe is not None and moe.ffn_size is not None
+        start = start or start_of(cfg, moe, row)
+        self.moe, self.num_experts = moe, moe.num_experts
+        self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
+        self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype)
+        self.experts = Experts(cfg, moe, start, dtype)
+        self.shared = FeedForward(cfg, row, dtype, norm_kernel, moe.num_shared * moe.ffn_size) if moe.num_shared else None
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+        self.over_sequence: Callable[[Tensor], Tensor] = identity
+        self.counted_here: Callable[[Tensor], Tensor] = identity
+        self.dispatch: Dispatch = stay
+        self.copies = 1
+        self.observations = Observations(
+            "experts", {"counts": moe.num_experts, "dropped": 1, "counted": 1, "balance": 1, "z": 1}, {"logits": 1}, readings
+        )
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, counted: Tensor | None) -> Tensor:
+        """x [b, s, d] → [b, s, d]; `counted` [b, s]: see router.py, None where no auxiliary loss is wanted."""
+        x = self.enter(x)
+        return self.leave(self.chosen_by(x, x, counted)[0])
+
+    @torch.compiler.disable
+    def chosen_by(self, h: Tensor, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Choice]:
+        """What the experts that h [b, s, d] chooses make of x [b, s, d], and the choice."""
+        logits, choice = self.router(h)
+        kept = None
+        if self.moe.capacity_factor is not None:
+            factor = self.moe.capacity_factor if self.training else self.moe.eval_capacity_factor
+            kept = within_capacity(choice.experts, self.num_experts, factor)
+        if counted is not None and torch.is_grad_enabled():
+            x = self._with_losses(x, logits, choice, kept, counted)
+        return self._mix(x, choice, kept), choice
+
+    def _mix(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
+        # What found no room belongs to no expert and is sorted behind all others.
+        experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
+        sort, counts = Sort.of(experts), load(experts, self.num_experts)
+        rows = sort.spread(x.flatten(0, 1))
+        if kept is not None:
+            # The products leave these rows and their gradients undefined.
+            rows = rows.where((torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1), rows.new_zeros(()))
+        arrival = self.dispatch(rows, counts)
+        shared = self.shared(x) if self.shared is not None else None  # while the rows travel
+        rows_here, counts_here = arrival.wait()
+        results = sort.gather(arrival.back(self.experts(rows_here, counts_here)))
+        gates = choice.gates.flatten(0, 1).to(x.dtype)
+        if kept is not None:
+            results = results.where(kept.flatten(0, 1).unsqueeze(-1), results.new_zeros(()))
+        y = torch.einsum("tk,tkd->td", gates, results).view_as(x)
+        return y if shared is None else y + shared
+
+    def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, counted: Tensor) -> Tensor:
+        moe, counted = self.moe, self.counted_here(counted).to(logits.dtype)
+        form = entropy_loss if moe.balance == "entropy" else balance_loss
+        balance, z = form(choice, counted, self.over_sequence), z_loss(logits, counted)
+        loss = moe.z_loss * z + self.balance_weight * balance
+        with torch.no_grad():
+            here = (counted > 0).unsqueeze(-1)
+            seen = {
+                "counts": load(choice.experts.where(here, self.num_experts), self.num_experts),
+                "counted": counted.sum(),
+                "balance": balance.detach(),
+                "z": z.detach(),
+            }
+            if kept is not None:
+                seen["dropped"] = (here & ~kept).sum()
+            largest = logits.abs().amax()
+
+        def report(_: Tensor) -> None:
+            for name, value in seen.items():
+                self.observations.add(name, value)
+            self.observations.top("logits", largest)
+
+        return ride_on(x, loss, 1.0 / self.copies, report)
+
+
+def load(experts: Tensor, num_experts: int) -> Tensor:
+    """How often each expert [E] was chosen (int64); numbers from E on count nowhere. Without waiting for the device, as bincount would."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
+    return counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:num_experts]
+
+
+def start_of(cfg: Model, moe: Moe, row: Residual) -> Start:
+    """Each expert as the scheme starts a feed-forward sublayer and the router as `init_std` says; or all √(0.1/fan_in), truncated at two
+    deviations (ST-MoE, arXiv 2202.08906, section 3).
+    """
+    assert moe.ffn_size
+    d, f = cfg.hidden_size, moe.ffn_size
+    if moe.init == "model":
+        roles: tuple[tuple[Role, int, int], ...] = (("up", f, d), ("gate", f, d), ("down", d, f))
+        return Start({"router": cfg.init_std, **{role: row.starts.std(role, out, into) for role, out, into in roles}})
+    wide, narrow = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
+    return Start({"router": wide, "up": wide, "gate": wide, "down": narrow}, truncated=True)
+
+
+def readings(raw: Raw) -> dict[str, float]:
+    """One layer's totals over all ranks → how even its load is (entropy as a share of log E), what was dropped, losses a token, logits."""
+    counts, counted = raw["counts"], float(raw["counted"])
+    total = float(counts.sum())
+    if total == 0.0:
+        return dict.fromkeys(("load_max_over_mean", "load_entropy", "dropped_share", "aux_loss", "z_loss", "router_logits"), float("nan"))
+    share = counts / total
+    entropy = float(torch.special.entr(share).sum()) / float(torch.log(torch.tensor(float(counts.numel())))) if counts.numel() > 1 else 1.0
+    return {
+        "load_max_over_mean": float(share.max()) * counts.numel(),
+        "load_entropy": entropy,
+        "dropped_share": float(raw["dropped"]) / total,
+        "aux_loss": float(raw["balance"]) / counted,
+        "z_loss": float(raw["z"]) / counted,
+        "router_logits": float(raw["logits"]),
+    }

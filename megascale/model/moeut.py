@@ -1,0 +1,135 @@
+"""MoEUT: a group of layers whose weights repeat in depth, with experts in attention as well (Csordás et al., arXiv 2405.16039).
+
+The stream is normalized only on its way into a softmax or sigmoid: queries, keys and selectors read N(x), values and experts the raw x, so
+that every repeat adds to the stream at its own size. Selectors are sigmoids whose k largest scores are gates as they are.
+
+Shapes: b micro-batch, s sequence, T = b·s tokens, d hidden, h heads, e head size, E experts a head, k chosen ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.config.schema import Model
+from megascale.model.attention import Attend, attend
+from megascale.model.attention_tiles import Seen
+from megascale.model.block import Context
+from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_through
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Linear, Norm, dropout
+from megascale.model.position import Rotary, rotate
+from megascale.model.residual import Residual, Starts
+from megascale.model.router import Choice, choose, entropy_of, mass_of
+from megascale.model.spec import ParamSpec, declare, declare_repeated
+
+
+class Masses(NamedTuple):
+    """Counted probability that one pass through a layer gave its experts: feed-forward [b, E], values and outputs [b, h, E]."""
+
+    ffn: Tensor
+    value: Tensor
+    out: Tensor
+
+
+class SwitchHead(nn.Module):
+    """Attention with dense queries and keys, and for every head a choice among experts for its values and its output product
+    (arXiv 2312.07987).
+    """
+
+    def __init__(self, cfg: Model, std: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        ut = cfg.moeut
+        assert ut is not None and cfg.head_dim is not None
+        d, e, h, n = cfg.hidden_size, cfg.head_dim, cfg.num_heads, ut.attention_experts
+        self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e
+        self.rotated = cfg.rotary_dim
+        uses, wide = ut.attention_top_k / n, std / math.sqrt(d)
+        self.q = Linear(h * e, d, "query", 0, wide, dtype)
+        self.k = Linear(h * e, d, "key", 0, wide, dtype)
+        self.v = Bank(ParamSpec((h * n, e, d), "value", 0, wide, uses=uses), dtype)
+        self.o = Bank(ParamSpec((h * n, d, e), "attention_out", 0, std / math.sqrt(h * e), uses=uses), dtype)
+        self.value_selector = declare(ParamSpec((h * n, d), "router", 0, wide, equal_rows=True), dtype)
+        self.out_selector = declare(ParamSpec((h * n, d), "router", 0, wide, equal_rows=True), dtype)
+        self.attend: Attend = attend
+
+    def forward(self, x: Tensor, normed: Tensor, rotary: Rotary | None, seen: Seen | None) -> tuple[Tensor, Choice, Choice]:
+        """x and N(x) [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs."""
+        q, k = (part(normed).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k))
+        if rotary is not None:
+            # Half of a head carries positions. Queries and keys are each scaled by e^(−1/4) in the paper, by e^(−1/2) together in `attend`.
+            q, k = self._rotate(q, rotary.q_cos, rotary.q_sin), self._rotate(k, rotary.k_cos, rotary.k_sin)
+        into, out = self._choose(normed, self.value_selector), self._choose(normed, self.out_selector)
+        v = self._values(x, into).transpose(1, 2)
+        return self._outputs(self.attend(q, k, v, seen).transpose(1, 2), out), into, out
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1)
+
+    def _choose(self, normed: Tensor, selector: Tensor) -> Choice:
+        exact = torch.promote_types(normed.dtype, torch.float32)
+        logits = F.linear(normed.to(exact), selector.to(normed.dtype).to(exact)).unflatten(2, (self.heads, self.experts))
+        return choose("sigma", logits, self.top_k, None)
+
+    @torch.compiler.disable
+    def _values(self, x: Tensor, choice: Choice) -> Tensor:
+        """[b, s, d] → [b, s, h, e]: each head's chosen experts on the token, weighted."""
+        results = spread_through(self.v, x.flatten(0, 1), self._numbers(choice).flatten(2).flatten(0, 1))
+        gates = choice.gates.flatten(0, 1).to(x.dtype)
+        return torch.einsum("thk,thke->the", gates, results.unflatten(1, (self.heads, self.top_k))).unflatten(0, x.shape[:2])
+
+    @torch.compiler.disable
+    def _outputs(self, y: Tensor, choice: Choice) -> Tensor:
+        """[b, s, h, e] → [b, s, d]: each head's chosen experts on its result, weighted and summed over heads."""
+        results = spread_through(self.o, y.flatten(0, 2), self._numbers(choice).flatten(0, 2))
+        gates = choice.gates.flatten(0, 2).to(y.dtype)
+        return torch.einsum("nk,nkd->nd", gates, results).unflatten(0, y.shape[:3]).sum(2)
+
+    def _numbers(self, choice: Choice) -> Tensor:
+        """Experts counted within a head → among all."""
+        first = torch.arange(self.heads, device=choice.experts.device) * self.experts
+        return choice.experts + first.unsqueeze(-1)
+
+
+class RepeatedBlock(nn.Module):
+    """One layer of the group: SwitchHead attention, then σ-MoE, each added to the stream."""
+
+    def __init__(self, cfg: Model, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+        super().__init__()
+        assert cfg.moe is not None
+        d, moe, self.dropout = cfg.hidden_size, cfg.moe, cfg.dropout
+        std = math.sqrt(2 / cfg.num_layers)
+        assert moe.ffn_size is not None
+        self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        self.attention = SwitchHead(cfg, std, dtype)
+        self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        wide = std / math.sqrt(d)
+        start = Start({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
+        self.ffn = MixtureOfExperts(cfg, Residual("before", Starts("constant", cfg.init_std)), dtype, norm_kernel, start)
+        if moe.balance == "entropy":
+            self.ffn.balance_weight = 0.0  # the entropy is one of all repeats
+        assert cfg.moeut is not None
+        declare_repeated(self, cfg.num_layers // cfg.moeut.group_size)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
+        """x [b, s, d] → [b, s, d], and what its experts got, where that counts."""
+        keys, counted = context.keys, context.counted
+        y, into, out = self.attention(x, self.attention_norm(x), context.rotary, context.seen)
+        x = x + dropout(y, self.dropout, keys)
+        y, choice = self.ffn.chosen_by(self.ffn_norm(x), x, counted)
+        x = x + dropout(y, self.dropout, None if keys is None else ~keys)
+        if counted is None:
+            return x, None
+        return x, Masses(*(mass_of(c.probabilities, counted.to(c.probabilities.dtype)) for c in (choice, into, out)))
+
+
+def repeats_loss(told: list[Masses], ffn_weight: float, attention_weight: float, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
+    """One layer's entropy losses over all its repeats, 0-dim: of its feed-forward, of its values and outputs (the mean over heads)."""
+    ffn, value, out = (torch.stack(parts).sum(0) for parts in zip(*told))
+    of_heads = entropy_of(value.flatten(0, 1), over_sequence) + entropy_of(out.flatten(0, 1), over_sequence)
+    return (ffn_weight * entropy_of(ffn, over_sequence) + attention_weight * of_heads / value.shape[1]) / len(told)

@@ -1,0 +1,48 @@
+"""Numbers that modules tell of a step, for metrics.jsonl: how busy experts are, how often a precision underflows.
+
+A module keeps an `Observations` of its own and adds 0- and 1-dim tensors to it by name; nothing is read until a step is logged, so the host
+never waits. train/observed.py finds them, sums them over ranks and turns them into a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Raw = dict[str, Tensor]
+
+
+@dataclass
+class Observations:
+    """What one module tells.
+
+    group    under which its readings stand in a row; the modules of a group give one number each
+    sums     name → length of what adds up over micro-batches and ranks
+    maxima   the same for what is largest over them; never negative
+    read     the totals of both over all ranks → named numbers. Ranks that see the same tokens all add them: only ratios mean something.
+    """
+
+    group: str
+    sums: Mapping[str, int]
+    maxima: Mapping[str, int]
+    read: Callable[[Raw], dict[str, float]]
+    now: Raw = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, name: str, value: Tensor) -> None:
+        """To be called from backward or for what is idempotent: recomputation repeats a forward pass."""
+        assert name in self.sums
+        self.now[name] = self.now[name] + value if name in self.now else value
+
+    @torch.no_grad()
+    def top(self, name: str, value: Tensor) -> None:
+        assert name in self.maxima
+        self.now[name] = torch.maximum(self.now[name], value) if name in self.now else value
+
+    def take(self) -> Raw:
+        """What was told since the last call."""
+        taken, self.now = self.now, {}
+        return taken

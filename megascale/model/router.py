@@ -1,0 +1,173 @@
+"""Which experts a token goes to, with what weight, and what keeps them equally busy. Pure functions, and the module that holds the weights.
+
+Shapes: b micro-batch, s sequence (those of its tokens that are here), k chosen experts a token, E experts, d hidden. Everything is computed
+in at least fp32.
+
+`counted` [b, s] is the weight with which a token enters an auxiliary loss: the loss's fixed scale where its target counts, zero where it
+does not. Losses are formed one sequence at a time, for they are not linear in their grouping: over a micro-batch or a rank they would make
+the curve depend on how the batch is cut. Where a sequence is cut over ranks, `over_sequence` sums over them; what each rank returns is then
+its share of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.config.schema import Moe
+from megascale.model.attention import identity
+from megascale.model.spec import ParamSpec, declare, declare_state
+
+ROUTING_DIM = 16  # of X-MoE's low-dimensional space
+EXPERT_NORM = 1.5  # to which X-MoE's expert rows return after every update
+TEMPERATURE = 0.3  # at X-MoE's start
+
+
+class Choice(NamedTuple):
+    """Routing of all tokens: `experts` [b, s, k], their `gates` [b, s, k], and the `probabilities` [b, s, E] that balance is judged by."""
+
+    experts: Tensor
+    gates: Tensor
+    probabilities: Tensor
+
+
+def choose(rule: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
+    """logits [b, s, E] → the choice of each token.
+
+    topk_softmax, xmoe   softmax over the k largest logits (Mixtral, arXiv 2401.04088)
+    softmax_topk         the k largest of the softmax over all, as they are (Switch, arXiv 2101.03961)
+    sigmoid              the k largest σ + bias; gates σ, divided by their sum when k > 1 (DeepSeek-V3, arXiv 2412.19437)
+    sigma                the k largest σ, as they are (σ-MoE, arXiv 2310.10837); balance is judged by the softmax
+
+    A `bias` [E] takes part in the selection only, under every rule.
+    """
+    probabilities = torch.softmax(logits, -1)
+    if rule in ("topk_softmax", "xmoe"):
+        scores = logits
+    else:
+        scores = probabilities if rule == "softmax_topk" else torch.sigmoid(logits)
+    experts = (scores if bias is None else scores + bias).topk(top_k, -1).indices
+    gates = scores.gather(-1, experts)
+    if scores is logits:
+        gates = torch.softmax(gates, -1)
+    elif rule == "sigmoid":
+        gates = gates / gates.sum(-1, keepdim=True) if top_k > 1 else gates
+        probabilities = scores / scores.sum(-1, keepdim=True)
+    return Choice(experts, gates, probabilities)
+
+
+def balance_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+    """E·Σᵢ fᵢ·Pᵢ of each sequence, weighted by its counted tokens: 1 a token when all experts are equally busy (Switch, equation 4).
+
+    fᵢ is the share of the sequence's assignments that expert i got, Pᵢ the mean probability it was given.
+    """
+    num_experts, top_k = choice.probabilities.shape[-1], choice.experts.shape[-1]
+    with torch.no_grad():
+        chosen = F.one_hot(choice.experts, num_experts).sum(2).to(counted.dtype)
+        share = _shares(mass_of(chosen, counted) / top_k, over_sequence)
+    # The share carries no gradient, and what is left is linear in the tokens: ranks may add their parts.
+    return num_experts * (share * mass_of(choice.probabilities, counted)).sum()
+
+
+def entropy_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+    """Σᵢ Pᵢ·log Pᵢ of each sequence, weighted by its counted tokens: −log E a token when all experts are equally likely (MoEUT, arXiv
+    2405.16039, section 2.1).
+    """
+    return entropy_of(mass_of(choice.probabilities, counted), over_sequence)
+
+
+def mass_of(probabilities: Tensor, counted: Tensor) -> Tensor:
+    """[b, s, …, E] weighted by [b, s] and summed over the tokens here: [b, …, E]."""
+    return (counted.view(*counted.shape, *[1] * (probabilities.ndim - 2)) * probabilities).sum(1)
+
+
+def entropy_of(mass: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+    """mass [n, E] → Σ of mass·log P, P being each row's shares: the rows' negative entropies, weighted by their mass.
+
+    Its gradient is log P held fixed times the mass's, the rest being that of ΣP = 1. So it is linear in the tokens, too.
+    """
+    with torch.no_grad():
+        log_share = _shares(mass, over_sequence).clamp(min=torch.finfo(mass.dtype).tiny).log()
+    return (log_share * mass).sum()
+
+
+def _shares(mass: Tensor, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, E] weights of the tokens here → shares of whole sequences, zero where nothing counts."""
+    mass = over_sequence(mass)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def z_loss(logits: Tensor, counted: Tensor) -> Tensor:
+    """Σ over counted tokens of logsumexp(logits)², which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return (counted * torch.logsumexp(logits, -1).square()).sum()
+
+
+def within_capacity(experts: Tensor, num_experts: int, factor: float) -> Tensor:
+    """experts [b, s, k] → which assignments [b, s, k] find room, when each expert takes ⌈s·k/E·factor⌉ of a sequence.
+
+    First choices of all tokens come before second ones, earlier tokens before later ones (GShard, arXiv 2006.16668, algorithm 1). Counting
+    each sequence for itself keeps the outcome independent of how the batch is cut.
+    """
+    _, length, top_k = experts.shape
+    room = math.ceil(length * top_k / num_experts * factor)
+    queue = F.one_hot(experts.transpose(1, 2).flatten(1), num_experts)  # [b, k·s, E]
+    place = (queue.cumsum(1) * queue).sum(-1)  # from 1
+    return (place <= room).unflatten(1, (top_k, length)).transpose(1, 2)
+
+
+def moved_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
+    """The selection bias [E] after a step in which the experts got `counts` [E] (int64) assignments of the global batch.
+
+    b + rate·sign(mean − count), recentred (auxiliary-free balance, arXiv 2408.15664). The sign is taken of whole numbers, so that counts
+    multiplied by the same factor move it alike.
+    """
+    moved = bias + rate * torch.sign(counts.sum() - counts.numel() * counts).to(bias.dtype)
+    return moved - moved.mean()
+
+
+class Router(nn.Module):
+    """Tokens → logits → choice, with weights rounded like all others to the compute dtype and the product in at least fp32.
+
+    `bias`, with `balance: bias`, is state: `moved_bias` sets it after each step. xmoe projects a token to 16 dimensions and compares
+    directions with the experts' rows there, at a learned temperature (arXiv 2204.09179).
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, hidden: int, cfg: Moe, std: float, truncated: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rule, self.top_k = cfg.router, cfg.top_k
+        # Every rank holds a router whole and sees its own experts' share of the gates' gradients, hence "heads".
+        # σ-MoE's rows start at equal length, or the longest would be chosen first.
+        wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated, equal_rows=cfg.router == "sigma")
+        self.project: nn.Parameter | None = None
+        self.temperature: nn.Parameter | None = None
+        if cfg.router == "xmoe":
+            wide = ParamSpec((cfg.num_experts, ROUTING_DIM), "router", "heads", EXPERT_NORM / math.sqrt(ROUTING_DIM), equal_rows=True)
+            self.project = declare(ParamSpec((ROUTING_DIM, hidden), "router", "heads", std, truncated=truncated), dtype)
+            self.temperature = declare(ParamSpec((1,), "norm", "heads", mean=TEMPERATURE), dtype)
+        self.weight = declare(wide, dtype)
+        if cfg.balance == "bias":
+            declare_state(self, "bias", ParamSpec((cfg.num_experts,), "bias", "tokens"), torch.float32)
+        else:
+            self.bias = None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [b, s, d] → [b, s, E]"""
+        rounded, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+        x, weight = x.to(exact), self.weight.to(rounded).to(exact)
+        if self.project is None or self.temperature is None:
+            return F.linear(x, weight)
+        x = F.linear(x, self.project.to(rounded).to(exact))
+        return F.linear(x, F.normalize(weight, dim=-1)) / self.temperature.to(rounded).to(exact)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Choice]:
+        """x [b, s, d] → logits [b, s, E] and the choice."""
+        logits = self.logits(x)
+        bias = None if self.bias is None else self.bias.to(logits.dtype)
+        return logits, choose(self.rule, logits, self.top_k, bias)

@@ -1,0 +1,129 @@
+"""Expert parallelism: experts are dealt out over the `ep` axis, and tokens travel to them and back.
+
+The ranks of a replica are seen twice, as (dp_shard, cp, tp) by dense weights and as (edp, ep, etp) by experts, etp being fastest. Each of
+the ep ranks holds E/ep experts for the tokens of all of them; over edp the same experts serve other tokens, so FSDP2 shards them there.
+An expert is cut over tp like a dense matrix (etp = tp: every tensor rank sends the same tokens to its own ep group), or not at all (etp =
+1: each tensor rank sends the tokens it has).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megascale.comm.collectives import all_reduce
+from megascale.comm.exchange import exchange_counts, finish_exchange, start_exchange
+from megascale.comm.mesh import Axis
+from megascale.config.schema import Parallel
+from megascale.model.experts import Arrival, Experts, MixtureOfExperts, inverse_of, permute
+from megascale.model.families import Family
+from megascale.model.router import EXPERT_NORM, moved_bias
+from megascale.model.spec import ParamSpec
+from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
+
+
+def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
+    """Deals the experts out and hangs their exchange into the model, which the tensor pass has cut already. Returns where all weights
+    stand now.
+    """
+    own_axes = axes["ep"].size * axes["edp"].size > 1
+    placements = {n: _place(p.spec, axes, cfg, own_axes) if p.spec.experts else p for n, p in placements.items()}
+    for name, placement in placements.items():
+        if placement.spec.experts:
+            resize(model, name, placement)
+    tp, whole = axes["tp"], cfg.expert_tp == cfg.tp
+    for moe in mixtures(model):
+        moe.copies = tp.size if whole else 1
+        if axes["ep"].size > 1:
+            moe.dispatch = partial(dispatch, axis=axes["ep"])
+        if not whole:
+            # Tokens stay cut along the sequence here; only the shared experts need all of them.
+            if moe.shared is not None:
+                moe.shared.enter, moe.shared.leave = moe.enter, moe.leave
+            moe.enter = moe.leave = _as_it_is
+            moe.counted_here = model.tokens_here
+        cut = [axis for axis in (axes["cp"], *(() if whole else (tp,))) if axis.size > 1]
+        if cut:
+            moe.over_sequence = partial(_sum_over, axes=cut)
+    return placements
+
+
+def mixtures(model: nn.Module) -> Iterator[MixtureOfExperts]:
+    return (m for m in model.modules() if isinstance(m, MixtureOfExperts))
+
+
+def banks(model: nn.Module) -> Iterator[Experts]:
+    return (m for m in model.modules() if isinstance(m, Experts))
+
+
+def _place(spec: ParamSpec, axes: Mapping[str, Axis], cfg: Parallel, own_axes: bool) -> Placement:
+    assert isinstance(spec.cut, int)
+    cuts = []
+    if axes["ep"].size > 1:
+        cuts.append(Slice("ep", 0, spec.shape[0] // axes["ep"].size))
+    if axes["tp"].size > 1 and cfg.expert_tp == cfg.tp:
+        cuts.append(Slice("tp", spec.cut, spec.shape[spec.cut] // axes["tp"].size))
+    shard = "edp" if own_axes else "shard"
+    here = Placement(spec, tuple(cuts))
+    return Placement(spec, here.cuts, False, shard, shard_dim(here.shape, axes[shard].size))
+
+
+def shard_dim(shape: list[int], ranks: int) -> int:
+    """Where to cut [experts, rows, columns] over `ranks`: between experts where that comes out even, else within them where that does."""
+    return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
+
+
+def dispatch(rows: Tensor, counts: Tensor, axis: Axis) -> Arrival:
+    """rows [n, d] sorted by expert to the ranks that hold the experts; see `Dispatch` in model/experts.py."""
+    here = exchange_counts(counts.view(axis.size, -1), axis)  # [ranks, experts here]
+    # The one place where the host must know: it allocates what will come.
+    send, receive = torch.stack((counts.view(axis.size, -1).sum(1), here.sum(1))).tolist()
+    total = sum(send)
+    travelling, flight = start_exchange(rows[:total], send, receive, axis)
+    # They come sorted by rank, then by expert; the products want them by expert.
+    expert = torch.arange(here.shape[1], device=here.device).repeat(axis.size).repeat_interleave(here.flatten(), output_size=sum(receive))
+    order = expert.argsort(stable=True)
+    inverse = inverse_of(order)
+
+    def wait() -> tuple[Tensor, Tensor]:
+        return permute(finish_exchange(travelling, flight), order, inverse), here.sum(0)
+
+    def back(results: Tensor) -> Tensor:
+        returned = finish_exchange(*start_exchange(permute(results, inverse, order), receive, send, axis))
+        return torch.cat((returned, returned.new_zeros((rows.shape[0] - total, returned.shape[1]))))
+
+    return Arrival(wait, back)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _sum_over(x: Tensor, axes: list[Axis]) -> Tensor:
+    x = x.clone()
+    for axis in axes:
+        x = all_reduce(x, axis)
+    return x
+
+
+@torch.no_grad()
+def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tensor) -> None:
+    """After an update, and before what the step told is taken: moves the selection biases by the load of the whole global batch, in one
+    message for all layers here, and brings X-MoE's expert rows back to their length. A step that was not `finite` moves nothing.
+    """
+    layers = [moe for stage in stages for moe in mixtures(stage)]
+    balanced = [(moe.router.bias, moe) for moe in layers if moe.router.bias is not None]
+    if balanced:
+        # Ranks with the same tokens count them all: only the signs of differences matter.
+        counts = torch.stack([moe.observations.now["counts"] for _, moe in balanced])
+        for name in ("dp_replicate", "dp_shard", "cp", "tp"):
+            counts = all_reduce(counts, axes[name])
+        for (bias, moe), count in zip(balanced, counts):
+            bias.copy_(moved_bias(bias, count, moe.moe.bias_rate).where(finite, bias))
+    for moe in layers:
+        if moe.router.rule == "xmoe":
+            rows = local_tensor(moe.router.weight)
+            rows.mul_(EXPERT_NORM / rows.norm(dim=-1, keepdim=True))

@@ -1,0 +1,79 @@
+"""What the modules of all ranks told of a step (model/observe.py), as one row: {group: {"layers": […], reading: [one number a module]}}."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.comm.mesh import Mesh
+from megascale.model.observe import Observations, Raw
+from megascale.parallel.apply import ParallelModel
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module that tells something: its place in the model, which orders a row, and how long its numbers are."""
+
+    group: str
+    layer: int
+    path: str
+    sums: tuple[tuple[str, int], ...]
+    maxima: tuple[tuple[str, int], ...]
+    read: Callable[[Raw], dict[str, float]]
+
+
+class Observed:
+    """Built once by all ranks together; `take` after every step costs nothing, `row` is for steps that are logged."""
+
+    def __init__(self, model: ParallelModel) -> None:
+        self.mesh: Mesh = model.mesh
+        self.here: dict[Source, Observations] = dict(_sources(model))
+        known = [list(self.here)]
+        if self.mesh["pp"].size > 1:
+            known = [[] for _ in range(self.mesh["pp"].size)]
+            dist.all_gather_object(known, list(self.here), group=self.mesh["pp"].group)
+        self.all = sorted({s for part in known for s in part}, key=lambda s: (s.group, s.layer, s.path))
+
+    def take(self) -> dict[Source, Raw]:
+        return {source: seen.take() for source, seen in self.here.items()}
+
+    def row(self, taken: dict[Source, Raw], device: torch.device) -> dict[str, dict[str, list[float]]]:
+        """Collective over all ranks, two messages."""
+        sums = self._over_ranks([(s, s.sums) for s in self.all], taken, device, dist.ReduceOp.SUM)
+        maxima = self._over_ranks([(s, s.maxima) for s in self.all], taken, device, dist.ReduceOp.MAX)
+        row: dict[str, dict[str, list[float]]] = {}
+        for source in self.all:
+            group = row.setdefault(source.group, {"layers": []})
+            group["layers"].append(source.layer)
+            for name, number in source.read({**sums[source], **maxima[source]}).items():
+                group.setdefault(name, []).append(number)
+        return row
+
+    def _over_ranks(
+        self, parts: list[tuple[Source, tuple[tuple[str, int], ...]]], taken: dict[Source, Raw], device: torch.device, operation: Any
+    ) -> dict[Source, Raw]:
+        """One vector of all modules' numbers, zero where they live elsewhere, reduced and cut up again on the host."""
+        empty: Raw = {}
+        flat_names = [(source, name, n) for source, names in parts for name, n in names]
+        pieces = [taken.get(s, empty).get(name, torch.zeros(n)).to(device, torch.float64).reshape(n) for s, name, n in flat_names]
+        if not pieces:
+            return {source: {} for source, _ in parts}
+        flat: Tensor = torch.cat(pieces)
+        if self.mesh.size > 1:
+            dist.all_reduce(flat, operation)
+        split = iter(flat.cpu().split([n for *_, n in flat_names]))
+        return {source: {name: next(split) for name, _ in names} for source, names in parts}
+
+
+def _sources(model: ParallelModel) -> Iterable[tuple[Source, Observations]]:
+    for stage in model.stages:
+        for layer, (_, block) in zip(stage.part.layers, stage.units()):
+            for path, module in block.named_modules():
+                seen = getattr(module, "observations", None)
+                if isinstance(seen, Observations):
+                    yield Source(seen.group, layer, path, tuple(seen.sums.items()), tuple(seen.maxima.items()), seen.read), seen

@@ -1,0 +1,327 @@
+"""Expert parallelism: equal to one process on every layout, exact in bytes and memory, and seen in metrics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megascale.comm.mesh import Axis, Traffic, build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Model, Optim, Parallel
+from megascale.model.experts import MixtureOfExperts
+from megascale.parallel.expert import dispatch, shard_dim
+from tests import runs
+from tests.layouts import Case, build, fake_batch, tiny, train, worst
+from tests.ranks import run_ranks
+from tests.test_counts import live_bytes
+from tests.test_layouts import assert_equal, single
+
+pytestmark = pytest.mark.dist
+
+
+def sparse(layers: int = 2, **keys: Any) -> Model:
+    return tiny(num_layers=layers, moe={"num_experts": 4, "top_k": 2, "ffn_size": 16, "aux_loss": 0.1, "z_loss": 0.01, **keys})
+
+
+MODELS: dict[str, Model] = {
+    "shared": sparse(num_shared=1),
+    "bias": sparse(router="sigmoid", balance="bias", bias_rate=0.1),
+    "capacity": sparse(router="softmax_topk", capacity_factor=0.7),
+    "entropy": sparse(balance="entropy", num_shared=1),
+    "xmoe": sparse(3, router="xmoe", every=2, top_k=1),
+}
+# How many ranks, the layout, and the model that it is tried with.
+LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
+    "no ep: zero3": (2, Parallel(dp_shard=2), "bias"),
+    "no ep: tp x zero3": (4, Parallel(tp=2, dp_shard=2), "xmoe"),
+    "no ep: ddp": (2, Parallel(engine="ddp"), "shared"),
+    "ep": (2, Parallel(ep=2), "shared"),
+    "ep, capacity": (2, Parallel(ep=2), "capacity"),
+    "ep 4, full recompute": (4, Parallel(ep=4, recompute="full"), "bias"),
+    "ep x edp, selective": (4, Parallel(ep=2, recompute="selective"), "shared"),
+    "ep x edp, zero2": (4, Parallel(ep=2, reshard_after_forward=False), "xmoe"),
+    "ep x replicas": (4, Parallel(dp_replicate=2, ep=2), "bias"),
+    "ep x tp": (4, Parallel(tp=2, ep=2), "shared"),
+    "ep x tp sequence": (4, Parallel(tp=2, tp_sequence=True, ep=2, recompute="full"), "capacity"),
+    "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "bias"),
+    "whole experts over tp and dp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=4), "shared"),
+    "whole experts x edp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "entropy"),
+    "no ep: ring": (2, Parallel(cp=2), "entropy"),
+    "ep over cp": (2, Parallel(cp=2, ep=2), "bias"),
+    "ep over cp and dp": (4, Parallel(cp=2, cp_method="ulysses", ep=4), "shared"),
+    "ep x edp over cp": (4, Parallel(cp=2, ep=2), "entropy"),
+    "whole experts over tp and cp": (4, Parallel(tp=2, tp_sequence=True, etp=1, cp=2, ep=4), "shared"),
+    "layered, ep x edp": (4, Parallel(ep=2, accumulation="layered", recompute="full"), "bias"),
+    "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered"), "shared"),
+    "whole experts, sharded only": (2, Parallel(tp=2, tp_sequence=True, etp=1), "xmoe"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_one_process(layout: str) -> None:
+    """Catches gradients of experts that are summed over the wrong ranks, auxiliary losses counted by every tensor rank, and biases moved by
+    the load of a part of the batch.
+    """
+    ranks, parallel, model = LAYOUTS[layout]
+    assert_equal(Case(MODELS[model], parallel, packed=True), ranks)
+
+
+SCHEDULES = {"1f1b": 1, "looped_bfs": 2, "interleaved_zero_bubble": 2, "zbv": 2, "dualpipev": 2}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_equals_one_process(schedule: str) -> None:
+    """Catches weight gradients of grouped products that a split backward loses or adds twice, and losses of middle stages."""
+    parallel = Parallel(
+        pp=2,
+        pp_schedule=schedule,  # type: ignore[arg-type]
+        pp_virtual=SCHEDULES[schedule],
+        ep=2,
+        recompute="full" if schedule == "zbv" else "none",
+    )
+    assert_equal(Case(sparse(4, balance="bias"), parallel, batch=8), 4)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-5), ("bf16", 2e-2)])
+def test_single_and_mixed_precision(precision: str, bound: float) -> None:
+    """Catches the grouped product's own paths: fp64 takes the loop. With two of two experts no rounding can change the choice."""
+    for ranks, parallel in ((2, Parallel(ep=2)), (4, Parallel(pp=2, pp_schedule="zbv", ep=2))):
+        case = Case(sparse(4, num_experts=2), parallel, precision=precision, batch=8)
+        reference, got = single(case), run_ranks(ranks, train, case)[0]
+        assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= bound
+        assert worst(got["grad"], reference["grad"])[0] <= 4 * bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks(recompute: str) -> None:
+    """Catches a graph that swallows an exchange, or a mixture that breaks inside one."""
+    parallel = Parallel(tp=2, tp_sequence=True, ep=2, compile=True, recompute=recompute)  # type: ignore[arg-type]
+    case = Case(sparse(num_experts=2), parallel, precision="fp32")
+    reference, got = single(case), run_ranks(4, train, case, timeout=170)[0]
+    assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 2e-5
+    assert worst(got["grad"], reference["grad"])[0] <= 1e-4
+
+
+@st.composite
+def random_case(draw: st.DrawFn) -> tuple[int, Case]:
+    """A mixture and a layout of up to 4 ranks that the support table allows."""
+    ep, tp, cp = draw(st.sampled_from([(1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2), (1, 2, 1)]))
+    whole = tp > 1 and (ep == 4 or draw(st.booleans()))
+    replicas = draw(st.sampled_from([1, 2])) if ep * tp * cp == 2 else 1
+    parallel = Parallel(
+        ep=ep,
+        tp=tp,
+        cp=cp,
+        etp=1 if whole else None,
+        tp_sequence=whole or draw(st.booleans()),
+        dp_replicate=replicas,
+        dp_shard=max(1, 4 // (tp * cp * replicas)),
+        reshard_after_forward=draw(st.booleans()),
+        recompute=draw(st.sampled_from(["none", "selective", "full"])),
+    )
+    capacity = None if whole or cp > 1 else draw(st.sampled_from([None, 0.6, 1.25]))
+    model = sparse(
+        draw(st.integers(1, 3)),
+        num_experts=draw(st.sampled_from([4, 8])),
+        top_k=draw(st.integers(1, 3)),
+        num_shared=draw(st.integers(0, 2)),
+        router=draw(st.sampled_from(["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"])),
+        balance=draw(st.sampled_from(["loss", "entropy", "bias", "none"])),
+        capacity_factor=capacity,
+    )
+    model = model.model_copy(
+        update={"ffn": draw(st.sampled_from(["swiglu", "gelu", "relu"])), "dropout": draw(st.sampled_from([0.0, 0.1]))}
+    )
+    return 4, Case(model, parallel, batch=draw(st.integers(3, 6)), packed=draw(st.booleans()), steps=2)
+
+
+@given(random_case())
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_random_layouts(drawn: tuple[int, Case]) -> None:
+    """Catches what nobody thought of combining."""
+    assert_equal(drawn[1], drawn[0])
+
+
+def test_muon_orthogonalizes_each_expert() -> None:
+    """Catches a bank that is taken for one matrix, and an expert whose parts lie on other ranks."""
+    case = Case(MODELS["shared"], Parallel(tp=2, ep=2), Optim(name="muon", lr=1e-3))
+    reference, got = single(case), run_ranks(4, train, case)[0]
+    assert max(abs(a - b) for a, b in zip(got["loss"], reference["loss"])) <= 1e-12
+
+
+def test_empty_places_count_nowhere() -> None:
+    """Catches padding rows in the balance losses and in the load that moves biases: 5 samples on 3 ranks."""
+    assert_equal(Case(sparse(num_experts=3, balance="bias", bias_rate=0.1), Parallel(ep=3), batch=5), 3)
+
+
+def steered(model: Any, to: list[int]) -> None:
+    """Every token chooses the experts `to`: the routers see a constant beside their tokens."""
+    for stage in model.stages:
+        for moe in stage.modules():
+            if isinstance(moe, MixtureOfExperts):
+                logits = torch.full((moe.num_experts,), -5.0, dtype=torch.float64)
+                logits[to] = torch.arange(5.0, 5.0 + len(to), dtype=torch.float64)
+                plain = moe.router.logits
+                moe.router.logits = lambda x, plain=plain, logits=logits: plain(x) * 1e-3 + logits
+
+
+def forced(case: Case, to: list[int]) -> dict[str, Any]:
+    """The first step's loss and gradients with all tokens steered to a few experts."""
+    import tests.layouts as layouts
+
+    original = layouts.build
+
+    def with_steering(case: Case, ranks: int) -> Any:
+        model = original(case, ranks)
+        steered(model, to)
+        return model
+
+    layouts.build = with_steering
+    try:
+        return train(case)
+    finally:
+        layouts.build = original
+
+
+@pytest.mark.parametrize("to", [[0, 1], [0, 3], [3, 2]])
+def test_all_tokens_to_one_rank(to: list[int]) -> None:
+    """Catches an exchange that cannot be empty, an expert without rows that gets no gradient, or a rank that waits for rows in vain."""
+    case = Case(sparse(1), Parallel(ep=2), steps=1)
+    reference, got = run_ranks(1, forced, replace(case, parallel=Parallel()), to)[0], run_ranks(2, forced, case, to)[0]
+    assert worst(got["grad"], reference["grad"])[0] <= 1e-12
+    idle = [e for e in range(4) if e not in to]
+    assert all(torch.all(got["grad"]["blocks.0.ffn.experts.up.weight"][e] == 0) for e in idle)
+
+
+def test_fewer_tokens_than_experts() -> None:
+    """Catches shapes that assume a row for every expert: 3 tokens a rank, 8 experts."""
+    assert_equal(Case(sparse(num_experts=8), Parallel(ep=2), seq_len=3, batch=2), 2)
+
+
+def test_bytes_of_the_exchange() -> None:
+    """Catches rows sent twice, padding, and gates or counts that travel as payload. An even load sends T·k·h·bytes·(EP−1)/EP each way."""
+    case = Case(sparse(3, top_k=4), Parallel(ep=4), steps=1, micro_batch=2, batch=16, keep_tensors=False)
+    tokens = 2 * case.seq_len
+    each_way = tokens * 4 * case.model.hidden_size * 8 * 3 // 4
+    micro_batches, layers, ways = 2, 3, 4  # there and back, forward and backward
+    for result in run_ranks(4, train, case):
+        assert result["sent"]["ep"] == micro_batches * layers * ways * each_way
+        assert result["calls"]["ep", "all_to_all"] == micro_batches * layers * ways
+
+
+def test_expert_gradients_are_reduced_over_edp_only() -> None:
+    """Catches dense bytes for experts: over edp = 2 go half of them, of which a rank holds half."""
+    case = Case(sparse(3), Parallel(ep=2), steps=1, keep_tensors=False, batch=4)
+    model = build(Case(sparse(3)), 1)
+    bank = sum(w.placement.spec.numel for w in model.weights if w.placement.spec.experts) * 8
+    for result in run_ranks(4, train, case):
+        assert result["sent"]["edp"] == 3 * (bank // 2) * (2 - 1) // 2  # two gathers and a reduction
+
+
+def test_where_experts_are_sharded() -> None:
+    """Catches ranks of edp without a share, where rows can be cut instead."""
+    assert [shard_dim([4, 6, 8], n) for n in (1, 2, 4, 3, 8)] == [0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (4, Parallel(ep=2)),
+        (3, Parallel()),
+        (4, Parallel(ep=4)),
+        (4, Parallel(tp=2, ep=2)),
+        (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=2)),
+        (4, Parallel(pp=2, pp_schedule="zbv", ep=2)),
+        (4, Parallel(dp_replicate=2, ep=2)),
+    ],
+)
+def test_dry_run_bytes_are_exact(ranks: int, parallel: Parallel) -> None:
+    """Catches a dry run that forgets that experts lie on other axes, on any rank."""
+    sizes = axis_sizes(parallel, ranks)
+    resolved = parallel.model_copy(update={"dp_shard": sizes["dp_shard"]})
+    for optimizer in ("adamw", "muon"):
+        case = Case(sparse(4, every=2), resolved, Optim(name=optimizer))  # type: ignore[arg-type]
+        for held, said in run_ranks(ranks, live_bytes, case):
+            assert held == said
+
+
+def overlapped() -> list[str]:
+    """The order in which an exchange, its landing and what is computed meanwhile begin."""
+    mesh = build_mesh(axis_sizes(Parallel(ep=2), 2), "cpu")
+    seen: list[str] = []
+    rows = torch.arange(8.0).view(4, 2).requires_grad_()
+    arrival = dispatch(rows, torch.tensor([1, 1, 1, 1]), mesh["ep"])
+    work = mesh.traffic.calls["ep", "all_to_all"]
+    seen.append(f"sent {work}")
+    here, counts = arrival.wait()
+    assert counts.tolist() == [2, 2]
+    back = arrival.back(here * 2)
+    back.sum().backward()
+    assert torch.equal(back, rows * 2) and torch.equal(rows.grad, torch.full_like(rows, 2.0))  # type: ignore[arg-type]
+    seen.append(f"sent {mesh.traffic.calls['ep', 'all_to_all']}")
+    return seen
+
+
+def test_rows_travel_while_shared_experts_compute() -> None:
+    """Catches an exchange that has not begun when `dispatch` returns, which is when shared experts run."""
+    assert run_ranks(2, overlapped) == [["sent 1", "sent 4"]] * 2
+
+
+MOE = {"num_experts": 4, "top_k": 2, "ffn_size": 16, "balance": "bias", "bias_rate": 0.05, "router": "sigmoid", "every": 2}
+
+
+def half(folder: str, parallel: dict[str, Any], stop_at: int | None) -> int:
+    values = {**runs.settings(Path(folder)), "parallel": parallel}
+    values["model"]["moe"] = MOE
+    return runs.run(values, stop_at)[0]
+
+
+def test_resumed_at_another_ep(tmp_path: Path) -> None:
+    """Catches experts that a checkpoint puts in the wrong place, biases that start again from zero, and rows of metrics without load."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for folder in ("a", "b"):
+        runs.make_tokens(tmp_path / folder / "tokens")
+    assert run_ranks(1, half, str(tmp_path / "a"), {}, None) == [0]
+    assert run_ranks(4, half, str(tmp_path / "b"), {"ep": 4}, 3) == [75] * 4
+    assert run_ranks(4, half, str(tmp_path / "b"), {"pp": 2, "ep": 2}, None) == [0] * 4
+    one, two = runs.losses(tmp_path / "a"), runs.losses(tmp_path / "b")
+    assert max(abs(x - y) for x, y in zip(one, two)) <= 1e-12 and len(two) == 6
+    weights = [runs.weights_at(tmp_path / f, 6) for f in ("a", "b")]
+    assert weights[0]["model.blocks.1.ffn.router.bias"].abs().max() > 0
+    assert all((weights[0][n] - weights[1][n]).abs().max() <= 1e-12 for n in weights[0] if n.startswith("model."))
+    for a, b in zip(runs.rows(tmp_path / "a"), runs.rows(tmp_path / "b")):
+        assert a["experts"]["layers"] == [1]
+        for name, values in a["experts"].items():
+            assert values == pytest.approx(b["experts"][name], rel=1e-9), name
+        assert 1.0 <= a["experts"]["load_max_over_mean"][0] <= 4.0 and b["sent_bytes"]["ep"] > 0
+
+
+def test_observations_do_not_double() -> None:
+    """Catches counts taken in forward, which recomputation repeats: they are of every counted token once."""
+    for recompute in ("none", "full"):
+        case = Case(sparse(), Parallel(recompute=recompute))  # type: ignore[arg-type]
+        model = build(case, 1)
+        batch = fake_batch(case, [0, 1])
+        model.module(batch.tokens, batch.targets, scale=0.5).backward()
+        for moe in (m for m in model.model.modules() if isinstance(m, MixtureOfExperts)):
+            seen = moe.observations.take()
+            assert int(seen["counts"].sum()) == 2 * case.seq_len * 2
+            assert float(seen["counted"]) == pytest.approx(0.5 * 2 * case.seq_len)
+
+
+def test_an_axis_of_one_sends_nothing() -> None:
+    """Catches a dispatch that copies or counts at size one."""
+    traffic = Traffic()
+    rows = torch.randn(4, 3)
+    arrival = dispatch(rows, torch.tensor([3, 1]), Axis("ep", 1, 0, None, traffic))
+    assert torch.equal(arrival.back(arrival.wait()[0]), rows) and traffic.take() == ({}, {})
+    assert not dist.is_initialized()

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Signal and gradient moments by depth at the first step, beside theory: one forward and backward of a config on its own tokens.
+
+Alone or under torchrun, on any layout. Writes OUT.json and OUT.png and says in words what looks wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from megascale.cli import new_app, run_tool
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes, data_parts, describe
+from megascale.config.load import load_config
+from megascale.config.schema import Config
+from megascale.config.support import check
+from megascale.errors import UsageError
+from megascale.launch.ranks import RankInfo, find_ranks
+from megascale.model.moments import Gradient, Signal
+from megascale.model.residual import Stack
+from megascale.model.theory import stack_points
+from megascale.train.probe import Point, probe, warnings
+from megascale.train.setup import (
+    agreed,
+    build_model,
+    build_schedule,
+    choose_device,
+    micro_batches,
+    open_data,
+    process_group,
+    resolve_vocabulary,
+)
+
+app = new_app(__doc__ or "")
+PANELS = {
+    "variance": ("variance of the stream", "log"),
+    "correlation": ("mean cosine of two tokens", "linear"),
+    "gradient": ("gradient at the stream, RMS", "log"),
+    "weight_gradient": ("gradient of a sublayer's weights, norm", "log"),
+    "update": ("change of the stream by one SGD step, RMS ÷ lr", "log"),
+    "mean": ("mean of the stream", "linear"),
+}
+
+
+@app.command()
+def main(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]…")] = None,
+    out: Annotated[Path, typer.Option(help="where OUT.json and OUT.png go")] = Path("probe"),
+    lr: Annotated[float, typer.Option(help="learning rate of the one SGD step; small, so that it measures a slope")] = 1e-4,
+) -> None:
+    """Probes the config's model with one micro-batch a data rank (a pipeline: enough to fill it)."""
+    ranks = find_ranks()
+    # Compiled blocks have no inside to look at; the numbers are the same without.
+    config = load_config(str(file), [*(overrides or []), "parallel.compile=false"])
+    device = choose_device(config, ranks)
+    with process_group(config, ranks, device):
+        result = measure(config, ranks, device, lr)
+    if ranks.rank == 0:
+        write(result, out)
+        for sentence in result["warnings"] or ["nothing stands out: no rank collapse, no vanishing or exploding gradient"]:
+            print(sentence)
+        print(f"wrote {out}.json and {out}.png")
+
+
+def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
+    """What OUT.json holds."""
+    config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    if config.model.moeut is not None or config.model.family == "spacetime" or config.parallel.engine == "deepspeed":
+        raise UsageError(
+            "the probe looks at stacks of attention and feed-forward blocks that our own engines run: probe a config without model.moeut, "
+            f"of family decoder or encoder, under engine fsdp2 or ddp (here: {config.model.family}, {config.parallel.engine})"
+        )
+    if config.model.moeut is not None:
+        raise UsageError("model.moeut is set, and theory knows stacks of blocks with weights of their own: remove model.moeut to probe one")
+    p, t = config.parallel, config.train
+    filling = 2 * p.pp * p.stages_per_rank if p.pp > 1 else 1
+    batch = t.micro_batch_size * data_parts(p) * filling
+    config = config.model_copy(update={"train": t.model_copy(update={"global_batch_size": batch, "eval_every": 0})})
+    mixture, _ = agreed(lambda: open_data(config))
+    mesh = build_mesh(axis_sizes(p, ranks.size), device.type)
+    model, facts, _ = agreed(lambda: build_model(config, mesh, device))
+    for _ in model.draw_weights(config.run.seed):
+        pass
+    batches = micro_batches(config, mixture, 0, mesh, device)
+    schedule = build_schedule(model, p, device)
+    points = probe(model, schedule, batches, batch * t.seq_len, lr, p.tp_sequence)
+    theory = expected(config, points)
+    return {
+        "config": config.plain(),
+        "layout": describe(p),
+        "parameters": facts["parameters"],
+        "tokens": batch * t.seq_len,
+        "lr": lr,
+        "points": [asdict(point) for point in points],
+        "theory": theory,
+        "warnings": warnings(points),
+    }
+
+
+def expected(config: Config, points: list[Point]) -> list[dict[str, Any]]:
+    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts."""
+    if config.model.moe is not None:
+        return []
+    first, last = points[0], points[-1]
+    start = Signal(first.mean, first.variance, first.correlation)
+    end = Gradient(last.gradient**2, max(0.0, last.gradient_correlation))
+    period = config.model.branchnorm_period
+    warm = 1.0 if period is None else min(1.0, 1 / period)
+    stack = Stack("decoder" if config.model.causal else "encoder", config.model.num_layers)
+    curves = stack_points(config.model, stack, config.train.seq_len, warm, start, end)
+    return [c._asdict() for c in curves]
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        draw(result, Path(f"{out}.png"))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """One panel a moment, measurement as dots and theory as a line over the depth in blocks."""
+    from matplotlib.figure import Figure
+
+    model, points, theory = result["config"]["model"], result["points"], result["theory"]
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    lines = {"variance": "variance", "correlation": "correlation", "gradient": "gradient"}
+    per_block = 2 if len(points) > 1 + model["num_layers"] else 1
+    for axes, (key, (label, scale)) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        depth = [(i + 0.0) / per_block for i in range(len(points))]
+        axes.plot(depth, [p[key] for p in points], ".", color="#1f5fa8", markersize=4, label="measured")
+        if key in lines and theory:
+            axes.plot(depth[1:], [p[lines[key]] for p in theory], "-", color="#c8551b", linewidth=1.2, label="theory")
+            axes.legend(frameon=False, fontsize=8)
+        if scale == "log" and any(p[key] > 0 for p in points):
+            axes.set_yscale("log")
+        if key == "correlation":
+            axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.05)
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("blocks", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+    figure.suptitle(
+        f"{model['residual']}, {model['norm']}, {model['num_layers']} blocks of width {model['hidden_size']}: first step", fontsize=11
+    )
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run_tool(app)
