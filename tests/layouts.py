@@ -12,7 +12,7 @@ from torch import Tensor
 from megascale.comm.collectives import all_gather
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.layout import axis_sizes
-from megascale.config.schema import Model, Optim, Parallel
+from megascale.config.schema import Model, Optim, Parallel, Spacetime
 from megascale.data.loader import Batch, sample_numbers
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
@@ -57,6 +57,8 @@ def tiny(**changes: Any) -> Model:
 
 def fake_batch(case: Case, numbers: list[int]) -> Batch:
     """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets."""
+    if case.model.spacetime is not None:
+        return fake_fields(case, case.model.spacetime, numbers)
     vocab = case.model.vocab_size
     assert vocab is not None
     rows, documents = [], []
@@ -80,6 +82,18 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         torch.tensor(numbers),
         int((targets >= 0).sum()),
     )
+
+
+def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
+    """Random fields that depend on the sample number only, a random half of the patches counted where some are hidden."""
+    samples, counted = [], []
+    for n in numbers:
+        generator = torch.Generator().manual_seed(1000 + n)
+        samples.append(torch.randn(fields.frames, *fields.shape[1:], fields.channels, generator=generator, dtype=torch.float64))
+        some = torch.rand(fields.tokens, generator=generator) < 0.5
+        counted.append(some & (n >= 0) if fields.objective == "masked" else torch.full_like(some, n >= 0))
+    targets = torch.stack(counted).to(torch.int64) - 1
+    return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), int((targets >= 0).sum()))
 
 
 def build(case: Case, ranks: int) -> ParallelModel:

@@ -155,10 +155,10 @@ def random_case(draw: st.DrawFn) -> tuple[int, Case]:
         recompute=draw(st.sampled_from(["none", "selective", "full"])),
     )
     model = tiny(
-        norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        norm=draw(st.sampled_from(["rmsnorm", "layernorm", "dyt"])),
         ffn=draw(st.sampled_from(["swiglu", "gelu", "relu"])),
         position=draw(st.sampled_from(["rope", "alibi", "learned", "xpos"])),
-        residual=draw(st.sampled_from(["pre", "post"])),
+        residual=draw(st.sampled_from(["pre", "post", "deepnorm", "deepscale", "subln", "layerscale", "parallel"])),
         num_kv_heads=draw(st.sampled_from([1, 2, 4])),
         tie_embeddings=draw(st.booleans()),
         qk_norm=draw(st.booleans()),

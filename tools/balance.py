@@ -41,6 +41,8 @@ def main(
     p = config.parallel
     if p.pp == 1:
         raise UsageError("parallel.pp is 1, so there are no stages to balance: add parallel.pp=4")
+    if config.model.family != "decoder":
+        raise UsageError(f"model.family is {config.model.family}, and this tool measures decoders: set parallel.pp_layers by hand")
     config = check(resolve_vocabulary(config), p.pp * p.tp * p.cp)
     device = choose_device(config, RankInfo())
     names = ("a layer", "embedding", "head and loss")

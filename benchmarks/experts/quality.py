@@ -18,6 +18,7 @@ import typer
 from benchmarks.common import machine, write
 from megascale.config.load import build_config
 from megascale.launch.ranks import RankInfo
+from megascale.report.canvas import COLOURS, GREY, new_figure, png, style
 from megascale.report.read import read_run
 from megascale.train.setup import build_trainer
 
@@ -64,12 +65,33 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     return {"valid_loss": losses, "load": {r["step"]: r["experts"]["load_max_over_mean"] for r in rows if "experts" in r}}
 
 
+def draw(curves: dict[str, dict[int, float]], load: dict[str, dict[int, list[float]]], picture: Path) -> None:
+    """Left the validation losses of the first seed, right the busiest expert of the least even layer."""
+    with style():
+        figure = new_figure(9.6, 3.2)
+        left, right = figure.subplots(1, 2)
+        for (name, curve), colour in zip(list(curves.items())[:2], COLOURS):
+            left.plot(list(curve), list(curve.values()), "o-", color=colour, label=name.rsplit(" ", 1)[0])
+        left.set_title("validation loss, equal active parameters", fontsize=10)
+        for (name, found), colour in zip(load.items(), COLOURS):
+            right.plot(list(found), [max(layers) for layers in found.values()], color=colour, label=f"balance: {name}")
+        right.axhline(1.5, color=GREY, linewidth=0.9, linestyle=":")
+        right.set_ylim(1, None)
+        right.set_title("load, max ÷ mean, of the least even layer", fontsize=10)
+        for axes, top in ((left, 1.0), (right, 0.93)):
+            axes.set_xlabel("step")
+            axes.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, top))
+        figure.tight_layout()
+        png(figure, picture)
+
+
 def main(
     data: Annotated[str, typer.Option(help="prefix of the quickstart's tokens")] = "data/stdlib",
     folder: Annotated[Path, typer.Option(help="where the runs go")] = Path("runs/experts"),
     seeds: int = 3,
     steps: int = 1200,
     load_steps: int = 300,
+    picture: Annotated[Path | None, typer.Option(help="PNG of the curves")] = None,
 ) -> None:
     torch.set_num_threads(1)
     quality: dict[str, list[float]] = {"dense": [], "experts": []}
@@ -80,6 +102,8 @@ def main(
             quality[name].append(found["valid_loss"][steps])
             curves[f"{name} {seed}"] = found["valid_loss"]
     load = {b: train(settings(data, folder, f"load-{b}", 1, 128, 384, 3e-3, load_steps, b))["load"] for b in BALANCES}
+    if picture:
+        draw(curves, load, picture)
     write(
         __file__,
         "quality",

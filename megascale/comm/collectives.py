@@ -165,6 +165,40 @@ def switch(x: Tensor, axis: Axis, cut: int, parts: Sequence[int], join: int, len
     return x if axis.size == 1 else _Switch.apply(x, axis, cut, parts, join, lengths)  # type: ignore[no-any-return]
 
 
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
+        ctx.arguments = axis, dim, lengths
+        return x.split(list(lengths), dim)[axis.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _GatherUnequal.apply(grads[0], *ctx.arguments), None, None, None
+
+
+class _GatherUnequal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
+        ctx.arguments = axis, dim, lengths
+        shapes = [(*x.shape[:dim], length, *x.shape[dim + 1 :]) for length in lengths]
+        return torch.cat(all_to_all([x] * axis.size, shapes, axis), dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Split.apply(grads[0], *ctx.arguments), None, None, None
+
+
+def split_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
+    """This rank's part, of `lengths[rank]` along `dim`, of a tensor that all ranks have; backward joins the parts' gradients."""
+    return x if axis.size == 1 else _Split.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def gather_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
+    """Parts of `lengths` along `dim` joined, where all ranks go on alike; backward takes the part of a gradient that all ranks have."""
+    return x if axis.size == 1 else _GatherUnequal.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
+
+
 @torch.compiler.disable
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
     """The same tensor on all ranks, each using it differently: identity forward, gradients summed backward."""

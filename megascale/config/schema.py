@@ -6,6 +6,7 @@ What combines with what is not decided here but in `support.py`. Nothing in this
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -69,6 +70,44 @@ class RopeScaling(Section):
     original_seq_len: Positive = 8192
 
 
+class Spacetime(Section):
+    """Fields of numbers on a grid, [s₁ … s_K, channels] a sample: video, weather, volumes. Each patch of the grid is a token."""
+
+    shape: tuple[Positive, ...]  # of a sample; the first dimension is time where there is one
+    patch: tuple[Positive, ...]  # of a token, along each dimension
+    channels: Positive
+    objective: Literal["masked", "next_step"] = "masked"  # fill in hidden patches, or see the past and tell the next patch in time
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _fits(self) -> Spacetime:
+        if len(self.shape) < 2 or len(self.patch) != len(self.shape) or any(n % p for n, p in zip(self.shape, self.patch)):
+            raise ValueError(
+                f"shape is {list(self.shape)} and patch is {list(self.patch)}: give both the same two or more dimensions, every length a "
+                "multiple of the patch's"
+            )
+        return self
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along each dimension."""
+        return tuple(n // p for n, p in zip(self.shape, self.patch))
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def values(self) -> int:
+        """Numbers in a patch."""
+        return self.channels * math.prod(self.patch)
+
+    @property
+    def frames(self) -> int:
+        """How much of the first dimension a sample needs: the past, and with next_step one patch of future."""
+        return self.shape[0] + (self.patch[0] if self.objective == "next_step" else 0)
+
+
 class Model(Section):
     family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
     num_layers: Positive
@@ -111,6 +150,13 @@ class Model(Section):
     def causal(self) -> bool:
         """A token sees itself and what is before it; an encoder's sees all."""
         return self.family != "encoder"
+
+    spacetime: Spacetime | None = None  # with family spacetime
+
+    def attended(self, layer: int) -> int:
+        """The dimension of the grid that a layer of the spacetime family attends over: each in turn."""
+        assert self.spacetime is not None
+        return layer % len(self.spacetime.shape)
 
     @model_validator(mode="before")
     @classmethod

@@ -52,13 +52,17 @@ def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
     """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs. Where some
     layers have experts, a layer costs their mean.
     """
-    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None and model.vocab_size is not None
+    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
     d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     width: float = model.ffn_size
     if model.moe is not None and model.moe.ffn_size is not None:
         share = sum(has_experts(model, i) for i in range(model.num_layers)) / model.num_layers
         width += share * ((model.moe.top_k + model.moe.num_shared) * model.moe.ffn_size - model.ffn_size)
     products = d * (2 * heads + 2 * kv) + d * width * (3 if model.ffn == "swiglu" else 2)
+    if model.spacetime is not None:
+        mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
+        return 2.0 * products + 4.0 * heads * mean, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
+    assert model.vocab_size is not None
     window = min(seq_len, model.sliding_window or seq_len)
     return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megascale.config.dsp import plan_cuts
 from megascale.config.layout import axis_sizes, data_parts, expert_mesh_fits, micro_batches
 from megascale.config.schema import Config
 from megascale.config.stages import V_SHAPED
@@ -30,9 +31,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "family",
         ("model.family",),
-        lambda c, n: c.model.family not in ("decoder", "encoder"),
-        "this version trains decoders and encoders",
-        "use decoder or encoder",
+        lambda c, n: c.model.family == "encoder_decoder",
+        "this version trains decoders, encoders, and transformers over grids",
+        "use decoder, encoder or spacetime",
         True,
     ),
     Rule(
@@ -62,6 +63,50 @@ RULES: tuple[Rule, ...] = (
         lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
         "tokens are masked for encoders only",
         "remove mask_fraction, or use family encoder",
+    ),
+    Rule(
+        "spacetime_fields",
+        ("model.family", "model.spacetime"),
+        lambda c, n: (c.model.family == "spacetime") != (c.model.spacetime is not None),
+        "model.spacetime says what the grid of the spacetime family is, and of no other",
+        "give both or neither",
+    ),
+    Rule(
+        "spacetime_tokens",
+        ("model.spacetime", "train.seq_len"),
+        lambda c, n: _grid(c) and c.train.seq_len != c.model.spacetime.tokens,  # type: ignore[union-attr]
+        "a sample has as many tokens as its grid has patches, the product of shape ÷ patch",
+        "set train.seq_len to that product",
+    ),
+    Rule(
+        "spacetime_text",
+        ("model.spacetime", "model.position", "model.sliding_window", "model.tie_embeddings", "train.packing"),
+        lambda c, n: (
+            _grid(c)
+            and (
+                c.model.position not in ("rope", "learned")
+                or c.model.sliding_window is not None
+                or c.model.tie_embeddings
+                or c.train.packing != "concat"
+            )
+        ),
+        "windows, documents, ALiBi, XPos and tied embeddings are for text",
+        "use position rope or learned, without sliding_window and tie_embeddings, and packing concat",
+    ),
+    Rule(
+        "spacetime_block",
+        ("model.spacetime", "model.residual", "model.norm", "model.linear", "model.moe"),
+        lambda c, n: (
+            _grid(c)
+            and (
+                c.model.residual not in ("pre", "post", "mus")
+                or c.model.norm == "dyt"
+                or c.model.linear != "dense"
+                or c.model.moe is not None
+            )
+        ),
+        "blocks over grids are plain pre- or post-norm ones so far",
+        "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
     ),
     Rule(
         "residual",
@@ -226,7 +271,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "cp_sequence",
         ("parallel.cp", "parallel.tp", "train.seq_len"),
-        lambda c, n: c.parallel.cp > 1 and c.train.seq_len // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp,
+        lambda c, n: (
+            c.parallel.cp > 1 and not _grid(c) and c.train.seq_len // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp
+        ),
         "every rank holds an early and a late piece of the sequence, of at least one position for each rank that tp_sequence cuts it over",
         "choose a seq_len of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
     ),
@@ -298,6 +345,20 @@ RULES: tuple[Rule, ...] = (
         "set cp to 1 and leave etp out, or remove capacity_factor to drop nothing",
     ),
     Rule(
+        "grid_lengths",
+        ("parallel.cp", "parallel.cp_method", "model.spacetime"),
+        lambda c, n: c.parallel.cp > 1 and _grid(c) and not _grid_cuts(c),
+        "a dimension is cut over the cp ranks, under dsp always one that the layer does not attend over, and each rank needs a position",
+        "choose cp of at most the second longest dimension of shape ÷ patch (the longest for ring and ulysses), or smaller patches",
+    ),
+    Rule(
+        "grid_exchange",
+        ("parallel.cp", "parallel.cp_ulysses", "parallel.tp_sequence", "model.family"),
+        lambda c, n: c.parallel.cp > 1 and _grid(c) and (c.parallel.cp_ulysses > 1 or c.parallel.tp_sequence),
+        "on a grid the stream is cut along one of its dimensions, by one method",
+        "set cp_ulysses to 1 and tp_sequence to false",
+    ),
+    Rule(
         "layered_engine",
         ("parallel.accumulation", "parallel.engine"),
         lambda c, n: c.parallel.accumulation == "layered" and c.parallel.engine != "fsdp2",
@@ -351,6 +412,13 @@ RULES: tuple[Rule, ...] = (
         ),
         "DeepSpeed is built in for data ranks on dp_shard, at least two, with tp beside them",
         "put the ranks on dp_shard and tp, or use engine fsdp2",
+    ),
+    Rule(
+        "deepspeed_family",
+        ("parallel.engine", "model.family"),
+        lambda c, n: c.parallel.engine == "deepspeed" and c.model.family != "decoder",
+        "DeepSpeed has been tried with text only",
+        "use engine fsdp2",
     ),
     Rule(
         "deepspeed_update",
@@ -521,6 +589,19 @@ def _weights_can_be_cut(config: Config, ranks: int) -> bool:
     except UsageError:
         return True
     return sizes["dp_shard"] * sizes["dp_replicate"] * sizes["cp"] > 1
+
+
+def _grid(config: Config) -> bool:
+    return config.model.family == "spacetime" and config.model.spacetime is not None
+
+
+def _grid_cuts(config: Config) -> bool:
+    """Whether every layer's stream can be cut over cp."""
+    model, cp = config.model, config.parallel.cp
+    assert model.spacetime is not None
+    if config.parallel.cp_method != "dsp":
+        return max(model.spacetime.grid) >= cp
+    return plan_cuts([model.attended(i) for i in range(model.num_layers)], model.spacetime.grid, cp) is not None
 
 
 def _stage_layers_fit(config: Config) -> bool:

@@ -65,14 +65,14 @@ def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch
     if packing == "documents" and masking is None:
         targets[documents[:, 1:] != documents[:, :-1]] = NOT_COUNTED
     if packing == "documents":
-        inside = _tensor(documents[:, :-1], device)
-        positions = _tensor(_restarting(documents[:, :-1]), device)
+        inside = to_device(documents[:, :-1], device)
+        positions = to_device(_restarting(documents[:, :-1]), device)
     return Batch(
-        _tensor(tokens[:, :-1], device),
-        _tensor(targets, device),
+        to_device(tokens[:, :-1], device),
+        to_device(targets, device),
         inside,
         positions,
-        _tensor(np.array(numbers, np.int64), device),
+        to_device(np.array(numbers, np.int64), device),
         int((targets >= 0).sum()),
     )
 
@@ -85,7 +85,8 @@ def _restarting(documents: np.ndarray) -> np.ndarray:
     return place - np.maximum.accumulate(begins, axis=1)
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor, copied in the background where the device is a GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return tensor

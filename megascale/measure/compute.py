@@ -42,9 +42,12 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int) -> fl
     """Training FLOPs of one token: 6 for each weight in a product and use, 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
 
     An input embedding that is not also the head takes part in no product. Attention is counted in full although causal masks skip half,
-    as the field does.
+    as the field does; on a grid s is the length along the dimension that a layer attends over.
     """
     assert cfg.head_dim is not None
+    if cfg.spacetime is not None:
+        met = sum(cfg.spacetime.grid[cfg.attended(i)] for i in range(cfg.num_layers))
+        return 6 * sum(s.numel for s in specs.values() if s.role != "position") + 12 * cfg.num_heads * cfg.head_dim * met
     lookup = {"position"} if cfg.tie_embeddings else {"position", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
     return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len

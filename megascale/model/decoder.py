@@ -103,6 +103,16 @@ class Decoder(nn.Module):
         if self.warm is not None and self.cfg.branchnorm_period is not None:
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
+    def cut_ends(self, axis: Axis) -> None:
+        """Told by the tensor pass which rows of the vocabulary are here."""
+        assert self.cfg.vocab_size is not None
+        self.vocab_axis, self.vocab_first = axis, axis.rank * -(-self.cfg.vocab_size // axis.size)
+
+    def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of the stream [b, s, d] as this stage takes it and as it gives it on, for a batch of tokens of this shape."""
+        here = self.tokens_here(self.sequence_here(torch.empty(batch, device="meta")))
+        return (here.shape[0], here.shape[1], self.cfg.hidden_size), (here.shape[0], here.shape[1], self.cfg.hidden_size)
+
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
         for number, block in self.blocks.items():

@@ -17,11 +17,13 @@ from megascale.comm.piece import Piece, chunk_bounds
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import stage_parts, stages_of_rank
 from megascale.model.decoder import Decoder, Shape
+from megascale.model.families import Family, build_part
 from megascale.model.init import initialize
 from megascale.model.kernels import NormKernel
 from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
+from megascale.parallel.grid import spread_grid
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.sequence import spread_sequence
@@ -74,7 +76,7 @@ class ParallelModel:
     know one weight only.
     """
 
-    stages: list[Decoder]
+    stages: list[Family]
     modules: list[nn.Module]
     weights: list[Weight]
     states: list[State]
@@ -83,7 +85,7 @@ class ParallelModel:
     micro_batch: MicroBatchScope  # entered around each forward and backward with "is it the last?", without a pipeline
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> Family:
         return self.stages[0]
 
     @property
@@ -133,20 +135,20 @@ class ParallelModel:
             yield state.name
 
 
-def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Decoder]:
+def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Family]:
     """The meta modules of one pipeline rank, in stage order; the whole model where there is no pipeline."""
     parts = stage_parts(cfg, parallel, shape.seq_len)
     mine = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.pp_virtual, pp_rank) if parallel.pp > 1 else range(len(parts))
-    return [Decoder(cfg, shape, norm_kernel, parts[i]) for i in mine]
+    return [build_part(cfg, shape, norm_kernel, parts[i]) for i in mine]
 
 
-def cut_stage(stage: Decoder, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
+def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
     """The passes that cut layers themselves. Name → where this rank's part of each weight stands, of which it now has the shape."""
     placements = cut_model(stage, specs_of(stage), axes["tp"], cfg.tp_sequence)
     return placements if stage.cfg.moe is None else cut_experts(stage, placements, axes, cfg)
 
 
-def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
+def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn."""
     weights: list[Weight] = []
     states: list[State] = []
@@ -159,7 +161,10 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
-        spread_sequence(stage, mesh, cfg)
+        if isinstance(stage, Decoder):
+            spread_sequence(stage, mesh, cfg)
+        else:
+            spread_grid(stage, mesh, cfg)
         state_specs = states_of(stage)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
@@ -188,7 +193,7 @@ def parallelize(stages: list[Decoder], mesh: Mesh, cfg: Parallel, device: torch.
     return ParallelModel(stages, modules, weights, states, guest, mesh, micro_batch)
 
 
-def allocate(stage: Decoder, device: torch.device, on_host: bool) -> None:
+def allocate(stage: Family, device: torch.device, on_host: bool) -> None:
     """Memory for weights (in the host's where they are offloaded) and buffers."""
     stage.to_empty(device="cpu" if on_host else device)
     for module in stage.modules():

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megascale.comm.collectives import gather_into, scatter_into
 from megascale.comm.mesh import Axis, Mesh
-from megascale.model.decoder import Decoder
+from megascale.model.families import Family
 from megascale.parallel.expert import banks
 from megascale.parallel.tensor import Placement
 
@@ -30,7 +30,7 @@ MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
 def shard_model(
-    model: Decoder,
+    model: Family,
     mesh: Mesh,
     reshard_after_forward: bool,
     compute: torch.dtype,
@@ -94,7 +94,7 @@ def shard_model(
     return scope
 
 
-def replicate_model(model: Decoder, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
+def replicate_model(model: Family, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
     """DDP over dp_replicate and cp together: gradients summed once a step in buckets that overlap with backward."""
     axis = mesh["replicas"]
     # Declared states are equal on all ranks by construction; DDP would send rank 0's before every forward.

@@ -18,14 +18,14 @@ from megascale.comm.collectives import all_reduce
 from megascale.comm.exchange import exchange_counts, finish_exchange, start_exchange
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Parallel
-from megascale.model.decoder import Decoder
 from megascale.model.experts import Arrival, Experts, MixtureOfExperts, inverse_of, permute
+from megascale.model.families import Family
 from megascale.model.router import EXPERT_NORM, moved_bias
 from megascale.model.spec import ParamSpec
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
 
-def cut_experts(model: Decoder, placements: dict[str, Placement], axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
+def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
     """Deals the experts out and hangs their exchange into the model, which the tensor pass has cut already. Returns where all weights
     stand now.
     """
@@ -110,7 +110,7 @@ def _sum_over(x: Tensor, axes: list[Axis]) -> Tensor:
 
 
 @torch.no_grad()
-def settle_routers(stages: list[Decoder], axes: Mapping[str, Axis], finite: Tensor) -> None:
+def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tensor) -> None:
     """After an update, and before what the step told is taken: moves the selection biases by the load of the whole global batch, in one
     message for all layers here, and brings X-MoE's expert rows back to their length. A step that was not `finite` moves nothing.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megascale.model.decoder import Decoder
+from megascale.model.families import Family
 
 aten = torch.ops.aten
 # What selective recomputation keeps: results of products and of attention, where nearly all time goes. Norms, activations and rotations
@@ -28,7 +28,7 @@ KEPT = {
 }
 
 
-def recompute_blocks(model: Decoder, mode: str) -> None:
+def recompute_blocks(model: Family, mode: str) -> None:
     """`none`, `selective` or `full` (only a block's input is kept)."""
     if mode == "none":
         return
@@ -47,7 +47,7 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(model: Decoder) -> None:
+def compile_blocks(model: Family) -> None:
     """Blocks share one compiled graph; exchanges between ranks stay outside it."""
     for _, block in model.units():
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]

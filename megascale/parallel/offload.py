@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megascale.model.decoder import Decoder
+from megascale.model.families import Family
 
 
 @dataclass
@@ -91,7 +91,7 @@ class HostStash:
             parcel.copied = self.stream.record_event()
 
 
-def offload_block_inputs(model: Decoder, device: torch.device) -> HostStash:
+def offload_block_inputs(model: Family, device: torch.device) -> HostStash:
     """Hangs the stash into every block; blocks recompute, so that their inputs are all they keep. Returns it for those who count."""
     stash = HostStash(device)
     for _, block in model.units():

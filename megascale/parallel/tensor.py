@@ -26,7 +26,7 @@ from megascale.comm.collectives import (
 from megascale.comm.mesh import Axis
 from megascale.model.attention import kv_heads_of
 from megascale.model.block import Block
-from megascale.model.decoder import Decoder
+from megascale.model.families import Family
 from megascale.model.layers import Linear, Norm
 from megascale.model.spec import ParamSpec
 
@@ -66,7 +66,7 @@ class Placement:
         return shape
 
 
-def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
+def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
     """Replaces meta parameters by this rank's parts and hangs the exchanges into the model. Identity at size one. Experts are left whole
     for the pass that deals them out (parallel/expert.py).
     """
@@ -87,9 +87,7 @@ def cut_model(model: Decoder, specs: dict[str, ParamSpec], axis: Axis, tp_sequen
             sublayer.enter, sublayer.leave = enter, leave
     _share_statistics(model, placements, axis)
     model.enter_head, model.leave_embedding = enter, leave
-    model.vocab_axis = axis
-    assert model.cfg.vocab_size is not None
-    model.vocab_first = axis.rank * -(-model.cfg.vocab_size // axis.size)
+    model.cut_ends(axis)
     heads = model.cfg.num_heads // axis.size
     model.heads_here = (axis.rank * heads, (axis.rank + 1) * heads)
     return placements
@@ -106,7 +104,7 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
     return Placement(spec, partial=cut == "heads" or tp_sequence)
 
 
-def _cut_kv_heads(model: Decoder, axis: Axis) -> bool:
+def _cut_kv_heads(model: Family, axis: Axis) -> bool:
     """True when the KV heads are cut like the query heads; otherwise gives each attention the rows that its query heads need."""
     cfg = model.cfg
     assert cfg.num_kv_heads is not None and cfg.head_dim is not None

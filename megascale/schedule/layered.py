@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder
+from megascale.model.families import Family
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.orders import Step, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding
@@ -67,7 +67,7 @@ class Layered:
             self.tied.give_back()
         self.after_stage(number)
 
-    def _finish(self, stages: list[Decoder]) -> None:
+    def _finish(self, stages: list[Family]) -> None:
         """Waits for the reductions of `stages`, as FSDP2 does after a last backward."""
         for stage in stages:
             if isinstance(stage, FSDPModule):
@@ -132,7 +132,7 @@ class _Pass:
             (self.grads[i],) = self.doors.pop(key)
 
 
-def _groups(stage: Decoder) -> list[FSDPModule]:
+def _groups(stage: Family) -> list[FSDPModule]:
     """What FSDP2 gathers of a stage: its weights, and its experts where they have axes of their own."""
     return [m for m in stage.modules() if isinstance(m, FSDPModule)]
 

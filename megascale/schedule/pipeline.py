@@ -22,8 +22,8 @@ from megascale.comm.mesh import Mesh
 from megascale.config.schema import Parallel
 from megascale.config.stages import stages_of_rank
 from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder
 from megascale.model.experts import Bank
+from megascale.model.families import Family
 from megascale.model.layers import Deferred, Linear
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.orders import compute_order, forward_order, splits_backward
@@ -111,11 +111,12 @@ class Stage(PipelineStage):
     scale: float
 
     def __init__(
-        self, model: ParallelModel, module: Decoder, number: int, total: int, split: bool, tokens: torch.Size, device: torch.device
+        self, model: ParallelModel, module: Family, number: int, total: int, split: bool, tokens: torch.Size, device: torch.device
     ) -> None:
         mesh: Mesh = model.mesh
-        length = module.tokens_here(module.sequence_here(torch.empty(tokens, device="meta"))).shape[1]
-        stream = torch.empty(tokens[0], length, module.cfg.hidden_size, dtype=module.shape.compute, device="meta", requires_grad=True)
+        taken, given = (
+            torch.empty(shape, dtype=module.shape.compute, device="meta", requires_grad=True) for shape in module.stream_shapes(tokens)
+        )
         loss = torch.empty((), dtype=torch.promote_types(module.shape.compute, torch.float32), device="meta", requires_grad=True)
         first, last = number == 0, number == total - 1
         nothing = torch.empty(0, device="meta")
@@ -129,8 +130,8 @@ class Stage(PipelineStage):
             number,
             total,
             device,
-            input_args=nothing if first else stream,
-            output_args=loss if last else stream,
+            input_args=nothing if first else taken,
+            output_args=loss if last else given,
             group=mesh["pp"].group,
             dw_builder=self._take_queue if split else None,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megascale.config.dsp import describe_plan, plan_cuts
 from megascale.config.layout import axis_sizes, describe, micro_batches
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config
@@ -15,7 +16,8 @@ from megascale.config.stages import stage_parts
 from megascale.config.support import check, padding_note
 from megascale.errors import UsageError
 from megascale.measure.compute import flops_per_token
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Shape
+from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
 from megascale.schedule.orders import compute_order, layered_order, with_weights
@@ -47,6 +49,8 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     note = padding_note(config)
     if note:
         print(f"note: {note}")
+    if "dsp" in schedule:
+        print(f"dsp: layers as attended:cut dimension, a bar for each switch: {schedule['dsp']}")
     timeline = pipeline_timeline(config, ranks)
     if timeline is not None:
         pipeline = schedule["pipeline"]
@@ -73,7 +77,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     totals = largest_rank(config, sizes)
     timeline = pipeline_timeline(config, ranks)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
-    model = Decoder(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    model = build_part(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
     specs = specs_of(model)
     parameters = sum(s.numel for s in specs.values())
     train, parts = config.train, sizes["dp_replicate"] * sizes["dp_shard"]
@@ -92,9 +96,20 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
             "steps": train.total_steps,
             "tokens_per_step": tokens,
             **({} if timeline is None else {"pipeline": pipeline_facts(config, timeline)}),
+            **dsp_facts(config),
         },
         "config": config.plain(),
     }
+
+
+def dsp_facts(config: Config) -> dict[str, str]:
+    """Along which dimension every layer's stream is cut, where that changes from layer to layer."""
+    model, p = config.model, config.parallel
+    if model.spacetime is None or p.cp == 1 or p.cp_method != "dsp":
+        return {}
+    attended = [model.attended(i) for i in range(model.num_layers)]
+    plan = plan_cuts(attended, model.spacetime.grid, p.cp)
+    return {} if plan is None else {"dsp": describe_plan(attended, plan)}
 
 
 def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:

@@ -103,7 +103,7 @@ def stashed_bytes(config: Config, ranks: int) -> float:
 
 
 def _two_byte_units(config: Config) -> float:
-    """Tokens × width of a micro-batch, counted in two-byte numbers."""
+    """Tokens × width of this rank's part of a micro-batch, counted in two-byte numbers."""
     tokens = config.train.micro_batch_size * config.train.seq_len / config.parallel.cp
     return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
 

@@ -163,7 +163,7 @@ class Reporter:
             return {}
         numbers = torch.tensor([traffic.get(a, 0) for a in axes], dtype=torch.int64, device=self.device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return {axis: sent for axis, sent in zip(axes, numbers.tolist()) if sent}
+        return {axis: sent for axis, sent in zip(axes, numbers.tolist()) if sent or self.mesh[axis].size > 1}
 
 
 def memory_bytes(device: torch.device) -> int:

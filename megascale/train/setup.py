@@ -21,7 +21,8 @@ from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config, Parallel
 from megascale.config.support import check, padding_note
-from megascale.data.dataset import Mixture, check_tokenizers, read_sources, source_facts
+from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
+from megascale.data.fields import FieldMixture
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.masking import Masking
@@ -29,7 +30,8 @@ from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Shape
+from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.optimizers import build_optimizer
@@ -52,12 +54,15 @@ from megascale.train.watch import Pulse, Watch
 
 WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
+Samples = Mixture | FieldMixture
 
 
 def resolve_vocabulary(config: Config) -> Config:
     """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused. An encoder
-    has one token more, its last, that stands for hidden ones.
+    has one token more, its last, that stands for hidden ones. Fields have none.
     """
+    if config.model.spacetime is not None:
+        return config
     more = 1 if config.model.family == "encoder" else 0
     prefix = read_sources(config.data.train, "data.train")[0].path
     path = config.data.tokenizer or beside(prefix)
@@ -160,7 +165,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
-    specs = specs_of(Decoder(config.model, shape, kernels.norm))
+    specs = specs_of(build_part(config.model, shape, kernels.norm))
     flops = flops_per_token(config.model, specs, config.train.seq_len)
     active = active_parameters(specs)
     facts = {
@@ -190,32 +195,40 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
     return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
 
 
-def open_data(config: Config) -> tuple[Mixture, dict[str, Mixture]]:
+def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
     """The training mixture and the named validation sets."""
-    data, train = config.data, config.train
-    assert config.model.vocab_size is not None
-    vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
+    data, train, seed = config.data, config.train, config.run.seed
+
+    def mixture(sources: list[Source], part: str, shuffled: bool) -> Samples:
+        if config.model.spacetime is not None:
+            return FieldMixture(sources, config.model.spacetime, seed, part, data.valid_fraction, shuffled)
+        assert config.model.vocab_size is not None
+        vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
+        return Mixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, shuffled)
+
     sources = read_sources(data.train, "data.train")
     part = "train" if data.valid_fraction > 0 else "all"
-    mixture = Mixture(sources, train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=True)
+    samples = mixture(sources, part, True)
     if not train.eval_every:
-        return mixture, {}
+        return samples, {}
     if data.valid is not None:
         held, part = read_sources(data.valid, "data.valid"), "all"
     else:
         held, part = sources, "valid"
     check_tokenizers([*sources, *held])
-    return mixture, {s.name: Mixture([s], train.seq_len, config.run.seed, vocab, part, data.valid_fraction, shuffled=False) for s in held}
+    return samples, {s.name: mixture([s], part, False) for s in held}
 
 
-def micro_batches(config: Config, mixture: Mixture, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:
+def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:
     """This rank's micro-batches of the global batch that starts at sample `first`."""
     t = config.train
     rows = sample_numbers(first, t.global_batch_size, t.micro_batch_size, mesh.data_rank, mesh.data_size)
+    if isinstance(samples, FieldMixture):
+        return [samples.batch(row, device) for row in rows]
     masking = None
     if config.model.family == "encoder":
-        masking = Masking(config.run.seed, config.data.mask_fraction or 0.15, mixture.vocab_size)
-    return [make_batch(mixture, row, t.packing, device, masking) for row in rows]
+        masking = Masking(config.run.seed, config.data.mask_fraction or 0.15, samples.vocab_size)
+    return [make_batch(samples, row, t.packing, device, masking) for row in rows]
 
 
 @contextmanager

@@ -93,6 +93,8 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
     assert axis_sizes(Parallel(engine="ddp", tp=2), 8)["dp_replicate"] == 4
 
 
+GRID = "{shape: [4, 4], patch: [1, 2], channels: 1}"  # 8 tokens
+
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "family": (1, ("model.family=encoder_decoder",)),
@@ -100,6 +102,10 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
     "encoder_context": (2, ("model.family=encoder", "parallel.cp=2")),
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
+    "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
+    "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
+    "spacetime_text": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.sliding_window=2")),
+    "spacetime_block": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.residual=deepnorm")),
     "residual": (1, ("model.residual=mus",)),
     "branchnorm_period": (1, ("model.residual=branchnorm",)),
     "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
@@ -134,12 +140,18 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moe_deepspeed": (2, ("model.moe={}", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "etp_width": (2, ("model.moe={ffn_size: 25}", "parallel.tp=2")),
     "capacity_cut": (2, ("model.moe={capacity_factor: 1.25}", "parallel.cp=2")),
+    "grid_lengths": (3, (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.cp=3", "parallel.cp_method=dsp")),
+    "grid_exchange": (2, (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.cp=2", "parallel.cp_ulysses=2")),
     "layered_engine": (1, ("parallel.accumulation=layered", "parallel.engine=ddp")),
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
     "update_in_backward": (1, ("parallel.update_in_backward=true", "parallel.accumulation=layered")),
     "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
+    "deepspeed_family": (
+        2,
+        (f"model.spacetime={GRID}", "model.family=spacetime", "parallel.engine=deepspeed"),
+    ),
     "deepspeed_update": (2, ("parallel.engine=deepspeed", "optim.name=lion")),
     "zero_offload": (2, ("parallel.engine=deepspeed", "parallel.zero_stage=2", "parallel.offload=parameters")),
     "offload_dir": (1, ("parallel.offload_dir=disk", "parallel.offload=optimizer")),

@@ -1,0 +1,99 @@
+"""Memory of a rank in a causal training step, by ranks and length: `python -m benchmarks.sequence.memory [--long]`.
+
+Each process takes one step (forward and backward) of a small decoder; counted is how much its peak resident memory rises over what it was
+when the model stood. --long: 65,536 tokens on four ranks, all that they have resident together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import machine, write
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Model, Parallel
+from megascale.model.attention_tiles import visible_pairs
+from megascale.model.decoder import Shape
+from megascale.model.kernels import torch_rmsnorm
+from megascale.parallel.apply import build_stages, parallelize
+from megascale.parallel.sequence import places
+
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 192, "vocab_size": 256}
+
+
+def peak() -> int:
+    """Bytes that this process has had resident at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rank_main(rank: int, n: int, method: str, length: int, store: str) -> None:
+    torch.set_num_threads(1)
+    if n > 1:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n)
+    cfg = Parallel(cp=n, cp_method=method, engine="ddp")  # type: ignore[arg-type]
+    mesh = build_mesh(axis_sizes(cfg, n), "cpu", cfg.heads_over)
+    shape = Shape(length, torch.float32, torch.float32)
+    model = parallelize(build_stages(Model(**SIZES), shape, torch_rmsnorm, cfg, 0), mesh, cfg, torch.device("cpu"))
+    for _ in model.draw_weights(1):
+        pass
+    tokens = torch.randint(0, SIZES["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(1))
+    before, begin = peak(), time.perf_counter()
+    loss = model.module(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), scale=1 / length)
+    loss.backward()
+    total = loss.detach()
+    seconds = time.perf_counter() - begin
+    if n > 1:
+        dist.all_reduce(total)
+    print(json.dumps({"rise": peak() - before, "resident": peak(), "seconds": seconds, "loss": total.item()}))
+
+
+def measure(n: int, method: str, length: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "benchmarks.sequence.memory", "--rank"]
+        rest = [str(n), method, str(length), f"file://{folder}/store"]
+        running = [subprocess.Popen([*words, str(r), *rest], stdout=subprocess.PIPE, text=True) for r in range(n)]
+        found = [json.loads(p.communicate()[0].strip().splitlines()[-1]) for p in running]
+    return {
+        "ranks": n,
+        "method": method,
+        "tokens": length,
+        "rise_bytes": max(f["rise"] for f in found),
+        "resident_bytes_together": sum(f["resident"] for f in found),
+        "seconds": max(f["seconds"] for f in found),
+        "loss": found[0]["loss"],
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--rank"]:
+        rank, n, method, length, store = sys.argv[2:]
+        rank_main(int(rank), int(n), method, int(length), store)
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--long", action="store_true")
+    args = parser.parse_args()
+    about = {"machine": machine() | {"threads": 1}, "model": SIZES}
+    if args.long:
+        held = places(65536, 4)
+        work = [sum(visible_pairs(mine, block) for block in held) for mine in held]
+        write(__file__, "long", about | {"run": measure(4, "ring", 65536), "most_work_over_mean": max(work) * len(work) / sum(work)})
+        return
+    runs = [measure(n, method, 16384) for method in ("ring", "ulysses") for n in (1, 2, 4)]
+    for run in runs:
+        alone = next(r for r in runs if r["method"] == run["method"] and r["ranks"] == 1)
+        run["share_of_one_rank"] = run["rise_bytes"] / alone["rise_bytes"]
+    write(__file__, "memory", about | {"runs": runs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""One rank of `methods.py`: trains one spacetime model under every method, counts bytes and, between hosts, seconds (rank 0 prints)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.layered.hosts import ADDRESSES, CABLE
+from benchmarks.layered.worker import limit_all
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.load import build_config
+from megascale.config.schema import Config, Parallel
+from megascale.data.loader import Batch
+from megascale.model.decoder import Shape
+from megascale.model.kernels import torch_rmsnorm
+from megascale.model.spacetime import Spacetime
+from megascale.parallel.apply import build_stages, parallelize
+from megascale.parallel.grid import ulysses_everywhere
+from megascale.train.setup import build_engine
+
+CPU = torch.device("cpu")
+GRID, BATCH, LAYERS = (24, 48), 4, 4
+MODEL = {"family": "spacetime", "hidden_size": 96, "num_heads": 24, "ffn_size": 192, "head_dim": 4}
+
+
+def methods(n: int) -> dict[str, Parallel]:
+    return {
+        "DSP": Parallel(cp=n, cp_method="dsp", engine="ddp"),
+        "Ulysses where the cut is": Parallel(cp=n, cp_method="ulysses", engine="ddp"),
+        "Ulysses around all": Parallel(cp=n, cp_method="ulysses", engine="ddp"),
+        "ring": Parallel(cp=n, engine="ddp"),
+        "tensor + sequence": Parallel(tp=n, tp_sequence=True, engine="ddp"),
+    }
+
+
+def settings(parallel: Parallel, layers: int) -> Config:
+    fields = {"shape": GRID, "patch": (1, 1), "channels": 3, "objective": "masked"}
+    tokens = GRID[0] * GRID[1]
+    train = {"steps": 1, "seq_len": tokens, "micro_batch_size": BATCH, "global_batch_size": BATCH}
+    model = {**MODEL, "num_layers": layers, "spacetime": fields}
+    return build_config({"model": model, "train": train, "data": {"train": "x"}, "parallel": parallel.model_dump()})
+
+
+def stepper(name: str, n: int, layers: int) -> Callable[[], int]:
+    """One training step; returns the bytes that this rank sent for the method, weights' gradients left out."""
+    config = settings(methods(n)[name], layers)
+    p = config.parallel.model_copy(update={"dp_shard": 1})
+    mesh = build_mesh(axis_sizes(p, n), "cpu", p.heads_over)
+    shape = Shape(config.train.seq_len, torch.float32, torch.float32)
+    model = parallelize(build_stages(config.model, shape, torch_rmsnorm, p, 0), mesh, p, CPU)
+    if name == "Ulysses around all":
+        assert isinstance(model.model, Spacetime)
+        ulysses_everywhere(model.model, mesh["cp"])
+    for _ in model.draw_weights(1):
+        pass
+    engine = build_engine(model, config.model_copy(update={"parallel": p}), CPU)
+    fields = torch.randn(BATCH, *GRID, 3, generator=torch.Generator().manual_seed(1))
+    targets = (torch.rand(BATCH, GRID[0] * GRID[1], generator=torch.Generator().manual_seed(2)) < 0.5).to(torch.int64) - 1
+    batch = Batch(fields, targets, None, None, torch.arange(BATCH), int((targets >= 0).sum()))
+
+    def step() -> int:
+        mesh.traffic.take()
+        engine.run([batch], 1 / batch.valid, 1e-4)
+        engine.update(torch.ones(()))
+        sent = mesh.traffic.take()[0]
+        return sent.get("cp", 0) + sent.get("tp", 0)
+
+    return step
+
+
+def main() -> None:
+    rank, ranks, steps, meeting = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    bandwidths = [None if b == "-" else int(b) for b in sys.argv[5:]]
+    torch.set_num_threads(1)
+    if bandwidths:
+        os.environ["GLOO_SOCKET_IFNAME"] = CABLE
+        meeting = f"tcp://{ADDRESSES[0]}:29612"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
+    result: dict[str, Any] = {}
+    for name in methods(ranks):
+        # What a pair of layers more sends: the first switch of a plan is saved, and embedding and head have exchanges of their own.
+        fewer, step = stepper(name, ranks, LAYERS - 2)(), stepper(name, ranks, LAYERS)
+        sent = step()
+        result[name] = {"sent_bytes": sent, "sent_bytes_of_a_pair": sent - fewer, "seconds": {}}
+        for bandwidth in bandwidths:
+            limit_all(bandwidth, rank, ranks // 2)
+            seconds = []
+            for _ in range(steps):
+                dist.barrier()
+                begin = time.perf_counter()
+                step()
+                dist.barrier()
+                seconds.append(time.perf_counter() - begin)
+            result[name]["seconds"][str(bandwidth or "unlimited")] = seconds
+            if rank == 0:
+                print(f"{name} at {bandwidth or 'unlimited'}: {seconds}", file=sys.stderr, flush=True)
+        if bandwidths:
+            limit_all(None, rank, ranks // 2)
+    if rank == 0:
+        print(json.dumps(result))
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The spacetime family: fields on a grid in, the summed squared error of predicted patches out.
+
+A sample [s₁ … s_K, c] is cut into patches, each of them a token. Every layer attends along one dimension of the grid, in turn, so that its
+cost grows with the sum of the lengths and not with their product (axial attention, arXiv 1912.12180); everything else works token by token.
+The stream stays [b, n, d], the tokens of the grid in row-major order. Which positions it holds may differ from layer to layer: `grids` says
+it, and `moves` brings the stream from one to the next.
+
+Shapes: b micro-batch, n tokens here, d hidden, v numbers of a patch, e head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megascale.comm.collectives import sum_over_ranks
+from megascale.comm.mesh import Axis
+from megascale.config.schema import Model
+from megascale.config.stages import Part
+from megascale.model.attention import Attend, attend, attend_all, identity
+from megascale.model.attention_tiles import Seen
+from megascale.model.block import Block, Context
+from megascale.model.decoder import Shape, Table
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Norm, linear, mix64
+from megascale.model.position import Rotary, inverse_frequencies, rotary
+from megascale.model.residual import Stack, ends, residual
+from megascale.model.spec import ParamSpec
+
+Grid = Sequence[Sequence[range]]  # for every dimension the positions that are here
+
+
+class Spacetime(nn.Module):
+    """Patch embedding, blocks, final norm, patch head, or the `part` of them that makes a stage. Built on the meta device as `Decoder` is,
+    with the same hooks for passes; embedding and head are cut over tensor ranks along the numbers of a patch.
+    """
+
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
+        super().__init__()
+        part = part or Part(range(cfg.num_layers))
+        assert cfg.spacetime is not None
+        self.cfg, self.shape, self.part, self.fields = cfg, shape, part, cfg.spacetime
+        at_ends, dtype, d, std = ends(cfg), shape.storage, cfg.hidden_size, cfg.init_std
+        stack = Stack("decoder" if self.fields.objective == "next_step" else "encoder", cfg.num_layers)
+        if part.first:
+            self.embedding = Table(ParamSpec((d, self.fields.values), "embedding", 1, std), dtype)
+            if self.fields.objective == "masked":
+                self.mask_token = Table(ParamSpec((d,), "position", "tokens", std), dtype)
+            if cfg.position == "learned":
+                self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, False) for i in part.layers})
+        self.final_norm: Norm | None = None
+        if part.last and at_ends.final_norm:
+            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        if part.last:
+            self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
+        self.enter_head: Callable[[Tensor], Tensor] = identity
+        self.leave_embedding: Callable[[Tensor], Tensor] = identity
+        self.tokens_here: Callable[[Tensor], Tensor] = identity
+        self.heads_here: tuple[int, int] = (0, cfg.num_heads)
+        self.values_axis: Axis | None = None
+        self.values_first = 0
+        whole = [[range(n)] for n in self.fields.grid]
+        # Of every layer of the whole model, by global number.
+        self.grids: list[Grid] = [whole] * cfg.num_layers
+        self.moves: list[Callable[[Tensor], Tensor]] = [identity] * cfg.num_layers
+        self.meet_along([self.alone(i) for i in range(cfg.num_layers)])
+
+    def at_step(self, step: int) -> None:
+        """No scheme over grids follows the global step."""
+
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
+        """The blocks with their names: what passes wrap, recompute and compile one by one."""
+        for number, block in self.blocks.items():
+            yield f"blocks.{number}", block
+
+    def alone(self, layer: int) -> Attend:
+        """Attention along a layer's dimension where all of it is here."""
+        return attend if self.causal(layer) else attend_all
+
+    def causal(self, layer: int) -> bool:
+        """Predicting the next step, a patch must not see later ones; in space all see all."""
+        return self.fields.objective == "next_step" and self.cfg.attended(layer) == 0
+
+    def meet_along(self, attends: Sequence[Attend]) -> None:
+        """Gives each layer what its tokens do with each other along its dimension, on the grid that it has here; one for every layer."""
+        for number, block in self.blocks.items():
+            assert isinstance(block, Block)
+            layer = int(number)
+            block.attention.attend = partial(along, dim=self.cfg.attended(layer), shape=sizes(self.grids[layer]), inner=attends[layer])
+
+    def cut_ends(self, axis: Axis) -> None:
+        """Told by the tensor pass which rows of the head and columns of the embedding are here."""
+        self.values_axis, self.values_first = axis, axis.rank * -(-self.fields.values // axis.size)
+
+    def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of the stream [b, n, d] as this stage takes it and as it gives it on, for a batch of fields of this shape."""
+        last = self.part.layers[-1] if len(self.part.layers) else self.part.layers.start - 1
+        before, after = (math.prod(sizes(self.grids[max(0, i)])) for i in (self.part.layers.start - 1, last))
+        here = [self.tokens_here(torch.empty(1, n, device="meta")).shape[1] for n in (before, after)]
+        return (batch[0], here[0], self.cfg.hidden_size), (batch[0], here[1], self.cfg.hidden_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        samples: Tensor | None = None,
+        scale: float = 1.0,
+        stream: Tensor | None = None,
+    ) -> Tensor:
+        """Fields [b, frames, s₂ … s_K, c] in `tokens` → with targets [b, S₁·…·S_K] (negative: not counted) the squared error summed over
+        the counted patches, the mean over a patch's numbers, times `scale`; else the predicted patches [b, n, v] of the positions here.
+
+        With the masked objective the counted patches are the hidden ones. A stage without the embedding takes the `stream` of the one
+        before it; one without the head returns its own. `samples` [b] key the dropout masks while training.
+        """
+        x = self.embed(tokens, targets) if stream is None else stream
+        for (number, block), context in zip(self.blocks.items(), self.contexts(tokens.device, samples)):
+            if stream is not None or int(number) > self.part.layers.start:
+                x = self.moves[int(number)](x)
+            x = block(x, context)
+        if not self.part.last:
+            return x
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        predicted = linear(self.enter_head(x), self.head.weight)
+        return predicted if targets is None else self.error(predicted, tokens, targets) * scale
+
+    def embed(self, fields: Tensor, targets: Tensor | None) -> Tensor:
+        """[b, n, d] in the compute dtype."""
+        grid, weight = self.grids[self.part.layers.start], self.embedding.weight.to(self.shape.compute)
+        x = self.leave_embedding(linear(self._values(fields[:, : self.fields.shape[0]], grid, weight.shape[1]), weight))
+        if self.fields.objective == "masked" and targets is not None:
+            hidden = self.tokens_here(self._counted(targets, grid)).unsqueeze(-1)
+            x = torch.where(hidden, self.mask_token.weight.to(x.dtype), x)
+        if self.cfg.position == "learned":
+            for dim, table in enumerate(self.position):
+                assert isinstance(table, Table)
+                where = self.tokens_here(coordinate(grid, dim, fields.device)[None])
+                x = x + nn.functional.embedding(where, table.weight.to(x.dtype))
+        return x
+
+    def error(self, predicted: Tensor, fields: Tensor, targets: Tensor) -> Tensor:
+        """predicted [b, n, v here] against the fields, in at least fp32; the same on all tensor ranks."""
+        grid, begin = self.grids[-1], fields.shape[1] - self.fields.shape[0]
+        exact = torch.promote_types(predicted.dtype, torch.float32)
+        wanted = self._values(fields[:, begin:], grid, predicted.shape[2])
+        square = (predicted.to(exact) - wanted.to(exact)).square().sum(-1)
+        loss = square.where(self._counted(targets, grid), square.new_zeros(())).sum() / self.fields.values
+        return loss if self.values_axis is None else sum_over_ranks(loss, self.values_axis)
+
+    def contexts(self, device: torch.device, samples: Tensor | None) -> Iterator[Context]:
+        """The context of each block: angles by the place along its dimension, dropout keys by the place in the whole grid."""
+        cfg = self.cfg
+        assert cfg.head_dim is not None
+        freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device) if cfg.position == "rope" else None
+        for layer in self.part.layers:
+            grid, angles, keys = self.grids[layer], None, None
+            if freq is not None:
+                where = coordinate(grid, cfg.attended(layer), device)[None]
+                angles = Rotary(*rotary(where, freq, self.shape.compute, None))
+            if samples is not None and cfg.dropout > 0.0 and self.training:
+                place = torch.zeros((), dtype=torch.int64, device=device)
+                for dim, length in enumerate(self.fields.grid):
+                    place = place * length + coordinate(grid, dim, device)
+                keys = mix64(self.tokens_here(mix64(samples)[:, None] + place) + (layer << 32))
+            yield Context(angles, None, keys, None, None)
+
+    def _values(self, fields: Tensor, grid: Grid, width: int) -> Tensor:
+        """Fields [b, s₁ … s_K, c] → the numbers of the patches of `grid` [b, n, width] that this tensor rank has, zero beyond the last."""
+        patch = self.fields.patch
+        for dim, (ranges, p) in enumerate(zip(grid, patch)):
+            fields = torch.cat([fields.narrow(1 + dim, r.start * p, len(r) * p) for r in ranges], 1 + dim)
+        k, b = len(patch), fields.shape[0]
+        split = fields.reshape(b, *(x for n, p in zip(fields.shape[1:], patch) for x in (n // p, p)), fields.shape[-1])
+        order = [0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2), 2 * k + 1]
+        values = split.permute(order).reshape(b, -1, self.fields.values)[:, :, self.values_first : self.values_first + width]
+        return nn.functional.pad(values, (0, width - values.shape[2])).to(self.shape.compute)
+
+    def _counted(self, targets: Tensor, grid: Grid) -> Tensor:
+        """[b, S₁·…·S_K] → true where counted [b, n]"""
+        counted = (targets >= 0).view(-1, *self.fields.grid)
+        for dim, ranges in enumerate(grid):
+            counted = torch.cat([counted.narrow(1 + dim, r.start, len(r)) for r in ranges], 1 + dim)
+        return counted.flatten(1)
+
+
+def sizes(grid: Grid) -> tuple[int, ...]:
+    return tuple(sum(map(len, ranges)) for ranges in grid)
+
+
+def coordinate(grid: Grid, dim: int, device: torch.device) -> Tensor:
+    """The position along `dim` of each token here, [n]."""
+    place = torch.cat([torch.arange(r.start, r.stop, device=device) for r in grid[dim]])
+    shape = sizes(grid)
+    return place.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape).flatten()
+
+
+def along(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, dim: int, shape: Sequence[int], inner: Attend) -> Tensor:
+    """Attention of tokens [b, heads, n, e] of a grid of `shape` with those that differ from them along `dim` only; the others are batch."""
+    q, k, v = (to_lines(x, shape, dim) for x in (q, k, v))
+    return from_lines(inner(q, k, v, seen), shape, dim)
+
+
+def to_lines(x: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """[b, h, n, e] → [b · n/S, h, S, e], S the length along `dim`."""
+    grid = x.unflatten(2, tuple(shape)).movedim(1, -2).movedim(1 + dim, -2)
+    return grid.flatten(0, -4)
+
+
+def from_lines(x: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """The inverse of `to_lines`."""
+    others = [n for i, n in enumerate(shape) if i != dim]
+    grid = x.unflatten(0, (-1, *others)).movedim(-2, 1 + dim).movedim(-2, 1)
+    return grid.flatten(2, -2)
