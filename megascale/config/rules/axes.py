@@ -1,0 +1,202 @@
+"""The axes that cut a model and its sequences: pipelines, context, experts."""
+
+from __future__ import annotations
+
+from megascale.config.dsp import plan_cuts
+from megascale.config.layout import expert_mesh_fits, micro_batches
+from megascale.config.rules.rule import Rule, grid, own_expert_axes
+from megascale.config.schema import Config
+from megascale.config.stages import V_SHAPED
+
+AXIS_RULES: tuple[Rule, ...] = (
+    Rule(
+        "stages_without_pipeline",
+        ("parallel.pp", "parallel.pp_virtual"),
+        lambda c, n: c.parallel.pp == 1 and (c.parallel.pp_virtual > 1 or c.parallel.pp_layers is not None),
+        "several stages a rank (pp_virtual, pp_layers) are for pipelines",
+        "set pp_virtual to 1 and leave pp_layers out, or choose pp of at least 2",
+    ),
+    Rule(
+        "one_stage_schedules",
+        ("parallel.pp_schedule", "parallel.pp_virtual"),
+        lambda c, n: c.parallel.pp > 1 and c.parallel.pp_schedule in ("gpipe", "1f1b") and c.parallel.pp_virtual > 1,
+        "gpipe and 1f1b have one stage a rank",
+        "use looped_bfs for gpipe and interleaved_1f1b for 1f1b, or pp_virtual 1",
+    ),
+    Rule(
+        "v_schedules",
+        ("parallel.pp_schedule", "parallel.pp_virtual"),
+        lambda c, n: c.parallel.pp > 1 and c.parallel.pp_schedule in V_SHAPED and c.parallel.pp_virtual > 2,
+        "zbv and dualpipev have two stages a rank, one on the way down and one on the way up",
+        "leave pp_virtual out, or use interleaved_zero_bubble",
+    ),
+    Rule(
+        "stages_and_layers",
+        ("parallel.pp", "parallel.pp_virtual", "model.num_layers"),
+        lambda c, n: c.parallel.pp > 1 and c.model.num_layers < c.parallel.pp * c.parallel.stages_per_rank,
+        "there are more stages (pp × stages per rank) than layers",
+        "choose a smaller pp or pp_virtual",
+    ),
+    Rule(
+        "stage_layers",
+        ("parallel.pp_layers", "model.num_layers"),
+        lambda c, n: c.parallel.pp > 1 and not _stage_layers_fit(c),
+        "pp_layers names the layers of each of the pp × stages-per-rank stages, all layers once and none empty between first and last",
+        "give one number a stage with the sum num_layers, or leave it out",
+    ),
+    Rule(
+        "interleaved_rounds",
+        ("parallel.pp_schedule", "parallel.pp", "train.global_batch_size"),
+        lambda c, n: (
+            c.parallel.pp > 1
+            and c.parallel.pp_schedule in ("interleaved_1f1b", "interleaved_zero_bubble")
+            and (m := micro_batches(c, n)) % max(1, m // c.parallel.pp) != 0
+        ),
+        "interleaved schedules take micro-batches in equal rounds, ⌊m/pp⌋ of them, and m = global_batch_size ÷ (micro_batch_size × data "
+        "ranks) does not divide",
+        "choose a global_batch_size that makes m a multiple of pp, or looped_bfs or zbv",
+    ),
+    Rule(
+        "dualpipev_fill",
+        ("parallel.pp_schedule", "parallel.pp", "train.global_batch_size"),
+        lambda c, n: c.parallel.pp > 1 and c.parallel.pp_schedule == "dualpipev" and micro_batches(c, n) < 2 * c.parallel.pp,
+        "dualpipev needs at least 2·pp micro-batches to fill both ways",
+        "choose a larger global_batch_size, a smaller micro_batch_size, or zbv",
+    ),
+    Rule(
+        "dsp_dimensions",
+        ("parallel.cp", "parallel.cp_method", "model.family"),
+        lambda c, n: c.parallel.cp > 1 and c.parallel.cp_method == "dsp" and c.model.family != "spacetime",
+        "dsp moves the cut from one dimension of the sequence to another, and text has one",
+        "use cp_method ring or ulysses",
+    ),
+    Rule(
+        "ulysses_heads",
+        ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses", "parallel.tp", "model.num_heads"),
+        lambda c, n: c.parallel.cp > 1 and c.parallel.heads_over > c.model.num_heads // c.parallel.tp,
+        "ranks that trade heads need at least one query head each, and there are num_heads ÷ tp",
+        "use cp_method ring with cp_ulysses of at most that number, a ring of cp ÷ cp_ulysses going beyond it",
+    ),
+    Rule(
+        "ring_places",
+        ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses"),
+        lambda c, n: c.parallel.cp % c.parallel.cp_ulysses != 0 or (c.parallel.cp_ulysses > 1 and c.parallel.cp_method != "ring"),
+        "cp_ulysses cuts a ring of cp ranks into groups of equal size",
+        "choose a divisor of cp, or leave cp_ulysses out",
+    ),
+    Rule(
+        "cp_sequence",
+        ("parallel.cp", "parallel.tp", "train.seq_len"),
+        lambda c, n: (
+            c.parallel.cp > 1 and not grid(c) and c.train.seq_len // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp
+        ),
+        "every rank holds an early and a late piece of the sequence, of at least one position for each rank that tp_sequence cuts it over",
+        "choose a seq_len of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
+    ),
+    Rule(
+        "ep_without_experts",
+        ("parallel.ep", "parallel.etp", "model.moe"),
+        lambda c, n: c.model.moe is None and (c.parallel.ep > 1 or c.parallel.etp is not None),
+        "there are no experts to deal out",
+        "set ep to 1 and leave etp out, or give the model experts with model.moe",
+    ),
+    Rule(
+        "ep_experts",
+        ("parallel.ep", "model.moe.num_experts"),
+        lambda c, n: c.model.moe is not None and c.model.moe.num_experts % c.parallel.ep != 0,
+        "every rank of ep holds equally many experts",
+        "choose an ep that divides num_experts",
+    ),
+    Rule(
+        "etp",
+        ("parallel.etp", "parallel.tp"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp not in (1, c.parallel.tp),
+        "an expert is cut like dense weights or not at all",
+        "set etp to 1, or leave it out to take tp",
+    ),
+    Rule(
+        "etp_sequence",
+        ("parallel.etp", "parallel.tp", "parallel.tp_sequence"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp == 1 < c.parallel.tp and not c.parallel.tp_sequence,
+        "with whole experts each tensor rank routes tokens of its own, and without tp_sequence all have the same ones",
+        "set tp_sequence to true, or leave etp out",
+    ),
+    Rule(
+        "expert_mesh",
+        ("parallel.ep", "parallel.etp", "parallel.dp_shard", "parallel.cp", "parallel.tp"),
+        lambda c, n: c.model.moe is not None and c.parallel.expert_tp in (1, c.parallel.tp) and not expert_mesh_fits(c.parallel, n),
+        "experts lie on the ranks of one replica, dp_shard × cp × tp = edp × ep × etp, and ep × etp does not divide them",
+        "choose a smaller ep, or a dp_shard that makes dp_shard × cp × tp a multiple of ep × etp",
+    ),
+    Rule(
+        "ep_engine",
+        ("parallel.engine", "parallel.ep", "parallel.etp"),
+        lambda c, n: c.model.moe is not None and c.parallel.engine == "ddp" and own_expert_axes(c),
+        "expert axes are built on FSDP2",
+        "use engine fsdp2, or set ep to 1 and leave etp out",
+    ),
+    Rule(
+        "moe_deepspeed",
+        ("model.moe", "parallel.engine"),
+        lambda c, n: c.model.moe is not None and c.parallel.engine == "deepspeed",
+        "DeepSpeed steps by itself, and routers are settled and seen after our own steps only",
+        "use engine fsdp2 or ddp",
+    ),
+    Rule(
+        "etp_width",
+        ("parallel.etp", "parallel.tp", "model.moe.ffn_size"),
+        lambda c, n: c.model.moe is not None and bool(_expert_width(c) % c.parallel.expert_tp or _shared_width(c) % c.parallel.tp),
+        "the width of an expert is cut over etp, that of shared experts over tp",
+        "choose a moe.ffn_size that is a multiple of tp",
+    ),
+    Rule(
+        "capacity_cut",
+        ("model.moe.capacity_factor", "parallel.cp", "parallel.etp", "parallel.tp"),
+        lambda c, n: (
+            c.model.moe is not None
+            and c.model.moe.capacity_factor is not None
+            and (c.parallel.cp > 1 or (c.parallel.expert_tp == 1 < c.parallel.tp and c.parallel.tp_sequence))
+        ),
+        "capacity is counted over whole sequences, and with cp or with whole experts on tensor ranks each rank routes a part of them",
+        "set cp to 1 and leave etp out, or remove capacity_factor to drop nothing",
+    ),
+    Rule(
+        "grid_lengths",
+        ("parallel.cp", "parallel.cp_method", "model.spacetime"),
+        lambda c, n: c.parallel.cp > 1 and grid(c) and not _grid_cuts(c),
+        "a dimension is cut over the cp ranks, under dsp always one that the layer does not attend over, and each rank needs a position",
+        "choose cp of at most the second longest dimension of shape ÷ patch (the longest for ring and ulysses), or smaller patches",
+    ),
+    Rule(
+        "grid_exchange",
+        ("parallel.cp", "parallel.cp_ulysses", "parallel.tp_sequence", "model.family"),
+        lambda c, n: c.parallel.cp > 1 and grid(c) and (c.parallel.cp_ulysses > 1 or c.parallel.tp_sequence),
+        "on a grid the stream is cut along one of its dimensions, by one method",
+        "set cp_ulysses to 1 and tp_sequence to false",
+    ),
+)
+
+
+def _expert_width(config: Config) -> int:
+    return config.model.moe.ffn_size or 0 if config.model.moe else 0
+
+
+def _shared_width(config: Config) -> int:
+    return config.model.moe.num_shared * _expert_width(config) if config.model.moe else 0
+
+
+def _grid_cuts(config: Config) -> bool:
+    """Whether every layer's stream can be cut over cp."""
+    model, cp = config.model, config.parallel.cp
+    assert model.spacetime is not None
+    if config.parallel.cp_method != "dsp":
+        return max(model.spacetime.grid) >= cp
+    return plan_cuts([model.attended(i) for i in range(model.num_layers)], model.spacetime.grid, cp) is not None
+
+
+def _stage_layers_fit(config: Config) -> bool:
+    layers = config.parallel.pp_layers
+    if layers is None:
+        return True
+    right = len(layers) == config.parallel.pp * config.parallel.stages_per_rank and sum(layers) == config.model.num_layers
+    return right and all(n > 0 for n in layers[1:-1])

@@ -1,0 +1,96 @@
+"""Sizes that must divide, precision, data."""
+
+from __future__ import annotations
+
+from megascale.config.rules.rule import Rule
+
+GENERAL_RULES: tuple[Rule, ...] = (
+    Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
+    Rule(
+        "base_width",
+        ("optim.base_width",),
+        lambda c, n: c.optim.base_width is not None,
+        "learning-rate transfer over width comes with unit scaling, which is not built yet",
+        "remove it",
+        True,
+    ),
+    Rule(
+        "ddp_shard",
+        ("parallel.engine", "parallel.dp_shard"),
+        lambda c, n: c.parallel.engine == "ddp" and c.parallel.dp_shard > 1,
+        "DDP keeps whole copies and cannot shard",
+        "put the ranks on parallel.dp_replicate, or use engine fsdp2",
+    ),
+    Rule(
+        "kv_heads",
+        ("model.num_heads", "model.num_kv_heads"),
+        lambda c, n: c.model.num_heads % (c.model.num_kv_heads or 1) != 0,
+        "each KV head serves an equal group of query heads",
+        "choose num_kv_heads that divides num_heads",
+    ),
+    Rule(
+        "rope_pairs",
+        ("model.position", "model.head_dim"),
+        lambda c, n: c.model.position in ("rope", "xpos") and (c.model.head_dim or 0) % 2 != 0,
+        "rotations act on pairs of channels",
+        "choose an even head_dim, or position alibi or learned",
+    ),
+    Rule(
+        "tp_heads",
+        ("parallel.tp", "model.num_heads"),
+        lambda c, n: c.model.num_heads % c.parallel.tp != 0,
+        "query heads are cut over the tensor ranks",
+        "choose tp that divides num_heads",
+    ),
+    Rule(
+        "tp_ffn",
+        ("parallel.tp", "model.ffn_size"),
+        lambda c, n: (c.model.ffn_size or 0) % c.parallel.tp != 0,
+        "the feed-forward width is cut over the tensor ranks",
+        "choose an ffn_size that is a multiple of tp",
+    ),
+    Rule(
+        "tp_sequence",
+        ("parallel.tp", "train.seq_len"),
+        lambda c, n: c.parallel.tp_sequence and c.train.seq_len % c.parallel.tp != 0,
+        "with tp_sequence the sequence is cut over the tensor ranks",
+        "choose a seq_len that is a multiple of tp, or tp_sequence false",
+    ),
+    Rule(
+        "vocabulary_parts",
+        ("parallel.tp", "model.vocab_size"),
+        lambda c, n: c.model.vocab_size is not None and c.model.vocab_size < c.parallel.tp,
+        "each tensor rank needs at least one row of the vocabulary",
+        "choose a smaller tp",
+    ),
+    Rule(
+        "master",
+        ("precision.compute", "precision.master"),
+        lambda c, n: (
+            (c.precision.compute, c.precision.storage) not in {("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp64", "fp64")}
+        ),
+        "stored weights are as precise as the computation, and fp32 or bf16 under bf16",
+        "leave precision.master out",
+    ),
+    Rule(
+        "rope_context",
+        ("model.rope_scaling", "model.position"),
+        lambda c, n: c.model.rope_scaling is not None and c.model.position not in ("rope", "xpos"),
+        "rope_scaling stretches rotary frequencies",
+        "remove rope_scaling, or use position rope",
+    ),
+    Rule(
+        "valid_twice",
+        ("data.valid", "data.valid_fraction"),
+        lambda c, n: c.data.valid is not None and c.data.valid_fraction > 0,
+        "validation is either files of its own or a fraction split off the training files",
+        "remove one of them",
+    ),
+    Rule(
+        "eval_without_data",
+        ("train.eval_every", "data.valid_fraction"),
+        lambda c, n: c.train.eval_every > 0 and c.data.valid is None and c.data.valid_fraction == 0,
+        "there is nothing to evaluate on",
+        "set data.valid or data.valid_fraction, or eval_every to 0",
+    ),
+)

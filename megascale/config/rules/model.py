@@ -1,0 +1,173 @@
+"""What a model is made of: families, residual schemes, experts."""
+
+from __future__ import annotations
+
+from megascale.config.rules.rule import Rule, grid
+
+MODEL_RULES: tuple[Rule, ...] = (
+    Rule(
+        "family",
+        ("model.family",),
+        lambda c, n: c.model.family == "encoder_decoder",
+        "this version trains decoders, encoders, and transformers over grids",
+        "use decoder, encoder or spacetime",
+        True,
+    ),
+    Rule(
+        "encoder_position",
+        ("model.family", "model.position"),
+        lambda c, n: c.model.family == "encoder" and c.model.position in ("xpos", "alibi"),
+        "xPos and ALiBi weigh how far back a token looks, and an encoder looks both ways",
+        "use rope or learned",
+    ),
+    Rule(
+        "encoder_window",
+        ("model.family", "model.sliding_window"),
+        lambda c, n: c.model.family == "encoder" and c.model.sliding_window is not None,
+        "the window ends at the token itself, and an encoder looks both ways",
+        "remove sliding_window",
+    ),
+    Rule(
+        "encoder_context",
+        ("model.family", "parallel.cp"),
+        lambda c, n: c.model.family == "encoder" and c.parallel.cp > 1,
+        "tokens of other ranks are met in causal order",
+        "set cp to 1",
+    ),
+    Rule(
+        "mask_fraction",
+        ("data.mask_fraction", "model.family"),
+        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
+        "tokens are masked for encoders only",
+        "remove mask_fraction, or use family encoder",
+    ),
+    Rule(
+        "spacetime_fields",
+        ("model.family", "model.spacetime"),
+        lambda c, n: (c.model.family == "spacetime") != (c.model.spacetime is not None),
+        "model.spacetime says what the grid of the spacetime family is, and of no other",
+        "give both or neither",
+    ),
+    Rule(
+        "spacetime_tokens",
+        ("model.spacetime", "train.seq_len"),
+        lambda c, n: grid(c) and c.train.seq_len != c.model.spacetime.tokens,  # type: ignore[union-attr]
+        "a sample has as many tokens as its grid has patches, the product of shape ÷ patch",
+        "set train.seq_len to that product",
+    ),
+    Rule(
+        "spacetime_text",
+        ("model.spacetime", "model.position", "model.sliding_window", "model.tie_embeddings", "train.packing"),
+        lambda c, n: (
+            grid(c)
+            and (
+                c.model.position not in ("rope", "learned")
+                or c.model.sliding_window is not None
+                or c.model.tie_embeddings
+                or c.train.packing != "concat"
+            )
+        ),
+        "windows, documents, ALiBi, XPos and tied embeddings are for text",
+        "use position rope or learned, without sliding_window and tie_embeddings, and packing concat",
+    ),
+    Rule(
+        "spacetime_block",
+        ("model.spacetime", "model.residual", "model.norm", "model.linear", "model.moe"),
+        lambda c, n: (
+            grid(c)
+            and (
+                c.model.residual not in ("pre", "post", "mus")
+                or c.model.norm == "dyt"
+                or c.model.linear != "dense"
+                or c.model.moe is not None
+            )
+        ),
+        "blocks over grids are plain pre- or post-norm ones so far",
+        "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
+    ),
+    Rule(
+        "residual",
+        ("model.residual",),
+        lambda c, n: c.model.residual == "mus",
+        "res-post-norm comes with unit scaling, which is not built yet",
+        "use pre, or deepnorm or deepscale for very deep models",
+        True,
+    ),
+    Rule(
+        "branchnorm_period",
+        ("model.residual", "model.branchnorm_period"),
+        lambda c, n: (c.model.residual == "branchnorm") != (c.model.branchnorm_period is not None),
+        "BranchNorm, and nothing else, has a period: the steps over which its branches come in",
+        "set branchnorm_period (4000 is quoted from its paper; less for short runs) for branchnorm, or leave it out",
+    ),
+    Rule(
+        "moe_top_k",
+        ("model.moe.top_k", "model.moe.num_experts"),
+        lambda c, n: c.model.moe is not None and c.model.moe.top_k > c.model.moe.num_experts,
+        "a token cannot choose more experts than there are",
+        "choose a smaller top_k or more experts",
+    ),
+    Rule(
+        "moe_bias",
+        ("model.moe", "model.bias"),
+        lambda c, n: c.model.moe is not None and c.model.bias,
+        "experts have no biases",
+        "set model.bias to false",
+    ),
+    Rule(
+        "moe_sublayer",
+        ("model.moe", "model.residual", "model.linear"),
+        lambda c, n: c.model.moe is not None and (c.model.residual == "subln" or c.model.linear != "dense"),
+        "experts have neither inner norms nor quantized products",
+        "use another residual scheme than subln and linear dense, or remove model.moe",
+    ),
+    Rule(
+        "moe_every",
+        ("model.moe.every", "model.num_layers"),
+        lambda c, n: c.model.moe is not None and c.model.moe.every > c.model.num_layers,
+        "no layer would have experts",
+        "choose a smaller every, or remove model.moe",
+    ),
+    Rule(
+        "moeut_groups",
+        ("model.moeut.group_size", "model.num_layers"),
+        lambda c, n: c.model.moeut is not None and c.model.num_layers % c.model.moeut.group_size != 0,
+        "a group of layers is repeated a whole number of times",
+        "choose a group_size that divides num_layers",
+    ),
+    Rule(
+        "moeut_top_k",
+        ("model.moeut.attention_top_k", "model.moeut.attention_experts"),
+        lambda c, n: c.model.moeut is not None and c.model.moeut.attention_top_k > c.model.moeut.attention_experts,
+        "a head cannot choose more experts than it has",
+        "choose a smaller attention_top_k or more attention_experts",
+    ),
+    Rule(
+        "moeut_layers",
+        ("model.moeut", "model.moe"),
+        lambda c, n: c.model.moeut is not None and (c.model.moe is None or c.model.moe.every > 1),
+        "every layer of MoEUT has experts in its feed-forward sublayer",
+        "set model.moe with every 1",
+    ),
+    Rule(
+        "moeut_block",
+        ("model.moeut", "model.family", "model.norm", "model.residual", "model.num_kv_heads", "model.num_heads", "model.qk_norm"),
+        lambda c, n: (
+            c.model.moeut is not None
+            and (
+                (c.model.family, c.model.residual, c.model.qk_norm) != ("decoder", "pre", False)
+                or c.model.norm == "dyt"
+                or c.model.num_kv_heads != c.model.num_heads
+            )
+        ),
+        "MoEUT is a decoder with a block of its own, with its own norms and a key for every query head",
+        "set family to decoder, norm to rmsnorm or layernorm, residual to pre and qk_norm to false, and leave num_kv_heads out",
+    ),
+    Rule(
+        "moeut_axes",
+        ("model.moeut", "parallel.tp", "parallel.pp", "parallel.accumulation"),
+        lambda c, n: c.model.moeut is not None and (c.parallel.tp > 1 or c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
+        "layers that share their weights stay together, and their heads are not cut yet",
+        "use the data axes, cp and ep",
+    ),
+)

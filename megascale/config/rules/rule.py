@@ -1,0 +1,28 @@
+"""What a rule of the support table is, and questions that rules of several files ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megascale.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`keys` disagree when `applies(config, ranks)`; `why` and `fix` complete the sentence. `later`: planned, not yet built."""
+
+    name: str
+    keys: tuple[str, ...]
+    applies: Callable[[Config, int], bool]
+    why: str
+    fix: str
+    later: bool = False
+
+
+def grid(config: Config) -> bool:
+    return config.model.family == "spacetime" and config.model.spacetime is not None
+
+
+def own_expert_axes(config: Config) -> bool:
+    return config.parallel.ep > 1 or config.parallel.expert_tp != config.parallel.tp
