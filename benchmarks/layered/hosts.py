@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+import torch.distributed as dist
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 CABLE = "cable"
@@ -36,6 +39,34 @@ def limit(megabits: int | None) -> None:
     if megabits is not None:
         rate = ["rate", f"{megabits}mbit", "burst", "256kb", "latency", "400ms"]
         _run("tc", "qdisc", "add", "dev", CABLE, "root", "tbf", *rate)
+
+
+def limit_all(megabits: int | None, rank: int, per_host: int) -> None:
+    """`limit` on every host, with all ranks waiting for it."""
+    dist.barrier()
+    if rank % per_host == 0:
+        limit(megabits)
+    dist.barrier()
+
+
+def timed(
+    name: str, step: Callable[[], object], bandwidths: Sequence[int | None], steps: int, rank: int, per_host: int
+) -> dict[str, list[float]]:
+    """Seconds of each of `steps` steps at every bandwidth (None: unlimited), all ranks together; rank 0 tells standard error."""
+    result: dict[str, list[float]] = {}
+    for bandwidth in bandwidths:
+        limit_all(bandwidth, rank, per_host)
+        seconds = []
+        for _ in range(steps):
+            dist.barrier()
+            begin = time.perf_counter()
+            step()
+            dist.barrier()
+            seconds.append(time.perf_counter() - begin)
+        result[str(bandwidth or "unlimited")] = seconds
+        if rank == 0:
+            print(f"{name} at {bandwidth or 'unlimited'}: {seconds}", file=sys.stderr, flush=True)
+    return result
 
 
 def start(host: str, module: str, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:

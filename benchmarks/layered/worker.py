@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.layered.hosts import ADDRESSES, CABLE, limit
+from benchmarks.layered.hosts import ADDRESSES, CABLE, limit_all, timed
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
@@ -81,30 +80,11 @@ def main() -> None:
         step = stepper(settings(parallel, ranks, micro_batch), ranks)
         limit_all(None, rank, per_host)
         sent = step()
-        result[name] = {"sent_bytes": sent, "seconds": {}}
-        for bandwidth in bandwidths:
-            limit_all(bandwidth, rank, per_host)
-            seconds = []
-            for _ in range(steps):
-                dist.barrier()
-                begin = time.perf_counter()
-                step()
-                dist.barrier()
-                seconds.append(time.perf_counter() - begin)
-            result[name]["seconds"][str(bandwidth or "unlimited")] = seconds
-            if rank == 0:
-                print(f"{name} at {bandwidth or 'unlimited'}: {seconds}", file=sys.stderr, flush=True)
+        result[name] = {"sent_bytes": sent, "seconds": timed(name, step, bandwidths, steps, rank, per_host)}
     if rank == 0:
         print(json.dumps(result))
     dist.barrier()
     os._exit(0)
-
-
-def limit_all(megabits: int | None, rank: int, per_host: int) -> None:
-    dist.barrier()
-    if rank % per_host == 0:
-        limit(megabits)
-    dist.barrier()
 
 
 if __name__ == "__main__":

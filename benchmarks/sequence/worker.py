@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.layered.hosts import ADDRESSES, CABLE
-from benchmarks.layered.worker import limit_all
+from benchmarks.layered.hosts import ADDRESSES, CABLE, limit_all, timed
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
@@ -90,19 +88,8 @@ def main() -> None:
         # What a pair of layers more sends: the first switch of a plan is saved, and embedding and head have exchanges of their own.
         fewer, step = stepper(name, ranks, LAYERS - 2)(), stepper(name, ranks, LAYERS)
         sent = step()
-        result[name] = {"sent_bytes": sent, "sent_bytes_of_a_pair": sent - fewer, "seconds": {}}
-        for bandwidth in bandwidths:
-            limit_all(bandwidth, rank, ranks // 2)
-            seconds = []
-            for _ in range(steps):
-                dist.barrier()
-                begin = time.perf_counter()
-                step()
-                dist.barrier()
-                seconds.append(time.perf_counter() - begin)
-            result[name]["seconds"][str(bandwidth or "unlimited")] = seconds
-            if rank == 0:
-                print(f"{name} at {bandwidth or 'unlimited'}: {seconds}", file=sys.stderr, flush=True)
+        seconds = timed(name, step, bandwidths, steps, rank, ranks // 2)
+        result[name] = {"sent_bytes": sent, "sent_bytes_of_a_pair": sent - fewer, "seconds": seconds}
         if bandwidths:
             limit_all(None, rank, ranks // 2)
     if rank == 0:
