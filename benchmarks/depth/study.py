@@ -94,7 +94,7 @@ def draw(runs: list[dict[str, Any]], entropy: float | None, title: str, path: Pa
         axes.set_ylim(top=7.0)
         axes.set_title(f"lr {lr:g}", fontsize=10)
         axes.set_xlabel("step")
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("loss, nats a token (dashed: unigram entropy)")
     figure.suptitle(title, fontsize=11)
