@@ -218,7 +218,9 @@ class Decoder(nn.Module):
         if cfg.position in ("rope", "xpos"):
             freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
+            middle = seq_len // 2 if cfg.position == "xpos" else None
+            amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, middle, amplitude)
         slopes = None
         if cfg.position == "alibi":
             slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)

@@ -81,16 +81,17 @@ Sublayer = Callable[[Model, Residual, Signal, int, bool], tuple[Signal, Pull]]
 def _join(
     cfg: Model, row: Residual, x: Signal, sublayers: list[Sublayer], seq_len: int, causal: bool, warm: float, attends: bool
 ) -> tuple[Signal, Pull]:
-    """The stream behind skip·x + branch·Σ F, normalized before or after."""
+    """The stream behind skip·x + branch·Σ F, normalized before, after, or F alone."""
     alpha = cfg.dyt_alpha[0 if attends else 1]
-    before = row.norm == "before"
-    h, pull_before = _norm(cfg, x, alpha) if before else (x, _unchanged)
+    h, pull_before = _norm(cfg, x, alpha) if row.norm == "before" else (x, _unchanged)
     factor = row.branch * (warm if row.branch_period else 1.0) * (1.0 if row.channel_scale is None else row.channel_scale)
     branches = [f(cfg, row, h, seq_len, causal) for f in sublayers]
+    if row.norm == "branch":
+        branches = [_normed(cfg, branch, alpha) for branch in branches]
     parts = [(row.skip, x)] + [(factor, dropout(y, cfg.dropout)) for y, _ in branches]
     var = sum(c * c * s.var for c, s in parts)
     out = Signal(sum(c * s.mean for c, s in parts), var, sum(c * c * s.var * s.corr for c, s in parts) / var)
-    joined, pull_after = (out, _unchanged) if before else _norm(cfg, out, alpha)
+    joined, pull_after = _norm(cfg, out, alpha) if row.norm == "after" else (out, _unchanged)
 
     def pull(g: Gradient) -> Gradient:
         g = pull_after(g)
@@ -98,6 +99,12 @@ def _join(
         return _sum([Gradient(row.skip**2 * g.var, g.corr), *map(pull_before, into)])
 
     return joined, pull
+
+
+def _normed(cfg: Model, branch: tuple[Signal, Pull], alpha: float) -> tuple[Signal, Pull]:
+    y, pull = branch
+    out, pull_norm = _norm(cfg, y, alpha)
+    return out, lambda g: pull(pull_norm(g))
 
 
 def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) -> tuple[Signal, Pull]:
@@ -141,7 +148,7 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
     d, f = cfg.hidden_size, cfg.ffn_size
     up, pull_up = _product(cfg, row, h, "up", f, d)
     gate, pull_gate = _product(cfg, row, h, "gate", f, d)
-    y = {"relu": relu, "gelu": gelu}[cfg.ffn](up) if cfg.ffn != "swiglu" else swiglu(gate, up)
+    y = swiglu(gate, up) if cfg.ffn == "swiglu" else relu(up) if cfg.ffn == "relu" else gelu(up)
     inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.inner_norms else (y, _unchanged)
     out, pull_out = _product(cfg, row, inner, "down", d, f)
 
@@ -152,7 +159,7 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
             through_gate = Gradient(to_gate, g.corr * up.corr * slope_correlation("silu", gate))
             return _sum([pull_gate(through_gate), pull_up(Gradient(to_up, g.corr * slope_correlation("gate", gate)))])
         var = relu_gradient(g.var) if cfg.ffn == "relu" else gelu_gradient(g.var, up.var)
-        return pull_up(Gradient(var, g.corr * slope_correlation(cfg.ffn, up)))
+        return pull_up(Gradient(var, g.corr * slope_correlation("relu" if cfg.ffn == "relu" else "gelu", up)))
 
     return out, pull
 

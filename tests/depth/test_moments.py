@@ -140,6 +140,7 @@ def measured(case: Case) -> list[tuple[Any, ...]]:
 STACKS: dict[str, dict[str, Any]] = {
     "pre": {},
     "post": {"ffn": "relu"},
+    "res_post": {"ffn": "gelu_tanh"},
     "deepnorm": {},
     "branchnorm": {"ffn": "gelu"},
     "deepscale": {"ffn": "relu", "dropout": 0.1},

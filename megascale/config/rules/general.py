@@ -43,6 +43,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "choose tp that divides num_heads",
     ),
     Rule(
+        "qk_norm_width",
+        ("model.qk_norm", "parallel.tp", "model.num_kv_heads"),
+        lambda c, n: c.model.qk_norm == "width" and (c.model.num_kv_heads or 1) % c.parallel.tp != 0,
+        "a norm over all heads needs each rank to hold an equal part of them, of the KV heads too",
+        "choose tp that divides num_kv_heads",
+    ),
+    Rule(
         "tp_ffn",
         ("parallel.tp", "model.ffn_size"),
         lambda c, n: (c.model.ffn_size or 0) % c.parallel.tp != 0,
