@@ -320,7 +320,9 @@ class Checkpoint(Section):
     keep_every: Positive | None = None
     asynchronous: bool = Field(default=True, alias="async")
     resume: str = "auto"  # auto | never | a step folder or a run
-    init_from: str | None = None
+    init_from: str | None = None  # weights alone: of a checkpoint of ours, or of a Hugging Face folder
+    init_data: Literal["restart", "continue"] = "restart"  # where the data begins with init_from: anew, or where the other run stood
+    export: Literal["none", "hf"] = "none"  # beside every kept checkpoint, under hf/
 
 
 class Config(Section):

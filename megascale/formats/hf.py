@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.index import INDEX as OUR_INDEX
-from megascale.checkpoint.storage import discard, write_durably
+from megascale.checkpoint.storage import write_durably
 from megascale.checkpoint.streaming import Block, FilePlan, Progress, Target, write_files
 from megascale.config.schema import Model
 from megascale.errors import UsageError
+from megascale.formats.appear import appearing
 from megascale.formats.hf_config import differences, family_of, hf_config, model_section
 from megascale.formats.hf_families import BY_TYPE, Family
-from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, open_hf, read_object
+from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf, read_object
 from megascale.formats.hf_names import links_of
 from megascale.formats.links import Rearranged, compare_names, extents, steps_to_ours, steps_to_theirs
 from megascale.formats.sources import Checkpoint, Stored
@@ -157,13 +157,9 @@ def write_hf(
 
     others  further files: name → content
 
-    Raises UsageError where it cannot be, OSError for a disk that fails; then nothing is left of it.
+    Raises UsageError where it cannot be; then nothing is left of it.
     """
-    folder = Path(folder)
-    check_absent(folder)
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
+    with appearing(Path(folder)) as temporary:
         write_files(temporary, export.files, export.produce, stamp=export.stamp, workers=workers, slab_bytes=slab_bytes, progress=progress)
         if len(export.files) > 1:
             weights = {b.name: f.name for f in export.files for b in f.blocks}
@@ -171,19 +167,4 @@ def write_hf(
             write_durably(temporary / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": weights}))
         for name, content in {**others, CONFIG: as_json(export.config)}.items():
             write_durably(temporary / name, content)
-        temporary.rename(folder)
-    except (UsageError, OSError):
-        discard(temporary)
-        raise
-    return folder
-
-
-def check_absent(folder: Path) -> None:
-    """Raises UsageError where something is already called so."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is a checkpoint" if (folder / OUR_INDEX).exists() else "is not empty" if folder.is_dir() else "is a file"
-        raise UsageError(f"{folder} {what}, and nothing is written over: name a folder that does not exist")
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return Path(folder)

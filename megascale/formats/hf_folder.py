@@ -118,3 +118,7 @@ def _header(path: Path) -> dict[str, TensorEntry]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
