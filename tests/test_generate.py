@@ -131,9 +131,9 @@ def test_the_tool(tmp_path: Path) -> None:
     from megascale.formats.convert import Options, megascale_to_hf
     from tests.runs import make_tokens, run, settings
 
-    train_sentencepiece(["abc cab bac " * 20], 262, tmp_path / "tokens.model")
+    train_sentencepiece(["abc cab bac " * 20], 264, tmp_path / "tokens.model")
     make_tokens(tmp_path / "tokens")
-    values = settings(tmp_path, model__vocab_size=264, precision__compute="fp32")
+    values = settings(tmp_path, model__vocab_size=266, precision__compute="fp32")
     assert run(values) == (0, "done")
     prompt = "cab c"
     first = tool(tmp_path / "run", "--prompt", prompt, "--prompt", "b", "--json", "--max-new-tokens", 9, "--ignore-end")
