@@ -86,7 +86,9 @@ def test_greedy_is_transformers_greedy(family: str, tmp_path: Path) -> None:
     length = max(map(len, PROMPTS))
     tokens = torch.tensor([[0] * (length - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in PROMPTS])
-    out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=3, pad_token_id=0)[:, length:].tolist()
+    out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=3, pad_token_id=0)[
+        :, length:
+    ].tolist()
     want = [row[: row.index(3) + 1] if 3 in row else row for row in out]
     foreign = read_hf(tmp_path / "hf")
     mesh = build_mesh(axis_sizes(Parallel(dp_shard=1), 1), "cpu")
@@ -110,7 +112,11 @@ def test_drawing() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "words"),
-    [([[1], []], "prompt 2 has no tokens"), ([[37]], "prompt 1 holds token 37, and the model knows 37"), ([[1] * 9], "the model has 12 learned")],
+    [
+        ([[1], []], "prompt 2 has no tokens"),
+        ([[37]], "prompt 1 holds token 37, and the model knows 37"),
+        ([[1] * 9], "the model has 12 learned"),
+    ],
 )
 def test_prompts_that_cannot_be(prompts: list[list[int]], words: str) -> None:
     """Catches an index error where a sentence is due."""

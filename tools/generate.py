@@ -34,7 +34,9 @@ def main(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens with this probability together")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="go on behind the token that ends a document")] = False,
-    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64; the one it was trained in if absent")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a prompt")] = False,
@@ -54,12 +56,18 @@ def main(
     with process_group(config, ranks, where):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = agreed(
-            lambda: load_model(config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype)
+            lambda: load_model(
+                config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype
+            )
         )
         found = generate(model, prompts, how)
     for given, ids, said in zip(prompt or tokens or [], found, (text.decode(ids) if text else None for ids in found)):
         if ranks.rank == 0:
-            print(json.dumps({"prompt": given, "tokens": ids, "text": said}, ensure_ascii=False) if as_json else said or " ".join(map(str, ids)))
+            print(
+                json.dumps({"prompt": given, "tokens": ids, "text": said}, ensure_ascii=False)
+                if as_json
+                else said or " ".join(map(str, ids))
+            )
 
 
 def find(path: Path | None) -> Tokenizer:

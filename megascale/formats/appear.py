@@ -32,7 +32,9 @@ def appearing(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     except OSError as error:
         discard(temporary)
-        raise UsageError(f"{folder} could not be written ({error.strerror or error}: {error.filename}), and nothing is left of it") from None
+        raise UsageError(
+            f"{folder} could not be written ({error.strerror or error}: {error.filename}), and nothing is left of it"
+        ) from None
     except UsageError:
         discard(temporary)
         raise

@@ -26,7 +26,9 @@ def our_logits(model: Model, seq_len: int, produce: Produce, tokens: torch.Tenso
 def hf_logits(folder: str | Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What transformers computes from a folder: logits [b, s, V]. Raises UsageError where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise UsageError("logits are compared with transformers, which is not installed: pip install 'megascale[hf]', or leave --tokens out")
+        raise UsageError(
+            "logits are compared with transformers, which is not installed: pip install 'megascale[hf]', or leave --tokens out"
+        )
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()

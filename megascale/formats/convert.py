@@ -12,19 +12,31 @@ from typing import Any
 import torch
 
 from megascale.checkpoint.index import DTYPES
+from megascale.checkpoint.loader import verify
 from megascale.checkpoint.storage import write_durably
 from megascale.checkpoint.streaming import Progress, write_streamed
-from megascale.config.load import to_yaml
+from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.appear import appearing, check_absent
 from megascale.formats.compare import largest_difference
 from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
 from megascale.formats.hf_folder import GENERATION, read_object, tokenizer_files
-from megascale.formats.sources import open_checkpoint
+from megascale.formats.megatron import read_megatron, write_megatron
+from megascale.formats.sources import Checkpoint, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer
 
 NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
+
+
+@dataclass(frozen=True)
+class MegatronCut:
+    """How weights for Megatron are cut, where norms stand (te, local), and what the vocabulary is padded to a multiple of, times tp."""
+
+    tp: int = 1
+    pp: int = 1
+    spec: str = "te"
+    divisible: int = 128
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Options:
 
     dtype      of the weights; the stored one if None
     tokens     on which logits are compared; None: they are not
+    config     what model Megatron's weights are of
     """
 
     dtype: torch.dtype | None = None
@@ -41,6 +54,8 @@ class Options:
     tokenizer: Path | None = None
     tokens: list[int] | None = None
     progress: Progress | None = None
+    config: Path | None = None
+    cut: MegatronCut = MegatronCut()
 
 
 @dataclass(frozen=True)
@@ -112,10 +127,19 @@ def write_ours(
     return target / step.name
 
 
+def whole_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of ours whose files have their checksums. Raises UsageError: nothing damaged goes on into another format."""
+    checkpoint = open_checkpoint(path)
+    problems = verify(checkpoint.source.index)
+    if problems:
+        raise UsageError(f"{checkpoint.folder} is damaged: {'; '.join(problems[:3])}; use an older checkpoint")
+    return checkpoint
+
+
 def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
     """A checkpoint of ours → a Hugging Face folder."""
     check_absent(target)
-    checkpoint = open_checkpoint(source)
+    checkpoint = whole_checkpoint(source)
     export = plan_export(checkpoint, options.dtype)
     tokenizer = options.tokenizer or find_tokenizer(checkpoint.config, checkpoint.folder)
     assert checkpoint.model.vocab_size is not None
@@ -144,8 +168,40 @@ def _report(source: Path, written: Path, kind: str, made: Any, files: list[str],
     )
 
 
-def model_of_yaml(values: Mapping[str, Any], where: str) -> Model:
-    """The model section of a config file, for formats that do not say what model they hold."""
+def megatron_to_megascale(source: Path, target: Path, options: Options) -> Report:
+    """Weights of megatron-core, of the model that `options.config` describes → `target`/step-00000000."""
+    no_logits(options)
+    model, seq_len = model_of(options.config)
+    foreign = read_megatron(source, model, seq_len, options.dtype)
+    written = write_ours(foreign, target, options, {"from": "megatron", "path": str(source)}, {}, {}, source)
+    return _report(source, written, "GPT model of megatron-core, weights only", foreign, [], None)
+
+
+def megascale_to_megatron(source: Path, target: Path, options: Options) -> Report:
+    """A checkpoint of ours → `target`/iter_…/mp_rank_…, weights only."""
+    no_logits(options)
+    check_absent(target)
+    checkpoint = whole_checkpoint(source)
+    cut = options.cut
+    made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype)
+    return _report(checkpoint.folder, target, "GPT model of megatron-core, weights only", made, [], None)
+
+
+def no_logits(options: Options) -> None:
+    if options.tokens is not None:
+        raise UsageError("--tokens is given, and logits are compared with transformers, which does not read Megatron's files: leave it out")
+
+
+def model_of(path: Path | None) -> tuple[Model, int]:
+    """The model section of a config file and its sequence length, for formats that do not say what model they hold."""
+    if path is None:
+        raise UsageError(
+            "Megatron's files do not say what model they hold: give --config FILE with the sections model and train (its seq_len)"
+        )
+    values = read_yaml(path)
     if not isinstance(values.get("model"), Mapping):
-        raise UsageError(f"{where} has no section model: say there what model the weights are of")
-    return Model.model_validate(dict(values["model"]))
+        raise UsageError(f"{path} has no section model: say there what model the weights are of")
+    config = build_config({"data": {"train": "none"}, "train": {"steps": 1}, **{k: values[k] for k in ("model", "train") if k in values}})
+    if config.model.vocab_size is None:
+        raise UsageError(f"{path} leaves model.vocab_size out, and the files have padding rows: say how many tokens there are")
+    return config.model, config.train.seq_len

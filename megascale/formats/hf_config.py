@@ -14,10 +14,19 @@ from megascale.formats.hf_families import BY_TYPE, FAMILIES, HARMLESS, NOT_HERE,
 
 # Keys of the model section that no logit of a finished model depends on: how it starts and how it is trained. An export drops no token.
 TRAINING = frozenset(
-    """
-    init_std dropout token_correlation dyt_alpha branchnorm_period moe.aux_loss moe.z_loss moe.bias_rate moe.capacity_factor
-    moe.eval_capacity_factor moe.init
-    """.split()
+    [
+        "init_std",
+        "dropout",
+        "token_correlation",
+        "dyt_alpha",
+        "branchnorm_period",
+        "moe.aux_loss",
+        "moe.z_loss",
+        "moe.bias_rate",
+        "moe.capacity_factor",
+        "moe.eval_capacity_factor",
+        "moe.init",
+    ]
 )
 
 
@@ -31,7 +40,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     family = BY_TYPE[kind]
     named = config.get("architectures")
     if named and family.architecture not in named:
-        raise UsageError(f"{where}: architectures is {named}, and of {kind} it is {family.architecture} that can be read: use its language model")
+        raise UsageError(
+            f"{where}: architectures is {named}, and of {kind} it is {family.architecture} that can be read: use its language model"
+        )
     return family
 
 
@@ -121,7 +132,11 @@ def _rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[Any, 
     if kind == "llama3":
         wanted |= {"original_seq_len": original, **{k: rest.pop(k, None) for k in ("low_freq_factor", "high_freq_factor")}}
     elif kind == "yarn":
-        wanted |= {"original_seq_len": original, "beta_fast": rest.pop("beta_fast", None) or 32, "beta_slow": rest.pop("beta_slow", None) or 1}
+        wanted |= {
+            "original_seq_len": original,
+            "beta_fast": rest.pop("beta_fast", None) or 32,
+            "beta_slow": rest.pop("beta_slow", None) or 1,
+        }
         wanted["attention_factor"] = rest.pop("attention_factor", None)
         if rest.pop("truncate", True) is not True:
             problems.append("rope_scaling.truncate is not True, which is not understood")
@@ -208,7 +223,11 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
 def _rope_keys(model: Model, as_parameters: bool) -> dict[str, Any]:
     scaling = model.rope_scaling
     if scaling is None:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}} if as_parameters else {"rope_theta": model.rope_theta}
+        return (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}}
+            if as_parameters
+            else {"rope_theta": model.rope_theta}
+        )
     given: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type != "linear":
         given["original_max_position_embeddings"] = scaling.original_seq_len

@@ -1,7 +1,7 @@
 """Hugging Face's families of models as data: what their config keys are here, and which of their modules hold our weights.
 
-A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or changes nothing in a forward pass (`HARMLESS`). Any other
-key is refused by name: a model that is read half is another model.
+A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or changes nothing in a forward pass (`HARMLESS`).
+Any other key is refused by name: a model that is read half is another model.
 """
 
 from __future__ import annotations
@@ -12,13 +12,46 @@ from typing import Any
 
 # Keys that no logit depends on: sizes of caches, training, files, and what generation_config.json says again.
 HARMLESS = frozenset(
-    """
-    architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id unk_token_id
-    sep_token_id decoder_start_token_id attention_dropout attn_pdrop embd_pdrop resid_pdrop pretraining_tp output_router_logits
-    router_aux_loss_coef router_jitter_noise max_window_layers task_specific_params summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj _name_or_path tokenizer_class is_decoder is_encoder_decoder
-    output_attentions output_hidden_states return_dict gradient_checkpointing torchscript reorder_and_upcast_attn n_ctx
-    """.split()
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "pretraining_tp",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "max_window_layers",
+        "task_specific_params",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "_name_or_path",
+        "tokenizer_class",
+        "is_decoder",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "gradient_checkpointing",
+        "torchscript",
+        "reorder_and_upcast_attn",
+        "n_ctx",
+    ]
 )
 ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
@@ -246,7 +279,7 @@ BY_TYPE = {f.model_type: f for f in FAMILIES}
 
 # Families that our models cannot be, with the reason.
 NOT_HERE = {
-    "bert": "BERT normalizes its embeddings, adds one for the segment, and has a layer of its own before the head; our encoder has none of them",
+    "bert": "it normalizes its embeddings, adds one for the segment, and has a layer before the head; our encoder has none of them",
     "t5": "an encoder and a decoder with relative position biases: the encoder_decoder family is not built yet",
     "llama4": "its layers alternate between two attentions",
     "gemma2": "it caps logits and norms on both sides of a branch",

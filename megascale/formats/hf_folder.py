@@ -59,7 +59,9 @@ def open_hf(folder: Path) -> Stored:
     elif (folder / SINGLE).is_file():
         files = {SINGLE: None}
     else:
-        other = next((p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5", "*.safetensors") for p in sorted(folder.glob(pattern))), None)
+        other = next(
+            (p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5", "*.safetensors") for p in sorted(folder.glob(pattern))), None
+        )
         hint = f" ({other} is no such file: save the model again with transformers)" if other else ""
         raise UsageError(f"{folder} holds neither {INDEX} nor {SINGLE}{hint}: get its weights as safetensors")
     tensors: dict[str, TensorEntry] = {}
@@ -69,7 +71,7 @@ def open_hf(folder: Path) -> Stored:
         if expected is not None and expected != found.keys():
             odd = sorted(expected ^ found.keys())
             raise UsageError(
-                f"{folder / INDEX} says that {name} holds {len(expected)} tensors, and it has {len(found)}; {odd[0]} is in one of them alone: "
+                f"{folder / INDEX} says that {name} holds {len(expected)} tensors, and it has {len(found)}; {odd[0]} is in one alone: "
                 "the files do not belong together, get them again"
             )
         twice = sorted(tensors.keys() & found.keys())

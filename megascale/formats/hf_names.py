@@ -32,10 +32,7 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[Link]:
 
 def _links(ours: str, shape: Sizes, theirs: str, place: Place) -> list[Link]:
     if "{expert}" in theirs:
-        return [
-            Link(ours, (e, 0, 0), (1, *shape[1:]), theirs.format(expert=e), (0, 0), (None, 0, 1))
-            for e in range(shape[0])
-        ]
+        return [Link(ours, (e, 0, 0), (1, *shape[1:]), theirs.format(expert=e), (0, 0), (None, 0, 1)) for e in range(shape[0])]
     if not place.transposed:
         return [whole(ours, shape, theirs)]
     to = (0, place.part * shape[0]) if len(shape) == 2 else (place.part * shape[0],)

@@ -139,9 +139,7 @@ class Rearranged:
 
 def extents(steps: Mapping[str, tuple[Step, ...]]) -> dict[str, Sizes]:
     """The shapes that targets must have at least."""
-    return {
-        name: tuple(max(s.at[d] + s.size[d] for s in parts) for d in range(len(parts[0].at))) for name, parts in steps.items()
-    }
+    return {name: tuple(max(s.at[d] + s.size[d] for s in parts) for d in range(len(parts[0].at))) for name, parts in steps.items()}
 
 
 def compare_names(expected: Mapping[str, Sizes], found: Mapping[str, Target], where: str, padded: frozenset[str] = frozenset()) -> None:
@@ -160,7 +158,9 @@ def compare_names(expected: Mapping[str, Sizes], found: Mapping[str, Target], wh
         if want != have and not rows:
             problems.append(f"{name} has shape {list(have)} and the config makes it {list(want)}")
     if problems:
-        raise UsageError(f"{where} does not hold what its config describes: {'; '.join(problems[:4])}: correct the config or get the files again")
+        raise UsageError(
+            f"{where} does not hold what its config describes: {'; '.join(problems[:4])}: correct the config or get the files again"
+        )
 
 
 def _some(names: list[str]) -> str:

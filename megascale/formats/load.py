@@ -29,7 +29,9 @@ def fill(pieces: Mapping[str, Piece], produce: Produce) -> None:
             piece.local[here].copy_(produce(name, offset, sizes))
 
 
-def load_model(model: Model, seq_len: int, produce: Produce, mesh: Mesh, parallel: Parallel, device: torch.device, dtype: torch.dtype) -> ParallelModel:
+def load_model(
+    model: Model, seq_len: int, produce: Produce, mesh: Mesh, parallel: Parallel, device: torch.device, dtype: torch.dtype
+) -> ParallelModel:
     """A model for reading alone, of weights and activations in `dtype`.
 
     seq_len  the longest sequence, where positions are learned

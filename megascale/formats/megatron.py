@@ -103,12 +103,17 @@ class Distributed:
                 continue
             whole = _chunk(self.folder / c.file, c.begin, c.length)
             if tuple(whole.shape) != c.size or whole.dtype != out.dtype:
-                raise UsageError(f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} where .metadata says {out.dtype} {list(c.size)} of {name}")
+                raise UsageError(
+                    f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} where .metadata says {out.dtype} {list(c.size)}: {name} "
+                    "is damaged"
+                )
             part = whole[tuple(slice(a - p, b - p) for a, b, p in zip(low, high, c.offset))]
             out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))] = part
             filled += part.numel()
         if filled != out.numel():
-            raise UsageError(f"{self.folder} stores {filled} of {out.numel()} elements of {name} at {list(offset)}: the checkpoint is not whole")
+            raise UsageError(
+                f"{self.folder} stores {filled} of {out.numel()} elements of {name} at {list(offset)}: the checkpoint is not whole"
+            )
         return out
 
 
@@ -127,7 +132,9 @@ def _chunk(path: Path, begin: int, length: int) -> Tensor:
 
 
 def _stamp(paths: Any) -> str:
-    return hashlib.blake2b(json.dumps([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]).encode(), digest_size=16
+    ).hexdigest()
 
 
 def find_iteration(folder: Path) -> Path:
@@ -158,7 +165,9 @@ def read_megatron(folder: str | Path, model: Model, seq_len: int, dtype: torch.d
     return _foreign(model, seq_len, links, copies, files, str(where), dtype)
 
 
-def _foreign(model: Model, seq_len: int, links: list[Link], copies: list[Link], source: Any, where: str, dtype: torch.dtype | None) -> Foreign:
+def _foreign(
+    model: Model, seq_len: int, links: list[Link], copies: list[Link], source: Any, where: str, dtype: torch.dtype | None
+) -> Foreign:
     held = source.tensors
     assert model.vocab_size is not None
     padded = frozenset(n for n in held if n.endswith(("word_embeddings.weight", "output_layer.weight")))
@@ -213,11 +222,15 @@ def _open_distributed(folder: Path) -> tuple[Distributed, Cut]:
         raise UsageError(f"{folder / 'metadata.json'} cannot be read ({error}): the checkpoint is not whole") from None
     backend = said.get("sharded_backend") if isinstance(said, dict) else None
     if backend != "torch_dist":
-        raise UsageError(f"{folder / 'metadata.json'} says sharded_backend {backend!r}, and torch_dist can be read: save it with --ckpt-format torch_dist")
+        raise UsageError(
+            f"{folder / 'metadata.json'} says sharded_backend {backend!r}, and torch_dist can be read: save with --ckpt-format torch_dist"
+        )
     try:
         source = _read_metadata(folder)
     except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UsageError(f"{folder / '.metadata'} is not what torch writes ({type(error).__name__}: {error}): the checkpoint is damaged") from None
+        raise UsageError(
+            f"{folder / '.metadata'} is not what torch writes ({type(error).__name__}: {error}): the checkpoint is damaged"
+        ) from None
     table = source.tensors.get("embedding.word_embeddings.weight")
     if table is None:
         raise UsageError(f"{folder} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
@@ -241,7 +254,9 @@ def _read_metadata(folder: Path) -> Distributed:
             offset, size = tuple(c.state["offsets"]), tuple(c.state["sizes"])
             place = places[name, offset]
             if not SHARD.fullmatch(place["relative_path"]):
-                raise UsageError(f"{folder / '.metadata'} puts {name} into {place['relative_path']!r}, which is no file of a checkpoint: do not trust it")
+                raise UsageError(
+                    f"{folder / '.metadata'} puts {name} into {place['relative_path']!r}, which is no file of a checkpoint: do not trust it"
+                )
             chunks.setdefault(name, []).append(Chunk(offset, size, place["relative_path"], int(place["offset"]), int(place["length"])))
     return Distributed(folder, {n: tuple(parts) for n, parts in chunks.items()}, dtypes)
 

@@ -1,7 +1,7 @@
 """How a GPT model of megatron-core holds our weights, whole or cut over tensor and pipeline ranks, as links.
 
-Rows of linear_qkv stand by KV head: its queries, its key, its value. linear_fc1 of a gated model has the gate above the other. Embedding and
-head have rows of padding at the end, so that ranks hold equal parts.
+Rows of linear_qkv stand by KV head: its queries, its key, its value. linear_fc1 of a gated model has the gate above the other. Embedding
+and head have rows of padding at the end, so that ranks hold equal parts.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ def rank_name(tp: int, pp: int, cut: Cut) -> str:
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
     wanted = {
-        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,), "moeut": (None,),
-        "position": ("rope", "learned"), "qk_norm": (False, True),
+        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,),
+        "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
     }  # fmt: skip
     for key, allowed in wanted.items():
         value = getattr(model, key)
         if value not in allowed:
             said = " or ".join(map(str, allowed))
-            raise UsageError(f"model.{key} is {value!r}, and weights of megatron-core's GPT model are exchanged with {said}: use Hugging Face's format")
+            raise UsageError(
+                f"model.{key} is {value!r}, and weights of megatron-core's GPT model are exchanged with {said}: use Hugging Face's format"
+            )
     if model.bias != (model.norm == "layernorm"):
         raise UsageError(
             f"model.norm is {model.norm} and model.bias is {model.bias}, and megatron-core's LayerNorm has a bias and its RMSNorm none: "
@@ -69,7 +71,9 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[Link], list[L
 
     def everywhere(ours: str, shape: Sizes, theirs: str, pp: int) -> None:
         for tp in range(cut.tp):
-            link = Link(MODEL + ours, (0,) * len(shape), shape, f"{rank_name(tp, pp, cut)}/{theirs}", (0,) * len(shape), tuple(range(len(shape))))
+            link = Link(
+                MODEL + ours, (0,) * len(shape), shape, f"{rank_name(tp, pp, cut)}/{theirs}", (0,) * len(shape), tuple(range(len(shape)))
+            )
             (copies if tp else links).append(link)
 
     def table(ours: str, theirs: str, pp: int, into: list[Link]) -> None:

@@ -19,7 +19,10 @@ import torch
 
 from megascale.errors import UsageError
 
-DTYPES = {f"torch.{d}": getattr(torch, d) for d in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
+DTYPES = {
+    f"torch.{d}": getattr(torch, d)
+    for d in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
 STORAGES = {
     f"torch.{kind}Storage": getattr(torch, f"{kind}Storage")
     for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")

@@ -63,7 +63,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         model = Model.model_validate(config["model"])
         seq_len = int(config["train"]["seq_len"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder / TRAINER} describes a model that cannot be ({str(error).splitlines()[0]}): use an older checkpoint") from None
+        raise UsageError(
+            f"{folder / TRAINER} describes a model that cannot be ({str(error).splitlines()[0]}): use an older checkpoint"
+        ) from None
     source = Stored(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())
     held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
     compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))

@@ -17,7 +17,7 @@ from megascale.formats.hf_folder import GENERATION, as_json, tokenizer_files
 POSITION = "megascale.json"  # where in its data the run stood that exported the folder
 SPACE = "▁"
 NEVER = -1e6  # the score of pieces that no text may match: bytes, control symbols
-# A SentencePiece model is also given as tokenizer.json where both encode these alike: white space, case, accents, full width, digits, bytes.
+# A SentencePiece model is also given as tokenizer.json where both encode these alike: white space, accents, full width, digits, bytes.
 PROBES = (
     "The quick brown fox.",
     " leading,  double  and trailing ",
@@ -110,4 +110,6 @@ def check_fits(tokenizer: Path | None, vocab_size: int) -> None:
         return
     size = load_tokenizer(tokenizer).vocab_size
     if size > vocab_size:
-        raise UsageError(f"the tokenizer {tokenizer} has {size} pieces and the model {vocab_size} rows: give the tokenizer that it was trained with")
+        raise UsageError(
+            f"the tokenizer {tokenizer} has {size} pieces and the model {vocab_size} rows: give the tokenizer that it was trained with"
+        )

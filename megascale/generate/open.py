@@ -55,5 +55,7 @@ def layout(opened: Opened, ranks: int, device: str) -> Config:
     }
     config = check(build_config(values), ranks)
     if config.model.moe is not None:  # an expert that is full in training is not, a token at a time
-        config = config.model_copy(update={"model": config.model.model_copy(update={"moe": config.model.moe.model_copy(update={"capacity_factor": None})})})
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"moe": config.model.moe.model_copy(update={"capacity_factor": None})})}
+        )
     return config

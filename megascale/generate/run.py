@@ -91,7 +91,9 @@ def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> No
         if not prompt:
             raise UsageError(f"prompt {number + 1} has no tokens: give it some text")
         if wrong is not None:
-            raise UsageError(f"prompt {number + 1} holds token {wrong}, and the model knows {vocabulary}: use the tokenizer it was trained with")
+            raise UsageError(
+                f"prompt {number + 1} holds token {wrong}, and the model knows {vocabulary}: use the tokenizer it was trained with"
+            )
         if stage.cfg.position == "learned" and len(prompt) + how.most > stage.shape.seq_len:
             raise UsageError(
                 f"prompt {number + 1} has {len(prompt)} tokens and {how.most} are wanted, and the model has {stage.shape.seq_len} learned "

@@ -4,8 +4,8 @@ are multiplied with, and how weights start, by role.
 Blocks read the row; nothing else knows a scheme's name. A new scheme is a new row (CONTRIBUTING.md has the recipe). Everything here is
 plain numbers: N blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
 
-Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; DeepNorm arXiv 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel
-blocks 2302.05442.
+Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; DeepNorm 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635,
+SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442.
 """
 
 from __future__ import annotations

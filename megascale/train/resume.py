@@ -85,7 +85,9 @@ def _weights_from(config: Config, folder: Path) -> Start:
     changed = [k for k in now if (k.startswith("data.") or k in ORDER) and then.get(k, now[k]) != now[k]]
     if changed:
         lines = "; ".join(f"{k} was {then[k]!r} and is {now[k]!r}" for k in changed)
-        raise UsageError(f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart")
+        raise UsageError(
+            f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart"
+        )
     return Start(folder, True, foreign=foreign, samples=samples)
 
 

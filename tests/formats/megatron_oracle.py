@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ def main(folder: Path) -> None:
     # It asks for CUDA where it needs a device or an order; there is none.
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self: self  # type: ignore[method-assign,assignment]
     dist.init_process_group("gloo")
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
+    tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)  # of dropout, which is off
     parallel_state.initialize_model_parallel(told["tp"], told["pp"])
     model = build(told["values"], parallel_state).eval()
     tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
@@ -49,7 +53,7 @@ def main(folder: Path) -> None:
     if "ranks" in told["save"]:
         path = folder / "iter_0000007" / rank / "model_optim_rng.pt"
         path.parent.mkdir(parents=True)
-        state = {n: t for n, t in model.state_dict_for_save_checkpoint().items()}
+        state = dict(model.state_dict_for_save_checkpoint())
         torch.save({"model": state, "checkpoint_version": 3.0, "iteration": 7, "args": Arguments()}, path)
         (folder / "latest_checkpointed_iteration.txt").write_text("7")
     if "dist" in told["save"]:

@@ -105,7 +105,9 @@ def save(family: str, values: dict[str, Any], folder: Path, dtype: torch.dtype =
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # A plain model of each family, for tests of everything but the family.
 PLAIN: dict[str, dict[str, Any]] = {
-    **{f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None} for f in FAMILIES[:6]},
+    **{
+        f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None} for f in FAMILIES[:6]
+    },
     "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
 }
 PLAIN["mixtral"] |= {"num_local_experts": 3}

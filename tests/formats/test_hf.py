@@ -102,7 +102,9 @@ def test_the_config_survives_a_round_trip(family: str, tmp_path: Path) -> None:
         if family == "gpt2":
             values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
     assert {k: (v, after.get(k)) for k, v in before.items() if after.get(k) != v} == {}
-    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == json.loads(
+        (tmp_path / "hf/generation_config.json").read_text()
+    )
 
 
 def test_files_are_cut_and_written_alike_by_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

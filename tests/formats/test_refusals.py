@@ -69,7 +69,7 @@ def pickled(folder: Path) -> None:
 
 def lose_a_shard(folder: Path) -> None:
     names = load_file(folder / "model.safetensors")
-    index = {n: "model-00001-of-00002.safetensors" for n in names}
+    index = dict.fromkeys(names, "model-00001-of-00002.safetensors")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index["model.norm.weight"] = "model-00002-of-00002.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
@@ -82,7 +82,7 @@ def foreign_shard(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda f: edit(f, model_type="mamba"), "model_type is 'mamba', and models of llama, mistral"),
-    "bert": (lambda f: edit(f, model_type="bert"), "BERT normalizes its embeddings"),
+    "bert": (lambda f: edit(f, model_type="bert"), "it normalizes its embeddings"),
     "t5": (lambda f: edit(f, model_type="t5"), "the encoder_decoder family is not built yet"),
     "another head": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM that can be read"),
     "unknown key": (lambda f: edit(f, attention_sinks=4), "attention_sinks is 4, which is not understood"),
