@@ -63,12 +63,14 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
         if value not in allowed:
             problems.append(f"{key} is {value!r}, and only {allowed[0]!r} can be had here")
     flat: dict[str, Any] = {"family": "decoder", **family.ours}
-    for key in family.keys:
-        value = config.get(key.theirs, config.get(key.also or key.theirs, key.default))
-        if key.values is not None and value not in key.values:
-            problems.append(f"{key.theirs} is {value!r}, and {', '.join(map(repr, key.values))} can be had here")
-            continue
-        flat[key.ours] = value if key.values is None else key.values[value]
+    for known_key in family.keys:
+        value = config.get(known_key.theirs, config.get(known_key.also or known_key.theirs, known_key.default))
+        if known_key.values is None:
+            flat[known_key.ours] = value
+        elif value in known_key.values:
+            flat[known_key.ours] = known_key.values[value]
+        else:
+            problems.append(f"{known_key.theirs} is {value!r}, and {', '.join(map(repr, known_key.values))} can be had here")
     window, problem = _window(family, config, flat.get("num_layers"))
     flat["sliding_window"] = window
     length = config.get("max_position_embeddings", config.get("n_positions"))
@@ -91,9 +93,11 @@ def _validated(flat: Mapping[str, Any], where: str) -> Model:
     try:
         return Model.model_validate(nested)
     except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error), "input": None}
+        first: Any = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error), "input": None}
         key = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{where} describes a model that cannot be: model.{key} would be {first['input']!r} ({first['msg']})") from None
+        said = str(first["msg"]).removeprefix("Value error, ")
+        said = f"model.{key} would be {first['input']!r}: {said}" if key else said
+        raise UsageError(f"{where} describes a model that cannot be: {said}") from None
 
 
 def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int | None, str | None]:

@@ -104,7 +104,7 @@ class Distributed:
             whole = _chunk(self.folder / c.file, c.begin, c.length)
             if tuple(whole.shape) != c.size or whole.dtype != out.dtype:
                 raise UsageError(
-                    f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} where .metadata says {out.dtype} {list(c.size)}: {name} "
+                    f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} and .metadata says {out.dtype} {list(c.size)}: {name} "
                     "is damaged"
                 )
             part = whole[tuple(slice(a - p, b - p) for a, b, p in zip(low, high, c.offset))]

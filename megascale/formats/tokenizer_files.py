@@ -36,7 +36,7 @@ def tokenizer_content(path: Path) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in tokenizer_files(path)}
     tokenizer = load_tokenizer(path)
     if tokenizer.path.suffix == ".json":
-        end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eos_id)
+        end = str(tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eos_id))
         return {"tokenizer.json": tokenizer.path.read_bytes(), "tokenizer_config.json": as_json(_facts(end))}
     return _of_sentencepiece(tokenizer)
 
