@@ -310,6 +310,7 @@ class Data(Section):
     train: str | list[DataSource | str]
     valid: str | list[DataSource | str] | None = None
     valid_fraction: Share = 0.0
+    order: Literal["megascale", "megatron"] = "megascale"  # megatron: the order of megatron-core's GPTDataset and blends
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens that an encoder has to name; 0.15 if absent
     tokenizer: str | None = None
 

@@ -27,6 +27,7 @@ from megascale.data.fields import FieldMixture
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.masking import Masking
+from megascale.data.megatron_order import MegatronMixture
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.formats.export import export_beside
@@ -57,7 +58,7 @@ from megascale.train.watch import Pulse, Watch
 
 WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
-Samples = Mixture | FieldMixture
+Samples = Mixture | MegatronMixture | FieldMixture
 
 
 def resolve_vocabulary(config: Config) -> Config:
@@ -207,6 +208,9 @@ def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
             return FieldMixture(sources, config.model.spacetime, seed, part, data.valid_fraction, shuffled)
         assert config.model.vocab_size is not None
         vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
+        if data.order == "megatron":
+            steps = train.total_steps if shuffled else train.eval_steps
+            return MegatronMixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, steps * train.global_batch_size)
         return Mixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, shuffled)
 
     sources = read_sources(data.train, "data.train")

@@ -172,6 +172,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "master": (1, ("precision.master=bf16",)),
     "rope_context": (1, ("model.position=alibi", "model.rope_scaling={factor: 8}")),
     "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
+    "megatron_order": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "data.order=megatron")),
     "eval_without_data": (1, ("train.eval_every=1",)),
 }
 

@@ -94,6 +94,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "remove one of them",
     ),
     Rule(
+        "megatron_order",
+        ("data.order", "model.family"),
+        lambda c, n: c.data.order == "megatron" and c.model.family == "spacetime",
+        "Megatron's order is one of documents of tokens",
+        "use order megascale",
+    ),
+    Rule(
         "eval_without_data",
         ("train.eval_every", "data.valid_fraction"),
         lambda c, n: c.train.eval_every > 0 and c.data.valid is None and c.data.valid_fraction == 0,
