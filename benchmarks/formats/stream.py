@@ -55,7 +55,8 @@ def main(
             if n != (workers or [1, 2])[-1]:
                 shutil.rmtree(folder / "ours")
         found.setdefault("megascale to hf, 2 workers", []).append(convert(folder / "ours", folder / "back", "megascale", "hf", 2))
-        shutil.rmtree(folder / "back"), shutil.rmtree(folder / "ours")
+        for name in ("back", "ours"):
+            shutil.rmtree(folder / name)
     result: dict[str, Any] = {**machine(), "cores": os.cpu_count(), "bytes": size, "parameters": size // 2, "rounds": rounds}
     for name, runs in found.items():
         seconds = statistics.median(r["seconds"] for r in runs)
