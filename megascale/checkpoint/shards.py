@@ -28,27 +28,27 @@ HELD = 1 << 30  # bytes read through one handle: mapped pages count as resident 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor to write: its key in the shard, and its data."""
+    """One tensor to write: its key in the shard, and its data, as tensors that follow one another in memory and are asked for in turn."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data: Tensor
+    data: Iterable[Tensor]
 
 
 def shard_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: list[Stored]) -> FileEntry:
-    """Writes tensors as one safetensors file, on disk when this returns. Raises OSError naming the file.
+def write_shard(path: Path, tensors: list[Stored], metadata: dict[str, str] | None = None) -> FileEntry:
+    """Writes tensors as one safetensors file, on disk when this returns, `metadata` in its header. Raises OSError naming the file.
 
     A second thread sums the block that is being written, and the disk begins early: together they keep up with `dd`.
     """
     crc = size = flushed = 0
     try:
         with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-            for block in _blocks(_header(tensors), tensors):
+            for block in _blocks(_header(tensors, metadata), tensors):
                 job = pool.submit(zlib.crc32, block, crc)
                 size += len(block)
                 rest = block
@@ -67,8 +67,8 @@ def write_shard(path: Path, tensors: list[Stored]) -> FileEntry:
     return FileEntry(size, crc)
 
 
-def _header(tensors: list[Stored]) -> bytes:
-    header: dict[str, Any] = {}
+def _header(tensors: list[Stored], metadata: dict[str, str] | None) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for t in tensors:
         end = position + math.prod(t.shape) * t.dtype.itemsize
@@ -81,9 +81,9 @@ def _header(tensors: list[Stored]) -> bytes:
 
 def _blocks(head: bytes, tensors: Iterable[Stored]) -> Iterator[memoryview]:
     gathered = bytearray(head)
-    for t in tensors:
+    for piece in (piece for t in tensors for piece in t.data):
         # Tensors on a device come over one by one: a whole copy of the state may not fit into this machine's memory.
-        data = memoryview(t.data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        data = memoryview(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         if len(data) < SMALL:
             gathered += data
         if gathered and (len(gathered) >= BLOCK or len(data) >= SMALL):

@@ -81,7 +81,7 @@ class ShardWriter(StorageWriter):
             sizes = tuple(meta.chunk.sizes)
             if 0 not in sizes:
                 key = chunk_key(item.index.fqn, tuple(meta.size), tuple(meta.chunk.offsets), sizes)
-                tensors.append(Stored(key, meta.properties.dtype, sizes, planner.resolve_data(item)))  # type: ignore[arg-type]
+                tensors.append(Stored(key, meta.properties.dtype, sizes, (planner.resolve_data(item),)))  # type: ignore[arg-type]
         results: list[WriteResult] = []
         if tensors:
             name = shard_name(plan.storage_data)
@@ -99,7 +99,7 @@ class ShardWriter(StorageWriter):
                 raise OSError(f"{path}, written by another rank, is not to be seen here: run.dir must be on a disk that all nodes share")
         text = self.trainer_json.encode()
         files[TRAINER] = FileEntry(len(text), zlib.crc32(text))
-        _write(self.temporary / TRAINER, text)
+        write_durably(self.temporary / TRAINER, text)
         tensors = {}
         for name, meta in metadata.state_dict_metadata.items():
             assert isinstance(meta, TensorStorageMetadata)
@@ -109,7 +109,7 @@ class ShardWriter(StorageWriter):
                 if 0 not in c.sizes
             )
             tensors[name] = TensorEntry(DTYPE_NAMES[meta.properties.dtype], tuple(meta.size), chunks)
-        _write(self.temporary / INDEX, Index(self.temporary, VERSION, files, tensors).to_json().encode())
+        write_durably(self.temporary / INDEX, Index(self.temporary, VERSION, files, tensors).to_json().encode())
         publish(self.root, self.temporary, self.step)
 
 
@@ -123,7 +123,7 @@ def publish(root: Path, temporary: Path, step: int) -> None:
     try:
         os.rename(temporary, final)
         _sync_folder(root)
-        _write(pointer, f"{final.name}\n".encode())
+        write_durably(pointer, f"{final.name}\n".encode())
         os.replace(pointer, root / LATEST)
         _sync_folder(root)
     except OSError:  # as it was before: what has failed must not be found later
@@ -214,7 +214,8 @@ def _done(value: Any) -> Future[Any]:
     return future
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """A small file, on disk when this returns. Raises OSError naming it."""
     try:
         with path.open("wb") as file:
             file.write(content)
