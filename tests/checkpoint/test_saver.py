@@ -117,7 +117,13 @@ def test_a_full_disk_on_one_rank(tmp_path: Path, rank: int, asynchronous: bool) 
     assert verify(find(tmp_path)) == []
 
 
-PUBLISHING = [("_write", "trainer.json"), ("_write", "index.json"), ("_write", ".tmp-latest"), ("_sync_folder", ""), ("publish", "")]
+PUBLISHING = [
+    ("write_durably", "trainer.json"),
+    ("write_durably", "index.json"),
+    ("write_durably", ".tmp-latest"),
+    ("_sync_folder", ""),
+    ("publish", ""),
+]
 
 
 def publication_fails(root: str, what: str, file: str) -> list[list[str]]:
