@@ -18,6 +18,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
 from megascale.formats.hf import read_hf
 from megascale.formats.load import load_model
+from megascale.generate.open import ends_of
 from megascale.generate.run import Sampling, generate
 from megascale.generate.sample import choose
 from megascale.parallel.apply import ParallelModel
@@ -93,7 +94,19 @@ def test_greedy_is_transformers_greedy(family: str, tmp_path: Path) -> None:
     foreign = read_hf(tmp_path / "hf")
     mesh = build_mesh(axis_sizes(Parallel(dp_shard=1), 1), "cpu")
     model = load_model(foreign.model, foreign.seq_len, foreign.produce, mesh, Parallel(), CPU, torch.float32)
-    assert generate(model, PROMPTS, Sampling(24, end=3)) == want
+    assert generate(model, PROMPTS, Sampling(24, ends=frozenset({3}))) == want
+
+
+def test_ends_are_read_as_transformers_writes_them() -> None:
+    """Catches a chat model that never ends: its generation config has several tokens that do."""
+    assert ends_of({"eos_token_id": 3}) == {3} and ends_of({"eos_token_id": [3, 5]}) == {3, 5} and ends_of({}) == set()
+    model = build(Case(MODELS["llama"], seq_len=64), 1)
+    model.train(False)
+    free = generate(model, PROMPTS, Sampling(8))
+    ends = frozenset({free[0][2], free[1][0]})
+    for told, tokens in zip(generate(model, PROMPTS, Sampling(8, ends=ends)), free):
+        first = next((i + 1 for i, t in enumerate(tokens) if t in ends), 8)
+        assert told == tokens[:first]
 
 
 def test_drawing() -> None:

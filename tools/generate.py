@@ -52,7 +52,8 @@ def main(
     ranks = find_ranks()
     config = layout(opened, ranks.size, device)
     where = choose_device(config, ranks)
-    how = Sampling(max_new_tokens, temperature, top_p, seed, None if ignore_end or text is None else text.eos_id)
+    ends = opened.ends or (frozenset() if text is None else frozenset({text.eos_id}))
+    how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends)
     with process_group(config, ranks, where):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = agreed(
@@ -61,13 +62,11 @@ def main(
             )
         )
         found = generate(model, prompts, how)
-    for given, ids, said in zip(prompt or tokens or [], found, (text.decode(ids) if text else None for ids in found)):
+    for given, ids in zip(prompt or tokens or [], found):
+        said = None if text is None else text.decode(ids[:-1] if ids[-1] in how.ends else ids)
         if ranks.rank == 0:
-            print(
-                json.dumps({"prompt": given, "tokens": ids, "text": said}, ensure_ascii=False)
-                if as_json
-                else said or " ".join(map(str, ids))
-            )
+            row = json.dumps({"prompt": given, "tokens": ids, "text": said}, ensure_ascii=False)
+            print(row if as_json else " ".join(map(str, ids)) if said is None else said)
 
 
 def find(path: Path | None) -> Tokenizer:

@@ -21,18 +21,18 @@ from megascale.parallel.apply import ParallelModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen (`sample.choose`), and when to end: after `most` tokens, or behind token `end`."""
+    """How tokens are chosen (`sample.choose`), and when to end: after `most` tokens, or behind one of `ends`."""
 
     most: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    end: int | None = None
+    ends: frozenset[int] = frozenset()
 
 
 @torch.no_grad()
 def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampling) -> list[list[int]]:
-    """The tokens that follow each prompt, `end` among them where it came; every rank calls and gets the same.
+    """The tokens that follow each prompt, an end among them where it came; every rank calls and gets the same.
 
     Each pass computes new tokens alone. The model's attentions get caches, which are gone with the next call. Raises UsageError for a
     prompt that is empty, holds a token that the model does not know, or is too long where positions are learned.
@@ -62,7 +62,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
             for i, token in enumerate(chosen.tolist()):
                 if going[i]:
                     found[i].append(token)
-                    going[i] = token != how.end
+                    going[i] = token not in how.ends
             if not any(going):
                 break
             tokens, positions = chosen[:, None], positions[:, -1:] + 1
