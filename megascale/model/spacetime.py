@@ -52,7 +52,7 @@ class Spacetime(nn.Module):
                 self.mask_token = Table(ParamSpec((d,), "position", "tokens", std), dtype)
             if cfg.position == "learned":
                 self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, False) for i in part.layers})
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, False) for i in part.layers})
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)

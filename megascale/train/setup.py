@@ -30,7 +30,6 @@ from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
@@ -44,7 +43,7 @@ from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.engine import Engine, Native
 from megascale.train.in_backward import InBackward
-from megascale.train.memory import DTYPES, check_host_room
+from megascale.train.memory import check_host_room, shape_of
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
 from megascale.train.reporter import Reporter
@@ -175,7 +174,7 @@ def check_torch(config: Config) -> None:
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
-    shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
+    shape = shape_of(config)
     specs = specs_of(build_part(config.model, shape, kernels.norm))
     flops = flops_per_token(config.model, specs, config.train.seq_len)
     active = active_parameters(specs)
