@@ -38,6 +38,7 @@ class Case:
     fp8: Fp8 = "false"
     loss_scale: float = 1.0
     seq_len: int = 12
+    source_len: int = 8  # of an encoder_decoder
     batch: int = 4
     micro_batch: int = 1
     steps: int = 3
@@ -59,7 +60,7 @@ def tiny(**changes: Any) -> Model:
 
 
 def fake_batch(case: Case, numbers: list[int]) -> Batch:
-    """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets."""
+    """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets. Sources end anywhere."""
     if case.model.spacetime is not None:
         return fake_fields(case, case.model.spacetime, numbers)
     vocab = case.model.vocab_size
@@ -77,6 +78,9 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         begins = torch.where(docs != torch.nn.functional.pad(docs[:, :-1], (1, 0), value=-1), torch.arange(case.seq_len), 0)
         positions = torch.arange(case.seq_len) - begins.cummax(1).values
     targets[torch.tensor(numbers) < 0] = -1
+    source = fake_sources(case, numbers) if case.model.encoder_layers else None
+    if source is not None:
+        targets[torch.arange(case.seq_len) > 3 + torch.tensor(numbers)[:, None] % case.seq_len] = -1
     return Batch(
         tokens[:, :-1],
         targets,
@@ -84,7 +88,19 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         positions,
         torch.tensor(numbers),
         int((targets >= 0).sum()),
+        source,
     )
+
+
+def fake_sources(case: Case, numbers: list[int]) -> Tensor:
+    """[b, source_len] tokens that depend on the sample number only, −1 beyond an end of its own; an empty place has none."""
+    vocab = case.model.source_vocab_size or case.model.vocab_size
+    assert vocab is not None
+    source = torch.full((len(numbers), case.source_len), -1)
+    for row, n in enumerate(numbers):
+        length = 1 + (5 * n + 2) % case.source_len if n >= 0 else 0
+        source[row, :length] = torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(5000 + n))
+    return source
 
 
 def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
@@ -103,7 +119,7 @@ def build(case: Case, ranks: int) -> ParallelModel:
     mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu", case.parallel.heads_over)
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
-    shape = Shape(case.seq_len, storage, DTYPES[case.precision])
+    shape = Shape(case.seq_len, storage, DTYPES[case.precision], case.source_len if case.model.encoder_layers else 0)
     stages = build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank)
     model = parallelize(stages, mesh, case.parallel, CPU, case.fp8)
     for _ in model.draw_weights(7):

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
+from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
+
+ENCODERS = ("encoder", "encoder_decoder")  # families some of whose tokens look both ways
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
-        "family",
-        ("model.family",),
-        lambda c, n: c.model.family == "encoder_decoder",
-        "this version trains decoders, encoders, and transformers over grids",
-        "use decoder, encoder or spacetime",
-        True,
-    ),
-    Rule(
         "encoder_position",
         ("model.family", "model.position"),
-        lambda c, n: c.model.family == "encoder" and c.model.position in ("xpos", "alibi"),
+        lambda c, n: c.model.family in ENCODERS and c.model.position in ("xpos", "alibi"),
         "xPos and ALiBi weigh how far back a token looks, and an encoder looks both ways",
         "use rope or learned",
     ),
     Rule(
         "encoder_window",
         ("model.family", "model.sliding_window"),
-        lambda c, n: c.model.family == "encoder" and c.model.sliding_window is not None,
+        lambda c, n: c.model.family in ENCODERS and c.model.sliding_window is not None,
         "the window ends at the token itself, and an encoder looks both ways",
         "remove sliding_window",
     ),
     Rule(
         "encoder_context",
         ("model.family", "parallel.cp"),
-        lambda c, n: c.model.family == "encoder" and c.parallel.cp > 1,
+        lambda c, n: c.model.family in ENCODERS and c.parallel.cp > 1,
         "tokens of other ranks are met in causal order",
         "set cp to 1",
     ),
     Rule(
         "mask_fraction",
-        ("data.mask_fraction", "model.family"),
-        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
-        "tokens are masked for encoders only",
-        "remove mask_fraction, or use family encoder",
+        ("data.mask_fraction", "model.family", "data.objective"),
+        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
+        "tokens are hidden from encoders only, alone or by the objective span_corruption",
+        "remove mask_fraction, or use family encoder, or encoder_decoder with objective span_corruption",
     ),
     Rule(
         "spacetime_fields",
@@ -128,7 +123,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "moe_every",
         ("model.moe.every", "model.num_layers"),
-        lambda c, n: c.model.moe is not None and c.model.moe.every > c.model.num_layers,
+        lambda c, n: c.model.moe is not None and c.model.moe.every > max(c.model.num_layers, c.model.encoder_layers or 0),
         "no layer would have experts",
         "choose a smaller every, or remove model.moe",
     ),
