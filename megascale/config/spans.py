@@ -1,7 +1,7 @@
 """How much of a text span corruption hides: plain numbers, read by the support table, the data and the docs.
 
-A window of text becomes a source, in which a mark stands for each hidden span, and a target, in which each mark is followed by what it hides
-(T5, arXiv 1910.10683, section 3.1.4). Both end with the end token.
+A window of text becomes a source, in which a mark stands for each hidden span, and a target, in which each mark is followed by what it
+hides (T5, arXiv 1910.10683, section 3.1.4). Both end with the end token.
 """
 
 from __future__ import annotations

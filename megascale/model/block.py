@@ -1,4 +1,6 @@
-"""One block: attention, attention to a memory where there is one, then feed-forward, each joined to the stream as its row of the residual table says."""
+"""One block: attention, attention to a memory where there is one, then feed-forward, each joined to the stream as its row of the residual
+table says.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class Decoder(nn.Module):
     shapes; passes cut it before it gets memory.
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed), `enter_memory`
-    (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens),
+    `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
     The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 

@@ -1,8 +1,8 @@
 """The encoder–decoder family: an encoder reads a source, a decoder writes its target and attends to what the encoder made of it.
 
-Layers are numbered through both stacks, the encoder's first, so that passes, stages and schedules see one row of blocks. Between two stages
-travels one tensor [b, t + s, d]: the source's tokens, which the decoder's layers only read, and the target's, which the encoder's layers only
-hand on. So both are embedded in the first stage, which alone has tables of the vocabulary.
+Layers are numbered through both stacks, the encoder's first, so that passes, stages and schedules see one row of blocks. Between two
+stages travels one tensor [b, t + s, d]: the source's tokens, which the decoder's layers only read, and the target's, which the encoder's
+layers only hand on. So both are embedded in the first stage, which alone has tables of the vocabulary.
 
 Shapes: b micro-batch, t source, s target, d hidden, V vocabulary.
 """

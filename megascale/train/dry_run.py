@@ -22,12 +22,12 @@ from megascale.model.spec import active_parameters, specs_of
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.train.memory import host_bytes, largest_rank, shape_of
-from megascale.train.setup import resolve_vocabulary
+from megascale.train.samples import resolve_vocabulary
 
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
     """Prints the report; with `json_file` also writes it, with `picture` draws the pipeline. Raises UsageError as the run would."""
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
         config = resolve_vocabulary(config)
     config = check(config, ranks)
     report = describe_run(config, ranks)
@@ -88,7 +88,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
         "layout": describe(config.parallel),
         "bytes_per_rank": totals,
         **({"host_bytes_per_rank": host_bytes(config, ranks)} if config.parallel.offload else {}),
-        "flops_per_step": flops_per_token(config.model, specs, train.seq_len) * tokens,
+        "flops_per_step": flops_per_token(config.model, specs, train.seq_len, train.source_length) * tokens,
         "schedule": {
             "data_ranks": parts,
             "micro_batches": -(-train.global_batch_size // (train.micro_batch_size * parts)),
