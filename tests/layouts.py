@@ -78,8 +78,9 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         begins = torch.where(docs != torch.nn.functional.pad(docs[:, :-1], (1, 0), value=-1), torch.arange(case.seq_len), 0)
         positions = torch.arange(case.seq_len) - begins.cummax(1).values
     targets[torch.tensor(numbers) < 0] = -1
-    source = fake_sources(case, numbers) if case.model.encoder_layers else None
-    if source is not None:
+    source = None
+    if case.model.encoder_layers:
+        source = fake_texts(numbers, case.source_len, case.model.source_vocab_size or vocab)
         targets[torch.arange(case.seq_len) > 3 + torch.tensor(numbers)[:, None] % case.seq_len] = -1
     return Batch(
         tokens[:, :-1],
@@ -92,13 +93,11 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
     )
 
 
-def fake_sources(case: Case, numbers: list[int]) -> Tensor:
-    """[b, source_len] tokens that depend on the sample number only, −1 beyond an end of its own; an empty place has none."""
-    vocab = case.model.source_vocab_size or case.model.vocab_size
-    assert vocab is not None
-    source = torch.full((len(numbers), case.source_len), -1)
+def fake_texts(numbers: list[int], places: int, vocab: int) -> Tensor:
+    """[b, places] tokens that depend on the sample number only, −1 beyond an end of its own; an empty place has none."""
+    source = torch.full((len(numbers), places), -1)
     for row, n in enumerate(numbers):
-        length = 1 + (5 * n + 2) % case.source_len if n >= 0 else 0
+        length = 1 + (5 * n + 2) % places if n >= 0 else 0
         source[row, :length] = torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(5000 + n))
     return source
 
@@ -112,7 +111,10 @@ def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
         some = torch.rand(fields.tokens, generator=generator) < 0.5
         counted.append(some & (n >= 0) if fields.objective == "masked" else torch.full_like(some, n >= 0))
     targets = torch.stack(counted).to(torch.int64) - 1
-    return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), int((targets >= 0).sum()))
+    valid, text = int((targets >= 0).sum()), None
+    if fields.text_len is not None and fields.text_vocab_size is not None:
+        text = fake_texts(numbers, fields.text_len, fields.text_vocab_size)
+    return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), valid, text)
 
 
 def build(case: Case, ranks: int) -> ParallelModel:

@@ -24,14 +24,16 @@ from tests.test_layouts import assert_equal
 pytestmark = pytest.mark.dist
 
 
-def grid(shape: tuple[int, ...], objective: str = "masked", patch: tuple[int, ...] | None = None, **changes: Any) -> Model:
+def grid(shape: tuple[int, ...], objective: str = "masked", patch: tuple[int, ...] | None = None, text: int = 0, **changes: Any) -> Model:
     fields = {"shape": shape, "patch": patch or (1,) * len(shape), "channels": 2, "objective": objective}
+    fields |= {"text_len": text, "text_vocab_size": 11} if text else {}
     return tiny(**{"family": "spacetime", "spacetime": fields, "vocab_size": None, "num_layers": 4, "num_kv_heads": 2, **changes})
 
 
 MODELS: dict[str, Model] = {
     "video": grid((5, 7), patch=(1, 1)),
     "forecast": grid((6, 5, 8), "next_step", patch=(1, 1, 2), position="learned", dropout=0.1, num_layers=5),
+    "told": grid((5, 6), "next_step", text=4, dropout=0.1, num_kv_heads=1, qk_norm=True),
     "volume": grid((4, 6, 5), bias=True, norm="layernorm", qk_norm=True, num_kv_heads=1),
 }
 LAYOUTS: dict[str, tuple[int, Parallel]] = {

@@ -78,6 +78,8 @@ class Spacetime(Section):
     channels: Positive
     objective: Literal["masked", "next_step"] = "masked"  # fill in hidden patches, or see the past and tell the next patch in time
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    text_len: Positive | None = None  # places of a text that goes with each sample, which every block attends to; absent: no text
+    text_vocab_size: Positive | None = None  # of it; from the tokenizer beside PREFIX.text if absent
 
     @model_validator(mode="after")
     def _fits(self) -> Spacetime:

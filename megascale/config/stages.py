@@ -88,11 +88,13 @@ def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
     """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs. Where some
     layers have experts, a layer costs their mean.
     """
-    d, heads, _ = _widths(model)
+    d, heads, kv = _widths(model)
     products = _products(model)
     if model.spacetime is not None:
         mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
-        return 2.0 * products + 4.0 * heads * mean, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
+        text = model.spacetime.text_len or 0
+        told = 4.0 * d * heads + 4.0 * heads * text + 4.0 * d * kv * text / model.spacetime.tokens if text else 0.0
+        return 2.0 * products + 4.0 * heads * mean + told, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
     assert model.vocab_size is not None
     window = min(seq_len, model.sliding_window or seq_len)
     return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size

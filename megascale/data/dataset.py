@@ -126,12 +126,11 @@ def check_vocabulary(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_largest(path: str, largest: int, vocab_size: int) -> None:
+def check_largest(path: str, largest: int, vocab_size: int, key: str = "model.vocab_size") -> None:
     """Raises UsageError where a file holds a token that the vocabulary has not."""
     if largest >= vocab_size:
         raise UsageError(
-            f"{path} holds token {largest}, and model.vocab_size is {vocab_size}: use the tokenizer that made the file, or a larger "
-            "vocabulary"
+            f"{path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
         )
 
 

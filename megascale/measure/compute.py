@@ -51,8 +51,15 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
         encoder, decoder, head = pair_costs(cfg, seq_len, source_len)
         return 3 * (cfg.encoder_layers * encoder + cfg.num_layers * decoder + head) / seq_len
     if cfg.spacetime is not None:
-        met = sum(cfg.spacetime.grid[cfg.attended(i)] for i in range(cfg.num_layers))
-        return 6 * sum(s.numel for s in specs.values() if s.role != "position") + 12 * cfg.num_heads * cfg.head_dim * met
+        fields, text = cfg.spacetime, cfg.spacetime.text_len or 0
+        met = sum(fields.grid[cfg.attended(i)] + text for i in range(cfg.num_layers))
+        products: float = sum(s.numel for s in specs.values() if s.role != "position")
+        if text:
+            # Texts are looked up, and their keys and values made once for all patches of a sample.
+            assert cfg.num_kv_heads is not None and fields.text_vocab_size is not None
+            told = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cfg.hidden_size
+            products -= fields.text_vocab_size * cfg.hidden_size + told * (1 - text / fields.tokens)
+        return 6 * products + 12 * cfg.num_heads * cfg.head_dim * met
     lookup = {"position"} if cfg.tie_embeddings else {"position", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
     return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len

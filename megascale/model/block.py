@@ -30,6 +30,13 @@ class Memory(NamedTuple):
     seen: Seen | None
 
 
+def only(valid: Tensor) -> Seen:
+    """All keys that are `valid` [b, t] are seen. An empty place of a batch has none, and sees its first rather than divide by nothing."""
+    valid = valid.clone()
+    valid[:, 0] = True
+    return Seen(causal=False, valid=valid)
+
+
 class Context(NamedTuple):
     """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them, or all where attention
     is not causal), dropout keys [b, s] of the layer, the factor [1] on every branch that follows the global step (None: no scheme with

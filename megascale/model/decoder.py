@@ -49,6 +49,17 @@ class Table(nn.Module):
         self.weight = declare(spec, dtype)
 
 
+def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Tensor:
+    """Rows of weight [V_here, d] for tokens [b, s] → [b, s, d]. With an axis the first of them is number `first`, and rows that live on
+    other ranks are zero.
+    """
+    if axis is None:
+        return F.embedding(tokens, weight)
+    row = tokens - first
+    here = (row >= 0) & (row < weight.shape[0])
+    return F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, head, or the `part` of them that makes a pipeline stage. Built on the meta device with unsharded
     shapes; passes cut it before it gets memory.
@@ -205,14 +216,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
-        weight = table.weight.to(self.shape.compute)
-        if self.vocab_axis is None:
-            x = F.embedding(tokens, weight)
-        else:
-            row = tokens - first
-            here = (row >= 0) & (row < weight.shape[0])
-            x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
-        x = self.leave_embedding(x)
+        x = self.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, first, self.vocab_axis))
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype)
         return x if places is None else x + F.embedding(self.tokens_here(positions), places.weight.to(x.dtype))

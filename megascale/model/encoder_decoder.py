@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part, has_experts
-from megascale.model.attention_tiles import Seen
-from megascale.model.block import Block, Memory
+from megascale.model.block import Block, Memory, only
 from megascale.model.decoder import Decoder, Shape, Table
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm
@@ -137,10 +136,3 @@ class EncoderDecoder(Decoder):
         if asked is None:
             return None
         return valid * (asked.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1))
-
-
-def only(valid: Tensor) -> Seen:
-    """All keys that are `valid` [b, t] are seen. An empty place of a batch has none, and sees its first rather than divide by nothing."""
-    valid = valid.clone()
-    valid[:, 0] = True
-    return Seen(causal=False, valid=valid)

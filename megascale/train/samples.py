@@ -8,7 +8,7 @@ import torch
 
 from megascale.comm.mesh import Mesh
 from megascale.config.rules.pairs import spans_asked, spans_in
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Spacetime
 from megascale.config.spans import SENTINELS
 from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
 from megascale.data.fields import FieldMixture
@@ -50,13 +50,23 @@ def resolve_vocabulary(config: Config) -> Config:
     """
     model, data = config.model, config.data
     if model.spacetime is not None:
-        return config
+        return config.model_copy(update={"model": model.model_copy(update={"spacetime": with_text(config, model.spacetime)})})
     size = vocabulary(first_prefix(config), model.vocab_size, data.tokenizer, "", extra_pieces(config))
     found = {"vocab_size": size}
     if translates(config) and not model.share_embeddings:
         prefix = first_prefix(config, "source")
         found["source_vocab_size"] = vocabulary(prefix, model.source_vocab_size, data.source_tokenizer, "source_", 0)
     return config.model_copy(update={"model": model.model_copy(update=found)})
+
+
+def with_text(config: Config, fields: Spacetime) -> Spacetime:
+    """The fields with the vocabulary of their texts, where they have any."""
+    if not fields.text_len:
+        return fields
+    prefix = read_sources(config.data.train, "data.train")[0].path + ".text"
+    return fields.model_copy(
+        update={"text_vocab_size": vocabulary(prefix, fields.text_vocab_size, config.data.tokenizer, "spacetime.text_", 0)}
+    )
 
 
 def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str, more: int) -> int:

@@ -108,6 +108,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
     "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
     "spacetime_text": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.sliding_window=2")),
+    "spacetime_texts": (1, ("model.spacetime={shape: [4, 2], patch: [1, 1], channels: 1, text_vocab_size: 9}", "model.family=spacetime")),
     "spacetime_block": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.residual=deepnorm")),
     "mus_block": (1, (*MUS, "model.norm=dyt")),
     "mus_tau": (1, ("model.mus_tau=0.2",)),

@@ -24,7 +24,9 @@ def pair(**changes: Any) -> Model:
 # Between them every residual scheme, norm, activation, kind of head and vocabulary.
 MODELS: dict[str, Model] = {
     "llama": pair(),
-    "separate": pair(norm="layernorm", ffn="gelu", position="learned", bias=True, dropout=0.2, share_embeddings=False, source_vocab_size=29),
+    "separate": pair(
+        norm="layernorm", ffn="gelu", position="learned", bias=True, dropout=0.2, share_embeddings=False, source_vocab_size=29
+    ),
     "deepnorm": pair(residual="deepnorm", qk_norm=True, num_kv_heads=1, tie_embeddings=True, encoder_layers=1, num_layers=3),
     "branchnorm": pair(residual="branchnorm", branchnorm_period=5, ffn="gelu"),
     "deepscale": pair(residual="deepscale", norm="layernorm", bias=True, tie_embeddings=True, dropout=0.1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
+from megascale.config.schema import Config
 
 ENCODERS = ("encoder", "encoder_decoder")  # families some of whose tokens look both ways
 
@@ -64,6 +65,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         ),
         "windows, documents, ALiBi, XPos and tied embeddings are for text",
         "use position rope or learned, without sliding_window and tie_embeddings, and packing concat",
+    ),
+    Rule(
+        "spacetime_texts",
+        ("model.spacetime.text_len", "model.spacetime.text_vocab_size", "parallel.tp"),
+        lambda c, n: grid(c) and not _texts_fit(c),
+        "a text of text_len places goes with each sample, each tensor rank needs a row of its vocabulary, and tp_sequence cuts its places",
+        "give text_len with text_vocab_size, and choose tp of at most text_vocab_size, dividing text_len with tp_sequence",
     ),
     Rule(
         "spacetime_block",
@@ -170,3 +178,12 @@ MODEL_RULES: tuple[Rule, ...] = (
         "use the data axes, cp and ep",
     ),
 )
+
+
+def _texts_fit(config: Config) -> bool:
+    fields, parallel = config.model.spacetime, config.parallel
+    assert fields is not None
+    if fields.text_len is None:
+        return fields.text_vocab_size is None
+    rows = fields.text_vocab_size is None or fields.text_vocab_size >= parallel.tp
+    return rows and not (parallel.tp_sequence and fields.text_len % parallel.tp)
