@@ -132,6 +132,39 @@ def test_what_is_hidden_is_hidden() -> None:
     assert not torch.equal(made.embed(shown, batch.targets), predicted)
 
 
+def test_the_text_is_seen_and_its_end_is_not() -> None:
+    """Catches blocks that never look at the text, and padding behind its end that they look at."""
+    model = grid((4, 3), "next_step", text=4)
+    case = case_of(model, Parallel())
+    made, batch = build(case, 1).model, fake_batch(case, [0])
+    assert batch.source is not None and batch.source[0].tolist()[3:] == [-1]
+    first = made(batch.tokens, source=batch.source)
+    words = batch.source.clone()
+    words[0, 2] = (words[0, 2] + 1) % 11
+    assert ((made(batch.tokens, source=words) - first).abs() > 0).all()
+    torch.testing.assert_close(made(batch.tokens, source=batch.source[:, :3]), first)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(made(batch.tokens, source=batch.source.flip(1).sort(descending=True).values), first)
+
+
+def text_bytes() -> list[int]:
+    """What dsp sends over its axis in a step, without and with a text."""
+    sent = []
+    for text in (0, 6):
+        case = case_of(grid((6, 6), text=text), Parallel(cp=2, cp_method="dsp", engine="ddp"), batch=1, steps=1)
+        made, b = build(case, 2), fake_batch(case, [0])
+        made.mesh.traffic.take()
+        made.model(**b.inputs()).backward()
+        sent.append(made.mesh.traffic.take()[0]["cp"])
+    return sent
+
+
+def test_a_text_costs_dsp_nothing() -> None:
+    """Catches a text that is switched with the stream: all ranks have it whole."""
+    for without, with_text in run_ranks(2, text_bytes):
+        assert without == with_text > 0
+
+
 # Plans
 
 

@@ -160,7 +160,11 @@ def test_flops_of_a_target_token() -> None:
     cfg = pair(encoder_layers=2, num_layers=2, num_kv_heads=4)
     d, f, s, t = 24, 32, 10, 40
     own, cross = 4 * d * d + 3 * d * f, (2 * d * d, 2 * d * d)
-    forward = 2 * t * (2 * own + 4 * d * t) + 2 * (s * (2 * own + 2 * d * s) + 2 * s * cross[0] + 2 * t * cross[1] + 4 * d * s * t) + 2 * s * d * 37
+    forward = (
+        2 * t * (2 * own + 4 * d * t)
+        + 2 * (s * (2 * own + 2 * d * s) + 2 * s * cross[0] + 2 * t * cross[1] + 4 * d * s * t)
+        + 2 * s * d * 37
+    )
     assert flops_per_token(cfg, {}, s, t) == pytest.approx(3 * forward / s)
     assert pair_costs(cfg, s, t)[2] == 2 * s * d * 37
 
