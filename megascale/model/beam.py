@@ -28,9 +28,11 @@ class Hypothesis(NamedTuple):
 def beam_search(
     model: EncoderDecoder, source: Tensor, end: int, longest: int, width: int = 1, length_penalty: float = 1.0
 ) -> list[Hypothesis]:
-    """The best target of each source [b, t] (negative beyond its end), of at most `longest` tokens with the end. Width 1 is greedy.
+    """The best target of each source [b, t] (negative beyond its end), of at most `longest` tokens with the end.
 
-    At each step the `width` likeliest of all continued hypotheses go on; what ends among them is set aside, until `width` have ended.
+    At each step the `width` likeliest of all continued hypotheses go on, and what ends among them is set aside. A source is done when none
+    that goes on can come to a better score: it only loses probability, and at best becomes as long as allowed. With width 1, which is
+    greedy search, the first end is taken.
     """
     b, done = source.shape[0], [list[Hypothesis]() for _ in range(source.shape[0])]
     valid = source >= 0
@@ -49,17 +51,17 @@ def beam_search(
         parent, token = place // vocab, place % vocab
         ends = token == end
         for i, j in (ends[:, :width] & best[:, :width].isfinite()).nonzero().tolist():
-            if len(done[i]) < width:
-                done[i].append(Hypothesis(tokens[i, parent[i, j], 1:].tolist(), best[i, j].item() / length**length_penalty))
+            done[i].append(Hypothesis(tokens[i, parent[i, j], 1:].tolist(), best[i, j].item() / length**length_penalty))
         kept = ends.to(torch.int8).argsort(dim=1, stable=True)[:, :width]
         scores, parent, token = best.gather(1, kept), parent.gather(1, kept), token.gather(1, kept)
         tokens = torch.cat((tokens.gather(1, parent.unsqueeze(2).expand(-1, -1, length)), token.unsqueeze(2)), 2)
-        if all(len(found) == width for found in done):
+        hope = (scores[:, 0] / longest**length_penalty).tolist()
+        if all(found and (width == 1 or max(h.score for h in found) >= reach) for found, reach in zip(done, hope)):
             break
     for i, found in enumerate(done):
         if not found:  # nothing ended within the limit
             found.append(Hypothesis(tokens[i, 0, 1:].tolist(), scores[i, 0].item() / longest**length_penalty))
-    return [max(found, key=lambda h: h.score) for found in done]
+    return [max(found[:1] if width == 1 else found, key=lambda h: h.score) for found in done]
 
 
 def next_log_probabilities(model: EncoderDecoder, tokens: Tensor, memory: Memory) -> Tensor:
