@@ -103,7 +103,6 @@ MUS = ("model.residual=mus", "optim.weight_decay=0")
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
     "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
-    "encoder_context": (2, ("model.family=encoder", "parallel.cp=2")),
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
     "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
@@ -124,6 +123,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.tp=2")),
     "pair_keys": (1, ("model.encoder_layers=2",)),
     "pair_packing": (1, ("model.family=encoder_decoder", "train.packing=documents")),
+    "pair_context": (2, ("model.family=encoder_decoder", "parallel.cp=2")),
     "source_vocabulary": (1, ("model.family=encoder_decoder", "model.source_vocab_size=20")),
     "span_vocabulary": (1, (*SPANS, "model.share_embeddings=false")),
     "span_keys": (1, ("data.mean_span=4", "model.family=encoder_decoder")),

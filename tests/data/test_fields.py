@@ -15,6 +15,7 @@ import torch
 from megascale.config.schema import Spacetime
 from megascale.data.dataset import Source
 from megascale.data.fields import FieldMixture
+from megascale.data.indexed import TokenWriter
 from megascale.errors import UsageError
 from tests.ranks import run_ranks
 from tests.runs import losses, rows, run, settings, weights_at
@@ -49,6 +50,27 @@ def test_runs_are_held_out_whole(tmp_path: Path) -> None:
     parts = [FieldMixture([source], FIELDS, 7, part, 0.3, shuffled=False) for part in ("train", "valid")]
     seen = [{int(m.sample(i)[0, 0, 0, 0]) // 100 for i in range(len(m.files[0]))} for m in parts]
     assert seen[0] and seen[1] and not seen[0] & seen[1] and seen[0] | seen[1] == set(range(5))
+
+
+def test_each_sample_has_the_text_of_its_run(tmp_path: Path) -> None:
+    """Catches a text of the next run, of the order in which runs come, and texts that are more or fewer than runs."""
+    source, told = write(tmp_path / "a"), FIELDS.model_copy(update={"text_len": 3, "text_vocab_size": 60})
+    for runs in (5, 4):
+        with TokenWriter(tmp_path / "a.text", np.uint16) as writer:
+            for run in range(runs):
+                writer.add(np.array([10 * run + i for i in range(1 + run)]))
+        if runs == 5:
+            mixture = FieldMixture([source], told, 7, "all", 0.0, shuffled=True)
+            for number in range(25):
+                run = int(mixture.sample(number)[0, 0, 0, 0]) // 100
+                batch = mixture.batch([number, -1], CPU)
+                assert batch.source is not None and batch.source[1].tolist() == [-1] * 3
+                assert batch.source[0].tolist() == ([10 * run + i for i in range(1 + run)] + [-1] * 3)[:3]
+            small = FieldMixture([source], told.model_copy(update={"text_vocab_size": 20}), 7, "all", 0.0, shuffled=False)
+            with pytest.raises(UsageError, match=r"a.text holds token \d+, and model.spacetime.text_vocab_size is 20"):
+                [small.batch([n], CPU) for n in range(25)]
+    with pytest.raises(UsageError, match=r"holds 5 runs and .*a.text has 4 documents: one text a run is needed"):
+        FieldMixture([source], told, 7, "all", 0.0, shuffled=True)
 
 
 def test_values_are_normalized_and_hidden_patches_are_a_function_of_the_sample(tmp_path: Path) -> None:

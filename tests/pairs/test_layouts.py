@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megascale.config.schema import Model, Parallel
-from tests.layouts import Case, tiny
+from tests.layouts import Case, tiny, train
 from tests.pairs.files import make_pairs, pair_settings
 from tests.ranks import run_ranks
 from tests.runs import losses, rows, run
@@ -96,6 +96,17 @@ def test_every_model_equals_one_process(model: str, layout: str) -> None:
 def test_experts_over_ranks() -> None:
     """Catches a pass that deals out the decoder's experts and not the encoder's."""
     assert_equal(Case(MODELS["experts"], Parallel(ep=2, dp_shard=2), steps=2), 2)
+
+
+def test_fp8_products_on_a_pipeline() -> None:
+    """Catches keys and values of the memory multiplied otherwise than the rest: static FP8 is bit for bit the same on other stages."""
+    cfg = pair(residual="mus", hidden_size=32, num_heads=2, num_kv_heads=2)
+    found = [
+        run_ranks(n, train, Case(cfg, p, precision="fp32", fp8="static", steps=2))[0]["loss"]
+        for n, p in ((1, Parallel()), (2, Parallel(pp=2, pp_schedule="zbv")))
+    ]
+    exact = run_ranks(1, train, Case(cfg, precision="fp32", steps=2))[0]["loss"]
+    assert found[0] == found[1] != exact and found[0] == pytest.approx(exact, rel=1e-2)
 
 
 @pytest.mark.slow

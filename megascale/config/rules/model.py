@@ -24,13 +24,6 @@ MODEL_RULES: tuple[Rule, ...] = (
         "remove sliding_window",
     ),
     Rule(
-        "encoder_context",
-        ("model.family", "parallel.cp"),
-        lambda c, n: c.model.family in ENCODERS and c.parallel.cp > 1,
-        "tokens of other ranks are met in causal order",
-        "set cp to 1",
-    ),
-    Rule(
         "mask_fraction",
         ("data.mask_fraction", "model.family", "data.objective"),
         lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
