@@ -172,3 +172,21 @@ def test_a_run_learns_and_wanders_over_layouts(water: Path, tmp_path: Path) -> N
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
     found = rows(other)
     assert found[0]["sent_bytes"]["cp"] > 0 and "tokens" in next(iter(r["valid_loss"] for r in found if "valid_loss" in r))
+
+
+def test_a_run_with_texts_is_one_curve(tmp_path: Path) -> None:
+    """Catches a vocabulary of texts that is not found, and a text that a stage or another rank of the sequence does not get."""
+    write(tmp_path / "a", mean=[200.0, 200.0], std=[150.0, 150.0])
+    with TokenWriter(tmp_path / "a.text", np.uint16) as writer:
+        for run_number in range(5):
+            writer.add(np.array([run_number, 7]))
+    (tmp_path / "a.text.json").write_text(json.dumps({"vocab_size": 9}))
+    fields = {"shape": [4, 6, 8], "patch": [1, 3, 2], "channels": 2, "objective": "next_step", "text_len": 4}
+    model = {"model__family": "spacetime", "model__spacetime": fields, "model__vocab_size": None, "train__seq_len": 32}
+    straight = settings(tmp_path, **model, data__train=str(tmp_path / "a"), train__steps=3)
+    assert run_ranks(1, run, straight) == [(0, "done")]
+    for name, ranks, parallel in (("dsp", 2, {"cp": 2, "cp_method": "dsp"}), ("pp", 2, {"pp": 2})):
+        (tmp_path / name).mkdir()
+        values = {**settings(tmp_path / name, **model, train__steps=3), "data": straight["data"], "parallel": parallel}
+        assert {c for c, _ in run_ranks(ranks, run, values)} == {0}
+        assert max(abs(a - b) / b for a, b in zip(losses(tmp_path / name), losses(tmp_path))) <= 1e-12

@@ -98,6 +98,14 @@ def test_experts_over_ranks() -> None:
     assert_equal(Case(MODELS["experts"], Parallel(ep=2, dp_shard=2), steps=2), 2)
 
 
+def test_bytes_between_stages() -> None:
+    """Catches a memory that travels apart from the stream or twice: each micro-batch sends source and target once each way."""
+    parallel = Parallel(pp=2, pp_layers=(4, 1))
+    case = Case(MODELS["llama"], parallel, steps=1, keep_tensors=False)
+    for rank in run_ranks(2, train, case):
+        assert rank["sent"] == {"pp": 4 * (case.source_len + case.seq_len) * 24 * 8}
+
+
 def test_fp8_products_on_a_pipeline() -> None:
     """Catches keys and values of the memory multiplied otherwise than the rest: static FP8 is bit for bit the same on other stages."""
     cfg = pair(residual="mus", hidden_size=32, num_heads=2, num_kv_heads=2)
