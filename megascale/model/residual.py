@@ -79,6 +79,7 @@ class Residual:
     one_norm        attention and feed-forward read the same normalized stream and are added to it together
     qk_norm         queries and keys are normalized whatever the config says
     unbiased        roles that have no bias whatever the config says
+    unit_gates      a token's experts are divided by the root of the sum of their squared gates, so that together they are as large as one
     unit_scaled     a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
     """
 
@@ -93,6 +94,7 @@ class Residual:
     one_norm: bool = False
     qk_norm: bool = False
     unbiased: tuple[str, ...] = ()
+    unit_gates: bool = False
     unit_scaled: bool = False
 
     def product_scale(self, in_dim: int) -> float:
@@ -133,7 +135,7 @@ def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
             skip, branch = deepscale(stack)
             starts = Starts("fan_in", gains=deepscale_gains(cfg, stack, layer))
             cross = Starts("fan_in", gains=deepscale_memory_gains(cfg, stack)) if "cross" in stack.sublayers else None
-            return Residual("before" if cfg.residual == "deepscale" else "after", starts, cross, skip=skip, branch=branch)
+            return Residual("before" if cfg.residual == "deepscale" else "after", starts, cross, skip=skip, branch=branch, unit_gates=True)
         case "subln":
             return Residual("before", Starts("xavier", gains=dict.fromkeys(BRANCH, subln(stack))), inner_norms=True)
         case "layerscale":
