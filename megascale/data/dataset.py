@@ -79,7 +79,7 @@ class Mixture:
         self.sources, self.streams = sources, []
         for source in sources:
             file = TokenFile(source.path)
-            check_vocabulary(source, vocab_size)
+            check_source(source, vocab_size)
             train, valid = split_documents(len(file), valid_fraction)
             stream = TokenStream(file, {"train": train, "valid": valid, "all": None}[part])
             if len(stream) < seq_len + 1:
@@ -100,7 +100,7 @@ class Mixture:
         if self.shuffled:
             window = permute(window, windows, self.seed, name, epoch)
         tokens, documents = stream.read(window * self.seq_len, self.seq_len + 1)
-        check_largest(self.sources[which].path, int(tokens.max()), self.vocab_size)
+        check_tokens(tokens, self.sources[which], self.vocab_size)
         return tokens, documents
 
 
@@ -116,21 +116,22 @@ def source_facts(prefix: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def check_vocabulary(source: Source, vocab_size: int) -> None:
-    """Raises UsageError where a file says that it was made for a larger vocabulary."""
+def check_tokens(tokens: Tokens, source: Source, vocab_size: int, key: str = "model.vocab_size") -> None:
+    """Raises UsageError for a token that the model has no row for."""
+    largest = int(tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise UsageError(
+            f"{source.path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
+        )
+
+
+def check_source(source: Source, vocab_size: int) -> None:
+    """Raises UsageError where a source was made with a larger vocabulary."""
     used = source_facts(source.path).get("vocab_size")
     if isinstance(used, int) and used > vocab_size:
         raise UsageError(
             f"{source.path} was made with a vocabulary of {used}, and model.vocab_size is {vocab_size}: leave model.vocab_size out to take "
             "the tokenizer's"
-        )
-
-
-def check_largest(path: str, largest: int, vocab_size: int, key: str = "model.vocab_size") -> None:
-    """Raises UsageError where a file holds a token that the vocabulary has not."""
-    if largest >= vocab_size:
-        raise UsageError(
-            f"{path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from megascale.config.schema import Spacetime
-from megascale.data.dataset import Source, check_largest, source_facts
+from megascale.data.dataset import Source, check_tokens, source_facts
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, permute_many, plan_mixture, split_documents
@@ -72,7 +72,7 @@ class FieldFile:
         """The text of the window's run."""
         assert self.text is not None
         tokens = self.text.read(int(self.runs[window // self.starts])).astype(np.int64)
-        check_largest(self.text.prefix, int(tokens.max(initial=0)), vocab_size, "model.spacetime.text_vocab_size")
+        check_tokens(tokens, Source(self.text.prefix, 1.0, ""), vocab_size, "model.spacetime.text_vocab_size")
         return tokens
 
     def _channels(self, facts: dict[str, Any], name: str, default: float, channels: int) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megascale.data.dataset import Mixture, Source, check_largest, check_tokenizers, check_vocabulary
+from megascale.data.dataset import Mixture, Source, check_source, check_tokenizers, check_tokens
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, plan_mixture, split_documents
@@ -43,7 +43,7 @@ class PairFile:
                 "number; prepare both in one run with tools/prepare_data.py --pairs"
             )
         for side, size in zip(sides, vocab_sizes):
-            check_vocabulary(side, size)
+            check_source(side, size)
         train, valid = split_documents(counts[0], valid_fraction)
         numbers: NDArray[np.int64] = {"train": train, "valid": valid, "all": np.arange(counts[0])}[part]
         fits = [(f.lengths[numbers] <= n) & (f.lengths[numbers] > 0) for f, n in zip(self.files, lengths)]
@@ -62,7 +62,7 @@ class PairFile:
         number = int(self.numbers[index])
         source, target = (f.read(number).astype(np.int64) for f in self.files)
         for side, tokens, size in zip(self.sides, (source, target), self.vocab_sizes):
-            check_largest(side.path, int(tokens.max()), size)
+            check_tokens(tokens, side, size)
         return source, target
 
 

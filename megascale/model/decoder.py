@@ -111,6 +111,7 @@ class Decoder(nn.Module):
         self.sequence_here: Callable[[Tensor], Tensor] = identity
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
+        self.xpos_middle: int | None = None  # the position that XPos counts from, where passes over parts of a text must agree on it
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
 
     @torch.no_grad()
@@ -253,7 +254,11 @@ class Decoder(nn.Module):
         if cfg.position in ("rope", "xpos"):
             freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
+            middle = None
+            if cfg.position == "xpos":
+                middle = seq_len // 2 if self.xpos_middle is None else self.xpos_middle
+            amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, middle, amplitude)
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)

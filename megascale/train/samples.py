@@ -15,12 +15,13 @@ from megascale.data.fields import FieldMixture
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, make_batch, sample_numbers
 from megascale.data.masking import Masking
+from megascale.data.megatron_order import MegatronMixture
 from megascale.data.pairs import SIDES, PairMixture, SpanMixture, side_of
 from megascale.data.spans import Corruption
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import UsageError
 
-Samples = Mixture | FieldMixture | PairMixture | SpanMixture
+Samples = Mixture | MegatronMixture | FieldMixture | PairMixture | SpanMixture
 
 
 def translates(config: Config) -> bool:
@@ -145,6 +146,9 @@ def open_samples(config: Config, sources: list[Source], part: str, shuffled: boo
         assert spans is not None
         text = Mixture(sources, spans.tokens, seed, vocab, part, fraction, shuffled)
         return SpanMixture(text, Corruption(seed, spans, model.vocab_size, end_token(config)), lengths)
+    if config.data.order == "megatron":
+        steps = t.total_steps if shuffled else t.eval_steps
+        return MegatronMixture(sources, t.seq_len, seed, vocab, part, fraction, steps * t.global_batch_size)
     return Mixture(sources, t.seq_len, seed, vocab, part, fraction, shuffled)
 
 
@@ -157,7 +161,7 @@ def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, devi
     """This rank's micro-batches of the global batch that starts at sample `first`."""
     t = config.train
     rows = sample_numbers(first, t.global_batch_size, t.micro_batch_size, mesh.data_rank, mesh.data_size)
-    if not isinstance(samples, Mixture):
+    if not isinstance(samples, Mixture | MegatronMixture):
         return [samples.batch(row, device) for row in rows]
     masking = None
     if config.model.family == "encoder":

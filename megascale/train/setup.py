@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from megascale.config.schema import Config, Parallel, Precision
 from megascale.config.support import check, padding_note
 from megascale.data.loader import Prefetcher
 from megascale.errors import MegascaleError, UsageError
+from megascale.formats.export import export_beside
+from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.families import build_part
@@ -195,8 +198,13 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         state = engine.pieces()
         if start.weights_only:
             state = {name: piece for name, piece in state.items() if name.startswith("model.")}
-        saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        if start.foreign is not None:
+            produce = start.foreign.produce
+            agreed(lambda: fill(state, produce))
+        else:
+            saved = load(start.folder, state, prefix="model." if start.weights_only else None)
         engine.loaded(state)
+        progress = Progress(samples=start.samples)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
         agreed(lambda: check_coefficients(config, model, start.folder))
@@ -244,7 +252,11 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     }
     keep = config.checkpoint
     checkpointer = Checkpointer(
-        run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
+        run_dir / "checkpoints",
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        asynchronous=keep.asynchronous,
+        export=partial(export_beside, dtype=model.model.shape.compute) if keep.export == "hf" else None,
     )
     pulse = pulse or Pulse()
     pulse.traffic = mesh.traffic
