@@ -105,7 +105,7 @@ def test_models_that_normalize_keep_their_own_file(tmp_path: Path) -> None:
 
 def test_names_of_bytes_are_text_or_the_file_is_left_out(tmp_path: Path) -> None:
     """Catches "<0x03>" taken for a byte where "3" is unknown."""
-    train_sentencepiece(["only letters and spaces " * 20], 271, tmp_path / "t.model")
+    train_sentencepiece(["only letters and spaces " * 20], 273, tmp_path / "t.model")
     assert list(tokenizer_content(tmp_path / "t.model")) == ["tokenizer.model"]
 
 
