@@ -17,6 +17,10 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+# The norms of a block by the names that `model.norm_eps_of` knows; qk_norm and the inner norms stand in its sublayers.
+BLOCK_NORMS = ("attention_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
@@ -121,6 +125,7 @@ class Model(Section):
     dropout: Probability = 0.0
     norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps_of: dict[str, Annotated[float, Field(gt=0)]] = {}  # of norms with another: qk_norm, or of one layer: blocks.3.ffn_norm
     init_std: Annotated[float, Field(gt=0)] = 0.02
     residual: Literal["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"] = (
         "pre"
@@ -130,13 +135,17 @@ class Model(Section):
     dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
     linear: Literal["dense", "bitlinear"] = "dense"  # of the blocks' products; bitlinear: weights −1, 0, 1 and 8-bit inputs
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layer_coefficients: tuple[tuple[float, float], ...] | None = None  # skip and branch of each layer, where it is not the scheme's own
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_exponents: tuple[float, ...] | None = None  # u of each pair of a head, its frequency being rope_theta^−u; absent: 2i/head_dim
+    alibi_slopes: tuple[float, ...] | None = None  # of each head; absent: the geometric ones of their number
     sliding_window: Positive | None = None
     tie_embeddings: bool = False
     qk_norm: bool = False
     vocab_size: Positive | None = None  # from the tokenizer if absent
+    vocab_enabled: Positive | None = None  # tokens from this one on cannot be predicted yet: a vocabulary that grew without a trace
     moe: Moe | None = None
     moeut: Moeut | None = None
 
@@ -152,6 +161,11 @@ class Model(Section):
         return self.family != "encoder"
 
     spacetime: Spacetime | None = None  # with family spacetime
+
+    def eps_of(self, norm: str, layer: int | None = None) -> float:
+        """The epsilon of a norm: that of its layer, of its kind, or of the model."""
+        own = self.norm_eps_of.get(norm, self.norm_eps)
+        return own if layer is None else self.norm_eps_of.get(f"blocks.{layer}.{norm}", own)
 
     def attended(self, layer: int) -> int:
         """The dimension of the grid that a layer of the spacetime family attends over: each in turn."""

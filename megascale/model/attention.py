@@ -43,8 +43,9 @@ class Attention(nn.Module):
             bias = cfg.bias and role not in row.unbiased
             return Linear(out_dim, in_dim, role, cut, row.starts.std(role, out_dim, in_dim), dtype, bias, cfg.linear)
 
-        def norm(dim: int, cut: Cut) -> Norm:
-            return Norm(dim, cfg.norm, cfg.norm_eps, cut, dtype, norm_kernel, cfg.bias and "norm" not in row.unbiased, cfg.dyt_alpha[1])
+        def norm(dim: int, cut: Cut, name: str) -> Norm:
+            bias = cfg.bias and "norm" not in row.unbiased
+            return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, norm_kernel, bias, cfg.dyt_alpha[1])
 
         self.head_dim = e
         self.q = product(heads * e, d, "query", 0)
@@ -52,9 +53,9 @@ class Attention(nn.Module):
         self.v = product(kv_heads * e, d, "value", "kv_heads")
         self.o = product(d, heads * e, "attention_out", 1)
         normed = cfg.qk_norm or row.qk_norm
-        self.q_norm = norm(e, "heads") if normed else None
-        self.k_norm = norm(e, "heads") if normed else None
-        self.inner_norm = norm(heads * e, 0) if row.inner_norms else None
+        self.q_norm = norm(e, "heads", "qk_norm") if normed else None
+        self.k_norm = norm(e, "heads", "qk_norm") if normed else None
+        self.inner_norm = norm(heads * e, 0, "attention_inner_norm") if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = attend if cfg.causal else attend_all

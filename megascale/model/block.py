@@ -44,11 +44,12 @@ class Block(nn.Module):
         super().__init__()
         self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
         bias = cfg.bias and "norm" not in row.unbiased
-        self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[0])
+        eps = row.norm_eps
+        self.attention_norm = Norm(d, cfg.norm, eps["attention_norm"], "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[0])
         self.attention = Attention(cfg, row, dtype, norm_kernel)
         self.ffn_norm: Norm | None = None
         if not row.one_norm:
-            self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[1])
+            self.ffn_norm = Norm(d, cfg.norm, eps["ffn_norm"], "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[1])
         self.ffn = MixtureOfExperts(cfg, row, dtype, norm_kernel) if sparse else FeedForward(cfg, row, dtype, norm_kernel)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)

@@ -26,7 +26,7 @@ from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
-from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
+from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
 
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
         self.hidden_factor = at_ends.hidden_factor
@@ -158,16 +158,20 @@ class Decoder(nn.Module):
         if self.hidden_factor != 1.0:
             x = x * self.hidden_factor
         x = self.enter_head(x)
+        vocabulary = self.cfg.vocab_enabled or self.cfg.vocab_size
+        assert vocabulary is not None
         if targets is None:
-            return linear(x, self.head_weight)
-        assert self.cfg.vocab_size is not None
+            logits = linear(x, self.head_weight)
+            if self.cfg.vocab_enabled is not None:
+                logits[..., max(0, vocabulary - self.vocab_first) :] = float("-inf")
+            return logits
         return cross_entropy_sum(
             x.flatten(0, 1),
             self.head_weight,
             self.sequence_here(targets).flatten(),
             scale,
             self.vocab_first,
-            self.cfg.vocab_size,
+            vocabulary,
             self.vocab_axis,
         )
 
@@ -216,12 +220,14 @@ class Decoder(nn.Module):
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
         if cfg.position in ("rope", "xpos"):
-            freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
+            exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
+            freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(self.sequence_here(where), freq, self.shape.compute, seq_len // 2 if cfg.position == "xpos" else None)
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, (exponents, seq_len // 2) if cfg.position == "xpos" else None)
         slopes = None
         if cfg.position == "alibi":
-            slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
+            all_slopes = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)
+            slopes = torch.tensor(all_slopes[slice(*self.heads_here)], device=device)
         seen = None
         if documents is not None or cfg.sliding_window is not None or slopes is not None:
             seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)

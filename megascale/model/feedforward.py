@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
         self.down = product(d, f, "down", 1)
         self.inner_norm: Norm | None = None
         if row.inner_norms:
-            self.inner_norm = Norm(f, cfg.norm, cfg.norm_eps, 0, dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.inner_norm = Norm(f, cfg.norm, row.norm_eps["ffn_inner_norm"], 0, dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from megascale.config.rules.rule import Rule, grid
+from megascale.config.schema import BLOCK_NORMS, Model
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
@@ -170,4 +173,60 @@ MODEL_RULES: tuple[Rule, ...] = (
         "layers that share their weights stay together, and their heads are not cut yet",
         "use the data axes, cp and ep",
     ),
+    Rule(
+        "norm_eps_of",
+        ("model.norm_eps_of", "model.num_layers", "model.moeut"),
+        lambda c, n: any(not _is_norm(c.model, name) for name in c.model.norm_eps_of),
+        "an epsilon of its own belongs to a norm by name: final_norm, or " + ", ".join(BLOCK_NORMS) + ", of all layers or of one that exists "
+        "(blocks.3.ffn_norm); MoEUT's have one",
+        "use such names, or leave norm_eps_of out",
+    ),
+    Rule(
+        "layer_coefficients",
+        ("model.layer_coefficients", "model.num_layers", "model.moeut"),
+        lambda c, n: (
+            c.model.layer_coefficients is not None and (len(c.model.layer_coefficients) != c.model.num_layers or c.model.moeut is not None)
+        ),
+        "every layer has one pair of coefficients, and MoEUT's have none",
+        "give num_layers pairs [skip, branch], or leave layer_coefficients out",
+    ),
+    Rule(
+        "rope_exponents",
+        ("model.rope_exponents", "model.position", "model.head_dim"),
+        lambda c, n: (
+            c.model.rope_exponents is not None
+            and (c.model.position not in ("rope", "xpos") or 2 * len(c.model.rope_exponents) != c.model.rotary_dim)
+        ),
+        "every pair of channels that turns has one exponent",
+        "give head_dim ÷ 2 of them with position rope or xpos, or leave rope_exponents out",
+    ),
+    Rule(
+        "alibi_slopes",
+        ("model.alibi_slopes", "model.position", "model.num_heads"),
+        lambda c, n: (
+            c.model.alibi_slopes is not None and (c.model.position != "alibi" or len(c.model.alibi_slopes) != c.model.num_heads)
+        ),
+        "every head has one slope",
+        "give num_heads of them with position alibi, or leave alibi_slopes out",
+    ),
+    Rule(
+        "vocab_enabled",
+        ("model.vocab_enabled", "model.vocab_size", "model.family"),
+        lambda c, n: (
+            c.model.vocab_enabled is not None
+            and (c.model.spacetime is not None or c.model.vocab_enabled > (c.model.vocab_size or c.model.vocab_enabled))
+        ),
+        "no more tokens can be enabled than the vocabulary has",
+        "choose at most vocab_size, or leave vocab_enabled out",
+    ),
 )
+
+
+def _is_norm(model: Model, name: str) -> bool:
+    """Whether `model.norm_eps_of` may name it."""
+    if model.moeut is not None:
+        return False
+    if name == "final_norm" or name in BLOCK_NORMS:
+        return True
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
+    return match is not None and int(match[1]) < model.num_layers and match[2] in BLOCK_NORMS
