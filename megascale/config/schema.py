@@ -7,6 +7,7 @@ What combines with what is not decided here but in `support.py`. Nothing in this
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -282,6 +283,20 @@ class Precision(Section):
         return self.master or ("fp64" if self.compute == "fp64" else "fp32")
 
 
+def any_layer(weight: str) -> str:
+    """blocks.3.ffn.up.weight → blocks.*.ffn.up.weight; other names as they are."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.*.", weight)
+
+
+class Multiplier(Section):
+    """What a weight's rate, decay, epsilon and part in the gradient norm are multiplied with."""
+
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(gt=0)] = 1.0
+    eps: Annotated[float, Field(gt=0)] = 1.0
+    norm: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Optim(Section):
     name: Literal["adamw", "lion", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
@@ -293,6 +308,11 @@ class Optim(Section):
     decay_steps: Positive | None = None  # cosine, linear: where the decay ends (the last step); wsd: length of the final decay
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     base_width: Positive | None = None
+    multipliers: dict[str, Multiplier] = {}  # by weight, head.weight or blocks.*.attention.q.weight: a grown run moves as its source's would
+
+    def multiplier(self, weight: str) -> Multiplier:
+        """By the weight's own name, or by its name in any layer."""
+        return self.multipliers.get(weight, self.multipliers.get(any_layer(weight), Multiplier()))
 
 
 class DataSource(Section):

@@ -46,7 +46,7 @@ def element_block(growth: Growth, plan: TensorPlan, shapes: dict[str, tuple[int,
     axes = growth.axes_of(plan)
     if plan.source is None and plan.drawn is None:
         return _started(plan, growth.seed, dtype, offset, shape)
-    *_, noise = (None, growth.symmetry if axes[-1].shared and plan.spec.role not in ("bias", "norm", "scale") else "none")
+    noise = growth.symmetry if axes[-1].shared and len(axes) > 1 else "none"
     mean_by = None
     if plan.mean_by is not None and any((a.source == MEAN).any() for a in axes):
         mean_by = read(plan.mean_by, (0,), shapes[plan.mean_by]).to(torch.float64) / _start_value(plan, growth)
@@ -231,12 +231,13 @@ def _noise(values: Values, columns: AxisMap, lead: tuple[int, ...], whole: tuple
 
 
 def _draw(values: Values, lead: tuple[int, ...], whole: tuple[int, ...], row: int, rows: int, column: int, columns: int) -> Tensor:
-    """A rectangle of the target's own start, as a matrix in fp32."""
+    """A rectangle of the target's own start, as a matrix: fp32, in which it is drawn, or exact where it is one number."""
+    dtype = torch.float32 if values.spec.std else torch.float64
     if len(whole) == 1:
-        out = torch.empty(rows, dtype=torch.float32)
+        out = torch.empty(rows, dtype=dtype)
         initialize(Piece(whole, (row,), out), values.name, values.spec, values.seed)
         return out.unsqueeze(1)
-    out = torch.empty((*(1 for _ in lead), rows, columns), dtype=torch.float32)
+    out = torch.empty((*(1 for _ in lead), rows, columns), dtype=dtype)
     spec = replace(values.spec, equal_rows=False) if columns != whole[-1] else values.spec
     initialize(Piece(whole, (*lead, row, column), out), values.name, spec, values.seed)
     return out[0] if lead else out

@@ -21,7 +21,7 @@ class Maps:
     target      the target's config with what heads and vocabulary need
     eps_factor  by norm: "stream", "qk_norm", "attention_inner_norm", "ffn_inner_norm"
     gain        η, of every norm over the stream; `fold` is the last one's further factor
-    gate_sum    of an expert's output product; `parts` that a source expert is cut into; `uniform_router` where all gates must be equal
+    gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into; `uniform_router` where all gates must be equal
     lossy       what cannot be exact, each as a sentence with the way that is; `notes` for the report
     """
 
@@ -32,6 +32,7 @@ class Maps:
     fold: float = 1.0
     gate_sum: float = 1.0
     parts: int = 1
+    router_bias: float = 1.0
     uniform_router: bool = False
     lossy: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -163,7 +164,8 @@ def _inner_norm(maps: Maps, name: str, norm: str, channels: AxisMap, kind: str) 
     copies, size = known.uniform_copies, known.size
     if copies is None or (kind == "layernorm" and not known.known.all()):
         how = "zeros would move its mean" if copies is not None else "some channels would count more often than others"
-        maps.lossy.append(f"{name} {known.old} → {size} under an inner {kind}: {how}; choose a multiple")
+        instead = "" if kind == "layernorm" else f", or --{name}-method zero"
+        maps.lossy.append(f"{name} {known.old} → {size} under an inner {kind}: {how}; choose a multiple{instead}")
     factor = 1.0 if kind == "dyt" or copies is None else copies * known.old / size
     maps.eps_factor[norm] = factor
     maps.axes |= {f"{name}_gain": known.scaled(factor**0.5), f"{name}_shift": known}
@@ -219,6 +221,8 @@ def _experts(maps: Maps, source: Model, sizes: Sizes) -> None:
         maps.lossy.append("experts under the sigmoid router with top_k 1: its gate is not divided by a sum, and with more experts it is")
     # A gate that is divided by a sum is shared by all copies and parts; σ-MoE's is not.
     maps.gate_sum = 1 / copies if was.router == "sigma" else float(parts)
+    if was.router == "softmax_topk":
+        maps.router_bias = 1 / (copies * parts)  # it is added to probabilities, which the copies share
     if moe.capacity_factor is not None:
         maps.notes.append("capacity is counted for every copy of an expert as it was for the one")
     maps.notes.append(f"the {copies * parts} successors of an expert are always chosen together until noise on the router parts them")

@@ -6,20 +6,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.axes import AxisMap
 from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
 from megascale.expand.options import Options, Sizes, check_options, target_model
-from megascale.expand.stack import plan_layers, row_of
-from megascale.model.decoder import Shape
-from megascale.model.families import build_part
-from megascale.model.kernels import choose_kernels
+from megascale.expand.stack import plan_layers, row_of, specs
 from megascale.model.residual import ends
-from megascale.model.spec import ParamSpec, specs_of, states_of
+from megascale.model.spec import ParamSpec
 
 NORM_AXES = {"weight": ("gain",), "bias": ("shift",), "alpha": ("one",)}
 # The axes of every tensor, by its name behind the layer's number. Banks of experts have theirs in front.
@@ -167,13 +162,6 @@ def _refuse(growth: Growth, options: Options, asked: tuple[str, ...]) -> None:
         raise UsageError(f"this growth would not keep the function (--lossless {options.lossless}):\n  {lines}\n--lossless off does it all the same")
 
 
-def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
-    """Canonical name → spec of every weight and state of a whole model."""
-    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
-    part = build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
-    return {**specs_of(part), **states_of(part)}
-
-
 def suffix_of(name: str) -> tuple[int | None, str]:
     """blocks.3.ffn.up.weight → (3, ffn.up.weight); head.weight → (None, head.weight)."""
     if not name.startswith("blocks."):
@@ -240,6 +228,8 @@ def _tensor(
     if spec.role == "coefficient":
         return TensorPlan(name, spec, constant=spec.mean, inserted=inserted)
     axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix)
+    if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router == "xmoe":
+        axes = ("routes", "routing")  # rows in a space of their own
     if axes is None:
         raise UsageError(f"growth does not know what the dimensions of {name} are")
     if layer is not None and layer.mode == "identity":
@@ -248,7 +238,9 @@ def _tensor(
         if row_of(target, 0).norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
     if layer is not None and layer.mode == "cancel":
-        if suffix in ("attention.o.bias", "ffn.down.bias"):
+        # Under ALiBi every head looks at its own distance, and no two cancel.
+        silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if target.position == "alibi" else ()))
+        if suffix in silent:
             return TensorPlan(name, spec, constant=0.0, inserted=True)
         axes = tuple(PAIRED.get(a, a) for a in axes)
     plan = TensorPlan(name, spec, axes, origin, inserted=inserted)
@@ -256,6 +248,8 @@ def _tensor(
         plan = _expert(plan, suffix, old, maps)
     elif ".router." in suffix and source.moe is None:
         plan = _router(plan, suffix, maps)
+    elif suffix == "ffn.router.bias":
+        plan = replace(plan, scale=maps.router_bias)
     scale = {"attention.o": "attention_scale", "ffn.down": "ffn_scale"}.get(suffix.rpartition(".")[0])
     if scale is not None and layer is not None and f"blocks.{layer.source}.{scale}" in old:
         plan = replace(plan, mean_by=f"blocks.{layer.source}.{scale}")
@@ -286,7 +280,7 @@ def _router(plan: TensorPlan, suffix: str, maps: Maps) -> TensorPlan:
         return replace(plan, source=None, axes=(), constant=0.0)
     if suffix == "ffn.router.weight" and maps.parts > 1:
         rows = plan.spec.shape[0] // maps.parts
-        return replace(plan, source=None, axes=("route_parts", "plain"), drawn=replace(plan.spec, shape=(rows, *plan.spec.shape[1:])))
+        return replace(plan, source=None, axes=("route_parts", "routing" if plan.axes[-1] == "routing" else "plain"), drawn=replace(plan.spec, shape=(rows, *plan.spec.shape[1:])))
     return replace(plan, source=None, axes=())
 
 

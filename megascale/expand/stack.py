@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.depth import EXACT, Layer, grow_layers
 from megascale.expand.options import Options
+from megascale.model.decoder import Shape
+from megascale.model.families import build_part
+from megascale.model.kernels import choose_kernels
 from megascale.model.residual import Residual, Stack, residual
+from megascale.model.spec import ParamSpec, specs_of, states_of
 
 WHY_LOSSY = {
     "stack": "stacking the layers again and again (G_stack) runs what was learned for one depth at another",
@@ -24,6 +30,13 @@ def row_of(model: Model, layer: int) -> Residual:
     if model.spacetime is not None:
         side = "decoder" if model.spacetime.objective == "next_step" else "encoder"
     return residual(model, Stack(side, model.num_layers), layer)
+
+
+def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
+    """Canonical name → spec of every weight and state of a whole model."""
+    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
+    part = build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
+    return {**specs_of(part), **states_of(part)}
 
 
 def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megascale.comm.mesh import Mesh
-from megascale.config.schema import Optim
+from megascale.config.schema import Multiplier, Optim
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.owners import take_turns, work_shared
 from megascale.parallel.apply import ParallelModel, Weight
@@ -58,14 +58,19 @@ class AdamW:
     def __init__(self, weights: list[Weight], cfg: Optim) -> None:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
+        alike: dict[tuple[bool, Multiplier], list[Tensor]] = {(True, Multiplier()): [], (False, Multiplier()): []}
+        for w in self.weights:
+            alike.setdefault((w.placement.spec.decays, cfg.multiplier(w.name)), []).append(self.locals[w.name])
         groups = [
             {
-                "params": [self.locals[w.name] for w in self.weights if w.placement.spec.decays == decays],
-                "weight_decay": decay,
+                "params": locals_here,
+                "weight_decay": cfg.weight_decay * m.weight_decay if decays else 0.0,
+                "eps": cfg.eps * m.eps,
+                "rate": m.lr,
             }
-            for decays, decay in ((True, cfg.weight_decay), (False, 0.0))
+            for (decays, m), locals_here in alike.items()
         ]
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
         for local in self.locals.values():
             # torch makes state at the first step; a checkpoint needs it before.
             self.inner.state[local] = {
@@ -79,7 +84,7 @@ class AdamW:
         for w in self.weights:
             self.locals[w.name].grad = w.local_grad
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         self.inner.grad_scale = None  # type: ignore[attr-defined]
         self.inner.step()
@@ -106,9 +111,10 @@ class Lion:
                 continue
             go = finite.to(local.dtype)
             grad = torch.where(finite, grad, torch.zeros_like(grad))
-            decay = self.cfg.weight_decay if w.placement.spec.decays else 0.0
+            by = self.cfg.multiplier(w.name)
+            decay = self.cfg.weight_decay * by.weight_decay if w.placement.spec.decays else 0.0
             update = torch.lerp(grad, m, self.cfg.betas[0]).sign_().add_(local, alpha=decay)
-            local.sub_(update * (lr * go))
+            local.sub_(update * (lr * by.lr * go))
             m.add_((grad - m) * ((1 - self.cfg.betas[1]) * go))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -141,8 +147,9 @@ class Muon:
             for m, update in zip(turn, updates):
                 local = m.weight.local
                 go = finite.to(local.dtype)
-                size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
-                local.mul_(1 - lr * self.cfg.weight_decay * go).sub_(update * (lr * size * go))
+                size, by = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5, self.cfg.multiplier(m.weight.name)
+                rate = lr * by.lr
+                local.mul_(1 - rate * self.cfg.weight_decay * by.weight_decay * go).sub_(update * (rate * size * go))
 
     def _direction(self, w: Weight, finite: Tensor) -> Tensor:
         """Moves the weight's momentum and looks one step ahead (Nesterov)."""

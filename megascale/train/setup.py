@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
-from megascale.config.schema import Config, Parallel
+from megascale.config.schema import Config, Parallel, any_layer
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
 from megascale.data.fields import FieldMixture
@@ -34,6 +35,7 @@ from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
+from megascale.optim.clip import norm_factors
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.schedule.accumulate import Accumulation, Schedule
@@ -166,6 +168,10 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
     specs = specs_of(build_part(config.model, shape, kernels.norm))
+    for key in config.optim.multipliers:
+        if not any(key in (name, any_layer(name)) for name in specs):
+            near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
+            raise UsageError(f"optim.multipliers names {key}, which no weight is called{f'; did you mean {near[0]}?' if near else ''}")
     flops = flops_per_token(config.model, specs, config.train.seq_len)
     active = active_parameters(specs)
     facts = {
@@ -192,7 +198,8 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
     if config.parallel.update_in_backward:
         assert isinstance(schedule, Layered)
         return InBackward(model, schedule, config.optim, device)
-    return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
+    optimizer = build_optimizer(model, config.optim, config.parallel.offload)
+    return Native(model, schedule, optimizer, config.train.clip, factors=norm_factors(model.weights, config.optim))
 
 
 def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:

@@ -164,6 +164,10 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "offload_parameters": (1, ("parallel.offload=parameters",)),
     "offload_experts": (2, ("model.moe={}", "parallel.ep=2", "parallel.offload=parameters")),
     "offload_muon": (1, ("parallel.offload=optimizer", "optim.name=muon")),
+    "multipliers_deepspeed": (
+        2,
+        ("parallel.engine=deepspeed", "parallel.dp_shard=2", "optim.multipliers={head.weight: {lr: 0.5}}"),
+    ),
     "fp8": (1, ("precision.fp8=true",)),
     "base_width": (1, ("optim.base_width=64",)),
     "ddp_shard": (2, ("parallel.engine=ddp", "parallel.dp_shard=2")),

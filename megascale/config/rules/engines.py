@@ -124,6 +124,13 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "Muon multiplies whole matrices, which a host does far too slowly",
         "use adamw or lion, or offload activations only",
     ),
+    Rule(
+        "multipliers_deepspeed",
+        ("optim.multipliers", "parallel.engine"),
+        lambda c, n: bool(c.optim.multipliers) and c.parallel.engine == "deepspeed",
+        "DeepSpeed's flat buffers have one rate for all weights",
+        "use engine fsdp2 or ddp, or leave multipliers out",
+    ),
 )
 
 
