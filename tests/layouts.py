@@ -16,6 +16,7 @@ from megascale.config.schema import Model, Optim, Parallel, Spacetime
 from megascale.data.loader import Batch, sample_numbers
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
+from megascale.model.layers import Fp8
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, Weight, build_stages, parallelize
@@ -34,6 +35,8 @@ class Case:
     parallel: Parallel = Parallel()
     optim: Optim = Optim(lr=1e-3)
     precision: str = "fp64"
+    fp8: Fp8 = "false"
+    loss_scale: float = 1.0
     seq_len: int = 12
     batch: int = 4
     micro_batch: int = 1
@@ -101,7 +104,8 @@ def build(case: Case, ranks: int) -> ParallelModel:
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
     shape = Shape(case.seq_len, storage, DTYPES[case.precision])
-    model = parallelize(build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank), mesh, case.parallel, CPU)
+    stages = build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank)
+    model = parallelize(stages, mesh, case.parallel, CPU, case.fp8)
     for _ in model.draw_weights(7):
         pass
     return model
@@ -146,11 +150,12 @@ def train(case: Case) -> dict[str, Any]:
         rows = sample_numbers(step * case.batch, case.batch, case.micro_batch, mesh.data_rank, mesh.data_size)
         batches = [fake_batch(case, row) for row in rows]
         mesh.traffic.take()
-        loss = schedule.run(batches, 1 / places)
+        scale = case.loss_scale / places
+        loss = schedule.run(batches, scale)
         result["sent"], result["calls"] = mesh.traffic.take()
         share = 1.0 if mesh["tp"].rank == 0 else 0.0
         counted = share if mesh["pp"].rank == 0 and mesh["cp"].rank == 0 else 0.0
-        sums = torch.tensor([loss.item() * share, counted * sum(b.valid for b in batches) / places], dtype=torch.float64)
+        sums = torch.tensor([loss.item() * share, counted * sum(b.valid for b in batches) * scale], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(sums)
         norm = global_norm(model.weights, ranks) / sums[1]

@@ -17,6 +17,7 @@ from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
 from megascale.optim import optimizers
 from megascale.optim.optimizers import build_optimizer
+from megascale.optim.rates import MATRICES
 from megascale.train.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
 from tests.ranks import run_ranks
@@ -163,7 +164,7 @@ def muon_step(case: Case) -> tuple[dict[str, int], int, int, dict[str, int]]:
     optimizers.orthogonalize = lambda *args: worked.append(1) or original(*args)  # type: ignore[func-returns-value]
     model.mesh.traffic.take()
     optimizer.step(0.1, torch.ones(()), torch.tensor(True))
-    matrices = [w for w in model.weights if w.placement.spec.role in optimizers.MATRICES]
+    matrices = [w for w in model.weights if w.placement.spec.role in MATRICES]
     sizes: Counter[str] = Counter()
     for w in matrices:
         sizes["cut" if w.placement.cuts else "whole"] += w.placement.spec.numel * ITEM

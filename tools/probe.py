@@ -25,6 +25,7 @@ from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.model.moments import Gradient, Signal
 from megascale.model.residual import Stack
 from megascale.model.theory import stack_points
+from megascale.precision.loss_scale import loss_scale
 from megascale.train.probe import Point, probe, warnings
 from megascale.train.setup import (
     agreed,
@@ -90,7 +91,7 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
         pass
     batches = micro_batches(config, mixture, 0, mesh, device)
     schedule = build_schedule(model, p, device)
-    points = probe(model, schedule, batches, batch * t.seq_len, lr, p.tp_sequence)
+    points = probe(model, schedule, batches, batch * t.seq_len, lr, p.tp_sequence, loss_scale=loss_scale(config))
     theory = expected(config, points)
     return {
         "config": config.plain(),

@@ -14,19 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, write
-from megascale.config.load import load_config
+from benchmarks.studies import last, trained
 from megascale.data.dataset import source_facts
-from megascale.errors import TrainingError
-from megascale.launch.ranks import RankInfo
-from megascale.train.setup import build_trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "depth-100.yaml"
 SCHEMES: dict[str, list[str]] = {
@@ -45,36 +39,21 @@ SCHEMES: dict[str, list[str]] = {
 
 def train(scheme: str, lr: float, seed: int, args: argparse.Namespace) -> list[float | None]:
     """The loss of every step; None where it is not finite, and short where training gave up."""
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [
-            *SCHEMES[scheme],
-            f"model.num_layers={args.layers}",
-            f"model.hidden_size={args.width}",
-            f"train.steps={args.steps}",
-            f"train.global_batch_size={args.batch}",
-            f"train.micro_batch_size={args.batch}",
-            f"train.seq_len={args.seq_len}",
-            "train.eval_every=0",
-            f"optim.lr={lr}",
-            f"optim.warmup_steps={max(1, args.steps // 10)}",
-            f"run.seed={seed}",
-            f"run.dir={folder}/run",
-            "run.threads=1",
-            "run.device=cpu",
-            "run.peak_tflops=0.05",
-            f"data.train={args.data}",
-        ]
-        # Gradients that are not finite, step after step, end a run: its curve says so.
-        quiet = redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(TrainingError)
-        with quiet[0], quiet[1], build_trainer(load_config(str(CONFIG), overrides), RankInfo()) as trainer, quiet[2]:
-            trainer.train()
-        return [json.loads(line)["loss"] for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def last(losses: list[float | None]) -> float:
-    """The mean of the last tenth; infinite where it is not finite."""
-    tail = losses[-max(1, len(losses) // 10) :]
-    return math.inf if any(x is None for x in tail) else sum(x for x in tail if x is not None) / len(tail)
+    overrides = [
+        *SCHEMES[scheme],
+        f"model.num_layers={args.layers}",
+        f"model.hidden_size={args.width}",
+        f"train.steps={args.steps}",
+        f"train.global_batch_size={args.batch}",
+        f"train.micro_batch_size={args.batch}",
+        f"train.seq_len={args.seq_len}",
+        "train.eval_every=0",
+        f"optim.lr={lr}",
+        f"optim.warmup_steps={max(1, args.steps // 10)}",
+        f"run.seed={seed}",
+        f"data.train={args.data}",
+    ]
+    return [row["loss"] for row in trained(CONFIG, overrides)]
 
 
 def draw(runs: list[dict[str, Any]], entropy: float | None, title: str, path: Path) -> None:

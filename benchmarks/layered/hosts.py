@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -50,23 +50,25 @@ def limit_all(megabits: int | None, rank: int, per_host: int) -> None:
 
 
 def timed(
-    name: str, step: Callable[[], object], bandwidths: Sequence[int | None], steps: int, rank: int, per_host: int
-) -> dict[str, list[float]]:
-    """Seconds of each of `steps` steps at every bandwidth (None: unlimited), all ranks together; rank 0 tells standard error."""
-    result: dict[str, list[float]] = {}
-    for bandwidth in bandwidths:
-        limit_all(bandwidth, rank, per_host)
-        seconds = []
-        for _ in range(steps):
-            dist.barrier()
-            begin = time.perf_counter()
-            step()
-            dist.barrier()
-            seconds.append(time.perf_counter() - begin)
-        result[str(bandwidth or "unlimited")] = seconds
-        if rank == 0:
-            print(f"{name} at {bandwidth or 'unlimited'}: {seconds}", file=sys.stderr, flush=True)
-    return result
+    ways: Mapping[str, Callable[[], object]], bandwidths: Sequence[int | None], rounds: int, rank: int, per_host: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a step of each way at every bandwidth (None: unlimited), all ranks together; rank 0 tells standard error.
+
+    Ways and bandwidths take turns in every round, so that a machine that drifts drifts for all of them.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {name: {str(b or "unlimited"): [] for b in bandwidths} for name in ways}
+    for _ in range(rounds):
+        for bandwidth in bandwidths:
+            limit_all(bandwidth, rank, per_host)
+            for name, step in ways.items():
+                dist.barrier()
+                begin = time.perf_counter()
+                step()
+                dist.barrier()
+                seconds[name][str(bandwidth or "unlimited")].append(time.perf_counter() - begin)
+                if rank == 0:
+                    print(f"{name} at {bandwidth or 'unlimited'}: {time.perf_counter() - begin:.2f} s", file=sys.stderr, flush=True)
+    return seconds
 
 
 def start(host: str, module: str, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:

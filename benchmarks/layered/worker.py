@@ -1,4 +1,4 @@
-"""One rank of `two_hosts.py`: trains every mode at every bandwidth, in turn, and prints seconds and bytes as JSON (rank 0)."""
+"""One rank of `two_hosts.py`: trains every mode at every bandwidth, taking turns, and prints seconds and bytes as JSON (rank 0)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.layered.hosts import ADDRESSES, CABLE, limit_all, timed
+from benchmarks.layered.hosts import ADDRESSES, CABLE, timed
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
@@ -45,7 +44,7 @@ def settings(parallel: Parallel, ranks: int, micro_batch: int) -> Config:
     return build_config({"model": MODEL, "train": train, "data": {"train": "x"}, "parallel": parallel.model_dump()})
 
 
-def stepper(config: Config, ranks: int) -> Callable[[], dict[str, int]]:
+def stepper(config: Config, ranks: int, micro_batches: int = M) -> Callable[[], dict[str, int]]:
     """One training step; returns the bytes that this rank sent, by axis."""
     mesh = build_mesh(axis_sizes(config.parallel, ranks), "cpu")
     shape = Shape(SEQ, torch.float32, torch.float32)
@@ -54,13 +53,14 @@ def stepper(config: Config, ranks: int) -> Callable[[], dict[str, int]]:
         pass
     engine = build_engine(model, config, CPU)
     torch.manual_seed(dist.get_rank())
-    tokens = torch.randint(0, MODEL["vocab_size"], (config.train.micro_batch_size, SEQ + 1))
+    assert config.model.vocab_size is not None
+    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, SEQ + 1))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, torch.arange(len(tokens)), tokens[:, 1:].numel())
     places = config.train.global_batch_size * SEQ
 
     def step() -> dict[str, int]:
         mesh.traffic.take()
-        engine.run([batch] * M, 1 / places, 1e-4)
+        engine.run([batch] * micro_batches, 1 / places, 1e-4)
         engine.update(torch.ones(()))
         return mesh.traffic.take()[0]
 
@@ -75,14 +75,11 @@ def main() -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = CABLE
     meeting = f"tcp://{ADDRESSES[0]}:29611"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
-    result: dict[str, Any] = {}
-    for name, parallel in modes(ranks).items():
-        step = stepper(settings(parallel, ranks, micro_batch), ranks)
-        limit_all(None, rank, per_host)
-        sent = step()
-        result[name] = {"sent_bytes": sent, "seconds": timed(name, step, bandwidths, steps, rank, per_host)}
+    ways = {name: stepper(settings(parallel, ranks, micro_batch), ranks) for name, parallel in modes(ranks).items()}
+    sent = {name: step() for name, step in ways.items()}  # the first step also warms up
+    seconds = timed(ways, bandwidths, steps, rank, per_host)
     if rank == 0:
-        print(json.dumps(result))
+        print(json.dumps({name: {"sent_bytes": sent[name], "seconds": seconds[name]} for name in ways}))
     dist.barrier()
     os._exit(0)
 

@@ -19,6 +19,7 @@ from megascale.data.loader import Batch
 from megascale.measure.compute import flops_per_token
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
+from megascale.model.layers import Fp8
 from megascale.model.spec import specs_of
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
@@ -28,14 +29,16 @@ from megascale.schedule.accumulate import Accumulation
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def our_step(cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str) -> tuple[Callable[[], object], float]:
+def our_step(
+    cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str, fp8: Fp8 = "false"
+) -> tuple[Callable[[], object], float]:
     """One training step of ours, and its FLOPs."""
     device = tokens.device
     mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
     kernels = choose_kernels("auto", cfg.norm, device)
     meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype), kernels.norm)
     flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
-    model = parallelize([meta], mesh, Parallel(compile=True, recompute=recompute), device)  # type: ignore[arg-type]
+    model = parallelize([meta], mesh, Parallel(compile=True, recompute=recompute), device, fp8)  # type: ignore[arg-type]
     for _ in model.draw_weights(1):
         pass
     optimizer = build_optimizer(model, Optim(lr=1e-4))

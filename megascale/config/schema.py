@@ -277,6 +277,9 @@ class Precision(Section):
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
     fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8)] = "false"
     master: Literal["fp32", "bf16", "fp64"] | None = None  # of the stored weights; fp64 under fp64 compute, else fp32
+    fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"  # of fp8 dynamic: what shares a scale
+    fp8_watch: NonNegative = 100  # steps between two looks at what FP8 casts lose; 0 never looks
+    loss_scale: Annotated[float, Field(gt=0)] | None = None  # of fp8 static: gradients' factor during backward; from the shapes if absent
 
     @property
     def storage(self) -> str:
@@ -307,7 +310,8 @@ class Optim(Section):
     decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     decay_steps: Positive | None = None  # cosine, linear: where the decay ends (the last step); wsd: length of the final decay
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    base_width: Positive | None = None
+    base_width: Positive | None = None  # hidden size for which lr was tuned: under unit scaling hidden matrices' rates follow the width
+    independent_decay: bool = False  # a step keeps 1 − weight_decay·lr/peak lr of a weight, whatever its rate
     multipliers: dict[str, Multiplier] = {}  # by weight, head.weight or blocks.*.attention.q.weight: a grown run moves as its source's would
 
     def multiplier(self, weight: str) -> Multiplier:

@@ -11,11 +11,12 @@ from megascale.config.rules.axes import AXIS_RULES
 from megascale.config.rules.engines import ENGINE_RULES
 from megascale.config.rules.general import GENERAL_RULES
 from megascale.config.rules.model import MODEL_RULES
+from megascale.config.rules.precision import PRECISION_RULES
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
-RULES: tuple[Rule, ...] = (*MODEL_RULES, *AXIS_RULES, *ENGINE_RULES, *GENERAL_RULES)
+RULES: tuple[Rule, ...] = (*MODEL_RULES, *AXIS_RULES, *ENGINE_RULES, *PRECISION_RULES, *GENERAL_RULES)
 
 
 def refusals(config: Config, ranks: int) -> list[Rule]:
@@ -62,5 +63,5 @@ def padding_note(config: Config) -> str | None:
 def _value(config: Config, key: str) -> object:
     value: object = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     return value

@@ -282,6 +282,7 @@ def _quantized(maps: Maps, options: Options) -> None:
     uneven = [name for name, a in maps.axes.items() if not a.is_identity and (a.uniform_copies is None or not a.known.all())]
     uneven = [n for n in uneven if n not in ("vocabulary", "positions")]
     noisy = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
+    maps.notes.append("linear bitlinear: inputs are sums of whole numbers and can lie exactly between two steps, where the last bit decides")
     if uneven:
         maps.lossy.append(f"linear bitlinear with {', '.join(uneven[:3])} not repeated a whole number of times: its rounding would change")
     elif noisy and (options.symmetry != "none" or options.split[0] != options.split[1]):

@@ -15,6 +15,7 @@ from megascale.expand.options import Options, Sizes, check_options, target_model
 from megascale.expand.stack import plan_layers, row_of, specs
 from megascale.model.residual import ends
 from megascale.model.spec import ParamSpec
+from megascale.optim.rates import MATRICES
 
 NORM_AXES = {"weight": ("gain",), "bias": ("shift",), "alpha": ("one",)}
 # The axes of every tensor, by its name behind the layer's number. Banks of experts have theirs in front.
@@ -71,7 +72,7 @@ PAIRED = {
     "ffn_shift": "pair_ffn_shift", "expert": "pair_expert", "expert_out": "pair_expert_out", "together": "pair_together",
     "together_out": "pair_together_out",
 }  # fmt: skip
-HIDDEN = ("query", "key", "value", "attention_out", "up", "gate", "down")  # the roles of products inside blocks
+UNIT_SCALED = (*MATRICES, "router")  # the roles whose products are multiplied with 1/√fan_in there
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,8 @@ def _chained(plan: TensorPlan, change: NormChange, maps: Maps) -> TensorPlan:
 
 
 def _unit_scale(old: ParamSpec, new: ParamSpec) -> float:
-    """μS multiplies hidden products by fan_in^−½ and the head by 1/fan_in: weights make up for a fan_in that grew."""
-    ratio = new.shape[-1] / old.shape[-1]
-    return ratio**0.5 if new.role in HIDDEN else ratio if new.role == "head" else 1.0
+    """μS multiplies hidden products by fan_in^−½: weights make up for a fan_in that grew. The head's 1/fan_in is the last norm's affair."""
+    return (new.shape[-1] / old.shape[-1]) ** 0.5 if new.role in UNIT_SCALED else 1.0
 
 
 def grid_axes(suffix: str) -> tuple[str, ...] | None:

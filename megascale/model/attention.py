@@ -41,7 +41,8 @@ class Attention(nn.Module):
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
             bias = cfg.bias and role not in row.unbiased
-            return Linear(out_dim, in_dim, role, cut, row.starts.std(role, out_dim, in_dim), dtype, bias, cfg.linear)
+            std, scale = row.starts.std(role, out_dim, in_dim), row.product_scale(in_dim)
+            return Linear(out_dim, in_dim, role, cut, std, dtype, bias, cfg.linear, scale)
 
         def norm(dim: int, cut: Cut, name: str) -> Norm:
             bias = cfg.bias and "norm" not in row.unbiased

@@ -77,6 +77,8 @@ class Block(nn.Module):
     def _join(self, x: Tensor, norm: Norm, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:
         if self.row.norm == "before":
             return self._add(x, sublayer(norm(x)), context)
+        if self.row.norm == "within":
+            return self._add(x, norm(sublayer(x)), context)
         return norm(self._add(x, sublayer(x), context))
 
     def _scaled(self, y: Tensor, scale: Tensor | None, keys: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from megascale.model.observe import Observations, Raw
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, Role, declare
+from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_grouped, grouped_weight_gradient, to_fp8
 
 
 class Arrival(NamedTuple):
@@ -130,38 +131,55 @@ def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([*(F.linear(part, w) for part, w in zip(parts, weight.unbind(0))), x.new_zeros((rest, weight.shape[1]))])
 
 
-@torch.no_grad()
-def _add_gradient(weight: Tensor, counts: Tensor, g: Tensor, x: Tensor) -> None:
-    """The weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
-    if has_grouped_product(x, weight):
-        part = torch._grouped_mm(g.t(), x, offs=counts.cumsum(0).to(torch.int32))
-    else:
-        sizes = counts.tolist()
-        part = torch.stack([a.t() @ b for a, b in zip(g[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes))])
-    part = part.to(weight.dtype)
-    weight.grad = part if weight.grad is None else weight.grad + part
-
-
 class Bank(nn.Module):
-    """One matrix of all experts, [E, out, in]. `deferred` as in `Linear`."""
+    """One matrix of all experts, [E, out, in]. `scale`, `deferred`, `fp8`, `watch` and `observations` as in `Linear`."""
 
-    def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ParamSpec, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = declare(spec, dtype)
+        self.weight, self.scale = declare(spec, dtype), scale
         self.deferred: Deferred | None = None
+        self.fp8 = False
+        self.watch: Watch | None = None
+        self.observations: Observations | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         if self.deferred is None or not torch.is_grad_enabled():
-            return grouped_product(x, self.weight, counts)
-        product = partial(grouped_product, weight=self.weight.detach(), counts=counts)
-        return deferred_product(x, product, partial(_add_gradient, self.weight, counts), self.deferred)
+            return self._product(x, self.weight, counts)
+        product = partial(self._product, weight=self.weight.detach(), counts=counts)
+        return deferred_product(x, product, partial(self._add_gradient, counts), self.deferred)
+
+    def _product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        if self.fp8:
+            return fp8_grouped(x, weight, counts, self.scale, self.watch)
+        y = grouped_product(x, weight, counts)
+        return y if self.scale == 1.0 else y * self.scale
+
+    @torch.no_grad()
+    def _add_gradient(self, counts: Tensor, g: Tensor, x: Tensor) -> None:
+        """The weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
+        weight, sizes = self.weight, counts.tolist() if self.fp8 or not has_grouped_product(x, self.weight) else []
+        if self.fp8:
+            part = grouped_weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), sizes, self.scale, g.dtype)
+        elif sizes:
+            part = torch.stack([a.t() @ b for a, b in zip(g[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes))])
+        else:
+            part = torch._grouped_mm(g.t(), x, offs=counts.cumsum(0).to(torch.int32))
+        part = part.to(weight.dtype)
+        if self.scale != 1.0 and not self.fp8:
+            part *= self.scale
+        weight.grad = part if weight.grad is None else weight.grad + part
+
+
+def unscaled(in_dim: int) -> float:
+    return 1.0
 
 
 class Start(NamedTuple):
-    """How the weights of a mixture start: the deviation of each role, and whether it is truncated."""
+    """How the weights of a mixture start: the deviation of each role, and whether it is truncated; `product_scale` as in `Residual`."""
 
     std: dict[Role, float]
     truncated: bool = False
+    product_scale: Callable[[int], float] = unscaled
 
 
 def spread_through(bank: Bank, x: Tensor, experts: Tensor) -> Tensor:
@@ -181,7 +199,8 @@ class Experts(nn.Module):
 
         def bank(out_dim: int, in_dim: int, role: Role, cut: int) -> Bank:
             shape = (moe.num_experts, out_dim, in_dim)
-            return Bank(ParamSpec(shape, role, cut, start.std[role], truncated=start.truncated, experts=True, uses=uses), dtype)
+            spec = ParamSpec(shape, role, cut, start.std[role], truncated=start.truncated, experts=True, uses=uses)
+            return Bank(spec, dtype, start.product_scale(in_dim))
 
         self.up = bank(f, d, "up", 1)
         self.gate = bank(f, d, "gate", 1) if cfg.ffn == "swiglu" else None
@@ -208,7 +227,8 @@ class MixtureOfExperts(nn.Module):
         start = start or start_of(cfg, moe, row)
         self.moe, self.num_experts = moe, moe.num_experts
         self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
-        self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype)
+        router_scale = start.product_scale(cfg.hidden_size)
+        self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype, router_scale)
         self.experts = Experts(cfg, moe, start, dtype)
         self.shared = FeedForward(cfg, row, dtype, norm_kernel, moe.num_shared * moe.ffn_size) if moe.num_shared else None
         self.enter: Callable[[Tensor], Tensor] = identity
@@ -296,7 +316,10 @@ def start_of(cfg: Model, moe: Moe, row: Residual) -> Start:
     d, f = cfg.hidden_size, moe.ffn_size
     if moe.init == "model":
         roles: tuple[tuple[Role, int, int], ...] = (("up", f, d), ("gate", f, d), ("down", d, f))
-        return Start({"router": cfg.init_std, **{role: row.starts.std(role, out, into) for role, out, into in roles}})
+        # A router is no FP8 product, but unit scaling makes its start and its rate fit every width like the others'.
+        router = 1.0 if row.unit_scaled else cfg.init_std
+        stds: dict[Role, float] = {"router": router, **{role: row.starts.std(role, out, into) for role, out, into in roles}}
+        return Start(stds, product_scale=row.product_scale)
     wide, narrow = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
     return Start({"router": wide, "up": wide, "gate": wide, "down": narrow}, truncated=True)
 

@@ -32,7 +32,8 @@ class FeedForward(nn.Module):
         d, f = cfg.hidden_size, width or cfg.ffn_size
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
-            return Linear(out_dim, in_dim, role, cut, row.starts.std(role, out_dim, in_dim), dtype, cfg.bias, cfg.linear)
+            std, scale = row.starts.std(role, out_dim, in_dim), row.product_scale(in_dim)
+            return Linear(out_dim, in_dim, role, cut, std, dtype, cfg.bias, cfg.linear, scale)
 
         self.kind = cfg.ffn
         self.up = product(f, d, "up", 0)

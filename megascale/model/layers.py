@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from megascale.model.bitlinear import Statistics, quantized_input, quantized_weight
 from megascale.model.kernels import NormKernel, dyt
+from megascale.model.observe import Observations
 from megascale.model.spec import Cut, ParamSpec, Role, declare
+from megascale.precision.dynamic import dynamic_linear
+from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_linear, to_fp8, weight_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,6 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+
+# How a product is computed: in the input's dtype, in FP8 with static scales, or with measured ones per tensor or per row.
+Fp8 = Literal["false", "static", "tensorwise", "rowwise"]
 
 # Weight gradients still to be computed, in the order in which backward met them.
 Deferred = list[Callable[[], None]]
@@ -63,30 +69,33 @@ class _MeetGradient(torch.autograd.Function):
         return grads[0], None
 
 
-@torch.no_grad()
-def _add_gradient(weight: Tensor, rows: slice, g: Tensor, x: Tensor) -> None:
-    part = (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
-    if weight.grad is None and part.shape == weight.shape:
-        weight.grad = part
-        return
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    weight.grad[rows] += part
-
-
 class Linear(nn.Module):
-    """A weight [out, in] with an optional bias.
+    """A weight [out, in] with an optional bias; the product is multiplied with `scale`.
 
     `rows`, set by the tensor pass, restricts a weight held whole to the output rows this rank needs. `deferred`, set by the pipeline, takes
-    the weight gradients of schedules that compute them apart. `kind` is dense or bitlinear (bitlinear.py).
+    the weight gradients of schedules that compute them apart. The precision pass sets `fp8`, `observations` and, on some steps, `watch`.
+    `kind` is dense or bitlinear (bitlinear.py).
     """
 
     bias: Tensor | None
 
     def __init__(
-        self, out_dim: int, in_dim: int, role: Role, cut: Cut, std: float, dtype: torch.dtype, bias: bool = False, kind: str = "dense"
+        self,
+        out_dim: int,
+        in_dim: int,
+        role: Role,
+        cut: Cut,
+        std: float,
+        dtype: torch.dtype,
+        bias: bool = False,
+        kind: str = "dense",
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.role, self.scale = role, scale
+        self.fp8: Fp8 = "false"
+        self.watch: Watch | None = None
+        self.observations: Observations | None = None
         self.weight = declare(ParamSpec((out_dim, in_dim), role, cut, std), dtype)
         # A bias is cut with the output dimension; the bias of an input-cut weight is added once, after the sum over ranks.
         bias_cut: Cut = "tokens" if cut == 1 else cut
@@ -96,7 +105,7 @@ class Linear(nn.Module):
         self.statistics = Statistics() if kind == "bitlinear" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.deferred is not None or self.statistics is not None:
+        if self.deferred is not None or self.statistics is not None or self.scale != 1.0 or self.fp8 != "false":
             return self.add_bias(self.product(x))
         weight: Tensor = self.weight
         return linear(x, weight if self.rows is None else weight[slice(*self.rows)], self._bias())
@@ -108,9 +117,37 @@ class Linear(nn.Module):
             x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
         rows = slice(*self.rows) if self.rows else slice(None)
         if self.deferred is not None and torch.is_grad_enabled():
-            product = partial(linear, weight=weight.detach()[rows])
-            return deferred_product(x, product, partial(_add_gradient, self.weight, rows), self.deferred)
-        return linear(x, weight if self.rows is None else weight[rows])
+            product = partial(self._multiply, weight=weight.detach()[rows])
+            return deferred_product(x, product, partial(self._add_gradient, rows), self.deferred)
+        return self._multiply(x, weight if self.rows is None else weight[rows])
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.fp8 == "static":
+            return fp8_linear(x, weight, self.scale) if self.watch is None else self._watched(x, weight)
+        y = linear(x, weight) if self.fp8 == "false" else dynamic_linear(x, weight, self.fp8)
+        return y if self.scale == 1.0 else y * self.scale
+
+    @torch.compiler.disable
+    def _watched(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Outside the compiled block, which knows no counters: a few steps only."""
+        return fp8_linear(x, weight, self.scale, self.watch)
+
+    @torch.no_grad()
+    def _add_gradient(self, rows: slice, g: Tensor, x: Tensor) -> None:
+        """Of the product's result g [..., out] and its input x [..., in]."""
+        weight, g, x = self.weight, g.flatten(0, -2), x.flatten(0, -2)
+        if self.fp8 == "static":
+            part = weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), self.scale, g.dtype)
+        else:
+            part = g.t() @ x
+            part = part if self.scale == 1.0 else part * self.scale
+        part = part.to(weight.dtype)
+        if weight.grad is None and part.shape == weight.shape:
+            weight.grad = part
+            return
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad[rows] += part
 
     def add_bias(self, y: Tensor) -> Tensor:
         bias = self._bias()

@@ -20,6 +20,7 @@ class Observations:
     """What one module tells.
 
     group    under which its readings stand in a row; the modules of a group give one number each
+    sampled  told on a few steps only; the rows of others leave the group out
     sums     name → length of what adds up over micro-batches and ranks
     maxima   the same for what is largest over them; never negative
     read     the totals of both over all ranks → named numbers. Ranks that see the same tokens all add them: only ratios mean something.
@@ -29,6 +30,7 @@ class Observations:
     sums: Mapping[str, int]
     maxima: Mapping[str, int]
     read: Callable[[Raw], dict[str, float]]
+    sampled: bool = False
     now: Raw = field(default_factory=dict)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ Blocks read the row; nothing else knows a scheme's name. A new scheme is a new r
 plain numbers: N blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
 
 Sources: DeepNorm arXiv 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel
-blocks 2302.05442.
+blocks 2302.05442, μS (μnit Scaling) 2502.05967.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Starts:
 
 @dataclass(frozen=True)
 class Residual:
-    """One row: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after".
+    """One row: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after", and skip·x +
+    branch·N(F(x)) where it is "within".
 
     branch_period   the branch is also multiplied with min(1, step/period), steps counted from 1
     channel_scale   the branch is also multiplied with a learned vector that starts at this value
@@ -74,9 +75,10 @@ class Residual:
     qk_norm         queries and keys are normalized whatever the config says
     unbiased        roles that have no bias whatever the config says
     norm_eps        by the norm's name in its block or attention
+    unit_scaled     a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
     """
 
-    norm: Literal["before", "after"]
+    norm: Literal["before", "after", "within"]
     starts: Starts
     skip: float = 1.0
     branch: float = 1.0
@@ -87,6 +89,11 @@ class Residual:
     qk_norm: bool = False
     unbiased: tuple[str, ...] = ()
     norm_eps: Mapping[str, float] = field(default_factory=dict)
+    unit_scaled: bool = False
+
+    def product_scale(self, in_dim: int) -> float:
+        """What a matrix's product is multiplied with."""
+        return 1 / math.sqrt(in_dim) if self.unit_scaled else 1.0
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,9 @@ def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
             return Residual("before", constant, channel_scale=layerscale(stack.layers))
         case "parallel":
             return Residual("before", writers, one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm"))
+        case "mus":
+            tau = mus_tau(cfg, stack)
+            return Residual("within", Starts("constant", 1.0), skip=math.sqrt(1 - tau), branch=math.sqrt(tau), unit_scaled=True)
         case _:
             raise ValueError(f"no residual scheme {cfg.residual}")
 
@@ -146,9 +156,11 @@ def ends(cfg: Model) -> Ends:
     d = cfg.hidden_size
     learned = math.sqrt(d) if cfg.norm == "dyt" else None
     final = cfg.residual not in ("post", "deepnorm", "branchnorm", "deepscale_post")
+    tables = 2 if cfg.position == "learned" else 1
+    if cfg.residual == "mus":
+        return Ends(math.sqrt(1 / tables), 1.0, final, 1 / d, learned)
     if cfg.residual not in ("deepscale", "deepscale_post"):
         return Ends(cfg.init_std, cfg.init_std, final, embedding_scale=learned)
-    tables = 2 if cfg.position == "learned" else 1
     embedding = math.sqrt((1 - cfg.dropout) / tables)
     factor = 1 / (embedding * math.sqrt(d)) if cfg.tie_embeddings else 1.0
     return Ends(embedding, 1 / math.sqrt(d), final, factor, learned)
@@ -177,6 +189,13 @@ def subln(stack: Stack) -> float:
 def layerscale(layers: int) -> float:
     """γ at the start (arXiv 2103.17239, section 2.2)."""
     return 0.1 if layers <= 18 else 1e-5 if layers <= 24 else 1e-6
+
+
+def mus_tau(cfg: Model, stack: Stack) -> float:
+    """μS's share τ of a branch in the stream's variance: fixed for a run, smaller for deep ones (0.4 for four blocks, 0.1 for deep models;
+    the rule between them is ours).
+    """
+    return cfg.mus_tau or min(0.4, max(0.1, 0.8 / math.sqrt(stack.layers)))
 
 
 def deepscale(stack: Stack) -> tuple[float, float]:

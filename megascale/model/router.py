@@ -133,14 +133,15 @@ def moved_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
 class Router(nn.Module):
     """Tokens → logits → choice, with weights rounded like all others to the compute dtype and the product in at least fp32.
 
-    `bias`, with `balance: bias`, is state: `moved_bias` sets it after each step. xmoe projects a token to 16 dimensions and compares
-    directions with the experts' rows there, at a learned temperature (arXiv 2204.09179).
+    `scale` multiplies the product with the tokens. `bias`, with `balance: bias`, is state: `moved_bias` sets it after each step. xmoe
+    projects a token to 16 dimensions and compares directions with the experts' rows there, at a learned temperature (arXiv 2204.09179).
     """
 
     bias: Tensor | None
 
-    def __init__(self, hidden: int, cfg: Moe, std: float, truncated: bool, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, cfg: Moe, std: float, truncated: bool, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.rule, self.top_k = cfg.router, cfg.top_k
         # Every rank holds a router whole and sees its own experts' share of the gates' gradients, hence "heads".
         # σ-MoE's rows start at equal length, or the longest would be chosen first.
@@ -161,6 +162,8 @@ class Router(nn.Module):
         """x [b, s, d] → [b, s, E]"""
         rounded, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(exact), self.weight.to(rounded).to(exact)
+        if self.scale != 1.0:
+            x = x * self.scale
         if self.project is None or self.temperature is None:
             return F.linear(x, weight)
         x = F.linear(x, self.project.to(rounded).to(exact))

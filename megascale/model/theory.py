@@ -81,16 +81,17 @@ Sublayer = Callable[[Model, Residual, Signal, int, bool], tuple[Signal, Pull]]
 def _join(
     cfg: Model, row: Residual, x: Signal, sublayers: list[Sublayer], seq_len: int, causal: bool, warm: float, attends: bool
 ) -> tuple[Signal, Pull]:
-    """The stream behind skip·x + branch·Σ F, normalized before or after."""
+    """The stream behind skip·x + branch·Σ F, normalized before, after, or at the branch's end."""
     alpha = cfg.dyt_alpha[0 if attends else 1]
-    before = row.norm == "before"
-    h, pull_before = _norm(cfg, x, alpha) if before else (x, _unchanged)
+    h, pull_before = _norm(cfg, x, alpha) if row.norm == "before" else (x, _unchanged)
     factor = row.branch * (warm if row.branch_period else 1.0) * (1.0 if row.channel_scale is None else row.channel_scale)
     branches = [f(cfg, row, h, seq_len, causal) for f in sublayers]
+    if row.norm == "within":
+        branches = [_normed(cfg, alpha, *branch) for branch in branches]
     parts = [(row.skip, x)] + [(factor, dropout(y, cfg.dropout)) for y, _ in branches]
     var = sum(c * c * s.var for c, s in parts)
     out = Signal(sum(c * s.mean for c, s in parts), var, sum(c * c * s.var * s.corr for c, s in parts) / var)
-    joined, pull_after = (out, _unchanged) if before else _norm(cfg, out, alpha)
+    joined, pull_after = _norm(cfg, out, alpha) if row.norm == "after" else (out, _unchanged)
 
     def pull(g: Gradient) -> Gradient:
         g = pull_after(g)
@@ -98,6 +99,12 @@ def _join(
         return _sum([Gradient(row.skip**2 * g.var, g.corr), *map(pull_before, into)])
 
     return joined, pull
+
+
+def _normed(cfg: Model, alpha: float, y: Signal, pull_branch: Pull) -> tuple[Signal, Pull]:
+    """A branch with a norm at its end."""
+    normed, pull_norm = _norm(cfg, y, alpha)
+    return normed, lambda g: pull_branch(pull_norm(g))
 
 
 def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) -> tuple[Signal, Pull]:
@@ -158,7 +165,7 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
 
 
 def _product(cfg: Model, row: Residual, x: Signal, role: str, out_dim: int, in_dim: int) -> tuple[Signal, Pull]:
-    weight = row.starts.std(role, out_dim, in_dim) ** 2
+    weight = (row.starts.std(role, out_dim, in_dim) * row.product_scale(in_dim)) ** 2
     if cfg.linear == "dense":
         return linear(x, in_dim, weight), lambda g: Gradient(linear_gradient(g.var, out_dim, weight), g.corr)
     unit = Signal(x.mean / math.sqrt(x.square), x.var / x.square, x.corr)

@@ -7,18 +7,18 @@ factor for its gradients and whether they are finite as device tensors: a bad st
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megascale.comm.mesh import Mesh
-from megascale.config.schema import Multiplier, Optim
+from megascale.config.schema import Optim
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.owners import take_turns, work_shared
+from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
 from megascale.parallel.apply import ParallelModel, Weight
-
-MATRICES = ("query", "key", "value", "attention_out", "up", "gate", "down")  # the roles that Muon orthogonalizes
 
 
 class Optimizer(Protocol):
@@ -41,36 +41,26 @@ def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] =
 
 def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
     """The optimizer of `cfg` for some weights of the model, where they lie."""
+    rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
     match cfg.name:
         case "adamw":
-            return AdamW(weights, cfg)
+            return AdamW(weights, cfg, rates)
         case "lion":
-            return Lion(weights, cfg)
+            return Lion(weights, cfg, rates)
         case "muon":
             matrices = [w for w in weights if w.placement.spec.role in MATRICES]
             rest = [w for w in weights if w.placement.spec.role not in MATRICES]
-            return Muon(matrices, AdamW(rest, cfg), model.mesh, cfg)
+            return Muon(matrices, AdamW(rest, cfg, rates), model.mesh, cfg, rates)
 
 
 class AdamW:
     """torch's fused AdamW: one kernel for all weights, on CUDA and on CPUs."""
 
-    def __init__(self, weights: list[Weight], cfg: Optim) -> None:
+    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate]) -> None:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
-        alike: dict[tuple[bool, Multiplier], list[Tensor]] = {(True, Multiplier()): [], (False, Multiplier()): []}
-        for w in self.weights:
-            alike.setdefault((w.placement.spec.decays, cfg.multiplier(w.name)), []).append(self.locals[w.name])
-        groups = [
-            {
-                "params": locals_here,
-                "weight_decay": cfg.weight_decay * m.weight_decay if decays else 0.0,
-                "eps": cfg.eps * m.eps,
-                "rate": m.lr,
-            }
-            for (decays, m), locals_here in alike.items()
-        ]
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
+        groups = grouped_by_rate(self.locals, rates, cfg.eps)
+        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
         for local in self.locals.values():
             # torch makes state at the first step; a checkpoint needs it before.
             self.inner.state[local] = {
@@ -84,7 +74,7 @@ class AdamW:
         for w in self.weights:
             self.locals[w.name].grad = w.local_grad
         for group in self.inner.param_groups:
-            group["lr"] = lr * group["rate"]
+            group["lr"] = lr * group["factor"]
         self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         self.inner.grad_scale = None  # type: ignore[attr-defined]
         self.inner.step()
@@ -98,8 +88,8 @@ class AdamW:
 class Lion:
     """p ← p − lr·(sign(β₁m + (1−β₁)g) + wd·p), then m ← β₂m + (1−β₂)g (arXiv 2302.06675)."""
 
-    def __init__(self, weights: list[Weight], cfg: Optim) -> None:
-        self.weights, self.cfg = [w for w in weights if w.local.numel() > 0], cfg
+    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate]) -> None:
+        self.weights, self.cfg, self.rates = [w for w in weights if w.local.numel() > 0], cfg, rates
         self.exp_avg = {w.name: torch.zeros_like(w.local) for w in self.weights}
 
     @torch.no_grad()
@@ -111,10 +101,9 @@ class Lion:
                 continue
             go = finite.to(local.dtype)
             grad = torch.where(finite, grad, torch.zeros_like(grad))
-            by = self.cfg.multiplier(w.name)
-            decay = self.cfg.weight_decay * by.weight_decay if w.placement.spec.decays else 0.0
-            update = torch.lerp(grad, m, self.cfg.betas[0]).sign_().add_(local, alpha=decay)
-            local.sub_(update * (lr * by.lr * go))
+            rate = self.rates[w.name]
+            update = torch.lerp(grad, m, self.cfg.betas[0]).sign_().add_(local, alpha=rate.decay)
+            local.sub_(update * (lr * rate.factor * go))
             m.add_((grad - m) * ((1 - self.cfg.betas[1]) * go))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -132,8 +121,8 @@ class Muon:
     ROUNDS = 5
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
-    def __init__(self, weights: list[Weight], rest: AdamW, mesh: Mesh, cfg: Optim) -> None:
-        self.weights, self.rest, self.cfg = weights, rest, cfg
+    def __init__(self, weights: list[Weight], rest: AdamW, mesh: Mesh, cfg: Optim, rates: Mapping[str, Rate]) -> None:
+        self.weights, self.rest, self.cfg, self.rates = weights, rest, cfg, rates
         self.momentum = {w.name: torch.zeros_like(w.local) for w in weights}
         self.turns = take_turns(weights, mesh, lambda w: orthogonalization_flops(w.placement.spec.shape))
 
@@ -147,9 +136,10 @@ class Muon:
             for m, update in zip(turn, updates):
                 local = m.weight.local
                 go = finite.to(local.dtype)
-                size, by = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5, self.cfg.multiplier(m.weight.name)
-                rate = lr * by.lr
-                local.mul_(1 - rate * self.cfg.weight_decay * by.weight_decay * go).sub_(update * (rate * size * go))
+                size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
+                rate = self.rates[m.weight.name]
+                own = lr * rate.factor
+                local.mul_(1 - own * rate.decay * go).sub_(update * (own * size * go))
 
     def _direction(self, w: Weight, finite: Tensor) -> Tensor:
         """Moves the weight's momentum and looks one step ahead (Nesterov)."""

@@ -20,12 +20,14 @@ from megascale.model.decoder import Decoder, Shape
 from megascale.model.families import Family, build_part
 from megascale.model.init import initialize
 from megascale.model.kernels import NormKernel
+from megascale.model.layers import Fp8
 from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
 from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
+from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.sequence import spread_sequence
 from megascale.parallel.tensor import Placement, cut_model, local_tensor
 
@@ -148,8 +150,8 @@ def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[st
     return placements if stage.cfg.moe is None else cut_experts(stage, placements, axes, cfg)
 
 
-def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device) -> ParallelModel:
-    """Meta modules → this rank's part of them, in memory but not yet drawn."""
+def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device, fp8: Fp8 = "false") -> ParallelModel:
+    """Meta modules → this rank's part of them, in memory but not yet drawn. `fp8`: how hidden products are computed."""
     weights: list[Weight] = []
     states: list[State] = []
     modules, guest = [], None
@@ -166,6 +168,7 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
         else:
             spread_grid(stage, mesh, cfg)
         state_specs = states_of(stage)
+        multiply_in_fp8(stage, fp8)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
             compile_blocks(stage)
@@ -176,6 +179,7 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
             reshard = cfg.reshard_after_forward and not pipeline
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
         allocate(stage, device, on_host)
+        gather_in_fp8(stage, placements)
         stage.at_step(1)
         if cfg.engine == "ddp" and copies and not pipeline:
             module, micro_batch = replicate_model(stage, mesh)

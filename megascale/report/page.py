@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
@@ -69,7 +69,8 @@ def page(runs: Sequence[RunData], title: str) -> str:
             ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
             *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),
         ),
-        *_experts(runs),
+        *_layers(runs, "Experts", "experts", EXPERTS),
+        *_layers(runs, "FP8 casts, the worst product of each layer", "fp8", CASTS),
         *_goodput(runs),
         "<h2>Optimization</h2>",
         _panels(
@@ -146,14 +147,22 @@ EXPERTS = {
 }
 
 
-def _experts(runs: Sequence[RunData]) -> list[str]:
-    """What routers told, for the runs that have some."""
+CASTS = {
+    "input_vanished": "share of inputs that become zero in FP8",
+    "gradient_vanished": "share of gradients that become zero in FP8",
+    "input_clamped": "share of inputs beyond FP8's largest",
+    "gradient_clamped": "share of gradients beyond FP8's largest",
+}
+
+
+def _layers(runs: Sequence[RunData], head: str, group: str, readings: Mapping[str, str]) -> list[str]:
+    """What the modules of a group told, by layer and step, for the runs that have some."""
     parts = []
     for run in runs:
-        figures = [(f"{title} of {run.name}, by layer", heat_figure(run, "experts", key, title)) for key, title in EXPERTS.items()]
+        figures = [(f"{title} of {run.name}, by layer", heat_figure(run, group, key, title)) for key, title in readings.items()]
         if any(figure is not None for _, figure in figures):
             parts += [f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "", _panels(*figures)]
-    return ["<h2>Experts</h2>", *parts] if parts else []
+    return [f"<h2>{head}</h2>", *parts] if parts else []
 
 
 def _goodput(runs: Sequence[RunData]) -> list[str]:

@@ -120,12 +120,17 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _by_layer(row: Row, group: str, reading: str) -> dict[int, float]:
-    """Layer → reading; empty where a row has no such group, or one that was not written by the trainer."""
+    """Layer → reading, the largest where a layer has several modules; empty where a row has no such group, or one that was not written by
+    the trainer.
+    """
     told = row.get(group)
     layers, values = (told.get(key) if isinstance(told, dict) else None for key in ("layers", reading))
     if not (isinstance(layers, list) and isinstance(values, list) and all(isinstance(n, int) for n in layers)):
         return {}
-    return dict(zip(layers, map(as_number, values)))
+    found: dict[int, float] = {}
+    for layer, value in zip(layers, map(as_number, values)):
+        found[layer] = max(value, found.get(layer, value))
+    return found
 
 
 def _changes(rows: Sequence[Row], limit: int = 800) -> list[Row]:

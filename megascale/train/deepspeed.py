@@ -23,6 +23,7 @@ from megascale.config.schema import Config
 from megascale.data.loader import Batch
 from megascale.errors import UsageError
 from megascale.optim.optimizers import Optimizer, build_optimizer
+from megascale.optim.rates import grouped_by_rate, rate_of
 from megascale.parallel.apply import ParallelModel, Weight
 from megascale.train.in_backward import valid_share
 from megascale.train.state import state_pieces
@@ -44,7 +45,7 @@ class DeepSpeed:
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
         self._start()
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         # DeepSpeed clips what it has reduced, so gradients must be final: the number of valid targets is agreed on before.
         valid = valid_share(batches, scale, self.model.mesh, self.device)
         total: Tensor | None = None
@@ -103,11 +104,9 @@ class DeepSpeed:
         if self.engine is not None:
             return
         cfg, mesh = self.config.optim, self.model.mesh
-        groups = [
-            {"params": [w.parameter for w in self.model.weights if w.placement.spec.decays == decays], "weight_decay": decay}
-            for decays, decay in ((True, cfg.weight_decay), (False, 0.0))
-        ]
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+        rates = {w.name: rate_of(w.placement.spec, cfg, self.config.model.hidden_size) for w in self.model.weights}
+        groups = grouped_by_rate({w.name: w.parameter for w in self.model.weights}, rates, cfg.eps)
+        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
         for w in self.model.weights:
             # It sums squares over the tensor axis for those that say so, and counts the others once.
             w.parameter.model_parallel = w.parameter.tensor_model_parallel = bool(w.placement.cuts)  # type: ignore[attr-defined]

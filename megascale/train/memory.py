@@ -18,7 +18,7 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
-from megascale.optim.optimizers import MATRICES
+from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
 from megascale.parallel.tensor import Placement
 from megascale.schedule.orders import compute_order

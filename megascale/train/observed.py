@@ -1,4 +1,6 @@
-"""What the modules of all ranks told of a step (model/observe.py), as one row: {group: {"layers": […], reading: [one number a module]}}."""
+"""What the modules of all ranks told of a step (model/observe.py), as one row: {group: {"layers", "parts", reading, …}}, lists with one
+number a module.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ class Source:
     sums: tuple[tuple[str, int], ...]
     maxima: tuple[tuple[str, int], ...]
     read: Callable[[Raw], dict[str, float]]
+    sampled: bool
 
 
 class Observed:
@@ -42,14 +45,16 @@ class Observed:
     def take(self) -> dict[Source, Raw]:
         return {source: seen.take() for source, seen in self.here.items()}
 
-    def row(self, taken: dict[Source, Raw], device: torch.device) -> dict[str, dict[str, list[float]]]:
-        """Collective over all ranks, two messages."""
-        sums = self._over_ranks([(s, s.sums) for s in self.all], taken, device, dist.ReduceOp.SUM)
-        maxima = self._over_ranks([(s, s.maxima) for s in self.all], taken, device, dist.ReduceOp.MAX)
-        row: dict[str, dict[str, list[float]]] = {}
-        for source in self.all:
-            group = row.setdefault(source.group, {"layers": []})
+    def row(self, taken: dict[Source, Raw], device: torch.device, sampled: bool = False) -> dict[str, dict[str, list[Any]]]:
+        """Collective over all ranks, two messages. `sampled`: the step was one on which everybody told."""
+        told = [s for s in self.all if sampled or not s.sampled]
+        sums = self._over_ranks([(s, s.sums) for s in told], taken, device, dist.ReduceOp.SUM)
+        maxima = self._over_ranks([(s, s.maxima) for s in told], taken, device, dist.ReduceOp.MAX)
+        row: dict[str, dict[str, list[Any]]] = {}
+        for source in told:
+            group = row.setdefault(source.group, {"layers": [], "parts": []})
             group["layers"].append(source.layer)
+            group["parts"].append(source.path)
             for name, number in source.read({**sums[source], **maxima[source]}).items():
                 group.setdefault(name, []).append(number)
         return row
@@ -76,4 +81,7 @@ def _sources(model: ParallelModel) -> Iterable[tuple[Source, Observations]]:
             for path, module in block.named_modules():
                 seen = getattr(module, "observations", None)
                 if isinstance(seen, Observations):
-                    yield Source(seen.group, layer, path, tuple(seen.sums.items()), tuple(seen.maxima.items()), seen.read), seen
+                    yield (
+                        Source(seen.group, layer, path, tuple(seen.sums.items()), tuple(seen.maxima.items()), seen.read, seen.sampled),
+                        seen,
+                    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megascale.comm.collectives import all_reduce
 from megascale.data.loader import Batch
 from megascale.model.block import Block
-from megascale.optim.optimizers import MATRICES
+from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import ParallelModel
 from megascale.schedule.accumulate import Schedule
 
@@ -180,7 +180,14 @@ def _point(name: tuple[int, str], s: list[float], loss_scale: float, lr: float) 
 
 
 def probe(
-    model: ParallelModel, schedule: Schedule, batches: Sequence[Batch], places: int, lr: float, tokens_cut: bool, all_weights: bool = False
+    model: ParallelModel,
+    schedule: Schedule,
+    batches: Sequence[Batch],
+    places: int,
+    lr: float,
+    tokens_cut: bool,
+    all_weights: bool = False,
+    loss_scale: float = 1.0,
 ) -> list[Point]:
     """One pass forward and back, one step of plain gradient descent at `lr`, and one pass more for what that changed.
 
@@ -188,23 +195,24 @@ def probe(
     tokens_cut   the stream is cut along the sequence over the tensor axis
     all_weights  the step moves everything; else the blocks' matrices, of which alone DeepNorm's bound speaks: gains of norms add a part
                  that grows with their number under every scheme
+    loss_scale   that FP8 gradients need; what is returned is without it
     """
     taps = Taps(model, tokens_cut)
     model.train(True)
     model.at_step(1)
     with taps.hooks():
-        schedule.run(batches, 1.0 / places)
+        schedule.run(batches, loss_scale / places)
         taps.weight_gradients()
         with torch.no_grad():
             for w in model.weights:
                 if (grad := w.local_grad) is not None and (all_weights or w.placement.spec.role in MATRICES):
-                    w.local.sub_(grad, alpha=lr)
+                    w.local.sub_(grad, alpha=lr / loss_scale)
                 w.parameter.grad = None
         taps.comparing = True
-        schedule.run(batches, 1.0 / places)
+        schedule.run(batches, loss_scale / places)
     for w in model.weights:
         w.parameter.grad = None
-    return taps.points(1.0, lr)
+    return taps.points(loss_scale, lr)
 
 
 def warnings(points: list[Point]) -> list[str]:

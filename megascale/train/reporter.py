@@ -18,6 +18,7 @@ from megascale.checkpoint.saver import Event
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Train
 from megascale.model.observe import Raw
+from megascale.precision.watch import warnings as cast_warnings
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog
 from megascale.train.observed import Observed, Source
@@ -37,6 +38,7 @@ class StepResult:
     clock: StepClock
     sent: dict[str, int]  # bytes by axis, of this rank
     seen: dict[Source, Raw]  # what modules here told
+    sampled: bool = False  # those too that tell on a few steps only
     valid_loss: dict[str, float] | None = None
     valid_seconds: float = 0.0
     tokens: int = 0
@@ -85,6 +87,7 @@ class Reporter:
     last_good: str = "none"
     _waiting: deque[tuple[StepResult, Progress]] = field(default_factory=deque)
     _stop: bool = False
+    _warned: set[str] = field(default_factory=set)
 
     def step(self, result: StepResult, progress: Progress) -> None:
         result.tokens = progress.tokens
@@ -129,7 +132,7 @@ class Reporter:
             self.log.event("skip", result.step, loss=loss, grad_norm=norm)
         if not (result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None):
             return
-        sent, seen = self._largest(result.sent), self.observed.row(result.seen, self.device)
+        sent, seen = self._largest(result.sent), self.observed.row(result.seen, self.device, result.sampled)
         if self.log is None or self.console is None:
             return
         seconds = result.clock.seconds()
@@ -155,6 +158,11 @@ class Reporter:
             row["valid_seconds"] = result.valid_seconds
         self.log.metrics(row)
         self.console.step(row)
+        for kind, sentence in (cast_warnings(seen["fp8"]) if "fp8" in seen else {}).items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self.log.event("fp8_warning", result.step, message=sentence)
+                self.console.warn(sentence)
 
     def _largest(self, traffic: dict[str, int]) -> dict[str, int]:
         """Bytes of the step by axis, the largest of all ranks."""

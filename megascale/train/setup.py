@@ -20,7 +20,7 @@ from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
-from megascale.config.schema import Config, Parallel, any_layer
+from megascale.config.schema import Config, Parallel, Precision, any_layer
 from megascale.config.support import check, padding_note
 from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
 from megascale.data.fields import FieldMixture
@@ -34,10 +34,12 @@ from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
+from megascale.model.layers import Fp8
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
@@ -55,6 +57,7 @@ from megascale.train.trainer import Trainer
 from megascale.train.watch import Pulse, Watch
 
 WATCH_FIRST = 30.0  # seconds
+FP8_CAPABILITY = (8, 9)  # from which on CUDA devices multiply FP8: Ada, Hopper and newer
 T = TypeVar("T")
 Samples = Mixture | FieldMixture
 
@@ -107,6 +110,12 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
         )
     device = torch.device("cuda", ranks.local_rank)
     torch.cuda.set_device(device)
+    capability = torch.cuda.get_device_capability(device)
+    if config.precision.fp8 != "false" and capability < FP8_CAPABILITY:
+        raise UsageError(
+            f"precision.fp8 is {config.precision.fp8} and {torch.cuda.get_device_name(device)} has compute capability {capability}: FP8 "
+            f"products need {FP8_CAPABILITY}; use precision.fp8 false, which is the same model in precision.compute"
+        )
     return device
 
 
@@ -159,6 +168,8 @@ def agreed(action: Callable[[], T]) -> T:
 
 def check_torch(config: Config) -> None:
     """Refuses what the installed torch cannot do: before 2.12 the stages of its pipelines were of another make."""
+    if config.precision.fp8 == "dynamic":
+        check_torchao()
     if config.parallel.pp > 1 and torch.__version__.startswith("2.11."):
         raise UsageError(f"parallel.pp is {config.parallel.pp} and torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
 
@@ -180,7 +191,12 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
     }
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
-    return parallelize(stages, mesh, config.parallel, device), facts, flops
+    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
+
+
+def products_of(precision: Precision) -> Fp8:
+    """How hidden products are computed."""
+    return precision.fp8_recipe if precision.fp8 == "dynamic" else precision.fp8
 
 
 def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:

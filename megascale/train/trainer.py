@@ -14,6 +14,9 @@ from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import StopRequested, TrainingError
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
+from megascale.parallel.precision import watch_casts
+from megascale.precision.loss_scale import loss_scale
+from megascale.precision.watch import sampled_step
 from megascale.train.engine import Engine
 from megascale.train.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress
@@ -42,6 +45,7 @@ class Trainer:
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.pulse, self.progress, self.device = reporter, stop, pulse, progress, device
         self.places = config.train.global_batch_size * config.train.seq_len
+        self.scale = loss_scale(config) / self.places
 
     def train(self) -> None:
         """Runs to the last step. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
@@ -79,14 +83,19 @@ class Trainer:
         self.model.mesh.traffic.take()  # what evaluation sent is not the step's
         self.model.train(True)
         self.model.at_step(step)
+        sampled = sampled_step(step, self.config)
+        if sampled:
+            watch_casts(self.model.stages, True)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
-        loss = self.engine.run(micro_batches, 1.0 / self.places, lr)
+        loss = self.engine.run(micro_batches, self.scale, lr)
         valid = sum(b.valid for b in micro_batches)
-        # Loss and gradients carry the fixed 1/places; the number of valid targets is known only to all ranks together.
-        total_loss, total_valid, stop = self.sum_over_ranks(loss, valid / self.places, float(self.stop.requested()))
+        # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
+        total_loss, total_valid, stop = self.sum_over_ranks(loss, valid * self.scale, float(self.stop.requested()))
         norm, finite = self.engine.update(total_valid)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
-        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen)
+        if sampled:
+            watch_casts(self.model.stages, False)
+        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen, sampled)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -95,6 +95,8 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
 
 GRID = "{shape: [4, 4], patch: [1, 2], channels: 1}"  # 8 tokens
 
+MUS = ("model.residual=mus", "optim.weight_decay=0")
+
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "family": (1, ("model.family=encoder_decoder",)),
@@ -106,7 +108,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
     "spacetime_text": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.sliding_window=2")),
     "spacetime_block": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.residual=deepnorm")),
-    "residual": (1, ("model.residual=mus",)),
+    "mus_block": (1, (*MUS, "model.norm=dyt")),
+    "mus_tau": (1, ("model.mus_tau=0.2",)),
     "branchnorm_period": (1, ("model.residual=branchnorm",)),
     "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
     "moe_bias": (1, ("model.moe={}", "model.bias=true")),
@@ -168,8 +171,17 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
         2,
         ("parallel.engine=deepspeed", "parallel.dp_shard=2", "optim.multipliers={head.weight: {lr: 0.5}}"),
     ),
-    "fp8": (1, ("precision.fp8=true",)),
+    "fp8_static": (1, ("precision.fp8=true", "model.ffn_size=32")),
+    "fp8_compute": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "precision.compute=fp64")),
+    "fp8_sizes": (1, (*MUS, "precision.fp8=true")),
+    "fp8_linear": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.linear=bitlinear")),
+    "fp8_dynamic_parts": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.moe={}")),
+    "fp8_engine": (2, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "parallel.offload=parameters")),
+    "loss_scale": (1, ("precision.loss_scale=4",)),
     "base_width": (1, ("optim.base_width=64",)),
+    "mus_optimizer": (1, (*MUS, "optim.name=muon")),
+    "mus_decay": (1, ("model.residual=mus",)),
+    "decay_a_step": (1, ("optim.independent_decay=true",)),
     "ddp_shard": (2, ("parallel.engine=ddp", "parallel.dp_shard=2")),
     "kv_heads": (1, ("model.num_kv_heads=3",)),
     "rope_pairs": (1, ("model.head_dim=5",)),

@@ -40,11 +40,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepnorm encoder": {"family": "encoder", "num_kv_heads": 1, "position": "learned"},
     "bitlinear": {"linear": "bitlinear", "num_kv_heads": 1, "bias": True},
     "bitlinear subln": {"linear": "bitlinear"},
+    "mus": {"norm": "layernorm", "bias": True, "tie_embeddings": True, "num_kv_heads": 1},
 }
 
 
 # Everything on a product of axes; statistics over a cut dimension also on tp alone; on a pipeline what a stage could miss.
-STAGED = ("branchnorm", "deepscale", "layerscale", "bitlinear subln")
+STAGED = ("branchnorm", "deepscale", "layerscale", "bitlinear subln", "mus")
 QUICK = [(m, x) for m in MODELS for x in LAYOUTS if " x " in x or (x == "tp" and "subln" in m) or (x == "pipeline" and m in STAGED)]
 
 

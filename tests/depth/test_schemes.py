@@ -43,7 +43,8 @@ class Reference:
             x = x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt()
             top = x.abs().max(-1, keepdim=True).values
             x = torch.clamp(torch.round(127 * x / top), -128, 127) * top / 127
-        return x @ w.t() + self.w.get(f"{name}.bias", 0.0)
+        scale = 1 / math.sqrt(w.shape[1]) if self.cfg.residual == "mus" else 1.0
+        return scale * (x @ w.t()) + self.w.get(f"{name}.bias", 0.0)
 
     def attention(self, x: Tensor, at: str) -> Tensor:
         b, e, heads, group = x.shape[0], 6, 4, 4 // (self.cfg.num_kv_heads or 4)
@@ -99,6 +100,9 @@ class Reference:
                     x = self.norm(math.sqrt(1 - 1 / L) * x + math.sqrt(1 / L) * f(x, at), norm)
                 case "layerscale":
                     x = x + self.w[f"{at}.{scale}"] * f(self.norm(x, norm), at)
+                case "mus":
+                    tau = min(0.4, max(0.1, 0.8 / math.sqrt(L)))
+                    x = math.sqrt(1 - tau) * x + math.sqrt(tau) * self.norm(f(x, at), norm)
                 case "parallel":
                     h = self.norm(x, first)
                     return x + self.attention(h, at) + self.ffn(h, at)
@@ -110,10 +114,12 @@ class Reference:
             x = x * self.w["embedding_scale"]
         for layer in range(self.cfg.num_layers):
             x = self.block(x, f"blocks.{layer}")
-        if self.cfg.residual in ("pre", "subln", "deepscale", "layerscale", "parallel"):
+        if self.cfg.residual in ("pre", "subln", "deepscale", "layerscale", "parallel", "mus"):
             x = self.norm(x, "final_norm")
         if self.cfg.residual.startswith("deepscale") and self.cfg.tie_embeddings:
             x = x / math.sqrt((1 - self.cfg.dropout) * self.cfg.hidden_size)
+        if self.cfg.residual == "mus":
+            x = x / self.cfg.hidden_size
         return x @ self.w["embedding.weight" if self.cfg.tie_embeddings else "head.weight"].t()
 
 

@@ -14,7 +14,7 @@ from megascale.model.block import Context
 from megascale.model.residual import Stack, deepnorm, deepscale, ends, layerscale, residual, subln, token_correlations
 from tests.layouts import Case, build, tiny
 
-SCHEMES = ("pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel")
+SCHEMES = ("pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus")
 
 
 def scheme(name: str, **changes: Any) -> Any:
@@ -111,6 +111,8 @@ def test_starts_by_role(name: str, kv_heads: int, ffn: str) -> None:
             return 0.02 / math.sqrt(2 * L) if role in ("attention_out", "down") else 0.02
         if name in ("post", "layerscale"):
             return 0.02
+        if name == "mus":
+            return 1.0
         if name == "branchnorm":
             return xavier
         if name in ("deepnorm", "subln"):

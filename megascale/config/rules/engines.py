@@ -128,7 +128,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "multipliers_deepspeed",
         ("optim.multipliers", "parallel.engine"),
         lambda c, n: bool(c.optim.multipliers) and c.parallel.engine == "deepspeed",
-        "DeepSpeed's flat buffers have one rate for all weights",
+        "DeepSpeed counts the gradient norm itself, every weight once",
         "use engine fsdp2 or ddp, or leave multipliers out",
     ),
 )

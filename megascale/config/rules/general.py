@@ -5,15 +5,6 @@ from __future__ import annotations
 from megascale.config.rules.rule import Rule
 
 GENERAL_RULES: tuple[Rule, ...] = (
-    Rule("fp8", ("precision.fp8",), lambda c, n: c.precision.fp8 != "false", "FP8 is not built yet", "use false", True),
-    Rule(
-        "base_width",
-        ("optim.base_width",),
-        lambda c, n: c.optim.base_width is not None,
-        "learning-rate transfer over width comes with unit scaling, which is not built yet",
-        "remove it",
-        True,
-    ),
     Rule(
         "ddp_shard",
         ("parallel.engine", "parallel.dp_shard"),

@@ -78,23 +78,27 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.spacetime", "model.residual", "model.norm", "model.linear", "model.moe"),
         lambda c, n: (
             grid(c)
-            and (
-                c.model.residual not in ("pre", "post", "mus")
-                or c.model.norm == "dyt"
-                or c.model.linear != "dense"
-                or c.model.moe is not None
-            )
+            and (c.model.residual not in ("pre", "post") or c.model.norm == "dyt" or c.model.linear != "dense" or c.model.moe is not None)
         ),
         "blocks over grids are plain pre- or post-norm ones so far",
         "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
     ),
     Rule(
-        "residual",
-        ("model.residual",),
-        lambda c, n: c.model.residual == "mus",
-        "res-post-norm comes with unit scaling, which is not built yet",
-        "use pre, or deepnorm or deepscale for very deep models",
-        True,
+        "mus_block",
+        ("model.residual", "model.norm", "model.linear", "model.moe.init"),
+        lambda c, n: (
+            c.model.residual == "mus"
+            and (c.model.norm == "dyt" or c.model.linear != "dense" or (c.model.moe is not None and c.model.moe.init != "model"))
+        ),
+        "unit scaling fixes how weights start and needs a norm that gives every branch unit size",
+        "use norm rmsnorm or layernorm, linear dense and moe.init model",
+    ),
+    Rule(
+        "mus_tau",
+        ("model.mus_tau", "model.residual"),
+        lambda c, n: c.model.mus_tau is not None and c.model.residual != "mus",
+        "only unit-scaled blocks have a τ",
+        "remove mus_tau, or use residual mus",
     ),
     Rule(
         "branchnorm_period",

@@ -1,0 +1,1 @@
+"""FP8 with static unit scaling: quality, learning rates over width, what casts lose, speed on a GPU."""

@@ -1,0 +1,98 @@
+"""Peak memory of a rank in a step, beyond what it holds between steps, by accumulation and offload, beside formulas for block inputs.
+
+`python -m benchmarks.layered.memory`: two gloo ranks, ZeRO-3 with full recomputation, m = 2, 4, 8 micro-batches. Counted is what torch
+allocates during a second step (`torch.distributed._tools.MemTracker`). Buffers for offloaded inputs exist since the first step, so what
+lies on the "host" is not in it, and is counted by itself.
+
+Formulas: depth-first holds the L block inputs of one micro-batch, layered those of all m; offloaded, one being written and one ahead.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from benchmarks.common import machine, write
+from benchmarks.layered.worker import stepper
+from megascale.config.load import build_config
+from megascale.config.schema import Parallel
+from megascale.model.families import Family
+from megascale.parallel import apply
+from megascale.parallel.offload import HostStash, offload_block_inputs
+
+SIZES = {"num_layers": 8, "hidden_size": 128, "num_heads": 4, "ffn_size": 352, "vocab_size": 512}
+SEQ, MICRO_BATCH, RANKS = 512, 4, 2
+INPUT = MICRO_BATCH * SEQ * SIZES["hidden_size"] * 4
+WAYS: dict[str, dict[str, Any]] = {
+    "depth-first": {},
+    "layered": {"accumulation": "layered"},
+    "layered, inputs offloaded": {"accumulation": "layered", "offload": ("activations",)},
+    "layered, inputs and optimizer offloaded": {"accumulation": "layered", "offload": ("activations", "optimizer")},
+}
+
+
+def inputs_held(way: str, m: int) -> int:
+    """Bytes of block inputs on the device at the peak, by the formulas."""
+    if "offloaded" in way:
+        return 2 * INPUT
+    return SIZES["num_layers"] * INPUT * (m if way == "layered" else 1)
+
+
+def rank_main(rank: int, way: str, m: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    stashes: list[HostStash] = []
+
+    def kept(model: Family, device: torch.device) -> HostStash:
+        stashes.append(offload_block_inputs(model, device))
+        return stashes[-1]
+
+    apply.offload_block_inputs = kept
+    parallel = Parallel(dp_shard=RANKS, recompute="full", **WAYS[way])
+    train = {"steps": 1, "seq_len": SEQ, "micro_batch_size": MICRO_BATCH, "global_batch_size": MICRO_BATCH * m * RANKS}
+    config = build_config({"model": SIZES, "train": train, "data": {"train": "x"}, "parallel": parallel.model_dump()})
+    step = stepper(config, RANKS, m)
+    step()
+    tracker = MemTracker()
+    with tracker:
+        step()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    print(json.dumps({"peak": peak, "host": sum(s.most for s in stashes)}))
+
+
+def measure(way: str, m: int) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "benchmarks.layered.memory", "--rank"]
+        running = [
+            subprocess.Popen([*words, str(r), way, str(m), f"file://{folder}/store"], stdout=subprocess.PIPE, text=True)
+            for r in range(RANKS)
+        ]
+        found = [json.loads(p.communicate()[0].strip().splitlines()[-1]) for p in running]
+    return {k: max(f[k] for f in found) for k in found[0]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--rank"]:
+        rank, way, micro_batches, store = sys.argv[2:]
+        rank_main(int(rank), way, int(micro_batches), store)
+        return
+    runs: list[dict[str, Any]] = []
+    for way in WAYS:
+        for m in (2, 4, 8):
+            found, formula = measure(way, m), inputs_held(way, m)
+            about = {"way": way, "micro_batches": m, "peak_bytes": found["peak"], "host_bytes": found["host"]}
+            runs.append({**about, "inputs_by_formula": formula, "rest_bytes": found["peak"] - formula})
+            print(runs[-1], file=sys.stderr, flush=True)
+    # The rest is one block's own activations, gradients and the head, alike in every way.
+    write(__file__, "memory", {"machine": machine(), "model": SIZES, "input_bytes": INPUT, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""FP8, unit scaling and what it does to optimizers."""
+
+from __future__ import annotations
+
+from megascale.config.rules.rule import Rule
+from megascale.config.schema import Config
+
+ALIGNED = 16  # CUDA's FP8 products want every dimension a multiple of it
+
+PRECISION_RULES: tuple[Rule, ...] = (
+    Rule(
+        "fp8_static",
+        ("precision.fp8", "model.residual"),
+        lambda c, n: c.precision.fp8 == "static" and c.model.residual != "mus",
+        "scales fixed in advance fit a model of unit variance only",
+        "use model.residual mus, or precision.fp8 dynamic, which measures its scales",
+    ),
+    Rule(
+        "fp8_compute",
+        ("precision.fp8", "precision.compute"),
+        lambda c, n: c.precision.fp8 != "false" and c.precision.compute == "fp64",
+        "results of FP8 products are rounded to bf16 or fp32",
+        "use precision.compute bf16 or fp32",
+    ),
+    Rule(
+        "fp8_sizes",
+        ("precision.fp8", "model.hidden_size", "model.head_dim", "model.ffn_size", "model.moe.ffn_size", "parallel.tp", "parallel.etp"),
+        lambda c, n: c.precision.fp8 != "false" and any(size % ALIGNED for size in _product_sizes(c)),
+        f"hidden_size and a rank's part of its heads and of the feed-forward width must be multiples of {ALIGNED} for FP8 products",
+        "choose such sizes, or a smaller tp",
+    ),
+    Rule(
+        "fp8_linear",
+        ("precision.fp8", "model.linear", "model.family"),
+        lambda c, n: c.precision.fp8 != "false" and (c.model.linear != "dense" or c.model.family == "spacetime"),
+        "quantized products and blocks over grids have no FP8 form",
+        "use model.linear dense and a text family, or precision.fp8 false",
+    ),
+    Rule(
+        "fp8_dynamic_parts",
+        ("precision.fp8", "model.moe", "parallel.pp_schedule"),
+        lambda c, n: (
+            c.precision.fp8 == "dynamic"
+            and (
+                c.model.moe is not None or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
+            )
+        ),
+        "measured scales serve neither experts nor schedules that compute weight gradients apart",
+        "use precision.fp8 static with model.residual mus, no experts, or another schedule",
+    ),
+    Rule(
+        "fp8_engine",
+        ("precision.fp8", "parallel.engine", "parallel.offload"),
+        lambda c, n: c.precision.fp8 != "false" and (c.parallel.engine == "deepspeed" or "parameters" in c.parallel.offload),
+        "FP8 products take their weights from FSDP2 on the device, from DDP or from one process",
+        "use engine fsdp2 or ddp without offload of parameters",
+        True,
+    ),
+    Rule(
+        "loss_scale",
+        ("precision.loss_scale", "precision.fp8"),
+        lambda c, n: c.precision.loss_scale is not None and c.precision.fp8 != "static",
+        "only the gradients of static FP8 products are scaled",
+        "remove loss_scale, or use precision.fp8 static",
+    ),
+    Rule(
+        "base_width",
+        ("optim.base_width", "model.residual"),
+        lambda c, n: c.optim.base_width is not None and c.model.residual != "mus",
+        "learning rates carry over to other widths under unit scaling only",
+        "remove base_width, or use model.residual mus",
+    ),
+    Rule(
+        "mus_optimizer",
+        ("model.residual", "optim.name"),
+        lambda c, n: c.model.residual == "mus" and c.optim.name == "muon",
+        "Muon's steps do not follow weights of unit variance",
+        "use optim.name adamw or lion",
+    ),
+    Rule(
+        "mus_decay",
+        ("model.residual", "optim.weight_decay", "optim.independent_decay"),
+        lambda c, n: c.model.residual == "mus" and c.optim.weight_decay > 0 and not c.optim.independent_decay,
+        "a decay multiplied with the learning rate would change with the width, and weights of unit variance need one that does not",
+        "set optim.independent_decay true and weight_decay to what a step takes off at the peak, such as 1e-4; or weight_decay 0",
+    ),
+    Rule(
+        "decay_a_step",
+        ("optim.independent_decay", "optim.weight_decay"),
+        lambda c, n: c.optim.independent_decay and c.optim.weight_decay > 0.02,
+        "with independent_decay it is what every single step takes off a weight, and this much leaves nothing to learn with",
+        "set weight_decay to about optim.lr times the usual one, such as 1e-4",
+    ),
+)
+
+
+def _product_sizes(c: Config) -> list[int]:
+    """Of a rank's hidden products, every dimension that FP8 sees."""
+    m, tp = c.model, c.parallel.tp
+    assert m.head_dim is not None and m.num_kv_heads is not None and m.ffn_size is not None
+    kv_heads = m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1
+    sizes = [m.hidden_size, m.num_heads * m.head_dim // tp, kv_heads * m.head_dim, m.ffn_size // tp]
+    return sizes if m.moe is None or m.moe.ffn_size is None else [*sizes, m.moe.ffn_size // c.parallel.expert_tp]

@@ -1,0 +1,74 @@
+"""The products of a model's layers in FP8, and their weights gathered in it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megascale.model.experts import Bank
+from megascale.model.families import Family
+from megascale.model.layers import Fp8, Linear
+from megascale.model.observe import Observations
+from megascale.parallel.tensor import Placement, local_tensor
+from megascale.precision.fp8 import E4M3, HeldFp8, weight_to_fp8
+from megascale.precision.watch import SUMS, cast_losses, shares
+
+
+def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
+    """Tells every hidden product. Embedding, head, router, norms and attention itself stay as they are."""
+    for _, block in stage.units():
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.fp8 = mode
+            elif isinstance(module, Bank):
+                module.fp8 = mode == "static"
+            if mode == "static" and isinstance(module, Linear | Bank):
+                module.observations = Observations("fp8", SUMS, {}, shares, sampled=True)
+
+
+def watch_casts(stages: list[Family], on: bool) -> None:
+    """From now on every FP8 product counts what its casts lose, or none does. Weights are counted here, as their shards are."""
+    for module in (m for stage in stages for m in stage.modules()):
+        if isinstance(module, Linear | Bank) and module.observations is not None:
+            module.watch = partial(_tell, module.observations) if on else None
+            if on:
+                weight = local_tensor(module.weight)
+                _tell(module.observations, "weight", weight, weight_to_fp8(weight, torch.float32))
+
+
+def _tell(observations: Observations, what: str, before: Tensor, after: Tensor) -> None:
+    for name, count in cast_losses(what, before, after).items():
+        observations.add(name, count)
+
+
+def gather_in_fp8(stage: Family, placements: dict[str, Placement]) -> None:
+    """Has FSDP2 send the weights of static products in e4m3: half the bytes of bf16, and the bits that the products would make of it.
+
+    FSDP2 asks a parameter's local tensor for these two functions before and after it gathers. Weights cut along another dimension than
+    the first are gathered in the compute dtype.
+    """
+    for path, module in stage.named_modules():
+        if isinstance(module, Linear | Bank) and module.fp8 in (True, "static"):
+            weight = module.weight
+            if isinstance(weight, DTensor) and placements[f"{path}.weight"].shard_dim == 0:
+                _gather_in_fp8(weight._local_tensor, tuple(weight.shape), stage.shape.compute)
+
+
+def _gather_in_fp8(local: Any, shape: tuple[int, ...], compute: torch.dtype) -> None:
+    def before(mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
+        mine = weight_to_fp8(local, compute).view(torch.uint8)  # gloo knows no FP8
+        missing = -(-shape[0] // mesh.size()) - mine.shape[0]
+        padding = [0, 0] * (mine.ndim - 1) + [0, missing]
+        return (F.pad(mine, padding) if missing else mine,), None
+
+    def after(outputs: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
+        if out is not None:
+            return None  # it lies in the same memory as before
+        return HeldFp8(outputs[0][: shape[0]].view(E4M3), dtype), ()
+
+    local.fsdp_pre_all_gather, local.fsdp_post_all_gather = before, after

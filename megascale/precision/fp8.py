@@ -1,0 +1,189 @@
+"""Products in FP8 with static scales: both factors are clamped, cast and multiplied; nothing is measured, nothing is remembered.
+
+Values and weights go to e4m3 (±448), gradients to e5m2 (±57344), and the result of each product is multiplied with one constant (μnit
+Scaling, arXiv 2502.05967). Casts are plain tensor operations, so that a compiler fuses them with what comes before; the product is one
+operator, with the layout that CUDA's has, on every device.
+
+Shapes: n rows (tokens), in and out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+# (what is cast, before, after), for those who count what casts lose
+Watch = Callable[[str, Tensor, Tensor], None]
+ALIGNED = 16  # what CUDA's product wants of the summed dimension and of the second factor's rows
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x clamped to the dtype's range and rounded to nearest even. NaN stays NaN; infinities become the largest value.
+
+    The clamp matters: without it e5m2 rounds to infinity from 61440 on, and e4m3 differs between devices.
+    """
+    largest = LARGEST[dtype]
+    return x.clamp(-largest, largest).to(dtype)
+
+
+@torch.library.custom_op("megascale::fp8_product", mutates_args=())
+def fp8_product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """a [m, k] · b [n, k]ᵀ · scale → [m, n] in `dtype`, summed in fp32 and rounded once. Both factors have contiguous rows."""
+    check_product(a, b)
+    if a.device.type != "cpu":
+        one = torch.ones((), dtype=torch.float32, device=a.device)
+        return torch._scaled_mm(a, b.t(), scale_a=one * scale, scale_b=one, out_dtype=dtype)
+    # FP8 values are exact in fp32, and so are their products; what is left to chance is the order of the sum.
+    return (a.to(torch.float32) @ b.to(torch.float32).t()).mul_(scale).to(dtype)
+
+
+@fp8_product.register_fake
+def _(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    check_product(a, b)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+def check_product(a: Tensor, b: Tensor) -> None:
+    """CUDA's conditions, held to on every device, so that what runs on a laptop runs there. Raises ValueError."""
+    if a.shape[1] != b.shape[1] or a.shape[1] % ALIGNED or b.shape[0] % ALIGNED:
+        raise ValueError(f"an FP8 product of {list(a.shape)} and {list(b.shape)}ᵀ: equal columns and multiples of {ALIGNED} are needed")
+    if not (a.is_contiguous() and b.is_contiguous()):
+        raise ValueError("an FP8 product takes factors with contiguous rows")
+    if (a.dtype, b.dtype) not in ((E4M3, E4M3), (E5M2, E4M3)):
+        raise ValueError(f"an FP8 product takes e4m3 or e5m2 times e4m3, not {a.dtype} times {b.dtype}")
+
+
+class HeldFp8(torch.Tensor):
+    """A weight that is there in e4m3 only, as FSDP2 gathers it, and stands for one of another dtype: autograd wants a leaf whose gradient
+    has the leaf's dtype. `fp8_linear` takes the data; every other operation sees them widened.
+    """
+
+    data8: Tensor
+
+    @staticmethod
+    def __new__(cls, data8: Tensor, dtype: torch.dtype) -> HeldFp8:
+        made: HeldFp8 = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, data8.shape, strides=data8.stride(), dtype=dtype, device=data8.device
+        )
+        made.data8 = data8
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return ["data8"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> HeldFp8:
+        return HeldFp8(inner["data8"], dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        name = function.overloadpacket
+        if name in _SAME and isinstance(args[0], HeldFp8):
+            return HeldFp8(args[0].data8, args[0].dtype)
+        widen = lambda x: x.data8.to(x.dtype) if isinstance(x, HeldFp8) else x  # noqa: E731
+        return function(*torch.utils._pytree.tree_map(widen, args), **torch.utils._pytree.tree_map(widen, kwargs or {}))
+
+
+aten = torch.ops.aten
+# What FSDP2 and autograd do to a whole weight without touching its numbers.
+_SAME = {aten.detach, aten.alias, aten.as_strided, aten.view, aten.view_as}
+
+
+def weight_to_fp8(weight: Tensor, compute: torch.dtype) -> Tensor:
+    """A weight in e4m3, through the compute dtype first: the same bits whether it was gathered in that dtype, in e4m3, or not at all."""
+    return weight.data8 if isinstance(weight, HeldFp8) else to_fp8(weight.to(compute), E4M3)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
+    """x [..., in] · weight [out, in]ᵀ · scale → [..., out] in x's dtype; forward and both products of backward in FP8. `watch` is told
+    how x and the gradient are cast.
+    """
+    return _Linear.apply(x, weight, scale, watch)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, watch: Watch | None) -> Tensor:
+        x8, w8 = to_fp8(x.flatten(0, -2), E4M3), weight_to_fp8(weight, x.dtype)
+        ctx.save_for_backward(x8, weight)
+        ctx.scale, ctx.watch = scale, watch
+        if watch is not None:
+            watch("input", x.flatten(0, -2), x8)
+        return fp8_product(x8, w8, scale, x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x8, weight = ctx.saved_tensors
+        dtype = grads[0].dtype
+        g8 = to_fp8(grads[0].flatten(0, -2), E5M2)
+        if ctx.watch is not None:
+            ctx.watch("gradient", grads[0].flatten(0, -2), g8)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(g8, weight_to_fp8(weight, dtype), ctx.scale, dtype).unflatten(0, grads[0].shape[:-1])
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient(g8, x8, ctx.scale, dtype)
+        return dx, dw, None, None
+
+
+def input_gradient(g8: Tensor, w8: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """g8 [n, out], w8 [out, in] → [n, in]."""
+    return fp8_product(g8, w8.t().contiguous(), scale, dtype)
+
+
+def weight_gradient(g8: Tensor, x8: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """g8 [n, out], x8 [n, in] → [out, in]. Rows of zeros bring n to what the product wants; an expert's number of rows is anything."""
+    missing = -g8.shape[0] % ALIGNED
+    if missing:
+        g8, x8 = (torch.cat((t, t.new_zeros((missing, t.shape[1])))) for t in (g8, x8))
+    return fp8_product(g8.t().contiguous(), x8.t().contiguous(), scale, dtype)
+
+
+def fp8_grouped(x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
+    """x [n, in] sorted by expert, weight [E, out, in], counts [E] → [n, out]; rows beyond the sum of the counts are zero."""
+    return _Grouped.apply(x, weight, counts, scale, watch)  # type: ignore[no-any-return]
+
+
+class _Grouped(torch.autograd.Function):
+    """Expert by expert. PyTorch's grouped FP8 product is CUDA's alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None) -> Tensor:
+        ctx.sizes, ctx.scale, ctx.watch = counts.tolist(), scale, watch
+        x8, w8 = to_fp8(x, E4M3), weight_to_fp8(weight, x.dtype)
+        if watch is not None:
+            watch("input", x, x8)
+        ctx.save_for_backward(x8, weight)
+        return _over_experts(lambda i, rows: fp8_product(x8[rows], w8[i], scale, x.dtype), ctx.sizes, x.new_zeros((len(x), w8.shape[1])))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x8, weight), (g,) = ctx.saved_tensors, grads
+        w8, g8 = weight_to_fp8(weight, g.dtype), to_fp8(g, E5M2)
+        if ctx.watch is not None:
+            ctx.watch("gradient", g, g8)
+        dx = _over_experts(
+            lambda i, rows: input_gradient(g8[rows], w8[i], ctx.scale, g.dtype), ctx.sizes, g.new_zeros((len(g), w8.shape[2]))
+        )
+        return dx, grouped_weight_gradient(g8, x8, ctx.sizes, ctx.scale, g.dtype), None, None, None
+
+
+def grouped_weight_gradient(g8: Tensor, x8: Tensor, sizes: list[int], scale: float, dtype: torch.dtype) -> Tensor:
+    """g8 [n, out] and x8 [n, in] sorted by expert → [E, out, in]."""
+    parts = zip(g8[: sum(sizes)].split(sizes), x8[: sum(sizes)].split(sizes))
+    return torch.stack([weight_gradient(g, x, scale, dtype) for g, x in parts])
+
+
+def _over_experts(product: Any, sizes: list[int], out: Tensor) -> Tensor:
+    begin = 0
+    for i, size in enumerate(sizes):
+        if size:
+            rows = slice(begin, begin + size)
+            out[rows] = product(i, rows)
+        begin += size
+    return out

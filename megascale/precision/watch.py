@@ -1,0 +1,66 @@
+"""What FP8 casts lose: the share of numbers that become zero, and the share beyond the largest one. Looked at on a few steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale.config.schema import Config
+from megascale.precision.fp8 import LARGEST
+
+CAST = ("input", "weight", "gradient")  # of each product
+LOST = ("vanished", "clamped")
+SUMS = {f"{cast}_{what}": 1 for cast in CAST for what in (*LOST, "numbers")}
+
+# Beyond these shares a reading is worth a warning. GELU's zeros are harmless up to a third or so (arXiv 2502.05967, section 4).
+LIMITS = {"input_vanished": 0.5, "weight_vanished": 0.05, "gradient_vanished": 0.2} | dict.fromkeys((f"{c}_clamped" for c in CAST), 1e-3)
+KNOBS = {
+    "input_vanished": "try model.ffn relu or gelu, or a larger model.mus_tau",
+    "weight_vanished": "lower optim.weight_decay",
+    "gradient_vanished": "raise precision.loss_scale",
+    "input_clamped": "lower optim.lr or model.mus_tau",
+    "weight_clamped": "raise optim.weight_decay or lower optim.lr",
+    "gradient_clamped": "lower precision.loss_scale",
+}
+
+
+def sampled_step(step: int, config: Config) -> bool:
+    """Whether casts are looked at: on the first step, and every `precision.fp8_watch` steps or so, when a row is written."""
+    every, logged = config.precision.fp8_watch, config.train.log_every
+    if config.precision.fp8 != "static" or every == 0:
+        return False
+    return step == 1 or step % (-(-every // logged) * logged) == 0
+
+
+def cast_losses(what: str, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """Counts of one cast, 0-dim: numbers that were not zero, those of them that are now, those beyond the largest."""
+    with torch.no_grad():
+        present = before != 0
+        return {
+            f"{what}_numbers": present.sum(),
+            f"{what}_vanished": (present & (after.to(torch.float32) == 0)).sum(),
+            f"{what}_clamped": (before.abs() > LARGEST[after.dtype]).sum(),
+        }
+
+
+def shares(totals: dict[str, Tensor]) -> dict[str, float]:
+    """Counts over all ranks → shares of what was there. Ratios of sums, so recomputation, which casts twice, changes nothing."""
+    return {f"{c}_{lost}": float(totals[f"{c}_{lost}"]) / max(1.0, float(totals[f"{c}_numbers"])) for c in CAST for lost in LOST}
+
+
+def warnings(row: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """A row of readings, one a module → a sentence for each kind of loss that is too large, about its worst module."""
+    found = {}
+    for reading, limit in LIMITS.items():
+        values = row[reading]
+        worst = max(range(len(values)), key=lambda i: values[i])
+        if values[worst] > limit:
+            cast, lost = reading.split("_")
+            found[reading] = (
+                f"{values[worst]:.1%} of the {cast} of layer {row['layers'][worst]}'s {row['parts'][worst]} {lost} in FP8 "
+                f"(up to {limit:.1%} is usual): {KNOBS[reading]}"
+            )
+    return found
