@@ -56,6 +56,8 @@ def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[L
         target = target.model_copy(update={"layer_coefficients": tuple(coefficients)})
     lossy: tuple[str, ...] = ()
     if len(layers) > source.num_layers:
+        if position == "within" and options.depth == "cancel":
+            raise UsageError("--depth cancel with a norm at the branch's end: it would divide what cancels by its own size; identity is exact there")
         if options.depth not in EXACT:
             lossy = (f"--depth {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
         elif position == "after" and source.norm == "dyt":
