@@ -20,6 +20,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -49,7 +50,7 @@ from megascale.train.setup import build_trainer
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.8, 1.0, 0.6)  # of C; rates are tuned at the first
-RATES = (0.25, 0.5, 1.0)  # of the large model's own best, for what was grown
+RATES = (0.5, 1.0)  # of the large model's own best, for what was grown
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ ARMS = {
     ),
     1.25: (
         Arm("LEMON", Options()),
-        Arm("zero width", Options(width="zero", ffn="zero", heads="zero"), depth=False),
         Arm("G_stack", Options(depth="stack"), width=False),
         Arm("identity depth", Options(), width=False),
         Arm("random"),
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/stdlib512", help="prefix of token files")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=300, help="of the large model from scratch: C")
+    parser.add_argument("--steps", type=int, default=250, help="of the large model from scratch: C")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.25, help="of C that the small model gets")
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 1.25], choices=list(ARMS))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, exit code 75; the same command goes on")
     parser.add_argument("--work", default=None, help="folder for small and grown models; a temporary one if absent")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -245,12 +246,17 @@ def run_study(args: argparse.Namespace) -> None:
     path = RESULTS / f"saving-{args.width}-{args.layers}-{args.steps}.json"
     path.parent.mkdir(exist_ok=True)
     found: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    begun = time.monotonic()
     facts = {k: v for k, v in vars(args).items() if k in ("width", "layers", "steps", "batch", "seq_len", "share")}
 
     def keep(name: str, result: dict[str, Any]) -> None:
         found[name] = result
         print(name, f"{result['valid']:.4f}", flush=True)
-        path.write_text(json.dumps({"machine": machine() | {"threads": 1}, **facts, "runs": found, "summary": summary(found, args)}, indent=1) + "\n")
+        content = {"machine": machine() | {"threads": 1}, **facts, "runs": found, "summary": summary(found, args)}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        if time.monotonic() - begun > 60 * args.minutes:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise SystemExit(75)  # run again to go on
 
     with ProcessPoolExecutor(args.processes) as pool:
 

@@ -143,9 +143,12 @@ def _target_experts(source: Model, sizes: Sizes, router: str, changes: dict[str,
     experts = sizes.experts or old
     if experts < old or experts % old:
         raise UsageError(f"--num-experts is {experts} and the source has {old}: give a multiple")
+    before = (source.moe.ffn_size if source.moe is not None else None) or source.ffn_size or 0
+    if width < before:
+        raise UsageError(f"--expert-ffn-size is {width} and the source's feed-forward has {before}: experts start as wide, --granularity cuts them")
     if parts < 1 or width % parts:
         raise UsageError(f"--granularity is {parts} and an expert has {width} channels: give a divisor")
-    if sizes.granularity > 1 and width != (moe.ffn_size or source.ffn_size):
+    if sizes.granularity > 1 and width != before:
         raise UsageError("experts grow in width or are cut into finer ones, one at a time: leave one of --granularity and the width out")
     update = {"num_experts": experts * parts, "top_k": top_k * parts, "ffn_size": width // parts}
     return moe.model_copy(update=update)

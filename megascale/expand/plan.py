@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megascale.config.schema import Model
+from megascale.config.schema import Config, Data, Model, Optim, Train
+from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.expand.axes import AxisMap
 from megascale.expand.depth import Layer, NormChange, norm_chain
@@ -146,6 +147,8 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     skips = [row_of(maps.target, i).skip for i in range(target.num_layers)]
     chain = norm_chain(layers, skips) if row_of(target, 0).norm == "after" and target.norm != "dyt" else {}
     target = _with_epsilons(maps.target, source, layers, chain, maps)
+    # The support table has the last word on what a model may be.
+    check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
     tensors = _tensors(source, target, seq_lens, layers, maps, chain)
     lossy = (*depth_lossy, *maps.lossy)
     growth = Growth(
