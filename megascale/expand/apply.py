@@ -126,7 +126,7 @@ def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype
             first: int, count: int) -> Tensor:  # fmt: skip
     """Rows first … first + count of a target matrix, all columns. `lead` is its number in a bank of shape `whole`."""
     out = torch.empty((count, columns.size), dtype=dtype)
-    column = Columns(columns)
+    column = Columns(columns, values.noise != "none")
     height = max(1, BLOCK // columns.size)
     height = height // TILE[0] * TILE[0] or height  # whole tiles of the start, where they are drawn
     mean_rows: Tensor | None = None
@@ -143,91 +143,100 @@ def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype
             if mean_rows is None:
                 mean_rows = column.widen(_mean_of_rows(source, rows, values.mean_by) * values.scale)
             target[torch.from_numpy(np.flatnonzero(kinds == MEAN))] = mean_rows.to(dtype)
-        fresh = np.flatnonzero(kinds == FRESH)
-        if len(fresh):
-            drawn = _draw(values, lead, whole, first + begin + int(fresh[0]), int(fresh[-1] - fresh[0] + 1), 0, columns.size)
-            drawn[:, torch.from_numpy(np.flatnonzero(columns.source == ZERO))] = 0
-            target[torch.from_numpy(fresh)] = drawn[torch.from_numpy(fresh - fresh[0])].to(dtype)
+        for low, high in _runs(np.where(kinds == FRESH, 0, FRESH)):
+            _draw_into(values, lead, whole, first + begin + low, 0, target[low:high])
+            for kind, left, right in column.lacking:
+                if kind == ZERO:
+                    target[low:high, left:right] = 0
         begin = end
     return out
 
 
 class Columns:
-    """A column map as the few contiguous runs that most are, or as an index."""
+    """A column map taken apart: `runs` that are copied as they are, `altered` columns that have weights or noise, and what has no source."""
 
-    def __init__(self, columns: AxisMap) -> None:
+    def __init__(self, columns: AxisMap, noisy: bool) -> None:
         self.map = columns
-        self.plain = bool((columns.weight[columns.known] == 1).all())
-        self.weight = torch.from_numpy(columns.weight)
-        runs = list(_runs(columns.source, together=False))
-        self.runs = [(low, high, int(columns.source[low])) for low, high in runs] if len(runs) <= 64 else None
-        self.index = torch.from_numpy(np.maximum(columns.source, 0))
-        self.lacking = [
-            (kind, low, high) for kind in (FRESH, ZERO, MEAN) for low, high in _runs(np.where(columns.source == kind, 0, FRESH), together=True)
-        ]
+        altered = columns.known & ((columns.weight != 1) | ((columns.copies > 1) & noisy))
+        self.altered = torch.from_numpy(np.flatnonzero(altered))
+        self.source = torch.from_numpy(columns.source[altered])
+        self.weight = torch.from_numpy(columns.weight[altered])
+        self.noisy = noisy and bool((columns.copies[altered] > 1).any())
+        self.runs = [(low, high, int(columns.source[low])) for low, high in _runs(np.where(altered, FRESH, columns.source), together=False)]
+        # Few stretches are copied as such; where neighbours come from everywhere, an index is faster.
+        plain = np.flatnonzero(columns.known & ~altered)
+        self.index = None if len(self.runs) <= 64 else (torch.from_numpy(plain), torch.from_numpy(columns.source[plain]))
+        self.lacking = [(kind, low, high) for kind in (FRESH, ZERO, MEAN) for low, high in _runs(np.where(columns.source == kind, 0, FRESH))]
 
-    def widen(self, rows: Tensor) -> Tensor:
-        """[…, old columns] in fp64 → [columns] with their weights; those without a source hold the mean, or zero where they must."""
-        wide = rows[self.index] * self.weight
+    def widen(self, row: Tensor) -> Tensor:
+        """[old columns] in fp64 → [columns] with their weights; those without a source hold the mean, or zero where they must."""
+        wide = row[torch.from_numpy(np.maximum(self.map.source, 0))] * torch.from_numpy(self.map.weight)
         for kind, low, high in self.lacking:
-            wide[low:high] = 0 if kind == ZERO else rows.mean()
+            wide[low:high] = 0 if kind == ZERO else row.mean()
         return wide
 
-    def spread(self, found: Tensor, target: Tensor) -> None:
-        """[b, old] → the known columns of [b, new]."""
-        if self.runs is None:
-            target.copy_(found[:, self.index])
-        else:
-            for low, high, source in self.runs:
-                target[:, low:high].copy_(found[:, source : source + high - low])
+    def copy(self, found: Tensor, target: Tensor) -> None:
+        """[b, old] → the columns of [b, new] that are copied as they are."""
+        if self.index is not None:
+            target[:, self.index[0]] = found[:, self.index[1]].to(target.dtype)
+            return
+        for low, high, source in self.runs:
+            target[:, low:high].copy_(found[:, source : source + high - low])
 
 
 def _known(values: Values, rows: AxisMap, column: Columns, source: Rows, lead: tuple[int, ...], whole: tuple[int, ...], first: int,
            target: Tensor) -> None:  # fmt: skip
     """Fills target rows that all have a source; their sources lie near each other."""
     part = slice(first, first + target.shape[0])
-    wanted, weight = rows.source[part], rows.weight[part]
+    wanted, weight = rows.source[part], rows.weight[part] * values.scale
     low, high = int(wanted.min()), int(wanted.max()) + 1
     found = source(low, high)
     if high - low != len(wanted) or (np.diff(wanted) != 1).any():
         found = found[torch.from_numpy(wanted - low)]
-    noisy = values.noise != "none" and bool((column.map.copies > 1).any())
-    mean = any(kind == MEAN for kind, _, _ in column.lacking)
-    if column.plain and values.scale == 1.0 and bool((weight == 1).all()) and not noisy and not mean and found.dtype == target.dtype:
-        column.spread(found, target)
-    else:
-        exact = found.to(torch.float64) * torch.from_numpy(weight * values.scale)[:, None]
-        wide = torch.zeros(target.shape, dtype=torch.float64)
-        column.spread(exact, wide)
-        if not column.plain:
-            wide *= column.weight
-        if noisy:
-            wide += _noise(values, column.map, lead, whole, first, target.shape[0], wide)
-        for kind, left, right in column.lacking:
-            if kind == MEAN:
-                wide[:, left:right] = exact.mean(1, keepdim=True)
-        target.copy_(wide)
+    if not (weight == 1).all():
+        found = found.to(torch.float64) * torch.from_numpy(weight)[:, None]
+    column.copy(found, target)
+    if len(column.altered):
+        exact = found[:, column.source].to(torch.float64) * column.weight
+        if column.noisy:
+            exact += _noise(values, column, lead, whole, first, exact)
+        target[:, column.altered] = exact.to(target.dtype)
     for kind, left, right in column.lacking:
-        if kind == ZERO:
+        if kind == FRESH:
+            _draw_into(values, lead, whole, first, left, target[:, left:right])
+        elif kind == ZERO:
             target[:, left:right] = 0
-        elif kind == FRESH:
-            target[:, left:right].copy_(_draw(values, lead, whole, first, target.shape[0], left, right - left))
+        else:
+            target[:, left:right] = found.to(torch.float64).mean(1, keepdim=True).to(target.dtype)
 
 
-def _noise(values: Values, columns: AxisMap, lead: tuple[int, ...], whole: tuple[int, ...], first: int, count: int, known: Tensor) -> Tensor:
-    """Fresh starts of the copies less their mean, [count, columns], so that they add up to zero; with snr scaled against the row."""
-    drawn = _draw(values, lead, whole, first, count, 0, columns.size).to(torch.float64)
-    index, copies = torch.from_numpy(np.maximum(columns.source, 0)), torch.from_numpy(columns.copies)
-    drawn[:, torch.from_numpy(~columns.known)] = 0
-    total = torch.zeros(count, columns.old, dtype=torch.float64).index_add_(1, index, drawn)
-    noise = drawn - total[:, index] / copies
-    alone = torch.from_numpy((columns.copies == 1) | ~columns.known)
-    noise[:, alone] = 0
+def _noise(values: Values, column: Columns, lead: tuple[int, ...], whole: tuple[int, ...], first: int, known: Tensor) -> Tensor:
+    """For the altered columns [b, n]: fresh starts of the copies less their mean, so that they add up to zero; with snr scaled against the
+    row. A column that is alone has none.
+    """
+    columns, count = column.map, known.shape[0]
+    drawn = torch.zeros(known.shape, dtype=torch.float64)
+    place = 0
+    for low, high in _runs(np.where(np.isin(np.arange(columns.size), column.altered.numpy()), 0, FRESH)):
+        drawn[:, place : place + high - low] = _draw(values, lead, whole, first, count, low, high - low)
+        place += high - low
+    copies = torch.from_numpy(columns.copies[column.altered.numpy()])
+    total = torch.zeros(count, columns.old, dtype=torch.float64).index_add_(1, column.source, drawn)
+    noise = drawn - total[:, column.source] / copies
+    noise[:, copies == 1] = 0
     if not values.noise.startswith("snr:"):
         return noise
     loud = known.square().mean(1, keepdim=True).sqrt() * 10 ** (-float(values.noise[4:]) / 20)
-    size = noise[:, ~alone].square().mean(1, keepdim=True).sqrt()
+    size = noise[:, copies > 1].square().mean(1, keepdim=True).sqrt()
     return noise * (loud / size.clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _draw_into(values: Values, lead: tuple[int, ...], whole: tuple[int, ...], row: int, column: int, target: Tensor) -> None:
+    """A rectangle of the target's own start, rounded once."""
+    if len(whole) == 1 or values.spec.equal_rows:
+        target.copy_(_draw(values, lead, whole, row, target.shape[0], column, target.shape[1]))
+    else:
+        initialize(Piece(whole, (*lead, row, column), target if not lead else target.unsqueeze(0)), values.name, values.spec, values.seed)
 
 
 def _draw(values: Values, lead: tuple[int, ...], whole: tuple[int, ...], row: int, rows: int, column: int, columns: int) -> Tensor:
