@@ -1,10 +1,11 @@
 """Peak memory of a rank in a step, beyond what it holds between steps, by accumulation and offload, beside formulas for block inputs.
 
 `python -m benchmarks.layered.memory`: two gloo ranks, ZeRO-3 with full recomputation, m = 2, 4, 8 micro-batches. Counted is what torch
-allocates during a second step (`torch.distributed._tools.MemTracker`). Buffers for offloaded inputs exist since the first step, so what
-lies on the "host" is not in it, and is counted by itself.
+allocates during a second step, by storage, from the operation that makes it to its last reference. Buffers for offloaded inputs exist
+since the first step, so what lies on the "host" is not in it, and is counted by itself.
 
-Formulas: depth-first holds the L block inputs of one micro-batch, layered those of all m; offloaded, one being written and one ahead.
+Formulas, in block inputs: depth-first holds the L of one micro-batch. Layered holds those of all m, and of each the head's input and the
+gradient on its way back. Offloaded, each micro-batch has its stream on its way, and its rotary angles; one input comes back, one is ahead.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from benchmarks.common import machine, write
 from benchmarks.layered.worker import stepper
@@ -34,15 +37,47 @@ WAYS: dict[str, dict[str, Any]] = {
     "depth-first": {},
     "layered": {"accumulation": "layered"},
     "layered, inputs offloaded": {"accumulation": "layered", "offload": ("activations",)},
-    "layered, inputs and optimizer offloaded": {"accumulation": "layered", "offload": ("activations", "optimizer")},
 }
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still referred to, and their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):  # what was there before is not this step's
+                self.known.setdefault(tensor.untyped_storage()._cdata, None)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_: Any) -> None:
+            del self.known[key]
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def inputs_held(way: str, m: int) -> int:
     """Bytes of block inputs on the device at the peak, by the formulas."""
     if "offloaded" in way:
-        return 2 * INPUT
-    return SIZES["num_layers"] * INPUT * (m if way == "layered" else 1)
+        angles = 4 * SEQ * SIZES["hidden_size"] // SIZES["num_heads"] * 4
+        return (m + 2) * INPUT + m * angles
+    return (m * (SIZES["num_layers"] + 2) if way == "layered" else SIZES["num_layers"]) * INPUT
 
 
 def rank_main(rank: int, way: str, m: int, store: str) -> None:
@@ -60,11 +95,9 @@ def rank_main(rank: int, way: str, m: int, store: str) -> None:
     config = build_config({"model": SIZES, "train": train, "data": {"train": "x"}, "parallel": parallel.model_dump()})
     step = stepper(config, RANKS, m)
     step()
-    tracker = MemTracker()
-    with tracker:
+    with Allocations() as made:
         step()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    print(json.dumps({"peak": peak, "host": sum(s.most for s in stashes)}))
+    print(json.dumps({"peak": made.most, "host": sum(s.most for s in stashes)}))
 
 
 def measure(way: str, m: int) -> dict[str, int]:

@@ -73,6 +73,10 @@ class HeldFp8(torch.Tensor):
         made.data8 = data8
         return made
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Of no numbers: compilers write tensors into their logs while there are none."""
+        return f"HeldFp8({list(self.shape)}, {self.dtype})"
+
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return ["data8"], self.dtype
 

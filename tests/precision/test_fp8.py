@@ -169,3 +169,34 @@ def test_a_held_weight_is_the_weight() -> None:
     assert held.grad is not None and plain.grad is not None
     assert torch.equal(held.grad, plain.grad) and held.grad.dtype == torch.float32
     assert torch.equal(held[3:5].detach(), to_fp8(w, E4M3).float()[3:5])
+
+
+class Products(torch.nn.Module):
+    """Two products with an activation between."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Parameter(first), torch.nn.Parameter(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(torch.nn.functional.gelu(fp8_linear(x, self.first, 0.2)), self.second, 0.1)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_one_graph(held: bool) -> None:
+    """Catches a graph break (`fullgraph` raises), and casts that a compiler makes into something else."""
+    torch.manual_seed(0)
+    weights = torch.randn(64, 32), torch.randn(32, 64)
+    if held:
+        weights = tuple(HeldFp8(to_fp8(w, E4M3), torch.float32) for w in weights)  # type: ignore[assignment]
+    model, x = Products(*weights), torch.randn(2, 16, 32)
+    found = []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = forward(inputs)
+        y.square().sum().backward()
+        assert model.first.grad is not None and model.second.grad is not None and inputs.grad is not None
+        found.append([y.detach(), inputs.grad, model.first.grad.clone(), model.second.grad.clone()])
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
