@@ -15,7 +15,7 @@ SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.packing
 def identity(config: Config) -> dict[str, Any]:
     """{"section.key": value} of everything that the loss curve depends on."""
     flat = flatten(config.plain())
-    return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim") or k in SINGLE}
+    return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
 
 
 def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
@@ -42,7 +42,9 @@ def _defaults() -> dict[str, Any]:
     """{"section.key": default}: what a key that came after a checkpoint meant before it existed."""
     found = {}
     for section, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            found[section] = list(field.get_default())
+            continue
         for key, info in field.annotation.model_fields.items():
             if not info.is_required():
                 value = info.get_default(call_default_factory=True)

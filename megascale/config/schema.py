@@ -340,6 +340,35 @@ class Checkpoint(Section):
     asynchronous: bool = Field(default=True, alias="async")
     resume: str = "auto"  # auto | never | a step folder or a run
     init_from: str | None = None
+    init_schedule: Literal["given", "lemon"] = "given"  # lemon: with init_from, warm up again and decay within 0.6 of the run
+
+
+class GrowAt(Section):
+    """A growth after step `step`; sizes and methods are the flags of tools/grow.py. `parallel`: the layout from then on."""
+
+    step: Positive
+    hidden_size: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_size: Positive | None = None
+    expert_ffn_size: Positive | None = None
+    num_layers: Positive | None = None
+    num_experts: Positive | None = None
+    top_k: Positive | None = None
+    granularity: Positive = 1
+    tokenformer_size: Positive | None = None
+    width_method: Literal["duplicate", "zero", "average"] = "duplicate"
+    ffn_method: Literal["duplicate", "zero"] = "duplicate"
+    heads_method: Literal["duplicate", "zero"] = "duplicate"
+    depth_method: Literal["identity", "cancel", "stack", "dus", "interleave", "inject"] = "identity"
+    placement: Literal["spread", "end"] = "spread"
+    symmetry: str = "project"
+    split: tuple[float, float] = (1.0, 1.0)
+    optimizer: Literal["transform", "reset"] = "transform"
+    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    lossless: Literal["require", "prefer", "off"] = "prefer"
+    parallel: Parallel | None = None
 
 
 class Config(Section):
@@ -351,6 +380,7 @@ class Config(Section):
     data: Data
     checkpoint: Checkpoint = Checkpoint()
     precision: Precision = Precision()
+    grow: tuple[GrowAt, ...] = ()  # in the order of their steps
 
     def plain(self) -> dict[str, Any]:
         """The resolved config as nested dicts of JSON values, with the keys that a YAML file uses."""

@@ -28,15 +28,20 @@ class Start:
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
-def find_start(config: Config, run_dir: Path) -> Start:
+def find_start(config: Config, run_dir: Path, whole: Config | None = None, origin: Path | None = None) -> Start:
     """The run's own newest checkpoint first, so that a requeued job goes on; then `resume: DIR`, then `init_from`, then nothing.
+
+    whole   the config that the run was begun with, where it grows and `config` is of a later phase; `origin` the grown checkpoint that
+            begins this phase, until there is a newer one
 
     Raises UsageError where a checkpoint belongs to another run or is not there.
     """
     check_allow_change(config.run.allow_change)
     wanted = config.checkpoint.resume
-    _check_owner(config, run_dir)
+    _check_owner(whole or config, run_dir)
     own = newest(run_dir / "checkpoints")
+    if origin is not None and (own is None or step_of(own) <= step_of(origin)):
+        own = origin
     if wanted == "never":
         if own is not None:
             raise UsageError(
@@ -55,6 +60,11 @@ def find_start(config: Config, run_dir: Path) -> Start:
     if config.checkpoint.init_from is not None:
         return Start(find(config.checkpoint.init_from), True)
     return Start()
+
+
+def step_of(folder: Path) -> int:
+    """Of a folder step-00000100."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def check_coefficients(config: Config, model: ParallelModel, folder: Path | None) -> None:

@@ -38,6 +38,7 @@ from megascale.model.layers import Fp8
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
 from megascale.optim.optimizers import build_optimizer
+from megascale.optim.schedule import begun_again
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
@@ -50,6 +51,7 @@ from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
 from megascale.train.reporter import Reporter
+from megascale.train.phases import Phase
 from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
@@ -255,19 +257,28 @@ def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, devi
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None, pulse: Pulse | None = None) -> Iterator[Trainer]:
+def build_trainer(
+    config: Config, ranks: RankInfo, stop: StopFlag | None = None, pulse: Pulse | None = None, phase: Phase | None = None
+) -> Iterator[Trainer]:
     """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start.
 
     stop   what signals set, where somebody listens to them already
     pulse  where the trainer says what it does, for a watch
+    phase  which part of a run that grows this is; the whole of it if absent
     """
+    whole = config if phase is None else phase.whole
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    if config.checkpoint.init_schedule == "lemon":
+        config = config.model_copy(update={"optim": begun_again(config.optim, config.train.total_steps)})
+    if phase is None:
+        whole = config
+    until = config.train.total_steps if phase is None else phase.until
     agreed(lambda: check_torch(config))
     device = agreed(lambda: choose_device(config, ranks))
     agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
-    start: Start = agreed(lambda: find_start(config, run_dir))
+    start: Start = agreed(lambda: find_start(config, run_dir, whole, None if phase is None else phase.origin))
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
@@ -290,6 +301,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         log = RunLog(run_dir, progress.step)
         console = Console(config.train.total_steps, progress.step)
         announce(config, ranks, facts, start, progress, log, console)
+        write_atomic(run_dir / "config.yaml", to_yaml(whole.plain()))
     peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else peak_flops(device, model.model.shape.compute)
     reporter = Reporter(
         mesh,
@@ -321,7 +333,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     batches = Prefetcher(
         lambda step: micro_batches(config, mixture, origin + (step - 1) * batch, mesh, device),
         progress.step + 1,
-        config.train.total_steps,
+        until,
     )
     valid = {
         name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)] for name, m in valid_sets.items()
@@ -334,7 +346,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device, until)
     try:
         yield trainer
     finally:
@@ -383,4 +395,3 @@ def announce(
     note = padding_note(config)
     if note:
         console.warn(note)
-    write_atomic(Path(config.run_dir) / "config.yaml", to_yaml(config.plain()))

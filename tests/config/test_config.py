@@ -29,7 +29,9 @@ BASE: dict[str, Any] = {
 
 
 def config(*overrides: str) -> Config:
-    return build_config(apply_overrides(BASE, overrides))
+    listed = {item.removeprefix("grow="): None for item in overrides if item.startswith("grow=")}  # a list, not a section
+    values = apply_overrides(BASE, [item for item in overrides if not item.startswith("grow=")])
+    return build_config({**values, **{"grow": parse_yaml(text) for text in listed}})
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,9 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "vocabulary_parts": (4, ("parallel.tp=4", "model.vocab_size=3")),
     "master": (1, ("precision.master=bf16",)),
     "rope_context": (1, ("model.position=alibi", "model.rope_scaling={factor: 8}")),
+    "init_schedule": (1, ("checkpoint.init_schedule=lemon",)),
+    "grow_steps": (1, ("grow=[{step: 2, num_layers: 2}]",)),
+    "grow_engine": (2, ("grow=[{step: 1, num_layers: 2}]", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
     "eval_without_data": (1, ("train.eval_every=1",)),
 }
