@@ -265,6 +265,11 @@ def rows() -> list[Row]:
         found.append(Row("experts 4 → 8, k 2 → 4", router, toy(moe={**MOE, "router": router}), Sizes(experts=8)))
     found += [
         Row("experts 4 → 8, k fixed", "topk_softmax", toy(moe=MOE), Sizes(experts=8, top_k=2), off),
+        Row("TokenFormer 16 → 24 tokens", "pre, RMSNorm", toy(linear="tokenformer", tokenformer={"tokens": 16}), Sizes(tokenformer_size=24),
+            wrong={"scale √n of the new n": lambda g: with_target(tokenformer=g.target.tokenformer.model_copy(update={"scale": None}))(g),  # type: ignore[union-attr]
+                   "new keys at random": with_axis("new_keys", fresh_beyond)}),
+        Row("width ×1.25, depth 2 → 4, FFN 32 → 40", "TokenFormer, LayerNorm", toy(linear="tokenformer", tokenformer={"tokens": 16}, norm="layernorm", bias=True),
+            Sizes(30, ffn_size=40, num_layers=4, tokenformer_size=20)),
         Row("expert width 16 → 24", "experts", toy(moe=MOE), Sizes(expert_ffn_size=24)),
         Row("vocabulary 37 → 50", "pre, RMSNorm", toy(), Sizes(vocab_size=50)),
         Row("context 16 → 32", "RoPE", toy(), Sizes(seq_len=32), wrong={"θ changed with it": with_target(rope_theta=5e5)}),

@@ -113,6 +113,25 @@ class Spacetime(Section):
         return self.shape[0] + (self.patch[0] if self.objective == "next_step" else 0)
 
 
+class Tokenformer(Section):
+    """Products as attention over `tokens` pairs of key and value (arXiv 2410.23168). `scale` of the normalized scores: √tokens if absent; a
+    model whose tokens grew keeps the old one.
+    """
+
+    tokens: Positive
+    scale: Annotated[float, Field(gt=0)] | None = None
+
+
+class Matformer(Section):
+    """Prefixes of the feed-forward that are models of their own (arXiv 2310.07707); the whole width is always one of them.
+
+    train  sample: a step trains one of the widths, drawn by its number; sum: every step trains all of them, each counting alike
+    """
+
+    sizes: tuple[Positive, ...]
+    train: Literal["sample", "sum"] = "sample"
+
+
 class Model(Section):
     family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
     num_layers: Positive
@@ -134,7 +153,11 @@ class Model(Section):
     branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
     token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
     dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
-    linear: Literal["dense", "bitlinear"] = "dense"  # of the blocks' products; bitlinear: weights −1, 0, 1 and 8-bit inputs
+    # Of the blocks' products. bitlinear: weights −1, 0, 1 and 8-bit inputs; tokenformer: attention over tokens that are parameters
+    linear: Literal["dense", "bitlinear", "tokenformer"] = "dense"
+    tokenformer: Tokenformer | None = None  # with linear tokenformer
+    matformer: Matformer | None = None  # nested feed-forward widths that are trained together
+    ffn_sizes: tuple[Positive, ...] | None = None  # of each layer, where they differ
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
     layer_coefficients: tuple[tuple[float, float], ...] | None = None  # skip and branch of each layer, where it is not the scheme's own
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
@@ -167,6 +190,16 @@ class Model(Section):
         """The epsilon of a norm: that of its layer, of its kind, or of the model."""
         own = self.norm_eps_of.get(norm, self.norm_eps)
         return own if layer is None else self.norm_eps_of.get(f"blocks.{layer}.{norm}", own)
+
+    def at_layer(self, layer: int) -> Model:
+        """The same, with the feed-forward width of a layer."""
+        return self if self.ffn_sizes is None else self.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
+
+    @property
+    def nested_sizes(self) -> tuple[int, ...]:
+        """Of MatFormer, the whole width last."""
+        assert self.matformer is not None and self.ffn_size is not None
+        return (*sorted(set(self.matformer.sizes) - {self.ffn_size}), self.ffn_size)
 
     def attended(self, layer: int) -> int:
         """The dimension of the grid that a layer of the spacetime family attends over: each in turn."""

@@ -54,6 +54,11 @@ def build_maps(
     _ends(maps, source, seq_lens, options)
     if source.linear == "bitlinear":
         _quantized(maps, options)
+    if source.tokenformer is not None and maps.target.tokenformer is not None:
+        # Keys of zeros score nothing; the values beside them may start as they like.
+        n, more = source.tokenformer.tokens, maps.target.tokenformer.tokens - source.tokenformer.tokens
+        tokens = axis([*range(n), *[FRESH] * more], n)
+        maps.axes |= {"new_keys": tokens.filled(ZERO), "new_values": tokens}
     copied = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
     if copied and options.symmetry == "none" and options.split[0] == options.split[1]:
         maps.notes.append("copies with equal shares and no noise stay equal for ever: the new width adds no capacity")
@@ -146,6 +151,8 @@ def _widths(maps: Maps, source: Model, options: Options, silent: bool) -> None:
             kinds["together"] = (moe.num_shared * before, target.moe.num_shared * target.moe.ffn_size)
             if cut > 1:
                 raise UsageError("model.moe.num_shared is set: experts with shared ones beside them are not cut into finer ones; grow without granularity")
+    if source.matformer is not None and target.ffn_size != source.ffn_size:
+        maps.notes.append("the whole feed-forward keeps its function; its nested prefixes stay those of the source")
     for name, (old, new) in kinds.items():
         if options.ffn == "duplicate":
             rows = circular(old, new)

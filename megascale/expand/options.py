@@ -114,7 +114,7 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
 
 
 def _target_tokens(source: Model, size: int) -> dict[str, Any]:
-    old = getattr(source, "tokenformer", None)
+    old = source.tokenformer
     if old is None:
         raise UsageError(f"--tokenformer-size is {size} and the source's products are {source.linear}: only linear tokenformer has tokens")
     if size < old.tokens:

@@ -43,6 +43,21 @@ AXES: dict[str, tuple[str, ...]] = {
     "attention.inner_norm.weight": ("heads_gain",),
     "attention.inner_norm.bias": ("heads_shift",),
     "attention.inner_norm.alpha": ("one",),
+    # Attention over parameters: keys are read, values are written.
+    "attention.q.keys": ("new_keys", "read"),
+    "attention.q.values": ("new_values", "query"),
+    "attention.k.keys": ("new_keys", "read"),
+    "attention.k.values": ("new_values", "key"),
+    "attention.v.keys": ("new_keys", "read"),
+    "attention.v.values": ("new_values", "value"),
+    "attention.o.keys": ("new_keys", "heads"),
+    "attention.o.values": ("new_values", "stream"),
+    "ffn.up.keys": ("new_keys", "read"),
+    "ffn.up.values": ("new_values", "ffn"),
+    "ffn.gate.keys": ("new_keys", "read"),
+    "ffn.gate.values": ("new_values", "ffn"),
+    "ffn.down.keys": ("new_keys", "ffn_out"),
+    "ffn.down.values": ("new_values", "stream"),
     "attention_scale": ("scale",),
     "ffn_scale": ("scale",),
     "ffn.up.weight": ("ffn", "read"),
@@ -65,7 +80,10 @@ AXES: dict[str, tuple[str, ...]] = {
     "ffn.router.temperature": ("one",),
     "ffn.router.bias": ("routes",),
 }
-WRITERS = ("attention.o.weight", "attention.o.bias", "ffn.down.weight", "ffn.down.bias", "ffn.experts.down.weight", "ffn.shared.down.weight")
+WRITERS = (
+    "attention.o.weight", "attention.o.values", "attention.o.bias", "ffn.down.weight", "ffn.down.values", "ffn.down.bias",
+    "ffn.experts.down.weight", "ffn.shared.down.weight",
+)  # fmt: skip
 # A layer whose outputs cancel takes its inner rows in pairs.
 PAIRED = {
     "query": "pair_query", "key": "pair_key", "value": "pair_value", "heads": "pair_heads", "heads_gain": "pair_heads_gain",
@@ -138,6 +156,8 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     check_options(options)
     if source.moeut is not None:
         raise UsageError("model.moeut is set: growth is not built for layers whose weights repeat in depth; grow a decoder without it")
+    if source.ffn_sizes is not None:
+        raise UsageError("model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from")
     target = target_model(source, sizes, options.router)
     seq_lens = (seq_len, sizes.seq_len or seq_len)
     if seq_lens[1] < seq_lens[0]:

@@ -14,8 +14,9 @@ from megascale.model.attention_flex import flex_attention
 from megascale.model.attention_masked import masked_attention
 from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
-from megascale.model.layers import Linear, Norm
+from megascale.model.layers import Norm
 from megascale.model.position import Rotary, rotate
+from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual
 from megascale.model.spec import Cut, Role
 
@@ -39,10 +40,9 @@ class Attention(nn.Module):
         assert cfg.num_kv_heads and cfg.head_dim
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
 
-        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
+        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
             bias = cfg.bias and role not in row.unbiased
-            std, scale = row.starts.std(role, out_dim, in_dim), row.product_scale(in_dim)
-            return Linear(out_dim, in_dim, role, cut, std, dtype, bias, cfg.linear, scale)
+            return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, bias)
 
         def norm(dim: int, cut: Cut, name: str) -> Norm:
             bias = cfg.bias and "norm" not in row.unbiased

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from megascale.model.attention_flex import with_blocks
 from megascale.model.attention_tiles import Seen
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
+from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
@@ -77,7 +79,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleDict()
         for i in part.layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
-                self.blocks[str(i)] = Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, has_experts(cfg, i))
+                self.blocks[str(i)] = Block(cfg.at_layer(i), residual(cfg, stack, i), dtype, norm_kernel, has_experts(cfg, i))
             else:
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
@@ -93,13 +95,19 @@ class Decoder(nn.Module):
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
         self.sequence_here: Callable[[Tensor], Tensor] = identity
+        self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
 
     @torch.no_grad()
     def at_step(self, step: int) -> None:
-        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation."""
+        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation.
+        MatFormer draws the step's width by it.
+        """
+        if self.cfg.matformer is not None and self.cfg.matformer.train == "sample":
+            sizes = self.cfg.nested_sizes
+            self.width = sizes[int(mix64(torch.tensor(step))) % len(sizes)]
         if self.warm is not None and self.cfg.branchnorm_period is not None:
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
@@ -140,6 +148,32 @@ class Decoder(nn.Module):
         documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
         while training.
         """
+        if self.cfg.matformer is not None:
+            widths: tuple[int | None, ...] = (None,)
+            if self.training:
+                widths = self.cfg.nested_sizes if self.cfg.matformer.train == "sum" else (self.width,)
+            passes = [self._at_width(w, tokens, targets, documents, positions, samples, scale, stream) for w in widths]
+            return passes[0] if len(passes) == 1 else torch.stack(passes).mean(0)
+        return self._forward(tokens, targets, documents, positions, samples, scale, stream)
+
+    def _at_width(self, width: int | None, *inputs: Any) -> Tensor:
+        """`_forward` with the first channels of every feed-forward only."""
+        for _, block in self.units():
+            if isinstance(block, Block) and isinstance(block.ffn, FeedForward):
+                block.ffn.use(width)
+        return self._forward(*inputs)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        samples: Tensor | None,
+        scale: float,
+        stream: Tensor | None,
+    ) -> Tensor:
+        """`forward` at the present width."""
         counted = None
         if targets is not None and self.cfg.moe is not None:
             counted = (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale

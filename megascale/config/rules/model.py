@@ -214,6 +214,64 @@ MODEL_RULES: tuple[Rule, ...] = (
         "give num_heads of them with position alibi, or leave alibi_slopes out",
     ),
     Rule(
+        "tokenformer",
+        ("model.linear", "model.tokenformer", "model.residual", "parallel.tp", "precision.fp8"),
+        lambda c, n: (
+            (c.model.linear == "tokenformer") != (c.model.tokenformer is not None)
+            or (c.model.tokenformer is not None and (c.model.residual == "mus" or c.parallel.tp > 1 or c.precision.fp8 != "false"))
+            or (c.model.tokenformer is not None and (c.model.spacetime is not None or c.model.moeut is not None))
+        ),
+        "attention over parameters has its number of tokens, a size of its own, and is not cut over ranks",
+        "give linear tokenformer together with tokenformer, without unit scaling, FP8, tp, grids and MoEUT",
+    ),
+    Rule(
+        "matformer",
+        ("model.matformer", "model.ffn_size", "model.moe", "model.residual", "model.linear", "parallel.tp"),
+        lambda c, n: (
+            c.model.matformer is not None
+            and (
+                max(c.model.matformer.sizes, default=1) > (c.model.ffn_size or 0)
+                or c.model.moe is not None
+                or c.model.residual == "subln"
+                or c.model.linear != "dense"
+                or c.model.family == "spacetime"
+                or c.model.ffn_sizes is not None
+                or c.parallel.tp > 1
+                or c.precision.fp8 != "false"
+            )
+        ),
+        "nested widths are prefixes of one dense feed-forward that is whole where it is used",
+        "choose sizes below ffn_size, without experts, inner norms, quantized products, FP8, ffn_sizes and tp",
+    ),
+    Rule(
+        "matformer_sum",
+        ("model.matformer", "parallel.pp", "parallel.pp_schedule", "parallel.accumulation"),
+        lambda c, n: (
+            c.model.matformer is not None
+            and (
+                (c.model.matformer.train == "sum" and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"))
+                or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
+            )
+        ),
+        "stages pass each micro-batch once, and weight gradients computed apart know whole weights",
+        "use train sample, with a schedule that computes gradients together, or the data axes",
+    ),
+    Rule(
+        "ffn_sizes",
+        ("model.ffn_sizes", "model.num_layers", "model.moe", "model.family", "parallel.tp"),
+        lambda c, n: (
+            c.model.ffn_sizes is not None
+            and (
+                len(c.model.ffn_sizes) != c.model.num_layers
+                or c.model.moe is not None
+                or c.model.family == "spacetime"
+                or any(f % c.parallel.tp for f in c.model.ffn_sizes)
+            )
+        ),
+        "every layer of a text model without experts has one width, a multiple of tp",
+        "give num_layers of them, or leave ffn_sizes out",
+    ),
+    Rule(
         "vocab_enabled",
         ("model.vocab_enabled", "model.vocab_size", "model.family"),
         lambda c, n: (
