@@ -66,7 +66,7 @@ def grow(source: str | Path, target: Path, sizes: Sizes, options: Options, effor
     tokens = some_tokens(opened, effort) if effort.tokens else None
     proof: dict[str, Any] = {"tokens": None if tokens is None else tokens[1], "exact": f"fp64, before storing, at most {EXACT:g}"}
     if tokens is not None:
-        proof["transform"] = _prove(opened, growth, Grown(growth, opened.index, dtype=torch.float64), tokens[0])
+        proof["transform"] = prove(opened, growth, Grown(growth, opened.index, dtype=torch.float64), tokens[0])
         if options.lossless == "require" and proof["transform"]["logits_max"] > EXACT:
             raise UsageError(
                 f"the grown model's logits differ by {proof['transform']['logits_max']:.1e} in fp64 and --lossless require allows {EXACT:g}"
@@ -81,7 +81,7 @@ def grow(source: str | Path, target: Path, sizes: Sizes, options: Options, effor
     step = opened.trainer.get("step")
     folder = _written(opened, target, step if isinstance(step, int) else 0, targets, made, trainer, effort, progress)
     if tokens is not None:
-        proof |= _prove_stored(opened, growth, folder, tokens[0], proof["transform"])
+        proof |= prove_stored(opened, growth, folder, tokens[0], proof["transform"])
         if options.lossless == "require" and proof["verdict"] == "lossy":
             shutil.rmtree(target)
             raise UsageError(
@@ -180,7 +180,7 @@ def some_tokens(source: Source, effort: Effort) -> tuple[Tensor, str]:
     return drawn, f"{count} × {length} random tokens, the source's data not being here"
 
 
-def _prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[str, Any]:
+def prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[str, Any]:
     """Both models in fp64, the grown one straight from the transform."""
 
     def new(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -190,7 +190,7 @@ def _prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[
     return compare(growth, small, run(growth.target, growth.seq_lens[1], new, torch.float64, tokens), tokens)
 
 
-def _prove_stored(opened: Source, growth: Growth, folder: Path, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
+def prove_stored(opened: Source, growth: Growth, folder: Path, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
     """Both models in the run's dtype, the grown one as it is stored, against the small one in fp64."""
     dtype, index = COMPUTE[opened.config.precision.compute], read_index(folder)
 

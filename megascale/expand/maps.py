@@ -22,6 +22,7 @@ class Maps:
     eps_factor  by norm: "stream", "qk_norm", "attention_inner_norm", "ffn_inner_norm"
     gain        η, of every norm over the stream; `fold` is the last one's further factor
     gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into; `uniform_router` where all gates must be equal
+    by_layer    axes that every source layer has its own of, as name@layer
     lossy       what cannot be exact, each as a sentence with the way that is; `notes` for the report
     """
 
@@ -34,6 +35,7 @@ class Maps:
     parts: int = 1
     router_bias: float = 1.0
     uniform_router: bool = False
+    by_layer: frozenset[str] = frozenset()
     lossy: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

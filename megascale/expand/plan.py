@@ -166,10 +166,10 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     maps = build_maps(source, target, seq_lens, sizes, options, layers)
     skips = [row_of(maps.target, i).skip for i in range(target.num_layers)]
     chain = norm_chain(layers, skips) if row_of(target, 0).norm == "after" and target.norm != "dyt" else {}
-    target = _with_epsilons(maps.target, source, layers, chain, maps)
+    target = with_epsilons(maps.target, source, layers, chain, maps)
     # The support table has the last word on what a model may be.
     check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
-    tensors = _tensors(source, target, seq_lens, layers, maps, chain)
+    tensors = plan_tensors(source, target, seq_lens, layers, maps, chain)
     lossy = (*depth_lossy, *maps.lossy)
     growth = Growth(
         source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, lossy, tuple(maps.notes)
@@ -194,7 +194,7 @@ def suffix_of(name: str) -> tuple[int | None, str]:
     return int(number), rest
 
 
-def _with_epsilons(target: Model, source: Model, layers: tuple[Layer, ...], chain: dict[str, NormChange], maps: Maps) -> Model:
+def with_epsilons(target: Model, source: Model, layers: tuple[Layer, ...], chain: dict[str, NormChange], maps: Maps) -> Model:
     """Every norm's epsilon, as few exceptions as say it."""
     stream = maps.eps_factor["stream"]
     plain = source.norm_eps * stream
@@ -223,7 +223,7 @@ def _by_kind(own: dict[str, float], layers: int) -> dict[str, float]:
     return {**{n: e for n, e in own.items() if n.split(".", 2)[-1] not in alike or not n.startswith("blocks.")}, **alike}
 
 
-def _tensors(
+def plan_tensors(
     source: Model, target: Model, seq_lens: tuple[int, int], layers: tuple[Layer, ...], maps: Maps, chain: dict[str, NormChange]
 ) -> tuple[TensorPlan, ...]:
     old, new = specs(source, seq_lens[0]), specs(target, seq_lens[1])
@@ -267,6 +267,8 @@ def _tensor(
         if suffix in silent:
             return TensorPlan(name, spec, constant=0.0, inserted=True)
         axes = tuple(PAIRED.get(a, a) for a in axes)
+    if layer is not None:
+        axes = tuple(f"{a}@{layer.source}" if a in maps.by_layer else a for a in axes)
     plan = TensorPlan(name, spec, axes, origin, inserted=inserted)
     if ".experts." in suffix:
         plan = _expert(plan, suffix, old, maps)
