@@ -63,8 +63,8 @@ def main(
         seq_len, tokenformer_size,
     )  # fmt: skip
     options = Options(
-        width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary), enable_vocabulary,
-        lossless, seed,
+        width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary),
+        enable_vocabulary, lossless, seed,
     )  # fmt: skip
     if report is not None and not report.parent.is_dir():
         raise UsageError(f"--report {report}: there is no folder {report.parent}")
@@ -80,8 +80,8 @@ def main(
     if "transform" in proof:
         moved = proof["transform"]["logits_max"]
         print(
-            f"{found['verdict']}: logits move by {moved:.1e} in fp64, by {proof['stored_error']:.1e} as stored and in {proof['dtype']} (the small "
-            f"model's own rounding: {proof['own_error']:.1e}), on {proof['tokens']}"
+            f"{found['verdict']}: logits move by {moved:.1e} in fp64, by {proof['stored_error']:.1e} as stored and in {proof['dtype']} "
+            f"(the small model's own rounding: {proof['own_error']:.1e}), on {proof['tokens']}"
         )
     for line in (*found["lossy"], *found["notes"]):
         print(f"note: {line}")

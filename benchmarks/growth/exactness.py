@@ -27,7 +27,15 @@ from megascale.expand.stack import specs
 from megascale.expand.verify import compare, run
 
 SEQ = 16
-BASE: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 32, "vocab_size": 37, "init_std": 0.2}
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 24,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_size": 32,
+    "vocab_size": 37,
+    "init_std": 0.2,
+}
 MOE = {"num_experts": 4, "top_k": 2, "ffn_size": 16}
 
 
@@ -153,6 +161,7 @@ def of_the_scheme(g: Growth) -> Growth:
 
 def without_chain(g: Growth) -> Growth:
     """Inserted norms as copies of their source's, with the model's own epsilon: a block of zero outputs and nothing more."""
+
     def plain(t: TensorPlan) -> TensorPlan:
         if not t.name.split(".")[-2].endswith("_norm") or not t.name.startswith("blocks."):
             return t
@@ -204,34 +213,82 @@ def rows() -> list[Row]:
             if name == "tied" and ratio == 2:
                 wrong = {"1/r not folded into the last norm": scale_of("final_norm.weight", 1.0)}
             if name == "μS":
-                wrong = {"no √(fan_in'/fan_in)": with_tensors(lambda t: replace(t, scale=1.0) if t.name.endswith("q.weight") or ".up." in t.name else t)}
+                wrong = {
+                    "no √(fan_in'/fan_in)": with_tensors(
+                        lambda t: replace(t, scale=1.0) if t.name.endswith("q.weight") or ".up." in t.name else t
+                    )
+                }
             if after_mean and ratio != 2:
                 continue  # impossible, below
             found.append(Row(f"width ×{ratio:g}", name, toy(**changes), Sizes(hidden_size=width), wrong=wrong))
-    for name, changes in (("DeepNorm, LayerNorm", {"residual": "deepnorm", "norm": "layernorm"}), ("μS, LayerNorm", {"residual": "mus", "norm": "layernorm"})):
+    for name, changes in (
+        ("DeepNorm, LayerNorm", {"residual": "deepnorm", "norm": "layernorm"}),
+        ("μS, LayerNorm", {"residual": "mus", "norm": "layernorm"}),
+    ):
         found.append(Row("width ×1.25", name, toy(**changes), Sizes(hidden_size=30), off))
     found += [
-        Row("width ×1.25, zero", "pre, LayerNorm, bias", toy(norm="layernorm", bias=True), Sizes(hidden_size=30), replace(off, width="zero")),
+        Row(
+            "width ×1.25, zero", "pre, LayerNorm, bias", toy(norm="layernorm", bias=True), Sizes(hidden_size=30), replace(off, width="zero")
+        ),
         Row("width ×1.25, average", "pre, RMSNorm", toy(), Sizes(hidden_size=30), replace(off, width="average")),
-        Row("width ×1.25, average", "pre, LayerNorm, bias", toy(norm="layernorm", bias=True), Sizes(hidden_size=30), Options(width="average")),
+        Row(
+            "width ×1.25, average",
+            "pre, LayerNorm, bias",
+            toy(norm="layernorm", bias=True),
+            Sizes(hidden_size=30),
+            Options(width="average"),
+        ),
         Row("width ×2, noise 10 dB, shares 3:1", "pre, LayerNorm, bias", toy(norm="layernorm", bias=True), Sizes(hidden_size=48), loud),
-        Row("query heads 4 → 8", "GQA", toy(), Sizes(num_heads=8), wrong={
-            "tiled across groups": lambda g: with_axis("query", lambda a: tiled(a, 6, 4))(with_axis("heads", lambda a: tiled(a, 6, 4))(g)),
-        }),
+        Row(
+            "query heads 4 → 8",
+            "GQA",
+            toy(),
+            Sizes(num_heads=8),
+            wrong={
+                "tiled across groups": lambda g: with_axis("query", lambda a: tiled(a, 6, 4))(
+                    with_axis("heads", lambda a: tiled(a, 6, 4))(g)
+                ),
+            },
+        ),
         Row("KV groups 2 → 4", "GQA", toy(), Sizes(num_heads=8, num_kv_heads=4)),
         Row("KV heads 2 → 4, query heads fixed", "GQA", toy(), Sizes(num_kv_heads=4)),
         Row("new heads", "GQA", toy(), Sizes(num_heads=8, num_kv_heads=4), Options(heads="zero")),
         Row("heads 4 → 6 × 3 KV", "GQA", toy(), Sizes(num_heads=6, num_kv_heads=3)),
-        Row("heads ×2", "ALiBi", toy(position="alibi"), Sizes(num_heads=8, num_kv_heads=4), wrong={"slopes of 8 heads": with_target(alibi_slopes=None)}),
+        Row(
+            "heads ×2",
+            "ALiBi",
+            toy(position="alibi"),
+            Sizes(num_heads=8, num_kv_heads=4),
+            wrong={"slopes of 8 heads": with_target(alibi_slopes=None)},
+        ),
         Row("heads ×2", "SubLN", toy(residual="subln"), Sizes(num_heads=8, num_kv_heads=4)),
-        Row("head size 6 → 12", "RoPE", toy(), Sizes(head_dim=12), wrong={
-            "pairs appended": appended, "keys without √(k'/k)": with_axis("key", unweighted),
-        }),
+        Row(
+            "head size 6 → 12",
+            "RoPE",
+            toy(),
+            Sizes(head_dim=12),
+            wrong={
+                "pairs appended": appended,
+                "keys without √(k'/k)": with_axis("key", unweighted),
+            },
+        ),
         Row("head size 6 → 8", "RoPE", toy(), Sizes(head_dim=8), wrong={"plain frequencies": with_target(rope_exponents=None)}),
         Row("head size 6 → 8", "XPos", toy(position="xpos"), Sizes(head_dim=8)),
         Row("head size 6 → 9", "learned positions", toy(position="learned"), Sizes(head_dim=9)),
-        Row("head size 6 → 12", "QK-norm", toy(qk_norm=True), Sizes(head_dim=12), wrong={"query gain not ÷ √r": with_axis("query_norm", unweighted)}),
-        Row("head size 6 → 8", "QK-norm (born dead)", toy(qk_norm=True), Sizes(head_dim=8), wrong={"random new query rows": with_axis("query", fresh_beyond)}),
+        Row(
+            "head size 6 → 12",
+            "QK-norm",
+            toy(qk_norm=True),
+            Sizes(head_dim=12),
+            wrong={"query gain not ÷ √r": with_axis("query_norm", unweighted)},
+        ),
+        Row(
+            "head size 6 → 8",
+            "QK-norm (born dead)",
+            toy(qk_norm=True),
+            Sizes(head_dim=8),
+            wrong={"random new query rows": with_axis("query", fresh_beyond)},
+        ),
         Row("FFN 32 → 40", "SwiGLU", toy(), Sizes(ffn_size=40)),
         Row("FFN 32 → 64", "GELU, bias", toy(ffn="gelu", bias=True), Sizes(ffn_size=64), loud),
         Row("FFN 32 → 48, new", "ReLU", toy(ffn="relu"), Sizes(ffn_size=48), Options(ffn="zero")),
@@ -256,9 +313,16 @@ def rows() -> list[Row]:
         wrong = {"a router that has learned": with_tensors(started_router)} if router in ("softmax_topk", "sigma") else {}
         found.append(Row("dense → 4 experts", router, toy(), Sizes(experts=4), Options(router=router), wrong))
     found += [
-        Row("dense → 4 × 2 finer experts", "topk_softmax", toy(), Sizes(experts=4, granularity=2, top_k=1), wrong={
-            "cube roots on three matrices": cube_root(2), "down as it is": scale_of("down.weight", 1.0),
-        }),
+        Row(
+            "dense → 4 × 2 finer experts",
+            "topk_softmax",
+            toy(),
+            Sizes(experts=4, granularity=2, top_k=1),
+            wrong={
+                "cube roots on three matrices": cube_root(2),
+                "down as it is": scale_of("down.weight", 1.0),
+            },
+        ),
         Row("finer experts ×4", "topk_softmax", toy(moe=MOE), Sizes(granularity=4)),
     ]
     for router in ("topk_softmax", "sigmoid", "softmax_topk", "sigma", "xmoe"):
@@ -268,7 +332,8 @@ def rows() -> list[Row]:
         Row("TokenFormer 16 → 24 tokens", "pre, RMSNorm", toy(linear="tokenformer", tokenformer={"tokens": 16}), Sizes(tokenformer_size=24),
             wrong={"scale √n of the new n": lambda g: with_target(tokenformer=g.target.tokenformer.model_copy(update={"scale": None}))(g),  # type: ignore[union-attr]
                    "new keys at random": with_axis("new_keys", fresh_beyond)}),
-        Row("width ×1.25, depth 2 → 4, FFN 32 → 40", "TokenFormer, LayerNorm", toy(linear="tokenformer", tokenformer={"tokens": 16}, norm="layernorm", bias=True),
+        Row("width ×1.25, depth 2 → 4, FFN 32 → 40", "TokenFormer, LayerNorm",
+            toy(linear="tokenformer", tokenformer={"tokens": 16}, norm="layernorm", bias=True),
             Sizes(30, ffn_size=40, num_layers=4, tokenformer_size=20)),
         Row("expert width 16 → 24", "experts", toy(moe=MOE), Sizes(expert_ffn_size=24)),
         Row("vocabulary 37 → 50", "pre, RMSNorm", toy(), Sizes(vocab_size=50)),

@@ -107,8 +107,9 @@ def main() -> None:
     for method in args.methods:
         target, report = args.work / "grown", args.work / "report.json"
         shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "tools/grow.py", str(source), str(target), "--hidden-size", "5120", "--num-heads", "40", "--ffn-size", "13824",
-                   "--num-layers", str(layers), "--width-method", method, "--ffn-method", method, "--heads-method", method, "--tokens", "0",
+        command = [sys.executable, "tools/grow.py", str(source), str(target), "--hidden-size", "5120", "--num-heads", "40",
+                   "--ffn-size", "13824", "--num-layers", str(layers), "--width-method", method, "--ffn-method", method,
+                   "--heads-method", method, "--tokens", "0",
                    "--workers", str(args.workers), "--max-slab-mb", str(args.slab_mb), "--report", str(report)]  # fmt: skip
         seconds, memory = timed([*command, *([] if args.check else ["--trust-source"])])
         size = sum(f.stat().st_size for f in target.rglob("*.safetensors"))
@@ -120,7 +121,11 @@ def main() -> None:
         result[method] = {
             "gigabytes": round(size / 1e9, 2),
             "parameters": told["parameters"],
-            "grow": {"seconds": round(seconds, 1), "megabytes_per_second": round(size / 1e6 / seconds), "peak_gigabytes": round(memory / 1e9, 2)},
+            "grow": {
+                "seconds": round(seconds, 1),
+                "megabytes_per_second": round(size / 1e6 / seconds),
+                "peak_gigabytes": round(memory / 1e9, 2),
+            },
             "copy": {"seconds": round(copied, 1), "megabytes_per_second": round(size / 1e6 / copied)},
             "share_of_copy_speed": round(copied / seconds, 2),
         }

@@ -345,7 +345,9 @@ class Optim(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     base_width: Positive | None = None  # hidden size for which lr was tuned: under unit scaling hidden matrices' rates follow the width
     independent_decay: bool = False  # a step keeps 1 − weight_decay·lr/peak lr of a weight, whatever its rate
-    multipliers: dict[str, Multiplier] = {}  # by weight, head.weight or blocks.*.attention.q.weight: a grown run moves as its source's would
+    multipliers: dict[
+        str, Multiplier
+    ] = {}  # by weight, head.weight or blocks.*.attention.q.weight: a grown run moves as its source's would
 
     def multiplier(self, weight: str) -> Multiplier:
         """By the weight's own name, or by its name in any layer."""

@@ -122,8 +122,8 @@ def _nested(values: Values, axes: tuple[AxisMap, ...], matrices: Callable[[int],
     return out
 
 
-def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype: torch.dtype, lead: tuple[int, ...], whole: tuple[int, ...],
-            first: int, count: int) -> Tensor:  # fmt: skip
+def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype: torch.dtype, lead: tuple[int, ...],
+            whole: tuple[int, ...], first: int, count: int) -> Tensor:  # fmt: skip
     """Rows first … first + count of a target matrix, all columns. `lead` is its number in a bank of shape `whole`."""
     out = torch.empty((count, columns.size), dtype=dtype)
     column = Columns(columns, values.noise != "none")
@@ -153,7 +153,7 @@ def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype
 
 
 class Columns:
-    """A column map taken apart: `runs` that are copied as they are, `altered` columns that have weights or noise, and what has no source."""
+    """A column map taken apart: `runs` that are copied as they are, `altered` columns that have weights or noise, what has no source."""
 
     def __init__(self, columns: AxisMap, noisy: bool) -> None:
         self.map = columns
@@ -166,7 +166,9 @@ class Columns:
         # Few stretches are copied as such; where neighbours come from everywhere, an index is faster.
         plain = np.flatnonzero(columns.known & ~altered)
         self.index = None if len(self.runs) <= 64 else (torch.from_numpy(plain), torch.from_numpy(columns.source[plain]))
-        self.lacking = [(kind, low, high) for kind in (FRESH, ZERO, MEAN) for low, high in _runs(np.where(columns.source == kind, 0, FRESH))]
+        self.lacking = [
+            (kind, low, high) for kind in (FRESH, ZERO, MEAN) for low, high in _runs(np.where(columns.source == kind, 0, FRESH))
+        ]
 
     def widen(self, row: Tensor) -> Tensor:
         """[old columns] in fp64 → [columns] with their weights; those without a source hold the mean, or zero where they must."""

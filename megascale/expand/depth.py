@@ -54,12 +54,16 @@ def grow_layers(old: int, new: int, method: str, placement: str, period: int) ->
         case "dus":
             # The first n − m and the last n − m layers of the source (SOLAR, arXiv 2312.15166).
             if new % 2 or new > 2 * old:
-                raise UsageError(f"depth up-scaling joins two halves of at most {old} layers: num_layers {new} must be even and at most {2 * old}")
+                raise UsageError(
+                    f"depth up-scaling joins two halves of at most {old} layers: num_layers {new} must be even and at most {2 * old}"
+                )
             half = new // 2
             layers = tuple(Layer(i if i < half else old - new + i) for i in range(new))
         case "identity" | "cancel" | "inject":
             if old % period or new % period:
-                raise UsageError(f"num_layers grows from {old} to {new} and {period} layers belong together: grow by a multiple of {period}")
+                raise UsageError(
+                    f"num_layers grows from {old} to {new} and {period} layers belong together: grow by a multiple of {period}"
+                )
             mode: Mode = "keep" if method == "inject" else method  # type: ignore[assignment]
             layers = _insert(old // period, new // period, placement, period, mode)
         case _:
@@ -100,8 +104,6 @@ def norm_chain(layers: tuple[Layer, ...], skips: list[float]) -> dict[str, NormC
                 last = i == end - 1
                 # The norm sees skip·x: its epsilon counts skip⁻² times.
                 changes[f"blocks.{i}.attention_norm"] = NormChange(None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2)
-                changes[f"blocks.{i}.ffn_norm"] = NormChange(
-                    origin if last else None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2
-                )
+                changes[f"blocks.{i}.ffn_norm"] = NormChange(origin if last else None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2)
         start = end
     return changes

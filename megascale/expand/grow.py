@@ -52,7 +52,9 @@ class Effort:
     data: str | None = None
 
 
-def grow(source: str | Path, target: Path, sizes: Sizes, options: Options, effort: Effort, progress: Progress | None = None) -> dict[str, Any]:
+def grow(
+    source: str | Path, target: Path, sizes: Sizes, options: Options, effort: Effort, progress: Progress | None = None
+) -> dict[str, Any]:
     """Writes the grown checkpoint into `target` and returns the report. Raises UsageError before anything is written, and TrainingError
     where the source turns out damaged on the way; nothing is left of it then.
     """
@@ -85,8 +87,8 @@ def grow(source: str | Path, target: Path, sizes: Sizes, options: Options, effor
         if options.lossless == "require" and proof["verdict"] == "lossy":
             shutil.rmtree(target)
             raise UsageError(
-                f"stored in {config.precision.storage}, the logits move by {proof['stored_error']:.1e}, more than twice the model's own rounding "
-                f"error of {proof['own_error']:.1e}, and --lossless require refuses that; nothing is left in {target}"
+                f"stored in {config.precision.storage}, the logits move by {proof['stored_error']:.1e}, more than twice the model's own "
+                f"rounding error of {proof['own_error']:.1e}, and --lossless require refuses that; nothing is left in {target}"
             )
     write_durably(target / "config.yaml", to_yaml(config.plain()).encode())
     return {
@@ -108,7 +110,14 @@ def grow(source: str | Path, target: Path, sizes: Sizes, options: Options, effor
 
 
 def _written(
-    opened: Source, target: Path, step: int, targets: list[Any], made: Grown, trainer: dict[str, Any], effort: Effort, progress: Progress | None
+    opened: Source,
+    target: Path,
+    step: int,
+    targets: list[Any],
+    made: Grown,
+    trainer: dict[str, Any],
+    effort: Effort,
+    progress: Progress | None,
 ) -> Path:
     try:
         return write_streamed(
@@ -116,12 +125,14 @@ def _written(
         )
     except UsageError as error:
         if problems := verify_files(opened.index):
-            raise TrainingError(f"the source was found damaged on the way: {'; '.join(problems)}; {target} was not made, use another checkpoint") from error
+            raise TrainingError(
+                f"the source was found damaged on the way: {'; '.join(problems)}; {target} was not made, use another checkpoint"
+            ) from error
         raise
 
 
 def check_target(target: Path, source: Path, nbytes: int) -> None:
-    """Raises UsageError where the target holds something else, lies inside the source, or has no room. A killed growth's folder is welcome."""
+    """Raises UsageError where the target holds something else, lies in the source, or has no room. A killed growth's folder is welcome."""
     if target.exists() and (not target.is_dir() or any(not p.name.startswith(".tmp-") for p in target.iterdir())):
         raise UsageError(f"{target} exists already: name a folder that does not, or remove it")
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
@@ -211,4 +222,3 @@ def prove_stored(opened: Source, growth: Growth, folder: Path, tokens: Tensor, t
         "stored_loss_change": against.get("loss_change"),
         "verdict": verdict(transform["logits_max"], against["logits_max"], own, transform["logits_std"]),
     }
-

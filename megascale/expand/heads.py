@@ -50,12 +50,12 @@ def grow_heads(old: tuple[int, int], new: tuple[int, int], method: str, split: t
         for copy in range(groups):
             used = method == "duplicate" or copy * m2 < m
             key_value.append(j if used else (ZERO if silent else FRESH))
-    if silent and method == "zero" and any(
-        key_value[i // m2] >= 0 and query[i] < 0 for i in range(len(query))
+    if (
+        silent and method == "zero" and any(key_value[i // m2] >= 0 and query[i] < 0 for i in range(len(query)))
     ):  # a new head beside old ones has their values, and would be heard
         raise UsageError(
-            f"num_heads grows from {h} to {h2} with {g2} KV heads under inner norms: a new query head would bring its KV head's values into "
-            "the norm; duplicate a whole number of times, or add KV heads with their query heads"
+            f"num_heads grows from {h} to {h2} with {g2} KV heads under inner norms: a new query head would bring its KV head's values "
+            "into the norm; duplicate a whole number of times, or add KV heads with their query heads"
         )
     return Heads(axis(query, h), axis(key_value, g), shared(axis(heard, h), split))
 

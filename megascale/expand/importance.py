@@ -56,12 +56,13 @@ def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, blocks: bool
         seen: dict[str, Tensor] = {}
         assert isinstance(block.attention.o, Linear)
         _watch(block.attention.o, "heads", seen)
-        if isinstance(block.ffn, FeedForward) and isinstance(block.ffn.down, Linear):
-            _watch(block.ffn.down, "neurons", seen)
+        down = block.ffn.down if isinstance(block.ffn, FeedForward) and isinstance(block.ffn.down, Linear) else None
+        if down is not None:
+            _watch(down, "neurons", seen)
         stream = module(tokens, stream=stream)
         per_channel = seen["heads"] * block.attention.o.weight.norm(dim=0)
         heads.append(per_channel.unflatten(0, (model.num_heads, -1)).sum(1))
-        neurons.append(seen["neurons"] * block.ffn.down.weight.norm(dim=0) if "neurons" in seen else torch.empty(0))
+        neurons.append(seen["neurons"] * down.weight.norm(dim=0) if down is not None else torch.empty(0))
     channels += _shares(stream)
     end = _load(model, seq_len, read, last)
     whole = _loss(end(tokens, stream=stream), tokens)

@@ -21,7 +21,8 @@ class Maps:
     target      the target's config with what heads and vocabulary need
     eps_factor  by norm: "stream", "qk_norm", "attention_inner_norm", "ffn_inner_norm"
     gain        η, of every norm over the stream; `fold` is the last one's further factor
-    gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into; `uniform_router` where all gates must be equal
+    gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into;
+                `uniform_router` where all gates must be equal
     by_layer    axes that every source layer has its own of, as name@layer
     lossy       what cannot be exact, each as a sentence with the way that is; `notes` for the report
     """
@@ -40,9 +41,7 @@ class Maps:
     notes: list[str] = field(default_factory=list)
 
 
-def build_maps(
-    source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: Options, layers: tuple[Layer, ...]
-) -> Maps:
+def build_maps(source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: Options, layers: tuple[Layer, ...]) -> Maps:
     """All maps between two configs. Raises UsageError for rows that no map exists for; what is merely lossy is told in `lossy`."""
     row = row_of(source, 0)
     maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
@@ -81,7 +80,9 @@ def _stream(maps: Maps, source: Model, options: Options, position: str) -> None:
     if options.width == "average" and new > old:
         fill = MEAN
         if source.norm != "layernorm":
-            maps.lossy.append(f"--width average under {source.norm}: the mean of the others moves its statistics; zero and duplicate are exact")
+            maps.lossy.append(
+                f"--width average under {source.norm}: the mean of the others moves its statistics; zero and duplicate are exact"
+            )
     if rest and source.norm == "layernorm":
         where = f"hidden_size {old} → {new} under layernorm"
         if position != "before":
@@ -152,7 +153,9 @@ def _widths(maps: Maps, source: Model, options: Options, silent: bool) -> None:
         if moe is not None and moe.num_shared:
             kinds["together"] = (moe.num_shared * before, target.moe.num_shared * target.moe.ffn_size)
             if cut > 1:
-                raise UsageError("model.moe.num_shared is set: experts with shared ones beside them are not cut into finer ones; grow without granularity")
+                raise UsageError(
+                    "model.moe.num_shared is set: experts with shared ones are not cut into finer ones; grow without granularity"
+                )
     if source.matformer is not None and target.ffn_size != source.ffn_size:
         maps.notes.append("the whole feed-forward keeps its function; its nested prefixes stay those of the source")
     for name, (old, new) in kinds.items():
@@ -245,7 +248,9 @@ def _upcycled(maps: Maps, experts: int, chosen: int, parts: int) -> None:
     if moe.router in ("topk_softmax", "xmoe") or (moe.router == "sigmoid" and moe.top_k > 1):
         return
     if parts > 1:
-        maps.lossy.append(f"--granularity {parts} with router {moe.router}: equal gates do not choose all parts of an expert; topk_softmax does")
+        maps.lossy.append(
+            f"--granularity {parts} with router {moe.router}: equal gates do not choose all parts of an expert; topk_softmax does"
+        )
     maps.uniform_router = True
     maps.gate_sum = {"softmax_topk": experts / chosen, "sigmoid": 2.0, "sigma": 2.0 / chosen}[moe.router]
     maps.notes.append(f"the router starts at zero: under {moe.router} equal gates are the only exact ones")
@@ -264,7 +269,9 @@ def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: Options
     if source.family == "encoder" and new > old and options.vocabulary is None:
         ids = (*range(old - 1), *[None] * (new - old), old - 1)  # the mask stays the last token
     if len(ids) != new or any(i is not None and not 0 <= i < old for i in ids):
-        raise UsageError(f"the vocabulary map has {len(ids)} entries for a vocabulary of {new}: give the old id (below {old}) or null for each")
+        raise UsageError(
+            f"the vocabulary map has {len(ids)} entries for a vocabulary of {new}: give the old id (below {old}) or null for each"
+        )
     maps.axes["vocabulary"] = axis([FRESH if i is None else i for i in ids], old)
     lost = sorted(set(range(old)) - set(ids))
     if lost:
@@ -291,7 +298,9 @@ def _quantized(maps: Maps, options: Options) -> None:
     uneven = [name for name, a in maps.axes.items() if not a.is_identity and (a.uniform_copies is None or not a.known.all())]
     uneven = [n for n in uneven if n not in ("vocabulary", "positions")]
     noisy = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
-    maps.notes.append("linear bitlinear: inputs are sums of whole numbers and can lie exactly between two steps, where the last bit decides")
+    maps.notes.append(
+        "linear bitlinear: inputs are sums of whole numbers and can lie exactly between two steps, where the last bit decides"
+    )
     if uneven:
         maps.lossy.append(f"linear bitlinear with {', '.join(uneven[:3])} not repeated a whole number of times: its rounding would change")
     elif noisy and (options.symmetry != "none" or options.split[0] != options.split[1]):

@@ -140,12 +140,15 @@ def _target_experts(source: Model, sizes: Sizes, router: str, changes: dict[str,
             return None
         grown = (sizes.experts or old) / old
         top_k = sizes.top_k or round(moe.top_k * grown)
+    assert width is not None
     experts = sizes.experts or old
     if experts < old or experts % old:
         raise UsageError(f"--num-experts is {experts} and the source has {old}: give a multiple")
     before = (source.moe.ffn_size if source.moe is not None else None) or source.ffn_size or 0
     if width < before:
-        raise UsageError(f"--expert-ffn-size is {width} and the source's feed-forward has {before}: experts start as wide, --granularity cuts them")
+        raise UsageError(
+            f"--expert-ffn-size is {width} and the source's feed-forward has {before}: experts start as wide, --granularity cuts them"
+        )
     if parts < 1 or width % parts:
         raise UsageError(f"--granularity is {parts} and an expert has {width} channels: give a divisor")
     if sizes.granularity > 1 and width != before:

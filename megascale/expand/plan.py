@@ -134,7 +134,7 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Growth:
-    """All of a growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact, with the reason; `notes`: for the report."""
+    """A growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact, with the reason; `notes`: for the report."""
 
     source: Model
     target: Model
@@ -157,7 +157,9 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     if source.moeut is not None:
         raise UsageError("model.moeut is set: growth is not built for layers whose weights repeat in depth; grow a decoder without it")
     if source.ffn_sizes is not None:
-        raise UsageError("model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from")
+        raise UsageError(
+            "model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from"
+        )
     target = target_model(source, sizes, options.router)
     seq_lens = (seq_len, sizes.seq_len or seq_len)
     if seq_lens[1] < seq_lens[0]:
@@ -171,9 +173,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
     tensors = plan_tensors(source, target, seq_lens, layers, maps, chain)
     lossy = (*depth_lossy, *maps.lossy)
-    growth = Growth(
-        source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, lossy, tuple(maps.notes)
-    )
+    growth = Growth(source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, lossy, tuple(maps.notes))
     _refuse(growth, options, depth_lossy)
     return growth
 
@@ -183,7 +183,9 @@ def _refuse(growth: Growth, options: Options, asked: tuple[str, ...]) -> None:
     refused = growth.lossy if options.lossless == "require" else tuple(x for x in growth.lossy if x not in asked)
     if refused and options.lossless != "off":
         lines = "\n  ".join(refused)
-        raise UsageError(f"this growth would not keep the function (--lossless {options.lossless}):\n  {lines}\n--lossless off does it all the same")
+        raise UsageError(
+            f"this growth would not keep the function (--lossless {options.lossless}):\n  {lines}\n--lossless off does it all the same"
+        )
 
 
 def suffix_of(name: str) -> tuple[int | None, str]:
@@ -203,7 +205,11 @@ def with_epsilons(target: Model, source: Model, layers: tuple[Layer, ...], chain
     if old_final * stream != plain:
         own["final_norm"] = old_final * stream
     for i, layer in enumerate(layers):
-        for norm, factor in (("attention_norm", stream), ("ffn_norm", stream), *((n, f) for n, f in maps.eps_factor.items() if n != "stream")):
+        for norm, factor in (
+            ("attention_norm", stream),
+            ("ffn_norm", stream),
+            *((n, f) for n, f in maps.eps_factor.items() if n != "stream"),
+        ):
             eps = source.eps_of(norm, layer.source) * factor
             change = chain.get(f"blocks.{i}.{norm}")
             if change is not None:
@@ -246,7 +252,15 @@ def plan_tensors(
 
 
 def _tensor(
-    name: str, suffix: str, origin: str, spec: ParamSpec, old: dict[str, ParamSpec], layer: Layer | None, source: Model, target: Model, maps: Maps
+    name: str,
+    suffix: str,
+    origin: str,
+    spec: ParamSpec,
+    old: dict[str, ParamSpec],
+    layer: Layer | None,
+    source: Model,
+    target: Model,
+    maps: Maps,
 ) -> TensorPlan:
     inserted = layer is not None and layer.mode != "keep"
     if spec.role == "coefficient":
@@ -306,7 +320,12 @@ def _router(plan: TensorPlan, suffix: str, maps: Maps) -> TensorPlan:
         return replace(plan, source=None, axes=(), constant=0.0)
     if suffix == "ffn.router.weight" and maps.parts > 1:
         rows = plan.spec.shape[0] // maps.parts
-        return replace(plan, source=None, axes=("route_parts", "routing" if plan.axes[-1] == "routing" else "plain"), drawn=replace(plan.spec, shape=(rows, *plan.spec.shape[1:])))
+        return replace(
+            plan,
+            source=None,
+            axes=("route_parts", "routing" if plan.axes[-1] == "routing" else "plain"),
+            drawn=replace(plan.spec, shape=(rows, *plan.spec.shape[1:])),
+        )
     return replace(plan, source=None, axes=())
 
 

@@ -75,18 +75,24 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     heads, kv = changes.get("num_heads", source.num_heads), changes.get("num_kv_heads", source.num_kv_heads)
     assert source.num_kv_heads is not None
     if heads % kv or heads // kv > source.num_heads // source.num_kv_heads:
-        raise UsageError(f"{heads} query heads over {kv} KV heads: each KV head keeps at most the {source.num_heads // source.num_kv_heads} it had")
+        raise UsageError(
+            f"{heads} query heads over {kv} KV heads: each KV head keeps at most the {source.num_heads // source.num_kv_heads} it had"
+        )
     if sizes.ffn_sizes is not None:
         if source.matformer is None:
             raise UsageError("--ffn-sizes mixes prefixes that were trained together, and the source has no model.matformer: use --ffn-size")
         if len(sizes.ffn_sizes) != changes.get("num_layers", source.num_layers):
-            raise UsageError(f"--ffn-sizes has {len(sizes.ffn_sizes)} widths and the target {changes.get('num_layers', source.num_layers)} layers")
+            raise UsageError(
+                f"--ffn-sizes has {len(sizes.ffn_sizes)} widths and the target {changes.get('num_layers', source.num_layers)} layers"
+            )
         changes["ffn_sizes"] = sizes.ffn_sizes
     if source.matformer is not None:
         wanted = sizes.ffn_sizes or ((sizes.ffn_size,) if sizes.ffn_size else ())
         untrained = [f for f in wanted if f not in source.nested_sizes]
         if untrained:
-            raise UsageError(f"feed-forward width {untrained[0]} was not trained: model.matformer has {', '.join(map(str, source.nested_sizes))}")
+            raise UsageError(
+                f"feed-forward width {untrained[0]} was not trained: model.matformer has {', '.join(map(str, source.nested_sizes))}"
+            )
         if wanted:
             changes["matformer"] = None
     return source.model_copy(update=changes)
@@ -141,9 +147,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         "one": same(1), "routing": same(16), "vocabulary": same(source.vocab_size), "positions": same(seq_len), "stream": stream,
         "read": stream, "gain": stream.scaled(maps.gain), "shift": stream, "scale": stream, "query_norm": head, "key_norm": head,
     }  # fmt: skip
-    maps.by_layer = frozenset(
-        ("query", "key", "value", "heads", "heads_gain", "heads_shift", "ffn", "ffn_out", "ffn_gain", "ffn_shift")
-    )
+    maps.by_layer = frozenset(("query", "key", "value", "heads", "heads_gain", "heads_shift", "ffn", "ffn_out", "ffn_gain", "ffn_shift"))
     for i in range(source.num_layers):
         neurons = axis(kept.neurons[i], source.ffn_size)
         query = channel_rows(axis(kept.query[i], source.num_heads), head)
@@ -169,7 +173,9 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     if source.position == "alibi" and target.num_heads < source.num_heads:
         slopes = source.alibi_slopes or alibi_slopes(source.num_heads)
         if len({tuple(q) for q in kept.query}) > 1:
-            raise UsageError("model.position is alibi: a head's slope is the same in all layers, so which heads stay cannot differ; keep num_heads")
+            raise UsageError(
+                "model.position is alibi: a head's slope is the same in all layers, so which heads stay cannot differ; keep num_heads"
+            )
         target = target.model_copy(update={"alibi_slopes": tuple(slopes[h] for h in kept.query[0])})
     target = with_epsilons(target, source, layers, {}, maps)
     check(Config(model=target, train=Train(steps=1, seq_len=seq_len), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)

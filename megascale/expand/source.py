@@ -1,4 +1,4 @@
-"""A pretrained model as growing and shrinking see it: its config, its index, and rectangles of its tensors. No weight is read to open it."""
+"""A pretrained model as growing and shrinking see it: config, index, and rectangles of its tensors. Opening it reads no weight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def open_source(path: str | Path, check: bool = True) -> Source:
     index = read_index(folder)
     trainer = read_json(folder / TRAINER)
     if not isinstance(trainer.get("config"), dict):
-        raise UsageError(f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own")
+        raise UsageError(
+            f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own"
+        )
     source = Source(index, _without_runs(build_config(trainer["config"])), trainer)
     if source.model.vocab_size is None and source.model.spacetime is None:
         raise UsageError(f"{folder / TRAINER} does not say model.vocab_size: the checkpoint is damaged, use an older one")
@@ -88,4 +90,3 @@ def _without_runs(config: Config) -> Config:
 def renamed(config: Config, ending: str) -> Config:
     """The config of the model made from it, as a run of its own."""
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-{ending}"})})
-

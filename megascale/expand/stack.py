@@ -57,9 +57,13 @@ def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[L
     lossy: tuple[str, ...] = ()
     if len(layers) > source.num_layers:
         if position == "within" and options.depth == "cancel":
-            raise UsageError("--depth cancel with a norm at the branch's end: it would divide what cancels by its own size; identity is exact there")
+            raise UsageError(
+                "--depth cancel with a norm at the branch's end: it would divide what cancels by its own size; identity is exact there"
+            )
         if source.tokenformer is not None and options.depth == "cancel":
-            raise UsageError("--depth cancel with linear tokenformer: scores that cancel would be divided by their own length; identity is exact")
+            raise UsageError(
+                "--depth cancel with linear tokenformer: scores that cancel would be divided by their own length; identity is exact"
+            )
         if options.depth not in EXACT:
             lossy = (f"--depth {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
         elif position == "after" and source.norm == "dyt":

@@ -35,7 +35,9 @@ class Passed:
 
 
 @torch.no_grad()
-def run(model: Model, seq_len: int, read: Read, dtype: torch.dtype, tokens: Tensor, keep: Callable[[int], bool] = lambda layer: True) -> Passed:
+def run(
+    model: Model, seq_len: int, read: Read, dtype: torch.dtype, tokens: Tensor, keep: Callable[[int], bool] = lambda layer: True
+) -> Passed:
     """One part of the model at a time is built, filled by `read`, asked and let go. `keep`: layers whose stream is wanted."""
     kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
     shape, stream, streams = Shape(seq_len, dtype, dtype), None, []

@@ -257,7 +257,9 @@ class Decoder(nn.Module):
             exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
             freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(self.sequence_here(where), freq, self.shape.compute, (exponents, seq_len // 2) if cfg.position == "xpos" else None)
+            angles = rotary(
+                self.sequence_here(where), freq, self.shape.compute, (exponents, seq_len // 2) if cfg.position == "xpos" else None
+            )
         slopes = None
         if cfg.position == "alibi":
             all_slopes = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)

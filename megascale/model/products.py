@@ -23,9 +23,7 @@ class ParameterAttention(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(
-        self, cfg: Tokenformer, out_dim: int, in_dim: int, role: Role, std: float, dtype: torch.dtype, bias: bool
-    ) -> None:
+    def __init__(self, cfg: Tokenformer, out_dim: int, in_dim: int, role: Role, std: float, dtype: torch.dtype, bias: bool) -> None:
         super().__init__()
         n = cfg.tokens
         self.scale = cfg.scale or math.sqrt(n)
@@ -50,9 +48,7 @@ class ParameterAttention(nn.Module):
 Product = Linear | ParameterAttention
 
 
-def product_of(
-    cfg: Model, row: Residual, out_dim: int, in_dim: int, role: Role, cut: Cut, dtype: torch.dtype, bias: bool
-) -> Product:
+def product_of(cfg: Model, row: Residual, out_dim: int, in_dim: int, role: Role, cut: Cut, dtype: torch.dtype, bias: bool) -> Product:
     """The product that `cfg.linear` says, started as the layer's row does."""
     std = row.starts.std(role, out_dim, in_dim)
     if cfg.tokenformer is not None:

@@ -14,7 +14,7 @@ MATRICES: tuple[Role, ...] = ("query", "key", "value", "attention_out", "up", "g
 
 
 class Rate(NamedTuple):
-    """`factor` times the schedule's rate is a weight's own; an update multiplies it with 1 − own rate·`decay` first. `eps`: a factor too."""
+    """`factor` times the schedule's rate is a weight's own; an update multiplies it with 1 − own rate·`decay` first. `eps` is a factor."""
 
     factor: float
     decay: float

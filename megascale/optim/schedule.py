@@ -6,7 +6,6 @@ import math
 
 from megascale.config.schema import Optim
 
-
 FASTER = 0.6  # LEMON's BERT decays in 132k of 220k steps (arXiv 2310.07999, section 5)
 
 

@@ -1,4 +1,4 @@
-"""Growth in a run: the config's `grow` cuts it into phases; between two of them the newest checkpoint grows, and the run goes on with it."""
+"""Growth in a run: the config's `grow` cuts it into phases; between two of them the last checkpoint grows, and the run goes on."""
 
 from __future__ import annotations
 

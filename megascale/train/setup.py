@@ -50,8 +50,8 @@ from megascale.train.in_backward import InBackward
 from megascale.train.memory import DTYPES, check_host_room
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
-from megascale.train.reporter import Reporter
 from megascale.train.phases import Phase
+from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag

@@ -50,7 +50,7 @@ class Trainer:
         self.scale = loss_scale(config) / self.places
 
     def train(self) -> None:
-        """Runs to the last step, or to that of a growth. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
+        """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
         train, last_step, first_step = self.config.train, self.until, self.progress.step + 1
         while self.progress.step < last_step:
             step = self.progress.step + 1

@@ -29,9 +29,11 @@ BASE: dict[str, Any] = {
 
 
 def config(*overrides: str) -> Config:
-    listed = {item.removeprefix("grow="): None for item in overrides if item.startswith("grow=")}  # a list, not a section
     values = apply_overrides(BASE, [item for item in overrides if not item.startswith("grow=")])
-    return build_config({**values, **{"grow": parse_yaml(text) for text in listed}})
+    for item in overrides:
+        if item.startswith("grow="):  # a list, no section
+            values["grow"] = parse_yaml(item.removeprefix("grow="))
+    return build_config(values)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ def test_what_growth_added_comes_off_again(changes: dict[str, Any]) -> None:
     assert kept.stream == list(range(24)) and kept.neurons == [list(range(32))] * 2
     back = plan_shrink(growth.target, SEQ, target, kept)
     assert back.target.norm_eps == pytest.approx(model.norm_eps, rel=1e-12)
-    logits = [run_model(m, SEQ, r, torch.float64, TOKENS).logits for m, r in ((model, reader(state)), (back.target, grown_reader(back, grown_state)))]
+    logits = [
+        run_model(m, SEQ, r, torch.float64, TOKENS).logits
+        for m, r in ((model, reader(state)), (back.target, grown_reader(back, grown_state)))
+    ]
     assert (logits[0] - logits[1]).abs().max() < 1e-12
 
 

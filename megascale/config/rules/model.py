@@ -181,7 +181,9 @@ MODEL_RULES: tuple[Rule, ...] = (
         "norm_eps_of",
         ("model.norm_eps_of", "model.num_layers", "model.moeut"),
         lambda c, n: any(not _is_norm(c.model, name) for name in c.model.norm_eps_of),
-        "an epsilon of its own belongs to a norm by name: final_norm, or " + ", ".join(BLOCK_NORMS) + ", of all layers or of one that exists "
+        "an epsilon of its own belongs to a norm by name: final_norm, or "
+        + ", ".join(BLOCK_NORMS)
+        + ", of all layers or of one that exists "
         "(blocks.3.ffn_norm); MoEUT's have one",
         "use such names, or leave norm_eps_of out",
     ),
@@ -207,9 +209,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "alibi_slopes",
         ("model.alibi_slopes", "model.position", "model.num_heads"),
-        lambda c, n: (
-            c.model.alibi_slopes is not None and (c.model.position != "alibi" or len(c.model.alibi_slopes) != c.model.num_heads)
-        ),
+        lambda c, n: c.model.alibi_slopes is not None and (c.model.position != "alibi" or len(c.model.alibi_slopes) != c.model.num_heads),
         "every head has one slope",
         "give num_heads of them with position alibi, or leave alibi_slopes out",
     ),
