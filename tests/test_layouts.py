@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megascale.config.schema import Model, Optim, Parallel
+from megascale.config.schema import Model, Optim, Parallel, RopeScaling
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 
@@ -22,6 +22,7 @@ MODELS: dict[str, Model] = {
     "gpt": tiny(norm="layernorm", ffn="gelu", position="learned", bias=True, num_kv_heads=4, tie_embeddings=True),
     "odd": tiny(norm="layernorm", ffn="relu", position="alibi", residual="post", num_kv_heads=1, qk_norm=True, sliding_window=5),
     "xpos": tiny(position="xpos", qk_norm=True, dropout=0.2, bias=True),
+    "olmo": tiny(residual="res_post", qk_norm="width", num_kv_heads=4, rope_scaling=RopeScaling(type="yarn", factor=4, original_seq_len=8)),
 }
 LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "zero3": (2, Parallel(dp_shard=2)),
@@ -156,9 +157,9 @@ def random_case(draw: st.DrawFn) -> tuple[int, Case]:
     )
     model = tiny(
         norm=draw(st.sampled_from(["rmsnorm", "layernorm", "dyt"])),
-        ffn=draw(st.sampled_from(["swiglu", "gelu", "relu"])),
+        ffn=draw(st.sampled_from(["swiglu", "gelu", "gelu_tanh", "relu"])),
         position=draw(st.sampled_from(["rope", "alibi", "learned", "xpos"])),
-        residual=draw(st.sampled_from(["pre", "post", "deepnorm", "deepscale", "subln", "layerscale", "parallel"])),
+        residual=draw(st.sampled_from(["pre", "post", "res_post", "deepnorm", "deepscale", "subln", "layerscale", "parallel"])),
         num_kv_heads=draw(st.sampled_from([1, 2, 4])),
         tie_embeddings=draw(st.booleans()),
         qk_norm=draw(st.booleans()),

@@ -197,7 +197,8 @@ ORDER = (
     {"model"},
     {"measure", "parallel"},
     {"schedule", "optim", "checkpoint"},
-    {"expand", "train", "report"},
+    {"formats"},
+    {"expand", "train", "report", "generate"},
 )
 
 

@@ -183,7 +183,9 @@ def rows() -> list[Row]:
         "pre, DyT": {"norm": "dyt"},
         "tied": {"tie_embeddings": True},
         "QK-norm": {"qk_norm": True},
+        "QK-norm over all heads": {"qk_norm": "width"},
         "post, RMSNorm": {"residual": "post"},
+        "res-post-norm": {"residual": "res_post"},
         "DeepNorm, LayerNorm, bias": {"residual": "deepnorm", "norm": "layernorm", "bias": True},
         "DeepNorm, RMSNorm, tied": {"residual": "deepnorm", "tie_embeddings": True},
         "BranchNorm, RMSNorm": {"residual": "branchnorm", "branchnorm_period": 10},
@@ -252,6 +254,7 @@ def rows() -> list[Row]:
         ),
         Row("KV groups 2 → 4", "GQA", toy(), Sizes(num_heads=8, num_kv_heads=4)),
         Row("KV heads 2 → 4, query heads fixed", "GQA", toy(), Sizes(num_kv_heads=4)),
+        Row("heads ×2", "QK-norm over all heads", toy(qk_norm="width"), Sizes(num_heads=8, num_kv_heads=4)),
         Row("new heads", "GQA", toy(), Sizes(num_heads=8, num_kv_heads=4), Options(heads="zero")),
         Row("heads 4 → 6 × 3 KV", "GQA", toy(), Sizes(num_heads=6, num_kv_heads=3)),
         Row(
@@ -305,7 +308,7 @@ def rows() -> list[Row]:
         if name == "μS":
             wrong = {"√(1−τ) on the inserted": of_the_scheme}
         found.append(Row("depth 2 → 4", name, toy(**changes), Sizes(num_layers=4), wrong=wrong))
-        if changes.get("residual") != "mus":
+        if changes.get("residual") not in ("mus", "res_post"):
             found.append(Row("depth 2 → 4, cancelling", name, toy(**changes), Sizes(num_layers=4), Options(depth="cancel")))
     for method, layers in (("stack", 4), ("dus", 4), ("interleave", 4), ("inject", 3)):
         found.append(Row(f"depth 2 → {layers}, {method}", "pre, RMSNorm", toy(), Sizes(num_layers=layers), Options(depth=method)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,10 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Event:
-    """A save that ended: kind "saved" or "failed" (then `message` says why); kind, step and message are the same on every rank."""
+    """A save that ended: kind "saved" or "failed" (then `message` says why); kind, step and message are the same on every rank.
+
+    The first rank alone also hears how an export ended: "exported" (`message` says where to) or "export_failed".
+    """
 
     kind: str
     step: int
@@ -93,6 +97,8 @@ class Checkpointer:
 
     group         the ranks that hold the state together; all when None
     asynchronous  `save` returns after a copy of the state into memory of its own, and a thread writes; otherwise when all is done
+    export        called on the first rank with every folder that was saved, when older ones have been deleted: writes it in another
+                  format and says where
 
     A failure (a full disk, replicas that differ) is an event on all ranks, never an exception, and leaves the older checkpoints alone.
     """
@@ -106,7 +112,9 @@ class Checkpointer:
         keep_every: int | None,
         asynchronous: bool,
         compare_replicas: bool = True,
+        export: Callable[[Path], Path] | None = None,
     ) -> None:
+        self.export = export
         self.root, self.keep_last, self.keep_every = Path(root), keep_last, keep_every
         self.asynchronous, self.compare_replicas = asynchronous, compare_replicas
         self.group: dist.ProcessGroup | None = None
@@ -176,9 +184,21 @@ class Checkpointer:
             message = str(error) if isinstance(error, MegascaleError) else f"{type(error).__name__}: {error}"
             self._events.append(Event("failed", step, time.perf_counter() - start, message))
             return
-        if self.group is None or dist.get_rank(self.group) == 0:
+        first = self.group is None or dist.get_rank(self.group) == 0
+        if first:
             self._retire()
         self._events.append(Event("saved", step, time.perf_counter() - start))
+        if first and self.export is not None:
+            self._export(self.export, step)
+
+    def _export(self, export: Callable[[Path], Path], step: int) -> None:
+        start = time.perf_counter()
+        try:
+            where = export(self.root / step_name(step))
+        except (MegascaleError, OSError) as error:
+            self._events.append(Event("export_failed", step, time.perf_counter() - start, str(error)))
+            return
+        self._events.append(Event("exported", step, time.perf_counter() - start, str(where)))
 
     def _retire(self) -> None:
         """Deletes what need not be kept. What cannot be deleted now is tried again after the next save."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from megascale.config.load import flatten, known_keys
 from megascale.config.schema import Config, Section
@@ -24,7 +24,7 @@ def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[st
     Raises UsageError with the diff where a change is not in `run.allow_change`.
     """
     now = identity(config)
-    then = {**_defaults(), **saved}
+    then = {**_defaults(saved), **saved}
     changed = {k: (then.get(k), now.get(k)) for k in sorted({*saved, *now}) if then.get(k) != now.get(k)}
     allowed = _covered(changed, config.run.allow_change)
     refused = {k: v for k, v in changed.items() if k not in allowed}
@@ -38,17 +38,20 @@ def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[st
     return {k: changed[k] for k in allowed}
 
 
-def _defaults() -> dict[str, Any]:
-    """{"section.key": default}: what a key that came after a checkpoint meant before it existed."""
-    found = {}
-    for section, field in Config.model_fields.items():
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            found[section] = list(field.get_default())
-            continue
-        for key, info in field.annotation.model_fields.items():
-            if not info.is_required():
-                value = info.get_default(call_default_factory=True)
-                found[f"{section}.{info.alias or key}"] = list(value) if isinstance(value, tuple) else value
+def _defaults(saved: Iterable[str], section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": default}: what a key that came after a checkpoint meant before it existed. Sections inside sections, such as
+    model.moe, have defaults where `saved` has some of their keys.
+    """
+    found: dict[str, Any] = {}
+    for key, info in section.model_fields.items():
+        name = f"{prefix}{info.alias or key}"
+        kinds = () if get_origin(info.annotation) is tuple else (info.annotation, *get_args(info.annotation))  # a list is one value
+        inner = [t for t in kinds if isinstance(t, type) and issubclass(t, Section)]
+        if inner and (not prefix or any(k.startswith(f"{name}.") for k in saved)):
+            found |= _defaults(saved, inner[0], f"{name}.")
+        elif not info.is_required():
+            value = info.get_default(call_default_factory=True)
+            found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
 

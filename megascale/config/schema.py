@@ -67,12 +67,31 @@ class Moeut(Section):
 
 
 class RopeScaling(Section):
-    """Llama 3's frequency scaling: wavelengths beyond the original context are stretched by `factor`, those between are blended."""
+    """How rotary wavelengths are stretched by `factor` for a context longer than the model's first one, `original_seq_len`.
 
+    llama3  those longer than original/low_freq_factor, none shorter than original/high_freq_factor, blended between (Llama 3's)
+    linear  all of them (position interpolation, arXiv 2306.15595)
+    yarn    those that turn less than beta_slow times in the original context, none that turn more than beta_fast times, blended between;
+            cosines and sines are multiplied by `attention_factor`, 0.1·ln(factor) + 1 if absent (YaRN, arXiv 2309.00071)
+    """
+
+    type: Literal["llama3", "linear", "yarn"] = "llama3"
     factor: Annotated[float, Field(gt=0)]
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
     original_seq_len: Positive = 8192
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def amplitude(self) -> float:
+        """Of cosines and sines."""
+        if self.type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 1.0 if self.factor <= 1.0 else 0.1 * math.log(self.factor) + 1.0
 
 
 class Spacetime(Section):
@@ -140,16 +159,16 @@ class Model(Section):
     num_kv_heads: Positive | None = None
     head_dim: Positive | None = None
     ffn_size: Positive | None = None
-    ffn: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    ffn: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"  # gelu_tanh: GPT-2's approximation
     bias: bool = False
     dropout: Probability = 0.0
     norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     norm_eps_of: dict[str, Annotated[float, Field(gt=0)]] = {}  # of norms with another: qk_norm, or of one layer: blocks.3.ffn_norm
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    residual: Literal["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"] = (
-        "pre"
-    )
+    residual: Literal[
+        "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
+    ] = "pre"
     branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
     token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
     dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
@@ -167,7 +186,7 @@ class Model(Section):
     alibi_slopes: tuple[float, ...] | None = None  # of each head; absent: the geometric ones of their number
     sliding_window: Positive | None = None
     tie_embeddings: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["width"] = False  # true: within each head; width: over all heads together, as OLMo 2 has it
     vocab_size: Positive | None = None  # from the tokenizer if absent
     vocab_enabled: Positive | None = None  # tokens from this one on cannot be predicted yet: a vocabulary that grew without a trace
     moe: Moe | None = None
@@ -364,6 +383,7 @@ class Data(Section):
     train: str | list[DataSource | str]
     valid: str | list[DataSource | str] | None = None
     valid_fraction: Share = 0.0
+    order: Literal["megascale", "megatron"] = "megascale"  # megatron: the order of megatron-core's GPTDataset and blends
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens that an encoder has to name; 0.15 if absent
     tokenizer: str | None = None
 
@@ -374,8 +394,10 @@ class Checkpoint(Section):
     keep_every: Positive | None = None
     asynchronous: bool = Field(default=True, alias="async")
     resume: str = "auto"  # auto | never | a step folder or a run
-    init_from: str | None = None
+    init_from: str | None = None  # weights alone: of a checkpoint of ours, or of a Hugging Face folder
     init_schedule: Literal["given", "lemon"] = "given"  # lemon: with init_from, warm up again and decay within 0.6 of the run
+    init_data: Literal["restart", "continue"] = "restart"  # where the data begins with init_from: anew, or where the other run stood
+    export: Literal["none", "hf"] = "none"  # beside every kept checkpoint, under hf/
 
 
 class GrowAt(Section):

@@ -79,7 +79,7 @@ class Mixture:
         self.sources, self.streams = sources, []
         for source in sources:
             file = TokenFile(source.path)
-            _check_vocabulary(source, vocab_size)
+            check_source(source, vocab_size)
             train, valid = split_documents(len(file), valid_fraction)
             stream = TokenStream(file, {"train": train, "valid": valid, "all": None}[part])
             if len(stream) < seq_len + 1:
@@ -100,12 +100,7 @@ class Mixture:
         if self.shuffled:
             window = permute(window, windows, self.seed, name, epoch)
         tokens, documents = stream.read(window * self.seq_len, self.seq_len + 1)
-        largest = int(tokens.max())
-        if largest >= self.vocab_size:
-            raise UsageError(
-                f"{self.sources[which].path} holds token {largest}, and model.vocab_size is {self.vocab_size}: use the tokenizer that "
-                "made the file, or a larger vocabulary"
-            )
+        check_tokens(tokens, self.sources[which], self.vocab_size)
         return tokens, documents
 
 
@@ -121,7 +116,18 @@ def source_facts(prefix: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _check_vocabulary(source: Source, vocab_size: int) -> None:
+def check_tokens(tokens: Tokens, source: Source, vocab_size: int) -> None:
+    """Raises UsageError for a token that the model has no row for."""
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise UsageError(
+            f"{source.path} holds token {largest}, and model.vocab_size is {vocab_size}: use the tokenizer that made the file, or a larger "
+            "vocabulary"
+        )
+
+
+def check_source(source: Source, vocab_size: int) -> None:
+    """Raises UsageError where a source was made with a larger vocabulary."""
     used = source_facts(source.path).get("vocab_size")
     if isinstance(used, int) and used > vocab_size:
         raise UsageError(

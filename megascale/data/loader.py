@@ -5,14 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megascale.data.dataset import Mixture
 from megascale.data.masking import Masking
+from megascale.data.stream import Tokens
 
 NOT_COUNTED = -1  # as a target; as a sample number it marks an empty place
 
@@ -43,7 +44,16 @@ def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: i
     return rows
 
 
-def make_batch(mixture: Mixture, numbers: list[int], packing: str, device: torch.device, masking: Masking | None = None) -> Batch:
+class Samples(Protocol):
+    """What has numbered samples of tokens."""
+
+    seq_len: int
+
+    def sample(self, number: int) -> tuple[Tokens, NDArray[np.int32]]:
+        """Tokens [seq_len+1] and document numbers [seq_len+1]."""
+
+
+def make_batch(mixture: Samples, numbers: list[int], packing: str, device: torch.device, masking: Masking | None = None) -> Batch:
     """The samples `numbers` of a mixture, on `device`; NOT_COUNTED among them leaves a place empty.
 
     `packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them). A target is the

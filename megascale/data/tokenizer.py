@@ -51,6 +51,12 @@ class Tokenizer:
         assert self._json is not None
         return [np.array(e.ids, np.int32) for e in self._json.encode_batch(texts, add_special_tokens=False)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """A text that a model goes on from: with the tokens that its tokenizer.json wants at its beginning."""
+        if self._json is not None:
+            return [int(i) for i in self._json.encode(text, add_special_tokens=True).ids]
+        return [int(i) for i in self.encode_batch([text])[0]]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token numbers; for models of `train_sentencepiece` exactly what was encoded, but that "▁" comes back as a space."""
         numbers = [int(i) for i in ids]

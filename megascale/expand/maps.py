@@ -114,8 +114,11 @@ def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bo
     old, new = (source.num_heads, source.num_kv_heads), (target.num_heads, target.num_kv_heads)
     heads = grow_heads(old, new, options.heads, options.split, silent)
     rotary = source.position in ("rope", "xpos")
+    wide = source.qk_norm == "width"
+    if target.head_dim != source.head_dim:
+        _check_head_size(source, target.head_dim)
     channels = grow_channels(
-        source.head_dim, target.head_dim, source.norm if normed else None, rotary, source.rope_exponents, options.heads, silent
+        source.head_dim, target.head_dim, source.norm if normed and not wide else None, rotary, source.rope_exponents, options.heads, silent
     )
     if channels.dead:
         maps.notes.append(f"dead: {channels.dead}")
@@ -130,6 +133,14 @@ def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bo
         "query_norm": channels.query_norm,
         "key_norm": channels.key_norm,
     }
+    if wide:
+        for name, of_heads in (("query", heads.query), ("key", heads.key_value)):
+            whole = channel_rows(of_heads, channels.query).filled(FRESH)
+            if whole.uniform_copies is None or not whole.known.all():
+                maps.lossy.append(
+                    f"{name} heads {of_heads.old} → {of_heads.size} under qk_norm width: its statistics would move; choose a multiple"
+                )
+            maps.axes[f"{name}_norm"] = whole
     if silent:
         _inner_norm(maps, "heads", "attention_inner_norm", channel_rows(replace(heads.query), channels.value), source.norm)
     if source.position == "alibi" and new[0] != old[0]:
@@ -138,6 +149,16 @@ def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bo
         own = tuple(slopes[s] if s >= 0 else fresh[i] for i, s in enumerate(heads.query.source.tolist()))
         maps.target = maps.target.model_copy(update={"alibi_slopes": own})
     return heads, channels
+
+
+def _check_head_size(source: Model, new: int) -> None:
+    """Raises UsageError for heads whose size is part of something that does not grow with it."""
+    if source.qk_norm == "width":
+        raise UsageError(
+            f"--head-dim is {new} and model.qk_norm is width: new channels would move the norm over all heads; grow num_heads instead"
+        )
+    if source.rope_scaling is not None and source.rope_scaling.type == "yarn":
+        raise UsageError(f"--head-dim is {new} and model.rope_scaling is yarn, whose ramp counts channels; grow num_heads instead")
 
 
 def _widths(maps: Maps, source: Model, options: Options, silent: bool) -> None:

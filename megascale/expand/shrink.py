@@ -58,6 +58,8 @@ class Kept:
 
 def smaller_model(source: Model, sizes: Smaller) -> Model:
     """The target's config. Raises UsageError for sizes that grow, and for what shrinking is not built for."""
+    if source.qk_norm == "width" and (sizes.num_heads or sizes.num_kv_heads):
+        raise UsageError("model.qk_norm is width: fewer heads would move its statistics; shrink hidden_size, ffn_size or num_layers")
     for key in ("moeut", "spacetime", "tokenformer", "ffn_sizes"):
         if getattr(source, key) is not None:
             raise UsageError(f"model.{key} is set: shrinking is built for plain decoders and encoders")
@@ -145,7 +147,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     head = same(source.head_dim)
     maps.axes |= {
         "one": same(1), "routing": same(16), "vocabulary": same(source.vocab_size), "positions": same(seq_len), "stream": stream,
-        "read": stream, "gain": stream.scaled(maps.gain), "shift": stream, "scale": stream, "query_norm": head, "key_norm": head,
+        "read": stream, "gain": stream.scaled(maps.gain), "shift": stream, "scale": stream, "query_norm": _norm_axis(source, source.num_heads), "key_norm": _norm_axis(source, source.num_kv_heads),
     }  # fmt: skip
     maps.by_layer = frozenset(("query", "key", "value", "heads", "heads_gain", "heads_shift", "ffn", "ffn_out", "ffn_gain", "ffn_shift"))
     for i in range(source.num_layers):
@@ -181,6 +183,12 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     check(Config(model=target, train=Train(steps=1, seq_len=seq_len), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
     tensors = plan_tensors(source, target, (seq_len, seq_len), layers, maps, {})
     return Growth(source, target, (seq_len, seq_len), layers, maps.axes, tensors, "none", 0, (), ())
+
+
+def _norm_axis(source: Model, heads: int) -> AxisMap:
+    """Of QK-norm: a head's channels, or all heads'."""
+    assert source.head_dim is not None
+    return same(source.head_dim * (heads if source.qk_norm == "width" else 1))
 
 
 def _inner(name: str, kept: AxisMap) -> dict[str, AxisMap]:

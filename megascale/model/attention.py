@@ -53,9 +53,9 @@ class Attention(nn.Module):
         self.k = product(kv_heads * e, d, "key", "kv_heads")
         self.v = product(kv_heads * e, d, "value", "kv_heads")
         self.o = product(d, heads * e, "attention_out", 1)
-        normed = cfg.qk_norm or row.qk_norm
-        self.q_norm = norm(e, "heads", "qk_norm") if normed else None
-        self.k_norm = norm(e, "heads", "qk_norm") if normed else None
+        normed, self.norm_width = cfg.qk_norm or row.qk_norm, cfg.qk_norm == "width"
+        self.q_norm = (norm(heads * e, 0, "qk_norm") if self.norm_width else norm(e, "heads", "qk_norm")) if normed else None
+        self.k_norm = (norm(kv_heads * e, 0, "qk_norm") if self.norm_width else norm(e, "heads", "qk_norm")) if normed else None
         self.inner_norm = norm(heads * e, 0, "attention_inner_norm") if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
@@ -65,9 +65,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only."""
         x = self.enter(x)
-        q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.norm_width:
+            q, k = self._normed(q, k)
+        q, k, v = (self._heads(y) for y in (q, k, v))
+        if not self.norm_width:
+            q, k = self._normed(q, k)
         if rotary is not None:
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.kv_of_query is not None:
@@ -76,6 +79,9 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)
         y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[b, s, h·e] → [b, h, s, e]"""

@@ -98,6 +98,7 @@ class Decoder(nn.Module):
         self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
+        self.xpos_middle: int | None = None  # the position that XPos counts from, where passes over parts of a text must agree on it
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
 
     @torch.no_grad()
@@ -257,9 +258,11 @@ class Decoder(nn.Module):
             exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
             freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            angles = rotary(
-                self.sequence_here(where), freq, self.shape.compute, (exponents, seq_len // 2) if cfg.position == "xpos" else None
-            )
+            xpos = None
+            if cfg.position == "xpos":
+                xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
+            amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
         slopes = None
         if cfg.position == "alibi":
             all_slopes = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)

@@ -18,10 +18,12 @@ from megascale.model.spec import Cut, Role
 
 
 def activate(kind: str, y: Tensor, gate: Tensor | None) -> Tensor:
-    """silu(gate) ⊙ y where there is a gate, else GELU or ReLU of y."""
+    """silu(gate) ⊙ y where there is a gate, else GELU, its approximation by tanh, or ReLU of y."""
     if gate is not None:
         return F.silu(gate) * y
-    return F.gelu(y) if kind == "gelu" else F.relu(y)
+    if kind == "relu":
+        return F.relu(y)
+    return F.gelu(y, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles (with Llama 3's scaling), XPos decay and ALiBi slopes.
+"""Where a token stands: rotary angles (stretched as Llama 3, YaRN or interpolation do), XPos decay and ALiBi slopes.
 
 Shapes: b micro-batch, s sequence, h heads, e head size.
 """
@@ -32,10 +32,14 @@ def pair_exponents(dim: int, own: Sequence[float] | None, device: torch.device) 
 
 
 def inverse_frequencies(exponents: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """θ^−u for exponents u [e/2], stretched as Llama 3 does when `scaling` is given."""
+    """θ^−u for exponents u [e/2], stretched as `scaling` says."""
     freq = theta**-exponents
     if scaling is None:
         return freq
+    if scaling.type == "linear":
+        return freq / scaling.factor
+    if scaling.type == "yarn":
+        return _yarn(freq, exponents, theta, scaling)
     wavelength = 2 * math.pi / freq
     low = scaling.original_seq_len / scaling.low_freq_factor
     high = scaling.original_seq_len / scaling.high_freq_factor
@@ -45,14 +49,27 @@ def inverse_frequencies(exponents: Tensor, theta: float, scaling: RopeScaling | 
     return torch.where(wavelength > low, freq / scaling.factor, torch.where(wavelength < high, freq, between))
 
 
-def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: tuple[Tensor, int] | None) -> Rotary:
-    """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`.
+def _yarn(freq: Tensor, exponents: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """YaRN's blend (arXiv 2309.00071, section 3.2): a ramp over channels, between those that turn beta_fast and beta_slow times."""
+
+    dim = 2 * freq.numel()
+
+    def channel(turns: float) -> float:
+        return dim * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(0, math.floor(channel(scaling.beta_fast))), min(dim - 1, math.ceil(channel(scaling.beta_slow)))
+    ramp = ((exponents * dim / 2 - low) / (high - low or 1e-3)).clamp(0, 1)
+    return freq / scaling.factor * ramp + freq * (1 - ramp)
+
+
+def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: tuple[Tensor, int] | None, amplitude: float = 1.0) -> Rotary:
+    """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`; YaRN has an `amplitude`.
 
     XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ = (u + 0.4)/1.4 of exponents u. Only differences of
     n act; counting from the middle of the sequence keeps both factors small. `xpos`: exponents and middle; None: no XPos.
     """
     angle = positions.to(torch.float64)[:, None, :, None] * freq
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos() * amplitude, angle.sin() * amplitude
     if xpos is None:
         return Rotary(*(t.to(dtype) for t in (cos, sin, cos, sin)))
     exponents, middle = xpos

@@ -4,8 +4,8 @@ are multiplied with, and how weights start, by role.
 Blocks read the row; nothing else knows a scheme's name. A new scheme is a new row (CONTRIBUTING.md has the recipe). Everything here is
 plain numbers: N blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
 
-Sources: DeepNorm arXiv 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel
-blocks 2302.05442, μS (μnit Scaling) 2502.05967.
+Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; DeepNorm 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635,
+SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, μS (μnit Scaling) 2502.05967.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megascale.config.schema import BLOCK_NORMS, Model
 # The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
 BRANCH = ("value", "attention_out", "up", "down")
 # E[φ(z)²] of a standard normal z; SwiGLU's is that of SiLU, times a second factor of unit variance.
-SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "swiglu": 0.356}
+SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356}
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
             return Residual("before", writers)
         case "post":
             return Residual("after", constant)
+        case "res_post":
+            return Residual("within", constant)
         case "deepnorm":
             alpha, beta = deepnorm(stack)
             return Residual("after", Starts("xavier", gains=dict.fromkeys(BRANCH, beta)), skip=alpha)
@@ -215,7 +217,7 @@ def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
     at = len(stack.sublayers) * layer
     r = token_correlations(stack.sublayers * stack.layers, cfg.dropout, cfg.token_correlation)[at]
     attention = (keep / r) ** 0.25
-    if cfg.ffn == "gelu":
+    if cfg.ffn in ("gelu", "gelu_tanh"):
         up, down = 1.0, math.sqrt(keep / moment)
     else:
         ratio = cfg.hidden_size / cfg.ffn_size

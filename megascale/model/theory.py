@@ -148,7 +148,7 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
     d, f = cfg.hidden_size, cfg.ffn_size
     up, pull_up = _product(cfg, row, h, "up", f, d)
     gate, pull_gate = _product(cfg, row, h, "gate", f, d)
-    y = {"relu": relu, "gelu": gelu}[cfg.ffn](up) if cfg.ffn != "swiglu" else swiglu(gate, up)
+    y = swiglu(gate, up) if cfg.ffn == "swiglu" else relu(up) if cfg.ffn == "relu" else gelu(up)
     inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.inner_norms else (y, _unchanged)
     out, pull_out = _product(cfg, row, inner, "down", d, f)
 
@@ -159,7 +159,7 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
             through_gate = Gradient(to_gate, g.corr * up.corr * slope_correlation("silu", gate))
             return _sum([pull_gate(through_gate), pull_up(Gradient(to_up, g.corr * slope_correlation("gate", gate)))])
         var = relu_gradient(g.var) if cfg.ffn == "relu" else gelu_gradient(g.var, up.var)
-        return pull_up(Gradient(var, g.corr * slope_correlation(cfg.ffn, up)))
+        return pull_up(Gradient(var, g.corr * slope_correlation("relu" if cfg.ffn == "relu" else "gelu", up)))
 
     return out, pull
 

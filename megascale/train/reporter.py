@@ -109,10 +109,11 @@ class Reporter:
             if e.kind == "saved":
                 self.last_good = f"step {e.step}"
             if self.log is not None:
-                kind = "saved" if e.kind == "saved" else "save_failed"
+                kind = "save_failed" if e.kind == "failed" else e.kind
                 self.log.event(kind, e.step, seconds=round(e.seconds, 3), message=e.message)
-            if self.console is not None and e.kind == "failed":
-                self.console.warn(f"the checkpoint of step {e.step} was not written, and training goes on: {e.message}")
+            if self.console is not None and e.kind in ("failed", "export_failed"):
+                what = "the checkpoint" if e.kind == "failed" else "the export"
+                self.console.warn(f"{what} of step {e.step} was not written, and training goes on: {e.message}")
 
     @contextmanager
     def profile(self, step: int) -> Iterator[None]:

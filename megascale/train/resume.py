@@ -8,24 +8,35 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.index import read_json
+from megascale.checkpoint.index import TRAINER, read_json
 from megascale.checkpoint.loader import find, newest
 from megascale.config.identity import check_allow_change, check_identity, identity
 from megascale.config.load import build_config, read_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
+from megascale.formats.export import POSITION
+from megascale.formats.hf import Foreign, read_hf
+from megascale.formats.hf_config import hf_config
+from megascale.formats.hf_folder import is_hf_folder
 from megascale.parallel.apply import ParallelModel
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
+ORDER = ("run.seed", "train.seq_len")  # beside the data itself, what sample numbers mean
 
 
 @dataclass(frozen=True)
 class Start:
-    """`folder` None: from fresh weights. `changes`: allowed differences from the checkpoint's run, {key: (then, now)}."""
+    """`folder` None: from fresh weights. `changes`: allowed differences from the checkpoint's run, {key: (then, now)}.
+
+    foreign  how the weights of another format are made; None for a checkpoint of ours
+    samples  where in the data a run begins that takes weights only
+    """
 
     folder: Path | None = None
     weights_only: bool = False
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    foreign: Foreign | None = None
+    samples: int = 0
 
 
 def find_start(config: Config, run_dir: Path, whole: Config | None = None, origin: Path | None = None) -> Start:
@@ -37,6 +48,8 @@ def find_start(config: Config, run_dir: Path, whole: Config | None = None, origi
     Raises UsageError where a checkpoint belongs to another run or is not there.
     """
     check_allow_change(config.run.allow_change)
+    if config.checkpoint.export == "hf":
+        hf_config(config.model, config.train.seq_len)  # refuses what could not be exported later
     wanted = config.checkpoint.resume
     _check_owner(whole or config, run_dir)
     own = newest(run_dir / "checkpoints")
@@ -57,9 +70,30 @@ def find_start(config: Config, run_dir: Path, whole: Config | None = None, origi
                 f"{folder / 'trainer.json'} is not from pretraining (no identity or step): start from its weights with checkpoint.init_from"
             )
         return Start(folder, False, check_identity(config, saved["identity"], str(folder)))
-    if config.checkpoint.init_from is not None:
-        return Start(find(config.checkpoint.init_from), True)
-    return Start()
+    return Start() if config.checkpoint.init_from is None else _weights_from(config, Path(config.checkpoint.init_from))
+
+
+def _weights_from(config: Config, folder: Path) -> Start:
+    """A run that takes its weights from elsewhere, checked as far as headers tell. Raises UsageError."""
+    foreign = None
+    if is_hf_folder(folder):
+        foreign = read_hf(folder, model=config.model, seq_len=config.train.seq_len)
+        past = folder / POSITION
+    else:
+        folder = find(folder)
+        past = folder / TRAINER
+    if config.checkpoint.init_data == "restart":
+        return Start(folder, True, foreign=foreign)
+    if not past.is_file() or not isinstance(samples := read_json(past).get("samples"), int):
+        raise UsageError(f"checkpoint.init_data is continue, and {folder} does not say where in its data it stood: use restart")
+    then, now = read_json(past).get("identity", {}), identity(config)
+    changed = [k for k in now if (k.startswith("data.") or k in ORDER) and then.get(k, now[k]) != now[k]]
+    if changed:
+        lines = "; ".join(f"{k} was {then[k]!r} and is {now[k]!r}" for k in changed)
+        raise UsageError(
+            f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart"
+        )
+    return Start(folder, True, foreign=foreign, samples=samples)
 
 
 def step_of(folder: Path) -> int:

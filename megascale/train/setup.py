@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +28,11 @@ from megascale.data.fields import FieldMixture
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
 from megascale.data.masking import Masking
+from megascale.data.megatron_order import MegatronMixture
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import MegascaleError, UsageError
+from megascale.formats.export import export_beside
+from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Shape
@@ -61,7 +65,7 @@ from megascale.train.watch import Pulse, Watch
 WATCH_FIRST = 30.0  # seconds
 FP8_CAPABILITY = (8, 9)  # from which on CUDA devices multiply FP8: Ada, Hopper and newer
 T = TypeVar("T")
-Samples = Mixture | FieldMixture
+Samples = Mixture | MegatronMixture | FieldMixture
 
 
 def resolve_vocabulary(config: Config) -> Config:
@@ -229,6 +233,9 @@ def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
             return FieldMixture(sources, config.model.spacetime, seed, part, data.valid_fraction, shuffled)
         assert config.model.vocab_size is not None
         vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
+        if data.order == "megatron":
+            steps = train.total_steps if shuffled else train.eval_steps
+            return MegatronMixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, steps * train.global_batch_size)
         return Mixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, shuffled)
 
     sources = read_sources(data.train, "data.train")
@@ -290,8 +297,13 @@ def build_trainer(
         state = engine.pieces()
         if start.weights_only:
             state = {name: piece for name, piece in state.items() if name.startswith("model.")}
-        saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        if start.foreign is not None:
+            produce = start.foreign.produce
+            agreed(lambda: fill(state, produce))
+        else:
+            saved = load(start.folder, state, prefix="model." if start.weights_only else None)
         engine.loaded(state)
+        progress = Progress(samples=start.samples)
         if not start.weights_only:
             progress = Progress(**{k: saved[k] for k in Progress().plain()})
         agreed(lambda: check_coefficients(config, model, start.folder))
@@ -340,7 +352,11 @@ def build_trainer(
     }
     keep = config.checkpoint
     checkpointer = Checkpointer(
-        run_dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every, asynchronous=keep.asynchronous
+        run_dir / "checkpoints",
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        asynchronous=keep.asynchronous,
+        export=partial(export_beside, dtype=model.model.shape.compute) if keep.export == "hf" else None,
     )
     pulse = pulse or Pulse()
     pulse.traffic = mesh.traffic

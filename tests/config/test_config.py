@@ -194,6 +194,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "kv_heads": (1, ("model.num_kv_heads=3",)),
     "rope_pairs": (1, ("model.head_dim=5",)),
     "tp_heads": (3, ("parallel.tp=3",)),
+    "qk_norm_width": (2, ("model.qk_norm=width", "model.num_kv_heads=1", "parallel.tp=2")),
     "tp_ffn": (2, ("parallel.tp=2", "model.ffn_size=25")),
     "tp_sequence": (2, ("parallel.tp=2", "parallel.tp_sequence=true", "train.seq_len=9")),
     "vocabulary_parts": (4, ("parallel.tp=4", "model.vocab_size=3")),
@@ -203,6 +204,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "grow_steps": (1, ("grow=[{step: 2, num_layers: 2}]",)),
     "grow_engine": (2, ("grow=[{step: 1, num_layers: 2}]", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
+    "megatron_order": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "data.order=megatron")),
     "eval_without_data": (1, ("train.eval_every=1",)),
 }
 
@@ -231,10 +233,11 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
         "model.num_kv_heads": [1, 2, 3, 4],
         "model.family": ["decoder", "encoder"],
         "model.norm": ["rmsnorm", "layernorm", "dyt"],
-        "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "mus"],
+        "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "res_post", "mus"],
         "model.branchnorm_period": ["null", "null", 3],
         "model.linear": ["dense", "bitlinear"],
         "model.matformer": ["null", "{sizes: [8]}", "{sizes: [6, 12], train: sum}"],
+        "model.qk_norm": ["true", "width"],
         "model.position": ["rope", "alibi", "learned", "xpos"],
         "model.head_dim": [3, 4],
         "model.ffn_size": [24, 25],
@@ -346,6 +349,11 @@ def test_keys_that_are_younger_than_a_checkpoint() -> None:
     assert check_identity(config(), old, "x") == {}
     with pytest.raises(UsageError, match=r"model.linear: 'dense' in the checkpoint, 'bitlinear' now"):
         check_identity(config("model.linear=bitlinear"), old, "x")
+    stretched = config("model.rope_scaling={factor: 8}")
+    old = {k: v for k, v in identity(stretched).items() if k not in ("model.rope_scaling.type", "model.rope_scaling.beta_fast")}
+    assert check_identity(stretched, old, "x") == {}
+    with pytest.raises(UsageError, match=r"model.rope_scaling.type: 'llama3' in the checkpoint, 'yarn' now"):
+        check_identity(config("model.rope_scaling={factor: 8, type: yarn}"), old, "x")
 
 
 def test_flatten() -> None:

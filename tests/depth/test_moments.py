@@ -140,6 +140,7 @@ def measured(case: Case) -> list[tuple[Any, ...]]:
 STACKS: dict[str, dict[str, Any]] = {
     "pre": {},
     "post": {"ffn": "relu"},
+    "res_post": {"ffn": "gelu_tanh"},
     "deepnorm": {},
     "branchnorm": {"ffn": "gelu"},
     "deepscale": {"ffn": "relu", "dropout": 0.1},
@@ -156,8 +157,10 @@ STACKS: dict[str, dict[str, Any]] = {
 def test_theory_is_what_is_measured(name: str) -> None:
     """Catches a row that theory and blocks read differently. Variances and gradients within 25 %, cosines within 0.2, on
     8 blocks of width 96: theory takes all positions alike, while causal attention averages little for early tokens; and it knows neither
-    finite width nor the correlation between a branch and its stream. Most schemes stay within a tenth (docs/depth.md).
+    finite width nor the correlation between a branch and its stream. Most schemes stay within a tenth (docs/depth.md). res_post's norm
+    divides each token's branch by its own size, which falls with position as attention averages more: gradients within 50 %, cosines 0.3.
     """
+    cosine, gradient = (0.3, 0.5) if name == "res_post" else (0.2, 0.25)
     sizes = {"num_layers": 8, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 4, "ffn_size": 256, "vocab_size": 200, "init_std": 0.08}
     case = Case(scheme(name.split()[0], **{**sizes, **STACKS[name]}), precision="fp32", seq_len=64, batch=8, micro_batch=8)
     points = [Point(*p) for p in measured(case)]
@@ -168,8 +171,8 @@ def test_theory_is_what_is_measured(name: str) -> None:
     assert [(p.layer, p.sublayer) for p in points[1:]] == [(t.layer, t.sublayer) for t in theory]
     for got, want in zip(points[1:], theory):
         assert got.variance + got.mean**2 == pytest.approx(want.variance, rel=0.25), want
-        assert got.correlation == pytest.approx(want.correlation, abs=0.2), want
-        assert got.gradient == pytest.approx(want.gradient, rel=0.25), want
+        assert got.correlation == pytest.approx(want.correlation, abs=cosine), want
+        assert got.gradient == pytest.approx(want.gradient, rel=gradient), want
 
 
 PROBED: dict[str, tuple[int, Parallel]] = {

@@ -90,6 +90,8 @@ class Reference:
                     x = x + f(self.norm(x, norm), at)
                 case "post":
                     x = self.norm(x + f(x, at), norm)
+                case "res_post":
+                    x = x + self.norm(f(x, at), norm)
                 case "deepnorm":
                     x = self.norm((2 * L) ** 0.25 * x + f(x, at), norm)
                 case "branchnorm":
@@ -114,7 +116,7 @@ class Reference:
             x = x * self.w["embedding_scale"]
         for layer in range(self.cfg.num_layers):
             x = self.block(x, f"blocks.{layer}")
-        if self.cfg.residual in ("pre", "subln", "deepscale", "layerscale", "parallel", "mus"):
+        if self.cfg.residual in ("pre", "res_post", "subln", "deepscale", "layerscale", "parallel", "mus"):
             x = self.norm(x, "final_norm")
         if self.cfg.residual.startswith("deepscale") and self.cfg.tie_embeddings:
             x = x / math.sqrt((1 - self.cfg.dropout) * self.cfg.hidden_size)

@@ -14,7 +14,9 @@ from megascale.model.block import Context
 from megascale.model.residual import Stack, deepnorm, deepscale, ends, layerscale, residual, subln, token_correlations
 from tests.layouts import Case, build, tiny
 
-SCHEMES = ("pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus")
+SCHEMES = (
+    "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus",
+)  # fmt: skip
 
 
 def scheme(name: str, **changes: Any) -> Any:
@@ -109,7 +111,7 @@ def test_starts_by_role(name: str, kv_heads: int, ffn: str) -> None:
         xavier = math.sqrt(2 / (out + width))
         if name in ("pre", "parallel"):
             return 0.02 / math.sqrt(2 * L) if role in ("attention_out", "down") else 0.02
-        if name in ("post", "layerscale"):
+        if name in ("post", "res_post", "layerscale"):
             return 0.02
         if name == "mus":
             return 1.0

@@ -51,11 +51,11 @@ def change(**values: list[Any]) -> dict[str, list[Any]]:
 
 MODELS = change(
     norm=["rmsnorm", "layernorm", "dyt"],
-    residual=["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"],
+    residual=["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "res_post", "mus"],
     position=["rope", "alibi", "learned", "xpos"],
     ffn=["swiglu", "gelu", "relu"],
     tie_embeddings=[False, True],
-    qk_norm=[False, True],
+    qk_norm=[False, True, "width"],
     num_kv_heads=[1, 2, 4],
     moe=[None, None, MOE, {**MOE, "router": "sigma"}, {**MOE, "num_shared": 1, "balance": "bias", "router": "sigmoid"}],
     family=["decoder", "encoder"],

@@ -34,6 +34,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "choose tp that divides num_heads",
     ),
     Rule(
+        "qk_norm_width",
+        ("model.qk_norm", "parallel.tp", "model.num_kv_heads"),
+        lambda c, n: c.model.qk_norm == "width" and (c.model.num_kv_heads or 1) % c.parallel.tp != 0,
+        "a norm over all heads needs each rank to hold an equal part of them, of the KV heads too",
+        "choose tp that divides num_kv_heads",
+    ),
+    Rule(
         "tp_ffn",
         ("parallel.tp", "model.ffn_size"),
         lambda c, n: (c.model.ffn_size or 0) % c.parallel.tp != 0,
@@ -99,6 +106,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         lambda c, n: c.data.valid is not None and c.data.valid_fraction > 0,
         "validation is either files of its own or a fraction split off the training files",
         "remove one of them",
+    ),
+    Rule(
+        "megatron_order",
+        ("data.order", "model.family"),
+        lambda c, n: c.data.order == "megatron" and c.model.family == "spacetime",
+        "Megatron's order is one of documents of tokens",
+        "use order megascale",
     ),
     Rule(
         "eval_without_data",

@@ -1,0 +1,99 @@
+"""Samples in the order of megatron-core's GPTDataset and BlendedDataset (0.16), so that a run there can go on here on the same data.
+
+There an order is drawn for as many samples as a run will need: another number of steps is another order, which is why it is not ours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.data.dataset import Source, check_source, check_tokens
+from megascale.data.indexed import TokenFile
+from megascale.data.stream import Tokens, TokenStream
+from megascale.errors import UsageError
+
+SURPLUS = 0.005  # samples that each source of a blend has in spare
+SEPARATE = 0.8  # share of an epoch below which the last one is shuffled on its own
+
+
+class MegatronMixture:
+    """`sample(n)` for n < `samples`, as `Mixture` has it. Memory is 4 bytes a sample and document, and 10 a sample where there are several
+    sources.
+    """
+
+    def __init__(
+        self, sources: list[Source], seq_len: int, seed: int, vocab_size: int, part: str, valid_fraction: float, samples: int
+    ) -> None:
+        """`part`: "train" or "valid", the last `valid_fraction` of each source's documents, or "all".
+
+        Raises UsageError as `Mixture` does.
+        """
+        self.seq_len, self.vocab_size, self.sources, self.samples = seq_len, vocab_size, sources, samples
+        weights = np.array([s.weight for s in sources]) / sum(s.weight for s in sources)
+        self.blend = None if len(sources) == 1 else blend(weights.tolist(), samples)
+        self.streams: list[TokenStream] = []
+        self.shuffles: list[NDArray[np.integer]] = []
+        for source, weight in zip(sources, weights.tolist()):
+            wanted = samples if len(sources) == 1 else math.ceil(math.ceil(samples * weight) * (1 + SURPLUS))
+            file = TokenFile(source.path)
+            check_source(source, vocab_size)
+            documents, shuffle = draw(file.lengths, _documents(len(file), part, valid_fraction), seq_len, wanted, seed, source.path)
+            self.streams.append(TokenStream(file, documents))
+            self.shuffles.append(shuffle)
+
+    def sample(self, number: int) -> tuple[Tokens, NDArray[np.int32]]:
+        """Tokens [seq_len+1] and document numbers [seq_len+1] of sample `number`."""
+        if number >= self.samples:
+            raise UsageError(
+                f"data.order is megatron, and sample {number} is asked for of an order drawn for {self.samples}: begin anew, or use "
+                "order megascale"
+            )
+        which, index = (0, number) if self.blend is None else (int(self.blend[0][number]), int(self.blend[1][number]))
+        tokens, documents = self.streams[which].read(int(self.shuffles[which][index]) * self.seq_len, self.seq_len + 1)
+        check_tokens(tokens, self.sources[which], self.vocab_size)
+        return tokens, documents
+
+
+def blend(weights: list[float], samples: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """For each sample its source, and which one of that source it is: always of the source that is furthest behind its weight."""
+    which, index = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
+    taken = [0] * len(weights)
+    for number in range(samples):
+        place = max(float(number), 1.0)
+        behind = [w * place - n for w, n in zip(weights, taken)]
+        source = behind.index(max(behind))
+        which[number], index[number] = source, taken[source]
+        taken[source] += 1
+    return which, index
+
+
+def draw(
+    lengths: NDArray[np.integer], documents: NDArray[np.int32], seq_len: int, samples: int, seed: int, where: str
+) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+    """Documents in the order of a stream of as many epochs as `samples` need, and for each sample the window of the stream that it is."""
+    tokens = int(lengths[documents].sum(dtype=np.int64)) if len(documents) else 0
+    if tokens <= seq_len:
+        raise UsageError(
+            f"{where} has {tokens} tokens for this part, and one sample of train.seq_len {seq_len} needs {seq_len + 1}: add data"
+        )
+    epochs = -(-(samples * seq_len + 1) // tokens)
+    windows = (epochs * tokens - 1) // seq_len
+    before_last = ((epochs - 1) * tokens - 1) // seq_len if epochs > 1 else windows
+    apart = epochs > 1 and samples - before_last < int(SEPARATE * ((tokens - 1) // seq_len))
+    random = np.random.RandomState(seed)
+    parts = [np.tile(documents, epochs - 1), documents.copy()] if apart else [np.tile(documents, epochs)]
+    ranges = [(0, before_last), (before_last, windows)] if apart else [(0, windows)]
+    kind = np.int64 if windows >= np.iinfo(np.uint32).max - 1 else np.uint32
+    shuffled = [np.arange(first, end, dtype=kind) for first, end in ranges]
+    for array in (*parts, *shuffled):
+        random.shuffle(array)
+    return np.concatenate(parts).astype(np.int64), np.concatenate(shuffled)
+
+
+def _documents(count: int, part: str, valid_fraction: float) -> NDArray[np.int32]:
+    border = round((1.0 - valid_fraction) * count)
+    first, end = {"train": (0, border), "valid": (border, count), "all": (0, count)}[part]
+    return np.arange(first, end, dtype=np.int32)

@@ -1,0 +1,207 @@
+"""Conversions from folder to folder, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.checkpoint.index import DTYPES
+from megascale.checkpoint.loader import verify
+from megascale.checkpoint.storage import write_durably
+from megascale.checkpoint.streaming import Progress, write_streamed
+from megascale.config.load import build_config, read_yaml, to_yaml
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.formats.appear import appearing, check_absent
+from megascale.formats.compare import largest_difference
+from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
+from megascale.formats.hf_folder import GENERATION, read_object, tokenizer_files
+from megascale.formats.megatron import read_megatron, write_megatron
+from megascale.formats.sources import Checkpoint, open_checkpoint
+from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer
+
+NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
+
+
+@dataclass(frozen=True)
+class MegatronCut:
+    """How weights for Megatron are cut, where norms stand (te, local), and what the vocabulary is padded to a multiple of, times tp."""
+
+    tp: int = 1
+    pp: int = 1
+    spec: str = "te"
+    divisible: int = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion is done, whatever the formats.
+
+    dtype      of the weights; the stored one if None
+    tokens     on which logits are compared; None: they are not
+    config     what model Megatron's weights are of
+    """
+
+    dtype: torch.dtype | None = None
+    workers: int = 1
+    slab_bytes: int = 64 << 20
+    tokenizer: Path | None = None
+    tokens: list[int] | None = None
+    progress: Progress | None = None
+    config: Path | None = None
+    cut: MegatronCut = MegatronCut()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. `logits`: the largest |Δ| in fp32 against transformers, None where it was not asked for."""
+
+    source: str
+    written: str
+    model: str
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: list[str]
+    tokenizer: str | None
+    logits: float | None
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in NAMES:
+        raise UsageError(f"--dtype is {name}: give one of {', '.join(NAMES)}, or leave it out to keep what is stored")
+    return DTYPES[NAMES[name]]
+
+
+def hf_to_megascale(source: Path, target: Path, options: Options) -> Report:
+    """A Hugging Face folder → `target`/step-00000000, with model.yaml, the tokenizer's files and the generation config beside it."""
+    foreign = read_hf(source, dtype=options.dtype)
+    extra = {p.name: p.read_bytes() for p in tokenizer_files(source)}
+    written = write_ours(foreign, target, options, {"from": "hf", "path": str(source)}, {"hf_config": foreign.config}, extra, source)
+    delta = None
+    if options.tokens is not None:
+        ours = open_checkpoint(target)
+        delta = largest_difference(ours.model, ours.seq_len, ours.source.read, source, options.tokens)
+    return _report(source, written, foreign.config["model_type"], foreign, sorted(extra), delta)
+
+
+def write_ours(
+    foreign: Foreign, target: Path, options: Options, origin: dict[str, Any], keep: Mapping[str, Any], extra: dict[str, bytes], source: Path
+) -> Path:
+    """The checkpoint of a foreign model, and the files beside it. Raises UsageError, and leaves nothing."""
+    trainer: dict[str, Any] = {
+        "step": 0,
+        "converted": origin,
+        **keep,
+        "config": {"model": foreign.model.model_dump(mode="json"), "train": {"seq_len": foreign.seq_len}},
+    }
+    if (source / GENERATION).is_file():
+        trainer["hf_generation_config"] = read_object(source / GENERATION)
+        extra = {**extra, GENERATION: (source / GENERATION).read_bytes()}
+    section = {"model": {k: v for k, v in foreign.model.model_dump(mode="json", exclude_defaults=True).items() if v is not None}}
+    with appearing(target) as temporary:
+        step = write_streamed(
+            temporary,
+            0,
+            foreign.targets,
+            foreign.produce,
+            trainer,
+            stamp=json.dumps([foreign.stamp, str(options.dtype)]),
+            workers=options.workers,
+            slab_bytes=options.slab_bytes,
+            progress=options.progress,
+        )
+        for name, content in {**extra, "model.yaml": to_yaml(section).encode()}.items():
+            write_durably(temporary / name, content)
+    return target / step.name
+
+
+def whole_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of ours whose files have their checksums. Raises UsageError: nothing damaged goes on into another format."""
+    checkpoint = open_checkpoint(path)
+    problems = verify(checkpoint.source.index)
+    if problems:
+        raise UsageError(f"{checkpoint.folder} is damaged: {'; '.join(problems[:3])}; use an older checkpoint")
+    return checkpoint
+
+
+def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
+    """A checkpoint of ours → a Hugging Face folder."""
+    check_absent(target)
+    checkpoint = whole_checkpoint(source)
+    export = plan_export(checkpoint, options.dtype)
+    tokenizer = options.tokenizer or find_tokenizer(checkpoint.config, checkpoint.folder)
+    assert checkpoint.model.vocab_size is not None
+    check_fits(tokenizer, checkpoint.model.vocab_size)
+    others = export_files(tokenizer, checkpoint.trainer)
+    write_hf(export, target, others=others, workers=options.workers, slab_bytes=options.slab_bytes, progress=options.progress)
+    delta = None
+    if options.tokens is not None:
+        delta = largest_difference(checkpoint.model, checkpoint.seq_len, checkpoint.source.read, target, options.tokens)
+    return _report(checkpoint.folder, target, export.config["model_type"], export, sorted(others), delta)
+
+
+def _report(source: Path, written: Path, kind: str, made: Any, files: list[str], delta: float | None) -> Report:
+    targets = list(made.targets.values()) if isinstance(made.targets, dict) else made.targets
+    held = ", ".join(f for f in files if f.startswith("tokenizer")) or None
+    return Report(
+        str(source),
+        str(written),
+        kind,
+        len(targets),
+        sum(math.prod(t.shape) for t in targets),
+        sum(t.nbytes for t in targets),
+        sorted({str(t.dtype).removeprefix("torch.") for t in targets}),
+        held,
+        delta,
+    )
+
+
+def megatron_to_megascale(source: Path, target: Path, options: Options) -> Report:
+    """Weights of megatron-core, of the model that `options.config` describes → `target`/step-00000000."""
+    no_logits(options)
+    model, seq_len = model_of(options.config)
+    foreign = read_megatron(source, model, seq_len, options.dtype)
+    written = write_ours(foreign, target, options, {"from": "megatron", "path": str(source)}, {}, {}, source)
+    return _report(source, written, "GPT model of megatron-core, weights only", foreign, [], None)
+
+
+def megascale_to_megatron(source: Path, target: Path, options: Options) -> Report:
+    """A checkpoint of ours → `target`/iter_…/mp_rank_…, weights only."""
+    no_logits(options)
+    check_absent(target)
+    checkpoint = whole_checkpoint(source)
+    cut = options.cut
+    made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype)
+    return _report(checkpoint.folder, target, "GPT model of megatron-core, weights only", made, [], None)
+
+
+def no_logits(options: Options) -> None:
+    if options.tokens is not None:
+        raise UsageError("--tokens is given, and logits are compared with transformers, which does not read Megatron's files: leave it out")
+
+
+def model_of(path: Path | None) -> tuple[Model, int]:
+    """The model section of a config file and its sequence length, for formats that do not say what model they hold."""
+    if path is None:
+        raise UsageError(
+            "Megatron's files do not say what model they hold: give --config FILE with the sections model and train (its seq_len)"
+        )
+    values = read_yaml(path)
+    if not isinstance(values.get("model"), Mapping):
+        raise UsageError(f"{path} has no section model: say there what model the weights are of")
+    config = build_config({"data": {"train": "none"}, "train": {"steps": 1}, **{k: values[k] for k in ("model", "train") if k in values}})
+    if config.model.vocab_size is None:
+        raise UsageError(f"{path} leaves model.vocab_size out, and the files have padding rows: say how many tokens there are")
+    return config.model, config.train.seq_len

@@ -1,0 +1,31 @@
+"""The Hugging Face folder beside a kept checkpoint, `hf/step-N` in a run's directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megascale.checkpoint.storage import discard, steps_in
+from megascale.formats.hf import plan_export, write_hf
+from megascale.formats.sources import open_checkpoint
+from megascale.formats.tokenizer_files import POSITION, export_files, find_tokenizer
+
+__all__ = ["POSITION", "export_beside"]
+FOLDER = "hf"
+
+
+def export_beside(folder: Path, dtype: torch.dtype) -> Path:
+    """Exports `checkpoints/step-N` as `hf/step-N`, its weights in `dtype`, and deletes exports of checkpoints that are gone.
+
+    Raises UsageError where it cannot be written; then nothing is left of it. Reads the checkpoint's files: memory is that of a few slabs.
+    """
+    root = folder.parent.parent / FOLDER
+    target = root / folder.name
+    kept = {path.name for _, path in steps_in(folder.parent)}
+    for _, old in steps_in(root):
+        if old.name not in kept or old == target:
+            discard(old)
+    checkpoint = open_checkpoint(folder)
+    others = export_files(find_tokenizer(checkpoint.config, folder), checkpoint.trainer)
+    return write_hf(plan_export(checkpoint, dtype), target, others=others)

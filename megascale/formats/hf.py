@@ -1,0 +1,170 @@
+"""Hugging Face folders as models: read as ours, and written from ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.checkpoint.storage import write_durably
+from megascale.checkpoint.streaming import Block, FilePlan, Progress, Target, write_files
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.formats.appear import appearing
+from megascale.formats.hf_config import differences, family_of, hf_config, model_section
+from megascale.formats.hf_families import BY_TYPE, Family
+from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf, read_object
+from megascale.formats.hf_names import links_of
+from megascale.formats.links import Rearranged, compare_names, extents, steps_to_ours, steps_to_theirs
+from megascale.formats.sources import Checkpoint, Stored
+
+# Buffers that older versions of transformers saved with the weights.
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
+FILE_BYTES = 5 * 10**9  # of one file, as transformers has it
+COMPARED = 1 << 24  # elements of tables compared at once
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model in another format, checked: `model` as ours, its longest sequence, and how to make our weights."""
+
+    model: Model
+    seq_len: int
+    targets: list[Target]
+    produce: Rearranged
+    config: dict[str, Any]
+    stamp: str
+
+
+def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None) -> Foreign:
+    """The model in a Hugging Face folder.
+
+    model    what it must be, where that is known: Raises UsageError with the differences
+    seq_len  learned positions that are wanted, the first ones of theirs
+    dtype    of our weights; the stored one if absent
+
+    Raises UsageError for anything in the folder that is not understood, missing or damaged. Reads headers only.
+    """
+    folder = Path(folder)
+    config = read_object(folder / CONFIG)
+    where = str(folder / CONFIG)
+    family = family_of(config, where)
+    found, length = model_section(config, where)
+    if length is None:
+        raise UsageError(f"{where} has neither max_position_embeddings nor n_positions: add the longest sequence of the model")
+    if model is not None:
+        _must_agree(model, found, where)
+    wanted = seq_len or length
+    if found.position == "learned" and wanted > length:
+        raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
+    source = open_hf(folder)
+    links = links_of(family, model or found, wanted if found.position == "learned" else length)
+    held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n)}
+    if not any(n.startswith(family.prefix) for n in held):  # GPT-2's own files are of the model without its head
+        links = [replace(link, theirs=link.theirs.removeprefix(family.prefix)) for link in links]
+    _drop_tied_head(family, found, held, source, folder)
+    positions = frozenset(n for n in held if n.endswith("wpe.weight")) if wanted < length else frozenset()
+    compare_names(extents(steps_to_theirs(links)), held, str(folder), positions)
+    steps = steps_to_ours(links)
+    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
+    return Foreign(model or found, length, targets, Rearranged(source, steps, dtypes), config, source.stamp)
+
+
+def _must_agree(model: Model, found: Model, where: str) -> None:
+    changed = differences(model, found)
+    if changed:
+        lines = [f"model.{key}: {mine!r} in the config, {theirs!r} in the file" for key, (mine, theirs) in changed.items()]
+        raise UsageError("\n  ".join([f"the model section is not that of {where}:", *lines]) + "\nset them as the file has them")
+
+
+def _drop_tied_head(family: Family, model: Model, held: dict[str, Target], source: Stored, folder: Path) -> None:
+    """A stored head of a tied model must be its embedding, and is then left out of `held`."""
+    head, table = family.outer["head"].theirs + ".weight", family.outer["embedding"].theirs + ".weight"
+    if not model.tie_embeddings or head not in held:
+        return
+    table = table if table in held else table.removeprefix(family.prefix)
+    one, other = held[head], held.get(table)
+    same = other is not None and one.shape == other.shape and one.dtype == other.dtype
+    rows = max(1, COMPARED // max(1, one.shape[-1])) if one.shape else 1
+    for first in range(0, one.shape[0] if same and one.shape else 0, rows):
+        size = (min(rows, one.shape[0] - first), *one.shape[1:])
+        at = (first, *[0] * (len(size) - 1))
+        same = same and torch.equal(source.read(head, at, size), source.read(table, at, size))
+    if not same:
+        raise UsageError(f"{folder} has a {head} of its own, and its config says tie_word_embeddings: set that to false in {CONFIG}")
+    del held[head]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint of ours as a Hugging Face model, checked and not yet written."""
+
+    config: dict[str, Any]
+    files: list[FilePlan]
+    targets: dict[str, Target]
+    produce: Rearranged
+    stamp: str
+
+
+def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Export:
+    """Raises UsageError where no Hugging Face family has what the model has.
+
+    dtype  of the weights; the stored one if absent
+    """
+    original = checkpoint.trainer.get("hf_config")
+    config = hf_config(checkpoint.model, checkpoint.seq_len, original if isinstance(original, dict) else None)
+    family = BY_TYPE[config["model_type"]]
+    steps = steps_to_theirs(links_of(family, checkpoint.model, checkpoint.seq_len))
+    held = checkpoint.source.tensors
+    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+    config.pop("dtype", None)  # the newer name of the same
+    targets = {name: Target(name, dtypes[name], shape) for name, shape in extents(steps).items()}
+    stamp = json.dumps([checkpoint.source.stamp, config], sort_keys=True, default=str)
+    return Export(config, _files(list(targets.values())), targets, Rearranged(checkpoint.source, steps, dtypes), stamp)
+
+
+def _files(targets: list[Target]) -> list[FilePlan]:
+    """Whole tensors over files, named as transformers names them."""
+    groups: list[list[Target]] = [[]]
+    for t in targets:
+        if groups[-1] and sum(x.nbytes for x in groups[-1]) + t.nbytes > FILE_BYTES:
+            groups.append([])
+        groups[-1].append(t)
+    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))] if len(groups) > 1 else [SINGLE]
+    return [
+        FilePlan(name, tuple(Block(t.name, t.name, t.dtype, (0,) * len(t.shape), t.shape) for t in group), (("format", "pt"),))
+        for name, group in zip(names, groups)
+    ]
+
+
+def write_hf(
+    export: Export,
+    folder: str | Path,
+    *,
+    others: Mapping[str, bytes],
+    workers: int = 1,
+    slab_bytes: int = 64 << 20,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the folder, which must not exist; it appears only when whole. What a killed run with the same source left is finished.
+
+    others  further files: name → content
+
+    Raises UsageError where it cannot be; then nothing is left of it.
+    """
+    with appearing(Path(folder)) as temporary:
+        write_files(temporary, export.files, export.produce, stamp=export.stamp, workers=workers, slab_bytes=slab_bytes, progress=progress)
+        if len(export.files) > 1:
+            weights = {b.name: f.name for f in export.files for b in f.blocks}
+            total = sum(t.nbytes for t in export.targets.values())
+            write_durably(temporary / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": weights}))
+        for name, content in {**others, CONFIG: as_json(export.config)}.items():
+            write_durably(temporary / name, content)
+    return Path(folder)

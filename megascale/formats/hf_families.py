@@ -1,0 +1,290 @@
+"""Hugging Face's families of models as data: what their config keys are here, and which of their modules hold our weights.
+
+A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or changes nothing in a forward pass (`HARMLESS`).
+Any other key is refused by name: a model that is read half is another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Keys that no logit depends on: sizes of caches, training, files, and what generation_config.json says again.
+HARMLESS = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "pretraining_tp",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "max_window_layers",
+        "task_specific_params",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "_name_or_path",
+        "tokenizer_class",
+        "is_decoder",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "gradient_checkpointing",
+        "torchscript",
+        "reorder_and_upcast_attn",
+        "n_ctx",
+    ]
+)
+ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
+WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
+
+
+@dataclass(frozen=True)
+class Key:
+    """Their key and ours (`moe.top_k` is inside model.moe). `default`: what its absence means to transformers. `values`: theirs → ours.
+    `also`: another name that some version of transformers writes.
+    """
+
+    theirs: str
+    ours: str
+    default: Any = None
+    values: Mapping[Any, Any] | None = None
+    also: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The module of theirs that holds one of ours, below a layer; `{expert}` where each expert has its own.
+
+    transposed  weights are [in, out]
+    part        ours is the part-th of equal parts of theirs, side by side along the output
+    """
+
+    theirs: str
+    transposed: bool = False
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    ours    what a model of the family is here, whatever its config says
+    layer   the prefix of a layer's modules; `inner` the modules in it, by ours; `outer` those outside of layers
+    theta   rope_theta if absent
+    window  whether `sliding_window` is for every layer where it is set: always, never, or where use_sliding_window says so
+    """
+
+    model_type: str
+    architecture: str
+    ours: Mapping[str, Any]
+    keys: tuple[Key, ...]
+    fixed: Mapping[str, tuple[Any, ...]]
+    layer: str
+    inner: Mapping[str, Place]
+    outer: Mapping[str, Place]
+    prefix: str = "model."
+    theta: float | None = 10000.0
+    window: str = "never"
+    default_window: int | None = None
+
+
+def _places(**theirs: str) -> dict[str, Place]:
+    return {ours.replace("__", "."): Place(name) for ours, name in theirs.items()}
+
+
+def _attention(*norms: str) -> dict[str, Place]:
+    found = {f"attention.{n}": Place(f"self_attn.{n}_proj") for n in "qkvo"}
+    return {**found, **{f"attention.{n}": Place(f"self_attn.{n}") for n in norms}}
+
+
+PRE = _places(attention_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+SWIGLU = _places(ffn__gate="mlp.gate_proj", ffn__up="mlp.up_proj", ffn__down="mlp.down_proj")
+OUTER = _places(embedding="model.embed_tokens", final_norm="model.norm", head="lm_head")
+LLAMA = {"ffn": "swiglu", "norm": "rmsnorm", "bias": False, "residual": "pre", "position": "rope", "qk_norm": False}
+SIZES = (
+    Key("vocab_size", "vocab_size"),
+    Key("hidden_size", "hidden_size"),
+    Key("num_hidden_layers", "num_layers"),
+    Key("num_attention_heads", "num_heads"),
+    Key("num_key_value_heads", "num_kv_heads"),
+    Key("head_dim", "head_dim"),
+    Key("intermediate_size", "ffn_size"),
+    Key("initializer_range", "init_std", 0.02),
+    Key("tie_word_embeddings", "tie_embeddings", False),
+)
+EPS6, EPS5 = Key("rms_norm_eps", "norm_eps", 1e-6), Key("rms_norm_eps", "norm_eps", 1e-5)
+ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+NO_BIAS: Mapping[str, tuple[Any, ...]] = {**ACT, "attention_bias": (False,)}
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        LLAMA,
+        (*SIZES, EPS6),
+        {**NO_BIAS, "mlp_bias": (False,)},
+        "model.layers.",
+        {**PRE, **_attention(), **SWIGLU},
+        OUTER,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        LLAMA,
+        (*SIZES, EPS6),
+        ACT,
+        "model.layers.",
+        {**PRE, **_attention(), **SWIGLU},
+        OUTER,
+        window="always",
+        default_window=4096,
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        {**LLAMA, "qk_norm": True},
+        (*SIZES, EPS6),
+        NO_BIAS,
+        "model.layers.",
+        {**PRE, **_attention("q_norm", "k_norm"), **SWIGLU},
+        OUTER,
+        window="asked",
+        default_window=4096,
+    ),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        {**LLAMA, "residual": "res_post", "qk_norm": "width"},
+        (*SIZES, EPS5),
+        NO_BIAS,
+        "model.layers.",
+        {
+            **_places(attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm"),
+            **_attention("q_norm", "k_norm"),
+            **SWIGLU,
+        },
+        OUTER,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        {**LLAMA, "moe.router": "topk_softmax", "moe.every": 1, "moe.num_shared": 0},
+        (
+            *SIZES,
+            EPS5,
+            Key("intermediate_size", "moe.ffn_size"),
+            Key("num_local_experts", "moe.num_experts", 8),
+            Key("num_experts_per_tok", "moe.top_k", 2),
+        ),
+        ACT,
+        "model.layers.",
+        {
+            **PRE,
+            **_attention(),
+            **_places(
+                ffn__router="block_sparse_moe.gate",
+                ffn__experts__gate="block_sparse_moe.experts.{expert}.w1",
+                ffn__experts__down="block_sparse_moe.experts.{expert}.w2",
+                ffn__experts__up="block_sparse_moe.experts.{expert}.w3",
+            ),
+        },
+        OUTER,
+        theta=1000000.0,
+        window="always",
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**LLAMA, "qk_norm": True, "moe.num_shared": 0},
+        (
+            *SIZES,
+            EPS6,
+            Key("moe_intermediate_size", "moe.ffn_size", 768),
+            Key("num_experts", "moe.num_experts", 128, also="num_local_experts"),
+            Key("num_experts_per_tok", "moe.top_k", 8),
+            Key("decoder_sparse_step", "moe.every", 1),
+            Key("norm_topk_prob", "moe.router", False, {True: "topk_softmax", False: "softmax_topk"}),
+        ),
+        {**NO_BIAS, "mlp_only_layers": ([], None)},
+        "model.layers.",
+        {
+            **PRE,
+            **_attention("q_norm", "k_norm"),
+            **SWIGLU,
+            **_places(
+                ffn__router="mlp.gate",
+                ffn__experts__gate="mlp.experts.{expert}.gate_proj",
+                ffn__experts__down="mlp.experts.{expert}.down_proj",
+                ffn__experts__up="mlp.experts.{expert}.up_proj",
+            ),
+        },
+        OUTER,
+        window="asked",
+        default_window=4096,
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        {"norm": "layernorm", "bias": True, "residual": "pre", "position": "learned", "qk_norm": False},
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("n_embd", "hidden_size"),
+            Key("n_layer", "num_layers"),
+            Key("n_head", "num_heads"),
+            Key("n_inner", "ffn_size"),
+            Key("initializer_range", "init_std", 0.02),
+            Key("layer_norm_epsilon", "norm_eps", 1e-5),
+            Key("tie_word_embeddings", "tie_embeddings", True),
+            Key(
+                "activation_function",
+                "ffn",
+                "gelu_new",
+                {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"},
+            ),
+        ),
+        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+        "transformer.h.",
+        {
+            **_places(attention_norm="ln_1", ffn_norm="ln_2"),
+            **{f"attention.{n}": Place("attn.c_attn", True, part) for part, n in enumerate("qkv")},
+            "attention.o": Place("attn.c_proj", True),
+            "ffn.up": Place("mlp.c_fc", True),
+            "ffn.down": Place("mlp.c_proj", True),
+        },
+        _places(embedding="transformer.wte", position="transformer.wpe", final_norm="transformer.ln_f", head="lm_head"),
+        prefix="transformer.",
+        theta=None,
+    ),
+)
+BY_TYPE = {f.model_type: f for f in FAMILIES}
+
+# Families that our models cannot be, with the reason.
+NOT_HERE = {
+    "bert": "it normalizes its embeddings, adds one for the segment, and has a layer before the head; our encoder has none of them",
+    "t5": "an encoder and a decoder with relative position biases: the encoder_decoder family is not built yet",
+    "llama4": "its layers alternate between two attentions",
+    "gemma2": "it caps logits and norms on both sides of a branch",
+    "gemma3_text": "its layers alternate between two attentions",
+    "qwen2": "it has biases on queries, keys and values alone",
+    "gpt_oss": "its attention has sinks",
+    "deepseek_v3": "its attention is latent",
+}

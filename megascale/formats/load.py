@@ -1,0 +1,49 @@
+"""Weights of any format into a model on any layout: every rank reads the rectangles that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megascale.checkpoint.streaming import Produce, slabs
+from megascale.comm.mesh import Mesh
+from megascale.comm.piece import Piece
+from megascale.config.schema import Model, Parallel
+from megascale.formats.shapes import MODEL
+from megascale.model.decoder import Shape
+from megascale.model.kernels import choose_kernels
+from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+
+SLAB = 1 << 26  # elements asked for at once
+
+
+@torch.no_grad()
+def fill(pieces: Mapping[str, Piece], produce: Produce) -> None:
+    """Copies into every piece its rectangle, rounded to the dtype that it has. Raises UsageError of the source."""
+    for name, piece in pieces.items():
+        if not piece.local.numel():
+            continue
+        for offset, sizes in slabs(piece.offset, tuple(piece.local.shape), SLAB):
+            here = tuple(slice(o - p, o - p + n) for o, p, n in zip(offset, piece.offset, sizes))
+            piece.local[here].copy_(produce(name, offset, sizes))
+
+
+def load_model(
+    model: Model, seq_len: int, produce: Produce, mesh: Mesh, parallel: Parallel, device: torch.device, dtype: torch.dtype
+) -> ParallelModel:
+    """A model for reading alone, of weights and activations in `dtype`.
+
+    seq_len  the longest sequence, where positions are learned
+    """
+    norm = choose_kernels("auto", model.norm, device).norm
+    built = parallelize(build_stages(model, Shape(seq_len, dtype, dtype), norm, parallel, 0), mesh, parallel, device)
+    for w in built.weights:
+        with torch.no_grad():
+            w.local.zero_()  # padding of a cut vocabulary
+    pieces = {f"{MODEL}{w.name}": built.piece(w, w.local) for w in built.weights}
+    fill({**pieces, **{f"{MODEL}{s.name}": s.piece for s in built.states}}, produce)
+    built.train(False)
+    for module in built.modules:
+        module.requires_grad_(False)
+    return built

@@ -1,0 +1,72 @@
+"""Sources of tensors: whatever has an index with chunks in safetensors files, and our own checkpoints among them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, read_index, read_json
+from megascale.checkpoint.loader import find
+from megascale.checkpoint.shards import read_slice
+from megascale.checkpoint.streaming import Target
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.formats.links import Sizes, compare_names
+from megascale.formats.shapes import MODEL, our_shapes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors in safetensors files, as a `Source`; `index` says which file holds which part."""
+
+    index: Index
+    stamp: str
+
+    @cached_property
+    def tensors(self) -> dict[str, Target]:
+        return {name: Target(name, DTYPES[t.dtype], t.shape) for name, t in self.index.tensors.items()}
+
+    def read(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
+        return read_slice(self.index, name, offset, shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One of our checkpoints: the model that its trainer.json describes, and its weights."""
+
+    folder: Path
+    model: Model
+    seq_len: int
+    trainer: dict[str, Any]
+    source: Stored
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the run, as far as it is known."""
+        return self.trainer["config"]  # type: ignore[no-any-return]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A step folder or a run. Raises UsageError where it does not say what model it is, or holds other weights."""
+    folder = find(path)
+    index, trainer = read_index(folder), read_json(folder / TRAINER)
+    config = trainer.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise UsageError(f"{folder / TRAINER} does not say what model this is (no config): it was not written by pretraining or convert.py")
+    try:
+        model = Model.model_validate(config["model"])
+        seq_len = int(config["train"]["seq_len"])
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{folder / TRAINER} describes a model that cannot be ({str(error).splitlines()[0]}): use an older checkpoint"
+        ) from None
+    source = Stored(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())
+    held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
+    compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))
+    return Checkpoint(folder, model, seq_len, trainer, source)

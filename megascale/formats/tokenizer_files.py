@@ -1,0 +1,115 @@
+"""The files of a tokenizer in a Hugging Face folder, made from whatever tokenizer a model was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
+from megascale.errors import UsageError
+from megascale.formats.hf_folder import GENERATION, as_json, tokenizer_files
+
+POSITION = "megascale.json"  # where in its data the run stood that exported the folder
+SPACE = "▁"
+NEVER = -1e6  # the score of pieces that no text may match: bytes, control symbols
+# A SentencePiece model is also given as tokenizer.json where both encode these alike: white space, accents, full width, digits, bytes.
+PROBES = (
+    "The quick brown fox.",
+    " leading,  double  and trailing ",
+    "\n\ttabs\r\nand\n\nlines\n",
+    "Ünïcödé ﬁ Ａ① é é — “quotes”",
+    "def f(x):\n    return x ** 2  # 12345\n",
+    "日本語 العربية 🙂\u200d🙃 \x00",
+    "<s>[INST]</s> <unk> <0x0A>",
+    "",
+)
+
+
+def tokenizer_content(path: Path) -> dict[str, bytes]:
+    """A tokenizer's file or folder → the files of it in a Hugging Face folder. Raises UsageError where it is none."""
+    if path.is_dir() and tokenizer_files(path):
+        return {p.name: p.read_bytes() for p in tokenizer_files(path)}
+    tokenizer = load_tokenizer(path)
+    if tokenizer.path.suffix == ".json":
+        end = str(tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eos_id))
+        return {"tokenizer.json": tokenizer.path.read_bytes(), "tokenizer_config.json": as_json(_facts(end))}
+    return _of_sentencepiece(tokenizer)
+
+
+def _facts(end: str) -> dict[str, Any]:
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end, "clean_up_tokenization_spaces": False}
+
+
+def _of_sentencepiece(tokenizer: Tokenizer) -> dict[str, bytes]:
+    data = tokenizer.path.read_bytes()
+    piece = sentencepiece.SentencePieceProcessor(model_proto=data)
+    content = {"tokenizer.model": data}
+    text = as_tokenizers(piece)
+    if text is not None:
+        content |= {"tokenizer.json": text.encode(), "tokenizer_config.json": as_json(_facts(piece.id_to_piece(piece.eos_id())))}
+    return content
+
+
+def as_tokenizers(piece: Any) -> str | None:
+    """A SentencePiece unigram model as the text of a tokenizer.json; None where it would not encode alike, such as BPE or a model that
+    normalizes its text.
+    """
+    numbers = range(piece.vocab_size())
+    hidden = [piece.is_control(i) or piece.is_byte(i) or piece.is_unknown(i) or piece.is_unused(i) for i in numbers]
+    vocabulary = [(piece.id_to_piece(i), NEVER if hidden[i] else piece.get_score(i)) for i in numbers]
+    made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=piece.unk_id(), byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", SPACE)
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    plain = [i for i in numbers if not hidden[i]]
+    # User-defined symbols are found before anything else. The library does not say which they are; they have score 0, which no other has.
+    marks = [piece.id_to_piece(i) for i in plain if piece.get_score(i) == 0.0]
+    made.add_tokens([tokenizers.AddedToken(m, normalized=False, special=False) for m in marks])
+    if made.get_vocab_size() != piece.vocab_size():
+        return None
+    alike = all(made.encode(t, add_special_tokens=False).ids == piece.encode(t) for t in PROBES)
+    return made.to_str() if alike else None
+
+
+def find_tokenizer(config: Mapping[str, Any], folder: Path) -> Path | None:
+    """What encoded a checkpoint's text: beside the converted model, else what the run's config names, else beside its data."""
+    if tokenizer_files(folder.parent):
+        return folder.parent
+    data = config.get("data") or {}
+    if data.get("tokenizer"):
+        return Path(data["tokenizer"])
+    sources = data.get("train")
+    first = sources[0] if isinstance(sources, list) and sources else sources
+    prefix = first.get("path") if isinstance(first, Mapping) else first
+    return beside(prefix) if isinstance(prefix, str) else None
+
+
+def export_files(tokenizer: Path | None, trainer: Mapping[str, Any]) -> dict[str, bytes]:
+    """What stands in an exported folder beside the model: the tokenizer; the generation config it came with, else one that says with which
+    token generation ends; and where in its data the run stood.
+    """
+    content = {} if tokenizer is None else tokenizer_content(tokenizer)
+    if "samples" in trainer:
+        content[POSITION] = as_json({k: trainer[k] for k in ("step", "samples", "tokens", "identity") if k in trainer})
+    generation = trainer.get("hf_generation_config")
+    if generation:
+        content[GENERATION] = as_json(generation)
+    elif tokenizer is not None:
+        end = load_tokenizer(tokenizer).eos_id
+        content[GENERATION] = as_json({"eos_token_id": end, "pad_token_id": end})
+    return content
+
+
+def check_fits(tokenizer: Path | None, vocab_size: int) -> None:
+    """Raises UsageError for a tokenizer with more pieces than the model has rows; fewer are padding."""
+    if tokenizer is None:
+        return
+    size = load_tokenizer(tokenizer).vocab_size
+    if size > vocab_size:
+        raise UsageError(
+            f"the tokenizer {tokenizer} has {size} pieces and the model {vocab_size} rows: give the tokenizer that it was trained with"
+        )

@@ -1,0 +1,100 @@
+"""Keys and values that were computed once stay: an `Attend` that remembers what it has seen.
+
+Prompts of a batch end together: shorter ones have padding before their first token, at negative positions, which nobody sees.
+
+Shapes: b batch, h query heads and g KV heads here, n new tokens, t tokens so far with them, e head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.model.attention_tiles import Seen
+
+GROWTH = 256  # tokens by which a cache grows at once
+
+
+@dataclass
+class Place:
+    """Where the tokens of a batch stand: `positions` [b, t] of all so far, of which `new` are in the pass under way, the `passes`-th."""
+
+    positions: Tensor
+    new: int = 0
+    passes: int = 0
+
+    def add(self, positions: Tensor) -> None:
+        """positions [b, n] of the tokens of the next pass."""
+        self.positions = torch.cat((self.positions, positions), 1)
+        self.new = positions.shape[1]
+        self.passes += 1
+
+
+@dataclass
+class Rows:
+    """[b, g, room, e] of which the first `length` tokens are filled."""
+
+    data: Tensor | None = None
+    length: int = 0
+
+    def add(self, x: Tensor) -> Tensor:
+        """x [b, g, n, e] → all so far [b, g, t, e]."""
+        end = self.length + x.shape[2]
+        if self.data is None or self.data.shape[2] < end:
+            more = x.new_empty((*x.shape[:2], -(-end // GROWTH) * GROWTH, x.shape[3]))
+            if self.data is not None:
+                more[:, :, : self.length] = self.data[:, :, : self.length]
+            self.data = more
+        self.data[:, :, self.length : end] = x
+        self.length = end
+        return self.data[:, :, :end]
+
+
+@dataclass
+class Remembering:
+    """Attention of new tokens over all so far, for one module. Where its weights repeat in depth, each repeat has rows of its own.
+
+    slopes [h] are ALiBi's of the heads here
+    """
+
+    place: Place
+    window: int | None
+    slopes: Tensor | None
+    rows: list[tuple[Rows, Rows]] = field(default_factory=list)
+    calls: int = 0
+    passes: int = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+        """q [b, h, n, e], k and v [b, g, n, e] → [b, h, n, e]; what is seen follows from positions."""
+        self.calls = 0 if self.passes != self.place.passes else self.calls + 1
+        self.passes = self.place.passes
+        if self.calls == len(self.rows):
+            self.rows.append((Rows(), Rows()))
+        keys, values = (rows.add(x) for rows, x in zip(self.rows[self.calls], (k, v)))
+        if q.shape[1] != k.shape[1] and q.device.type == "cpu":
+            repeat = q.shape[1] // k.shape[1]
+            keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
+        mask = self._mask(q.dtype)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """[b, 1 or h, n, t] to add to scores."""
+        key, query = self.place.positions[:, None, None, :], self.place.positions[:, None, -self.place.new :, None]
+        hidden = (key > query) | (key < 0)
+        if self.window is not None:
+            hidden |= query - key >= self.window
+        hidden &= query >= 0  # padding sees anything, so that its softmax is a number; nobody reads it
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
+        if self.slopes is not None:
+            mask = mask - self.slopes.to(dtype)[None, :, None, None] * (query - key).to(dtype)
+        return mask
+
+
+def remember(stage: nn.Module, place: Place, window: int | None, slopes: Tensor | None) -> None:
+    """Gives every attention of a stage a cache."""
+    for module in stage.modules():
+        if hasattr(module, "attend"):
+            module.attend = Remembering(place, window, slopes)  # type: ignore[assignment]

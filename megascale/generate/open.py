@@ -1,0 +1,75 @@
+"""A checkpoint of ours or a Hugging Face folder as a model to generate from, with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.checkpoint.streaming import Produce
+from megascale.config.load import build_config
+from megascale.config.schema import Config, Model
+from megascale.config.support import check
+from megascale.errors import UsageError
+from megascale.formats.hf import read_hf
+from megascale.formats.hf_folder import GENERATION, is_hf_folder, read_object, tokenizer_files
+from megascale.formats.sources import open_checkpoint
+from megascale.formats.tokenizer_files import find_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was found: how to make the weights, the dtype to compute in, what encodes text (None: nothing was found), and the tokens that
+    end it as the generation config says (empty: the tokenizer knows).
+    """
+
+    model: Model
+    seq_len: int
+    produce: Produce
+    dtype: torch.dtype
+    tokenizer: Path | None
+    ends: frozenset[int]
+
+
+def open_model(path: Path) -> Opened:
+    """Raises UsageError for what is no model, or none that says what comes next."""
+    if is_hf_folder(path):
+        foreign = read_hf(path)
+        dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
+        said = read_object(path / GENERATION) if (path / GENERATION).is_file() else {}
+        tokenizer = path if tokenizer_files(path) else None
+        found = Opened(foreign.model, foreign.seq_len, foreign.produce, dtype, tokenizer, ends_of(said))
+    else:
+        ours = open_checkpoint(path)
+        compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(ours.config.get("precision", {}).get("compute"), torch.float32)
+        tokenizer, said = find_tokenizer(ours.config, ours.folder), ours.trainer.get("hf_generation_config", {})
+        found = Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends_of(said))
+    if found.model.family != "decoder":
+        raise UsageError(f"{path} is of family {found.model.family}, and only a decoder says what comes next: give a decoder's checkpoint")
+    return found
+
+
+def ends_of(generation: Mapping[str, Any]) -> frozenset[int]:
+    """`eos_token_id` of a generation config: one number, several, or none."""
+    ends = generation.get("eos_token_id")
+    return frozenset(e for e in (ends if isinstance(ends, list) else [ends]) if isinstance(e, int))
+
+
+def layout(opened: Opened, ranks: int, device: str) -> Config:
+    """The config of a process that reads alone, its ranks on tp. Raises UsageError where the model cannot be cut over so many."""
+    values = {
+        "run": {"device": device},
+        "model": opened.model.model_dump(mode="json"),
+        "parallel": {"tp": ranks, "dp_shard": 1},
+        "train": {"steps": 1, "seq_len": opened.seq_len},
+        "data": {"train": "none"},
+    }
+    config = check(build_config(values), ranks)
+    if config.model.moe is not None:  # an expert that is full in training is not, a token at a time
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"moe": config.model.moe.model_copy(update={"capacity_factor": None})})}
+        )
+    return config

@@ -1,0 +1,115 @@
+"""Random models of every family, made and saved by transformers itself, with sizes and features drawn by hypothesis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+LENGTH = 20  # tokens that logits are compared on
+FAMILIES = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
+
+
+@st.composite
+def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """Keyword arguments of a config class of transformers."""
+    group, kv = draw(st.sampled_from([(1, 4), (2, 2), (4, 1), (3, 1), (1, 1)]))
+    heads = group * kv
+    experts = family in ("mixtral", "qwen3_moe")
+    head = draw(st.sampled_from([4, 8] if experts else [4, 8, 10]))
+    multiple = 4 if experts else 1  # transformers' grouped products want rows of a multiple of 16 bytes
+    own_head = family not in ("olmo2", "gpt2") and draw(st.booleans())
+    hidden = heads * head if not own_head else 4 * draw(st.integers(2, 7)) * heads
+    common = {
+        "vocab_size": draw(st.integers(30, 70)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "initializer_range": draw(st.sampled_from([0.02, 0.3])),
+        "bos_token_id": None,
+        "eos_token_id": 3,
+        "pad_token_id": None,
+    }
+    layers = draw(st.integers(1, 3))
+    if family == "gpt2":
+        return {
+            **common,
+            "n_embd": hidden,
+            "n_head": heads,
+            "n_layer": layers,
+            "n_positions": draw(st.integers(LENGTH, 40)),
+            "n_inner": draw(st.sampled_from([None, 36])),
+            "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
+            "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
+        }
+    values = {
+        **common,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "num_hidden_layers": layers,
+        "intermediate_size": multiple * draw(st.integers(5, 60 // multiple)),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        "max_position_embeddings": 64,
+        "rope_parameters": draw(ropes()),
+    }
+    if family != "olmo2":
+        values["head_dim"] = head
+    if family in ("mistral", "mixtral"):
+        values["sliding_window"] = draw(st.sampled_from([None, 7]))
+    if family in ("qwen3", "qwen3_moe") and draw(st.booleans()):
+        values |= {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}
+    number = draw(st.integers(2, 5))
+    if family == "mixtral":
+        values |= {"num_local_experts": number, "num_experts_per_tok": draw(st.integers(1, number))}
+    if family == "qwen3_moe":
+        values |= {
+            "num_experts": number,
+            "num_experts_per_tok": draw(st.integers(1, number)),
+            "moe_intermediate_size": 4 * draw(st.integers(1, 5)),
+            "norm_topk_prob": draw(st.booleans()),
+            "decoder_sparse_step": draw(st.integers(1, layers)),
+        }
+    return values
+
+
+@st.composite
+def ropes(draw: st.DrawFn) -> dict[str, Any]:
+    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
+    values: dict[str, Any] = {"rope_type": kind, "rope_theta": draw(st.sampled_from([10000.0, 500.0]))}
+    if kind != "default":
+        values["factor"] = draw(st.sampled_from([2.0, 8.0]))
+    if kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = draw(st.sampled_from([8, 16]))
+    if kind == "llama3":
+        values |= {"low_freq_factor": 1.0, "high_freq_factor": draw(st.sampled_from([2.0, 4.0]))}
+    if kind == "yarn" and draw(st.booleans()):
+        values["attention_factor"] = 1.1
+    return values
+
+
+def save(family: str, values: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A randomly started model, norms and biases moved off their starts so that none can be swapped unseen; returns it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder, **options)
+    return model
+
+
+SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+# A plain model of each family, for tests of everything but the family.
+PLAIN: dict[str, dict[str, Any]] = {
+    **{
+        f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None} for f in FAMILIES[:6]
+    },
+    "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
+}
+PLAIN["mixtral"] |= {"num_local_experts": 3}
+PLAIN["qwen3_moe"] |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+PLAIN["qwen3"] |= {"head_dim": 8}

@@ -1,0 +1,185 @@
+"""Hugging Face folders in and out: the same logits as transformers, and the same bits after a round trip."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from megascale.errors import UsageError
+from megascale.formats.compare import our_logits
+from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
+from megascale.formats.hf import read_hf
+from megascale.formats.sources import open_checkpoint
+from tests.formats.models import FAMILIES, LENGTH, PLAIN, config_values, save
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
+quiet = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def same_bits(a: Path, b: Path) -> None:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)), name
+
+
+def tokens_of(vocab: int) -> torch.Tensor:
+    return torch.randint(0, vocab, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@quiet
+@given(data=st.data())
+def test_every_family_both_ways(family: str, data: st.DataObject) -> None:
+    """Catches a swapped module, a missed transposition, an eps, theta, window, scaling or head size that is not read, and a router's rule
+    taken for another: logits in fp32 within 1e-4 of transformers', there and back, and every tensor bit-equal after the round trip.
+    """
+    values = data.draw(config_values(family))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = save(family, values, folder / "hf")
+        tokens = tokens_of(values["vocab_size"])
+        with torch.no_grad():
+            want = model(tokens).logits
+        hf_to_megascale(folder / "hf", folder / "ours", Options(slab_bytes=1000))
+        ours = open_checkpoint(folder / "ours")
+        got = our_logits(ours.model, ours.seq_len, ours.source.read, tokens)
+        assert (got - want).abs().max() <= 1e-4
+        megascale_to_hf(folder / "ours", folder / "back", Options(slab_bytes=1000))
+        same_bits(folder / "hf", folder / "back")
+        from transformers import AutoModelForCausalLM
+
+        again = AutoModelForCausalLM.from_pretrained(folder / "back").eval()
+        with torch.no_grad():
+            assert torch.equal(again(tokens).logits, want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_within_its_own_rounding(family: str, tmp_path: Path) -> None:
+    """Catches a sum or a norm that is rounded where transformers rounds later: against fp32 logits of the same weights, our bf16 is no
+    further off than twice transformers' bf16. One expert is chosen from all of them, for a choice that flips is no rounding.
+    """
+    values = {**PLAIN[family], "initializer_range": 0.15}
+    if "num_experts_per_tok" in values or family == "mixtral":
+        values["num_experts_per_tok"] = 3
+    model = save(family, values, tmp_path / "hf", torch.bfloat16)
+    tokens = tokens_of(50)
+    with torch.no_grad():
+        rounded = model(tokens).logits.float()
+        exact = model.float()(tokens).logits
+    foreign = read_hf(tmp_path / "hf")
+    got = our_logits(foreign.model, foreign.seq_len, foreign.produce, tokens, torch.bfloat16).float()
+    own = (rounded - exact).abs()
+    ours = (got - exact).abs()
+    assert 0 < ours.max() <= 2 * own.max() and ours.mean() <= 2 * own.mean(), (ours.max(), own.max(), ours.mean(), own.mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_the_config_survives_a_round_trip(family: str, tmp_path: Path) -> None:
+    """Catches keys that an export forgets or invents: transformers reads the same config from both folders."""
+    from transformers import AutoConfig
+
+    save(family, PLAIN[family], tmp_path / "hf")
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    before, after = (AutoConfig.from_pretrained(tmp_path / n).to_dict() for n in ("hf", "back"))
+    for values in (before, after):
+        for key in ("_name_or_path", "max_window_layers"):  # where it came from; and what matters with windows only
+            values.pop(key, None)
+        if family == "gpt2":
+            values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
+    assert {k: (v, after.get(k)) for k, v in before.items() if after.get(k) != v} == {}
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == json.loads(
+        (tmp_path / "hf/generation_config.json").read_text()
+    )
+
+
+def test_files_are_cut_and_written_alike_by_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a shard that is not in the index, and bytes that depend on workers, slabs or how the source is cut."""
+    save("mixtral", PLAIN["mixtral"], tmp_path / "whole")
+    save("mixtral", PLAIN["mixtral"], tmp_path / "cut", max_shard_size="20KB")
+    assert (tmp_path / "cut/model.safetensors.index.json").exists()
+    hf_to_megascale(tmp_path / "whole", tmp_path / "a", Options())
+    hf_to_megascale(tmp_path / "cut", tmp_path / "b", Options(slab_bytes=777, workers=2))
+    for path in (tmp_path / "a").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    monkeypatch.setattr("megascale.formats.hf.FILE_BYTES", 30000)
+    megascale_to_hf(tmp_path / "a", tmp_path / "back", Options(workers=2))
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    same_bits(tmp_path / "whole", tmp_path / "back")
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_older_spellings_are_read(tmp_path: Path) -> None:
+    """Catches rope_scaling and rope_theta of transformers 4, GPT-2's own files without a prefix and with masks, and stored inverse
+    frequencies."""
+    from safetensors.torch import save_file
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    save("llama", {**PLAIN["llama"], "rope_parameters": {**rope, "rope_theta": 500.0}}, tmp_path / "llama")
+    new = read_hf(tmp_path / "llama").model
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    del config["rope_parameters"]
+    old = {**config, "rope_theta": 500.0, "rope_scaling": {"type": "llama3", **{k: v for k, v in rope.items() if k != "rope_type"}}}
+    (tmp_path / "llama/config.json").write_text(json.dumps(old))
+    held = tensors(tmp_path / "llama")
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(held, tmp_path / "llama/model.safetensors")
+    assert read_hf(tmp_path / "llama").model == new and new.rope_scaling is not None
+    save("gpt2", PLAIN["gpt2"], tmp_path / "gpt2")
+    held = {n.removeprefix("transformer."): t for n, t in tensors(tmp_path / "gpt2").items()}
+    held["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    before = read_hf(tmp_path / "gpt2")
+    name = "model.blocks.1.attention.k.weight"
+    want = before.produce(name, (0, 0), (32, 32))
+    save_file(held, tmp_path / "gpt2/model.safetensors")
+    assert torch.equal(read_hf(tmp_path / "gpt2").produce(name, (0, 0), (32, 32)), want)
+
+
+def test_dtypes_are_as_asked(tmp_path: Path) -> None:
+    """Catches a cast that is not asked for, and one that is forgotten."""
+    save("llama", PLAIN["llama"], tmp_path / "hf", torch.bfloat16)
+    hf_to_megascale(tmp_path / "hf", tmp_path / "kept", Options())
+    hf_to_megascale(tmp_path / "hf", tmp_path / "wide", Options(dtype=torch.float32))
+    kept, wide = open_checkpoint(tmp_path / "kept").source, open_checkpoint(tmp_path / "wide").source
+    assert {t.dtype for t in kept.tensors.values()} == {torch.bfloat16} and {t.dtype for t in wide.tensors.values()} == {torch.float32}
+    megascale_to_hf(tmp_path / "wide", tmp_path / "back", Options(dtype=torch.bfloat16))
+    same_bits(tmp_path / "hf", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
+        ({"position": "alibi"}, "model.position is 'alibi'"),
+        ({"bias": True, "norm": "layernorm"}, "model.bias is True"),
+        ({"family": "encoder"}, "model.family is encoder"),
+        ({"moe": {"num_shared": 1}}, "model.moe.num_shared is 1"),
+        ({"moe": {"balance": "bias"}}, "model.moe.balance is 'bias'"),
+    ],
+)
+def test_what_no_family_has_is_not_exported(section: dict[str, Any], words: str) -> None:
+    """Catches an export that is another model: what stands in the way is named."""
+    from megascale.formats.hf_config import hf_config
+    from tests.layouts import tiny
+
+    with pytest.raises(UsageError) as error:
+        hf_config(tiny(**section), 12)
+    assert words in str(error.value)

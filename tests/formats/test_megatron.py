@@ -1,0 +1,252 @@
+"""Megatron's weights in and out: against megatron-core itself where it is installed, and against themselves on every layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megascale.checkpoint.streaming import Target, write_streamed
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.formats.compare import our_logits
+from megascale.formats.megatron import read_megatron, write_megatron
+from megascale.formats.pickles import read_pickle, read_torch
+from megascale.formats.shapes import MODEL, our_shapes
+from megascale.formats.sources import Checkpoint, open_checkpoint
+from tests.layouts import tiny
+
+SEQ = 16
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None,
+    reason="megatron-core is not installed: pip install 'megascale[megatron]'",
+)
+MODELS: dict[str, Model] = {
+    "llama": tiny(num_kv_heads=2, vocab_size=37),
+    "qk norm, own head size": tiny(num_kv_heads=4, qk_norm=True, head_dim=10),
+    "gpt": tiny(norm="layernorm", bias=True, ffn="gelu", position="learned", num_kv_heads=4, tie_embeddings=True),
+}
+
+
+class Random:
+    """Weights drawn from (name, place)."""
+
+    def __call__(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((name, offset)) % 2**31)
+        return 0.3 * torch.randn(shape, generator=generator)
+
+
+def checkpoint(model: Model, folder: Path) -> Checkpoint:
+    targets = [Target(MODEL + n, torch.float32, s) for n, s in our_shapes(model, SEQ).items()]
+    config = {"model": model.model_dump(mode="json"), "train": {"seq_len": SEQ}}
+    write_streamed(folder, 7, targets, Random(), {"step": 7, "config": config}, stamp="x")
+    return open_checkpoint(folder)
+
+
+def assert_same(a: Any, b: Checkpoint) -> None:
+    for name, target in b.source.tensors.items():
+        zero = (0,) * len(target.shape)
+        assert torch.equal(a.produce(name, zero, target.shape), b.source.read(name, zero, target.shape)), name
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_every_layout_comes_back(data: st.DataObject) -> None:
+    """Catches a KV head's group, a gate, a padding row or a layer that lands on another rank, and either place of norms."""
+    tp, pp, kv = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([4, 8]))
+    norm = data.draw(st.sampled_from(["rmsnorm", "layernorm"]))
+    model = tiny(
+        num_layers=6,
+        hidden_size=32,
+        num_heads=kv * data.draw(st.sampled_from([1, 2])),
+        num_kv_heads=kv,
+        head_dim=data.draw(st.sampled_from([2, 6])),
+        ffn_size=4 * data.draw(st.integers(1, 9)),
+        ffn=data.draw(st.sampled_from(["swiglu", "gelu"])),
+        norm=norm,
+        bias=norm == "layernorm",
+        qk_norm=data.draw(st.booleans()),
+        position=data.draw(st.sampled_from(["rope", "learned"])),
+        tie_embeddings=data.draw(st.booleans()),
+        vocab_size=data.draw(st.integers(9, 40)),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        ours = checkpoint(model, Path(name) / "ours")
+        spec, divisible = data.draw(st.sampled_from(["te", "local"])), data.draw(st.sampled_from([1, 16]))
+        write_megatron(ours, Path(name) / "out", tp, pp, spec, divisible, None)
+        assert_same(read_megatron(Path(name) / "out", model, SEQ), ours)
+
+
+def oracle(folder: Path, model: Model, ranks: tuple[int, int], tokens: torch.Tensor, rows: int, **told: Any) -> torch.Tensor | None:
+    """Runs megatron-core on tp·pp processes; its logits, where it is no pipeline."""
+    values = {
+        "layers": model.num_layers, "hidden": model.hidden_size, "heads": model.num_heads, "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim, "ffn": model.ffn_size, "gated": model.ffn == "swiglu", "qk_norm": bool(model.qk_norm),
+        "norm": "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm", "rope": model.position == "rope", "tied": model.tie_embeddings,
+        "rows": rows, "length": SEQ,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    content = {"values": values, "tp": ranks[0], "pp": ranks[1], "tokens": tokens.tolist(), "save": [], **told}
+    (folder / "told.json").write_text(json.dumps(content))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks[0] * ranks[1]}", "tests/formats/megatron_oracle.py"]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "logits.pt") if ranks[1] == 1 else None
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.dist
+@pytest.mark.parametrize("name", MODELS)
+def test_against_megatron_core(name: str, tmp_path: Path) -> None:
+    """Catches names, orders of rows and paddings that only we believe in: what megatron-core saves, in both formats, has its logits here,
+    and it loads what we write, on two tensor ranks and on two stages.
+    """
+    model, tokens, rows = MODELS[name], torch.arange(24).view(2, 12) % 37, 48
+    want = oracle(tmp_path / "one", model, (1, 1), tokens, rows, save=["ranks", "dist"])
+    two = oracle(tmp_path / "two", model, (2, 1), tokens, rows, save=["ranks", "dist"])
+    for logits, source in ((want, "one"), (two, "two")):
+        for folder in (tmp_path / source, tmp_path / source / "dist"):
+            foreign = read_megatron(folder, model, SEQ)
+            got = our_logits(foreign.model, SEQ, foreign.produce, tokens)
+            assert (got - logits[..., : model.vocab_size]).abs().max() < 1e-4, folder  # type: ignore[index]
+    ours = checkpoint(model, tmp_path / "ours")
+    exact = our_logits(model, SEQ, ours.source.read, tokens)
+    for tp, pp in ((2, 1), (1, 2)):
+        out = tmp_path / f"out{tp}{pp}"
+        write_megatron(ours, out, tp, pp, "local", 12, None)
+        load = str(out / "iter_0000007")
+        logits = oracle(tmp_path / f"told{tp}{pp}", model, (tp, pp), tokens, 48, load=load, save=["dist"])
+        if logits is not None:
+            assert (logits[..., : model.vocab_size] - exact).abs().max() < 1e-4
+        assert_same(read_megatron(tmp_path / f"told{tp}{pp}/dist", model, SEQ), ours)
+
+
+class Evil:
+    """A pickle that would run a program."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
+    """Catches a reader that calls what a file names, bare or inside torch.save's zip; the tensors beside it are read all the same."""
+    (tmp_path / "bare").write_bytes(pickle.dumps({"a": Evil(tmp_path / "ran"), "b": 1}))
+    assert read_pickle(tmp_path / "bare")["b"] == 1
+    torch.save({"model": {"w": torch.arange(3.0)}, "args": Evil(tmp_path / "ran")}, tmp_path / "zip")
+    assert read_torch(tmp_path / "zip")["model"]["w"].tolist() == [0, 1, 2]
+    assert not (tmp_path / "ran").exists()
+    with zipfile.ZipFile(tmp_path / "torn", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02garbage")
+    for name, words in (("torn", "cannot be read"), ("bare", "no zip file"), ("absent", "there is no")):
+        with pytest.raises(UsageError, match=words):
+            read_torch(tmp_path / name)
+
+
+def lose(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder / "iter_0000007/mp_rank_01_000")
+
+
+def change(folder: Path, rank: str, name: str, value: Any) -> None:
+    path = folder / "iter_0000007" / rank / "model_optim_rng.pt"
+    held = torch.load(path)
+    held["model"][name] = value
+    path.unlink()  # or the file that somebody has mapped would change
+    torch.save(held, path)
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "a rank is missing": (lose, r"mp_rank_01_000 is missing: 3 of 4 ranks are here"),
+    "a rank of experts": (lambda f: (f / "iter_0000007/mp_rank_00_000_001").mkdir(), "only tensor and pipeline ranks can be read"),
+    "no such iteration": (lambda f: (f / "latest_checkpointed_iteration.txt").write_text("../../x"), "there is no such iteration"),
+    "copies differ": (
+        lambda f: change(f, "mp_rank_01_001", "decoder.final_layernorm.weight", torch.ones(24)), "of which it is a copy: the ranks are"
+    ),
+    "a foreign tensor": (lambda f: change(f, "mp_rank_00_000", "decoder.layers.0.mlp.linear_fc3.weight", torch.ones(2)), "has no place"),
+    "another shape": (lambda f: change(f, "mp_rank_00_000", "decoder.layers.0.mlp.linear_fc2.weight", torch.ones(2, 2)), "has shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_tampered_ranks(damage: str, tmp_path: Path) -> None:
+    """Catches whatever is believed unseen."""
+    model = MODELS["llama"]
+    write_megatron(checkpoint(model, tmp_path / "ours"), tmp_path / "out", 2, 2, "te", 1, None)
+    do, words = DAMAGE[damage]
+    do(tmp_path / "out")
+    with pytest.raises(UsageError, match=words):
+        read_megatron(tmp_path / "out", model, SEQ)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 60}, "38 rows for model.embedding.weight, and model.vocab_size is 60"),
+        ({"num_layers": 4}, "mp_rank_00/decoder.layers.2."),
+        ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
+        ({"moe": {}}, "model.moe is"),
+        ({"bias": True}, "its RMSNorm none"),
+    ],
+)
+def test_other_models_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Catches weights of one model read as another."""
+    write_megatron(checkpoint(MODELS["llama"], tmp_path / "ours"), tmp_path / "out", 2, 1, "te", 1, None)
+    with pytest.raises(UsageError) as error:
+        read_megatron(tmp_path / "out", tiny(**{"num_kv_heads": 2, "vocab_size": 37, **changes}), SEQ)
+    assert words in str(error.value)
+
+
+def test_the_tool_both_ways(tmp_path: Path) -> None:
+    """Catches a way that the tool does not have, and damage that goes on into another format."""
+    from megascale.config.load import to_yaml
+
+    model = MODELS["gpt"]
+    ours = checkpoint(model, tmp_path / "ours")
+    (tmp_path / "c.yaml").write_text(to_yaml({"model": model.model_dump(mode="json"), "train": {"seq_len": SEQ, "steps": 1}}))
+
+    def tool(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "tools/convert.py", *map(str, args)], capture_output=True, text=True)
+
+    done = tool(tmp_path / "ours", tmp_path / "out", "--from", "megascale", "--to", "megatron", "--tp", 2, "--pp", 2)
+    assert done.returncode == 0 and "weights only" in done.stdout, done.stderr
+    done = tool(tmp_path / "out", tmp_path / "back", "--from", "megatron", "--to", "megascale", "--config", tmp_path / "c.yaml")
+    assert done.returncode == 0, done.stderr
+    back = open_checkpoint(tmp_path / "back")
+    assert back.model == ours.model
+    for name, target in ours.source.tensors.items():
+        zero = (0,) * len(target.shape)
+        assert torch.equal(back.source.read(name, zero, target.shape), ours.source.read(name, zero, target.shape))
+    for args, words in (
+        ((tmp_path / "out", tmp_path / "no", "--from", "megatron", "--to", "megascale"), "give --config FILE"),
+        (
+            (tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron", "--tp", 3),
+            "model.num_kv_heads is 4 and the weights",
+        ),
+        ((tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron", "--spec", "x"), "--spec is x"),
+    ):
+        wrong = tool(*args)
+        assert wrong.returncode == 2 and words in wrong.stderr and "Traceback" not in wrong.stderr
+    shard = next(ours.folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    wrong = tool(tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron")
+    assert wrong.returncode == 2 and "its content has changed" in wrong.stderr and not (tmp_path / "no").exists()

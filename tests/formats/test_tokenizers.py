@@ -1,0 +1,121 @@
+"""Tokenizers in exported folders: transformers encodes and decodes with them what we do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megascale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megascale.errors import UsageError
+from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
+from megascale.formats.tokenizer_files import PROBES, as_tokenizers, tokenizer_content
+from tests.formats.models import PLAIN, save
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
+TEXTS = [Path(__file__).read_text(), "Ünïcödé 🙂 and “quotes” " * 30]
+
+
+def byte_level(path: Path) -> None:
+    """A byte-level BPE with a beginning token, as Llama 3's."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    made.save(str(path))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
+    """Each kind of tokenizer, ours and transformers' from the files that we export."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_sentencepiece(TEXTS, 500, folder / "sp.model")
+    byte_level(folder / "bpe.tokenizer.json")
+    found = {}
+    for kind, name in (("sentencepiece", "sp.model"), ("bpe", "bpe.tokenizer.json")):
+        (folder / kind).mkdir()
+        for file, content in tokenizer_content(folder / name).items():
+            (folder / kind / file).write_bytes(content)
+        found[kind] = (load_tokenizer(folder / name), AutoTokenizer.from_pretrained(folder / kind))
+    return found
+
+
+PIECES = st.one_of(st.text(max_size=8), st.sampled_from([" ", "  ", "\n", "▁", "<s>", "</s>", "<0x41>", "def ", "return", "🙂", "ﬁ"]))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+@given(parts=st.lists(PIECES, max_size=12))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_transformers_encodes_alike(made: dict[str, tuple[Tokenizer, Any]], kind: str, parts: list[str]) -> None:
+    """Catches a normalizer or a prefix that one of them has, control pieces that text can match, and bytes that fall out."""
+    ours, theirs = made[kind]
+    text = "".join(parts)
+    if kind == "sentencepiece" and any(mark in text for mark in ("<s>", "</s>")):
+        text = text.replace("<s>", "").replace("</s>", "")  # there a tokenizer of transformers means the token, wherever it came from
+    ids = ours.encode_batch([text])[0].tolist()
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_the_ends_are_known(made: dict[str, tuple[Tokenizer, Any]]) -> None:
+    """Catches an export that generates for ever, and a prompt without the token that begins it."""
+    for ours, theirs in made.values():
+        assert theirs.eos_token_id == ours.eos_id
+    ours, theirs = made["bpe"]
+    assert ours.encode_prompt("def") == theirs.encode("def") and ours.encode_prompt("def")[0] == 0
+
+
+def test_models_that_normalize_keep_their_own_file(tmp_path: Path) -> None:
+    """Catches a tokenizer.json that encodes other than its SentencePiece model."""
+    (tmp_path / "text").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "usual"), vocab_size=400, model_type="unigram", byte_fallback=True,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "usual.model"))
+    assert piece.encode(PROBES[1]) == piece.encode(PROBES[1].strip().replace("  ", " ")), "it removes white space"
+    assert as_tokenizers(piece) is None
+    assert list(tokenizer_content(tmp_path / "usual.model")) == ["tokenizer.model"]
+
+
+def test_files_travel_with_the_model(tmp_path: Path) -> None:
+    """Catches a tokenizer that is lost on the way, a padded vocabulary that is refused, and one that is too small."""
+    save("llama", PLAIN["llama"] | {"vocab_size": 410}, tmp_path / "hf")
+    byte_level(tmp_path / "hf/tokenizer.json")
+    (tmp_path / "hf/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}')
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+    save("llama", PLAIN["llama"], tmp_path / "small")
+    hf_to_megascale(tmp_path / "small", tmp_path / "small-ours", Options())
+    with pytest.raises(UsageError, match="has 400 pieces and the model 50 rows"):
+        megascale_to_hf(tmp_path / "small-ours", tmp_path / "no", Options(tokenizer=tmp_path / "hf/tokenizer.json"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_generation_of_an_export_needs_nothing_else(tmp_path: Path) -> None:
+    """Catches a folder that transformers' own pipeline cannot use."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train_sentencepiece(TEXTS, 350, tmp_path / "t.model")
+    save("qwen3", PLAIN["qwen3"] | {"vocab_size": 350}, tmp_path / "hf")
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "out", Options(tokenizer=tmp_path / "t.model"))
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    out = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert isinstance(out, torch.Tensor) and tokenizer.decode(out[0]).startswith("def ")

@@ -1,0 +1,171 @@
+"""Generation: the cache changes nothing, ranks change nothing, and transformers says the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Model, Parallel
+from megascale.errors import UsageError
+from megascale.formats.hf import read_hf
+from megascale.formats.load import load_model
+from megascale.generate.open import ends_of
+from megascale.generate.run import Sampling, generate
+from megascale.generate.sample import choose
+from megascale.parallel.apply import ParallelModel
+from tests.formats.models import FAMILIES, PLAIN, save
+from tests.layouts import CPU, Case, build, tiny
+from tests.ranks import run_ranks
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
+MODELS: dict[str, Model] = {
+    "llama": tiny(num_kv_heads=1),
+    "alibi": tiny(position="alibi", residual="post", num_kv_heads=2),
+    "xpos": tiny(position="xpos", qk_norm=True),
+    "window": tiny(sliding_window=4, residual="res_post", qk_norm="width"),
+    "learned": tiny(position="learned", norm="layernorm", bias=True, ffn="gelu_tanh", tie_embeddings=True, num_kv_heads=4),
+    "experts": tiny(moe={"num_experts": 4, "num_shared": 1, "router": "sigmoid"}),
+    "repeated": tiny(num_layers=4, num_kv_heads=4, moe={"num_experts": 4}, moeut={"group_size": 2, "attention_experts": 4}),
+    "deepnorm": tiny(residual="deepnorm"),
+}
+
+
+def plainly(model: ParallelModel, prompt: list[int], most: int) -> list[int]:
+    """Greedy without a cache and without a batch: the whole text again for every token."""
+    text = list(prompt)
+    for _ in range(most):
+        text.append(int(model.module(torch.tensor([text]))[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_and_batch_change_nothing(name: str) -> None:
+    """Catches padding that is seen, positions that count it, a window or slope that forgets what was cached, a repeat that reads another's
+    rows, and a cache that outgrows its room.
+    """
+    case = Case(MODELS[name], seq_len=320 if name == "learned" else 12)
+    with torch.no_grad():
+        model = build(case, 1)
+        model.train(False)
+        most = 12 if name != "llama" else 270
+        want = [plainly(model, p, 12) for p in PROMPTS]
+        got = generate(model, PROMPTS, Sampling(most))
+    assert [tokens[:12] for tokens in got] == want and {len(tokens) for tokens in got} == {most}
+
+
+def cut(name: str) -> list[list[int]]:
+    parallel = Parallel(tp=dist.get_world_size(), dp_shard=1)
+    model = build(Case(MODELS[name], parallel, seq_len=64), dist.get_world_size())
+    model.train(False)
+    return generate(model, PROMPTS, Sampling(8)) + generate(model, PROMPTS, Sampling(8, 1.0, 0.9, seed=5))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "ranks"), [("llama", 2), ("llama", 4), ("alibi", 2), ("window", 2), ("experts", 2)])
+def test_tensor_ranks_change_nothing(name: str, ranks: int) -> None:
+    """Catches a vocabulary that is not put together, padding rows that are chosen, and ranks that draw for themselves."""
+    alone = build(Case(MODELS[name], seq_len=64), 1)
+    alone.train(False)
+    want = generate(alone, PROMPTS, Sampling(8)) + generate(alone, PROMPTS, Sampling(8, 1.0, 0.9, seed=5))
+    assert all(got == want for got in run_ranks(ranks, cut, name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_transformers_greedy(family: str, tmp_path: Path) -> None:
+    """Catches any difference that grows token by token: 24 tokens of 4 prompts, padded on the left by both."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
+    theirs = save(family, {**PLAIN[family], "initializer_range": 0.3, "pad_token_id": 0}, tmp_path / "hf")
+    length = max(map(len, PROMPTS))
+    tokens = torch.tensor([[0] * (length - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in PROMPTS])
+    out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=3, pad_token_id=0)[
+        :, length:
+    ].tolist()
+    want = [row[: row.index(3) + 1] if 3 in row else row for row in out]
+    foreign = read_hf(tmp_path / "hf")
+    mesh = build_mesh(axis_sizes(Parallel(dp_shard=1), 1), "cpu")
+    model = load_model(foreign.model, foreign.seq_len, foreign.produce, mesh, Parallel(), CPU, torch.float32)
+    assert generate(model, PROMPTS, Sampling(24, ends=frozenset({3}))) == want
+
+
+def test_ends_are_read_as_transformers_writes_them() -> None:
+    """Catches a chat model that never ends: its generation config has several tokens that do."""
+    assert ends_of({"eos_token_id": 3}) == {3} and ends_of({"eos_token_id": [3, 5]}) == {3, 5} and ends_of({}) == set()
+    model = build(Case(MODELS["llama"], seq_len=64), 1)
+    model.train(False)
+    free = generate(model, PROMPTS, Sampling(8))
+    ends = frozenset({free[0][2], free[1][0]})
+    for told, tokens in zip(generate(model, PROMPTS, Sampling(8, ends=ends)), free):
+        first = next((i + 1 for i, t in enumerate(tokens) if t in ends), 8)
+        assert told == tokens[:first]
+
+
+def test_drawing() -> None:
+    """Catches top-p that cuts a token too early or too late, and a temperature on the wrong side: frequencies of 40000 draws."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -9.0]]).log_softmax(-1)
+    many = logits.expand(40000, -1)
+    for temperature, top_p, kept in ((1.0, 1.0, 5), (0.5, 1.0, 5), (1.0, 0.7, 2), (1.0, 0.6, 1), (2.0, 0.9, 4)):
+        p = torch.softmax(logits[0].double() / temperature, -1)
+        assert top_p == 1.0 or p[: kept - 1].sum() < top_p <= p[:kept].sum()
+        p = torch.where(torch.arange(5) < kept, p, 0)
+        p = p / p.sum()
+        drawn = choose(many, temperature, top_p, torch.Generator().manual_seed(1)).bincount(minlength=5) / 40000
+        assert (drawn - p).abs().max() < 0.01, (temperature, top_p)
+    assert choose(logits, 0.0, 1.0, torch.Generator()).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([[1], []], "prompt 2 has no tokens"),
+        ([[37]], "prompt 1 holds token 37, and the model knows 37"),
+        ([[1] * 9], "the model has 12 learned"),
+    ],
+)
+def test_prompts_that_cannot_be(prompts: list[list[int]], words: str) -> None:
+    """Catches an index error where a sentence is due."""
+    model = build(Case(MODELS["learned"], seq_len=12), 1)
+    with pytest.raises(UsageError, match=words):
+        generate(model, prompts, Sampling(8))
+
+
+def tool(*args: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    start: list[Any] = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return subprocess.run([*start, "tools/generate.py", *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.mark.dist
+def test_the_tool(tmp_path: Path) -> None:
+    """Catches a run whose tokenizer is not found, a difference between formats or ranks, and wrong use that is a traceback."""
+    from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
+    from megascale.formats.convert import Options, megascale_to_hf
+    from tests.runs import make_tokens, run, settings
+
+    train_sentencepiece(["abc cab bac " * 20], 264, tmp_path / "tokens.model")
+    make_tokens(tmp_path / "tokens")
+    values = settings(tmp_path, model__vocab_size=266, precision__compute="fp32")
+    assert run(values) == (0, "done")
+    prompt = "cab c"
+    first = tool(tmp_path / "run", "--prompt", prompt, "--prompt", "b", "--json", "--max-new-tokens", 9, "--ignore-end")
+    assert first.returncode == 0, first.stderr
+    lines = [json.loads(line) for line in first.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == [prompt, "b"] and all(len(line["tokens"]) == 9 for line in lines)
+    tokenizer = load_tokenizer(tmp_path / "tokens.model")
+    assert lines[0]["text"] == tokenizer.decode(lines[0]["tokens"])
+    megascale_to_hf(tmp_path / "run", tmp_path / "hf", Options())
+    for source, ranks in (("hf", 1), ("run", 2)):
+        other = tool(tmp_path / source, "--prompt", prompt, "--prompt", "b", "--json", "--max-new-tokens", 9, "--ignore-end", ranks=ranks)
+        assert other.returncode == 0, other.stderr
+        assert [json.loads(line) for line in other.stdout.splitlines()] == lines
+    for args, words in (((), "--prompt is given 0 times and --tokens 0 times"), (("--tokens", "1,a"), "--tokens is '1,a'")):
+        wrong = tool(tmp_path / "run", *args)
+        assert wrong.returncode == 2 and words in wrong.stderr and "Traceback" not in wrong.stderr

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Converts models between checkpoints of megascale, Hugging Face folders, and weights of megatron-core; streaming, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megascale.cli import new_app, run_tool
+from megascale.errors import UsageError
+from megascale.formats.convert import (
+    MegatronCut,
+    Options,
+    Report,
+    hf_to_megascale,
+    megascale_to_hf,
+    megascale_to_megatron,
+    megatron_to_megascale,
+    parse_dtype,
+)
+
+app = new_app(__doc__ or "")
+WAYS = {
+    ("hf", "megascale"): hf_to_megascale,
+    ("megascale", "hf"): megascale_to_hf,
+    ("megatron", "megascale"): megatron_to_megascale,
+    ("megascale", "megatron"): megascale_to_megatron,
+}
+
+
+@app.command()
+def main(
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, a checkpoint of Megatron, a folder step-…, or a run")],
+    target: Annotated[Path, typer.Argument(help="the folder to write, which must not exist")],
+    origin: Annotated[str, typer.Option("--from", help="hf, megatron or megascale")],
+    to: Annotated[str, typer.Option("--to", help="megascale, hf or megatron")],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64; what is stored if absent")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes that write; the bytes do not depend on them")] = 1,
+    tokens: Annotated[str | None, typer.Option(help="numbers such as 1,5,9: compare logits with transformers on them")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="from Megatron: a config whose sections model and train say what model it is")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="to Megatron: tensor ranks")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="to Megatron: pipeline ranks")] = 1,
+    spec: Annotated[str, typer.Option(help="to Megatron: te where it runs with Transformer Engine, else local")] = "te",
+    divisible: Annotated[int, typer.Option(min=1, help="to Megatron: --make-vocab-size-divisible-by")] = 128,
+    report: Annotated[Path | None, typer.Option(help="write what is printed as JSON, too")] = None,
+) -> None:
+    """SRC → DST. Exit code 2, and nothing written, where anything in SRC is not understood."""
+    if (origin, to) not in WAYS:
+        ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
+        raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}")
+    terminal = Console(stderr=True)
+
+    def progress(done: int, total: int) -> None:
+        if terminal.is_terminal:
+            terminal.print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", end="\r", highlight=False)
+
+    if spec not in ("te", "local"):
+        raise UsageError(f"--spec is {spec}: give te or local")
+    options = Options(
+        parse_dtype(dtype),
+        workers,
+        tokenizer=tokenizer,
+        tokens=parse_tokens(tokens),
+        progress=progress,
+        config=config,
+        cut=MegatronCut(tp, pp, spec, divisible),
+    )
+    done = WAYS[origin, to](source, target, options)
+    if report is not None:
+        report.write_text(json.dumps(done.plain(), indent=1) + "\n", encoding="utf-8")
+    print(told(done))
+
+
+def parse_tokens(text: str | None) -> list[int] | None:
+    """ "1,5,9" or "1 5 9" → numbers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise UsageError(f"--tokens is {text!r}: give token numbers such as 1,5,9") from None
+
+
+def told(report: Report) -> str:
+    logits = "not compared (give --tokens to compare them with transformers)"
+    if report.logits is not None:
+        logits = f"{report.logits:.3g} is the largest difference from transformers in fp32"
+    return "\n".join(
+        [
+            f"{report.source} → {report.written}",
+            f"  model: {report.model}, {report.parameters:,} parameters in {report.tensors} tensors",
+            f"  bytes: {report.bytes:,} as {', '.join(report.dtypes)}",
+            f"  tokenizer: {report.tokenizer or 'none found (give --tokenizer to add one)'}",
+            f"  logits: {logits}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_tool(app)
