@@ -145,10 +145,9 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     maps.gain, maps.eps_factor["stream"] = ratio**0.5, ratio
     stream = axis(kept.stream, d)
     head = same(source.head_dim)
-    maps.axes |= {
-        "one": same(1), "routing": same(16), "vocabulary": same(source.vocab_size), "positions": same(seq_len), "stream": stream,
-        "read": stream, "gain": stream.scaled(maps.gain), "shift": stream, "scale": stream, "query_norm": _norm_axis(source, source.num_heads), "key_norm": _norm_axis(source, source.num_kv_heads),
-    }  # fmt: skip
+    maps.axes |= {"one": same(1), "routing": same(16), "vocabulary": same(source.vocab_size), "positions": same(seq_len)}
+    maps.axes |= {"stream": stream, "read": stream, "gain": stream.scaled(maps.gain), "shift": stream, "scale": stream}
+    maps.axes |= {"query_norm": _norm_axis(source, source.num_heads), "key_norm": _norm_axis(source, source.num_kv_heads)}
     maps.by_layer = frozenset(("query", "key", "value", "heads", "heads_gain", "heads_shift", "ffn", "ffn_out", "ffn_gain", "ffn_shift"))
     for i in range(source.num_layers):
         neurons = axis(kept.neurons[i], source.ffn_size)
