@@ -276,8 +276,9 @@ def _tensor(
         if row_of(target, 0).norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
     if layer is not None and layer.mode == "cancel":
-        # Under ALiBi every head looks at its own distance, and no two cancel.
-        silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if target.position == "alibi" else ()))
+        # Under ALiBi every head looks at its own distance, under a norm over all heads each has gains of its own: no two cancel.
+        alone = target.position == "alibi" or target.qk_norm == "width"
+        silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if alone else ()))
         if suffix in silent:
             return TensorPlan(name, spec, constant=0.0, inserted=True)
         axes = tuple(PAIRED.get(a, a) for a in axes)
