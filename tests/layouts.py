@@ -38,6 +38,7 @@ class Case:
     fp8: Fp8 = "false"
     loss_scale: float = 1.0
     seq_len: int = 12
+    source_len: int = 8  # of an encoder_decoder
     batch: int = 4
     micro_batch: int = 1
     steps: int = 3
@@ -59,7 +60,7 @@ def tiny(**changes: Any) -> Model:
 
 
 def fake_batch(case: Case, numbers: list[int]) -> Batch:
-    """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets."""
+    """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets. Sources end anywhere."""
     if case.model.spacetime is not None:
         return fake_fields(case, case.model.spacetime, numbers)
     vocab = case.model.vocab_size
@@ -77,6 +78,10 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         begins = torch.where(docs != torch.nn.functional.pad(docs[:, :-1], (1, 0), value=-1), torch.arange(case.seq_len), 0)
         positions = torch.arange(case.seq_len) - begins.cummax(1).values
     targets[torch.tensor(numbers) < 0] = -1
+    source = None
+    if case.model.encoder_layers:
+        source = fake_texts(numbers, case.source_len, case.model.source_vocab_size or vocab)
+        targets[torch.arange(case.seq_len) > 3 + torch.tensor(numbers)[:, None] % case.seq_len] = -1
     return Batch(
         tokens[:, :-1],
         targets,
@@ -84,7 +89,17 @@ def fake_batch(case: Case, numbers: list[int]) -> Batch:
         positions,
         torch.tensor(numbers),
         int((targets >= 0).sum()),
+        source,
     )
+
+
+def fake_texts(numbers: list[int], places: int, vocab: int) -> Tensor:
+    """[b, places] tokens that depend on the sample number only, −1 beyond an end of its own; an empty place has none."""
+    source = torch.full((len(numbers), places), -1)
+    for row, n in enumerate(numbers):
+        length = 1 + (5 * n + 2) % places if n >= 0 else 0
+        source[row, :length] = torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(5000 + n))
+    return source
 
 
 def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
@@ -96,14 +111,17 @@ def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
         some = torch.rand(fields.tokens, generator=generator) < 0.5
         counted.append(some & (n >= 0) if fields.objective == "masked" else torch.full_like(some, n >= 0))
     targets = torch.stack(counted).to(torch.int64) - 1
-    return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), int((targets >= 0).sum()))
+    valid, text = int((targets >= 0).sum()), None
+    if fields.text_len is not None and fields.text_vocab_size is not None:
+        text = fake_texts(numbers, fields.text_len, fields.text_vocab_size)
+    return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), valid, text)
 
 
 def build(case: Case, ranks: int) -> ParallelModel:
     mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu", case.parallel.heads_over)
     kernels = choose_kernels("torch", case.model.norm, CPU)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
-    shape = Shape(case.seq_len, storage, DTYPES[case.precision])
+    shape = Shape(case.seq_len, storage, DTYPES[case.precision], case.source_len if case.model.encoder_layers else 0)
     stages = build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank)
     model = parallelize(stages, mesh, case.parallel, CPU, case.fp8)
     for _ in model.draw_weights(7):

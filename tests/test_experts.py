@@ -326,3 +326,24 @@ def test_an_axis_of_one_sends_nothing() -> None:
     arrival = dispatch(rows, torch.tensor([3, 1]), Axis("ep", 1, 0, None, traffic))
     assert torch.equal(arrival.back(arrival.wait()[0]), rows) and traffic.take() == ({}, {})
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 0), (4, 0), (2, 1)])
+def test_experts_under_deepscale_are_as_large_as_one(top_k: int, shared: int) -> None:
+    """Catches gates that sum to one taken for a branch of unit variance: two even experts would have half of it, and a shared one adds its
+    own.
+    """
+    sizes = {"hidden_size": 128, "num_kv_heads": 4, "ffn_size": 512, "ffn": "relu", "residual": "deepscale"}
+    cfg = tiny(**sizes, moe={"num_experts": 8, "top_k": top_k, "ffn_size": 256, "num_shared": shared, "router": "topk_softmax"})
+    moe = build(Case(cfg), 1).model.get_submodule("blocks.0.ffn")
+    assert isinstance(moe, MixtureOfExperts) and moe.unit_gates
+    x = torch.randn(4, 200, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = moe(x, None)
+    assert y.var().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_unit_gates_equal_one_process() -> None:
+    """Catches a part of a sum divided by the size of that part."""
+    cfg = sparse(num_shared=1).model_copy(update={"residual": "deepscale"})
+    assert_equal(Case(cfg, Parallel(tp=2, tp_sequence=True, ep=2), steps=2), 4)

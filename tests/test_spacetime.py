@@ -24,14 +24,16 @@ from tests.test_layouts import assert_equal
 pytestmark = pytest.mark.dist
 
 
-def grid(shape: tuple[int, ...], objective: str = "masked", patch: tuple[int, ...] | None = None, **changes: Any) -> Model:
+def grid(shape: tuple[int, ...], objective: str = "masked", patch: tuple[int, ...] | None = None, text: int = 0, **changes: Any) -> Model:
     fields = {"shape": shape, "patch": patch or (1,) * len(shape), "channels": 2, "objective": objective}
+    fields |= {"text_len": text, "text_vocab_size": 11} if text else {}
     return tiny(**{"family": "spacetime", "spacetime": fields, "vocab_size": None, "num_layers": 4, "num_kv_heads": 2, **changes})
 
 
 MODELS: dict[str, Model] = {
     "video": grid((5, 7), patch=(1, 1)),
     "forecast": grid((6, 5, 8), "next_step", patch=(1, 1, 2), position="learned", dropout=0.1, num_layers=5),
+    "told": grid((5, 6), "next_step", text=4, dropout=0.1, num_kv_heads=1, qk_norm=True),
     "volume": grid((4, 6, 5), bias=True, norm="layernorm", qk_norm=True, num_kv_heads=1),
 }
 LAYOUTS: dict[str, tuple[int, Parallel]] = {
@@ -128,6 +130,39 @@ def test_what_is_hidden_is_hidden() -> None:
     shown = batch.tokens.clone()
     shown[0, int(batch.targets[0].argmin()) // 4, int(batch.targets[0].argmin()) % 4] *= 2
     assert not torch.equal(made.embed(shown, batch.targets), predicted)
+
+
+def test_the_text_is_seen_and_its_end_is_not() -> None:
+    """Catches blocks that never look at the text, and padding behind its end that they look at."""
+    model = grid((4, 3), "next_step", text=4)
+    case = case_of(model, Parallel())
+    made, batch = build(case, 1).model, fake_batch(case, [0])
+    assert batch.source is not None and batch.source[0].tolist()[3:] == [-1]
+    first = made(batch.tokens, source=batch.source)
+    words = batch.source.clone()
+    words[0, 2] = (words[0, 2] + 1) % 11
+    assert ((made(batch.tokens, source=words) - first).abs() > 0).all()
+    torch.testing.assert_close(made(batch.tokens, source=batch.source[:, :3]), first)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(made(batch.tokens, source=batch.source.flip(1).sort(descending=True).values), first)
+
+
+def text_bytes() -> list[int]:
+    """What dsp sends over its axis in a step, without and with a text."""
+    sent = []
+    for text in (0, 6):
+        case = case_of(grid((6, 6), text=text), Parallel(cp=2, cp_method="dsp", engine="ddp"), batch=1, steps=1)
+        made, b = build(case, 2), fake_batch(case, [0])
+        made.mesh.traffic.take()
+        made.model(**b.inputs()).backward()
+        sent.append(made.mesh.traffic.take()[0]["cp"])
+    return sent
+
+
+def test_a_text_costs_dsp_nothing() -> None:
+    """Catches a text that is switched with the stream: all ranks have it whole."""
+    for without, with_text in run_ranks(2, text_bytes):
+        assert without == with_text > 0
 
 
 # Plans

@@ -13,10 +13,12 @@ from rich.console import Console
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
 from megascale.formats.convert import (
+    FP8,
     MegatronCut,
     Options,
     Report,
     hf_to_megascale,
+    megascale_to_fp8,
     megascale_to_hf,
     megascale_to_megatron,
     megatron_to_megascale,
@@ -38,7 +40,7 @@ def main(
     target: Annotated[Path, typer.Argument(help="the folder to write, which must not exist")],
     origin: Annotated[str, typer.Option("--from", help="hf, megatron or megascale")],
     to: Annotated[str, typer.Option("--to", help="megascale, hf or megatron")],
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64; what is stored if absent")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, fp64; fp8 from ours to ours; what is stored if absent")] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes that write; the bytes do not depend on them")] = 1,
     tokens: Annotated[str | None, typer.Option(help="numbers such as 1,5,9: compare logits with transformers on them")] = None,
     tokenizer: Annotated[
@@ -52,9 +54,12 @@ def main(
     report: Annotated[Path | None, typer.Option(help="write what is printed as JSON, too")] = None,
 ) -> None:
     """SRC → DST. Exit code 2, and nothing written, where anything in SRC is not understood."""
-    if (origin, to) not in WAYS:
+    way = WAYS.get((origin, to))
+    if (origin, to, dtype) == ("megascale", "megascale", FP8):
+        way, dtype = megascale_to_fp8, None
+    if way is None:
         ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
-        raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}")
+        raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
     terminal = Console(stderr=True)
 
     def progress(done: int, total: int) -> None:
@@ -72,7 +77,7 @@ def main(
         config=config,
         cut=MegatronCut(tp, pp, spec, divisible),
     )
-    done = WAYS[origin, to](source, target, options)
+    done = way(source, target, options)
     if report is not None:
         report.write_text(json.dumps(done.plain(), indent=1) + "\n", encoding="utf-8")
     print(told(done))

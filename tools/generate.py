@@ -58,7 +58,7 @@ def main(
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = agreed(
             lambda: load_model(
-                config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype
+                config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype, opened.fp8
             )
         )
         found = generate(model, prompts, how)

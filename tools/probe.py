@@ -73,7 +73,7 @@ def main(
 def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
     """What OUT.json holds."""
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
-    if config.model.moeut is not None or config.model.family == "spacetime" or config.parallel.engine == "deepspeed":
+    if config.model.moeut is not None or config.model.family not in ("decoder", "encoder") or config.parallel.engine == "deepspeed":
         raise UsageError(
             "the probe looks at stacks of attention and feed-forward blocks that our own engines run: probe a config without model.moeut, "
             f"of family decoder or encoder, under engine fsdp2 or ddp (here: {config.model.family}, {config.parallel.engine})"

@@ -9,7 +9,7 @@ from megascale.config.load import flatten, known_keys
 from megascale.config.schema import Config, Section
 from megascale.errors import UsageError
 
-SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.packing")
+SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.source_len", "train.packing")
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -19,7 +19,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 # The norms of a block by the names that `model.norm_eps_of` knows; qk_norm and the inner norms stand in its sublayers.
-BLOCK_NORMS = ("attention_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
+BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
 
 
 class Section(BaseModel):
@@ -102,6 +102,8 @@ class Spacetime(Section):
     channels: Positive
     objective: Literal["masked", "next_step"] = "masked"  # fill in hidden patches, or see the past and tell the next patch in time
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    text_len: Positive | None = None  # places of a text that goes with each sample, which every block attends to; absent: no text
+    text_vocab_size: Positive | None = None  # of it; from the tokenizer beside PREFIX.text if absent
 
     @model_validator(mode="after")
     def _fits(self) -> Spacetime:
@@ -153,7 +155,8 @@ class Matformer(Section):
 
 class Model(Section):
     family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
-    num_layers: Positive
+    num_layers: Positive  # of an encoder_decoder those of its decoder
+    encoder_layers: Positive | None = None  # of an encoder_decoder; num_layers if absent
     hidden_size: Positive
     num_heads: Positive
     num_kv_heads: Positive | None = None
@@ -185,10 +188,12 @@ class Model(Section):
     rope_exponents: tuple[float, ...] | None = None  # u of each pair of a head, its frequency being rope_theta^−u; absent: 2i/head_dim
     alibi_slopes: tuple[float, ...] | None = None  # of each head; absent: the geometric ones of their number
     sliding_window: Positive | None = None
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # the head is the table of the tokens that are predicted
+    share_embeddings: bool = True  # of an encoder_decoder: one vocabulary and one table for both sides
     qk_norm: bool | Literal["width"] = False  # true: within each head; width: over all heads together, as OLMo 2 has it
     vocab_size: Positive | None = None  # from the tokenizer if absent
     vocab_enabled: Positive | None = None  # tokens from this one on cannot be predicted yet: a vocabulary that grew without a trace
+    source_vocab_size: Positive | None = None  # without share_embeddings, of the encoder's own table; from its tokenizer if absent
     moe: Moe | None = None
     moeut: Moeut | None = None
 
@@ -202,6 +207,11 @@ class Model(Section):
     def causal(self) -> bool:
         """A token sees itself and what is before it; an encoder's sees all."""
         return self.family != "encoder"
+
+    @property
+    def total_layers(self) -> int:
+        """Of both stacks where there are two: the encoder's come first."""
+        return self.num_layers + (self.encoder_layers or 0)
 
     spacetime: Spacetime | None = None  # with family spacetime
 
@@ -242,6 +252,8 @@ class Model(Section):
         if isinstance(hidden, int) and v.get("ffn_size") is None:
             # Three SwiGLU matrices of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
             v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if ffn == "swiglu" else 4 * hidden
+        if v.get("family") == "encoder_decoder" and v.get("encoder_layers") is None:
+            v["encoder_layers"] = v.get("num_layers")
         moe = v.get("moe")
         if isinstance(moe, dict) and moe.get("ffn_size") is None and isinstance(v.get("ffn_size"), int):
             v["moe"] = {**moe, "ffn_size": v["ffn_size"]}
@@ -299,7 +311,8 @@ class Train(Section):
     tokens: Positive | None = None
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 1
-    seq_len: Positive = 512
+    seq_len: Positive = 512  # of an encoder_decoder the places of a target
+    source_len: Positive | None = None  # of an encoder_decoder the places of a source; seq_len if absent
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 switches clipping off
     log_every: Positive = 1
     eval_every: NonNegative = 0
@@ -312,6 +325,11 @@ class Train(Section):
         if (self.steps is None) == (self.tokens is None):
             raise ValueError(f"steps is {self.steps} and tokens is {self.tokens}: set exactly one of train.steps and train.tokens")
         return self
+
+    @property
+    def source_length(self) -> int:
+        """Places of a source, where there are sources."""
+        return self.source_len or self.seq_len
 
     @property
     def total_steps(self) -> int:
@@ -384,8 +402,16 @@ class Data(Section):
     valid: str | list[DataSource | str] | None = None
     valid_fraction: Share = 0.0
     order: Literal["megascale", "megatron"] = "megascale"  # megatron: the order of megatron-core's GPTDataset and blends
-    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens that an encoder has to name; 0.15 if absent
+    objective: Literal["translation", "span_corruption"] | None = None  # of an encoder_decoder; translation if absent
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens to be named by an encoder, or in spans; 0.15 if absent
+    mean_span: Annotated[float, Field(ge=1)] | None = None  # tokens of a span under span_corruption; 3 if absent
     tokenizer: str | None = None
+    source_tokenizer: str | None = None  # of translation without share_embeddings
+
+    @property
+    def masked(self) -> float:
+        """The share of tokens to be named."""
+        return self.mask_fraction or 0.15
 
 
 class Checkpoint(Section):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import inf
 
 from megascale.config.schema import Model, Parallel
 
@@ -17,6 +21,11 @@ class Part:
     layers: range
     first: bool = True
     last: bool = True
+
+    def of_stack(self, begin: int, count: int) -> range:
+        """Which of the `count` layers of a stack that begins at global number `begin`, counted from 0 there, belong to the part."""
+        first = min(max(self.layers.start - begin, 0), count)
+        return range(first, min(max(self.layers.stop - begin, first), count))
 
 
 def stages_of_rank(schedule: str, ranks: int, virtual: int, rank: int) -> list[int]:
@@ -48,23 +57,74 @@ def has_experts(model: Model, layer: int) -> bool:
     return model.moe is not None and (layer + 1) % model.moe.every == 0
 
 
+def split_unequal(costs: Sequence[float], stages: int, before: float, after: float) -> list[range]:
+    """`split_layers` of layers that cost differently: the dearest stage is as cheap as contiguous stages can make it."""
+    n = len(costs)
+    ends = [0.0, *accumulate(costs)]
+    # cheapest[j]: the dearest of the stages so far when they hold j layers; begins[s][j]: where the last of them begins.
+    cheapest = [before + c for c in ends]
+    begins: list[list[int]] = []
+    for stage in range(1, stages):
+        last = stage == stages - 1
+        found, begin = [inf] * (n + 1), [0] * (n + 1)
+        rising = [c + e for c, e in zip(cheapest, ends)]
+        for j in range(stage - 1 if last else stage, n + 1):
+            end = ends[j] + (after if last else 0.0)
+            # The stages before get dearer with every layer and this one cheaper: the best cut is where they meet, or just before.
+            first, stop = stage - 1, j + 1 if last else j
+            meet = bisect_left(rising, end, first, stop)
+            for i in (meet, meet - 1):
+                if first <= i < stop and max(cheapest[i], end - ends[i]) < found[j]:
+                    found[j], begin[j] = max(cheapest[i], end - ends[i]), i
+        cheapest = found
+        begins.append(begin)
+    borders = [n]
+    for begin in reversed(begins):
+        borders.append(begin[borders[-1]])
+    return [range(a, b) for a, b in pairwise([0, *reversed(borders)])]
+
+
 def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
     """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs. Where some
     layers have experts, a layer costs their mean.
     """
-    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
-    d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    d, heads, kv = _widths(model)
+    products = _products(model)
+    if model.spacetime is not None:
+        mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
+        text = model.spacetime.text_len or 0
+        told = 4.0 * d * heads + 4.0 * heads * text + 4.0 * d * kv * text / model.spacetime.tokens if text else 0.0
+        return 2.0 * products + 4.0 * heads * mean + told, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
+    assert model.vocab_size is not None
+    window = min(seq_len, model.sliding_window or seq_len)
+    return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
+
+
+def pair_costs(model: Model, seq_len: int, source_len: int) -> tuple[float, float, float]:
+    """FLOPs a sample of one encoder layer, of one decoder layer and of the head, forward."""
+    assert model.vocab_size is not None
+    d, heads, kv = _widths(model)
+    products = _products(model)
+    encoder = source_len * (2.0 * products + 4.0 * heads * source_len)
+    cross = seq_len * (4.0 * d * heads + 4.0 * heads * source_len) + source_len * 4.0 * d * kv
+    return encoder, seq_len * (2.0 * products + 2.0 * heads * seq_len) + cross, seq_len * 2.0 * d * model.vocab_size
+
+
+def _widths(model: Model) -> tuple[int, int, int]:
+    """Of the stream, of all query heads and of all KV heads."""
+    assert model.num_kv_heads is not None and model.head_dim is not None
+    return model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+
+
+def _products(model: Model) -> float:
+    """Weights that a token meets in one layer, those of attention to a memory left out."""
+    assert model.ffn_size is not None
+    d, heads, kv = _widths(model)
     width: float = model.ffn_size
     if model.moe is not None and model.moe.ffn_size is not None:
         share = sum(has_experts(model, i) for i in range(model.num_layers)) / model.num_layers
         width += share * ((model.moe.top_k + model.moe.num_shared) * model.moe.ffn_size - model.ffn_size)
-    products = d * (2 * heads + 2 * kv) + d * width * (3 if model.ffn == "swiglu" else 2)
-    if model.spacetime is not None:
-        mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
-        return 2.0 * products + 4.0 * heads * mean, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
-    assert model.vocab_size is not None
-    window = min(seq_len, model.sliding_window or seq_len)
-    return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
+    return d * (2 * heads + 2 * kv) + d * width * (3 if model.ffn == "swiglu" else 2)
 
 
 def layered_parts(layers: int) -> list[Part]:
@@ -73,14 +133,17 @@ def layered_parts(layers: int) -> list[Part]:
     return [Part(range(0), True, False), *blocks, Part(range(layers, layers), False, True)]
 
 
-def stage_parts(model: Model, parallel: Parallel, seq_len: int) -> list[Part]:
+def stage_parts(model: Model, parallel: Parallel, seq_len: int, source_len: int = 0) -> list[Part]:
     """The part of every stage, in stage order. One whole part where neither a pipeline nor layered accumulation cuts the model."""
     if parallel.accumulation == "layered":
-        return layered_parts(model.num_layers)
+        return layered_parts(model.total_layers)
     stages = parallel.pp * parallel.stages_per_rank
     if parallel.pp_layers is not None:
         ends = [sum(parallel.pp_layers[: i + 1]) for i in range(stages)]
         ranges = [range(end - n, end) for end, n in zip(ends, parallel.pp_layers)]
+    elif model.encoder_layers is not None:
+        encoder, decoder, head = pair_costs(model, seq_len, source_len)
+        ranges = split_unequal([encoder] * model.encoder_layers + [decoder] * model.num_layers, stages, 0.0, head)
     else:
         layer, before, after = estimated_costs(model, seq_len)
         ranges = split_layers(model.num_layers, stages, layer, before, after)

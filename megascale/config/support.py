@@ -11,12 +11,13 @@ from megascale.config.rules.axes import AXIS_RULES
 from megascale.config.rules.engines import ENGINE_RULES
 from megascale.config.rules.general import GENERAL_RULES
 from megascale.config.rules.model import MODEL_RULES
+from megascale.config.rules.pairs import PAIR_RULES
 from megascale.config.rules.precision import PRECISION_RULES
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
-RULES: tuple[Rule, ...] = (*MODEL_RULES, *AXIS_RULES, *ENGINE_RULES, *PRECISION_RULES, *GENERAL_RULES)
+RULES: tuple[Rule, ...] = (*MODEL_RULES, *PAIR_RULES, *AXIS_RULES, *ENGINE_RULES, *PRECISION_RULES, *GENERAL_RULES)
 
 
 def refusals(config: Config, ranks: int) -> list[Rule]:

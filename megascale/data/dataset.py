@@ -116,13 +116,12 @@ def source_facts(prefix: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def check_tokens(tokens: Tokens, source: Source, vocab_size: int) -> None:
+def check_tokens(tokens: Tokens, source: Source, vocab_size: int, key: str = "model.vocab_size") -> None:
     """Raises UsageError for a token that the model has no row for."""
-    largest = int(tokens.max())
+    largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
         raise UsageError(
-            f"{source.path} holds token {largest}, and model.vocab_size is {vocab_size}: use the tokenizer that made the file, or a larger "
-            "vocabulary"
+            f"{source.path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
         )
 
 

@@ -1,7 +1,8 @@
 """Fields on a grid from memory-mapped arrays: samples for the spacetime family, each a function of (seed, number) alone.
 
 A source is PREFIX.npy, [frames, s₂ … s_K, channels] of any float type, beside PREFIX.json with what is known of it: `mean` and `std` of
-each channel, with which values are normalized, and `run_length`, the frames after which another, unrelated run begins.
+each channel, with which values are normalized, and `run_length`, the frames after which another, unrelated run begins. Where a text goes
+with each run, PREFIX.text are token files with as many documents.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from megascale.config.schema import Spacetime
-from megascale.data.dataset import Source, source_facts
+from megascale.data.dataset import Source, check_tokens, source_facts
+from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, permute_many, plan_mixture, split_documents
 from megascale.errors import UsageError
@@ -43,6 +45,14 @@ class FieldFile:
         count = len(self.array) // max(1, self.run_length)
         train, valid = split_documents(count, valid_fraction)
         self.runs: NDArray[np.int64] = {"train": train, "valid": valid, "all": np.arange(count)}[part]
+        self.text: TokenFile | None = None
+        if fields.text_len:
+            self.text = TokenFile(source.path + ".text")
+            if len(self.text) != count:
+                raise UsageError(
+                    f"{path} holds {count} runs and {source.path}.text has {len(self.text)} documents: one text a run is needed; prepare "
+                    f"JSONL with a line for each run with tools/prepare_data.py --out {source.path}.text"
+                )
         self.starts = self.run_length - fields.frames + 1  # of a window within a run
         if len(self.runs) == 0 or self.starts < 1:
             raise UsageError(
@@ -57,6 +67,13 @@ class FieldFile:
         run, start = divmod(window, self.starts)
         begin = int(self.runs[run]) * self.run_length + start
         return ((self.array[begin : begin + frames] - self.mean) / self.std).astype(np.float32)
+
+    def read_text(self, window: int, vocab_size: int) -> NDArray[np.int64]:
+        """The text of the window's run."""
+        assert self.text is not None
+        tokens = self.text.read(int(self.runs[window // self.starts])).astype(np.int64)
+        check_tokens(tokens, Source(self.text.prefix, 1.0, ""), vocab_size, "model.spacetime.text_vocab_size")
+        return tokens
 
     def _channels(self, facts: dict[str, Any], name: str, default: float, channels: int) -> NDArray[np.float64]:
         values = np.array(facts.get(name, [default] * channels), np.float64)
@@ -75,12 +92,22 @@ class FieldMixture:
 
     def sample(self, number: int) -> NDArray[np.float32]:
         """[frames, s₂ … s_K, channels], normalized."""
+        file, window = self._window(number)
+        return file.read(window, self.fields.frames)
+
+    def text(self, number: int) -> NDArray[np.int64]:
+        """Of the sample, cut off where there are no more places."""
+        file, window = self._window(number)
+        assert self.fields.text_vocab_size is not None
+        return file.read_text(window, self.fields.text_vocab_size)[: self.fields.text_len]
+
+    def _window(self, number: int) -> tuple[FieldFile, int]:
         which, index = self.plan.locate(number)
         file = self.files[which]
         epoch, window = divmod(index, len(file))
         if self.shuffled:
             window = permute(window, len(file), self.seed, self.sources[which].name, epoch)
-        return file.read(window, self.fields.frames)
+        return file, window
 
     def batch(self, numbers: list[int], device: torch.device) -> Batch:
         """`tokens` [b, frames, s₂ … s_K, channels] are the fields; `targets` [b, tokens] are 0 where a patch counts. With the masked
@@ -93,7 +120,15 @@ class FieldMixture:
             if number != NOT_COUNTED:
                 fields[row], targets[row] = self.sample(number), self._targets(number)
         samples = to_device(np.array(numbers, np.int64), device)
-        return Batch(to_device(fields, device), to_device(targets, device), None, None, samples, int((targets >= 0).sum()))
+        source = None
+        if f.text_len:
+            texts = np.full((len(numbers), f.text_len), NOT_COUNTED, np.int64)
+            for row, number in enumerate(numbers):
+                if number != NOT_COUNTED:
+                    text = self.text(number)
+                    texts[row, : len(text)] = text
+            source = to_device(texts, device)
+        return Batch(to_device(fields, device), to_device(targets, device), None, None, samples, int((targets >= 0).sum()), source)
 
     def _targets(self, number: int) -> NDArray[np.int64]:
         if self.fields.objective == "next_step":

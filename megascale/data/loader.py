@@ -20,7 +20,8 @@ NOT_COUNTED = -1  # as a target; as a sample number it marks an empty place
 
 class Batch(NamedTuple):
     """One micro-batch. tokens, targets [b, s] (targets negative where not counted); documents, positions [b, s] or None where attention
-    may cross documents; samples [b] global sample numbers; valid: how many targets count.
+    may cross documents; samples [b] global sample numbers; valid: how many targets count; source [b, t], negative beyond its end, where
+    tokens are a target or a field that goes with a text.
     """
 
     tokens: Tensor
@@ -29,6 +30,13 @@ class Batch(NamedTuple):
     positions: Tensor | None
     samples: Tensor
     valid: int
+    source: Tensor | None = None
+
+    def inputs(self, training: bool = True) -> dict[str, Tensor | None]:
+        """What a model's forward takes, by name; sample numbers are for dropout."""
+        named = {"tokens": self.tokens, "targets": self.targets, "documents": self.documents, "positions": self.positions}
+        samples = {"samples": self.samples} if training else {}
+        return {**named, **samples, **({} if self.source is None else {"source": self.source})}
 
 
 def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: int) -> list[list[int]]:

@@ -27,13 +27,18 @@ class Masking:
         """tokens [s] of sample number `sample` → what the encoder sees [s], and where it is asked [s]. A function of its arguments alone:
         the same on every layout and at every resume; another epoch, which has other sample numbers, hides other tokens.
         """
-        digest = hashlib.blake2b(f"{self.seed}/mask/{sample}".encode(), digest_size=8).digest()
-        place = np.arange(len(tokens), dtype=np.uint64) * ODD + np.uint64(int.from_bytes(digest, "little"))
+        place = np.arange(len(tokens), dtype=np.uint64) * ODD + seed_of(self.seed, "mask", sample)
         chosen = _uniform(scramble(place)) < self.fraction
         kind = _uniform(scramble(place ^ ODD))
         other = (scramble(place + np.uint64(1)) % np.uint64(self.mask_token)).astype(np.int64)
         seen = np.where(chosen & (kind < HIDDEN), self.mask_token, tokens)
         return np.where(chosen & (kind >= HIDDEN) & (kind < HIDDEN + RANDOM), other, seen), chosen
+
+
+def seed_of(seed: int, purpose: str, sample: int) -> np.uint64:
+    """What the choices of one sample begin with."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
 
 
 def _uniform(x: NDArray[np.uint64]) -> NDArray[np.float64]:

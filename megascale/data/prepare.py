@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.data.indexed import TokenWriter, token_dtype
-from megascale.data.readers import BLOCK_BYTES, Block, can_enter, read_blocks
+from megascale.data.readers import BLOCK_BYTES, Block, can_enter, read_blocks, read_pairs
 from megascale.data.tokenizer import Tokenizer, keep_beside, load_tokenizer
 from megascale.errors import UsageError
 
@@ -82,10 +82,42 @@ def prepare(
     append_eos: bool,
     progress: Callable[[int], None],
 ) -> Facts:
-    """Encodes every document of `files` in order into PREFIX.bin, .idx and .json, the tokenizer beside them; .idx appears last.
+    """`write_tokens` of every document of `files` in order."""
+    nothing = f"there is no text in the input ({len(files)} files, {files[0]} first): name files that have some"
+    blocks = (block for path in files for block in read_blocks(path, text_key))
+    return write_tokens(blocks, prefix, tokenizer, workers, append_eos, progress, nothing)
+
+
+def prepare_pairs(
+    files: list[Path],
+    prefix: str,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    keys: tuple[str, str],
+    workers: int,
+    progress: Callable[[int], None],
+) -> tuple[Facts, Facts]:
+    """`write_tokens` of aligned text (readers.py: `read_pairs`), the sources as PREFIX.source and their targets as PREFIX.target."""
+    nothing = f"there is no pair in the input ({', '.join(map(str, files))}): both sides of a pair need text"
+    found = [
+        write_tokens(read_pairs(files, side, keys), f"{prefix}.{name}", tokenizers[side], workers, True, progress, nothing)
+        for side, name in enumerate(("source", "target"))
+    ]
+    return found[0], found[1]
+
+
+def write_tokens(
+    blocks: Iterable[Block],
+    prefix: str,
+    tokenizer: Tokenizer,
+    workers: int,
+    append_eos: bool,
+    progress: Callable[[int], None],
+    nothing: str,
+) -> Facts:
+    """Encodes documents in order into PREFIX.bin, .idx and .json, the tokenizer beside them; .idx appears last.
 
     The result does not depend on `workers`. `progress` is told stored bytes of the input as they are done. Raises UsageError when there is
-    no text, a file cannot be read or the output cannot be written; then nothing appears under PREFIX.
+    no document (saying `nothing`), a file cannot be read or the output cannot be written; then nothing appears under PREFIX.
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     end = np.array([tokenizer.eos_id] if append_eos else [], np.int32)
@@ -93,19 +125,19 @@ def prepare(
     damaged: set[Path] = set()
     try:
         with TokenWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
-            for blocks, encoded in _encode_in_order(_batches(files, text_key), tokenizer, workers):
+            for batch, encoded in _encode_in_order(_batches(blocks), tokenizer, workers):
                 counts += np.bincount(encoded.tokens, minlength=len(counts))
-                for block, tokens in zip(blocks, np.split(encoded.tokens, encoded.ends[:-1])):
+                for block, tokens in zip(batch, np.split(encoded.tokens, encoded.ends[:-1])):
                     writer.extend(tokens)
                     if block.last:
                         writer.extend(end)
                         writer.end_document()
                         documents += 1
                 source += encoded.source_bytes
-                damaged |= {b.path for b in blocks if b.damaged}
-                progress(sum(b.read for b in blocks))
+                damaged |= {b.path for b in batch if b.damaged}
+                progress(sum(b.read for b in batch))
             if documents == 0:
-                raise UsageError(f"there is no text in the input ({len(files)} files, {files[0]} first): name files that have some")
+                raise UsageError(nothing)
             counts[tokenizer.eos_id] += documents * len(end)
             share = counts[counts > 0] / counts.sum()
             facts = Facts(
@@ -132,17 +164,16 @@ def _write_json(path: Path, values: dict[str, object]) -> None:
     os.replace(partial, path)
 
 
-def _batches(files: list[Path], text_key: str) -> Iterator[list[Block]]:
+def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     """Blocks grouped to about BLOCK_BYTES characters, so that small documents do not travel one by one."""
     batch: list[Block] = []
     size = 0
-    for path in files:
-        for block in read_blocks(path, text_key):
-            batch.append(block)
-            size += len(block.text)
-            if size >= BLOCK_BYTES:
-                yield batch
-                batch, size = [], 0
+    for block in blocks:
+        batch.append(block)
+        size += len(block.text)
+        if size >= BLOCK_BYTES:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
 

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -169,7 +170,8 @@ def _cut(data: bytes) -> int:
     return len(data)
 
 
-def _json_lines(path: Path, text_key: str, start: int) -> Iterator[Block]:
+def _json_lines(path: Path, text_key: str, start: int, empty: bool = False) -> Iterator[Block]:
+    """`empty`: documents without a character too."""
     place = "line" if start == 0 else f"after byte {start}, line"
     with _Input(path, start) as source:
         for number, raw in enumerate(source.bytes, 1):
@@ -185,7 +187,7 @@ def _json_lines(path: Path, text_key: str, start: int) -> Iterator[Block]:
                 ) from None
             if not isinstance(text, str):
                 raise UsageError(f"{path}, {place} {number}: {text_key!r} is a {type(text).__name__}, and text is needed")
-            if text:
+            if text or empty:
                 whole = _without_surrogates(text)
                 yield Block(path, whole, True, source.taken(), damaged or whole is not text)
 
@@ -208,6 +210,51 @@ def _parquet(path: Path, text_key: str, start: int) -> Iterator[Block]:
                     done = size * row // rows
                     yield Block(path, text, True, done - told, False)
                     told = done
+
+
+def read_pairs(inputs: list[Path], side: int, keys: tuple[str, str]) -> Iterator[Block]:
+    """One side, 0 sources and 1 targets, of aligned text: lines of two text files, or two keys of JSONL lines. Each is a document.
+
+    A pair with an empty side is left out on both. Raises UsageError where there are more lines in one file than in the other, or an input
+    is of another kind.
+    """
+    kinds = {path: (path.with_suffix("").suffix if path.suffix in PACKED else path.suffix) for path in inputs}
+    as_json = [path for path, kind in kinds.items() if kind in (".jsonl", ".ndjson")]
+    if as_json and len(as_json) < len(inputs):
+        raise UsageError(f"{as_json[0]} is JSONL and {next(p for p in inputs if p not in as_json)} is not: give one kind")
+    if not as_json and len(inputs) != 2:
+        raise UsageError(f"{len(inputs)} text files were given, and pairs are the lines of two: sources first, then targets")
+    try:
+        if as_json:
+            for path in inputs:
+                yield from _json_pairs(path, side, keys)
+        else:
+            yield from _line_pairs(inputs, side)
+    except UNREADABLE as error:
+        names = " or ".join(map(str, inputs))
+        raise UsageError(f"{names} cannot be read: {' '.join(str(error).split())}; make or copy it again") from None
+
+
+def _line_pairs(inputs: list[Path], side: int) -> Iterator[Block]:
+    with _Input(inputs[0], 0) as first, _Input(inputs[1], 0) as second:
+        sources = (first, second)
+        for number, lines in enumerate(zip_longest(*(s.bytes for s in sources)), 1):
+            if None in lines:
+                ended = lines.index(None)
+                raise UsageError(
+                    f"{inputs[ended]} ends before line {number} and {inputs[1 - ended]} goes on: pairs need as many lines in both"
+                )
+            texts = [_decode(line) for line in lines]
+            if all(text.strip() for text, _ in texts):
+                text, damaged = texts[side]
+                yield Block(inputs[side], text.rstrip("\r\n"), True, sources[side].taken(), damaged)
+
+
+def _json_pairs(path: Path, side: int, keys: tuple[str, str]) -> Iterator[Block]:
+    both = [_json_lines(path, key, 0, empty=True) for key in keys]
+    for blocks in zip(*both):
+        if all(b.text.strip() for b in blocks):
+            yield blocks[side]
 
 
 def _decode(data: bytes) -> tuple[str, bool]:

@@ -156,6 +156,10 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     check_options(options)
     if source.moeut is not None:
         raise UsageError("model.moeut is set: growth is not built for layers whose weights repeat in depth; grow a decoder without it")
+    if source.family == "encoder_decoder":
+        raise UsageError(
+            "model.family is encoder_decoder: growth is not built for two stacks; grow decoders, encoders or models over grids"
+        )
     if source.ffn_sizes is not None:
         raise UsageError(
             "model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from"

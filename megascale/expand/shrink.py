@@ -60,6 +60,8 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     """The target's config. Raises UsageError for sizes that grow, and for what shrinking is not built for."""
     if source.qk_norm == "width" and (sizes.num_heads or sizes.num_kv_heads):
         raise UsageError("model.qk_norm is width: fewer heads would move its statistics; shrink hidden_size, ffn_size or num_layers")
+    if source.family == "encoder_decoder":
+        raise UsageError("model.family is encoder_decoder: shrinking is built for plain decoders and encoders")
     for key in ("moeut", "spacetime", "tokenformer", "ffn_sizes"):
         if getattr(source, key) is not None:
             raise UsageError(f"model.{key} is set: shrinking is built for plain decoders and encoders")

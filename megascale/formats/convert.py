@@ -20,6 +20,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.appear import appearing, check_absent
 from megascale.formats.compare import largest_difference
+from megascale.formats.fp8 import plan_inference
 from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
 from megascale.formats.hf_folder import GENERATION, read_object, tokenizer_files
 from megascale.formats.megatron import read_megatron, write_megatron
@@ -27,6 +28,7 @@ from megascale.formats.sources import Checkpoint, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer
 
 NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
+FP8 = "fp8"  # no dtype of a whole model: of its hidden matrices alone
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Report:
 def parse_dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
+    if name == FP8:
+        raise UsageError("--dtype is fp8, which is for checkpoints of ours: give --from megascale --to megascale, or another dtype")
     if name not in NAMES:
         raise UsageError(f"--dtype is {name}: give one of {', '.join(NAMES)}, or leave it out to keep what is stored")
     return DTYPES[NAMES[name]]
@@ -152,6 +156,26 @@ def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
     return _report(checkpoint.folder, target, export.config["model_type"], export, sorted(others), delta)
 
 
+def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
+    """A checkpoint of ours → `target`/step-…, for inference with weights in e4m3."""
+    no_logits(options)
+    checkpoint = whole_checkpoint(source)
+    plan = plan_inference(checkpoint)
+    with appearing(target) as temporary:
+        step = write_streamed(
+            temporary,
+            int(checkpoint.trainer.get("step", 0)),
+            plan.targets,
+            plan.produce,
+            plan.trainer,
+            stamp=checkpoint.source.stamp,
+            workers=options.workers,
+            slab_bytes=options.slab_bytes,
+            progress=options.progress,
+        )
+    return _report(checkpoint.folder, target / step.name, "for inference, hidden matrices in e4m3", plan, [], None)
+
+
 def _report(source: Path, written: Path, kind: str, made: Any, files: list[str], delta: float | None) -> Report:
     targets = list(made.targets.values()) if isinstance(made.targets, dict) else made.targets
     held = ", ".join(f for f in files if f.startswith("tokenizer")) or None
@@ -189,7 +213,7 @@ def megascale_to_megatron(source: Path, target: Path, options: Options) -> Repor
 
 def no_logits(options: Options) -> None:
     if options.tokens is not None:
-        raise UsageError("--tokens is given, and logits are compared with transformers, which does not read Megatron's files: leave it out")
+        raise UsageError("--tokens is given, and logits are compared with transformers, which does not read what this writes: leave it out")
 
 
 def model_of(path: Path | None) -> tuple[Model, int]:

@@ -13,6 +13,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.formats.shapes import MODEL
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
+from megascale.model.layers import Fp8
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 
 SLAB = 1 << 26  # elements asked for at once
@@ -30,14 +31,22 @@ def fill(pieces: Mapping[str, Piece], produce: Produce) -> None:
 
 
 def load_model(
-    model: Model, seq_len: int, produce: Produce, mesh: Mesh, parallel: Parallel, device: torch.device, dtype: torch.dtype
+    model: Model,
+    seq_len: int,
+    produce: Produce,
+    mesh: Mesh,
+    parallel: Parallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    fp8: Fp8 = "false",
 ) -> ParallelModel:
     """A model for reading alone, of weights and activations in `dtype`.
 
     seq_len  the longest sequence, where positions are learned
+    fp8      how hidden products are computed
     """
     norm = choose_kernels("auto", model.norm, device).norm
-    built = parallelize(build_stages(model, Shape(seq_len, dtype, dtype), norm, parallel, 0), mesh, parallel, device)
+    built = parallelize(build_stages(model, Shape(seq_len, dtype, dtype), norm, parallel, 0), mesh, parallel, device, fp8)
     for w in built.weights:
         with torch.no_grad():
             w.local.zero_()  # padding of a cut vocabulary

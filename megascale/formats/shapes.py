@@ -9,16 +9,21 @@ from megascale.formats.links import Sizes
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
-from megascale.model.spec import specs_of, states_of
+from megascale.model.spec import ParamSpec, specs_of, states_of
 
 MODEL = "model."  # what the names of weights begin with in a checkpoint
 
 
 def our_shapes(model: Model, seq_len: int) -> dict[str, Sizes]:
-    """Canonical name → unsharded shape of every weight and state of a model, in the order of the forward pass.
+    """Canonical name → unsharded shape of every weight and state of a model; see `our_specs`."""
+    return {name: spec.shape for name, spec in our_specs(model, seq_len).items()}
+
+
+def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
+    """Canonical name → spec of every weight and state of a model, in the order of the forward pass.
 
     seq_len  how many learned positions there are
     """
     shape = Shape(seq_len, torch.float32, torch.float32)
     built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)
-    return {name: spec.shape for name, spec in {**specs_of(built), **states_of(built)}.items()}
+    return {**specs_of(built), **states_of(built)}

@@ -18,12 +18,13 @@ from megascale.formats.hf import read_hf
 from megascale.formats.hf_folder import GENERATION, is_hf_folder, read_object, tokenizer_files
 from megascale.formats.sources import open_checkpoint
 from megascale.formats.tokenizer_files import find_tokenizer
+from megascale.model.layers import Fp8
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What was found: how to make the weights, the dtype to compute in, what encodes text (None: nothing was found), and the tokens that
-    end it as the generation config says (empty: the tokenizer knows).
+    """What was found: how to make the weights, the dtype to compute in, what encodes text (None: nothing was found), the tokens that end
+    it as the generation config says (empty: the tokenizer knows), and how hidden products are computed.
     """
 
     model: Model
@@ -32,6 +33,7 @@ class Opened:
     dtype: torch.dtype
     tokenizer: Path | None
     ends: frozenset[int]
+    fp8: Fp8 = "false"
 
 
 def open_model(path: Path) -> Opened:
@@ -46,7 +48,8 @@ def open_model(path: Path) -> Opened:
         ours = open_checkpoint(path)
         compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(ours.config.get("precision", {}).get("compute"), torch.float32)
         tokenizer, said = find_tokenizer(ours.config, ours.folder), ours.trainer.get("hf_generation_config", {})
-        found = Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends_of(said))
+        static = ours.config.get("precision", {}).get("fp8") == "static"
+        found = Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends_of(said), "static" if static else "false")
     if found.model.family != "decoder":
         raise UsageError(f"{path} is of family {found.model.family}, and only a decoder says what comes next: give a decoder's checkpoint")
     return found

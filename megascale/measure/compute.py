@@ -7,6 +7,7 @@ import time
 import torch
 
 from megascale.config.schema import Model
+from megascale.config.stages import pair_costs
 from megascale.model.spec import ParamSpec
 
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. SXM parts where several exist.
@@ -38,16 +39,27 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeat
     return 2 * size**3 / best
 
 
-def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int) -> float:
+def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0) -> float:
     """Training FLOPs of one token: 6 for each weight in a product and use, 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
 
     An input embedding that is not also the head takes part in no product. Attention is counted in full although causal masks skip half,
-    as the field does; on a grid s is the length along the dimension that a layer attends over.
+    as the field does; on a grid s is the length along the dimension that a layer attends over. Of an encoder–decoder a token is one of the
+    target, which bears its share of the source: three times what both stacks cost forward.
     """
     assert cfg.head_dim is not None
+    if cfg.encoder_layers is not None:
+        encoder, decoder, head = pair_costs(cfg, seq_len, source_len)
+        return 3 * (cfg.encoder_layers * encoder + cfg.num_layers * decoder + head) / seq_len
     if cfg.spacetime is not None:
-        met = sum(cfg.spacetime.grid[cfg.attended(i)] for i in range(cfg.num_layers))
-        return 6 * sum(s.numel for s in specs.values() if s.role != "position") + 12 * cfg.num_heads * cfg.head_dim * met
+        fields, text = cfg.spacetime, cfg.spacetime.text_len or 0
+        met = sum(fields.grid[cfg.attended(i)] + text for i in range(cfg.num_layers))
+        products: float = sum(s.numel for s in specs.values() if s.role != "position")
+        if text:
+            # Texts are looked up, and their keys and values made once for all patches of a sample.
+            assert cfg.num_kv_heads is not None and fields.text_vocab_size is not None
+            told = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cfg.hidden_size
+            products -= fields.text_vocab_size * cfg.hidden_size + told * (1 - text / fields.tokens)
+        return 6 * products + 12 * cfg.num_heads * cfg.head_dim * met
     lookup = {"position"} if cfg.tie_embeddings else {"position", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
     return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len

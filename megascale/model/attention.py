@@ -1,4 +1,6 @@
-"""Self-attention with grouped queries. Shapes: b micro-batch, s sequence, d hidden, h heads here, g KV heads here, e head size."""
+"""Attention with grouped queries, of a stream to itself or to a memory. Shapes: b micro-batch, s sequence, t memory, d hidden, h heads
+here, g KV heads here, e head size.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm
 from megascale.model.position import Rotary, rotate
 from megascale.model.products import Product, product_of
-from megascale.model.residual import Residual
+from megascale.model.residual import Residual, Starts
 from megascale.model.spec import Cut, Role
 
 # (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
@@ -35,14 +37,18 @@ class Attention(nn.Module):
     how tokens meet: `attend`, or `attend_all` where they also see what comes after them; those of other ranks too, where a pass says so.
     """
 
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(
+        self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, causal: bool, starts: Starts | None = None
+    ) -> None:
+        """`starts`: of the matrices, where not the row's."""
         super().__init__()
+        starts = starts or row.starts
         assert cfg.num_kv_heads and cfg.head_dim
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
             bias = cfg.bias and role not in row.unbiased
-            return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, bias)
+            return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, bias, starts)
 
         def norm(dim: int, cut: Cut, name: str) -> Norm:
             bias = cfg.bias and "norm" not in row.unbiased
@@ -59,13 +65,16 @@ class Attention(nn.Module):
         self.inner_norm = norm(heads * e, 0, "attention_inner_norm") if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
-        self.attend: Attend = attend if cfg.causal else attend_all
+        self.attend: Attend = attend if causal else attend_all
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
-    def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None) -> Tensor:
-        """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only."""
+    def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None, memory: Tensor | None = None) -> Tensor:
+        """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only. Keys and values are those of the `memory`
+        [b, t, d] where there is one; all ranks have the whole of it.
+        """
         x = self.enter(x)
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        told = x if memory is None else memory
+        q, k, v = self.q(x), self.k(told), self.v(told)
         if self.norm_width:
             q, k = self._normed(q, k)
         q, k, v = (self._heads(y) for y in (q, k, v))
@@ -115,11 +124,15 @@ def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
-    """`attend` of tokens that see one another, before and after; `seen`, not causal, keeps them inside their documents."""
-    if seen is not None and q.device.type == "cpu":
-        return masked_attention(q, k, v, seen)
+    """`attend` of tokens that see all of k and v [b, g, t, e], which may be others; `seen`, not causal, keeps them inside their documents
+    or to the keys that are valid, one at least.
+    """
     mask = None
-    if seen is not None and seen.documents is not None:
+    if seen is not None and seen.valid is not None:
+        mask = seen.valid[:, None, None, :]
+    elif seen is not None and q.device.type == "cpu":
+        return masked_attention(q, k, v, seen)
+    elif seen is not None and seen.documents is not None:
         mask = seen.documents[:, None, :, None] == seen.documents[:, None, None, :]
     if q.shape[1] != k.shape[1] and q.device.type == "cpu":
         repeat = q.shape[1] // k.shape[1]

@@ -24,7 +24,7 @@ Ranges = Sequence[range]  # consecutive positions each, ascending: where a rank'
 class Seen(NamedTuple):
     """What a query sees, said by positions: keys up to its own (`causal`), the last `window` of them, of its own document
     (`documents` [b, S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same for torch's
-    FlexAttention, where that runs.
+    FlexAttention, where that runs. `valid` [b, t] says which keys there are, where samples have different lengths and order plays no part.
     """
 
     causal: bool = True
@@ -32,6 +32,7 @@ class Seen(NamedTuple):
     window: int | None = None
     slopes: Tensor | None = None
     blocks: Any = None
+    valid: Tensor | None = None
 
 
 class Tile(NamedTuple):

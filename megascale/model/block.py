@@ -1,4 +1,6 @@
-"""One block: attention, then feed-forward, each joined to the stream as its row of the residual table says."""
+"""One block: attention, attention to a memory where there is one, then feed-forward, each joined to the stream as its row of the residual
+table says.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,30 @@ from megascale.model.attention_tiles import Seen
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
-from megascale.model.layers import Norm, dropout
+from megascale.model.layers import Norm, dropout, mix64
 from megascale.model.position import Rotary
-from megascale.model.residual import Residual
+from megascale.model.residual import Residual, Stack
 from megascale.model.spec import ParamSpec, declare, declare_state
+
+
+class Memory(NamedTuple):
+    """What blocks attend to beside their own stream: tokens [b, t, d], and which of them there are (None: all)."""
+
+    tokens: Tensor
+    seen: Seen | None
+
+
+def only(valid: Tensor) -> Seen:
+    """All keys that are `valid` [b, t] are seen. An empty place of a batch has none, and sees its first rather than divide by nothing."""
+    valid = valid.clone()
+    valid[:, 0] = True
+    return Seen(causal=False, valid=valid)
 
 
 class Context(NamedTuple):
     """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them, or all where attention
     is not causal), dropout keys [b, s] of the layer, the factor [1] on every branch that follows the global step (None: no scheme with
-    one), and the weight [b, s] of each token in auxiliary losses (None: there are none).
+    one), the weight [b, s] of each token in auxiliary losses (None: there are none), and a memory for blocks that have a sublayer for it.
     """
 
     rotary: Rotary | None
@@ -32,6 +48,7 @@ class Context(NamedTuple):
     keys: Tensor | None
     branch: Tensor | None
     counted: Tensor | None
+    memory: Memory | None = None
 
 
 class Block(nn.Module):
@@ -40,16 +57,24 @@ class Block(nn.Module):
     skip: Tensor | None
     branch: Tensor | None
 
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, sparse: bool) -> None:
+    def __init__(self, cfg: Model, row: Residual, stack: Stack, dtype: torch.dtype, norm_kernel: NormKernel, sparse: bool) -> None:
         super().__init__()
         self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
         bias = cfg.bias and "norm" not in row.unbiased
-        eps = row.norm_eps
-        self.attention_norm = Norm(d, cfg.norm, eps["attention_norm"], "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[0])
-        self.attention = Attention(cfg, row, dtype, norm_kernel)
-        self.ffn_norm: Norm | None = None
-        if not row.one_norm:
-            self.ffn_norm = Norm(d, cfg.norm, eps["ffn_norm"], "tokens", dtype, norm_kernel, bias, cfg.dyt_alpha[1])
+
+        def norm(name: str, alpha: float) -> Norm:
+            return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, norm_kernel, bias, alpha)
+
+        self.attention_norm = norm("attention_norm", cfg.dyt_alpha[0])
+        self.attention = Attention(cfg, row, dtype, norm_kernel, stack.side == "decoder")
+        self.cross_norm: Norm | None = None
+        self.cross: Attention | None = None
+        self.cross_scale: nn.Parameter | None = None
+        if "cross" in stack.sublayers:
+            self.cross_norm = None if row.one_norm else norm("cross_norm", cfg.dyt_alpha[0])
+            self.cross = Attention(cfg, row, dtype, norm_kernel, False, row.cross)
+            self.cross_scale = self._channel_scale(d, dtype)
+        self.ffn_norm = None if row.one_norm else norm("ffn_norm", cfg.dyt_alpha[1])
         self.ffn = MixtureOfExperts(cfg, row, dtype, norm_kernel) if sparse else FeedForward(cfg, row, dtype, norm_kernel)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)
@@ -70,9 +95,22 @@ class Block(nn.Module):
         ffn = lambda h: self._scaled(inner(h), self.ffn_scale, other_keys)  # noqa: E731
         if self.ffn_norm is None:
             h = self.attention_norm(x)
-            return self._add(x, attention(h) + ffn(h), context)
+            y = attention(h) + ffn(h)
+            return self._add(x, y if self.cross is None else y + self._told(h, context), context)
         x = self._join(x, self.attention_norm, attention, context)
+        if self.cross_norm is not None:
+            x = self._join(x, self.cross_norm, partial(self._told, context=context), context)
         return self._join(x, self.ffn_norm, ffn, context)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [self.attention] if self.cross is None else [self.attention, self.cross]
+
+    def _told(self, h: Tensor, context: Context) -> Tensor:
+        """The branch that attends to the memory: no positions, since those of two sequences have nothing to do with each other."""
+        assert self.cross is not None and context.memory is not None
+        keys = None if context.keys is None else mix64(context.keys)
+        return self._scaled(self.cross(h, None, context.memory.seen, context.memory.tokens), self.cross_scale, keys)
 
     def _join(self, x: Tensor, norm: Norm, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:
         if self.row.norm == "before":

@@ -22,7 +22,7 @@ from megascale.model.attention import identity
 from megascale.model.attention_flex import with_blocks
 from megascale.model.attention_tiles import Seen
 from megascale.model.auxiliary import ride_on
-from megascale.model.block import Block, Context
+from megascale.model.block import Block, Context, Memory
 from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
@@ -40,6 +40,7 @@ class Shape:
     seq_len: int
     storage: torch.dtype  # of the weights
     compute: torch.dtype  # of the activations
+    source_len: int = 0  # of an encoder–decoder's sources
 
 
 class Table(nn.Module):
@@ -50,12 +51,24 @@ class Table(nn.Module):
         self.weight = declare(spec, dtype)
 
 
+def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Tensor:
+    """Rows of weight [V_here, d] for tokens [b, s] → [b, s, d]. With an axis the first of them is number `first`, and rows that live on
+    other ranks are zero.
+    """
+    if axis is None:
+        return F.embedding(tokens, weight)
+    row = tokens - first
+    here = (row >= 0) & (row < weight.shape[0])
+    return F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, head, or the `part` of them that makes a pipeline stage. Built on the meta device with unsharded
     shapes; passes cut it before it gets memory.
 
-    The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed),
-    `tokens_here` (a [b, s] tensor cut to this rank's tokens), `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed), `enter_memory`
+    (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens),
+    `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
     The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
@@ -63,11 +76,13 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
         super().__init__()
-        part = part or Part(range(cfg.num_layers))
+        part = part or Part(range(cfg.total_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
         self.cfg, self.shape, self.part = cfg, shape, part
         at_ends, dtype, d = ends(cfg), shape.storage, cfg.hidden_size
-        stack = Stack("decoder" if cfg.causal else "encoder", cfg.num_layers)
+        encoder_layers = cfg.encoder_layers or 0
+        stack = Stack("decoder" if cfg.causal else "encoder", cfg.num_layers, encoder_layers)
+        layers = part.of_stack(encoder_layers, cfg.num_layers)
         if part.first or (part.last and cfg.tie_embeddings):
             self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if part.first and cfg.position == "learned":
@@ -77,9 +92,10 @@ class Decoder(nn.Module):
             self.embedding_scale = declare(ParamSpec((1,), "scale", "tokens", mean=at_ends.embedding_scale), dtype)
         # Keyed by global numbers, so that names are the same however the layers are cut into stages.
         self.blocks = nn.ModuleDict()
-        for i in part.layers if cfg.moeut is None else range(cfg.moeut.group_size):
+        for i in layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
-                self.blocks[str(i)] = Block(cfg.at_layer(i), residual(cfg, stack, i), dtype, norm_kernel, has_experts(cfg, i))
+                row = residual(cfg, stack, i)
+                self.blocks[str(i)] = Block(cfg.at_layer(i), row, stack, dtype, norm_kernel, has_experts(cfg, i))
             else:
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
@@ -93,6 +109,7 @@ class Decoder(nn.Module):
         self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
+        self.enter_memory: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
         self.sequence_here: Callable[[Tensor], Tensor] = identity
         self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
@@ -175,19 +192,18 @@ class Decoder(nn.Module):
         stream: Tensor | None,
     ) -> Tensor:
         """`forward` at the present width."""
-        counted = None
-        if targets is not None and self.cfg.moe is not None:
-            counted = (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
-            counted = self.sequence_here(counted)
-        contexts = self.contexts(tokens, documents, positions, samples, counted)
+        seen = self.seen(documents, tokens.shape[1], tokens.device)
+        contexts = self.contexts(self.part.layers, tokens, seen, positions, samples, self.counted(targets, scale))
         x = self.embed(tokens, positions) if stream is None else stream
         if self.cfg.moeut is None:
             for (_, block), context in zip(self.units(), contexts):
                 x = block(x, context)
         else:
             x = self.repeat(x, contexts)
-        if not self.part.last:
-            return x
+        return self.finish(x, targets, scale) if self.part.last else x
+
+    def finish(self, x: Tensor, targets: Tensor | None, scale: float) -> Tensor:
+        """The stream behind the last block → what `forward` returns."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.hidden_factor != 1.0:
@@ -230,28 +246,48 @@ class Decoder(nn.Module):
         return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """tokens [b, S] → [b, s, d] in the compute dtype; rows of the vocabulary that live elsewhere count zero before the sum."""
+        """tokens [b, S] → [b, s, d] in the compute dtype."""
+        return self.look_up(tokens, positions, self.embedding, self.vocab_first, self.position if self.cfg.position == "learned" else None)
+
+    def look_up(self, tokens: Tensor, positions: Tensor | None, table: Table, first: int, places: Table | None) -> Tensor:
+        """Tokens [b, S] in a table [V_here, d] whose first row is number `first`, plus their places' vectors, → [b, s, d]. Rows of the
+        vocabulary that live elsewhere count zero before the sum.
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
-        weight = self.embedding.weight.to(self.shape.compute)
-        if self.vocab_axis is None:
-            x = F.embedding(tokens, weight)
-        else:
-            row = tokens - self.vocab_first
-            here = (row >= 0) & (row < weight.shape[0])
-            x = F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
-        x = self.leave_embedding(x)
+        x = self.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, first, self.vocab_axis))
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype)
-        if self.cfg.position == "learned":
-            x = x + F.embedding(self.tokens_here(positions), self.position.weight.to(x.dtype))
-        return x
+        return x if places is None else x + F.embedding(self.tokens_here(positions), places.weight.to(x.dtype))
+
+    def counted(self, targets: Tensor | None, scale: float) -> Tensor | None:
+        """The weight [b, s] of each token in auxiliary losses, where there are any."""
+        if targets is None or self.cfg.moe is None:
+            return None
+        return self.sequence_here((targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale)
+
+    def seen(self, documents: Tensor | None, seq_len: int, device: torch.device) -> Seen | None:
+        """What tokens see; None where a kernel knows it without being told."""
+        cfg, slopes = self.cfg, None
+        if cfg.position == "alibi":
+            slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.heads_here)], device=device)
+        if documents is None and cfg.sliding_window is None and slopes is None:
+            return None
+        seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
+        return with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
 
     def contexts(
-        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, samples: Tensor | None, counted: Tensor | None
+        self,
+        layers: range,
+        tokens: Tensor,
+        seen: Seen | None,
+        positions: Tensor | None,
+        samples: Tensor | None,
+        counted: Tensor | None,
+        memory: Memory | None = None,
     ) -> Iterator[Context]:
-        """The context of each block; they differ in their dropout keys only."""
+        """The context of each of `layers`, by global numbers, for tokens [b, S]; they differ in their dropout keys only."""
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
         if cfg.position in ("rope", "xpos"):
@@ -263,17 +299,9 @@ class Decoder(nn.Module):
                 xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
             amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
             angles = rotary(self.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
-        slopes = None
-        if cfg.position == "alibi":
-            all_slopes = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)
-            slopes = torch.tensor(all_slopes[slice(*self.heads_here)], device=device)
-        seen = None
-        if documents is not None or cfg.sliding_window is not None or slopes is not None:
-            seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
-            seen = with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
-        for layer in self.part.layers:
-            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm, counted)
+        for layer in layers:
+            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm, counted, memory)

@@ -225,7 +225,7 @@ class MixtureOfExperts(nn.Module):
         moe = cfg.moe
         assert moe is not None and moe.ffn_size is not None
         start = start or start_of(cfg, moe, row)
-        self.moe, self.num_experts = moe, moe.num_experts
+        self.moe, self.num_experts, self.unit_gates = moe, moe.num_experts, row.unit_gates
         self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
         router_scale = start.product_scale(cfg.hidden_size)
         self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype, router_scale)
@@ -275,7 +275,12 @@ class MixtureOfExperts(nn.Module):
         if kept is not None:
             results = results.where(kept.flatten(0, 1).unsqueeze(-1), results.new_zeros(()))
         y = torch.einsum("tk,tkd->td", gates, results).view_as(x)
-        return y if shared is None else y + shared
+        y = y if shared is None else y + shared
+        if not self.unit_gates:
+            return y
+        # Experts are independent of each other at the start: their variances add up, and that of the shared ones counts in full.
+        size = (choice.gates.square().sum(-1, keepdim=True) + float(shared is not None)).sqrt()
+        return y / size.to(y.dtype)
 
     def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, counted: Tensor) -> Tensor:
         moe, counted = self.moe, self.counted_here(counted).to(logits.dtype)

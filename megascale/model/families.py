@@ -5,12 +5,19 @@ from __future__ import annotations
 from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.decoder import Decoder, Shape
+from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.model.kernels import NormKernel
 from megascale.model.spacetime import Spacetime
 
-Family = Decoder | Spacetime
+Family = Decoder | Spacetime  # an EncoderDecoder is a Decoder, with an encoder beside it
 
 
 def build_part(cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> Family:
     """The meta module of `cfg.family`, or of one stage of it."""
-    return (Spacetime if cfg.family == "spacetime" else Decoder)(cfg, shape, norm_kernel, part)
+    match cfg.family:
+        case "spacetime":
+            return Spacetime(cfg, shape, norm_kernel, part)
+        case "encoder_decoder":
+            return EncoderDecoder(cfg, shape, norm_kernel, part)
+        case _:
+            return Decoder(cfg, shape, norm_kernel, part)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model, Tokenformer
 from megascale.model.layers import Linear
-from megascale.model.residual import SECOND_MOMENT, Residual
+from megascale.model.residual import SECOND_MOMENT, Residual, Starts
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 
 SMALLEST = 1e-12  # length below which scores count as none at all
@@ -48,9 +48,19 @@ class ParameterAttention(nn.Module):
 Product = Linear | ParameterAttention
 
 
-def product_of(cfg: Model, row: Residual, out_dim: int, in_dim: int, role: Role, cut: Cut, dtype: torch.dtype, bias: bool) -> Product:
-    """The product that `cfg.linear` says, started as the layer's row does."""
-    std = row.starts.std(role, out_dim, in_dim)
+def product_of(
+    cfg: Model,
+    row: Residual,
+    out_dim: int,
+    in_dim: int,
+    role: Role,
+    cut: Cut,
+    dtype: torch.dtype,
+    bias: bool,
+    starts: Starts | None = None,
+) -> Product:
+    """The product that `cfg.linear` says, started as the layer's row does, or as `starts`."""
+    std = (starts or row.starts).std(role, out_dim, in_dim)
     if cfg.tokenformer is not None:
         return ParameterAttention(cfg.tokenformer, out_dim, in_dim, role, std, dtype, bias)
     return Linear(out_dim, in_dim, role, cut, std, dtype, bias, cfg.linear, row.product_scale(in_dim))

@@ -26,16 +26,20 @@ SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of blocks as the schemes see it: its `layers`, and those of the `partner` stack of an encoder–decoder (0: it is alone)."""
+    """A stack of blocks as the schemes see it: its `layers`, and those of the `partner` stack of an encoder–decoder (0: it is alone).
+
+    told  its blocks attend to something that is given beside the stream and comes from no partner
+    """
 
     side: Literal["encoder", "decoder"]
     layers: int
     partner: int = 0
+    told: bool = False
 
     @property
     def sublayers(self) -> tuple[str, ...]:
         """Of one block, in order; a decoder with an encoder beside it also attends to that."""
-        return ("attention", "cross", "ffn") if self.side == "decoder" and self.partner else ("attention", "ffn")
+        return ("attention", "cross", "ffn") if self.told or (self.side == "decoder" and self.partner) else ("attention", "ffn")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Residual:
     """One row: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after", and skip·x +
     branch·N(F(x)) where it is "within".
 
+    cross           how the sublayer starts that attends to a memory, where not as the others do
     branch_period   the branch is also multiplied with min(1, step/period), steps counted from 1
     channel_scale   the branch is also multiplied with a learned vector that starts at this value
     inner_norms     norms before the attention's output product and after the feed-forward's activation
@@ -75,11 +80,13 @@ class Residual:
     qk_norm         queries and keys are normalized whatever the config says
     unbiased        roles that have no bias whatever the config says
     norm_eps        by the norm's name in its block or attention
+    unit_gates      a token's experts are divided by the root of the sum of their squared gates, so that together they are as large as one
     unit_scaled     a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
     """
 
     norm: Literal["before", "after", "within"]
     starts: Starts
+    cross: Starts | None = None
     skip: float = 1.0
     branch: float = 1.0
     branch_period: int | None = None
@@ -89,6 +96,7 @@ class Residual:
     qk_norm: bool = False
     unbiased: tuple[str, ...] = ()
     norm_eps: Mapping[str, float] = field(default_factory=dict)
+    unit_gates: bool = False
     unit_scaled: bool = False
 
     def product_scale(self, in_dim: int) -> float:
@@ -139,7 +147,8 @@ def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
         case "deepscale" | "deepscale_post":
             skip, branch = deepscale(stack)
             starts = Starts("fan_in", gains=deepscale_gains(cfg, stack, layer))
-            return Residual("before" if cfg.residual == "deepscale" else "after", starts, skip=skip, branch=branch)
+            cross = Starts("fan_in", gains=deepscale_memory_gains(cfg, stack)) if "cross" in stack.sublayers else None
+            return Residual("before" if cfg.residual == "deepscale" else "after", starts, cross, skip=skip, branch=branch, unit_gates=True)
         case "subln":
             return Residual("before", Starts("xavier", gains=dict.fromkeys(BRANCH, subln(stack))), inner_norms=True)
         case "layerscale":
@@ -223,6 +232,12 @@ def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
         ratio = cfg.hidden_size / cfg.ffn_size
         up, down = (keep * ratio / moment) ** 0.25, (keep / (ratio * moment)) ** 0.25
     return {"value": attention, "attention_out": attention, "up": up, "down": down}
+
+
+def deepscale_memory_gains(cfg: Model, stack: Stack) -> dict[str, float]:
+    """The same for attention to a memory: what is averaged there are tokens behind the partner's last block."""
+    r = token_correlations(("attention", "ffn") * stack.partner, cfg.dropout, cfg.token_correlation)[-1]
+    return dict.fromkeys(("value", "attention_out"), ((1 - cfg.dropout) / r) ** 0.25)
 
 
 @lru_cache(maxsize=16)

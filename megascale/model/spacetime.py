@@ -3,9 +3,10 @@
 A sample [s₁ … s_K, c] is cut into patches, each of them a token. Every layer attends along one dimension of the grid, in turn, so that its
 cost grows with the sum of the lengths and not with their product (axial attention, arXiv 1912.12180); everything else works token by token.
 The stream stays [b, n, d], the tokens of the grid in row-major order. Which positions it holds may differ from layer to layer: `grids` says
-it, and `moves` brings the stream from one to the next.
+it, and `moves` brings the stream from one to the next. Where a text goes with each sample, every block also attends to its embedded tokens,
+which all ranks that share a sample have whole; between stages they travel behind the stream.
 
-Shapes: b micro-batch, n tokens here, d hidden, v numbers of a patch, e head size.
+Shapes: b micro-batch, n tokens here, d hidden, v numbers of a patch, e head size, t tokens of the text.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.attention import Attend, attend, attend_all, identity
 from megascale.model.attention_tiles import Seen
-from megascale.model.block import Block, Context
-from megascale.model.decoder import Shape, Table
+from megascale.model.block import Block, Context, Memory, only
+from megascale.model.decoder import Shape, Table, rows_of
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
@@ -45,14 +46,18 @@ class Spacetime(nn.Module):
         assert cfg.spacetime is not None
         self.cfg, self.shape, self.part, self.fields = cfg, shape, part, cfg.spacetime
         at_ends, dtype, d, std = ends(cfg), shape.storage, cfg.hidden_size, cfg.init_std
-        stack = Stack("decoder" if self.fields.objective == "next_step" else "encoder", cfg.num_layers)
+        stack = Stack("decoder" if self.fields.objective == "next_step" else "encoder", cfg.num_layers, told=bool(self.fields.text_len))
+        if part.first and self.fields.text_len:
+            assert self.fields.text_vocab_size is not None
+            self.text = Table(ParamSpec((self.fields.text_vocab_size, d), "embedding", 0, std), dtype)
+            self.text_position = Table(ParamSpec((self.fields.text_len, d), "position", "tokens", std), dtype)
         if part.first:
             self.embedding = Table(ParamSpec((d, self.fields.values), "embedding", 1, std), dtype)
             if self.fields.objective == "masked":
                 self.mask_token = Table(ParamSpec((d,), "position", "tokens", std), dtype)
             if cfg.position == "learned":
                 self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), dtype, norm_kernel, False) for i in part.layers})
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, False) for i in part.layers})
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias)
@@ -60,10 +65,11 @@ class Spacetime(nn.Module):
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
         self.enter_head: Callable[[Tensor], Tensor] = identity
         self.leave_embedding: Callable[[Tensor], Tensor] = identity
+        self.enter_memory: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
         self.values_axis: Axis | None = None
-        self.values_first = 0
+        self.values_first = self.text_first = 0
         whole = [[range(n)] for n in self.fields.grid]
         # Of every layer of the whole model, by global number.
         self.grids: list[Grid] = [whole] * cfg.num_layers
@@ -96,12 +102,14 @@ class Spacetime(nn.Module):
     def cut_ends(self, axis: Axis) -> None:
         """Told by the tensor pass which rows of the head and columns of the embedding are here."""
         self.values_axis, self.values_first = axis, axis.rank * -(-self.fields.values // axis.size)
+        self.text_first = axis.rank * -(-(self.fields.text_vocab_size or 0) // axis.size)
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Of the stream [b, n, d] as this stage takes it and as it gives it on, for a batch of fields of this shape."""
         last = self.part.layers[-1] if len(self.part.layers) else self.part.layers.start - 1
         before, after = (math.prod(sizes(self.grids[max(0, i)])) for i in (self.part.layers.start - 1, last))
-        here = [self.tokens_here(torch.empty(1, n, device="meta")).shape[1] for n in (before, after)]
+        text = self.tokens_here(torch.empty(1, self.fields.text_len or 0, device="meta")).shape[1]
+        here = [self.tokens_here(torch.empty(1, n, device="meta")).shape[1] + text for n in (before, after)]
         return (batch[0], here[0], self.cfg.hidden_size), (batch[0], here[1], self.cfg.hidden_size)
 
     def forward(
@@ -113,20 +121,25 @@ class Spacetime(nn.Module):
         samples: Tensor | None = None,
         scale: float = 1.0,
         stream: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> Tensor:
         """Fields [b, frames, s₂ … s_K, c] in `tokens` → with targets [b, S₁·…·S_K] (negative: not counted) the squared error summed over
         the counted patches, the mean over a patch's numbers, times `scale`; else the predicted patches [b, n, v] of the positions here.
 
         With the masked objective the counted patches are the hidden ones. A stage without the embedding takes the `stream` of the one
-        before it; one without the head returns its own. `samples` [b] key the dropout masks while training.
+        before it; one without the head returns its own, the text's tokens behind it. `samples` [b] key the dropout masks while training;
+        `source` [b, t] is the text, negative beyond its end.
         """
-        x = self.embed(tokens, targets) if stream is None else stream
-        for (number, block), context in zip(self.blocks.items(), self.contexts(tokens.device, samples)):
+        x, text = (self.embed(tokens, targets), self.embed_text(source)) if stream is None else self._apart(stream, source)
+        memory = None
+        if text is not None and source is not None and self.blocks:
+            memory = Memory(self.enter_memory(text), only(source >= 0))
+        for (number, block), context in zip(self.blocks.items(), self.contexts(tokens.device, samples, memory)):
             if stream is not None or int(number) > self.part.layers.start:
                 x = self.moves[int(number)](x)
             x = block(x, context)
         if not self.part.last:
-            return x
+            return x if text is None else torch.cat((x, text), 1)
         if self.final_norm is not None:
             x = self.final_norm(x)
         predicted = linear(self.enter_head(x), self.head.weight)
@@ -146,6 +159,23 @@ class Spacetime(nn.Module):
                 x = x + nn.functional.embedding(where, table.weight.to(x.dtype))
         return x
 
+    def embed_text(self, source: Tensor | None) -> Tensor | None:
+        """The text [b, t] → [b, t_here, d] in the compute dtype."""
+        if source is None or not self.fields.text_len:
+            return None
+        weight = self.text.weight.to(self.shape.compute)
+        x = self.leave_embedding(rows_of(weight, source.clamp(min=0), self.text_first, self.values_axis))
+        where = self.tokens_here(torch.arange(source.shape[1], device=source.device)[None])
+        return x + nn.functional.embedding(where, self.text_position.weight.to(x.dtype))
+
+    def _apart(self, stream: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What a stage was given: the stream, and behind it the text's tokens."""
+        if source is None or not self.fields.text_len:
+            return stream, None
+        text = self.tokens_here(source).shape[1]
+        x, behind = stream.split([stream.shape[1] - text, text], 1)
+        return x, behind
+
     def error(self, predicted: Tensor, fields: Tensor, targets: Tensor) -> Tensor:
         """predicted [b, n, v here] against the fields, in at least fp32; the same on all tensor ranks."""
         grid, begin = self.grids[-1], fields.shape[1] - self.fields.shape[0]
@@ -155,7 +185,7 @@ class Spacetime(nn.Module):
         loss = square.where(self._counted(targets, grid), square.new_zeros(())).sum() / self.fields.values
         return loss if self.values_axis is None else sum_over_ranks(loss, self.values_axis)
 
-    def contexts(self, device: torch.device, samples: Tensor | None) -> Iterator[Context]:
+    def contexts(self, device: torch.device, samples: Tensor | None, memory: Memory | None = None) -> Iterator[Context]:
         """The context of each block: angles by the place along its dimension, dropout keys by the place in the whole grid."""
         cfg = self.cfg
         assert cfg.head_dim is not None
@@ -173,7 +203,7 @@ class Spacetime(nn.Module):
                 for dim, length in enumerate(self.fields.grid):
                     place = place * length + coordinate(grid, dim, device)
                 keys = mix64(self.tokens_here(mix64(samples)[:, None] + place) + (layer << 32))
-            yield Context(angles, None, keys, None, None)
+            yield Context(angles, None, keys, None, None, memory)
 
     def _values(self, fields: Tensor, grid: Grid, width: int) -> Tensor:
         """Fields [b, s₁ … s_K, c] → the numbers of the patches of `grid` [b, n, width] that this tensor rank has, zero beyond the last."""

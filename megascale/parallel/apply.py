@@ -139,7 +139,7 @@ class ParallelModel:
 
 def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Family]:
     """The meta modules of one pipeline rank, in stage order; the whole model where there is no pipeline."""
-    parts = stage_parts(cfg, parallel, shape.seq_len)
+    parts = stage_parts(cfg, parallel, shape.seq_len, shape.source_len)
     mine = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.pp_virtual, pp_rank) if parallel.pp > 1 else range(len(parts))
     return [build_part(cfg, shape, norm_kernel, parts[i]) for i in mine]
 

@@ -87,8 +87,7 @@ def _parts(length: int, ranks: int) -> list[range]:
 def _across(model: Spacetime, layer: int, axis: Axis, met: list[list[range]], method: str) -> Attend:
     """Attention along the dimension that is cut."""
     if method == "ring":
-        rule = Seen(causal=model.causal(layer))
-        return lambda q, k, v, seen: ring_attention(q, k, v, rule, axis, met)
+        return partial(ring_attention, axis=axis, met=met, causal=model.causal(layer))
     return partial(ulysses_attention, axis=axis, lengths=[total(r) for r in met], inner=model.alone(layer))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from megascale.comm.collectives import Passing, pass_on, switch
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
-from megascale.model.attention import Attend, attend, kv_heads_of
+from megascale.model.attention import Attend, attend, attend_all, kv_heads_of
 from megascale.model.attention_tiles import Ranges, Seen, add_block, add_block_gradients
 from megascale.model.decoder import Decoder
 
@@ -106,9 +106,9 @@ def spread_sequence(model: Decoder, mesh: Mesh, cfg: Parallel) -> None:
     first, last = model.heads_here
     ends = list(accumulate(cut_evenly(last - first, ulysses.size), initial=first))
     model.heads_here = (ends[ulysses.rank], ends[ulysses.rank + 1])
-    meet: Attend = attend
+    meet: Attend = attend if model.cfg.causal else attend_all
     if ring.size > 1:
-        meet = partial(ring_attention, axis=ring, met=spread.met)
+        meet = partial(ring_attention, axis=ring, met=spread.met, causal=model.cfg.causal)
     if ulysses.size > 1:
         first_rank = ring.rank * ulysses.size
         lengths = [total(r) for r in spread.held[first_rank : first_rank + ulysses.size]]
@@ -145,12 +145,13 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: 
 
 
 @torch.compiler.disable
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: Axis, met: list[list[range]]) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: Axis, met: list[list[range]], causal: bool = True) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] of this ring place's positions → [b, h, s, e].
 
-    met  the positions of every place of the ring
+    met     the positions of every place of the ring
+    causal  where `seen` is None: a token sees itself and what is before it, else everything
     """
-    return _Ring.apply(q, k, v, seen or Seen(), axis, met)  # type: ignore[no-any-return]
+    return _Ring.apply(q, k, v, seen or Seen(causal), axis, met)  # type: ignore[no-any-return]
 
 
 class _Ring(torch.autograd.Function):

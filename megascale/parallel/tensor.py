@@ -83,10 +83,10 @@ def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequenc
         enter, leave = partial(copy_to_ranks, axis=axis), partial(sum_over_ranks, axis=axis)
     for _, block in model.units():
         assert isinstance(block, Block)
-        for sublayer in (block.attention, block.ffn):
+        for sublayer in (*block.attentions, block.ffn):
             sublayer.enter, sublayer.leave = enter, leave
     _share_statistics(model, placements, axis)
-    model.enter_head, model.leave_embedding = enter, leave
+    model.enter_head, model.leave_embedding, model.enter_memory = enter, leave, enter
     model.cut_ends(axis)
     heads = model.cfg.num_heads // axis.size
     model.heads_here = (axis.rank * heads, (axis.rank + 1) * heads)
@@ -114,9 +114,9 @@ def _cut_kv_heads(model: Family, axis: Axis) -> bool:
     kv, of_query = kv_heads_of(range(axis.rank * per_rank, (axis.rank + 1) * per_rank), group)
     for _, block in model.units():
         assert isinstance(block, Block)
-        attention = block.attention
-        attention.k.rows = attention.v.rows = (kv.start * cfg.head_dim, kv.stop * cfg.head_dim)
-        attention.kv_of_query = of_query
+        for attention in block.attentions:
+            attention.k.rows = attention.v.rows = (kv.start * cfg.head_dim, kv.stop * cfg.head_dim)
+            attention.kv_of_query = of_query
     return False
 
 

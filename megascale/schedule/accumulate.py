@@ -34,7 +34,7 @@ class Accumulation:
         for i, batch in enumerate(batches):
             self.model.mesh.traffic.moved += 1
             with self.model.micro_batch(i == len(batches) - 1):
-                loss = self.model.module(batch.tokens, batch.targets, batch.documents, batch.positions, batch.samples, scale=scale)
+                loss = self.model.module(**batch.inputs(), scale=scale)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
@@ -43,5 +43,5 @@ class Accumulation:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        losses = [self.model.module(b.tokens, b.targets, b.documents, b.positions) for b in batches]
+        losses = [self.model.module(**b.inputs(training=False)) for b in batches]
         return torch.stack(losses).to(torch.float64).sum()

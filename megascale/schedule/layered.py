@@ -116,7 +116,7 @@ class _Pass:
         if x is not None and torch.is_grad_enabled():
             self.doors[key] = []
             x = _Door.apply(self.anchor, x, self.doors[key])
-        y = self.model.stages[number](b.tokens, b.targets, b.documents, b.positions, b.samples, scale=self.scale, stream=x)
+        y = self.model.stages[number](**b.inputs(), scale=self.scale, stream=x)
         if torch.is_grad_enabled():
             self.ends[key] = get_gradient_edge(y)
         if number < len(self.model.stages) - 1:

@@ -143,9 +143,7 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
         b, stream = self.batches[self.micro_batch], args[0] if args else None
-        return self.submod(  # type: ignore[no-any-return]
-            b.tokens, b.targets, b.documents, b.positions, b.samples, scale=self.scale, stream=stream
-        )
+        return self.submod(**b.inputs(), scale=self.scale, stream=stream)  # type: ignore[no-any-return]
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_buffers(super()._prepare_forward_infra, *args, **kwargs)

@@ -53,7 +53,7 @@ class DeepSpeed:
             self.model.mesh.traffic.moved += 1
             last = i == len(batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
-            loss = self.engine(b.tokens, b.targets, b.documents, b.positions, b.samples, scale=scale)
+            loss = self.engine(**b.inputs(), scale=scale)
             # It averages over data ranks; ours is a sum.
             self.engine.backward(loss * (self.data.size / valid).to(loss.dtype))
             if not last:
@@ -72,7 +72,7 @@ class DeepSpeed:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         self._start()
-        losses = [self.engine.module(b.tokens, b.targets, b.documents, b.positions) for b in batches]
+        losses = [self.engine.module(**b.inputs(training=False)) for b in batches]
         return torch.stack(losses).to(torch.float64).sum()
 
     def pieces(self) -> dict[str, Piece]:

@@ -16,19 +16,18 @@ from megascale.config.stages import stage_parts
 from megascale.config.support import check, padding_note
 from megascale.errors import UsageError
 from megascale.measure.compute import flops_per_token
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
-from megascale.train.memory import DTYPES, host_bytes, largest_rank
-from megascale.train.setup import resolve_vocabulary
+from megascale.train.memory import host_bytes, largest_rank, shape_of
+from megascale.train.samples import resolve_vocabulary
 
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
     """Prints the report; with `json_file` also writes it, with `picture` draws the pipeline. Raises UsageError as the run would."""
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
         config = resolve_vocabulary(config)
     config = check(config, ranks)
     report = describe_run(config, ranks)
@@ -76,7 +75,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     sizes = axis_sizes(config.parallel, ranks)
     totals = largest_rank(config, sizes)
     timeline = pipeline_timeline(config, ranks)
-    shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
+    shape = shape_of(config)
     model = build_part(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
     specs = specs_of(model)
     parameters = sum(s.numel for s in specs.values())
@@ -89,7 +88,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
         "layout": describe(config.parallel),
         "bytes_per_rank": totals,
         **({"host_bytes_per_rank": host_bytes(config, ranks)} if config.parallel.offload else {}),
-        "flops_per_step": flops_per_token(config.model, specs, train.seq_len) * tokens,
+        "flops_per_step": flops_per_token(config.model, specs, train.seq_len, train.source_length) * tokens,
         "schedule": {
             "data_ranks": parts,
             "micro_batches": -(-train.global_batch_size // (train.micro_batch_size * parts)),
@@ -118,7 +117,7 @@ def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
     """
     p, m = config.parallel, micro_batches(config, ranks)
     if p.accumulation == "layered":
-        return simulate({0: layered_order(config.model.num_layers + 2, m, p.breadth_first or m)})
+        return simulate({0: layered_order(config.model.total_layers + 2, m, p.breadth_first or m)})
     if p.pp == 1:
         return None
     order = compute_order(p.pp_schedule, p.pp, p.pp_virtual, m)
@@ -132,7 +131,7 @@ def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
         "stages": len({s.step.stage for lane in timeline.lanes for s in lane}),
         "gathers": [sum(mark.kind == "G" for mark in marks) for marks in timeline.marks],
         "reductions": [sum(mark.kind == "R" for mark in marks) for marks in timeline.marks],
-        "layers": [len(part.layers) for part in stage_parts(config.model, p, config.train.seq_len)],
+        "layers": [len(part.layers) for part in stage_parts(config.model, p, config.train.seq_len, config.train.source_length)],
         "bubble": timeline.bubble,
         "live_activations": timeline.live,
         "sends": timeline.sends,

@@ -28,6 +28,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 GB = 1e9
 
 
+def shape_of(config: Config) -> Shape:
+    """What a model needs to know of the other sections."""
+    t, p = config.train, config.precision
+    return Shape(t.seq_len, DTYPES[p.storage], DTYPES[p.compute], t.source_length if config.model.encoder_layers else 0)
+
+
 def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
     """`rank_bytes` of the rank that holds most."""
     # Of the tensor and shard coordinates the first has the largest part, as torch.chunk leaves the rest for last; stages differ freely.
@@ -39,8 +45,8 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     """Bytes of stored weights, their gradients and the optimizer's state on the rank at `place`. Gathered copies come and go and are not
     counted.
     """
-    storage = DTYPES[config.precision.storage]
-    shape = Shape(config.train.seq_len, storage, DTYPES[config.precision.compute])
+    shape = shape_of(config)
+    storage = shape.storage
     kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
@@ -104,13 +110,15 @@ def stashed_bytes(config: Config, ranks: int) -> float:
 
 def _two_byte_units(config: Config) -> float:
     """Tokens × width of this rank's part of a micro-batch, counted in two-byte numbers."""
-    tokens = config.train.micro_batch_size * config.train.seq_len / config.parallel.cp
+    # A decoder's block has its stack's tokens alone; the longer ones stand for both stacks.
+    length = max(config.train.seq_len, config.train.source_length if config.model.encoder_layers else 0)
+    tokens = config.train.micro_batch_size * length / config.parallel.cp
     return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
 
 
 def _blocks_in_flight(config: Config, ranks: int) -> float:
     """How often a block's activations are alive at once: blocks of this rank × micro-batches between forward and backward."""
-    p, blocks = config.parallel, config.model.num_layers
+    p, blocks = config.parallel, config.model.total_layers
     if p.accumulation == "layered":
         return float(blocks * (p.breadth_first or micro_batches(config, ranks)))
     if p.pp == 1:

@@ -23,19 +23,12 @@ from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config, Parallel, Precision, any_layer
 from megascale.config.support import check, padding_note
-from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
-from megascale.data.fields import FieldMixture
-from megascale.data.indexed import TokenFile
-from megascale.data.loader import Batch, Prefetcher, make_batch, sample_numbers
-from megascale.data.masking import Masking
-from megascale.data.megatron_order import MegatronMixture
-from megascale.data.tokenizer import beside, load_tokenizer
+from megascale.data.loader import Prefetcher
 from megascale.errors import MegascaleError, UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import flops_per_token, peak_flops
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
@@ -51,12 +44,13 @@ from megascale.schedule.pipeline import Pipeline
 from megascale.train.console import Console
 from megascale.train.engine import Engine, Native
 from megascale.train.in_backward import InBackward
-from megascale.train.memory import DTYPES, check_host_room
+from megascale.train.memory import check_host_room, shape_of
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
 from megascale.train.phases import Phase
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
+from megascale.train.samples import first_facts, micro_batches, note, open_data, resolve_vocabulary
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -65,42 +59,6 @@ from megascale.train.watch import Pulse, Watch
 WATCH_FIRST = 30.0  # seconds
 FP8_CAPABILITY = (8, 9)  # from which on CUDA devices multiply FP8: Ada, Hopper and newer
 T = TypeVar("T")
-Samples = Mixture | MegatronMixture | FieldMixture
-
-
-def resolve_vocabulary(config: Config) -> Config:
-    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused. An encoder
-    has one token more, its last, that stands for hidden ones. Fields have none.
-    """
-    if config.model.spacetime is not None:
-        return config
-    more = 1 if config.model.family == "encoder" else 0
-    prefix = read_sources(config.data.train, "data.train")[0].path
-    path = config.data.tokenizer or beside(prefix)
-    if path is None:
-        known = source_facts(prefix).get("vocab_size")
-        size = config.model.vocab_size or (known and known + more)
-        if size is None:
-            TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
-            raise UsageError(
-                f"model.vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.vocab_size and data.tokenizer"
-            )
-    else:
-        tokenizer = load_tokenizer(path)
-        size = config.model.vocab_size or tokenizer.vocab_size + more
-        if size < tokenizer.vocab_size + more:
-            mask = " and an encoder needs one more for its mask" if more else ""
-            raise UsageError(
-                f"model.vocab_size is {size} and the tokenizer {path} has {tokenizer.vocab_size} pieces{mask}: leave vocab_size out to "
-                "take them"
-            )
-        made_with = source_facts(prefix).get("tokenizer_fingerprint")
-        if made_with is not None and made_with != tokenizer.fingerprint:
-            raise UsageError(
-                f"{prefix} was made with tokenizer {made_with} and data.tokenizer {path} is {tokenizer.fingerprint}: they number words "
-                "differently; use the tokenizer beside the data"
-            )
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def choose_device(config: Config, ranks: RankInfo) -> torch.device:
@@ -183,13 +141,13 @@ def check_torch(config: Config) -> None:
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
-    shape = Shape(config.train.seq_len, DTYPES[config.precision.storage], DTYPES[config.precision.compute])
+    shape = shape_of(config)
     specs = specs_of(build_part(config.model, shape, kernels.norm))
     for key in config.optim.multipliers:
         if not any(key in (name, any_layer(name)) for name in specs):
             near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
             raise UsageError(f"optim.multipliers names {key}, which no weight is called{f'; did you mean {near[0]}?' if near else ''}")
-    flops = flops_per_token(config.model, specs, config.train.seq_len)
+    flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length)
     active = active_parameters(specs)
     facts = {
         "parameters": sum(s.numel for s in specs.values()),
@@ -222,45 +180,6 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
         return InBackward(model, schedule, config.optim, device)
     optimizer = build_optimizer(model, config.optim, config.parallel.offload)
     return Native(model, schedule, optimizer, config.train.clip, factors=norm_factors(model.weights, config.optim))
-
-
-def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
-    """The training mixture and the named validation sets."""
-    data, train, seed = config.data, config.train, config.run.seed
-
-    def mixture(sources: list[Source], part: str, shuffled: bool) -> Samples:
-        if config.model.spacetime is not None:
-            return FieldMixture(sources, config.model.spacetime, seed, part, data.valid_fraction, shuffled)
-        assert config.model.vocab_size is not None
-        vocab = config.model.vocab_size - (1 if config.model.family == "encoder" else 0)  # the mask occurs in no file
-        if data.order == "megatron":
-            steps = train.total_steps if shuffled else train.eval_steps
-            return MegatronMixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, steps * train.global_batch_size)
-        return Mixture(sources, train.seq_len, seed, vocab, part, data.valid_fraction, shuffled)
-
-    sources = read_sources(data.train, "data.train")
-    part = "train" if data.valid_fraction > 0 else "all"
-    samples = mixture(sources, part, True)
-    if not train.eval_every:
-        return samples, {}
-    if data.valid is not None:
-        held, part = read_sources(data.valid, "data.valid"), "all"
-    else:
-        held, part = sources, "valid"
-    check_tokenizers([*sources, *held])
-    return samples, {s.name: mixture([s], part, False) for s in held}
-
-
-def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:
-    """This rank's micro-batches of the global batch that starts at sample `first`."""
-    t = config.train
-    rows = sample_numbers(first, t.global_batch_size, t.micro_batch_size, mesh.data_rank, mesh.data_size)
-    if isinstance(samples, FieldMixture):
-        return [samples.batch(row, device) for row in rows]
-    masking = None
-    if config.model.family == "encoder":
-        masking = Masking(config.run.seed, config.data.mask_fraction or 0.15, samples.vocab_size)
-    return [make_batch(samples, row, t.packing, device, masking) for row in rows]
 
 
 @contextmanager
@@ -312,7 +231,7 @@ def build_trainer(
     if first:
         log = RunLog(run_dir, progress.step)
         console = Console(config.train.total_steps, progress.step)
-        announce(config, ranks, facts, start, progress, log, console)
+        announce(config, ranks, facts, start, progress, note(mixture), log, console)
         write_atomic(run_dir / "config.yaml", to_yaml(whole.plain()))
     peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else peak_flops(device, model.model.shape.compute)
     reporter = Reporter(
@@ -380,12 +299,13 @@ def announce(
     facts: dict[str, Any],
     start: Start,
     progress: Progress,
+    data_note: str | None,
     log: RunLog,
     console: Console,
 ) -> None:
     """What starts here, for the reader of the screen and of events.jsonl."""
     layout = describe(config.parallel)
-    entropy = source_facts(read_sources(config.data.train, "data.train")[0].path).get("unigram_entropy")
+    entropy = first_facts(config).get("unigram_entropy")
     details: dict[str, Any] = {
         "layout": layout,
         "ranks": ranks.size,
@@ -408,6 +328,6 @@ def announce(
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
-    note = padding_note(config)
-    if note:
-        console.warn(note)
+    for sentence in (padding_note(config), data_note):
+        if sentence:
+            console.warn(sentence)

@@ -99,18 +99,19 @@ def test_remaining_ranks_go_to_the_data_axis() -> None:
 
 GRID = "{shape: [4, 4], patch: [1, 2], channels: 1}"  # 8 tokens
 
+SPANS = ("model.family=encoder_decoder", "data.objective=span_corruption", "model.vocab_size=130")
+
 MUS = ("model.residual=mus", "optim.weight_decay=0")
 
 # One config for each rule of the table, refused by it and by no other.
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
-    "family": (1, ("model.family=encoder_decoder",)),
     "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
     "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
-    "encoder_context": (2, ("model.family=encoder", "parallel.cp=2")),
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
     "spacetime_tokens": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "train.seq_len=9")),
     "spacetime_text": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.sliding_window=2")),
+    "spacetime_texts": (1, ("model.spacetime={shape: [4, 2], patch: [1, 1], channels: 1, text_vocab_size: 9}", "model.family=spacetime")),
     "spacetime_block": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "model.residual=deepnorm")),
     "mus_block": (1, (*MUS, "model.norm=dyt")),
     "mus_tau": (1, ("model.mus_tau=0.2",)),
@@ -133,6 +134,14 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "matformer_sum": (1, ("model.matformer={sizes: [8], train: sum}", "parallel.accumulation=layered")),
     "ffn_sizes": (1, ("model.ffn_sizes=[8, 8]",)),
     "vocab_enabled": (1, ("model.vocab_enabled=31",)),
+    "pair_keys": (1, ("model.encoder_layers=2",)),
+    "pair_packing": (1, ("model.family=encoder_decoder", "train.packing=documents")),
+    "pair_context": (2, ("model.family=encoder_decoder", "parallel.cp=2")),
+    "source_vocabulary": (1, ("model.family=encoder_decoder", "model.source_vocab_size=20")),
+    "span_vocabulary": (1, (*SPANS, "model.share_embeddings=false")),
+    "span_keys": (1, ("data.mean_span=4", "model.family=encoder_decoder")),
+    "span_room": (1, (*SPANS, "train.source_len=60")),
+    "tp_source": (2, ("model.family=encoder_decoder", "parallel.tp=2", "parallel.tp_sequence=true", "train.source_len=9")),
     "stages_without_pipeline": (1, ("parallel.pp_virtual=2",)),
     "one_stage_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=2", "model.num_layers=8")),
     "v_schedules": (2, ("parallel.pp=2", "parallel.pp_virtual=3", "parallel.pp_schedule=zbv", "model.num_layers=8")),
@@ -231,7 +240,7 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
     """Values in and out of what is supported."""
     pick = {
         "model.num_kv_heads": [1, 2, 3, 4],
-        "model.family": ["decoder", "encoder"],
+        "model.family": ["decoder", "encoder", "encoder_decoder"],
         "model.norm": ["rmsnorm", "layernorm", "dyt"],
         "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "res_post", "mus"],
         "model.branchnorm_period": ["null", "null", 3],

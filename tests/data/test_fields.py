@@ -15,6 +15,7 @@ import torch
 from megascale.config.schema import Spacetime
 from megascale.data.dataset import Source
 from megascale.data.fields import FieldMixture
+from megascale.data.indexed import TokenWriter
 from megascale.errors import UsageError
 from tests.ranks import run_ranks
 from tests.runs import losses, rows, run, settings, weights_at
@@ -49,6 +50,27 @@ def test_runs_are_held_out_whole(tmp_path: Path) -> None:
     parts = [FieldMixture([source], FIELDS, 7, part, 0.3, shuffled=False) for part in ("train", "valid")]
     seen = [{int(m.sample(i)[0, 0, 0, 0]) // 100 for i in range(len(m.files[0]))} for m in parts]
     assert seen[0] and seen[1] and not seen[0] & seen[1] and seen[0] | seen[1] == set(range(5))
+
+
+def test_each_sample_has_the_text_of_its_run(tmp_path: Path) -> None:
+    """Catches a text of the next run, of the order in which runs come, and texts that are more or fewer than runs."""
+    source, told = write(tmp_path / "a"), FIELDS.model_copy(update={"text_len": 3, "text_vocab_size": 60})
+    for runs in (5, 4):
+        with TokenWriter(tmp_path / "a.text", np.uint16) as writer:
+            for run in range(runs):
+                writer.add(np.array([10 * run + i for i in range(1 + run)]))
+        if runs == 5:
+            mixture = FieldMixture([source], told, 7, "all", 0.0, shuffled=True)
+            for number in range(25):
+                run = int(mixture.sample(number)[0, 0, 0, 0]) // 100
+                batch = mixture.batch([number, -1], CPU)
+                assert batch.source is not None and batch.source[1].tolist() == [-1] * 3
+                assert batch.source[0].tolist() == ([10 * run + i for i in range(1 + run)] + [-1] * 3)[:3]
+            small = FieldMixture([source], told.model_copy(update={"text_vocab_size": 20}), 7, "all", 0.0, shuffled=False)
+            with pytest.raises(UsageError, match=r"a.text holds token \d+, and model.spacetime.text_vocab_size is 20"):
+                [small.batch([n], CPU) for n in range(25)]
+    with pytest.raises(UsageError, match=r"holds 5 runs and .*a.text has 4 documents: one text a run is needed"):
+        FieldMixture([source], told, 7, "all", 0.0, shuffled=True)
 
 
 def test_values_are_normalized_and_hidden_patches_are_a_function_of_the_sample(tmp_path: Path) -> None:
@@ -150,3 +172,21 @@ def test_a_run_learns_and_wanders_over_layouts(water: Path, tmp_path: Path) -> N
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
     found = rows(other)
     assert found[0]["sent_bytes"]["cp"] > 0 and "tokens" in next(iter(r["valid_loss"] for r in found if "valid_loss" in r))
+
+
+def test_a_run_with_texts_is_one_curve(tmp_path: Path) -> None:
+    """Catches a vocabulary of texts that is not found, and a text that a stage or another rank of the sequence does not get."""
+    write(tmp_path / "a", mean=[200.0, 200.0], std=[150.0, 150.0])
+    with TokenWriter(tmp_path / "a.text", np.uint16) as writer:
+        for run_number in range(5):
+            writer.add(np.array([run_number, 7]))
+    (tmp_path / "a.text.json").write_text(json.dumps({"vocab_size": 9}))
+    fields = {"shape": [4, 6, 8], "patch": [1, 3, 2], "channels": 2, "objective": "next_step", "text_len": 4}
+    model = {"model__family": "spacetime", "model__spacetime": fields, "model__vocab_size": None, "train__seq_len": 32}
+    straight = settings(tmp_path, **model, data__train=str(tmp_path / "a"), train__steps=3)
+    assert run_ranks(1, run, straight) == [(0, "done")]
+    for name, ranks, parallel in (("dsp", 2, {"cp": 2, "cp_method": "dsp"}), ("pp", 2, {"pp": 2})):
+        (tmp_path / name).mkdir()
+        values = {**settings(tmp_path / name, **model, train__steps=3), "data": straight["data"], "parallel": parallel}
+        assert {c for c, _ in run_ranks(ranks, run, values)} == {0}
+        assert max(abs(a - b) / b for a, b in zip(losses(tmp_path / name), losses(tmp_path))) <= 1e-12

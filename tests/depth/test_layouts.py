@@ -60,6 +60,22 @@ def test_every_scheme_equals_one_process(name: str, layout: str) -> None:
     assert_equal(Case(cfg, parallel, packed=name in ("deepnorm", "subln", "deepnorm encoder")), ranks)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (3, Parallel(cp=3)),
+        (2, Parallel(cp=2, cp_method="ulysses")),
+        (4, Parallel(cp=4, cp_ulysses=2)),
+        (4, Parallel(cp=2, tp=2, tp_sequence=True, recompute="full")),
+    ],
+)
+def test_an_encoder_cut_along_the_sequence(ranks: int, parallel: Parallel, packed: bool) -> None:
+    """Catches a ring that hides what comes later, or that hides another document only where it comes later."""
+    cfg = scheme("deepnorm", family="encoder", num_kv_heads=2, position="rope")
+    assert_equal(Case(cfg, parallel, packed=packed, seq_len=16, steps=2), ranks)
+
+
 def test_tp_beyond_kv_heads_with_quantized_rows() -> None:
     """Catches a quantized weight held whole whose mean is taken over the rows in use."""
     assert_equal(Case(scheme("subln", linear="bitlinear", num_kv_heads=2), Parallel(tp=4)), 4)

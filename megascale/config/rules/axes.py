@@ -32,17 +32,17 @@ AXIS_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "stages_and_layers",
-        ("parallel.pp", "parallel.pp_virtual", "model.num_layers"),
-        lambda c, n: c.parallel.pp > 1 and c.model.num_layers < c.parallel.pp * c.parallel.stages_per_rank,
+        ("parallel.pp", "parallel.pp_virtual", "model.num_layers", "model.encoder_layers"),
+        lambda c, n: c.parallel.pp > 1 and c.model.total_layers < c.parallel.pp * c.parallel.stages_per_rank,
         "there are more stages (pp × stages per rank) than layers",
         "choose a smaller pp or pp_virtual",
     ),
     Rule(
         "stage_layers",
-        ("parallel.pp_layers", "model.num_layers"),
+        ("parallel.pp_layers", "model.num_layers", "model.encoder_layers"),
         lambda c, n: c.parallel.pp > 1 and not _stage_layers_fit(c),
         "pp_layers names the layers of each of the pp × stages-per-rank stages, all layers once and none empty between first and last",
-        "give one number a stage with the sum num_layers, or leave it out",
+        "give one number a stage with the sum num_layers (plus encoder_layers where there are any), or leave it out",
     ),
     Rule(
         "interleaved_rounds",
@@ -198,5 +198,5 @@ def _stage_layers_fit(config: Config) -> bool:
     layers = config.parallel.pp_layers
     if layers is None:
         return True
-    right = len(layers) == config.parallel.pp * config.parallel.stages_per_rank and sum(layers) == config.model.num_layers
+    right = len(layers) == config.parallel.pp * config.parallel.stages_per_rank and sum(layers) == config.model.total_layers
     return right and all(n > 0 for n in layers[1:-1])

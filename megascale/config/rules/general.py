@@ -56,9 +56,9 @@ GENERAL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "vocabulary_parts",
-        ("parallel.tp", "model.vocab_size"),
-        lambda c, n: c.model.vocab_size is not None and c.model.vocab_size < c.parallel.tp,
-        "each tensor rank needs at least one row of the vocabulary",
+        ("parallel.tp", "model.vocab_size", "model.source_vocab_size"),
+        lambda c, n: any(size is not None and size < c.parallel.tp for size in (c.model.vocab_size, c.model.source_vocab_size)),
+        "each tensor rank needs at least one row of each vocabulary",
         "choose a smaller tp",
     ),
     Rule(
@@ -110,8 +110,8 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
         "megatron_order",
         ("data.order", "model.family"),
-        lambda c, n: c.data.order == "megatron" and c.model.family == "spacetime",
-        "Megatron's order is one of documents of tokens",
+        lambda c, n: c.data.order == "megatron" and c.model.family in ("spacetime", "encoder_decoder"),
+        "Megatron's order is one of single documents of tokens",
         "use order megascale",
     ),
     Rule(

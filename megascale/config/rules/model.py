@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import re
 
+from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
-from megascale.config.schema import BLOCK_NORMS, Model
+from megascale.config.schema import BLOCK_NORMS, Config, Model
+
+ENCODERS = ("encoder", "encoder_decoder")  # families some of whose tokens look both ways
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
-        "family",
-        ("model.family",),
-        lambda c, n: c.model.family == "encoder_decoder",
-        "this version trains decoders, encoders, and transformers over grids",
-        "use decoder, encoder or spacetime",
-        True,
-    ),
-    Rule(
         "encoder_position",
         ("model.family", "model.position"),
-        lambda c, n: c.model.family == "encoder" and c.model.position in ("xpos", "alibi"),
+        lambda c, n: c.model.family in ENCODERS and c.model.position in ("xpos", "alibi"),
         "xPos and ALiBi weigh how far back a token looks, and an encoder looks both ways",
         "use rope or learned",
     ),
     Rule(
         "encoder_window",
         ("model.family", "model.sliding_window"),
-        lambda c, n: c.model.family == "encoder" and c.model.sliding_window is not None,
+        lambda c, n: c.model.family in ENCODERS and c.model.sliding_window is not None,
         "the window ends at the token itself, and an encoder looks both ways",
         "remove sliding_window",
     ),
     Rule(
-        "encoder_context",
-        ("model.family", "parallel.cp"),
-        lambda c, n: c.model.family == "encoder" and c.parallel.cp > 1,
-        "tokens of other ranks are met in causal order",
-        "set cp to 1",
-    ),
-    Rule(
         "mask_fraction",
-        ("data.mask_fraction", "model.family"),
-        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder",
-        "tokens are masked for encoders only",
-        "remove mask_fraction, or use family encoder",
+        ("data.mask_fraction", "model.family", "data.objective"),
+        lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
+        "tokens are hidden from encoders only, alone or by the objective span_corruption",
+        "remove mask_fraction, or use family encoder, or encoder_decoder with objective span_corruption",
     ),
     Rule(
         "spacetime_fields",
@@ -72,6 +60,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         ),
         "windows, documents, ALiBi, XPos and tied embeddings are for text",
         "use position rope or learned, without sliding_window and tie_embeddings, and packing concat",
+    ),
+    Rule(
+        "spacetime_texts",
+        ("model.spacetime.text_len", "model.spacetime.text_vocab_size", "parallel.tp"),
+        lambda c, n: grid(c) and not _texts_fit(c),
+        "a text of text_len places goes with each sample, each tensor rank needs a row of its vocabulary, and tp_sequence cuts its places",
+        "give text_len with text_vocab_size, and choose tp of at most text_vocab_size, dividing text_len with tp_sequence",
     ),
     Rule(
         "spacetime_block",
@@ -131,7 +126,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "moe_every",
         ("model.moe.every", "model.num_layers"),
-        lambda c, n: c.model.moe is not None and c.model.moe.every > c.model.num_layers,
+        lambda c, n: c.model.moe is not None and c.model.moe.every > max(c.model.num_layers, c.model.encoder_layers or 0),
         "no layer would have experts",
         "choose a smaller every, or remove model.moe",
     ),
@@ -191,7 +186,8 @@ MODEL_RULES: tuple[Rule, ...] = (
         "layer_coefficients",
         ("model.layer_coefficients", "model.num_layers", "model.moeut"),
         lambda c, n: (
-            c.model.layer_coefficients is not None and (len(c.model.layer_coefficients) != c.model.num_layers or c.model.moeut is not None)
+            c.model.layer_coefficients is not None
+            and (len(c.model.layer_coefficients) != c.model.num_layers or c.model.moeut is not None or c.model.family == "encoder_decoder")
         ),
         "every layer has one pair of coefficients, and MoEUT's have none",
         "give num_layers pairs [skip, branch], or leave layer_coefficients out",
@@ -234,7 +230,7 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or c.model.moe is not None
                 or c.model.residual == "subln"
                 or c.model.linear != "dense"
-                or c.model.family == "spacetime"
+                or c.model.family in ("spacetime", "encoder_decoder")
                 or c.model.ffn_sizes is not None
                 or c.parallel.tp > 1
                 or c.precision.fp8 != "false"
@@ -264,7 +260,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             and (
                 len(c.model.ffn_sizes) != c.model.num_layers
                 or c.model.moe is not None
-                or c.model.family == "spacetime"
+                or c.model.family in ("spacetime", "encoder_decoder")
                 or any(f % c.parallel.tp for f in c.model.ffn_sizes)
             )
         ),
@@ -286,9 +282,18 @@ MODEL_RULES: tuple[Rule, ...] = (
 
 def _is_norm(model: Model, name: str) -> bool:
     """Whether `model.norm_eps_of` may name it."""
-    if model.moeut is not None:
+    if model.moeut is not None or model.family == "encoder_decoder":
         return False
     if name == "final_norm" or name in BLOCK_NORMS:
         return True
     match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
     return match is not None and int(match[1]) < model.num_layers and match[2] in BLOCK_NORMS
+
+
+def _texts_fit(config: Config) -> bool:
+    fields, parallel = config.model.spacetime, config.parallel
+    assert fields is not None
+    if fields.text_len is None:
+        return fields.text_vocab_size is None
+    rows = fields.text_vocab_size is None or fields.text_vocab_size >= parallel.tp
+    return rows and not (parallel.tp_sequence and fields.text_len % parallel.tp)

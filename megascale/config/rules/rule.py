@@ -24,5 +24,9 @@ def grid(config: Config) -> bool:
     return config.model.family == "spacetime" and config.model.spacetime is not None
 
 
+def pair(config: Config) -> bool:
+    return config.model.family == "encoder_decoder"
+
+
 def own_expert_axes(config: Config) -> bool:
     return config.parallel.ep > 1 or config.parallel.expert_tp != config.parallel.tp

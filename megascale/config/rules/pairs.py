@@ -1,0 +1,98 @@
+"""Encoder–decoders: sources, targets, and the objectives that pair them."""
+
+from __future__ import annotations
+
+from megascale.config.rules.rule import Rule, pair
+from megascale.config.schema import Config
+from megascale.config.spans import SENTINELS, Spans, longest_window
+
+PAIR_RULES: tuple[Rule, ...] = (
+    Rule(
+        "pair_keys",
+        (
+            "model.family",
+            "model.encoder_layers",
+            "model.share_embeddings",
+            "model.source_vocab_size",
+            "train.source_len",
+            "data.objective",
+            "data.source_tokenizer",
+        ),
+        lambda c, n: not pair(c) and _speaks_of_sources(c),
+        "only an encoder_decoder has sources beside its targets",
+        "leave these keys out, or use family encoder_decoder",
+    ),
+    Rule(
+        "pair_packing",
+        ("model.family", "train.packing"),
+        lambda c, n: pair(c) and c.train.packing != "concat",
+        "each sample is one source with its target, and nothing is packed",
+        "leave packing out",
+    ),
+    Rule(
+        "pair_context",
+        ("model.family", "parallel.cp"),
+        lambda c, n: pair(c) and c.parallel.cp > 1,
+        "targets and sources have lengths of their own, and attention from cut targets to cut sources is not built",
+        "set cp to 1; sentences are short, and tp with tp_sequence cuts both",
+        True,
+    ),
+    Rule(
+        "source_vocabulary",
+        ("model.share_embeddings", "model.source_vocab_size", "data.source_tokenizer"),
+        lambda c, n: (
+            pair(c) and c.model.share_embeddings and (c.model.source_vocab_size is not None or c.data.source_tokenizer is not None)
+        ),
+        "with one table for both sides there is one vocabulary",
+        "set share_embeddings to false, or leave source_vocab_size and source_tokenizer out",
+    ),
+    Rule(
+        "span_vocabulary",
+        ("data.objective", "model.share_embeddings"),
+        lambda c, n: spans_asked(c) and not c.model.share_embeddings,
+        "source and target are pieces of one text",
+        "leave share_embeddings out",
+    ),
+    Rule(
+        "span_keys",
+        ("data.mean_span", "data.objective"),
+        lambda c, n: c.data.mean_span is not None and not spans_asked(c),
+        "only span corruption hides spans",
+        "remove mean_span, or use objective span_corruption with family encoder_decoder",
+    ),
+    Rule(
+        "span_room",
+        ("data.objective", "data.mask_fraction", "data.mean_span", "train.source_len", "train.seq_len"),
+        lambda c, n: spans_asked(c) and not _spans_fit(c),
+        f"the longest window that fills a source needs a target of at most seq_len tokens and at most {SENTINELS} spans (a source of 512 "
+        "tokens with 15 % hidden in spans of 3 takes a window of 568 and a target of 114)",
+        "choose a longer seq_len, a shorter source_len, a smaller mask_fraction or a longer mean_span",
+    ),
+    Rule(
+        "tp_source",
+        ("parallel.tp", "train.source_len"),
+        lambda c, n: pair(c) and c.parallel.tp_sequence and c.train.source_length % c.parallel.tp != 0,
+        "with tp_sequence sources are cut over the tensor ranks",
+        "choose a source_len that is a multiple of tp, or tp_sequence false",
+    ),
+)
+
+
+def _speaks_of_sources(config: Config) -> bool:
+    m, d = config.model, config.data
+    given = (m.encoder_layers, m.source_vocab_size, config.train.source_len, d.objective, d.source_tokenizer)
+    return not m.share_embeddings or any(x is not None for x in given)
+
+
+def spans_asked(config: Config) -> bool:
+    return pair(config) and config.data.objective == "span_corruption"
+
+
+def spans_in(config: Config) -> Spans | None:
+    """Of every sample; None where a source is too short for any."""
+    return longest_window(config.train.source_length, config.data.masked, config.data.mean_span or 3.0)
+
+
+def _spans_fit(config: Config) -> bool:
+    spans = spans_in(config)
+    return spans is not None and spans.target <= config.train.seq_len and spans.spans <= SENTINELS

@@ -1,0 +1,42 @@
+"""How much of a text span corruption hides: plain numbers, read by the support table, the data and the docs.
+
+A window of text becomes a source, in which a mark stands for each hidden span, and a target, in which each mark is followed by what it
+hides (T5, arXiv 1910.10683, section 3.1.4). Both end with the end token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SENTINELS = 100  # marks, the last pieces of the vocabulary (T5's number): at most so many spans in a sample
+
+
+@dataclass(frozen=True)
+class Spans:
+    """`hidden` of a window's `tokens`, in `spans` runs."""
+
+    tokens: int
+    hidden: int
+    spans: int
+
+    @property
+    def source(self) -> int:
+        return self.tokens - self.hidden + self.spans + 1
+
+    @property
+    def target(self) -> int:
+        return self.hidden + self.spans + 1
+
+
+def spans_of(tokens: int, fraction: float, mean: float) -> Spans:
+    """For a window of `tokens`, two at least: a run of text goes before each span, so there are as many of one as of the other."""
+    hidden = min(max(round(tokens * fraction), 1), tokens - 1)
+    return Spans(tokens, hidden, max(1, min(round(hidden / mean), hidden, tokens - hidden)))
+
+
+def longest_window(source_len: int, fraction: float, mean: float) -> Spans | None:
+    """The longest window whose source has `source_len` tokens at most; None where not even two tokens fit."""
+    found, tokens = None, 2
+    while (spans := spans_of(tokens, fraction, mean)).source <= source_len:
+        found, tokens = spans, tokens + 1
+    return found

@@ -1,0 +1,138 @@
+"""The encoder–decoder family: an encoder reads a source, a decoder writes its target and attends to what the encoder made of it.
+
+Layers are numbered through both stacks, the encoder's first, so that passes, stages and schedules see one row of blocks. Between two
+stages travels one tensor [b, t + s, d]: the source's tokens, which the decoder's layers only read, and the target's, which the encoder's
+layers only hand on. So both are embedded in the first stage, which alone has tables of the vocabulary.
+
+Shapes: b micro-batch, t source, s target, d hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megascale.comm.mesh import Axis
+from megascale.config.schema import Model
+from megascale.config.stages import Part, has_experts
+from megascale.model.block import Block, Memory, only
+from megascale.model.decoder import Decoder, Shape, Table
+from megascale.model.kernels import NormKernel
+from megascale.model.layers import Norm
+from megascale.model.residual import Stack, ends, residual
+from megascale.model.spec import ParamSpec
+
+
+class EncoderDecoder(Decoder):
+    """A decoder, whose blocks also attend to a memory, and the encoder that makes it; or the `part` of both that makes a stage.
+
+    `share_embeddings` says whether sources are looked up in the targets' table or in one of their own, for a vocabulary of their own.
+    """
+
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
+        super().__init__(cfg, shape, norm_kernel, part)
+        assert cfg.encoder_layers is not None
+        dtype, d, at_ends = shape.storage, cfg.hidden_size, ends(cfg)
+        stack, count = Stack("encoder", cfg.encoder_layers, cfg.num_layers), cfg.encoder_layers
+        if self.part.first and not cfg.share_embeddings:
+            assert cfg.source_vocab_size is not None
+            self.source_embedding = Table(ParamSpec((cfg.source_vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
+        if self.part.first and cfg.position == "learned":
+            self.source_position = Table(ParamSpec((shape.source_len, d), "position", "tokens", at_ends.embedding), dtype)
+        self.encoder = nn.ModuleDict(
+            {
+                str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, has_experts(cfg, i))
+                for i in self.part.of_stack(0, count)
+            }
+        )
+        self.encoder_norm: Norm | None = None
+        if count - 1 in self.part.layers and at_ends.final_norm:
+            self.encoder_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+        self.source_first = 0  # row of the sources' table, as `vocab_first`
+
+    def cut_ends(self, axis: Axis) -> None:
+        super().cut_ends(axis)
+        self.source_first = self.vocab_first
+        if self.cfg.source_vocab_size is not None:
+            self.source_first = axis.rank * -(-self.cfg.source_vocab_size // axis.size)
+
+    def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        b = batch[0]
+        here = sum(self.tokens_here(torch.empty(b, n, device="meta")).shape[1] for n in (self.shape.source_len, batch[1]))
+        return (b, here, self.cfg.hidden_size), (b, here, self.cfg.hidden_size)
+
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
+        for number, block in self.encoder.items():
+            yield f"encoder.{number}", block
+        yield from super().units()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        samples: Tensor | None = None,
+        scale: float = 1.0,
+        stream: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """`Decoder.forward` of the target's tokens [b, s] with a source [b, t], negative where it has ended; documents are none.
+
+        The stream that stages take and give is [b, t_here + s_here, d].
+        """
+        assert source is not None and documents is None
+        valid = source >= 0
+        if stream is None:
+            read, written = self.embed_source(source), self.embed(tokens, positions)
+        else:
+            length = self.tokens_here(source).shape[1]
+            read, written = stream.split([length, stream.shape[1] - length], 1)
+        read = self.encode(read, source, valid, samples, self.counted_sources(targets, valid, scale))
+        written = self.decode(written, tokens, self.memory(read, valid), positions, samples, self.counted(targets, scale))
+        return self.finish(written, targets, scale) if self.part.last else torch.cat((read, written), 1)
+
+    def embed_source(self, source: Tensor) -> Tensor:
+        """source [b, t] → [b, t_here, d] in the compute dtype; what lies beyond its end is nobody's key and may be any token."""
+        places = self.source_position if self.cfg.position == "learned" else None
+        table = self.embedding if self.cfg.share_embeddings else self.source_embedding
+        return self.look_up(source.clamp(min=0), None, table, self.source_first, places)
+
+    def encode(self, x: Tensor, source: Tensor, valid: Tensor, samples: Tensor | None, counted: Tensor | None) -> Tensor:
+        """The stream of the source's tokens [b, t_here, d] through the encoder's blocks that are here, and the norm behind the last."""
+        assert self.cfg.encoder_layers is not None
+        layers = self.part.of_stack(0, self.cfg.encoder_layers)
+        contexts = self.contexts(layers, source, only(valid), None, samples, counted)
+        for block, context in zip(self.encoder.values(), contexts):
+            x = block(x, context)
+        return x if self.encoder_norm is None else self.encoder_norm(x)
+
+    def memory(self, read: Tensor, valid: Tensor) -> Memory | None:
+        """What the decoder's blocks here attend to, whole on every tensor rank; gathered once for all of them."""
+        return Memory(self.enter_memory(read), only(valid)) if self.blocks else None
+
+    def decode(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        memory: Memory | None,
+        positions: Tensor | None = None,
+        samples: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
+        """The stream of the target's tokens [b, s_here, d] through the decoder's blocks that are here."""
+        before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
+        layers = range(before + mine.start, before + mine.stop)
+        seen = self.seen(None, tokens.shape[1], tokens.device)
+        for block, context in zip(self.blocks.values(), self.contexts(layers, tokens, seen, positions, samples, counted, memory)):
+            x = block(x, context)
+        return x
+
+    def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
+        """The weight [b, t] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""
+        asked = self.counted(targets, scale)
+        if asked is None:
+            return None
+        return valid * (asked.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1))

@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Targets for sources from an encoder–decoder's checkpoint, by greedy or beam search; scored against references with sacrebleu."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from megascale.checkpoint.index import read_json
+from megascale.checkpoint.loader import find, load
+from megascale.cli import new_app, run_tool
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.load import build_config
+from megascale.config.schema import Config, Parallel
+from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
+from megascale.errors import UsageError
+from megascale.launch.ranks import RankInfo
+from megascale.model.beam import beam_search
+from megascale.model.encoder_decoder import EncoderDecoder
+from megascale.train.samples import end_token, first_prefix
+from megascale.train.setup import build_model, choose_device
+from megascale.train.state import model_pieces
+
+app = new_app(__doc__ or "")
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="a folder step-… or a run")],
+    inputs: Annotated[Path, typer.Option("--input", help="text file with a source in each line")],
+    output: Annotated[Path | None, typer.Option(help="file for the targets, a line each; printed if absent")] = None,
+    reference: Annotated[Path | None, typer.Option(help="text file with the wanted targets: prints BLEU and exact matches")] = None,
+    beam: Annotated[int, typer.Option(min=1, help="hypotheses that are followed; 1 is greedy")] = 1,
+    length_penalty: Annotated[float, typer.Option(min=0.0, help="power of the length that a score is divided by")] = 1.0,
+    longest: Annotated[int | None, typer.Option(min=1, help="tokens of a target; train.seq_len if absent")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="sources that are translated together")] = 32,
+    tokenizer: Annotated[Path | None, typer.Option(help="of the targets; beside the training data if absent")] = None,
+    source_tokenizer: Annotated[Path | None, typer.Option(help="of the sources; as --tokenizer if absent")] = None,
+) -> None:
+    """Translates every line of --input. Runs on one process."""
+    sources, wanted = read_lines(inputs), None if reference is None else read_lines(reference)
+    if wanted is not None and len(wanted) != len(sources):
+        raise UsageError(f"{reference} has {len(wanted)} lines and {inputs} has {len(sources)}: give a reference for each source")
+    bleu = None if wanted is None else import_sacrebleu()
+    folder = find(checkpoint)
+    config, step = saved_config(folder)
+    if longest is not None and config.model.position == "learned" and longest > config.train.seq_len:
+        raise UsageError(
+            f"--longest is {longest} and the model has learned {config.train.seq_len} positions (train.seq_len): choose a smaller one"
+        )
+    out = chosen(config, tokenizer, config.data.tokenizer, "target")
+    shared = config.model.share_embeddings
+    into = out if shared and source_tokenizer is None else chosen(config, source_tokenizer, config.data.source_tokenizer, "source")
+    model, device = open_model(config, folder, step)
+    end = end_token(config) if tokenizer is None else out.eos_id
+    found: list[str] = []
+    for first in range(0, len(sources), batch):
+        rows = padded(into, sources[first : first + batch], config.train.source_length, device, first, inputs)
+        for hypothesis in beam_search(model, rows, end, longest or config.train.seq_len, beam, length_penalty):
+            found.append(out.decode(hypothesis.tokens).replace("\n", " "))
+    text = "".join(line + "\n" for line in found)
+    if output is None:
+        print(text, end="")
+    else:
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--output {output} cannot be written: {error.strerror}") from None
+    if wanted is not None and bleu is not None:
+        exact = sum(a == b for a, b in zip(found, wanted))
+        print(f"{bleu.corpus_bleu(found, [wanted])}; {exact} of {len(wanted)} lines exact", file=sys.stdout if output else sys.stderr)
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): give a text file in UTF-8") from None
+    if not lines:
+        raise UsageError(f"{path} has no line: give a text file with a sentence in each")
+    return lines
+
+
+def import_sacrebleu() -> Any:
+    try:
+        import sacrebleu
+    except ImportError:
+        raise UsageError(
+            "--reference needs sacrebleu, which is not installed: pip install 'megascale[translate]', or leave it out"
+        ) from None
+    return sacrebleu
+
+
+def saved_config(folder: Path) -> tuple[Config, int]:
+    """The config of the run behind a checkpoint, for one process, and its step."""
+    trainer = read_json(folder / "trainer.json")
+    if not isinstance(trainer.get("config"), dict):
+        raise UsageError(f"{folder / 'trainer.json'} has no config of a run: give a checkpoint that pretraining wrote")
+    config = build_config({**trainer["config"], "parallel": {}})
+    if config.model.family != "encoder_decoder":
+        raise UsageError(f"model.family of {folder} is {config.model.family}, and only an encoder_decoder has sources")
+    return config.model_copy(update={"parallel": Parallel(dp_shard=1)}), int(trainer.get("step", 1))
+
+
+def chosen(config: Config, given: Path | None, configured: str | None, side: str) -> Tokenizer:
+    path = given or configured or beside(first_prefix(config, side))
+    if path is None:
+        option = "--source-tokenizer" if side == "source" else "--tokenizer"
+        raise UsageError(f"no tokenizer lies beside {first_prefix(config, side)}: name it with {option}")
+    return load_tokenizer(path)
+
+
+def open_model(config: Config, folder: Path, step: int) -> tuple[EncoderDecoder, torch.device]:
+    device = choose_device(config, RankInfo())
+    parallel, _, _ = build_model(config, build_mesh(axis_sizes(config.parallel, 1), device.type), device)
+    load(folder, model_pieces(parallel), prefix="model.")
+    parallel.at_step(max(1, step))
+    parallel.train(False)
+    model = parallel.model
+    assert isinstance(model, EncoderDecoder)
+    return model, device
+
+
+def padded(tokenizer: Tokenizer, texts: list[str], longest: int, device: torch.device, first: int, path: Path) -> torch.Tensor:
+    """Texts with their end tokens as rows [b, t], −1 beyond."""
+    rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    for number, row in enumerate(rows, first + 1):
+        if len(row) > longest:
+            raise UsageError(
+                f"{path}, line {number} has {len(row)} tokens, and the model was trained on sources of at most {longest}: cut it"
+            )
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=device)
+
+
+if __name__ == "__main__":
+    run_tool(app)
