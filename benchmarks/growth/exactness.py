@@ -294,6 +294,7 @@ def rows() -> list[Row]:
         ),
         Row("FFN 32 → 40", "SwiGLU", toy(), Sizes(ffn_size=40)),
         Row("FFN 32 → 64", "GELU, bias", toy(ffn="gelu", bias=True), Sizes(ffn_size=64), loud),
+        Row("FFN 32 → 48", "GELU, tanh form", toy(ffn="gelu_tanh"), Sizes(ffn_size=48)),
         Row("FFN 32 → 48, new", "ReLU", toy(ffn="relu"), Sizes(ffn_size=48), Options(ffn="zero")),
         Row("FFN 32 → 48, new", "SubLN", toy(residual="subln"), Sizes(ffn_size=48), Options(ffn="zero")),
     ]

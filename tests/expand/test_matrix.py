@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from benchmarks.growth.exactness import MOE, SEQ, Row, grown_reader, markdown, measure, random_state, result, rows, toy
+from benchmarks.growth.exactness import MOE, SEQ, Row, grown_reader, markdown, measure, random_state, reader, result, rows, toy
 from megascale.config.schema import Config, Model
 from megascale.config.support import refusals
 from megascale.errors import UsageError
@@ -184,3 +184,19 @@ def test_what_is_copied_keeps_its_bits() -> None:
     assert torch.equal(read(name, (0, 0), (32, 48)), torch.cat((up / 2, up / 2), 1))
     embedding = state["embedding.weight"]
     assert torch.equal(read("embedding.weight", (0, 0), (37, 48)), torch.cat((embedding, embedding), 1))
+
+
+def test_grids_grow_too() -> None:
+    """Catches a dimension of the spacetime family's own tensors that is mapped as another one."""
+    from megascale.config.schema import Spacetime
+    from megascale.expand.verify import run
+
+    fields = Spacetime(shape=(4, 6), patch=(1, 2), channels=2, objective="next_step")
+    for changes in ({}, {"position": "learned", "norm": "layernorm", "bias": True}):
+        model = toy(family="spacetime", spacetime=fields, vocab_size=None, **changes)
+        state = random_state(model, seq_len=fields.tokens)
+        growth = plan_growth(model, fields.tokens, Sizes(36, 8, 4, ffn_size=40, num_layers=4), Options())
+        grid = torch.randn(2, 5, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        small = run(model, fields.tokens, reader(state), torch.float64, grid)
+        grown = run(growth.target, fields.tokens, grown_reader(growth, state), torch.float64, grid)
+        assert (small.logits - grown.logits).abs().max() < 1e-10
