@@ -55,15 +55,17 @@ def main(argv: list[str]) -> int:
                 return 0
             stop.loud = ranks.rank == 0
             stop.listen()
-            from megascale.train.setup import build_trainer, choose_device, leave_together, process_group
+            from megascale.train.growing import trainers
+            from megascale.train.setup import choose_device, leave_together, process_group
 
             watch = group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
-            with build_trainer(config, ranks, stop, watch.pulse) as trainer:
-                run_dir = watch.run_dir = Path(config.run_dir)
-                try:
-                    trainer.train()
-                finally:
-                    step = trainer.progress.step
+            with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows
+                for trainer in phases:
+                    run_dir = watch.run_dir = Path(config.run_dir)
+                    try:
+                        trainer.train()
+                    finally:
+                        step = trainer.progress.step
             ending = Exit(0, "done")
         except MegascaleError as error:
             ending = Exit(error.code, str(error))

@@ -78,6 +78,7 @@ class Linear(nn.Module):
     """
 
     bias: Tensor | None
+    columns: int | None = None  # set where a prefix of the inputs is all there is (MatFormer)
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """The product without the bias: for input-cut weights, whose partial results are summed over ranks first."""
-        weight: Tensor = self.weight
+        weight: Tensor = self.weight if self.columns is None else self.weight[:, : self.columns]
         if self.statistics is not None:
             x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
         rows = slice(*self.rows) if self.rows else slice(None)

@@ -105,8 +105,8 @@ class DeepSpeed:
             return
         cfg, mesh = self.config.optim, self.model.mesh
         rates = {w.name: rate_of(w.placement.spec, cfg, self.config.model.hidden_size) for w in self.model.weights}
-        groups = grouped_by_rate({w.name: w.parameter for w in self.model.weights}, rates)
-        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+        groups = grouped_by_rate({w.name: w.parameter for w in self.model.weights}, rates, cfg.eps)
+        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
         for w in self.model.weights:
             # It sums squares over the tensor axis for those that say so, and counts the others once.
             w.parameter.model_parallel = w.parameter.tensor_model_parallel = bool(w.placement.cuts)  # type: ignore[attr-defined]

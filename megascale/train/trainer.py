@@ -40,16 +40,18 @@ class Trainer:
         pulse: Pulse,
         progress: Progress,
         device: torch.device,
+        until: int,
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.pulse, self.progress, self.device = reporter, stop, pulse, progress, device
+        self.until = until  # a growth may come before the run's last step
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
 
     def train(self) -> None:
-        """Runs to the last step. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
-        train, last_step, first_step = self.config.train, self.config.train.total_steps, self.progress.step + 1
+        """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
+        train, last_step, first_step = self.config.train, self.until, self.progress.step + 1
         while self.progress.step < last_step:
             step = self.progress.step + 1
             if step > first_step:
@@ -75,7 +77,8 @@ class Trainer:
                 self.reporter.event("stop", step, reason=why)
                 raise StopRequested(f"stopped on request ({why}) after step {step} of {last_step}: run the same command again to go on")
 
-        self.reporter.event("done", self.progress.step)
+        if last_step == train.total_steps:
+            self.reporter.event("done", self.progress.step)
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
         """Forward, backward, clip, update. Nothing here waits for the device."""

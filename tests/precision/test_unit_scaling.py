@@ -12,7 +12,7 @@ import torch
 
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.model.layers import Linear
-from megascale.optim.rates import grouped_by_rate, rate_of
+from megascale.optim.rates import Rate, grouped_by_rate, rate_of
 from megascale.parallel.precision import watch_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import shares
@@ -89,7 +89,7 @@ def test_rates_by_role_and_width() -> None:
             # What a step takes off: own rate × decay = weight_decay at the peak, for every role.
             assert cfg.lr * rate.factor * rate.decay == pytest.approx(1e-4), w.name
     matrix = next(w.placement.spec for w in model.weights if w.placement.spec.role == "query")
-    assert rate_of(matrix, Optim(lr=0.01), 256) == (1.0, 0.1)
+    assert rate_of(matrix, Optim(lr=0.01), 256) == Rate(1.0, 0.1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
@@ -119,7 +119,7 @@ def test_groups_hold_every_weight_once() -> None:
     cfg = Optim(base_width=16, weight_decay=1e-4, independent_decay=True)
     model = build(Case(unit()), 1)
     rates = {w.name: rate_of(w.placement.spec, cfg, 64) for w in model.weights}
-    groups = grouped_by_rate({w.name: w.name for w in model.weights}, rates)
+    groups = grouped_by_rate({w.name: w.name for w in model.weights}, rates, cfg.eps)
     assert sorted(n for g in groups for n in g["params"]) == sorted(rates)
     assert len(groups) == len(set(rates.values())) == 3
 

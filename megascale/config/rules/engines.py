@@ -124,6 +124,13 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "Muon multiplies whole matrices, which a host does far too slowly",
         "use adamw or lion, or offload activations only",
     ),
+    Rule(
+        "multipliers_deepspeed",
+        ("optim.multipliers", "parallel.engine"),
+        lambda c, n: bool(c.optim.multipliers) and c.parallel.engine == "deepspeed",
+        "DeepSpeed counts the gradient norm itself, every weight once",
+        "use engine fsdp2 or ddp, or leave multipliers out",
+    ),
 )
 
 
