@@ -53,7 +53,7 @@ def config(*overrides: str) -> Config:
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
         ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
-        ("parallel.parallel_foo=2", "`--dry-run` prints every key"),
+        ("parallel.zzzzzzzz=2", "`--dry-run` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:
