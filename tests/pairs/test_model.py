@@ -187,13 +187,16 @@ def test_a_wide_beam_finds_the_best_target() -> None:
     cfg = pair(vocab_size=5, encoder_layers=1, num_layers=1)
     model = made(cfg)
     sources = torch.tensor([[1, 3, 2, -1], [4, 4, 0, 2]])
-    for penalty in (0.0, 1.0):
-        found = beam_search(model, sources, 0, 3, width=64, length_penalty=penalty)
+    lengths = set()
+    for penalty, end in ((0.0, 0), *((2.0, end) for end in range(5))):
+        found = beam_search(model, sources, end, 3, width=64, length_penalty=penalty)
         for source, got in zip(sources, found):
-            every = all_targets(model, source[None], 0, 3, 5)
+            every = all_targets(model, source[None], end, 3, 5)
             best = max(every, key=lambda words: every[words] / (len(words) + 1) ** penalty)
             assert tuple(got.tokens) == best
             assert got.score == pytest.approx(every[best] / (len(best) + 1) ** penalty, rel=1e-9)
+            lengths.add(len(best))
+    assert 2 in lengths, "a past of two tokens, of which one may be another hypothesis's"
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
