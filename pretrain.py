@@ -34,6 +34,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="with --dry-run: write the same as JSON")
     parser.add_argument("--draw", metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")
     args = parser.parse_intermixed_args(argv)
+    if args.ranks is not None and args.ranks < 1:
+        parser.error(f"--ranks is {args.ranks}: give the number of ranks, 1 or more")
     if not args.dry_run and (args.ranks is not None or args.json or args.draw):
         parser.error("--ranks, --json and --draw go with --dry-run")
     return args
@@ -55,15 +57,17 @@ def main(argv: list[str]) -> int:
                 return 0
             stop.loud = ranks.rank == 0
             stop.listen()
-            from megascale.train.setup import build_trainer, choose_device, leave_together, process_group
+            from megascale.train.growing import trainers
+            from megascale.train.setup import choose_device, leave_together, process_group
 
             watch = group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
-            with build_trainer(config, ranks, stop, watch.pulse) as trainer:
-                run_dir = watch.run_dir = Path(config.run_dir)
-                try:
-                    trainer.train()
-                finally:
-                    step = trainer.progress.step
+            with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows
+                for trainer in phases:
+                    run_dir = watch.run_dir = Path(config.run_dir)
+                    try:
+                        trainer.train()
+                    finally:
+                        step = trainer.progress.step
             ending = Exit(0, "done")
         except MegascaleError as error:
             ending = Exit(error.code, str(error))

@@ -25,6 +25,7 @@ from megascale.parallel.apply import ParallelModel
 from tests.formats.models import FAMILIES, PLAIN, save
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
+from tools.generate import app
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
 MODELS: dict[str, Model] = {
@@ -138,34 +139,39 @@ def test_prompts_that_cannot_be(prompts: list[list[int]], words: str) -> None:
         generate(model, prompts, Sampling(8))
 
 
-def tool(*args: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    start: list[Any] = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    return subprocess.run([*start, "tools/generate.py", *map(str, args)], capture_output=True, text=True)
+def said(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
+    """What the tool prints, run in this process."""
+    assert app([*map(str, args), "--json", "--max-new-tokens", "9", "--ignore-end"], standalone_mode=False) in (None, 0)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.dist
-def test_the_tool(tmp_path: Path) -> None:
-    """Catches a run whose tokenizer is not found, a difference between formats or ranks, and wrong use that is a traceback."""
+def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run whose tokenizer is not found, a difference between formats or ranks, and wrong use that is no sentence."""
     from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
     from megascale.formats.convert import Options, megascale_to_hf
     from tests.runs import make_tokens, run, settings
 
     train_sentencepiece(["abc cab bac " * 20], 264, tmp_path / "tokens.model")
     make_tokens(tmp_path / "tokens")
-    values = settings(tmp_path, model__vocab_size=266, precision__compute="fp32")
-    assert run(values) == (0, "done")
-    prompt = "cab c"
-    first = tool(tmp_path / "run", "--prompt", prompt, "--prompt", "b", "--json", "--max-new-tokens", 9, "--ignore-end")
-    assert first.returncode == 0, first.stderr
-    lines = [json.loads(line) for line in first.stdout.splitlines()]
-    assert [line["prompt"] for line in lines] == [prompt, "b"] and all(len(line["tokens"]) == 9 for line in lines)
-    tokenizer = load_tokenizer(tmp_path / "tokens.model")
-    assert lines[0]["text"] == tokenizer.decode(lines[0]["tokens"])
+    assert run(settings(tmp_path, model__vocab_size=266, precision__compute="fp32")) == (0, "done")
+    lines = said(capsys, tmp_path / "run", "--prompt", "cab c", "--prompt", "b")
+    assert [line["prompt"] for line in lines] == ["cab c", "b"] and all(len(line["tokens"]) == 9 for line in lines)
+    assert lines[0]["text"] == load_tokenizer(tmp_path / "tokens.model").decode(lines[0]["tokens"])
     megascale_to_hf(tmp_path / "run", tmp_path / "hf", Options())
-    for source, ranks in (("hf", 1), ("run", 2)):
-        other = tool(tmp_path / source, "--prompt", prompt, "--prompt", "b", "--json", "--max-new-tokens", 9, "--ignore-end", ranks=ranks)
-        assert other.returncode == 0, other.stderr
-        assert [json.loads(line) for line in other.stdout.splitlines()] == lines
-    for args, words in (((), "--prompt is given 0 times and --tokens 0 times"), (("--tokens", "1,a"), "--tokens is '1,a'")):
-        wrong = tool(tmp_path / "run", *args)
-        assert wrong.returncode == 2 and words in wrong.stderr and "Traceback" not in wrong.stderr
+    assert said(capsys, tmp_path / "hf", "--prompt", "cab c", "--prompt", "b") == lines
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "tools/generate.py", str(tmp_path / "run")]
+    rest = ["--prompt", "cab c", "--prompt", "b", "--json", "--max-new-tokens", "9", "--ignore-end"]
+    other = subprocess.run([*start, *rest], capture_output=True, text=True)
+    assert other.returncode == 0, other.stderr
+    assert [json.loads(line) for line in other.stdout.splitlines() if line.startswith("{")] == lines
+    for args, words in (
+        ((), "--prompt is given 0 times and --tokens 0 times"),
+        (("--tokens", "1,a"), "--tokens is '1,a'"),
+        (("--tokens", "1", "--top-p", "0"), "--top-p is 0"),
+        (("--tokens", "1", "--dtype", "int3"), "--dtype is int3"),
+        (("--tokens", "999"), "holds token 999"),
+    ):
+        with pytest.raises(UsageError) as error:
+            said(capsys, tmp_path / "run", *args)
+        assert words in str(error.value)

@@ -15,7 +15,7 @@ from megascale.config.schema import Optim, RopeScaling
 from megascale.model import kernels, loss
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.init import initialize
-from megascale.model.position import alibi_slopes, inverse_frequencies, rotary, rotate
+from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary, rotate
 from megascale.model.spec import ParamSpec, specs_of
 from megascale.optim.optimizers import Muon, orthogonalize
 from megascale.optim.schedule import learning_rate
@@ -113,20 +113,22 @@ def test_building_costs_nothing() -> None:
 
 def test_rope_scaling_is_llama_3s() -> None:
     """Catches interpolation in the wrong direction: short waves stay, long ones stretch by the factor, those between are blended."""
-    plain = inverse_frequencies(128, 500000.0, None, CPU)
-    scaled = inverse_frequencies(128, 500000.0, RopeScaling(factor=8), CPU)
+    exponents = pair_exponents(128, None, CPU)
+    plain = inverse_frequencies(exponents, 500000.0, None)
+    scaled = inverse_frequencies(exponents, 500000.0, RopeScaling(factor=8))
     ratio = plain / scaled
     assert ratio[0] == 1 and ratio[-1] == 8 and (ratio[1:] >= ratio[:-1] - 1e-12).all()
 
 
 def test_xpos_depends_on_distance_only() -> None:
     """Catches decays that do not cancel between query and key."""
-    freq = inverse_frequencies(8, 100.0, None, CPU)
+    exponents = pair_exponents(8, None, CPU)
+    freq = inverse_frequencies(exponents, 100.0, None)
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
 
     def score(i: int, j: int) -> float:
-        r = rotary(torch.arange(20)[None], freq, torch.float64, xpos_middle=10)
+        r = rotary(torch.arange(20)[None], freq, torch.float64, (exponents, 10))
         turned = rotate(q, r.q_cos[:, :, i : i + 1], r.q_sin[:, :, i : i + 1])
         return float((turned * rotate(k, r.k_cos[:, :, j : j + 1], r.k_sin[:, :, j : j + 1])).sum())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from megascale.config.load import flatten, known_keys
 from megascale.config.schema import Config, Section
@@ -15,7 +15,7 @@ SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.source_
 def identity(config: Config) -> dict[str, Any]:
     """{"section.key": value} of everything that the loss curve depends on."""
     flat = flatten(config.plain())
-    return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim") or k in SINGLE}
+    return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
 
 
 def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
@@ -45,7 +45,8 @@ def _defaults(saved: Iterable[str], section: type[Section] = Config, prefix: str
     found: dict[str, Any] = {}
     for key, info in section.model_fields.items():
         name = f"{prefix}{info.alias or key}"
-        inner = [t for t in (info.annotation, *get_args(info.annotation)) if isinstance(t, type) and issubclass(t, Section)]
+        kinds = () if get_origin(info.annotation) is tuple else (info.annotation, *get_args(info.annotation))  # a list is one value
+        inner = [t for t in kinds if isinstance(t, type) and issubclass(t, Section)]
         if inner and (not prefix or any(k.startswith(f"{name}.") for k in saved)):
             found |= _defaults(saved, inner[0], f"{name}.")
         elif not info.is_required():

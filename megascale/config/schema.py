@@ -7,14 +7,19 @@ What combines with what is not decided here but in `support.py`. Nothing in this
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+# The norms of a block by the names that `model.norm_eps_of` knows; qk_norm and the inner norms stand in its sublayers.
+BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
 
 
 class Section(BaseModel):
@@ -129,6 +134,25 @@ class Spacetime(Section):
         return self.shape[0] + (self.patch[0] if self.objective == "next_step" else 0)
 
 
+class Tokenformer(Section):
+    """Products as attention over `tokens` pairs of key and value (arXiv 2410.23168). `scale` of the normalized scores: √tokens if absent; a
+    model whose tokens grew keeps the old one.
+    """
+
+    tokens: Positive
+    scale: Annotated[float, Field(gt=0)] | None = None
+
+
+class Matformer(Section):
+    """Prefixes of the feed-forward that are models of their own (arXiv 2310.07707); the whole width is always one of them.
+
+    train  sample: a step trains one of the widths, drawn by its number; sum: every step trains all of them, each counting alike
+    """
+
+    sizes: tuple[Positive, ...]
+    train: Literal["sample", "sum"] = "sample"
+
+
 class Model(Section):
     family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
     num_layers: Positive  # of an encoder_decoder those of its decoder
@@ -143,6 +167,7 @@ class Model(Section):
     dropout: Probability = 0.0
     norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps_of: dict[str, Annotated[float, Field(gt=0)]] = {}  # of norms with another: qk_norm, or of one layer: blocks.3.ffn_norm
     init_std: Annotated[float, Field(gt=0)] = 0.02
     residual: Literal[
         "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
@@ -150,16 +175,24 @@ class Model(Section):
     branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
     token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
     dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
-    linear: Literal["dense", "bitlinear"] = "dense"  # of the blocks' products; bitlinear: weights −1, 0, 1 and 8-bit inputs
+    # Of the blocks' products. bitlinear: weights −1, 0, 1 and 8-bit inputs; tokenformer: attention over tokens that are parameters
+    linear: Literal["dense", "bitlinear", "tokenformer"] = "dense"
+    tokenformer: Tokenformer | None = None  # with linear tokenformer
+    matformer: Matformer | None = None  # nested feed-forward widths that are trained together
+    ffn_sizes: tuple[Positive, ...] | None = None  # of each layer, where they differ
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layer_coefficients: tuple[tuple[float, float], ...] | None = None  # skip and branch of each layer, where it is not the scheme's own
     position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_exponents: tuple[float, ...] | None = None  # u of each pair of a head, its frequency being rope_theta^−u; absent: 2i/head_dim
+    alibi_slopes: tuple[float, ...] | None = None  # of each head; absent: the geometric ones of their number
     sliding_window: Positive | None = None
     tie_embeddings: bool = False  # the head is the table of the tokens that are predicted
     share_embeddings: bool = True  # of an encoder_decoder: one vocabulary and one table for both sides
     qk_norm: bool | Literal["width"] = False  # true: within each head; width: over all heads together, as OLMo 2 has it
     vocab_size: Positive | None = None  # from the tokenizer if absent
+    vocab_enabled: Positive | None = None  # tokens from this one on cannot be predicted yet: a vocabulary that grew without a trace
     source_vocab_size: Positive | None = None  # without share_embeddings, of the encoder's own table; from its tokenizer if absent
     moe: Moe | None = None
     moeut: Moeut | None = None
@@ -181,6 +214,21 @@ class Model(Section):
         return self.num_layers + (self.encoder_layers or 0)
 
     spacetime: Spacetime | None = None  # with family spacetime
+
+    def eps_of(self, norm: str, layer: int | None = None) -> float:
+        """The epsilon of a norm: that of its layer, of its kind, or of the model."""
+        own = self.norm_eps_of.get(norm, self.norm_eps)
+        return own if layer is None else self.norm_eps_of.get(f"blocks.{layer}.{norm}", own)
+
+    def at_layer(self, layer: int) -> Model:
+        """The same, with the feed-forward width of a layer."""
+        return self if self.ffn_sizes is None else self.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
+
+    @property
+    def nested_sizes(self) -> tuple[int, ...]:
+        """Of MatFormer, the whole width last."""
+        assert self.matformer is not None and self.ffn_size is not None
+        return (*sorted(set(self.matformer.sizes) - {self.ffn_size}), self.ffn_size)
 
     def attended(self, layer: int) -> int:
         """The dimension of the grid that a layer of the spacetime family attends over: each in turn."""
@@ -295,17 +343,38 @@ def _fp8(value: Any) -> Any:
     return {True: "static", "true": "static", False: "false"}.get(value, value) if isinstance(value, bool | str) else value
 
 
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError(f"{value:g} would round gradients: give a power of two, such as {2.0 ** round(math.log2(value)):g}")
+    return value
+
+
 class Precision(Section):
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
     fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8)] = "false"
     master: Literal["fp32", "bf16", "fp64"] | None = None  # of the stored weights; fp64 under fp64 compute, else fp32
     fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"  # of fp8 dynamic: what shares a scale
     fp8_watch: NonNegative = 100  # steps between two looks at what FP8 casts lose; 0 never looks
-    loss_scale: Annotated[float, Field(gt=0)] | None = None  # of fp8 static: gradients' factor during backward; from the shapes if absent
+    # Of fp8 static: the gradients' factor during backward, a power of two; from the shapes if absent.
+    loss_scale: Annotated[float, Field(gt=0, le=2.0**64), AfterValidator(_power_of_two)] | None = None
 
     @property
     def storage(self) -> str:
         return self.master or ("fp64" if self.compute == "fp64" else "fp32")
+
+
+def any_layer(weight: str) -> str:
+    """blocks.3.ffn.up.weight → blocks.*.ffn.up.weight; other names as they are."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.*.", weight)
+
+
+class Multiplier(Section):
+    """What a weight's rate, decay, epsilon and part in the gradient norm are multiplied with."""
+
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(gt=0)] = 1.0
+    eps: Annotated[float, Field(gt=0)] = 1.0
+    norm: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Optim(Section):
@@ -320,6 +389,13 @@ class Optim(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     base_width: Positive | None = None  # hidden size for which lr was tuned: under unit scaling hidden matrices' rates follow the width
     independent_decay: bool = False  # a step keeps 1 − weight_decay·lr/peak lr of a weight, whatever its rate
+    multipliers: dict[
+        str, Multiplier
+    ] = {}  # by weight, head.weight or blocks.*.attention.q.weight: a grown run moves as its source's would
+
+    def multiplier(self, weight: str) -> Multiplier:
+        """By the weight's own name, or by its name in any layer."""
+        return self.multipliers.get(weight, self.multipliers.get(any_layer(weight), Multiplier()))
 
 
 class DataSource(Section):
@@ -352,8 +428,37 @@ class Checkpoint(Section):
     asynchronous: bool = Field(default=True, alias="async")
     resume: str = "auto"  # auto | never | a step folder or a run
     init_from: str | None = None  # weights alone: of a checkpoint of ours, or of a Hugging Face folder
+    init_schedule: Literal["given", "lemon"] = "given"  # lemon: with init_from, warm up again and decay within 0.6 of the run
     init_data: Literal["restart", "continue"] = "restart"  # where the data begins with init_from: anew, or where the other run stood
     export: Literal["none", "hf"] = "none"  # beside every kept checkpoint, under hf/
+
+
+class GrowAt(Section):
+    """A growth after step `step`; sizes and methods are the flags of tools/grow.py. `parallel`: the layout from then on."""
+
+    step: Positive
+    hidden_size: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_size: Positive | None = None
+    expert_ffn_size: Positive | None = None
+    num_layers: Positive | None = None
+    num_experts: Positive | None = None
+    top_k: Positive | None = None
+    granularity: Positive = 1
+    tokenformer_size: Positive | None = None
+    width_method: Literal["duplicate", "zero", "average"] = "duplicate"
+    ffn_method: Literal["duplicate", "zero"] = "duplicate"
+    heads_method: Literal["duplicate", "zero"] = "duplicate"
+    depth_method: Literal["identity", "cancel", "stack", "dus", "interleave", "inject"] = "identity"
+    placement: Literal["spread", "end"] = "spread"
+    symmetry: str = "project"
+    split: tuple[float, float] = (1.0, 1.0)
+    optimizer: Literal["transform", "reset"] = "transform"
+    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    lossless: Literal["require", "prefer", "off"] = "prefer"
+    parallel: Parallel | None = None
 
 
 class Config(Section):
@@ -365,6 +470,7 @@ class Config(Section):
     data: Data
     checkpoint: Checkpoint = Checkpoint()
     precision: Precision = Precision()
+    grow: tuple[GrowAt, ...] = ()  # in the order of their steps
 
     def plain(self) -> dict[str, Any]:
         """The resolved config as nested dicts of JSON values, with the keys that a YAML file uses."""

@@ -16,8 +16,9 @@ from megascale.model.attention_flex import flex_attention
 from megascale.model.attention_masked import masked_attention
 from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
-from megascale.model.layers import Linear, Norm
+from megascale.model.layers import Norm
 from megascale.model.position import Rotary, rotate
+from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual, Starts
 from megascale.model.spec import Cut, Role
 
@@ -45,13 +46,13 @@ class Attention(nn.Module):
         assert cfg.num_kv_heads and cfg.head_dim
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
 
-        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
+        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
             bias = cfg.bias and role not in row.unbiased
-            std, scale = starts.std(role, out_dim, in_dim), row.product_scale(in_dim)
-            return Linear(out_dim, in_dim, role, cut, std, dtype, bias, cfg.linear, scale)
+            return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, bias, starts)
 
-        def norm(dim: int, cut: Cut) -> Norm:
-            return Norm(dim, cfg.norm, cfg.norm_eps, cut, dtype, norm_kernel, cfg.bias and "norm" not in row.unbiased, cfg.dyt_alpha[1])
+        def norm(dim: int, cut: Cut, name: str) -> Norm:
+            bias = cfg.bias and "norm" not in row.unbiased
+            return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, norm_kernel, bias, cfg.dyt_alpha[1])
 
         self.head_dim = e
         self.q = product(heads * e, d, "query", 0)
@@ -59,9 +60,9 @@ class Attention(nn.Module):
         self.v = product(kv_heads * e, d, "value", "kv_heads")
         self.o = product(d, heads * e, "attention_out", 1)
         normed, self.norm_width = cfg.qk_norm or row.qk_norm, cfg.qk_norm == "width"
-        self.q_norm = (norm(heads * e, 0) if self.norm_width else norm(e, "heads")) if normed else None
-        self.k_norm = (norm(kv_heads * e, 0) if self.norm_width else norm(e, "heads")) if normed else None
-        self.inner_norm = norm(heads * e, 0) if row.inner_norms else None
+        self.q_norm = (norm(heads * e, 0, "qk_norm") if self.norm_width else norm(e, "heads", "qk_norm")) if normed else None
+        self.k_norm = (norm(kv_heads * e, 0, "qk_norm") if self.norm_width else norm(e, "heads", "qk_norm")) if normed else None
+        self.inner_norm = norm(heads * e, 0, "attention_inner_norm") if row.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = attend if causal else attend_all

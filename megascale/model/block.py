@@ -62,19 +62,19 @@ class Block(nn.Module):
         self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
         bias = cfg.bias and "norm" not in row.unbiased
 
-        def norm(alpha: float) -> Norm:
-            return Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, bias, alpha)
+        def norm(name: str, alpha: float) -> Norm:
+            return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, norm_kernel, bias, alpha)
 
-        self.attention_norm = norm(cfg.dyt_alpha[0])
+        self.attention_norm = norm("attention_norm", cfg.dyt_alpha[0])
         self.attention = Attention(cfg, row, dtype, norm_kernel, stack.side == "decoder")
         self.cross_norm: Norm | None = None
         self.cross: Attention | None = None
         self.cross_scale: nn.Parameter | None = None
         if "cross" in stack.sublayers:
-            self.cross_norm = None if row.one_norm else norm(cfg.dyt_alpha[0])
+            self.cross_norm = None if row.one_norm else norm("cross_norm", cfg.dyt_alpha[0])
             self.cross = Attention(cfg, row, dtype, norm_kernel, False, row.cross)
             self.cross_scale = self._channel_scale(d, dtype)
-        self.ffn_norm = None if row.one_norm else norm(cfg.dyt_alpha[1])
+        self.ffn_norm = None if row.one_norm else norm("ffn_norm", cfg.dyt_alpha[1])
         self.ffn = MixtureOfExperts(cfg, row, dtype, norm_kernel) if sparse else FeedForward(cfg, row, dtype, norm_kernel)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)

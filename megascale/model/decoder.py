@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,12 @@ from megascale.model.attention_flex import with_blocks
 from megascale.model.attention_tiles import Seen
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
+from megascale.model.feedforward import FeedForward
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
-from megascale.model.position import alibi_slopes, inverse_frequencies, rotary
+from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
 
@@ -92,12 +94,13 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleDict()
         for i in layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
-                self.blocks[str(i)] = Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, has_experts(cfg, i))
+                row = residual(cfg, stack, i)
+                self.blocks[str(i)] = Block(cfg.at_layer(i), row, stack, dtype, norm_kernel, has_experts(cfg, i))
             else:
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
         self.hidden_factor = at_ends.hidden_factor
@@ -109,6 +112,7 @@ class Decoder(nn.Module):
         self.enter_memory: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
         self.sequence_here: Callable[[Tensor], Tensor] = identity
+        self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
         self.xpos_middle: int | None = None  # the position that XPos counts from, where passes over parts of a text must agree on it
@@ -116,7 +120,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def at_step(self, step: int) -> None:
-        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation."""
+        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation.
+        MatFormer draws the step's width by it.
+        """
+        if self.cfg.matformer is not None and self.cfg.matformer.train == "sample":
+            sizes = self.cfg.nested_sizes
+            self.width = sizes[int(mix64(torch.tensor(step))) % len(sizes)]
         if self.warm is not None and self.cfg.branchnorm_period is not None:
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
@@ -157,6 +166,32 @@ class Decoder(nn.Module):
         documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
         while training.
         """
+        if self.cfg.matformer is not None:
+            widths: tuple[int | None, ...] = (None,)
+            if self.training:
+                widths = self.cfg.nested_sizes if self.cfg.matformer.train == "sum" else (self.width,)
+            passes = [self._at_width(w, tokens, targets, documents, positions, samples, scale, stream) for w in widths]
+            return passes[0] if len(passes) == 1 else torch.stack(passes).mean(0)
+        return self._forward(tokens, targets, documents, positions, samples, scale, stream)
+
+    def _at_width(self, width: int | None, *inputs: Any) -> Tensor:
+        """`_forward` with the first channels of every feed-forward only."""
+        for _, block in self.units():
+            if isinstance(block, Block) and isinstance(block.ffn, FeedForward):
+                block.ffn.use(width)
+        return self._forward(*inputs)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        samples: Tensor | None,
+        scale: float,
+        stream: Tensor | None,
+    ) -> Tensor:
+        """`forward` at the present width."""
         seen = self.seen(documents, tokens.shape[1], tokens.device)
         contexts = self.contexts(self.part.layers, tokens, seen, positions, samples, self.counted(targets, scale))
         x = self.embed(tokens, positions) if stream is None else stream
@@ -174,16 +209,20 @@ class Decoder(nn.Module):
         if self.hidden_factor != 1.0:
             x = x * self.hidden_factor
         x = self.enter_head(x)
+        vocabulary = self.cfg.vocab_enabled or self.cfg.vocab_size
+        assert vocabulary is not None
         if targets is None:
-            return linear(x, self.head_weight)
-        assert self.cfg.vocab_size is not None
+            logits = linear(x, self.head_weight)
+            if self.cfg.vocab_enabled is not None:
+                logits[..., max(0, vocabulary - self.vocab_first) :] = float("-inf")
+            return logits
         return cross_entropy_sum(
             x.flatten(0, 1),
             self.head_weight,
             self.sequence_here(targets).flatten(),
             scale,
             self.vocab_first,
-            self.cfg.vocab_size,
+            vocabulary,
             self.vocab_axis,
         )
 
@@ -232,7 +271,7 @@ class Decoder(nn.Module):
         """What tokens see; None where a kernel knows it without being told."""
         cfg, slopes = self.cfg, None
         if cfg.position == "alibi":
-            slopes = torch.tensor(alibi_slopes(cfg.num_heads)[slice(*self.heads_here)], device=device)
+            slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.heads_here)], device=device)
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
         seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
@@ -252,13 +291,14 @@ class Decoder(nn.Module):
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
         if cfg.position in ("rope", "xpos"):
-            freq = inverse_frequencies(cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, device)
+            exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
+            freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            middle = None
+            xpos = None
             if cfg.position == "xpos":
-                middle = seq_len // 2 if self.xpos_middle is None else self.xpos_middle
+                xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
             amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
-            angles = rotary(self.sequence_here(where), freq, self.shape.compute, middle, amplitude)
+            angles = rotary(self.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)

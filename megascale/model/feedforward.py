@@ -12,6 +12,7 @@ from megascale.config.schema import Model
 from megascale.model.attention import identity
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
+from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual
 from megascale.model.spec import Cut, Role
 
@@ -33,19 +34,27 @@ class FeedForward(nn.Module):
         assert cfg.ffn_size
         d, f = cfg.hidden_size, width or cfg.ffn_size
 
-        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Linear:
-            std, scale = row.starts.std(role, out_dim, in_dim), row.product_scale(in_dim)
-            return Linear(out_dim, in_dim, role, cut, std, dtype, cfg.bias, cfg.linear, scale)
+        def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
+            return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, cfg.bias)
 
         self.kind = cfg.ffn
         self.up = product(f, d, "up", 0)
-        self.gate = product(f, d, "gate", 0) if cfg.ffn == "swiglu" else None
+        self.gate: Product | None = product(f, d, "gate", 0) if cfg.ffn == "swiglu" else None
         self.down = product(d, f, "down", 1)
         self.inner_norm: Norm | None = None
         if row.inner_norms:
-            self.inner_norm = Norm(f, cfg.norm, cfg.norm_eps, 0, dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.inner_norm = Norm(f, cfg.norm, row.norm_eps["ffn_inner_norm"], 0, dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
+
+    def use(self, width: int | None) -> None:
+        """Takes the first `width` channels only, until told otherwise (MatFormer); None: all. Both halves of a gate are cut."""
+        rows = None if width is None else (0, width)
+        for part in (self.up, self.gate):
+            if isinstance(part, Linear):
+                part.rows = rows
+        if isinstance(self.down, Linear):
+            self.down.columns = width
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, d] → [b, s, d]"""

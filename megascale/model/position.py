@@ -6,6 +6,7 @@ Shapes: b micro-batch, s sequence, h heads, e head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +24,22 @@ class Rotary(NamedTuple):
     k_sin: Tensor
 
 
-def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """θ^(−2i/e) for i < e/2 in fp64 (RoFormer, arXiv 2104.09864), stretched as `scaling` says."""
-    freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+def pair_exponents(dim: int, own: Sequence[float] | None, device: torch.device) -> Tensor:
+    """u of each pair of channels in fp64: 2i/e for i < e/2 (RoFormer, arXiv 2104.09864), or the model's own."""
+    if own is not None:
+        return torch.tensor(own, dtype=torch.float64, device=device)
+    return torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+
+
+def inverse_frequencies(exponents: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """θ^−u for exponents u [e/2], stretched as `scaling` says."""
+    freq = theta**-exponents
     if scaling is None:
         return freq
     if scaling.type == "linear":
         return freq / scaling.factor
     if scaling.type == "yarn":
-        return _yarn(freq, dim, theta, scaling)
+        return _yarn(freq, exponents, theta, scaling)
     wavelength = 2 * math.pi / freq
     low = scaling.original_seq_len / scaling.low_freq_factor
     high = scaling.original_seq_len / scaling.high_freq_factor
@@ -41,31 +49,32 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None, dev
     return torch.where(wavelength > low, freq / scaling.factor, torch.where(wavelength < high, freq, between))
 
 
-def _yarn(freq: Tensor, dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+def _yarn(freq: Tensor, exponents: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     """YaRN's blend (arXiv 2309.00071, section 3.2): a ramp over channels, between those that turn beta_fast and beta_slow times."""
+
+    dim = 2 * freq.numel()
 
     def channel(turns: float) -> float:
         return dim * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(0, math.floor(channel(scaling.beta_fast))), min(dim - 1, math.ceil(channel(scaling.beta_slow)))
-    place = torch.arange(freq.numel(), dtype=freq.dtype, device=freq.device)
-    ramp = ((place - low) / (high - low or 1e-3)).clamp(0, 1)
+    ramp = ((exponents * dim / 2 - low) / (high - low or 1e-3)).clamp(0, 1)
     return freq / scaling.factor * ramp + freq * (1 - ramp)
 
 
-def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos_middle: int | None, amplitude: float = 1.0) -> Rotary:
+def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: tuple[Tensor, int] | None, amplitude: float = 1.0) -> Rotary:
     """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`; YaRN has an `amplitude`.
 
-    XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ_i = (2i/e + 0.4)/1.4. Only differences of n act;
-    counting from the middle of the sequence, `xpos_middle`, keeps both factors small. None: no XPos.
+    XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ = (u + 0.4)/1.4 of exponents u. Only differences of
+    n act; counting from the middle of the sequence keeps both factors small. `xpos`: exponents and middle; None: no XPos.
     """
     angle = positions.to(torch.float64)[:, None, :, None] * freq
     cos, sin = angle.cos() * amplitude, angle.sin() * amplitude
-    if xpos_middle is None:
+    if xpos is None:
         return Rotary(*(t.to(dtype) for t in (cos, sin, cos, sin)))
-    half = freq.numel()
-    zeta = (torch.arange(half, dtype=torch.float64, device=freq.device) / half + 0.4) / 1.4
-    power = (positions.to(torch.float64) - xpos_middle)[:, None, :, None] / 512
+    exponents, middle = xpos
+    zeta = (exponents + 0.4) / 1.4
+    power = (positions.to(torch.float64) - middle)[:, None, :, None] / 512
     scale = zeta**power
     return Rotary(*(t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)))
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
-from megascale.config.schema import Model
+from megascale.config.schema import BLOCK_NORMS, Model
 
 # The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
 BRANCH = ("value", "attention_out", "up", "down")
@@ -79,6 +79,7 @@ class Residual:
     one_norm        attention and feed-forward read the same normalized stream and are added to it together
     qk_norm         queries and keys are normalized whatever the config says
     unbiased        roles that have no bias whatever the config says
+    norm_eps        by the norm's name in its block or attention
     unit_gates      a token's experts are divided by the root of the sum of their squared gates, so that together they are as large as one
     unit_scaled     a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
     """
@@ -94,6 +95,7 @@ class Residual:
     one_norm: bool = False
     qk_norm: bool = False
     unbiased: tuple[str, ...] = ()
+    norm_eps: Mapping[str, float] = field(default_factory=dict)
     unit_gates: bool = False
     unit_scaled: bool = False
 
@@ -116,7 +118,16 @@ class Ends:
 
 
 def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
-    """The row of `cfg.residual` for block `layer` (from 0) of a stack."""
+    """The row for block `layer` (from 0) of a stack: its scheme's, with the coefficients and epsilons that are the layer's own."""
+    row = replace(scheme(cfg, stack, layer), norm_eps={name: cfg.eps_of(name, layer) for name in BLOCK_NORMS})
+    if cfg.layer_coefficients is None:
+        return row
+    skip, branch = cfg.layer_coefficients[layer]
+    return replace(row, skip=skip, branch=branch)
+
+
+def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
+    """The row of `cfg.residual` for block `layer` (from 0) of a stack of this depth."""
     constant = Starts("constant", cfg.init_std)
     # Each write into a pre-norm stream is scaled so that the sum of all keeps the size of one (GPT-2, section 2.3).
     writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)

@@ -28,7 +28,7 @@ from megascale.model.block import Block, Context, Memory, only
 from megascale.model.decoder import Shape, Table, rows_of
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
-from megascale.model.position import Rotary, inverse_frequencies, rotary
+from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec
 
@@ -60,7 +60,7 @@ class Spacetime(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, False) for i in part.layers})
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias)
         if part.last:
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
         self.enter_head: Callable[[Tensor], Tensor] = identity
@@ -189,7 +189,10 @@ class Spacetime(nn.Module):
         """The context of each block: angles by the place along its dimension, dropout keys by the place in the whole grid."""
         cfg = self.cfg
         assert cfg.head_dim is not None
-        freq = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device) if cfg.position == "rope" else None
+        freq = None
+        if cfg.position == "rope":
+            exponents = pair_exponents(cfg.head_dim, cfg.rope_exponents, device)
+            freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
         for layer in self.part.layers:
             grid, angles, keys = self.grids[layer], None, None
             if freq is not None:

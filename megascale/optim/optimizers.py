@@ -41,7 +41,7 @@ def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] =
 
 def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
     """The optimizer of `cfg` for some weights of the model, where they lie."""
-    rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size) for w in weights}
+    rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
     match cfg.name:
         case "adamw":
             return AdamW(weights, cfg, rates)
@@ -59,8 +59,8 @@ class AdamW:
     def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate]) -> None:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
-        groups = grouped_by_rate(self.locals, rates)
-        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+        groups = grouped_by_rate(self.locals, rates, cfg.eps)
+        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
         for local in self.locals.values():
             # torch makes state at the first step; a checkpoint needs it before.
             self.inner.state[local] = {
@@ -137,7 +137,9 @@ class Muon:
                 local = m.weight.local
                 go = finite.to(local.dtype)
                 size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
-                local.mul_(1 - lr * self.rates[m.weight.name].decay * go).sub_(update * (lr * size * go))
+                rate = self.rates[m.weight.name]
+                own = lr * rate.factor
+                local.mul_(1 - own * rate.decay * go).sub_(update * (own * size * go))
 
     def _direction(self, w: Weight, finite: Tensor) -> Tensor:
         """Moves the weight's momentum and looks one step ahead (Nesterov)."""

@@ -14,27 +14,35 @@ MATRICES: tuple[Role, ...] = ("query", "key", "value", "attention_out", "up", "g
 
 
 class Rate(NamedTuple):
-    """`factor` times the schedule's rate is a weight's own; an update multiplies it with 1 − own rate·`decay` first."""
+    """`factor` times the schedule's rate is a weight's own; an update multiplies it with 1 − own rate·`decay` first. `eps` is a factor."""
 
     factor: float
     decay: float
+    eps: float = 1.0
 
 
-def rate_of(spec: ParamSpec, cfg: Optim, width: int) -> Rate:
-    """Of a weight in a model of hidden size `width`.
+def rate_of(spec: ParamSpec, cfg: Optim, width: int, name: str = "") -> Rate:
+    """Of the weight `name` in a model of hidden size `width`; the name decides where `optim.multipliers` knows it.
 
     With `base_width` hidden matrices move at √(base_width/width) of the rate (μS, arXiv 2502.05967). With `independent_decay` a weight is
     multiplied with 1 − weight_decay·lr/peak lr at every update, whatever its rate.
     """
     factor = math.sqrt(cfg.base_width / width) if cfg.base_width is not None and spec.role in (*MATRICES, "router") else 1.0
-    if not spec.decays:
-        return Rate(factor, 0.0)
-    return Rate(factor, cfg.weight_decay / (cfg.lr * factor) if cfg.independent_decay else cfg.weight_decay)
+    decay = 0.0
+    if spec.decays:
+        decay = cfg.weight_decay / (cfg.lr * factor) if cfg.independent_decay else cfg.weight_decay
+    own = cfg.multiplier(name)
+    return Rate(factor * own.lr, decay * own.weight_decay, own.eps)
 
 
-def grouped_by_rate(parameters: Mapping[str, Any], rates: Mapping[str, Rate]) -> list[dict[str, Any]]:
-    """A torch optimizer's groups: weights of one rate together, under `params`, `factor` and `weight_decay`."""
+def grouped_by_rate(parameters: Mapping[str, Any], rates: Mapping[str, Rate], eps: float) -> list[dict[str, Any]]:
+    """A torch optimizer's groups: weights of one rate together, under `params`, `factor`, `weight_decay` and `eps`."""
     return [
-        {"params": [p for name, p in parameters.items() if rates[name] == rate], "factor": rate.factor, "weight_decay": rate.decay}
+        {
+            "params": [p for name, p in parameters.items() if rates[name] == rate],
+            "factor": rate.factor,
+            "weight_decay": rate.decay,
+            "eps": eps * rate.eps,
+        }
         for rate in dict.fromkeys(rates[name] for name in parameters)
     ]

@@ -6,6 +6,16 @@ import math
 
 from megascale.config.schema import Optim
 
+FASTER = 0.6  # LEMON's BERT decays in 132k of 220k steps (arXiv 2310.07999, section 5)
+
+
+def begun_again(cfg: Optim, total_steps: int) -> Optim:
+    """LEMON's schedule for a grown model: the same largest rate, a warm-up where there is none, and a decay that ends at 0.6 of the run
+    where the config does not say when.
+    """
+    warmup = cfg.warmup_steps or max(1, total_steps // 50)
+    return cfg.model_copy(update={"warmup_steps": warmup, "decay_steps": cfg.decay_steps or max(warmup + 1, round(FASTER * total_steps))})
+
 
 def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
     """Rate of the update number `step` (from 1) of `total_steps`.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -45,13 +45,14 @@ class Native:
     optimizer: Optimizer
     clip: float
     lr: float = 0.0
+    factors: Mapping[str, float] = field(default_factory=dict)  # in the gradient norm, by weight
 
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
         self.lr = lr
         return self.schedule.run(batches, scale)
 
     def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
-        norm = global_norm(self.model.weights, self.model.mesh.size) / valid
+        norm = global_norm(self.model.weights, self.model.mesh.size, self.factors) / valid
         finite = torch.isfinite(norm)
         self.optimizer.step(self.lr, clip_factor(norm, self.clip) / valid, finite)
         settle_routers(self.model.stages, self.model.mesh.axes, finite)

@@ -14,7 +14,7 @@ from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece
 from megascale.config.schema import Optim
 from megascale.data.loader import Batch
-from megascale.optim.clip import global_norm
+from megascale.optim.clip import global_norm, norm_factors
 from megascale.optim.optimizers import Optimizer, optimizer_over
 from megascale.parallel.apply import ParallelModel, Weight
 from megascale.parallel.expert import settle_routers
@@ -38,7 +38,7 @@ class InBackward:
         schedule.after_stage = self._update_stage
         self.weights = [_weights_of(model, i) for i in range(len(model.stages))]
         self.optimizers: list[Optimizer | None] = [optimizer_over(weights, model, cfg) if weights else None for weights in self.weights]
-        self.lr = 0.0
+        self.lr, self.factors = 0.0, norm_factors(model.weights, cfg)
         self.valid = torch.ones((), dtype=torch.float64, device=device)
         self.squares: list[Tensor] = []
 
@@ -50,7 +50,7 @@ class InBackward:
     def _update_stage(self, number: int) -> None:
         weights, optimizer = self.weights[number], self.optimizers[number]
         self.model.finish_gradients(weights)
-        norm = global_norm(weights, self.model.mesh.size) / self.valid
+        norm = global_norm(weights, self.model.mesh.size, self.factors) / self.valid
         self.squares.append(norm.square())
         if optimizer is not None:
             optimizer.step(self.lr, 1.0 / self.valid, torch.isfinite(norm))

@@ -39,8 +39,11 @@ class Start:
     samples: int = 0
 
 
-def find_start(config: Config, run_dir: Path) -> Start:
+def find_start(config: Config, run_dir: Path, whole: Config | None = None, origin: Path | None = None) -> Start:
     """The run's own newest checkpoint first, so that a requeued job goes on; then `resume: DIR`, then `init_from`, then nothing.
+
+    whole   the config that the run was begun with, where it grows and `config` is of a later phase; `origin` the grown checkpoint that
+            begins this phase, until there is a newer one
 
     Raises UsageError where a checkpoint belongs to another run or is not there.
     """
@@ -48,8 +51,10 @@ def find_start(config: Config, run_dir: Path) -> Start:
     if config.checkpoint.export == "hf":
         hf_config(config.model, config.train.seq_len)  # refuses what could not be exported later
     wanted = config.checkpoint.resume
-    _check_owner(config, run_dir)
+    _check_owner(whole or config, run_dir)
     own = newest(run_dir / "checkpoints")
+    if origin is not None and (own is None or step_of(own) <= step_of(origin)):
+        own = origin
     if wanted == "never":
         if own is not None:
             raise UsageError(
@@ -89,6 +94,11 @@ def _weights_from(config: Config, folder: Path) -> Start:
             f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart"
         )
     return Start(folder, True, foreign=foreign, samples=samples)
+
+
+def step_of(folder: Path) -> int:
+    """Of a folder step-00000100."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def check_coefficients(config: Config, model: ParallelModel, folder: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.load import to_yaml
-from megascale.config.schema import Config, Parallel, Precision
+from megascale.config.schema import Config, Parallel, Precision, any_layer
 from megascale.config.support import check, padding_note
 from megascale.data.loader import Prefetcher
 from megascale.errors import MegascaleError, UsageError
@@ -32,7 +33,9 @@ from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
 from megascale.model.spec import active_parameters, specs_of
+from megascale.optim.clip import norm_factors
 from megascale.optim.optimizers import build_optimizer
+from megascale.optim.schedule import begun_again
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
@@ -44,6 +47,7 @@ from megascale.train.in_backward import InBackward
 from megascale.train.memory import check_host_room, shape_of
 from megascale.train.metrics import RunLog, write_atomic
 from megascale.train.observed import Observed
+from megascale.train.phases import Phase
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
 from megascale.train.samples import first_facts, micro_batches, note, open_data, resolve_vocabulary
@@ -134,17 +138,29 @@ def check_torch(config: Config) -> None:
         raise UsageError(f"parallel.pp is {config.parallel.pp} and torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
 
 
+def check_offload_dir(config: Config) -> None:
+    """Raises UsageError where the folder for offloaded state is not there, on any node."""
+    folder = config.parallel.offload_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"parallel.offload_dir is {folder}, and {node_name()} has no such folder: make it, on every node")
+
+
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = shape_of(config)
     specs = specs_of(build_part(config.model, shape, kernels.norm))
+    for key in config.optim.multipliers:
+        if not any(key in (name, any_layer(name)) for name in specs):
+            near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
+            raise UsageError(f"optim.multipliers names {key}, which no weight is called{f'; did you mean {near[0]}?' if near else ''}")
     flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length)
     active = active_parameters(specs)
     facts = {
         "parameters": sum(s.numel for s in specs.values()),
         "parameters_active": active,
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
     }
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
     return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
@@ -170,23 +186,34 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
     if config.parallel.update_in_backward:
         assert isinstance(schedule, Layered)
         return InBackward(model, schedule, config.optim, device)
-    return Native(model, schedule, build_optimizer(model, config.optim, config.parallel.offload), config.train.clip)
+    optimizer = build_optimizer(model, config.optim, config.parallel.offload)
+    return Native(model, schedule, optimizer, config.train.clip, factors=norm_factors(model.weights, config.optim))
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None, pulse: Pulse | None = None) -> Iterator[Trainer]:
+def build_trainer(
+    config: Config, ranks: RankInfo, stop: StopFlag | None = None, pulse: Pulse | None = None, phase: Phase | None = None
+) -> Iterator[Trainer]:
     """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start.
 
     stop   what signals set, where somebody listens to them already
     pulse  where the trainer says what it does, for a watch
+    phase  which part of a run that grows this is; the whole of it if absent
     """
+    whole = config if phase is None else phase.whole
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    if config.checkpoint.init_schedule == "lemon":
+        config = config.model_copy(update={"optim": begun_again(config.optim, config.train.total_steps)})
+    if phase is None:
+        whole = config
+    until = config.train.total_steps if phase is None else phase.until
     agreed(lambda: check_torch(config))
     device = agreed(lambda: choose_device(config, ranks))
+    agreed(lambda: check_offload_dir(config))
     agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
-    start: Start = agreed(lambda: find_start(config, run_dir))
+    start: Start = agreed(lambda: find_start(config, run_dir, whole, None if phase is None else phase.origin))
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
@@ -214,6 +241,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
         log = RunLog(run_dir, progress.step)
         console = Console(config.train.total_steps, progress.step)
         announce(config, ranks, facts, start, progress, note(mixture), log, console)
+        write_atomic(run_dir / "config.yaml", to_yaml(whole.plain()))
     peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else peak_flops(device, model.model.shape.compute)
     reporter = Reporter(
         mesh,
@@ -245,7 +273,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     batches = Prefetcher(
         lambda step: micro_batches(config, mixture, origin + (step - 1) * batch, mesh, device),
         progress.step + 1,
-        config.train.total_steps,
+        until,
     )
     valid = {
         name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)] for name, m in valid_sets.items()
@@ -262,7 +290,7 @@ def build_trainer(config: Config, ranks: RankInfo, stop: StopFlag | None = None,
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device)
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device, until)
     try:
         yield trainer
     finally:
@@ -304,7 +332,9 @@ def announce(
         log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
     size, active = facts["parameters"], facts["parameters_active"]
     many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
-    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}")
+    fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
+    threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
+    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}{fp8}{threads}, norm kernel {facts['norm_kernel']}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
@@ -312,4 +342,3 @@ def announce(
     for sentence in (padding_note(config), data_note):
         if sentence:
             console.warn(sentence)
-    write_atomic(Path(config.run_dir) / "config.yaml", to_yaml(config.plain()))

@@ -14,7 +14,7 @@ from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import StopRequested, TrainingError
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
-from megascale.parallel.precision import watch_casts
+from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import sampled_step
 from megascale.train.engine import Engine
@@ -40,16 +40,18 @@ class Trainer:
         pulse: Pulse,
         progress: Progress,
         device: torch.device,
+        until: int,
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.pulse, self.progress, self.device = reporter, stop, pulse, progress, device
+        self.until = until  # a growth may come before the run's last step
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
 
     def train(self) -> None:
-        """Runs to the last step. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
-        train, last_step, first_step = self.config.train, self.config.train.total_steps, self.progress.step + 1
+        """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
+        train, last_step, first_step = self.config.train, self.until, self.progress.step + 1
         while self.progress.step < last_step:
             step = self.progress.step + 1
             if step > first_step:
@@ -75,7 +77,8 @@ class Trainer:
                 self.reporter.event("stop", step, reason=why)
                 raise StopRequested(f"stopped on request ({why}) after step {step} of {last_step}: run the same command again to go on")
 
-        self.reporter.event("done", self.progress.step)
+        if last_step == train.total_steps:
+            self.reporter.event("done", self.progress.step)
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
         """Forward, backward, clip, update. Nothing here waits for the device."""
@@ -84,17 +87,14 @@ class Trainer:
         self.model.train(True)
         self.model.at_step(step)
         sampled = sampled_step(step, self.config)
-        if sampled:
-            watch_casts(self.model.stages, True)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
-        loss = self.engine.run(micro_batches, self.scale, lr)
+        with watched_casts(self.model.stages, sampled):
+            loss = self.engine.run(micro_batches, self.scale, lr)
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid * self.scale, float(self.stop.requested()))
         norm, finite = self.engine.update(total_valid)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
-        if sampled:
-            watch_casts(self.model.stages, False)
         return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen, sampled)
 
     @torch.no_grad()

@@ -29,7 +29,11 @@ BASE: dict[str, Any] = {
 
 
 def config(*overrides: str) -> Config:
-    return build_config(apply_overrides(BASE, overrides))
+    values = apply_overrides(BASE, [item for item in overrides if not item.startswith("grow=")])
+    for item in overrides:
+        if item.startswith("grow="):  # a list, no section
+            values["grow"] = parse_yaml(item.removeprefix("grow="))
+    return build_config(values)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,7 @@ def config(*overrides: str) -> Config:
         ("parallel.tp=two", "parallel.tp is 'two'"),
         ("parallel.tp=0", "parallel.tp is 0"),
         ("optim.lr=-1", "optim.lr is -1"),
+        ("precision.loss_scale=1000", "give a power of two, such as 1024"),
         ("model.residual=prenorm", "model.residual is 'prenorm'"),
         ("model.hidden_size=18", "hidden_size 18 is not a multiple of num_heads 4"),
         ("train.tokens=5", "set exactly one of train.steps and train.tokens"),
@@ -48,7 +53,7 @@ def config(*overrides: str) -> Config:
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
         ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
-        ("parallel.parallel_foo=2", "`--dry-run` prints every key"),
+        ("parallel.zzzzzzzz=2", "`--dry-run` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:
@@ -121,6 +126,15 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
     "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
     "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.tp=2")),
+    "norm_eps_of": (1, ("model.norm_eps_of={blocks.1.ffn_norm: 1e-4}",)),
+    "layer_coefficients": (1, ("model.layer_coefficients=[[1, 1], [1, 1]]",)),
+    "rope_exponents": (1, ("model.rope_exponents=[0.0]",)),
+    "alibi_slopes": (1, ("model.alibi_slopes=[0.5, 0.25, 0.1, 0.1]",)),
+    "tokenformer": (1, ("model.linear=tokenformer",)),
+    "matformer": (1, ("model.matformer={sizes: [25]}",)),
+    "matformer_sum": (1, ("model.matformer={sizes: [8], train: sum}", "parallel.accumulation=layered")),
+    "ffn_sizes": (1, ("model.ffn_sizes=[8, 8]",)),
+    "vocab_enabled": (1, ("model.vocab_enabled=31",)),
     "pair_keys": (1, ("model.encoder_layers=2",)),
     "pair_packing": (1, ("model.family=encoder_decoder", "train.packing=documents")),
     "pair_context": (2, ("model.family=encoder_decoder", "parallel.cp=2")),
@@ -171,12 +185,17 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "offload_parameters": (1, ("parallel.offload=parameters",)),
     "offload_experts": (2, ("model.moe={}", "parallel.ep=2", "parallel.offload=parameters")),
     "offload_muon": (1, ("parallel.offload=optimizer", "optim.name=muon")),
+    "multipliers_deepspeed": (
+        2,
+        ("parallel.engine=deepspeed", "parallel.dp_shard=2", "optim.multipliers={head.weight: {lr: 0.5}}"),
+    ),
     "fp8_static": (1, ("precision.fp8=true", "model.ffn_size=32")),
     "fp8_compute": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "precision.compute=fp64")),
     "fp8_sizes": (1, (*MUS, "precision.fp8=true")),
     "fp8_linear": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.linear=bitlinear")),
     "fp8_dynamic_parts": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.moe={}")),
     "fp8_engine": (2, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "parallel.offload=parameters")),
+    "fp8_recipe": (1, ("precision.fp8_recipe=rowwise",)),
     "loss_scale": (1, ("precision.loss_scale=4",)),
     "base_width": (1, ("optim.base_width=64",)),
     "mus_optimizer": (1, (*MUS, "optim.name=muon")),
@@ -192,6 +211,9 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "vocabulary_parts": (4, ("parallel.tp=4", "model.vocab_size=3")),
     "master": (1, ("precision.master=bf16",)),
     "rope_context": (1, ("model.position=alibi", "model.rope_scaling={factor: 8}")),
+    "init_schedule": (1, ("checkpoint.init_schedule=lemon",)),
+    "grow_steps": (1, ("grow=[{step: 2, num_layers: 2}]",)),
+    "grow_engine": (2, ("grow=[{step: 1, num_layers: 2}]", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
     "megatron_order": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "data.order=megatron")),
     "eval_without_data": (1, ("train.eval_every=1",)),
@@ -225,6 +247,7 @@ def any_config(draw: st.DrawFn) -> tuple[int, Config]:
         "model.residual": ["pre", "post", "deepnorm", "branchnorm", "deepscale", "subln", "parallel", "res_post", "mus"],
         "model.branchnorm_period": ["null", "null", 3],
         "model.linear": ["dense", "bitlinear"],
+        "model.matformer": ["null", "{sizes: [8]}", "{sizes: [6, 12], train: sum}"],
         "model.qk_norm": ["true", "width"],
         "model.position": ["rope", "alibi", "learned", "xpos"],
         "model.head_dim": [3, 4],

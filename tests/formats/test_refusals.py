@@ -19,6 +19,7 @@ from megascale.errors import UsageError
 from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
 from megascale.formats.hf import read_hf
 from tests.formats.models import PLAIN, save
+from tools.convert import app
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
 
@@ -203,21 +204,23 @@ def test_a_killed_conversion_is_finished(whole: Path, tmp_path: Path, monkeypatc
     assert read_hf(tmp_path / "out").model == read_hf(whole / "hf").model
 
 
-def tool(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/convert.py", *map(str, args)], capture_output=True, text=True)
+def tool(*args: object) -> None:
+    assert app([*map(str, args)], standalone_mode=False) in (None, 0)
 
 
-def test_the_tool_says_what_it_did(whole: Path, tmp_path: Path) -> None:
-    """Catches a report without the difference of logits, and wrong use that is a traceback."""
-    done = tool(whole / "ours", tmp_path / "hf", "--from", "megascale", "--to", "hf", "--tokens", "1,5,9", "--report", tmp_path / "r.json")
-    assert done.returncode == 0, done.stderr
-    assert "is the largest difference from transformers in fp32" in done.stdout
+def test_the_tool_says_what_it_did(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a report without the difference of logits, and wrong use that is no sentence."""
+    tool(whole / "ours", tmp_path / "hf", "--from", "megascale", "--to", "hf", "--tokens", "1,5,9", "--report", tmp_path / "r.json")
+    assert "is the largest difference from transformers in fp32" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["logits"] < 1e-4
     for args, words in (
         (("--from", "hf", "--to", "hf"), "--from is hf and --to is hf: give one of"),
         (("--from", "hf", "--to", "megascale", "--dtype", "int8"), "--dtype is int8: give one of fp32"),
         (("--from", "hf", "--to", "megascale", "--tokens", "1,x"), "--tokens is '1,x'"),
     ):
-        wrong = tool(whole / "hf", tmp_path / "other", *args)
-        assert wrong.returncode == 2 and words in wrong.stderr and "Traceback" not in wrong.stderr, wrong.stderr
+        with pytest.raises(UsageError) as error:
+            tool(whole / "hf", tmp_path / "other", *args)
+        assert words in str(error.value)
+    wrong = subprocess.run([sys.executable, "tools/convert.py", "a", "b", "--from", "x", "--to", "hf"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --from is x") and "Traceback" not in wrong.stderr
     assert not (tmp_path / "other").exists()

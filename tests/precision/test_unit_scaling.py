@@ -12,8 +12,8 @@ import torch
 
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.model.layers import Linear
-from megascale.optim.rates import grouped_by_rate, rate_of
-from megascale.parallel.precision import watch_casts
+from megascale.optim.rates import Rate, grouped_by_rate, rate_of
+from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import shares
 from tests.layouts import Case, build, fake_batch, tiny, train, worst
@@ -89,7 +89,7 @@ def test_rates_by_role_and_width() -> None:
             # What a step takes off: own rate × decay = weight_decay at the peak, for every role.
             assert cfg.lr * rate.factor * rate.decay == pytest.approx(1e-4), w.name
     matrix = next(w.placement.spec for w in model.weights if w.placement.spec.role == "query")
-    assert rate_of(matrix, Optim(lr=0.01), 256) == (1.0, 0.1)
+    assert rate_of(matrix, Optim(lr=0.01), 256) == Rate(1.0, 0.1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
@@ -119,7 +119,7 @@ def test_groups_hold_every_weight_once() -> None:
     cfg = Optim(base_width=16, weight_decay=1e-4, independent_decay=True)
     model = build(Case(unit()), 1)
     rates = {w.name: rate_of(w.placement.spec, cfg, 64) for w in model.weights}
-    groups = grouped_by_rate({w.name: w.name for w in model.weights}, rates)
+    groups = grouped_by_rate({w.name: w.name for w in model.weights}, rates, cfg.eps)
     assert sorted(n for g in groups for n in g["params"]) == sorted(rates)
     assert len(groups) == len(set(rates.values())) == 3
 
@@ -225,9 +225,9 @@ def vanished(scale: float) -> float:
     """Share of the gradients at the last block's FFN-down that are zero after the cast, in a step of 2048 tokens at width 128."""
     case = Case(unit(hidden_size=128, ffn_size=256), precision="fp32", fp8="static", seq_len=128)
     model = build(case, 1)
-    watch_casts(model.stages, True)
     batch = fake_batch(case, list(range(16)))
-    model.module(batch.tokens, batch.targets, scale=scale / batch.valid).backward()
+    with watched_casts(model.stages, True):
+        model.module(batch.tokens, batch.targets, scale=scale / batch.valid).backward()
     down = model.model.get_submodule("blocks.1.ffn.down")
     assert isinstance(down, Linear) and down.observations is not None
     found = shares(down.observations.take())

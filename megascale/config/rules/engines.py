@@ -51,7 +51,8 @@ ENGINE_RULES: tuple[Rule, ...] = (
             )
         ),
         "a layer can be updated during backward where its gradient comes at once and nothing of the other layers is needed for it",
-        "use accumulation layered without breadth_first, clip 0, adamw or lion, and no offload of their state; or leave it out",
+        "use accumulation layered, leave breadth_first out, set train.clip to 0, choose adamw or lion, and offload activations at most; or "
+        "leave update_in_backward out",
     ),
     Rule(
         "deepspeed_axes",
@@ -123,6 +124,13 @@ ENGINE_RULES: tuple[Rule, ...] = (
         lambda c, n: c.optim.name == "muon" and bool({"optimizer", "parameters"} & set(c.parallel.offload)),
         "Muon multiplies whole matrices, which a host does far too slowly",
         "use adamw or lion, or offload activations only",
+    ),
+    Rule(
+        "multipliers_deepspeed",
+        ("optim.multipliers", "parallel.engine"),
+        lambda c, n: bool(c.optim.multipliers) and c.parallel.engine == "deepspeed",
+        "DeepSpeed counts the gradient norm itself, every weight once",
+        "use engine fsdp2 or ddp, or leave multipliers out",
     ),
 )
 

@@ -78,6 +78,29 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "remove rope_scaling, or use position rope",
     ),
     Rule(
+        "init_schedule",
+        ("checkpoint.init_schedule", "checkpoint.init_from", "optim.decay"),
+        lambda c, n: (
+            c.checkpoint.init_schedule == "lemon" and (c.checkpoint.init_from is None or c.optim.decay not in ("cosine", "linear"))
+        ),
+        "LEMON's schedule is for a run that begins with a grown model's weights, and makes its decay faster",
+        "set init_from and decay cosine or linear, or leave init_schedule out",
+    ),
+    Rule(
+        "grow_steps",
+        ("grow", "train.steps", "train.tokens"),
+        lambda c, n: [g.step for g in c.grow] != sorted({g.step for g in c.grow if g.step < c.train.total_steps}),
+        "growths come one after another, each before the run's last step",
+        "give every growth a later step than the one before, and fewer than the run has",
+    ),
+    Rule(
+        "grow_engine",
+        ("grow", "parallel.engine"),
+        lambda c, n: bool(c.grow) and c.parallel.engine == "deepspeed",
+        "DeepSpeed keeps flat buffers of its own that do not grow",
+        "use engine fsdp2 or ddp",
+    ),
+    Rule(
         "valid_twice",
         ("data.valid", "data.valid_fraction"),
         lambda c, n: c.data.valid is not None and c.data.valid_fraction > 0,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
-from megascale.config.schema import Config
+from megascale.config.schema import BLOCK_NORMS, Config, Model
 
 ENCODERS = ("encoder", "encoder_decoder")  # families some of whose tokens look both ways
 
@@ -170,7 +172,122 @@ MODEL_RULES: tuple[Rule, ...] = (
         "layers that share their weights stay together, and their heads are not cut yet",
         "use the data axes, cp and ep",
     ),
+    Rule(
+        "norm_eps_of",
+        ("model.norm_eps_of", "model.num_layers", "model.moeut"),
+        lambda c, n: any(not _is_norm(c.model, name) for name in c.model.norm_eps_of),
+        "an epsilon of its own belongs to a norm by name: final_norm, or "
+        + ", ".join(BLOCK_NORMS)
+        + ", of all layers or of one that exists "
+        "(blocks.3.ffn_norm); MoEUT's have one",
+        "use such names, or leave norm_eps_of out",
+    ),
+    Rule(
+        "layer_coefficients",
+        ("model.layer_coefficients", "model.num_layers", "model.moeut"),
+        lambda c, n: (
+            c.model.layer_coefficients is not None
+            and (len(c.model.layer_coefficients) != c.model.num_layers or c.model.moeut is not None or c.model.family == "encoder_decoder")
+        ),
+        "every layer has one pair of coefficients, and MoEUT's have none",
+        "give num_layers pairs [skip, branch], or leave layer_coefficients out",
+    ),
+    Rule(
+        "rope_exponents",
+        ("model.rope_exponents", "model.position", "model.head_dim"),
+        lambda c, n: (
+            c.model.rope_exponents is not None
+            and (c.model.position not in ("rope", "xpos") or 2 * len(c.model.rope_exponents) != c.model.rotary_dim)
+        ),
+        "every pair of channels that turns has one exponent",
+        "give head_dim ÷ 2 of them with position rope or xpos, or leave rope_exponents out",
+    ),
+    Rule(
+        "alibi_slopes",
+        ("model.alibi_slopes", "model.position", "model.num_heads"),
+        lambda c, n: c.model.alibi_slopes is not None and (c.model.position != "alibi" or len(c.model.alibi_slopes) != c.model.num_heads),
+        "every head has one slope",
+        "give num_heads of them with position alibi, or leave alibi_slopes out",
+    ),
+    Rule(
+        "tokenformer",
+        ("model.linear", "model.tokenformer", "model.residual", "parallel.tp", "precision.fp8"),
+        lambda c, n: (
+            (c.model.linear == "tokenformer") != (c.model.tokenformer is not None)
+            or (c.model.tokenformer is not None and (c.model.residual == "mus" or c.parallel.tp > 1 or c.precision.fp8 != "false"))
+            or (c.model.tokenformer is not None and (c.model.spacetime is not None or c.model.moeut is not None))
+        ),
+        "attention over parameters has its number of tokens, a size of its own, and is not cut over ranks",
+        "give linear tokenformer together with tokenformer, without unit scaling, FP8, tp, grids and MoEUT",
+    ),
+    Rule(
+        "matformer",
+        ("model.matformer", "model.ffn_size", "model.moe", "model.residual", "model.linear", "parallel.tp"),
+        lambda c, n: (
+            c.model.matformer is not None
+            and (
+                max(c.model.matformer.sizes, default=1) > (c.model.ffn_size or 0)
+                or c.model.moe is not None
+                or c.model.residual == "subln"
+                or c.model.linear != "dense"
+                or c.model.family in ("spacetime", "encoder_decoder")
+                or c.model.ffn_sizes is not None
+                or c.parallel.tp > 1
+                or c.precision.fp8 != "false"
+            )
+        ),
+        "nested widths are prefixes of one dense feed-forward that is whole where it is used",
+        "choose sizes below ffn_size, without experts, inner norms, quantized products, FP8, ffn_sizes and tp",
+    ),
+    Rule(
+        "matformer_sum",
+        ("model.matformer", "parallel.pp", "parallel.pp_schedule", "parallel.accumulation"),
+        lambda c, n: (
+            c.model.matformer is not None
+            and (
+                (c.model.matformer.train == "sum" and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"))
+                or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
+            )
+        ),
+        "stages pass each micro-batch once, and weight gradients computed apart know whole weights",
+        "use train sample, with a schedule that computes gradients together, or the data axes",
+    ),
+    Rule(
+        "ffn_sizes",
+        ("model.ffn_sizes", "model.num_layers", "model.moe", "model.family", "parallel.tp"),
+        lambda c, n: (
+            c.model.ffn_sizes is not None
+            and (
+                len(c.model.ffn_sizes) != c.model.num_layers
+                or c.model.moe is not None
+                or c.model.family in ("spacetime", "encoder_decoder")
+                or any(f % c.parallel.tp for f in c.model.ffn_sizes)
+            )
+        ),
+        "every layer of a text model without experts has one width, a multiple of tp",
+        "give num_layers of them, or leave ffn_sizes out",
+    ),
+    Rule(
+        "vocab_enabled",
+        ("model.vocab_enabled", "model.vocab_size", "model.family"),
+        lambda c, n: (
+            c.model.vocab_enabled is not None
+            and (c.model.spacetime is not None or c.model.vocab_enabled > (c.model.vocab_size or c.model.vocab_enabled))
+        ),
+        "no more tokens can be enabled than the vocabulary has",
+        "choose at most vocab_size, or leave vocab_enabled out",
+    ),
 )
+
+
+def _is_norm(model: Model, name: str) -> bool:
+    """Whether `model.norm_eps_of` may name it."""
+    if model.moeut is not None or model.family == "encoder_decoder":
+        return False
+    if name == "final_norm" or name in BLOCK_NORMS:
+        return True
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
+    return match is not None and int(match[1]) < model.num_layers and match[2] in BLOCK_NORMS
 
 
 def _texts_fit(config: Config) -> bool:

@@ -1,0 +1,124 @@
+"""How one dimension of a grown tensor comes from its source's: plain index maps with weights, built and combined by pure functions.
+
+Writers put values into the residual stream (embedding columns, rows of the attention's and feed-forward's output products), readers take
+them out. A dimension that is duplicated is repeated where it is written, and shared where it is read: the copies' weights add up to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Weights = NDArray[np.float64]
+
+# What an index without a source holds: a start as the target model draws it, zero, or the mean over the source's dimension.
+FRESH, ZERO, MEAN = -1, -2, -3
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """source [n'] of every target index: where it comes from, or FRESH, ZERO, MEAN; weight [n'] of what comes; `old` the source's length.
+
+    shared  the copies of a source add up to it, so that noise which sums to zero over them changes nothing
+    """
+
+    source: Indices
+    weight: Weights
+    old: int
+    shared: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def known(self) -> NDArray[np.bool_]:
+        return self.source >= 0
+
+    @cached_property
+    def copies(self) -> Indices:
+        """How many target indices [n'] have the same source; 1 where there is none."""
+        counts = np.bincount(self.source[self.known], minlength=self.old)
+        return np.where(self.known, counts[np.maximum(self.source, 0)], 1)
+
+    @cached_property
+    def uniform_copies(self) -> int | None:
+        """The number of copies where every source index has as many; None where they differ."""
+        counts = np.bincount(self.source[self.known], minlength=self.old)
+        return int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.size == self.old and bool((self.source == np.arange(self.old)).all()) and bool((self.weight == 1).all())
+
+    @property
+    def unused(self) -> int:
+        """Source indices that no target index takes."""
+        return self.old - len(np.unique(self.source[self.known]))
+
+    def scaled(self, factor: float) -> AxisMap:
+        return replace(self, weight=self.weight * factor)
+
+    def filled(self, kind: int) -> AxisMap:
+        """The same, with every index that has no source holding `kind`."""
+        return replace(self, source=np.where(self.known, self.source, kind))
+
+
+def axis(source: list[int] | Indices, old: int, weight: Weights | None = None) -> AxisMap:
+    indices = np.asarray(source, np.int64)
+    return AxisMap(indices, np.ones(len(indices)) if weight is None else weight, old)
+
+
+def same(size: int) -> AxisMap:
+    return axis(np.arange(size), size)
+
+
+def repeated(old: int, size: int, copies: int, rest: int) -> AxisMap:
+    """`copies` times the whole source, then `rest` (FRESH, ZERO or MEAN)."""
+    source = np.full(size, rest, np.int64)
+    source[: copies * old] = np.tile(np.arange(old), copies)
+    return axis(source, old)
+
+
+def circular(old: int, size: int) -> AxisMap:
+    """The source over and over until `size` is full: any size, some indices with one copy more than others."""
+    return axis(np.arange(size) % old, old)
+
+
+def shared(whole: AxisMap, split: tuple[float, float] = (1.0, 1.0)) -> AxisMap:
+    """A map whose copies add up to their source: the first copy gets split[0] parts, every other one split[1]."""
+    first, other = split
+    seen: dict[int, int] = {}
+    parts = np.ones(whole.size)
+    for i, s in enumerate(whole.source.tolist()):
+        if s >= 0:
+            parts[i] = first if s not in seen else other
+            seen[s] = i
+    total = np.bincount(whole.source[whole.known], parts[whole.known], minlength=whole.old)
+    weight = np.where(whole.known, parts / np.where(whole.known, total[np.maximum(whole.source, 0)], 1), 1.0)
+    return AxisMap(whole.source, whole.weight * weight, whole.old, shared=True)
+
+
+def inside(outer: AxisMap, inner: AxisMap) -> AxisMap:
+    """The map of outer × inner (heads × channels of a head), inner running faster. A part without a source decides; zero before fresh."""
+    o, i = outer.source[:, None], inner.source[None, :]
+    lacking = np.where((o == ZERO) | (i == ZERO), ZERO, np.where((o == MEAN) | (i == MEAN), MEAN, FRESH))
+    source = np.where((o >= 0) & (i >= 0), o * inner.old + i, lacking)
+    weight = outer.weight[:, None] * inner.weight[None, :]
+    return AxisMap(source.reshape(-1), weight.reshape(-1), outer.old * inner.old, outer.shared or inner.shared)
+
+
+def cancelling(rows: AxisMap) -> tuple[AxisMap, AxisMap]:
+    """Pairs of neighbours that are the same on the way in and opposite on the way out (LEMON, arXiv 2310.07999): the rows' map, and the
+    columns' that takes their outputs. An odd one's output is zero.
+    """
+    number = np.arange(rows.size)
+    lone = (rows.size % 2 == 1) & (number == rows.size - 1)
+    paired = replace(rows, source=rows.source[number - number % 2], weight=rows.weight[number - number % 2])
+    sign = np.where(number % 2 == 0, 1.0, -1.0)
+    source = np.where(lone, ZERO, paired.source)
+    return paired, AxisMap(source, np.where(paired.known, sign, 1.0), rows.old)

@@ -1,0 +1,109 @@
+"""Which layer of a deeper model comes from which, and what norms behind a sum need so that an inserted layer changes nothing.
+
+Before-norm layers change nothing where their outputs are zero. Behind the sum, an inserted norm meets the output of another one: gain and
+bias move from that to the last inserted one, and epsilons make up for normalizing again. With v the statistic of the stream, a norm maps
+v → v/(v + ε); a chain of n of them with ε₁ and then δ, each gain √(1 + δ), is v/(v + ε₁·(δ/(1 + δ))ⁿ⁻¹), so ε₁ = ε·((1 + δ)/δ)ⁿ⁻¹ is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megascale.errors import UsageError
+
+Mode = Literal["keep", "identity", "cancel"]
+EXACT = ("identity", "cancel")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A target layer: a copy of layer `source`, kept as it is, or inserted with outputs that are zero or cancel."""
+
+    source: int
+    mode: Mode = "keep"
+
+
+@dataclass(frozen=True)
+class NormChange:
+    """What a norm behind the sum becomes: epsilon as `factor` times the model's or as `absolute`; gain and bias from the norm `affine`
+    (its source name within the model, None: one and zero), times `gain`.
+    """
+
+    affine: str | None
+    gain: float
+    factor: float | None = None
+    absolute: float | None = None
+
+
+def grow_layers(old: int, new: int, method: str, placement: str, period: int) -> tuple[Layer, ...]:
+    """The layers of a stack of `new` from one of `old`. Raises UsageError for a depth that the method does not reach.
+
+    period     layers that belong together (experts in every n-th, dimensions of a grid in turn): whole periods are inserted
+    placement  of inserted layers: spread evenly, or all at the end
+    """
+    if new < old:
+        raise UsageError(f"num_layers is {old} and cannot grow to {new}: choose at least {old}, or use tools/shrink.py")
+    if new == old:
+        return tuple(Layer(i) for i in range(old))
+    match method:
+        case "stack":
+            layers = tuple(Layer(i % old) for i in range(new))
+        case "interleave":
+            layers = tuple(Layer(i * old // new) for i in range(new))
+        case "dus":
+            # The first n − m and the last n − m layers of the source (SOLAR, arXiv 2312.15166).
+            if new % 2 or new > 2 * old:
+                raise UsageError(
+                    f"depth up-scaling joins two halves of at most {old} layers: num_layers {new} must be even and at most {2 * old}"
+                )
+            half = new // 2
+            layers = tuple(Layer(i if i < half else old - new + i) for i in range(new))
+        case "identity" | "cancel" | "inject":
+            if old % period or new % period:
+                raise UsageError(
+                    f"num_layers grows from {old} to {new} and {period} layers belong together: grow by a multiple of {period}"
+                )
+            mode: Mode = "keep" if method == "inject" else method  # type: ignore[assignment]
+            layers = _insert(old // period, new // period, placement, period, mode)
+        case _:
+            raise UsageError(f"no depth method {method}")
+    if any((i - layer.source) % period for i, layer in enumerate(layers)):
+        raise UsageError(f"{method} to {new} layers would put layers where those of another kind stand, {period} belonging together")
+    return layers
+
+
+def _insert(old: int, new: int, placement: str, period: int, mode: Mode) -> tuple[Layer, ...]:
+    """Groups of `period` layers, each followed by as many inserted copies as its share of the new ones (LLaMA-Pro, arXiv 2401.02415)."""
+    extra = new - old
+    layers: list[Layer] = []
+    for group in range(old):
+        if placement == "end":
+            copies = extra if group == old - 1 else 0
+        else:
+            copies = (group + 1) * extra // old - group * extra // old
+        inside = range(group * period, (group + 1) * period)
+        layers += [Layer(i) for i in inside] + [Layer(i, mode) for _ in range(copies) for i in inside]
+    return tuple(layers)
+
+
+def norm_chain(layers: tuple[Layer, ...], skips: list[float]) -> dict[str, NormChange]:
+    """Changes of norms behind the sum, by name (blocks.3.ffn_norm), where layers are inserted; `skips` of the target's layers."""
+    changes: dict[str, NormChange] = {}
+    start = 0
+    while start < len(layers):
+        end = start + 1
+        while end < len(layers) and layers[end].mode != "keep":
+            end += 1
+        inserted = end - start - 1
+        if inserted and layers[start].mode == "keep":
+            delta = float(2 * inserted)
+            origin = f"blocks.{layers[start].source}.ffn_norm"
+            changes[f"blocks.{start}.ffn_norm"] = NormChange(None, 1.0, factor=((1 + delta) / delta) ** (2 * inserted))
+            for i in range(start + 1, end):
+                last = i == end - 1
+                # The norm sees skip·x: its epsilon counts skip⁻² times.
+                changes[f"blocks.{i}.attention_norm"] = NormChange(None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2)
+                changes[f"blocks.{i}.ffn_norm"] = NormChange(origin if last else None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2)
+        start = end
+    return changes

@@ -1,0 +1,162 @@
+"""Which query and KV heads a grown attention takes from where, and which channels of a head.
+
+g KV heads with m query heads each become g' with m'. A source group may spread over several target groups, whose slots its query heads fill
+in order and again from the first. So query heads are copied inside their group, groups with all their query heads, and KV heads alone where
+m' < m. Tiling query heads across groups would give them other keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megascale.errors import UsageError
+from megascale.expand.axes import FRESH, ZERO, AxisMap, axis, cancelling, inside, same, shared
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Maps over heads: `query` (rows), `key_value` (rows), and `out`, by which the output product's columns take the heads' results."""
+
+    query: AxisMap
+    key_value: AxisMap
+    out: AxisMap
+
+
+def grow_heads(old: tuple[int, int], new: tuple[int, int], method: str, split: tuple[float, float], silent: bool) -> Heads:
+    """(query heads, KV heads) → more of them. Raises UsageError where no map exists.
+
+    method   duplicate: slots beyond the source's heads hold copies that share its output; zero: new heads, whose output counts nothing yet
+    silent   a norm follows the heads: new heads must not be heard there, and it is their values that are zero
+    """
+    (h, g), (h2, g2) = old, new
+    m, m2 = h // g, h2 // g2
+    if g2 < g:
+        raise UsageError(f"num_kv_heads grows from {g} to {g2}: choose at least {g}")
+    spread = [g2 // g + (1 if j < g2 % g else 0) for j in range(g)]
+    if min(spread) * m2 < m:
+        raise UsageError(
+            f"{h} query heads over {g} KV heads do not fit into {h2} over {g2}: each KV head would serve {m2} instead of {m}, and its "
+            f"{min(spread)} copies only {min(spread) * m2} in all; choose num_heads of at least {g2 * -(-m // min(spread))}"
+        )
+    query, key_value, heard = [], [], []
+    for j, groups in enumerate(spread):
+        for slot in range(groups * m2):
+            within = slot % m
+            known = method == "duplicate" or slot < m
+            query.append(j * m + within if known else FRESH)
+            heard.append(j * m + within if known else (FRESH if silent else ZERO))
+        for copy in range(groups):
+            used = method == "duplicate" or copy * m2 < m
+            key_value.append(j if used else (ZERO if silent else FRESH))
+    if (
+        silent and method == "zero" and any(key_value[i // m2] >= 0 and query[i] < 0 for i in range(len(query)))
+    ):  # a new head beside old ones has their values, and would be heard
+        raise UsageError(
+            f"num_heads grows from {h} to {h2} with {g2} KV heads under inner norms: a new query head would bring its KV head's values "
+            "into the norm; duplicate a whole number of times, or add KV heads with their query heads"
+        )
+    return Heads(axis(query, h), axis(key_value, g), shared(axis(heard, h), split))
+
+
+def cancelling_heads(heads: Heads, query_heads: int, kv_heads: int) -> Heads:
+    """Pairs of heads whose outputs cancel: inside each KV head's group where it serves several, else pairs of KV heads with their query."""
+    group = query_heads // kv_heads
+    if group == 1:
+        query, out = cancelling(heads.query)
+        key_value, _ = cancelling(heads.key_value)
+        return Heads(query, key_value, out)
+    rows, outs = [], []
+    for j in range(kv_heads):
+        part = slice(j * group, (j + 1) * group)
+        row, out = cancelling(AxisMap(heads.query.source[part], heads.query.weight[part], heads.query.old))
+        rows.append(row)
+        outs.append(out)
+    return Heads(_joined(rows), heads.key_value, _joined(outs))
+
+
+def _joined(parts: list[AxisMap]) -> AxisMap:
+    return AxisMap(np.concatenate([p.source for p in parts]), np.concatenate([p.weight for p in parts]), parts[0].old)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Maps over the channels of one head: rows of queries, keys and values, the output product's columns, and the norms of queries and
+    keys. `exponents` of the rotary pairs where they are not the plain ones any more; `dead` why some channels never get a gradient.
+    """
+
+    query: AxisMap
+    key: AxisMap
+    value: AxisMap
+    out: AxisMap
+    query_norm: AxisMap
+    key_norm: AxisMap
+    norm_eps_factor: float = 1.0
+    exponents: tuple[float, ...] | None = None
+    dead: str | None = None
+
+
+def grow_channels(
+    old: int, new: int, norm: str | None, rotary: bool, exponents: tuple[float, ...] | None, method: str, silent: bool
+) -> Channels:
+    """A head of `old` channels → `new`. Raises UsageError where nothing is exact.
+
+    norm      of queries and keys (rmsnorm, layernorm, dyt), None without one
+    rotary    pairs (i, i + e/2) turn, at θ^−u with the pair's exponent u, 2i/e unless given
+    """
+    plain = same(old)
+    if new == old:
+        return Channels(plain, plain, plain, plain, plain, plain, 1.0, exponents)
+    if new < old or (rotary and new % 2):
+        raise UsageError(f"head_dim grows from {old} to {new}: choose {'an even number of ' if rotary else ''}at least {old}")
+    ratio, value = new / old, axis([*range(old), *[ZERO if silent else FRESH] * (new - old)], old)
+    out = value.filled(FRESH if silent else ZERO)
+    copied = norm is not None and norm != "dyt" and new % old == 0
+    place, turns = _pairs(old, new, rotary, exponents, copied)
+    if copied:
+        # The same channels several times, at the same frequencies: the norm's statistics stay, and so does the product over √new.
+        both = axis(place, old)
+        gain = both.scaled(ratio**-0.5)
+        return Channels(both, both, value, out, gain, both, 1.0, turns)
+    where = axis(place, old)
+    if norm is None:
+        return Channels(where, where.filled(ZERO).scaled(ratio**0.5), value, out, plain, plain, 1.0, turns)
+    if norm == "layernorm":
+        raise UsageError(
+            f"head_dim grows from {old} to {new} under QK-norm with layernorm: new channels would move the mean; choose a multiple of {old}"
+        )
+    if norm == "dyt":
+        # Without statistics new query channels may be alive at once; the keys' stay zero through tanh.
+        quiet = where.filled(ZERO)
+        return Channels(where, quiet, value, out, where, where.scaled(ratio**0.5), 1.0, turns)
+    shrink = ratio**-0.5  # of the root mean square, with zeros beside the old channels
+    quiet = where.filled(ZERO)
+    dead = f"new query and key channels beside {old} normalized ones are zero on both sides: a multiple of {old} would be alive"
+    return Channels(quiet, quiet, value, out, where.scaled(shrink), where, shrink**2, turns, dead)
+
+
+def _pairs(
+    old: int, new: int, rotary: bool, exponents: tuple[float, ...] | None, copied: bool
+) -> tuple[list[int], tuple[float, ...] | None]:
+    """Source channel of every target channel (FRESH: new), and the exponents of the pairs where 2i/new would not keep the old ones."""
+    if not rotary:
+        return [i % old if copied or i < old else FRESH for i in range(new)], None
+    half, half2 = old // 2, new // 2
+    was = exponents or tuple(2 * i / old for i in range(half))
+    if copied:
+        pair = [p % half for p in range(half2)]
+        turns: tuple[float, ...] | None = tuple(was[p] for p in pair)
+    elif new % old == 0 and exponents is None:
+        # Old pair i is the new pair ratio·i, which turns at the same frequency.
+        step = new // old
+        pair, turns = [p // step if p % step == 0 else FRESH for p in range(half2)], None
+    else:
+        pair = [p if p < half else FRESH for p in range(half2)]
+        turns = tuple(was[p] if p < half else (p - half) / (half2 - half) for p in range(half2))
+    return [*pair, *(p + half if p >= 0 else FRESH for p in pair)], turns
+
+
+def channel_rows(heads: AxisMap, channels: AxisMap) -> AxisMap:
+    """The map of [heads·channels]."""
+    return inside(heads, channels)

@@ -1,0 +1,328 @@
+"""The axis maps of a growth, by the names that the plan's table uses, and what follows from them for norms, gates and the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.expand.axes import FRESH, MEAN, ZERO, AxisMap, axis, cancelling, circular, inside, repeated, same, shared
+from megascale.expand.depth import Layer
+from megascale.expand.heads import Channels, Heads, cancelling_heads, channel_rows, grow_channels, grow_heads
+from megascale.expand.options import Options, Sizes
+from megascale.expand.stack import row_of
+from megascale.model.position import alibi_slopes
+from megascale.model.residual import ends
+
+
+@dataclass
+class Maps:
+    """axes        by name
+    target      the target's config with what heads and vocabulary need
+    eps_factor  by norm: "stream", "qk_norm", "attention_inner_norm", "ffn_inner_norm"
+    gain        η, of every norm over the stream; `fold` is the last one's further factor
+    gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into;
+                `uniform_router` where all gates must be equal
+    by_layer    axes that every source layer has its own of, as name@layer
+    lossy       what cannot be exact, each as a sentence with the way that is; `notes` for the report
+    """
+
+    axes: dict[str, AxisMap]
+    target: Model
+    eps_factor: dict[str, float] = field(default_factory=dict)
+    gain: float = 1.0
+    fold: float = 1.0
+    gate_sum: float = 1.0
+    parts: int = 1
+    router_bias: float = 1.0
+    uniform_router: bool = False
+    by_layer: frozenset[str] = frozenset()
+    lossy: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def build_maps(source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: Options, layers: tuple[Layer, ...]) -> Maps:
+    """All maps between two configs. Raises UsageError for rows that no map exists for; what is merely lossy is told in `lossy`."""
+    row = row_of(source, 0)
+    maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
+    _stream(maps, source, options, row.norm)
+    silent = row.inner_norms
+    heads, channels = _heads(maps, source, options, silent, source.qk_norm or row.qk_norm)
+    _widths(maps, source, options, silent)
+    if any(layer.mode == "cancel" for layer in layers):
+        _pairs(maps, heads, channels, source)
+    _experts(maps, source, sizes)
+    _ends(maps, source, seq_lens, options)
+    if source.linear == "bitlinear":
+        _quantized(maps, options)
+    if source.tokenformer is not None and maps.target.tokenformer is not None:
+        # Keys of zeros score nothing; the values beside them may start as they like.
+        n, more = source.tokenformer.tokens, maps.target.tokenformer.tokens - source.tokenformer.tokens
+        tokens = axis([*range(n), *[FRESH] * more], n)
+        maps.axes |= {"new_keys": tokens.filled(ZERO), "new_values": tokens}
+    copied = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
+    if copied and options.symmetry == "none" and options.split[0] == options.split[1]:
+        maps.notes.append("copies with equal shares and no noise stay equal for ever: the new width adds no capacity")
+    if source.branchnorm_period is not None:
+        maps.notes.append(
+            f"a new run counts its steps anew, and BranchNorm's branches with them: set branchnorm_period 1 where the source was past step "
+            f"{source.branchnorm_period}"
+        )
+    return maps
+
+
+def _stream(maps: Maps, source: Model, options: Options, position: str) -> None:
+    """The residual stream, its norms and the last norm's further factor."""
+    old, new = source.hidden_size, maps.target.hidden_size
+    copies = new // old if options.width == "duplicate" else 1
+    rest = new - copies * old
+    fill = MEAN if source.norm == "layernorm" and options.width != "zero" else ZERO
+    if options.width == "average" and new > old:
+        fill = MEAN
+        if source.norm != "layernorm":
+            maps.lossy.append(
+                f"--width average under {source.norm}: the mean of the others moves its statistics; zero and duplicate are exact"
+            )
+    if rest and source.norm == "layernorm":
+        where = f"hidden_size {old} → {new} under layernorm"
+        if position != "before":
+            maps.lossy.append(
+                f"{where} behind the sum: {rest} channels cannot have the mean of the others after a gain; choose a multiple of {old}"
+            )
+        elif fill == ZERO:
+            maps.lossy.append(f"{where} with zeros: they move its mean; average and duplicate are exact")
+    stream = repeated(old, new, copies, fill)
+    fresh = stream.filled(FRESH)
+    maps.gain = 1.0 if source.norm == "dyt" else (copies * old / new) ** 0.5
+    maps.eps_factor["stream"] = maps.gain**2
+    maps.axes |= {
+        "stream": stream,
+        "read": shared(fresh, options.split),
+        "gain": fresh.scaled(maps.gain),
+        "shift": fresh,
+        "scale": fresh,
+        "values": same(source.spacetime.values if source.spacetime else 1),
+    }
+    maps.fold = ends(source).hidden_factor / ends(maps.target).hidden_factor
+    if source.tie_embeddings:
+        maps.fold /= copies
+
+
+def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bool) -> tuple[Heads, Channels]:
+    target = maps.target
+    assert source.num_kv_heads and source.head_dim and target.num_kv_heads and target.head_dim
+    old, new = (source.num_heads, source.num_kv_heads), (target.num_heads, target.num_kv_heads)
+    heads = grow_heads(old, new, options.heads, options.split, silent)
+    rotary = source.position in ("rope", "xpos")
+    wide = source.qk_norm == "width"
+    if target.head_dim != source.head_dim:
+        _check_head_size(source, target.head_dim)
+    channels = grow_channels(
+        source.head_dim, target.head_dim, source.norm if normed and not wide else None, rotary, source.rope_exponents, options.heads, silent
+    )
+    if channels.dead:
+        maps.notes.append(f"dead: {channels.dead}")
+    if target.head_dim != source.head_dim:
+        maps.target = maps.target.model_copy(update={"rope_exponents": channels.exponents})
+    maps.eps_factor["qk_norm"] = channels.norm_eps_factor
+    maps.axes |= {
+        "query": channel_rows(heads.query, channels.query),
+        "key": channel_rows(heads.key_value, channels.key),
+        "value": channel_rows(heads.key_value, channels.value),
+        "heads": channel_rows(heads.out, channels.out),
+        "query_norm": channels.query_norm,
+        "key_norm": channels.key_norm,
+    }
+    if wide:
+        for name, of_heads in (("query", heads.query), ("key", heads.key_value)):
+            whole = channel_rows(of_heads, channels.query).filled(FRESH)
+            if whole.uniform_copies is None or not whole.known.all():
+                maps.lossy.append(
+                    f"{name} heads {of_heads.old} → {of_heads.size} under qk_norm width: its statistics would move; choose a multiple"
+                )
+            maps.axes[f"{name}_norm"] = whole
+    if silent:
+        _inner_norm(maps, "heads", "attention_inner_norm", channel_rows(replace(heads.query), channels.value), source.norm)
+    if source.position == "alibi" and new[0] != old[0]:
+        slopes = source.alibi_slopes or alibi_slopes(old[0])
+        fresh = alibi_slopes(new[0])
+        own = tuple(slopes[s] if s >= 0 else fresh[i] for i, s in enumerate(heads.query.source.tolist()))
+        maps.target = maps.target.model_copy(update={"alibi_slopes": own})
+    return heads, channels
+
+
+def _check_head_size(source: Model, new: int) -> None:
+    """Raises UsageError for heads whose size is part of something that does not grow with it."""
+    if source.qk_norm == "width":
+        raise UsageError(
+            f"--head-dim is {new} and model.qk_norm is width: new channels would move the norm over all heads; grow num_heads instead"
+        )
+    if source.rope_scaling is not None and source.rope_scaling.type == "yarn":
+        raise UsageError(f"--head-dim is {new} and model.rope_scaling is yarn, whose ramp counts channels; grow num_heads instead")
+
+
+def _widths(maps: Maps, source: Model, options: Options, silent: bool) -> None:
+    """Feed-forward, experts and shared experts: what goes in by rows, what comes out by columns."""
+    target = maps.target
+    assert source.ffn_size and target.ffn_size
+    kinds = {"ffn": (source.ffn_size, target.ffn_size)}
+    if target.moe is not None and target.moe.ffn_size is not None:
+        moe = source.moe
+        before = (moe.ffn_size if moe else None) or source.ffn_size
+        cut = before // target.moe.ffn_size if target.moe.ffn_size < before else 1
+        kinds["expert"] = (before // cut, target.moe.ffn_size)
+        if moe is not None and moe.num_shared:
+            kinds["together"] = (moe.num_shared * before, target.moe.num_shared * target.moe.ffn_size)
+            if cut > 1:
+                raise UsageError(
+                    "model.moe.num_shared is set: experts with shared ones are not cut into finer ones; grow without granularity"
+                )
+    if source.matformer is not None and target.ffn_size != source.ffn_size:
+        maps.notes.append("the whole feed-forward keeps its function; its nested prefixes stay those of the source")
+    for name, (old, new) in kinds.items():
+        if options.ffn == "duplicate":
+            rows = circular(old, new)
+            out = shared(rows, options.split)
+        else:
+            rows = axis([*range(old), *[ZERO if silent else FRESH] * (new - old)], old)
+            out = rows.filled(FRESH if silent else ZERO)
+        maps.axes |= {name: rows, f"{name}_out": out}
+    if silent:
+        _inner_norm(maps, "ffn", "ffn_inner_norm", maps.axes["ffn"], source.norm)
+
+
+def _inner_norm(maps: Maps, name: str, norm: str, channels: AxisMap, kind: str) -> None:
+    """A norm over channels that are repeated evenly, or followed by zeros."""
+    known = channels.filled(FRESH)
+    copies, size = known.uniform_copies, known.size
+    if copies is None or (kind == "layernorm" and not known.known.all()):
+        how = "zeros would move its mean" if copies is not None else "some channels would count more often than others"
+        instead = "" if kind == "layernorm" else f", or --{name}-method zero"
+        maps.lossy.append(f"{name} {known.old} → {size} under an inner {kind}: {how}; choose a multiple{instead}")
+    factor = 1.0 if kind == "dyt" or copies is None else copies * known.old / size
+    maps.eps_factor[norm] = factor
+    maps.axes |= {f"{name}_gain": known.scaled(factor**0.5), f"{name}_shift": known}
+
+
+def _pairs(maps: Maps, heads: Heads, channels: Channels, source: Model) -> None:
+    """For inserted layers whose outputs cancel: neighbours in pairs, the second with the opposite output."""
+    target = maps.target
+    assert target.num_kv_heads
+    paired = cancelling_heads(heads, target.num_heads, target.num_kv_heads)
+    plain = replace(channels.out, weight=abs(channels.out.weight))
+    maps.axes |= {
+        "pair_query": channel_rows(paired.query, channels.query),
+        "pair_key": channel_rows(paired.key_value, channels.key),
+        "pair_value": channel_rows(paired.key_value, channels.value),
+        "pair_heads": inside(paired.out, plain),
+    }
+    for name in ("ffn", "expert", "together"):
+        if name in maps.axes:
+            rows, out = cancelling(maps.axes[name])
+            maps.axes |= {f"pair_{name}": rows, f"pair_{name}_out": out}
+    if "heads_gain" in maps.axes:
+        ffn = maps.axes["pair_ffn"].filled(FRESH)
+        of_heads = channel_rows(paired.query, channels.value).filled(FRESH)
+        for name, whole in (("heads", of_heads), ("ffn", ffn)):
+            maps.axes |= {f"pair_{name}_gain": whole, f"pair_{name}_shift": whole}
+
+
+def _experts(maps: Maps, source: Model, sizes: Sizes) -> None:
+    moe, was = maps.target.moe, source.moe
+    if moe is None:
+        return
+    before = was.num_experts if was else 1
+    parts = maps.parts = sizes.granularity
+    copies = moe.num_experts // (before * parts)
+    numbers = [(e, s) for _ in range(copies) for e in range(before) for s in range(parts)]
+    maps.axes |= {
+        "experts": axis([e * parts + s for e, s in numbers], before * parts),
+        "routes": axis([e for e, _ in numbers], before),
+        "route_parts": axis([i // parts for i in range(moe.num_experts)], moe.num_experts // parts),
+    }
+    if was is None:
+        _upcycled(maps, copies, moe.top_k // parts, parts)
+        return
+    if moe.num_experts == was.num_experts:
+        return
+    if moe.top_k != was.top_k * copies * parts:
+        maps.lossy.append(
+            f"experts {was.num_experts} → {moe.num_experts} with top_k {moe.top_k}: a token would meet a part of what it met; "
+            f"top_k {was.top_k * copies * parts} is exact"
+        )
+    if was.router == "sigmoid" and was.top_k == 1:
+        maps.lossy.append("experts under the sigmoid router with top_k 1: its gate is not divided by a sum, and with more experts it is")
+    # A gate that is divided by a sum is shared by all copies and parts; σ-MoE's is not.
+    maps.gate_sum = 1 / copies if was.router == "sigma" else float(parts)
+    if was.router == "softmax_topk":
+        maps.router_bias = 1 / (copies * parts)  # it is added to probabilities, which the copies share
+    if moe.capacity_factor is not None:
+        maps.notes.append("capacity is counted for every copy of an expert as it was for the one")
+    maps.notes.append(f"the {copies * parts} successors of an expert are always chosen together until noise on the router parts them")
+
+
+def _upcycled(maps: Maps, experts: int, chosen: int, parts: int) -> None:
+    """Gates must add up to one, or equal ones must be made up for."""
+    moe = maps.target.moe
+    assert moe is not None
+    maps.gate_sum = float(parts)
+    if moe.router in ("topk_softmax", "xmoe") or (moe.router == "sigmoid" and moe.top_k > 1):
+        return
+    if parts > 1:
+        maps.lossy.append(
+            f"--granularity {parts} with router {moe.router}: equal gates do not choose all parts of an expert; topk_softmax does"
+        )
+    maps.uniform_router = True
+    maps.gate_sum = {"softmax_topk": experts / chosen, "sigmoid": 2.0, "sigma": 2.0 / chosen}[moe.router]
+    maps.notes.append(f"the router starts at zero: under {moe.router} equal gates are the only exact ones")
+
+
+def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: Options) -> None:
+    """Vocabulary and positions."""
+    if source.spacetime is not None:
+        maps.axes |= {f"positions.{dim}": same(n) for dim, n in enumerate(source.spacetime.grid)}
+        if seq_lens[0] != seq_lens[1]:
+            raise UsageError("--seq-len: a grid has as many tokens as patches; grow text models in context")
+        return
+    old, new = source.vocab_size, maps.target.vocab_size
+    assert old is not None and new is not None
+    ids = options.vocabulary or tuple(i if i < old else None for i in range(new))
+    if source.family == "encoder" and new > old and options.vocabulary is None:
+        ids = (*range(old - 1), *[None] * (new - old), old - 1)  # the mask stays the last token
+    if len(ids) != new or any(i is not None and not 0 <= i < old for i in ids):
+        raise UsageError(
+            f"the vocabulary map has {len(ids)} entries for a vocabulary of {new}: give the old id (below {old}) or null for each"
+        )
+    maps.axes["vocabulary"] = axis([FRESH if i is None else i for i in ids], old)
+    lost = sorted(set(range(old)) - set(ids))
+    if lost:
+        maps.lossy.append(f"the vocabulary map leaves out {len(lost)} old tokens, the first of them {lost[0]}: keep every old id")
+    if new > old:
+        first_new = next(i for i, source_id in enumerate(ids) if source_id is None)
+        prefix = all(i is None for i in ids[first_new:])
+        if prefix and not options.enable_vocabulary:
+            maps.target = maps.target.model_copy(update={"vocab_enabled": source.vocab_enabled or first_new})
+            maps.notes.append(
+                f"tokens from {first_new} on cannot be predicted (model.vocab_enabled) until you remove that key: the old ones keep their "
+                "probabilities"
+            )
+        else:
+            maps.lossy.append(
+                f"vocabulary {old} → {new}: old logits stay, but new tokens enter the normalizer; new ids behind all old ones without "
+                "--enable-vocabulary are exact"
+            )
+    maps.axes["positions"] = axis([i if i < seq_lens[0] else FRESH for i in range(seq_lens[1])], seq_lens[0])
+
+
+def _quantized(maps: Maps, options: Options) -> None:
+    """BitLinear rounds a weight by its mean size and an input by its largest: whole, equal copies keep both, nothing else does."""
+    uneven = [name for name, a in maps.axes.items() if not a.is_identity and (a.uniform_copies is None or not a.known.all())]
+    uneven = [n for n in uneven if n not in ("vocabulary", "positions")]
+    noisy = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
+    maps.notes.append(
+        "linear bitlinear: inputs are sums of whole numbers and can lie exactly between two steps, where the last bit decides"
+    )
+    if uneven:
+        maps.lossy.append(f"linear bitlinear with {', '.join(uneven[:3])} not repeated a whole number of times: its rounding would change")
+    elif noisy and (options.symmetry != "none" or options.split[0] != options.split[1]):
+        maps.lossy.append("linear bitlinear: rounding sees what tells copies apart; --symmetry none with --split 1:1 is exact")

@@ -1,0 +1,355 @@
+"""The plan of a growth: for every target tensor where its elements come from, and what the config has to say differently. Plain data, made
+from two model configs without reading a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megascale.config.schema import Config, Data, Model, Optim, Train
+from megascale.config.support import check
+from megascale.errors import UsageError
+from megascale.expand.axes import AxisMap
+from megascale.expand.depth import Layer, NormChange, norm_chain
+from megascale.expand.maps import Maps, build_maps
+from megascale.expand.options import Options, Sizes, check_options, target_model
+from megascale.expand.stack import plan_layers, row_of, specs
+from megascale.model.residual import ends
+from megascale.model.spec import ParamSpec
+from megascale.optim.rates import MATRICES
+
+NORM_AXES = {"weight": ("gain",), "bias": ("shift",), "alpha": ("one",)}
+# The axes of every tensor, by its name behind the layer's number. Banks of experts have theirs in front.
+AXES: dict[str, tuple[str, ...]] = {
+    "embedding.weight": ("vocabulary", "stream"),
+    "position.weight": ("positions", "stream"),
+    "embedding_scale": ("one",),
+    "head.weight": ("vocabulary", "read"),
+    **{f"{norm}.{part}": axes for norm in ("attention_norm", "ffn_norm", "final_norm") for part, axes in NORM_AXES.items()},
+    "attention.q.weight": ("query", "read"),
+    "attention.q.bias": ("query",),
+    "attention.k.weight": ("key", "read"),
+    "attention.k.bias": ("key",),
+    "attention.v.weight": ("value", "read"),
+    "attention.v.bias": ("value",),
+    "attention.o.weight": ("stream", "heads"),
+    "attention.o.bias": ("stream",),
+    "attention.q_norm.weight": ("query_norm",),
+    "attention.q_norm.bias": ("query_norm",),
+    "attention.q_norm.alpha": ("one",),
+    "attention.k_norm.weight": ("key_norm",),
+    "attention.k_norm.bias": ("key_norm",),
+    "attention.k_norm.alpha": ("one",),
+    "attention.inner_norm.weight": ("heads_gain",),
+    "attention.inner_norm.bias": ("heads_shift",),
+    "attention.inner_norm.alpha": ("one",),
+    # Attention over parameters: keys are read, values are written.
+    "attention.q.keys": ("new_keys", "read"),
+    "attention.q.values": ("new_values", "query"),
+    "attention.k.keys": ("new_keys", "read"),
+    "attention.k.values": ("new_values", "key"),
+    "attention.v.keys": ("new_keys", "read"),
+    "attention.v.values": ("new_values", "value"),
+    "attention.o.keys": ("new_keys", "heads"),
+    "attention.o.values": ("new_values", "stream"),
+    "ffn.up.keys": ("new_keys", "read"),
+    "ffn.up.values": ("new_values", "ffn"),
+    "ffn.gate.keys": ("new_keys", "read"),
+    "ffn.gate.values": ("new_values", "ffn"),
+    "ffn.down.keys": ("new_keys", "ffn_out"),
+    "ffn.down.values": ("new_values", "stream"),
+    "attention_scale": ("scale",),
+    "ffn_scale": ("scale",),
+    "ffn.up.weight": ("ffn", "read"),
+    "ffn.up.bias": ("ffn",),
+    "ffn.gate.weight": ("ffn", "read"),
+    "ffn.gate.bias": ("ffn",),
+    "ffn.down.weight": ("stream", "ffn_out"),
+    "ffn.down.bias": ("stream",),
+    "ffn.inner_norm.weight": ("ffn_gain",),
+    "ffn.inner_norm.bias": ("ffn_shift",),
+    "ffn.inner_norm.alpha": ("one",),
+    "ffn.experts.up.weight": ("experts", "expert", "read"),
+    "ffn.experts.gate.weight": ("experts", "expert", "read"),
+    "ffn.experts.down.weight": ("experts", "stream", "expert_out"),
+    "ffn.shared.up.weight": ("together", "read"),
+    "ffn.shared.gate.weight": ("together", "read"),
+    "ffn.shared.down.weight": ("stream", "together_out"),
+    "ffn.router.weight": ("routes", "read"),
+    "ffn.router.project": ("routing", "read"),
+    "ffn.router.temperature": ("one",),
+    "ffn.router.bias": ("routes",),
+}
+WRITERS = (
+    "attention.o.weight", "attention.o.values", "attention.o.bias", "ffn.down.weight", "ffn.down.values", "ffn.down.bias",
+    "ffn.experts.down.weight", "ffn.shared.down.weight",
+)  # fmt: skip
+# A layer whose outputs cancel takes its inner rows in pairs.
+PAIRED = {
+    "query": "pair_query", "key": "pair_key", "value": "pair_value", "heads": "pair_heads", "heads_gain": "pair_heads_gain",
+    "heads_shift": "pair_heads_shift", "ffn": "pair_ffn", "ffn_out": "pair_ffn_out", "ffn_gain": "pair_ffn_gain",
+    "ffn_shift": "pair_ffn_shift", "expert": "pair_expert", "expert_out": "pair_expert_out", "together": "pair_together",
+    "together_out": "pair_together_out",
+}  # fmt: skip
+UNIT_SCALED = (*MATRICES, "router")  # the roles whose products are multiplied with 1/√fan_in there
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """target[i, j, …] = scale · w_i·w_j·… · source[map(i), map(j), …], with noise where copies share a source.
+
+    name, source  canonical, without "model."; source None: `constant` everywhere, or the target's own start where that is None too
+    parts         the source's matrices are each cut into so many along `parts_dim` (of the matrix) and stacked: finer experts
+    lifted        the source is one matrix and the target a bank of them
+    drawn         the source is no stored tensor but a start of this spec, by the target's name
+    mean_by       of the source, weights of MEAN rows: a learned factor on each channel stands behind them
+    inserted      of a layer that the source has not: its optimizer state starts anew
+    """
+
+    name: str
+    spec: ParamSpec
+    axes: tuple[str, ...] = ()
+    source: str | None = None
+    scale: float = 1.0
+    constant: float | None = None
+    parts: int = 1
+    parts_dim: int = 0
+    lifted: bool = False
+    drawn: ParamSpec | None = None
+    mean_by: str | None = None
+    inserted: bool = False
+
+    @property
+    def formula(self) -> str:
+        """In one line, for the report."""
+        if self.constant is not None:
+            return f"{self.constant:g}"
+        if self.source is None and self.drawn is None:
+            return "the target's own start"
+        text = f"{self.source or 'a start'}[{', '.join(self.axes)}]"
+        if self.parts > 1:
+            text = f"{text} of {self.parts} parts"
+        return text if self.scale == 1.0 else f"{self.scale:.6g} · {text}"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact, with the reason; `notes`: for the report."""
+
+    source: Model
+    target: Model
+    seq_lens: tuple[int, int]
+    layers: tuple[Layer, ...]
+    axes: dict[str, AxisMap]
+    tensors: tuple[TensorPlan, ...]
+    symmetry: str
+    seed: int
+    lossy: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def axes_of(self, tensor: TensorPlan) -> tuple[AxisMap, ...]:
+        return tuple(self.axes[name] for name in tensor.axes)
+
+
+def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> Growth:
+    """The plan that grows `source`, trained at `seq_len`. Raises UsageError for what is impossible or refused under `options.lossless`."""
+    check_options(options)
+    if source.moeut is not None:
+        raise UsageError("model.moeut is set: growth is not built for layers whose weights repeat in depth; grow a decoder without it")
+    if source.family == "encoder_decoder":
+        raise UsageError(
+            "model.family is encoder_decoder: growth is not built for two stacks; grow decoders, encoders or models over grids"
+        )
+    if source.ffn_sizes is not None:
+        raise UsageError(
+            "model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from"
+        )
+    target = target_model(source, sizes, options.router)
+    seq_lens = (seq_len, sizes.seq_len or seq_len)
+    if seq_lens[1] < seq_lens[0]:
+        raise UsageError(f"--seq-len is {seq_lens[1]} and the source was trained at {seq_lens[0]}: growth does not shrink")
+    layers, target, depth_lossy = plan_layers(source, target, options)
+    maps = build_maps(source, target, seq_lens, sizes, options, layers)
+    skips = [row_of(maps.target, i).skip for i in range(target.num_layers)]
+    chain = norm_chain(layers, skips) if row_of(target, 0).norm == "after" and target.norm != "dyt" else {}
+    target = with_epsilons(maps.target, source, layers, chain, maps)
+    # The support table has the last word on what a model may be.
+    check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
+    tensors = plan_tensors(source, target, seq_lens, layers, maps, chain)
+    lossy = (*depth_lossy, *maps.lossy)
+    growth = Growth(source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, lossy, tuple(maps.notes))
+    _refuse(growth, options, depth_lossy)
+    return growth
+
+
+def _refuse(growth: Growth, options: Options, asked: tuple[str, ...]) -> None:
+    """Under `require` nothing lossy passes; under `prefer` only what was asked for by its own name (a depth method) does."""
+    refused = growth.lossy if options.lossless == "require" else tuple(x for x in growth.lossy if x not in asked)
+    if refused and options.lossless != "off":
+        lines = "\n  ".join(refused)
+        raise UsageError(
+            f"this growth would not keep the function (--lossless {options.lossless}):\n  {lines}\n--lossless off does it all the same"
+        )
+
+
+def suffix_of(name: str) -> tuple[int | None, str]:
+    """blocks.3.ffn.up.weight → (3, ffn.up.weight); head.weight → (None, head.weight)."""
+    if not name.startswith("blocks."):
+        return None, name
+    _, number, rest = name.split(".", 2)
+    return int(number), rest
+
+
+def with_epsilons(target: Model, source: Model, layers: tuple[Layer, ...], chain: dict[str, NormChange], maps: Maps) -> Model:
+    """Every norm's epsilon, as few exceptions as say it."""
+    stream = maps.eps_factor["stream"]
+    plain = source.norm_eps * stream
+    own: dict[str, float] = {}
+    old_final = source.eps_of("final_norm")
+    if old_final * stream != plain:
+        own["final_norm"] = old_final * stream
+    for i, layer in enumerate(layers):
+        for norm, factor in (
+            ("attention_norm", stream),
+            ("ffn_norm", stream),
+            *((n, f) for n, f in maps.eps_factor.items() if n != "stream"),
+        ):
+            eps = source.eps_of(norm, layer.source) * factor
+            change = chain.get(f"blocks.{i}.{norm}")
+            if change is not None:
+                eps = eps * change.factor if change.factor is not None else (change.absolute or 0.0) * factor
+            if eps != own.get(norm, plain):
+                own[f"blocks.{i}.{norm}"] = eps
+    return target.model_copy(update={"norm_eps": plain, "norm_eps_of": _by_kind(own, len(layers))})
+
+
+def _by_kind(own: dict[str, float], layers: int) -> dict[str, float]:
+    """Exceptions of every layer alike become one of the norm's kind."""
+    kinds: dict[str, list[float]] = {}
+    for name, eps in own.items():
+        if name.startswith("blocks."):
+            kinds.setdefault(name.split(".", 2)[2], []).append(eps)
+    alike = {norm: values[0] for norm, values in kinds.items() if len(values) == layers and len(set(values)) == 1}
+    return {**{n: e for n, e in own.items() if n.split(".", 2)[-1] not in alike or not n.startswith("blocks.")}, **alike}
+
+
+def plan_tensors(
+    source: Model, target: Model, seq_lens: tuple[int, int], layers: tuple[Layer, ...], maps: Maps, chain: dict[str, NormChange]
+) -> tuple[TensorPlan, ...]:
+    old, new = specs(source, seq_lens[0]), specs(target, seq_lens[1])
+    last = f"blocks.{len(layers) - 1}.ffn_norm." if not ends(target).final_norm else "final_norm."
+    plans = []
+    for name, spec in new.items():
+        number, suffix = suffix_of(name)
+        layer = None if number is None else layers[number]
+        origin = name if layer is None else f"blocks.{layer.source}.{suffix}"
+        plan = _tensor(name, suffix, origin, spec, old, layer, source, target, maps)
+        change = chain.get(name.rpartition(".")[0])
+        if change is not None:
+            plan = _chained(plan, change, maps)
+        if name.startswith(last) and not name.endswith(".alpha"):
+            plan = replace(plan, scale=plan.scale * maps.fold) if plan.constant is None else plan
+        if target.residual == "mus" and plan.source is not None and plan.drawn is None:
+            plan = replace(plan, scale=plan.scale * _unit_scale(old[plan.source], spec))
+        plans.append(plan)
+    return tuple(plans)
+
+
+def _tensor(
+    name: str,
+    suffix: str,
+    origin: str,
+    spec: ParamSpec,
+    old: dict[str, ParamSpec],
+    layer: Layer | None,
+    source: Model,
+    target: Model,
+    maps: Maps,
+) -> TensorPlan:
+    inserted = layer is not None and layer.mode != "keep"
+    if spec.role == "coefficient":
+        return TensorPlan(name, spec, constant=spec.mean, inserted=inserted)
+    axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix)
+    if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router == "xmoe":
+        axes = ("routes", "routing")  # rows in a space of their own
+    if axes is None:
+        raise UsageError(f"growth does not know what the dimensions of {name} are")
+    if layer is not None and layer.mode == "identity":
+        if suffix in WRITERS and row_of(target, 0).norm in ("before", "after"):
+            return TensorPlan(name, spec, constant=0.0, inserted=True)
+        if row_of(target, 0).norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
+            return TensorPlan(name, spec, constant=0.0, inserted=True)
+    if layer is not None and layer.mode == "cancel":
+        # Under ALiBi every head looks at its own distance, under a norm over all heads each has gains of its own: no two cancel.
+        alone = target.position == "alibi" or target.qk_norm == "width"
+        silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if alone else ()))
+        if suffix in silent:
+            return TensorPlan(name, spec, constant=0.0, inserted=True)
+        axes = tuple(PAIRED.get(a, a) for a in axes)
+    if layer is not None:
+        axes = tuple(f"{a}@{layer.source}" if a in maps.by_layer else a for a in axes)
+    plan = TensorPlan(name, spec, axes, origin, inserted=inserted)
+    if ".experts." in suffix:
+        plan = _expert(plan, suffix, old, maps)
+    elif ".router." in suffix and source.moe is None:
+        plan = _router(plan, suffix, maps)
+    elif suffix == "ffn.router.bias":
+        plan = replace(plan, scale=maps.router_bias)
+    scale = {"attention.o": "attention_scale", "ffn.down": "ffn_scale"}.get(suffix.rpartition(".")[0])
+    if scale is not None and layer is not None and f"blocks.{layer.source}.{scale}" in old:
+        plan = replace(plan, mean_by=f"blocks.{layer.source}.{scale}")
+    if plan.source is not None and plan.source not in old:
+        raise UsageError(f"growth finds no source for {name}: {plan.source} is not in the source model")
+    return plan
+
+
+def _expert(plan: TensorPlan, suffix: str, old: dict[str, ParamSpec], maps: Maps) -> TensorPlan:
+    """A bank from a bank or from the one feed-forward that every expert copies; down's outputs make up for the gates' sum."""
+    assert plan.source is not None
+    down = suffix.endswith("down.weight")
+    dense = plan.source.replace(".experts.", ".")
+    lifted = plan.source not in old
+    return replace(
+        plan,
+        source=dense if lifted else plan.source,
+        lifted=lifted,
+        parts=maps.parts,
+        parts_dim=1 if down else 0,
+        scale=maps.gate_sum if down else 1.0,
+    )
+
+
+def _router(plan: TensorPlan, suffix: str, maps: Maps) -> TensorPlan:
+    """The router of a model that had none: zero where the gates must be equal, else a start whose rows repeat over an expert's parts."""
+    if suffix.endswith(".bias") or (suffix == "ffn.router.weight" and maps.uniform_router):
+        return replace(plan, source=None, axes=(), constant=0.0)
+    if suffix == "ffn.router.weight" and maps.parts > 1:
+        rows = plan.spec.shape[0] // maps.parts
+        return replace(
+            plan,
+            source=None,
+            axes=("route_parts", "routing" if plan.axes[-1] == "routing" else "plain"),
+            drawn=replace(plan.spec, shape=(rows, *plan.spec.shape[1:])),
+        )
+    return replace(plan, source=None, axes=())
+
+
+def _chained(plan: TensorPlan, change: NormChange, maps: Maps) -> TensorPlan:
+    """A norm of an inserted layer, or the one before it (depth.py)."""
+    leaf = plan.name.rpartition(".")[2]
+    if change.affine is None:
+        return replace(plan, source=None, axes=(), constant=change.gain * maps.gain if leaf == "weight" else 0.0)
+    return replace(plan, source=f"{change.affine}.{leaf}", scale=change.gain if leaf == "weight" else 1.0)
+
+
+def _unit_scale(old: ParamSpec, new: ParamSpec) -> float:
+    """μS multiplies hidden products by fan_in^−½: weights make up for a fan_in that grew. The head's 1/fan_in is the last norm's affair."""
+    return (new.shape[-1] / old.shape[-1]) ** 0.5 if new.role in UNIT_SCALED else 1.0
+
+
+def grid_axes(suffix: str) -> tuple[str, ...] | None:
+    """Of the spacetime family's own tensors: a table of positions for every dimension."""
+    first, _, rest = suffix.partition(".")
+    if first == "position":
+        return (f"positions.{rest.partition('.')[0]}", "stream")
+    return {"embedding": ("stream", "values"), "head": ("values", "read"), "mask_token": ("stream",)}.get(first)

@@ -1,0 +1,134 @@
+"""A grown checkpoint as a function of (name, offset, shape): weights, and the optimizer's moments by the same plan with β and β²."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from megascale.checkpoint.index import DTYPES, Index
+from megascale.checkpoint.shards import read_slice
+from megascale.checkpoint.streaming import Target
+from megascale.errors import UsageError
+from megascale.expand.apply import element_block
+from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.state import POWERS, state_plan
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Picklable, so that any number of processes can make the same rectangles. `dtype` of the weights; None: as they are stored."""
+
+    growth: Growth
+    index: Index
+    optimizer: str = "drop"
+    dtype: torch.dtype | None = None
+
+    @cached_property
+    def plans(self) -> dict[str, TensorPlan]:
+        return {t.name: t for t in self.growth.tensors}
+
+    @cached_property
+    def moments(self) -> dict[int, tuple[Growth, dict[str, TensorPlan]]]:
+        """By power of β."""
+        found = {}
+        for power in sorted(set(POWERS.values())):
+            growth = state_plan(self.growth, power)
+            found[power] = (growth, {t.name: t for t in growth.tensors})
+        return found
+
+    def __call__(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            plan = self.plans[rest]
+            return element_block(self.growth, plan, self.shapes("model."), partial(self.read, "model."), self.dtype_of(plan), offset, shape)
+        key, _, weight = rest.partition(".")
+        if self.optimizer == "reset":
+            return torch.zeros(shape, dtype=self.state_dtype(key, weight))
+        if key == "step":
+            plan = self.plans[weight]
+            fresh = plan.inserted or plan.source is None
+            return torch.zeros((), dtype=torch.float32) if fresh else read_slice(self.index, f"optim.step.{plan.source}", (), ())
+        growth, plans = self.moments[POWERS[key]]
+        prefix = f"optim.{key}."
+        dtype = self.state_dtype(key, weight)
+        return element_block(growth, plans[weight], self.shapes(prefix), partial(self.read, prefix), dtype, offset, shape)
+
+    def read(self, prefix: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        return read_slice(self.index, prefix + name, offset, shape)
+
+    def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        return {n.removeprefix(prefix): t.shape for n, t in self.index.tensors.items() if n.startswith(prefix)}
+
+    @cached_property
+    def storage(self) -> torch.dtype:
+        """Of most weights of the source."""
+        kinds = [t.dtype for n, t in self.index.tensors.items() if n.startswith("model.")]
+        return DTYPES[max(set(kinds), key=kinds.count)]
+
+    def dtype_of(self, plan: TensorPlan) -> torch.dtype:
+        """As the source's tensor is stored; what the source has not takes the model's, coefficients and routers' biases at least fp32."""
+        if self.dtype is not None:
+            return self.dtype
+        entry = self.index.tensors.get(f"model.{plan.source}") if plan.source else None
+        if entry is not None:
+            return DTYPES[entry.dtype]
+        return torch.promote_types(self.storage, torch.float32) if plan.spec.role in ("coefficient", "bias") else self.storage
+
+    def state_dtype(self, key: str, weight: str) -> torch.dtype:
+        if key == "step":
+            return torch.float32
+        source = self.plans[weight].source
+        entry = self.index.tensors.get(f"optim.{key}.{source}")
+        if entry is None:  # of a weight that the source has not: as the others
+            entry = next(t for n, t in self.index.tensors.items() if n.startswith(f"optim.{key}."))
+        return DTYPES[entry.dtype]
+
+    def targets(self) -> list[Target]:
+        """Everything that is to be written, in the model's order."""
+        found = [Target(f"model.{t.name}", self.dtype_of(t), t.spec.shape) for t in self.growth.tensors]
+        if self.optimizer == "drop":
+            return found
+        for key in self.state_keys():
+            for t in self.growth.tensors:
+                if self._has_state(key, t):
+                    found.append(Target(f"optim.{key}.{t.name}", self.state_dtype(key, t.name), () if key == "step" else t.spec.shape))
+        return found
+
+    def state_keys(self) -> list[str]:
+        keys = sorted({n.split(".")[1] for n in self.index.tensors if n.startswith("optim.")})
+        unknown = [k for k in keys if k not in (*POWERS, "step")]
+        if not keys or unknown:
+            what = f"holds {unknown[0]}, which growth does not know" if unknown else "holds no optimizer state"
+            raise UsageError(f"{self.index.folder} {what}: use --optimizer drop")
+        return keys
+
+    def _has_state(self, key: str, plan: TensorPlan) -> bool:
+        """Whether the optimizer keeps `key` for a weight: as it does for the source's, or for others of the role."""
+        if plan.spec.role == "coefficient":
+            return False
+        if plan.source is not None and f"model.{plan.source}" in self.index.tensors:
+            return f"optim.{key}.{plan.source}" in self.index.tensors
+        alike = [t for t in self.growth.tensors if t.spec.role == plan.spec.role and f"optim.{key}.{t.source}" in self.index.tensors]
+        return bool(alike)
+
+    @cached_property
+    def stamp(self) -> str:
+        """Of the source's content and of the plan: another growth does not go on with this one's files."""
+        digest = hashlib.sha256()
+        for name, file in sorted(self.index.files.items()):
+            digest.update(f"{name} {file.bytes} {file.crc32}\n".encode())
+        for t in self.growth.tensors:
+            digest.update(f"{t}\n".encode())
+        for name, axis in sorted(self.growth.axes.items()):
+            digest.update(name.encode() + axis.source.tobytes() + axis.weight.tobytes())
+        digest.update(f"{self.growth.symmetry} {self.growth.seed} {self.optimizer} {self.dtype}".encode())
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.targets())

@@ -1,0 +1,62 @@
+"""What a growth did, as data: where every tensor comes from, what is covered, what the config says differently."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from megascale.config.load import flatten
+from megascale.config.schema import Config
+from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.source import Source
+
+
+def describe(growth: Growth, source: Source, config: Config) -> dict[str, Any]:
+    """The part of the report that follows from the plan."""
+    was, now = flatten({"model": source.model.model_dump(mode="json")}), flatten({"model": config.model.model_dump(mode="json")})
+    changed = {k: [was.get(k), now.get(k)] for k in sorted({*was, *now}) if was.get(k) != now.get(k)}
+    parameters = [sum(t.numel for t in _specs(growth, name)) for name in ("source", "target")]
+    return {
+        "parameters": {"source": parameters[0], "target": parameters[1]},
+        "config": {**changed, **({} if growth.seq_lens[0] == growth.seq_lens[1] else {"train.seq_len": list(growth.seq_lens)})},
+        "layers": [{"from": layer.source, "as": layer.mode} for layer in growth.layers],
+        "lossy": list(growth.lossy),
+        "notes": list(growth.notes),
+        "coverage": coverage(growth, source),
+        "tensors": {t.name: {"from": t.source, "formula": t.formula, "hash": plan_hash(growth, t)} for t in growth.tensors},
+    }
+
+
+def _specs(growth: Growth, which: str) -> list[Any]:
+    from megascale.expand.stack import specs
+
+    model, seq_len = (growth.source, growth.seq_lens[0]) if which == "source" else (growth.target, growth.seq_lens[1])
+    return [s for s in specs(model, seq_len).values() if s.role != "coefficient"]
+
+
+def coverage(growth: Growth, source: Source) -> dict[str, Any]:
+    """Every target element is written once: the plan has one row a tensor of the target's own shape. Of the source: what no row takes."""
+    used: dict[str, float] = {}
+    for t in growth.tensors:
+        if t.source is not None and t.drawn is None:
+            share = 1.0
+            for axis in growth.axes_of(t):
+                share *= 1 - axis.unused / axis.old
+            used[t.source] = max(used.get(t.source, 0.0), share)
+    dropped = {n: round(1 - used.get(n, 0.0), 6) for n in source.shapes if used.get(n, 0.0) < 1.0 and not _constant(growth, n)}
+    return {"target": 1.0, "target_elements": sum(t.spec.numel for t in growth.tensors), "source_dropped": dropped}
+
+
+def _constant(growth: Growth, name: str) -> bool:
+    """Coefficients stand in the config; norms whose affine part moved are taken by another tensor."""
+    return name.endswith((".skip", ".branch"))
+
+
+def plan_hash(growth: Growth, plan: TensorPlan) -> str:
+    """Of everything that decides a tensor's elements beside the source's: equal plans on equal sources give equal bits."""
+    digest = hashlib.sha256(f"{plan} {growth.symmetry} {growth.seed}".encode())
+    for axis in growth.axes_of(plan):
+        digest.update(np.ascontiguousarray(axis.source).tobytes() + np.ascontiguousarray(axis.weight).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""A pretrained model as growing and shrinking see it: config, index, and rectangles of its tensors. Opening it reads no weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale.checkpoint.index import DTYPES, TRAINER, Index, read_index, read_json
+from megascale.checkpoint.loader import find, verify
+from megascale.checkpoint.shards import read_slice
+from megascale.config.load import build_config
+from megascale.config.schema import Config, Model
+from megascale.errors import UsageError
+from megascale.expand.stack import specs
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint; `trainer` is its trainer.json."""
+
+    index: Index
+    config: Config
+    trainer: dict[str, Any]
+
+    @property
+    def model(self) -> Model:
+        return self.config.model
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.train.seq_len
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weights: that of most."""
+        kinds = [t.dtype for n, t in self.index.tensors.items() if n.startswith("model.")]
+        return DTYPES[max(set(kinds), key=kinds.count)]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the model's tensors, by their names in it."""
+        return {n.removeprefix("model."): t.shape for n, t in self.index.tensors.items() if n.startswith("model.")}
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        return read_slice(self.index, f"model.{name}", offset, shape)
+
+
+def open_source(path: str | Path, check: bool = True) -> Source:
+    """A step folder or a run. Raises UsageError where it is no whole checkpoint of a model; `check` reads all files for their checksums."""
+    folder = find(path)
+    index = read_index(folder)
+    trainer = read_json(folder / TRAINER)
+    if not isinstance(trainer.get("config"), dict):
+        raise UsageError(
+            f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own"
+        )
+    source = Source(index, _without_runs(build_config(trainer["config"])), trainer)
+    if source.model.vocab_size is None and source.model.spacetime is None:
+        raise UsageError(f"{folder / TRAINER} does not say model.vocab_size: the checkpoint is damaged, use an older one")
+    expected = {n: s.shape for n, s in specs(source.model, source.seq_len).items()}
+    have = source.shapes
+    for name, shape in expected.items():
+        if have.get(name) != shape:
+            what = "is not stored" if name not in have else f"has shape {list(have[name])} in the index"
+            raise UsageError(f"{folder} is not whole: model.{name} {what} and its config gives {list(shape)}; use another checkpoint")
+    for name, entry in index.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry.bytes:
+            size = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+            raise UsageError(f"{folder} is not whole: {file} {size} and the index says {entry.bytes}; use another checkpoint")
+    if check and (problems := verify(index)):
+        raise UsageError(f"{folder} is not whole: {'; '.join(problems)}; use another checkpoint")
+    return source
+
+
+def _without_runs(config: Config) -> Config:
+    """The config without what belongs to the source's own run: its directory, where it began, what it was allowed."""
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": None, "allow_change": []}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto", "init_from": None}),
+        }
+    )
+
+
+def renamed(config: Config, ending: str) -> Config:
+    """The config of the model made from it, as a run of its own."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-{ending}"})})

@@ -1,0 +1,82 @@
+"""The layers of the target and the coefficients that they keep."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.expand.depth import EXACT, Layer, grow_layers
+from megascale.expand.options import Options
+from megascale.model.decoder import Shape
+from megascale.model.families import build_part
+from megascale.model.kernels import choose_kernels
+from megascale.model.residual import Residual, Stack, residual
+from megascale.model.spec import ParamSpec, specs_of, states_of
+
+WHY_LOSSY = {
+    "stack": "stacking the layers again and again (G_stack) runs what was learned for one depth at another",
+    "dus": "depth up-scaling joins two overlapping halves",
+    "interleave": "interleaving repeats every layer where its own output is the input",
+    "inject": "injected copies act at once",
+}
+
+
+def row_of(model: Model, layer: int) -> Residual:
+    """The layer's row of the residual table."""
+    side: Literal["encoder", "decoder"] = "decoder" if model.causal else "encoder"
+    if model.spacetime is not None:
+        side = "decoder" if model.spacetime.objective == "next_step" else "encoder"
+    return residual(model, Stack(side, model.num_layers), layer)
+
+
+def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
+    """Canonical name → spec of every weight and state of a whole model."""
+    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
+    part = build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
+    return {**specs_of(part), **states_of(part)}
+
+
+def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:
+    """Layers, the target with their coefficients where these are not its scheme's own, and what is lossy about them."""
+    period = _period(source, target)
+    layers = grow_layers(source.num_layers, target.num_layers, options.depth, options.placement, period)
+    target = target.model_copy(update={"num_layers": len(layers), "layer_coefficients": None})
+    rows = [row_of(source, layer.source) for layer in layers]
+    position = rows[0].norm
+    coefficients = [
+        # Zero outputs leave the stream as it is only where it is not scaled; a norm behind the sum undoes a scale.
+        (1.0 if layer.mode != "keep" and position != "after" else row.skip, row.branch)
+        for layer, row in zip(layers, rows)
+    ]
+    own = [row_of(target, i) for i in range(len(layers))]
+    if any((row.skip, row.branch) != pair for row, pair in zip(own, coefficients)):
+        target = target.model_copy(update={"layer_coefficients": tuple(coefficients)})
+    lossy: tuple[str, ...] = ()
+    if len(layers) > source.num_layers:
+        if position == "within" and options.depth == "cancel":
+            raise UsageError(
+                "--depth cancel with a norm at the branch's end: it would divide what cancels by its own size; identity is exact there"
+            )
+        if source.tokenformer is not None and options.depth == "cancel":
+            raise UsageError(
+                "--depth cancel with linear tokenformer: scores that cancel would be divided by their own length; identity is exact"
+            )
+        if options.depth not in EXACT:
+            lossy = (f"--depth {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
+        elif position == "after" and source.norm == "dyt":
+            raise UsageError(
+                f"num_layers grows from {source.num_layers} to {len(layers)} with norm dyt behind the sum: tanh of tanh is no tanh, so no "
+                "inserted layer leaves the stream as it is; grow in width, or use --depth stack, which is lossy"
+            )
+    return layers, target, lossy
+
+
+def _period(source: Model, target: Model) -> int:
+    """Layers that belong together: up to the next one with experts, or along every dimension of a grid."""
+    if source.spacetime is not None:
+        return len(source.spacetime.shape)
+    moe = source.moe or target.moe
+    return moe.every if moe is not None else 1

@@ -1,0 +1,79 @@
+"""What optimizer state and step sizes become, so that a grown run moves as the source's would have.
+
+A target element T = w·S of which there are n copies with equal gradients: S moves by one of theirs, so g_T = g_S/(n·w). First moments are
+multiplied with β = 1/(n·w), second ones with β²; AdamW then takes the source's steps where its epsilon is β times, its rate w times and its
+decay 1/w times as large, and a norm over all gradients is the source's where T's part counts 1/(√n·β) times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from megascale.config.schema import Multiplier, any_layer
+from megascale.expand.axes import MEAN, ZERO, AxisMap
+from megascale.expand.plan import Growth, TensorPlan
+
+# By optimizer: the power of β that each of its tensors takes. Muon's momentum is a mean of gradients.
+POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum": 1}
+
+
+def state_axis(axis: AxisMap, power: int) -> AxisMap:
+    """The map of a moment: β^power per element. New elements have no first moment; their second one is the mean of the others, or the
+    first step of an element whose v is zero would be far too large.
+    """
+    weight = np.divide(1.0, axis.copies * axis.weight, out=np.zeros_like(axis.weight), where=axis.weight != 0) ** power
+    return AxisMap(axis.source, weight, axis.old).filled(MEAN if power == 2 else ZERO)
+
+
+def state_plan(growth: Growth, power: int) -> Growth:
+    """The growth of one kind of moment. Tensors of inserted layers, and those without a source, start at zero."""
+    tensors = tuple(
+        replace(t, source=None, drawn=None, axes=(), constant=0.0)
+        if t.inserted or t.source is None
+        else replace(t, scale=t.scale**-power, mean_by=None)
+        for t in growth.tensors
+    )
+    axes = {name: state_axis(a, power) for name, a in growth.axes.items()}
+    return replace(growth, tensors=tensors, axes=axes, symmetry="none")
+
+
+def multipliers(growth: Growth) -> tuple[dict[str, Multiplier], list[str]]:
+    """By name (blocks.*.… where all layers agree): factors of rate, decay, epsilon and of the part in the gradient norm, for tensors that
+    have any but one; and the names for which these are means over elements that differ.
+    """
+    found: dict[str, tuple[Multiplier, bool]] = {}
+    for t in growth.tensors:
+        if t.source is not None and t.drawn is None and not t.inserted and t.spec.role != "coefficient":
+            found[t.name] = _multiplier(t, growth.axes_of(t))
+    kinds: dict[str, set[Multiplier]] = {}
+    for name, (m, _) in found.items():
+        kinds.setdefault(any_layer(name), set()).add(m)
+    result = {}
+    for name, (m, _) in found.items():
+        key = any_layer(name) if len(kinds[any_layer(name)]) == 1 else name
+        if m != Multiplier():
+            result[key] = m
+    return result, sorted({any_layer(n) for n, (_, even) in found.items() if not even})
+
+
+def _multiplier(plan: TensorPlan, axes: Iterable[AxisMap]) -> tuple[Multiplier, bool]:
+    weight, beta, copies, even = plan.scale, 1 / plan.scale, 1.0, True
+    for a in axes:
+        w, n = np.abs(a.weight[a.known]), a.copies[a.known].astype(np.float64)
+        some = w > 0
+        w, n = w[some], n[some]
+        if not len(w):
+            continue
+        even = even and bool(np.allclose(w, w[0]) and (n == n[0]).all() and some.all())
+        weight *= _mean(w)
+        beta /= _mean(w * n)
+        copies *= _mean(n)
+    rounded = [float(f"{x:.15g}") for x in (weight, 1 / weight, beta, 1 / (copies**0.5 * beta))]
+    return Multiplier(lr=rounded[0], weight_decay=rounded[1], eps=rounded[2], norm=rounded[3]), even
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values[0]) if (values == values[0]).all() else float(np.exp(np.log(values).mean()))

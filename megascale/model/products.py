@@ -1,0 +1,66 @@
+"""The products of blocks: a matrix, or attention over tokens that are parameters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.config.schema import Model, Tokenformer
+from megascale.model.layers import Linear
+from megascale.model.residual import SECOND_MOMENT, Residual, Starts
+from megascale.model.spec import Cut, ParamSpec, Role, declare
+
+SMALLEST = 1e-12  # length below which scores count as none at all
+
+
+class ParameterAttention(nn.Module):
+    """TokenFormer's product (arXiv 2410.23168): scores of x [..., in] with n keys, brought to the length `scale` and through GELU, weigh n
+    values [out]. Tokens can be added: a key of zeros has no score and leaves the length as it is, as long as `scale` stays.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, cfg: Tokenformer, out_dim: int, in_dim: int, role: Role, std: float, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__()
+        n = cfg.tokens
+        self.scale = cfg.scale or math.sqrt(n)
+        # Scores have unit size whatever the keys'; values start so that results are those of a matrix of deviation `std`.
+        self.keys = declare(ParamSpec((n, in_dim), role, "tokens", std), dtype)
+        self.values = declare(ParamSpec((n, out_dim), role, "tokens", std * math.sqrt(in_dim / (n * SECOND_MOMENT["gelu"]))), dtype)
+        self.bias = declare(ParamSpec((out_dim,), "bias", "tokens"), dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add_bias(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        scores = F.linear(x, self.keys.to(x.dtype))
+        exact = torch.promote_types(x.dtype, torch.float32)
+        scores = F.normalize(scores.to(exact), dim=-1, eps=SMALLEST) * self.scale
+        return F.gelu(scores).to(x.dtype) @ self.values.to(x.dtype)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+Product = Linear | ParameterAttention
+
+
+def product_of(
+    cfg: Model,
+    row: Residual,
+    out_dim: int,
+    in_dim: int,
+    role: Role,
+    cut: Cut,
+    dtype: torch.dtype,
+    bias: bool,
+    starts: Starts | None = None,
+) -> Product:
+    """The product that `cfg.linear` says, started as the layer's row does, or as `starts`."""
+    std = (starts or row.starts).std(role, out_dim, in_dim)
+    if cfg.tokenformer is not None:
+        return ParameterAttention(cfg.tokenformer, out_dim, in_dim, role, std, dtype, bias)
+    return Linear(out_dim, in_dim, role, cut, std, dtype, bias, cfg.linear, row.product_scale(in_dim))

@@ -1,0 +1,111 @@
+"""Growth in a run: the config's `grow` cuts it into phases; between two of them the last checkpoint grows, and the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from megascale.checkpoint.loader import newest
+from megascale.checkpoint.storage import step_name
+from megascale.config.schema import Config, GrowAt
+from megascale.config.support import check
+from megascale.expand.grow import Effort, grow, grown_config
+from megascale.expand.options import Options, Sizes
+from megascale.expand.plan import plan_growth
+from megascale.launch.ranks import RankInfo
+from megascale.train.phases import Phase
+from megascale.train.resume import step_of
+from megascale.train.setup import agreed, build_trainer, resolve_vocabulary
+from megascale.train.stop import StopFlag
+from megascale.train.trainer import Trainer
+from megascale.train.watch import SAVING, Pulse
+
+
+def asked(entry: GrowAt, seed: int) -> tuple[Sizes, Options]:
+    """An entry of the config as the tool's sizes and options."""
+    sizes = Sizes(
+        entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.head_dim, entry.ffn_size, entry.expert_ffn_size, entry.num_layers,
+        entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size,
+    )  # fmt: skip
+    options = Options(
+        entry.width_method, entry.ffn_method, entry.heads_method, entry.depth_method, entry.placement, entry.symmetry, entry.split,
+        entry.optimizer, entry.router, lossless=entry.lossless, seed=seed,
+    )  # fmt: skip
+    return sizes, options
+
+
+def phases_of(config: Config, ranks: int) -> list[Phase]:
+    """All phases, each with its own model. Raises UsageError for a growth that is refused, before the first step."""
+    whole = config
+    found, origin = [], None
+    for number, entry in enumerate(config.grow):
+        found.append(Phase(config, whole, entry.step, entry, origin))
+        sizes, options = asked(entry, config.run.seed)
+        growth = plan_growth(config.model, config.train.seq_len, sizes, options)
+        grown = grown_config(config, growth, options)[0]
+        config = grown.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel})
+        check(config, ranks)
+        origin = Path(config.run_dir) / f"grown-{number + 1}" / step_name(entry.step)
+    return [*found, Phase(config, whole, config.train.total_steps, None, origin)]
+
+
+@contextmanager
+def trainers(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse) -> Iterator[Iterator[Trainer]]:
+    """The trainers of a run one after another: each is to be trained before the next is asked for. Leaving the context closes the last."""
+    with ExitStack() as open_one:
+        yield _each(config, ranks, stop, pulse, open_one)
+
+
+def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, open_one: ExitStack) -> Iterator[Trainer]:
+    if not config.grow:
+        yield open_one.enter_context(build_trainer(config, ranks, stop, pulse))
+        return
+    resolved = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    for phase in agreed(lambda: phases_of(resolved, ranks.size)):
+        if _over(phase):
+            continue
+        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, pulse, phase))
+        yield trainer
+        if phase.growth is not None:
+            pulse.at(phase.until, SAVING)  # as long as a save may take
+            report = agreed(lambda: _grow(phase, ranks))  # noqa: B023
+            if report is not None:
+                trainer.reporter.event("grow", phase.until, **report)
+        open_one.close()
+
+
+def _over(phase: Phase) -> bool:
+    """Whether a checkpoint beyond this phase is there: of the next one, or the grown one that begins it."""
+    if phase.growth is None:
+        return False
+    own = newest(Path(phase.whole.run_dir) / "checkpoints")
+    return own is not None and step_of(own) >= phase.until and (step_of(own) > phase.until or _grown_folder(phase).exists())
+
+
+def _grown_folder(phase: Phase) -> Path:
+    return Path(phase.whole.run_dir) / f"grown-{_number(phase)}" / step_name(phase.until)
+
+
+def _number(phase: Phase) -> int:
+    """Of the growth that ends the phase, from 1."""
+    return 1 + [g.step for g in phase.whole.grow].index(phase.until)
+
+
+def _grow(phase: Phase, ranks: RankInfo) -> dict[str, object] | None:
+    """On the first rank: the phase's last checkpoint, grown. The others wait where they agree."""
+    if ranks.rank != 0 or _grown_folder(phase).exists():
+        return None
+    assert phase.growth is not None
+    sizes, options = asked(phase.growth, phase.config.run.seed)
+    source = Path(phase.whole.run_dir) / "checkpoints" / step_name(phase.until)
+    report = grow(source, _grown_folder(phase).parent, sizes, options, Effort(workers=max(1, min(4, ranks.local_size))))
+    proof = report["proof"]
+    return {
+        "target": report["target"],
+        "verdict": report["verdict"],
+        "parameters": report["parameters"],
+        "logits_moved": proof["transform"]["logits_max"],
+        "loss_change": proof.get("stored_loss_change"),
+        "seconds": report["seconds"],
+    }

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Grows a checkpoint: a larger model that starts where the smaller one stood, with proof and a JSON report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+from megascale.cli import new_app, run_tool
+from megascale.errors import UsageError
+from megascale.expand.grow import Effort, grow
+from megascale.expand.options import Options, Sizes, parse_split
+
+app = new_app(__doc__ or "")
+Size = Annotated[int | None, typer.Option(min=1, rich_help_panel="sizes")]
+
+
+@app.command()
+def main(
+    source: Annotated[Path, typer.Argument(help="a folder step-…, or a run's directory")],
+    target: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    hidden_size: Size = None,
+    num_heads: Size = None,
+    num_kv_heads: Size = None,
+    head_dim: Size = None,
+    ffn_size: Size = None,
+    expert_ffn_size: Size = None,
+    num_layers: Size = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="of the present width; dense layers become experts")] = None,
+    top_k: Size = None,
+    granularity: Annotated[int, typer.Option(min=1, help="cut each expert into so many finer ones")] = 1,
+    vocab_size: Size = None,
+    seq_len: Size = None,
+    tokenformer_size: Size = None,
+    width: Annotated[str, typer.Option("--width-method", help="duplicate, zero or average: new channels of the stream")] = "duplicate",
+    ffn: Annotated[str, typer.Option("--ffn-method", help="duplicate or zero")] = "duplicate",
+    heads: Annotated[str, typer.Option("--heads-method", help="duplicate or zero")] = "duplicate",
+    depth: Annotated[str, typer.Option("--depth-method", help="identity, cancel, stack, dus, interleave or inject")] = "identity",
+    placement: Annotated[str, typer.Option(help="of inserted layers: spread or end")] = "spread",
+    symmetry: Annotated[str, typer.Option(help="what parts copies: project, snr:DB or none")] = "project",
+    split: Annotated[str, typer.Option(help="A:B, shares of the first copy and of each other one")] = "1:1",
+    optimizer: Annotated[str, typer.Option(help="its state: transform, reset or drop")] = "drop",
+    router: Annotated[str, typer.Option(help="of experts made from dense layers")] = "topk_softmax",
+    vocabulary: Annotated[Path | None, typer.Option(help="JSON: a list with the old id, or null, of every new one")] = None,
+    enable_vocabulary: Annotated[bool, typer.Option(help="let new tokens be predicted at once: not exact")] = False,
+    lossless: Annotated[str, typer.Option(help="require, prefer (refuse what has an exact way) or off")] = "prefer",
+    seed: int = 1234,
+    report: Annotated[Path | None, typer.Option(help="write the report there as JSON")] = None,
+    data: Annotated[str | None, typer.Option(help="prefix of token files to compare on; the source's own if absent")] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="to compare on; 0: no proof")] = 128,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    max_slab_mb: Annotated[int, typer.Option(min=1)] = 256,
+    trust_source: Annotated[bool, typer.Option("--trust-source", help="do not read its files for their checksums first")] = False,
+) -> None:
+    """Makes TARGET from SOURCE. Exit code 2 for what is refused, 3 for a source found damaged on the way; nothing is left half-written."""
+    sizes = Sizes(
+        hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, expert_ffn_size, num_layers, num_experts, top_k, granularity, vocab_size,
+        seq_len, tokenformer_size,
+    )  # fmt: skip
+    options = Options(
+        width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary),
+        enable_vocabulary, lossless, seed,
+    )  # fmt: skip
+    if report is not None and not report.parent.is_dir():
+        raise UsageError(f"--report {report}: there is no folder {report.parent}")
+    effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        found = grow(source, target, sizes, options, effort, lambda done, total: bar.update(task, completed=done, total=total))
+    if report is not None:
+        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    proof = found["proof"]
+    print(f"{found['target']}: {found['parameters']['source']:,} → {found['parameters']['target']:,} parameters, {found['seconds']} s")
+    if "transform" in proof:
+        moved = proof["transform"]["logits_max"]
+        print(
+            f"{found['verdict']}: logits move by {moved:.1e} in fp64, by {proof['stored_error']:.1e} as stored and in {proof['dtype']} "
+            f"(the small model's own rounding: {proof['own_error']:.1e}), on {proof['tokens']}"
+        )
+    for line in (*found["lossy"], *found["notes"]):
+        print(f"note: {line}")
+    print(f"start from it: python pretrain.py {target / 'config.yaml'} checkpoint.init_from={target}")
+
+
+def read_vocabulary(path: Path | None) -> tuple[int | None, ...] | None:
+    if path is None:
+        return None
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--vocabulary {path} cannot be read: {error}") from None
+    if not isinstance(ids, list) or any(i is not None and type(i) is not int for i in ids):
+        raise UsageError(f"--vocabulary {path} must be a list of old ids or null, one for every new id")
+    return tuple(ids)
+
+
+if __name__ == "__main__":
+    run_tool(app)
