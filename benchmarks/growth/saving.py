@@ -292,6 +292,7 @@ def draw(found: dict[str, dict[str, Any]], args: argparse.Namespace, path: Path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    names = list(dict.fromkeys(arm.name for arms in ARMS.values() for arm in arms))
     for axes, ratio in zip(figure.subplots(1, len(args.ratios), sharey=True, squeeze=False)[0], args.ratios):
         lr = best_lr(found, ratio, args)
         marks = [found[k]["valid"] for s in args.seeds if (k := f"{ratio} scratch {s} {lr}") in found]
@@ -302,7 +303,10 @@ def draw(found: dict[str, dict[str, Any]], args: argparse.Namespace, path: Path)
             for budget in sorted(BUDGETS):
                 losses = [found[k]["valid"] for s in args.seeds if (k := f"{ratio} {arm.name} {s} {rate} {budget}") in found]
                 points.append((budget, sum(losses) / len(losses), len(losses)))
-            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=f"{arm.name} ({min(p[2] for p in points)})")
+            color = f"C{names.index(arm.name)}"
+            axes.plot(
+                [p[0] for p in points], [p[1] for p in points], marker="o", color=color, label=f"{arm.name} ({min(p[2] for p in points)})"
+            )
         axes.set_title(f"×{ratio:g}", fontsize=10)
         axes.set_xlabel("FLOPs, small model's included, as a share of C")
         axes.grid(alpha=0.25)
