@@ -47,7 +47,7 @@ def build_maps(source: Model, target: Model, seq_lens: tuple[int, int], sizes: S
     maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
     _stream(maps, source, options, row.norm)
     silent = row.inner_norms
-    heads, channels = _heads(maps, source, options, silent, source.qk_norm or row.qk_norm)
+    heads, channels = _heads(maps, source, options, silent, bool(source.qk_norm or row.qk_norm))
     _widths(maps, source, options, silent)
     if any(layer.mode == "cancel" for layer in layers):
         _pairs(maps, heads, channels, source)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megascale.expand.source import open_source
@@ -27,11 +28,25 @@ def test_a_hugging_face_folder_grows_and_goes_back(tmp_path: Path) -> None:
     assert run(settings(tmp_path, precision__compute="fp32", train__steps=3))[0] == 0
     tool("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--from", "megascale", "--to", "hf")
     tool("convert", str(tmp_path / "hf"), str(tmp_path / "ours"), "--from", "hf", "--to", "megascale")
-    tool("grow", str(tmp_path / "ours"), str(tmp_path / "grown"), "--hidden-size", "30", "--num-layers", "4", "--ffn-size", "48")
+    tool(
+        "grow",
+        str(tmp_path / "ours"),
+        str(tmp_path / "grown"),
+        "--hidden-size",
+        "36",
+        "--num-heads",
+        "6",
+        "--num-kv-heads",
+        "3",
+        "--num-layers",
+        "4",
+        "--ffn-size",
+        "48",
+    )
     tool("convert", str(tmp_path / "grown"), str(tmp_path / "larger"), "--from", "megascale", "--to", "hf")
     config = json.loads((tmp_path / "larger" / "config.json").read_text())
-    assert (config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]) == (30, 4, 48)
-    assert config["rms_norm_eps"] == 1e-5 * 24 / 30
+    assert (config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]) == (36, 4, 48)
+    assert config["rms_norm_eps"] == pytest.approx(1e-5 * 24 / 36)
     tool("convert", str(tmp_path / "larger"), str(tmp_path / "again"), "--from", "hf", "--to", "megascale")
     logits = []
     for name in ("run", "again"):
