@@ -34,6 +34,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="with --dry-run: write the same as JSON")
     parser.add_argument("--draw", metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")
     args = parser.parse_intermixed_args(argv)
+    if args.ranks is not None and args.ranks < 1:
+        parser.error(f"--ranks is {args.ranks}: give the number of ranks, 1 or more")
     if not args.dry_run and (args.ranks is not None or args.json or args.draw):
         parser.error("--ranks, --json and --draw go with --dry-run")
     return args

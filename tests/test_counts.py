@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
@@ -15,9 +16,13 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
+from megascale.model.spec import ParamSpec
 from megascale.optim import optimizers
+from megascale.optim.clip import global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import MATRICES
+from megascale.parallel.apply import Weight
+from megascale.parallel.tensor import Placement
 from megascale.train.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
 from tests.ranks import run_ranks
@@ -199,3 +204,19 @@ def test_muon_shares_its_work(ranks: int, parallel: Parallel) -> None:
         "tp": 2 * sizes.get("cut", 0) * (tp - 1) // tp + sizes.get("whole", 0) * (tp - 1),
     }
     assert dict(sent) == {axis: n for axis, n in expected.items() if n}
+
+
+def test_the_norm_is_that_of_the_whole() -> None:
+    """Catches sums in fp32 over all of a weight, whose error grows with its size: a norm, and a clipping factor, that follow the layout.
+    Two million gradients in one weight and in two halves; fp64 gives the truth.
+    """
+    torch.manual_seed(0)
+    whole = torch.randn(2048, 1024)
+    found = []
+    for parts in ([whole], list(whole.chunk(2))):
+        weights = [Weight("w", nn.Parameter(torch.empty_like(p)), Placement(ParamSpec((2048, 1024), "up", 0)), 1) for p in parts]
+        for w, p in zip(weights, parts):
+            w.parameter.grad = p.clone()
+        found.append(global_norm(weights, 1).item())
+    truth = whole.double().norm().item()
+    assert all(abs(f / truth - 1) < 1e-7 for f in found)

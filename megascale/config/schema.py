@@ -10,7 +10,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -343,13 +343,20 @@ def _fp8(value: Any) -> Any:
     return {True: "static", "true": "static", False: "false"}.get(value, value) if isinstance(value, bool | str) else value
 
 
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError(f"{value:g} would round gradients: give a power of two, such as {2.0 ** round(math.log2(value)):g}")
+    return value
+
+
 class Precision(Section):
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
     fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8)] = "false"
     master: Literal["fp32", "bf16", "fp64"] | None = None  # of the stored weights; fp64 under fp64 compute, else fp32
     fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"  # of fp8 dynamic: what shares a scale
     fp8_watch: NonNegative = 100  # steps between two looks at what FP8 casts lose; 0 never looks
-    loss_scale: Annotated[float, Field(gt=0)] | None = None  # of fp8 static: gradients' factor during backward; from the shapes if absent
+    # Of fp8 static: the gradients' factor during backward, a power of two; from the shapes if absent.
+    loss_scale: Annotated[float, Field(gt=0, le=2.0**64), AfterValidator(_power_of_two)] | None = None
 
     @property
     def storage(self) -> str:

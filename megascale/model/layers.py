@@ -124,14 +124,9 @@ class Linear(nn.Module):
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.fp8 == "static":
-            return fp8_linear(x, weight, self.scale) if self.watch is None else self._watched(x, weight)
+            return fp8_linear(x, weight, self.scale, self.watch)
         y = linear(x, weight) if self.fp8 == "false" else dynamic_linear(x, weight, self.fp8)
         return y if self.scale == 1.0 else y * self.scale
-
-    @torch.compiler.disable
-    def _watched(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Outside the compiled block, which knows no counters: a few steps only."""
-        return fp8_linear(x, weight, self.scale, self.watch)
 
     @torch.no_grad()
     def _add_gradient(self, rows: slice, g: Tensor, x: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,14 +33,26 @@ def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
                 module.observations = Observations("fp8", SUMS, {}, shares, sampled=True)
 
 
-def watch_casts(stages: list[Family], on: bool) -> None:
-    """From now on every FP8 product counts what its casts lose, or none does. Weights are counted here, as their shards are."""
-    for module in (m for stage in stages for m in stage.modules()):
-        if isinstance(module, Linear | Bank) and module.observations is not None:
-            module.watch = partial(_tell, module.observations) if on else None
-            if on:
-                weight = local_tensor(module.weight)
-                _tell(module.observations, "weight", weight, weight_to_fp8(weight, torch.float32))
+@contextmanager
+def watched_casts(stages: list[Family], on: bool) -> Iterator[None]:
+    """Inside, if `on`, every FP8 product counts what its casts lose. Weights are counted here, as their shards are.
+
+    Compiled blocks run uncompiled meanwhile: a second graph, with counters in it, would take as long to compile as the first.
+    """
+    if not on:
+        yield
+        return
+    products = [(m, m.observations) for s in stages for m in s.modules() if isinstance(m, Linear | Bank) and m.observations is not None]
+    for module, observations in products:
+        weight = local_tensor(module.weight)
+        _tell(observations, "weight", weight, weight_to_fp8(weight, torch.float32))
+        module.watch = partial(_tell, observations)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, _ in products:
+            module.watch = None
 
 
 def _tell(observations: Observations, what: str, before: Tensor, after: Tensor) -> None:

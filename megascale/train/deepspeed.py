@@ -8,6 +8,7 @@ DeepSpeed's shared-memory operation is declined before it can be built. NVMe is 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -117,6 +118,8 @@ class DeepSpeed:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.package.comm.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         _count(self.package.comm.comm.cdb, mesh)
+        if self.config.parallel.offload_dir is not None and mesh.rank == 0:
+            print("DeepSpeed's file operation is built where it is not yet: minutes, once a machine", file=sys.stderr, flush=True)
         self.engine, *_ = self.package.initialize(
             model=self.model.module,
             optimizer=self.inner,

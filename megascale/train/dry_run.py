@@ -39,7 +39,8 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     for kind in ("parameters", "gradients", "optimizer"):
         print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
     for kind, size in report.get("host_bytes_per_rank", {}).items():
-        print(f"  {kind:<11}{size:>18,} bytes of it in host memory" if kind == "state" else f"  {kind:<11}{size:>18,} bytes in host memory")
+        where = f"in {config.parallel.offload_dir}" if kind == "state" and config.parallel.offload_dir else "in host memory"
+        print(f"  {kind:<11}{size:>18,} bytes {'of it ' if kind == 'state' else ''}{where}")
     schedule = report["schedule"]
     print(
         f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "

@@ -138,6 +138,13 @@ def check_torch(config: Config) -> None:
         raise UsageError(f"parallel.pp is {config.parallel.pp} and torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
 
 
+def check_offload_dir(config: Config) -> None:
+    """Raises UsageError where the folder for offloaded state is not there, on any node."""
+    folder = config.parallel.offload_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"parallel.offload_dir is {folder}, and {node_name()} has no such folder: make it, on every node")
+
+
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
     """The cut model in memory, facts for the log, and its training FLOPs per token."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
@@ -153,6 +160,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
         "parameters": sum(s.numel for s in specs.values()),
         "parameters_active": active,
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
     }
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
     return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
@@ -201,6 +209,7 @@ def build_trainer(
     until = config.train.total_steps if phase is None else phase.until
     agreed(lambda: check_torch(config))
     device = agreed(lambda: choose_device(config, ranks))
+    agreed(lambda: check_offload_dir(config))
     agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
@@ -323,7 +332,9 @@ def announce(
         log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
     size, active = facts["parameters"], facts["parameters_active"]
     many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
-    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}, norm kernel {facts['norm_kernel']}")
+    fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
+    threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
+    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}{fp8}{threads}, norm kernel {facts['norm_kernel']}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:

@@ -14,7 +14,7 @@ from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import StopRequested, TrainingError
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
-from megascale.parallel.precision import watch_casts
+from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import sampled_step
 from megascale.train.engine import Engine
@@ -87,17 +87,14 @@ class Trainer:
         self.model.train(True)
         self.model.at_step(step)
         sampled = sampled_step(step, self.config)
-        if sampled:
-            watch_casts(self.model.stages, True)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
-        loss = self.engine.run(micro_batches, self.scale, lr)
+        with watched_casts(self.model.stages, sampled):
+            loss = self.engine.run(micro_batches, self.scale, lr)
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid * self.scale, float(self.stop.requested()))
         norm, finite = self.engine.update(total_valid)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
-        if sampled:
-            watch_casts(self.model.stages, False)
         return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen, sampled)
 
     @torch.no_grad()

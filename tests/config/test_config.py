@@ -45,6 +45,7 @@ def config(*overrides: str) -> Config:
         ("parallel.tp=two", "parallel.tp is 'two'"),
         ("parallel.tp=0", "parallel.tp is 0"),
         ("optim.lr=-1", "optim.lr is -1"),
+        ("precision.loss_scale=1000", "give a power of two, such as 1024"),
         ("model.residual=prenorm", "model.residual is 'prenorm'"),
         ("model.hidden_size=18", "hidden_size 18 is not a multiple of num_heads 4"),
         ("train.tokens=5", "set exactly one of train.steps and train.tokens"),
@@ -52,7 +53,7 @@ def config(*overrides: str) -> Config:
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
         ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
-        ("parallel.parallel_foo=2", "`--dry-run` prints every key"),
+        ("parallel.zzzzzzzz=2", "`--dry-run` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:
@@ -194,6 +195,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "fp8_linear": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.linear=bitlinear")),
     "fp8_dynamic_parts": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.moe={}")),
     "fp8_engine": (2, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "parallel.offload=parameters")),
+    "fp8_recipe": (1, ("precision.fp8_recipe=rowwise",)),
     "loss_scale": (1, ("precision.loss_scale=4",)),
     "base_width": (1, ("optim.base_width=64",)),
     "mus_optimizer": (1, (*MUS, "optim.name=muon")),

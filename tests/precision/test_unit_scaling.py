@@ -13,7 +13,7 @@ import torch
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.model.layers import Linear
 from megascale.optim.rates import Rate, grouped_by_rate, rate_of
-from megascale.parallel.precision import watch_casts
+from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import shares
 from tests.layouts import Case, build, fake_batch, tiny, train, worst
@@ -225,9 +225,9 @@ def vanished(scale: float) -> float:
     """Share of the gradients at the last block's FFN-down that are zero after the cast, in a step of 2048 tokens at width 128."""
     case = Case(unit(hidden_size=128, ffn_size=256), precision="fp32", fp8="static", seq_len=128)
     model = build(case, 1)
-    watch_casts(model.stages, True)
     batch = fake_batch(case, list(range(16)))
-    model.module(batch.tokens, batch.targets, scale=scale / batch.valid).backward()
+    with watched_casts(model.stages, True):
+        model.module(batch.tokens, batch.targets, scale=scale / batch.valid).backward()
     down = model.model.get_submodule("blocks.1.ffn.down")
     assert isinstance(down, Linear) and down.observations is not None
     found = shares(down.observations.take())

@@ -81,8 +81,8 @@ AXIS_RULES: tuple[Rule, ...] = (
         "ring_places",
         ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses"),
         lambda c, n: c.parallel.cp % c.parallel.cp_ulysses != 0 or (c.parallel.cp_ulysses > 1 and c.parallel.cp_method != "ring"),
-        "cp_ulysses cuts a ring of cp ranks into groups of equal size",
-        "choose a divisor of cp, or leave cp_ulysses out",
+        "cp_ulysses, of cp_method ring, cuts a ring of cp ranks into groups of equal size that trade heads",
+        "choose a divisor of cp and cp_method ring, or leave cp_ulysses out",
     ),
     Rule(
         "cp_sequence",

@@ -51,7 +51,8 @@ ENGINE_RULES: tuple[Rule, ...] = (
             )
         ),
         "a layer can be updated during backward where its gradient comes at once and nothing of the other layers is needed for it",
-        "use accumulation layered without breadth_first, clip 0, adamw or lion, and no offload of their state; or leave it out",
+        "use accumulation layered, leave breadth_first out, set train.clip to 0, choose adamw or lion, and offload activations at most; or "
+        "leave update_in_backward out",
     ),
     Rule(
         "deepspeed_axes",

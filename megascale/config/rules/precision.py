@@ -5,6 +5,7 @@ from __future__ import annotations
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
 
+LARGEST_DECAY = 0.02  # of a weight at every step
 ALIGNED = 16  # CUDA's FP8 products want every dimension a multiple of it
 
 PRECISION_RULES: tuple[Rule, ...] = (
@@ -57,6 +58,13 @@ PRECISION_RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
+        "fp8_recipe",
+        ("precision.fp8_recipe", "precision.fp8"),
+        lambda c, n: c.precision.fp8_recipe != "tensorwise" and c.precision.fp8 != "dynamic",
+        "only measured scales are of a tensor or of a row",
+        "leave fp8_recipe out, or use precision.fp8 dynamic",
+    ),
+    Rule(
         "loss_scale",
         ("precision.loss_scale", "precision.fp8"),
         lambda c, n: c.precision.loss_scale is not None and c.precision.fp8 != "static",
@@ -87,8 +95,8 @@ PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
         "decay_a_step",
         ("optim.independent_decay", "optim.weight_decay"),
-        lambda c, n: c.optim.independent_decay and c.optim.weight_decay > 0.02,
-        "with independent_decay it is what every single step takes off a weight, and this much leaves nothing to learn with",
+        lambda c, n: c.optim.independent_decay and c.optim.weight_decay > LARGEST_DECAY,
+        f"with independent_decay it is what every step takes off a weight, and more than {LARGEST_DECAY} leaves nothing to learn with",
         "set weight_decay to about optim.lr times the usual one, such as 1e-4",
     ),
 )
