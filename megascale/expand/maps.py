@@ -124,7 +124,8 @@ def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bo
         maps.notes.append(f"dead: {channels.dead}")
     if target.head_dim != source.head_dim:
         maps.target = maps.target.model_copy(update={"rope_exponents": channels.exponents})
-    maps.eps_factor["qk_norm"] = channels.norm_eps_factor
+    if normed:
+        maps.eps_factor["qk_norm"] = channels.norm_eps_factor
     maps.axes |= {
         "query": channel_rows(heads.query, channels.query),
         "key": channel_rows(heads.key_value, channels.key),
