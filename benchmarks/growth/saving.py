@@ -237,7 +237,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, exit code 75; the same command goes on")
     parser.add_argument("--work", default=None, help="folder for small and grown models; a temporary one if absent")
+    parser.add_argument("--draw", type=Path, default=None, help="draw what is in the results into this file, and train nothing")
     args = parser.parse_args()
+    if args.draw is not None:
+        path = RESULTS / f"saving-{args.width}-{args.layers}-{args.steps}.json"
+        draw(json.loads(path.read_text())["runs"], args, args.draw)
+        return
     with tempfile.TemporaryDirectory() as folder:
         args.work = args.work or folder
         run_study(args)
@@ -280,6 +285,34 @@ def run_study(args: argparse.Namespace) -> None:
                 all_of(tuned if seed == first else {}, grown_run)
                 rate = best_rate(found, ratio, arm.name, args)
                 all_of({f"{begin} {rate} {b}": (ratio, arm.name, seed, rate, b, best[ratio]) for b in BUDGETS}, grown_run)
+
+
+def draw(found: dict[str, dict[str, Any]], args: argparse.Namespace, path: Path) -> None:
+    """Final losses by budget, means over seeds; the dashed line is the large model from scratch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    names = list(dict.fromkeys(arm.name for arms in ARMS.values() for arm in arms))
+    for axes, ratio in zip(figure.subplots(1, len(args.ratios), sharey=True, squeeze=False)[0], args.ratios):
+        lr = best_lr(found, ratio, args)
+        marks = [found[k]["valid"] for s in args.seeds if (k := f"{ratio} scratch {s} {lr}") in found]
+        axes.axhline(sum(marks) / len(marks), color="#444", linestyle="--", linewidth=1, label=f"from scratch ({len(marks)} seeds)")
+        for arm in ARMS[ratio]:
+            rate = best_rate(found, ratio, arm.name, args)
+            points = []
+            for budget in sorted(BUDGETS):
+                losses = [found[k]["valid"] for s in args.seeds if (k := f"{ratio} {arm.name} {s} {rate} {budget}") in found]
+                points.append((budget, sum(losses) / len(losses), len(losses)))
+            color = f"C{names.index(arm.name)}"
+            axes.plot(
+                [p[0] for p in points], [p[1] for p in points], marker="o", color=color, label=f"{arm.name} ({min(p[2] for p in points)})"
+            )
+        axes.set_title(f"×{ratio:g}", fontsize=10)
+        axes.set_xlabel("FLOPs, small model's included, as a share of C")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("final validation loss, nats a token")
+    figure.savefig(path, dpi=110)
 
 
 def best_lr(found: dict[str, dict[str, Any]], ratio: float, args: argparse.Namespace) -> float:

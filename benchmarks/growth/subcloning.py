@@ -1,7 +1,7 @@
 """Weight subcloning: steps to a loss from a cut-down teacher against a random start, and importance against random and reversed ranking.
 
 `python -m benchmarks.growth.subcloning --data PREFIX`: a teacher (width 96, 4 layers) is trained, cut to three quarters of its channels,
-half of its feed-forward, and 3 layers, and each student trains on. Same corpus as saving.py. Minutes on one core; `--steps` makes it larger.
+half of its feed-forward, and 3 layers, and each student trains on. Same corpus as saving.py. Minutes on one core.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def build_maps(source: Model, target: Model, seq_lens: tuple[int, int], sizes: S
     maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
     _stream(maps, source, options, row.norm)
     silent = row.inner_norms
-    heads, channels = _heads(maps, source, options, silent, bool(source.qk_norm) or row.qk_norm)
+    heads, channels = _heads(maps, source, options, silent, bool(source.qk_norm or row.qk_norm))
     _widths(maps, source, options, silent)
     if any(layer.mode == "cancel" for layer in layers):
         _pairs(maps, heads, channels, source)
@@ -124,7 +124,8 @@ def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bo
         maps.notes.append(f"dead: {channels.dead}")
     if target.head_dim != source.head_dim:
         maps.target = maps.target.model_copy(update={"rope_exponents": channels.exponents})
-    maps.eps_factor["qk_norm"] = channels.norm_eps_factor
+    if normed:
+        maps.eps_factor["qk_norm"] = channels.norm_eps_factor
     maps.axes |= {
         "query": channel_rows(heads.query, channels.query),
         "key": channel_rows(heads.key_value, channels.key),

@@ -158,6 +158,8 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         own = {"query": query, "key": key_value, "value": key_value, "heads": query, "ffn": neurons, "ffn_out": neurons}
         own |= _inner("heads", query) | _inner("ffn", neurons)
         maps.axes |= {f"{name}@{i}": a for name, a in own.items()}
+    if source.qk_norm or row.qk_norm:
+        maps.eps_factor["qk_norm"] = 1.0  # a head keeps its channels
     if row.inner_norms and source.norm != "dyt":
         maps.eps_factor |= {
             "attention_inner_norm": source.num_heads / target.num_heads,

@@ -58,7 +58,11 @@ def open_source(path: str | Path, check: bool = True) -> Source:
         raise UsageError(
             f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own"
         )
-    source = Source(index, _without_runs(build_config(trainer["config"])), trainer)
+    # A converted checkpoint knows its model and context; what a run needs beside them is the user's to say.
+    values = {**trainer["config"], "train": {"steps": 1, **trainer["config"].get("train", {})}}
+    if values["train"].get("tokens") is not None:
+        del values["train"]["steps"]
+    source = Source(index, _without_runs(build_config({"data": {"train": "-"}, **values})), trainer)
     if source.model.vocab_size is None and source.model.spacetime is None:
         raise UsageError(f"{folder / TRAINER} does not say model.vocab_size: the checkpoint is damaged, use an older one")
     expected = {n: s.shape for n, s in specs(source.model, source.seq_len).items()}

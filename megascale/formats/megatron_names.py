@@ -41,6 +41,7 @@ def check_model(model: Model, cut: Cut) -> None:
     wanted = {
         "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,),
         "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
+        "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
     }  # fmt: skip
     for key, allowed in wanted.items():
         value = getattr(model, key)

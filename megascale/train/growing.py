@@ -99,7 +99,7 @@ def _grow(phase: Phase, ranks: RankInfo) -> dict[str, object] | None:
     assert phase.growth is not None
     sizes, options = asked(phase.growth, phase.config.run.seed)
     source = Path(phase.whole.run_dir) / "checkpoints" / step_name(phase.until)
-    report = grow(source, _grown_folder(phase).parent, sizes, options, Effort(workers=max(1, min(4, ranks.local_size))))
+    report = grow(source, _grown_folder(phase).parent, sizes, options, Effort())
     proof = report["proof"]
     return {
         "target": report["target"],

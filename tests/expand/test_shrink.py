@@ -27,8 +27,16 @@ TOKENS = torch.randint(0, 37, (3, SEQ), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": True}, {"residual": "mus", "init_std": 0.02}, {"residual": "post"}, {"norm": "dyt"}, {"num_kv_heads": 4}],
-    ids=["pre", "tied", "mus", "post", "dyt", "mha"],
+    [
+        {},
+        {"qk_norm": True, "norm_eps": 0.05},
+        {"tie_embeddings": True},
+        {"residual": "mus", "init_std": 0.02},
+        {"residual": "post"},
+        {"norm": "dyt"},
+        {"num_kv_heads": 4},
+    ],
+    ids=["pre", "qk", "tied", "mus", "post", "dyt", "mha"],
 )
 def test_what_growth_added_comes_off_again(changes: dict[str, Any]) -> None:
     """Catches importance that ranks nothing above something, and gains or epsilons that are not undone: grown by zeros and shrunk by
