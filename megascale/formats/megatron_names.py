@@ -38,7 +38,7 @@ def rank_name(tp: int, pp: int, cut: Cut) -> str:
 
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
-    wanted = {
+    wanted: dict[str, tuple[Any, ...]] = {
         "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,),
         "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
