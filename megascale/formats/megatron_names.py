@@ -7,6 +7,7 @@ and head have rows of padding at the end, so that ranks hold equal parts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megascale.config.schema import Model
 from megascale.errors import UsageError
