@@ -7,6 +7,7 @@ and head have rows of padding at the end, so that ranks hold equal parts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megascale.config.schema import Model
 from megascale.errors import UsageError
@@ -38,7 +39,7 @@ def rank_name(tp: int, pp: int, cut: Cut) -> str:
 
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
-    wanted = {
+    wanted: dict[str, tuple[Any, ...]] = {
         "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,),
         "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
