@@ -40,27 +40,37 @@ MODELS: dict[str, Model] = {
 }
 
 
-def plainly(model: ParallelModel, prompt: list[int], most: int) -> list[int]:
-    """Greedy without a cache and without a batch: the whole text again for every token."""
-    text = list(prompt)
+def plainly(model: ParallelModel, prompt: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
+    """Greedy without a cache and without a batch, the whole text again for every token: tokens and the logits they were chosen by."""
+    text, logits = list(prompt), []
     for _ in range(most):
-        text.append(int(model.module(torch.tensor([text]))[0, -1].argmax()))
-    return text[len(prompt) :]
+        logits.append(model.module(torch.tensor([text]))[0, -1])
+        text.append(int(logits[-1].argmax()))
+    return text[len(prompt) :], logits
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cache_and_batch_change_nothing(name: str) -> None:
-    """Catches padding that is seen, positions that count it, a window or slope that forgets what was cached, a repeat that reads another's
-    rows, and a cache that outgrows its room.
+def test_cache_and_batch_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches padding that is seen, positions that count it, a window or slope that forgets what was cached, a place that queries and keys
+    of different passes do not agree on, a repeat that reads another's rows, and a cache that outgrows its room.
     """
+    seen: list[torch.Tensor] = []
+
+    def watched(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(logits)
+        return choose(logits, *rest)
+
+    monkeypatch.setattr("megascale.generate.run.choose", watched)
     case = Case(MODELS[name], seq_len=320 if name == "learned" else 12)
+    most = 12 if name != "llama" else 270
     with torch.no_grad():
         model = build(case, 1)
         model.train(False)
-        most = 12 if name != "llama" else 270
         want = [plainly(model, p, 12) for p in PROMPTS]
         got = generate(model, PROMPTS, Sampling(most))
-    assert [tokens[:12] for tokens in got] == want and {len(tokens) for tokens in got} == {most}
+    assert [tokens[:12] for tokens in got] == [tokens for tokens, _ in want] and {len(tokens) for tokens in got} == {most}
+    for step, logits in enumerate(seen[:12]):
+        torch.testing.assert_close(logits, torch.stack([said[step] for _, said in want]), rtol=1e-9, atol=1e-12)
 
 
 def cut(name: str) -> list[list[int]]:

@@ -196,6 +196,7 @@ def main() -> None:
         prepare(args.data)
     path = Path(__file__).parent / "results" / f"translation-{args.steps}-steps.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = [r for r in runs if len(r["loss"]) == args.steps]  # what was stopped on the way is trained again
     done = {(r["scheme"], r["depth"], r["lr"], r["seed"]) for r in runs}
     facts = {k: v for k, v in vars(args).items() if k in ("width", "steps", "batch", "translated")}
     for point in ((s, d, lr, seed) for seed in args.seeds for lr in args.rates for d in args.depths for s in args.schemes):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -39,7 +40,7 @@ def main(
     rounds: Annotated[int, typer.Option()] = 2,
     prepare: Annotated[bool, typer.Option(help="make the source only, so that it can be made before the machine is quiet")] = False,
 ) -> None:
-    """Converts hf → megascale → hf in rounds and writes results/stream.json."""
+    """Converts hf → megascale → hf in rounds and writes results/stream_….json."""
     source = folder / "hf"
     if not source.exists():
         make(source, layers)
@@ -60,14 +61,16 @@ def main(
     result: dict[str, Any] = {**machine(), "cores": os.cpu_count(), "bytes": size, "parameters": size // 2, "rounds": rounds}
     for name, runs in found.items():
         seconds = statistics.median(r["seconds"] for r in runs)
+        result["load_average"] = round(os.getloadavg()[1], 1)  # more than about 1 beside us, and seconds say little; CPU seconds hold
         result[name] = {
             "seconds": [round(r["seconds"], 1) for r in runs],
             "MB_per_second": round(size / 1e6 / seconds),
             "of_cp": round(statistics.median(r["seconds"] for r in found["cp"]) / seconds, 2),
+            "cpu_seconds": [round(r["cpu"], 1) for r in runs],
             "private_MB": round(max(r["private"] for r in runs) / 1e6),
             "resident_MB": round(max(r["resident"] for r in runs) / 1e6),
         }
-    write(__file__, "stream", result)
+    write(__file__, f"stream_{size // 10**9}GB", result)
 
 
 def convert(source: Path, target: Path, origin: str, to: str, workers: int) -> dict[str, float]:
@@ -83,6 +86,7 @@ def timed(source: Path, command: Callable[[], list[str]], target: Path) -> dict[
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command(), stdout=subprocess.DEVNULL)
     peak = {"private": 0.0, "resident": 0.0}
     watcher = threading.Thread(target=watch, args=(process.pid, peak))
@@ -91,7 +95,9 @@ def timed(source: Path, command: Callable[[], list[str]], target: Path) -> dict[
         raise SystemExit(f"{command()} failed")
     subprocess.run(["sync", "-f", str(target)], check=True)
     watcher.join()
-    return {"seconds": time.perf_counter() - start, **peak}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "cpu": cpu, **peak}
 
 
 def watch(pid: int, peak: dict[str, float]) -> None:

@@ -9,9 +9,8 @@ import torch
 from megascale.checkpoint.storage import discard, steps_in
 from megascale.formats.hf import plan_export, write_hf
 from megascale.formats.sources import open_checkpoint
-from megascale.formats.tokenizer_files import POSITION, export_files, find_tokenizer
+from megascale.formats.tokenizer_files import export_files, find_tokenizer
 
-__all__ = ["POSITION", "export_beside"]
 FOLDER = "hf"
 
 

@@ -280,7 +280,7 @@ BY_TYPE = {f.model_type: f for f in FAMILIES}
 # Families that our models cannot be, with the reason.
 NOT_HERE = {
     "bert": "it normalizes its embeddings, adds one for the segment, and has a layer before the head; our encoder has none of them",
-    "t5": "an encoder and a decoder with relative position biases: the encoder_decoder family is not built yet",
+    "t5": "its attention has learned biases by distance and no scale, which our encoder_decoder does not have",
     "llama4": "its layers alternate between two attentions",
     "gemma2": "it caps logits and norms on both sides of a branch",
     "gemma3_text": "its layers alternate between two attentions",

@@ -6,8 +6,7 @@ products, banks of experts and stacked layers are all lists of links; nothing el
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,10 +164,3 @@ def compare_names(expected: Mapping[str, Sizes], found: Mapping[str, Target], wh
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def covered(steps: Mapping[str, tuple[Step, ...]], shapes: Mapping[str, Sizes]) -> Iterator[str]:
-    """Names of targets that their steps do not fill; the links of a table do not overlap."""
-    for name, shape in shapes.items():
-        if sum(math.prod(s.size) for s in steps.get(name, ())) != math.prod(shape):
-            yield name

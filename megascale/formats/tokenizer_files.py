@@ -56,11 +56,14 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def as_tokenizers(piece: Any) -> str | None:
-    """A SentencePiece unigram model as the text of a tokenizer.json; None where it would not encode alike, such as BPE or a model that
-    normalizes its text.
+    """A SentencePiece unigram model as the text of a tokenizer.json; None where it would not encode alike, such as BPE, a model that
+    normalizes its text, or one that lacks a character of a hidden piece's name: there an unknown character costs more than the name.
     """
     numbers = range(piece.vocab_size())
     hidden = [piece.is_control(i) or piece.is_byte(i) or piece.is_unknown(i) or piece.is_unused(i) for i in numbers]
+    known = {piece.id_to_piece(i) for i in numbers if not hidden[i]}
+    if any(set(piece.id_to_piece(i)) - known for i in numbers if hidden[i]):
+        return None
     vocabulary = [(piece.id_to_piece(i), NEVER if hidden[i] else piece.get_score(i)) for i in numbers]
     made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=piece.unk_id(), byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", SPACE)

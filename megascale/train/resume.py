@@ -14,10 +14,10 @@ from megascale.config.identity import check_allow_change, check_identity, identi
 from megascale.config.load import build_config, read_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
-from megascale.formats.export import POSITION
 from megascale.formats.hf import Foreign, read_hf
 from megascale.formats.hf_config import hf_config
 from megascale.formats.hf_folder import is_hf_folder
+from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.apply import ParallelModel
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")

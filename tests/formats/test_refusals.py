@@ -84,7 +84,7 @@ def foreign_shard(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda f: edit(f, model_type="mamba"), "model_type is 'mamba', and models of llama, mistral"),
     "bert": (lambda f: edit(f, model_type="bert"), "it normalizes its embeddings"),
-    "t5": (lambda f: edit(f, model_type="t5"), "the encoder_decoder family is not built yet"),
+    "t5": (lambda f: edit(f, model_type="t5"), "biases by distance and no scale"),
     "another head": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM that can be read"),
     "unknown key": (lambda f: edit(f, attention_sinks=4), "attention_sinks is 4, which is not understood"),
     "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "quantization_config is {'bits': 4}, which is not understood"),

@@ -14,6 +14,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.config.stages import pair_costs, split_unequal, stage_parts
 from megascale.measure.compute import flops_per_token
 from megascale.model.beam import beam_search
+from megascale.model.block import only
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.model.residual import Stack, residual, token_correlations
 from tests.depth.test_table import scheme
@@ -111,7 +112,9 @@ def test_what_is_seen(name: str) -> None:
 
 
 def test_an_empty_place_is_no_number_and_counts_nowhere() -> None:
-    """Catches a softmax over no keys: it would poison every gradient of the batch."""
+    """Catches a softmax over no keys, which not every kernel of torch makes zero: it would poison every gradient of the batch."""
+    seen = only(torch.tensor([[True, False], [False, False]])).valid
+    assert seen is not None and seen.tolist() == [[True, False], [True, False]]
     model, batch = made(MODELS["llama"]), fake_batch(Case(MODELS["llama"]), [3, -1])
     alone = fake_batch(Case(MODELS["llama"]), [3])
     loss = model(batch.tokens, batch.targets, source=batch.source)
@@ -187,13 +190,16 @@ def test_a_wide_beam_finds_the_best_target() -> None:
     cfg = pair(vocab_size=5, encoder_layers=1, num_layers=1)
     model = made(cfg)
     sources = torch.tensor([[1, 3, 2, -1], [4, 4, 0, 2]])
-    for penalty in (0.0, 1.0):
-        found = beam_search(model, sources, 0, 3, width=64, length_penalty=penalty)
+    lengths = set()
+    for penalty, end in ((0.0, 0), *((2.0, end) for end in range(5))):
+        found = beam_search(model, sources, end, 3, width=64, length_penalty=penalty)
         for source, got in zip(sources, found):
-            every = all_targets(model, source[None], 0, 3, 5)
+            every = all_targets(model, source[None], end, 3, 5)
             best = max(every, key=lambda words: every[words] / (len(words) + 1) ** penalty)
             assert tuple(got.tokens) == best
             assert got.score == pytest.approx(every[best] / (len(best) + 1) ** penalty, rel=1e-9)
+            lengths.add(len(best))
+    assert 2 in lengths, "a past of two tokens, of which one may be another hypothesis's"
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
