@@ -6,11 +6,14 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from megascale.measure.compute import gemm_rate
 
@@ -41,6 +44,38 @@ def in_turn(steps: dict[str, Callable[[], object]], rounds: int, device: torch.d
             seconds[name].append(time.perf_counter() - start)
             rates[name].append((before + gemm_rate(device, dtype, repeats=2)) / 2)
     return {n: {"seconds": statistics.median(seconds[n]), "gemm_flops": statistics.median(rates[n])} for n in steps}
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still referred to, and their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):  # what was there before is not this step's
+                self.known.setdefault(tensor.untyped_storage()._cdata, None)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_: Any) -> None:
+            del self.known[key]
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def write(script: str, name: str, result: dict[str, Any]) -> None:

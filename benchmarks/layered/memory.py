@@ -14,15 +14,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from benchmarks.common import machine, write
+from benchmarks.common import Allocations, machine, write
 from benchmarks.layered.worker import stepper
 from megascale.config.load import build_config
 from megascale.config.schema import Parallel
@@ -38,38 +35,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "layered": {"accumulation": "layered"},
     "layered, inputs offloaded": {"accumulation": "layered", "offload": ("activations",)},
 }
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still referred to, and their maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_iter((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):  # what was there before is not this step's
-                self.known.setdefault(tensor.untyped_storage()._cdata, None)
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-
-        def gone(_: Any) -> None:
-            del self.known[key]
-            self.now -= size
-
-        self.known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.most = max(self.most, self.now)
 
 
 def inputs_held(way: str, m: int) -> int:

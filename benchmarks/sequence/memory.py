@@ -1,7 +1,7 @@
 """Memory of a rank in a causal training step, by ranks and length: `python -m benchmarks.sequence.memory [--long]`.
 
-Each process takes one step (forward and backward) of a small decoder; counted is how much its peak resident memory rises over what it was
-when the model stood. --long: 65,536 tokens on four ranks, all that they have resident together.
+Each process takes one step (forward and backward) of a small decoder; counted is what torch allocates meanwhile, by storage, at its most.
+--long: 65,536 tokens on four ranks, and all that they have resident together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import machine, write
+from benchmarks.common import Allocations, machine, write
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
@@ -47,14 +47,15 @@ def rank_main(rank: int, n: int, method: str, length: int, store: str) -> None:
     for _ in model.draw_weights(1):
         pass
     tokens = torch.randint(0, SIZES["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(1))
-    before, begin = peak(), time.perf_counter()
-    loss = model.module(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), scale=1 / length)
-    loss.backward()
+    begin = time.perf_counter()
+    with Allocations() as made:
+        loss = model.module(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), scale=1 / length)
+        loss.backward()
     total = loss.detach()
     seconds = time.perf_counter() - begin
     if n > 1:
         dist.all_reduce(total)
-    print(json.dumps({"rise": peak() - before, "resident": peak(), "seconds": seconds, "loss": total.item()}))
+    print(json.dumps({"allocated": made.most, "resident": peak(), "seconds": seconds, "loss": total.item()}))
 
 
 def measure(n: int, method: str, length: int) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def measure(n: int, method: str, length: int) -> dict[str, Any]:
         "ranks": n,
         "method": method,
         "tokens": length,
-        "rise_bytes": max(f["rise"] for f in found),
+        "allocated_bytes": max(f["allocated"] for f in found),
         "resident_bytes_together": sum(f["resident"] for f in found),
         "seconds": max(f["seconds"] for f in found),
         "loss": found[0]["loss"],
@@ -91,7 +92,7 @@ def main() -> None:
     runs = [measure(n, method, 16384) for method in ("ring", "ulysses") for n in (1, 2, 4)]
     for run in runs:
         alone = next(r for r in runs if r["method"] == run["method"] and r["ranks"] == 1)
-        run["share_of_one_rank"] = run["rise_bytes"] / alone["rise_bytes"]
+        run["share_of_one_rank"] = run["allocated_bytes"] / alone["allocated_bytes"]
     write(__file__, "memory", about | {"runs": runs})
 
 

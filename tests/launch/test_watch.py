@@ -116,7 +116,15 @@ def jobs() -> Iterator[list[Job]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+        (0, signal.SIGSTOP),
+    ],
+)
 def test_a_lost_rank(tmp_path: Path, jobs: list[Job], victim: int, number: signal.Signals) -> None:
     """Catches survivors that wait for ever, leave with another code, keep no stacks, or cannot say who is gone."""
     job = Job(tmp_path, ["pretrain.py"])

@@ -54,6 +54,7 @@ def test_casts_bit_for_bit(dtype: torch.dtype, source: torch.dtype) -> None:
     assert to_fp8(torch.tensor([math.nan], dtype=source), dtype).to(torch.float32).isnan().all()
 
 
+@pytest.mark.slow
 def test_the_compiled_cast_is_the_same() -> None:
     """Catches a compiler that fuses the clamp away or rounds twice."""
     torch.manual_seed(0)
