@@ -88,9 +88,9 @@ def read_torch(path: Path) -> Any:
     """What torch.save wrote, its tensors mapped from the file. Raises UsageError for files that are damaged or older than torch 1.6."""
     if not path.is_file():
         raise UsageError(f"there is no {path}: the checkpoint is not whole")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path} is no zip file as torch.save writes it since 1.6: it is damaged, or must be saved again")
+    check_archive(path, str(path))
     try:
+        # What unpickles is ours, whatever `weights_only` says: it would refuse the names that become records here.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_module())
     except Exception as error:
         raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged") from None
@@ -98,10 +98,24 @@ def read_torch(path: Path) -> Any:
 
 def read_torch_bytes(data: bytes, where: str) -> Any:
     """The same from memory."""
+    check_archive(io.BytesIO(data), where)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False, pickle_module=_module())
     except Exception as error:
         raise UsageError(f"{where} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged") from None
+
+
+def check_archive(file: Path | io.BytesIO, where: str) -> None:
+    """Raises UsageError for what torch.load takes for something else than pickled tensors: the code of TorchScript archives would run."""
+    if not zipfile.is_zipfile(file):
+        raise UsageError(f"{where} is no zip file as torch.save writes it since 1.6: it is damaged, or must be saved again")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"{where} cannot be read ({error}): the checkpoint is damaged") from None
+    if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
+        raise UsageError(f"{where} is a TorchScript archive, which holds a program: give the checkpoint that torch.save wrote")
 
 
 def _module() -> Any:

@@ -23,7 +23,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.compare import our_logits
 from megascale.formats.megatron import read_megatron, write_megatron
-from megascale.formats.pickles import read_pickle, read_torch
+from megascale.formats.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.shapes import MODEL, our_shapes
 from megascale.formats.sources import Checkpoint, open_checkpoint
 from tests.layouts import tiny
@@ -184,6 +184,15 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "a foreign tensor": (lambda f: change(f, "mp_rank_00_000", "decoder.layers.0.mlp.linear_fc3.weight", torch.ones(2)), "has no place"),
     "another shape": (lambda f: change(f, "mp_rank_00_000", "decoder.layers.0.mlp.linear_fc2.weight", torch.ones(2, 2)), "has shape"),
 }  # fmt: skip
+
+
+def test_programs_are_refused(tmp_path: Path) -> None:
+    """Catches a TorchScript archive in the place of a checkpoint: torch.load would hand it to the interpreter of its code."""
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="holds a program"):
+        read_torch(tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="holds a program"):
+        read_torch_bytes((tmp_path / "model.pt").read_bytes(), "x")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
