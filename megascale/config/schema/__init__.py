@@ -1,0 +1,35 @@
+"""The config: eight frozen sections of plain data, checked key by key.
+
+What combines with what is not decided here but in `support.py`. Nothing in this package imports torch, so that launchers, planners and
+`--dry-run` on a login node start at once.
+"""
+
+from megascale.config.schema.config import Config, GrowAt, Run
+from megascale.config.schema.model import BLOCK_NORMS, Matformer, Model, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
+from megascale.config.schema.parallel import Parallel
+from megascale.config.schema.section import Section
+from megascale.config.schema.train import Checkpoint, Data, DataSource, Multiplier, Optim, Precision, Train, any_layer
+
+__all__ = [
+    "BLOCK_NORMS",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "DataSource",
+    "GrowAt",
+    "Matformer",
+    "Model",
+    "Moe",
+    "Moeut",
+    "Multiplier",
+    "Optim",
+    "Parallel",
+    "Precision",
+    "RopeScaling",
+    "Run",
+    "Section",
+    "Spacetime",
+    "Tokenformer",
+    "Train",
+    "any_layer",
+]

@@ -1,0 +1,75 @@
+"""The whole config, and its sections `run` and `grow`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megascale.config.schema.model import Model
+from megascale.config.schema.parallel import Parallel
+from megascale.config.schema.section import NonNegative, Positive, Section
+from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
+
+
+class Run(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str | None = None  # runs/<name> if absent
+    seed: NonNegative = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Positive | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent
+    kernels: Literal["auto", "torch", "apex", "te"] = "auto"
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one rank, for MFU; known for common GPUs, measured on CPUs
+    profile_step: Positive | None = None  # write a profiler trace of this step
+    collective_timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds until a silent peer counts as lost
+    wandb: bool = False
+    tensorboard: bool = False
+    allow_change: list[str] = Field(default_factory=list)
+
+
+class GrowAt(Section):
+    """A growth after step `step`; sizes and methods are the flags of tools/grow.py. `parallel`: the layout from then on."""
+
+    step: Positive
+    hidden_size: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_size: Positive | None = None
+    expert_ffn_size: Positive | None = None
+    num_layers: Positive | None = None
+    num_experts: Positive | None = None
+    top_k: Positive | None = None
+    granularity: Positive = 1
+    tokenformer_size: Positive | None = None
+    width_method: Literal["duplicate", "zero", "average"] = "duplicate"
+    ffn_method: Literal["duplicate", "zero"] = "duplicate"
+    heads_method: Literal["duplicate", "zero"] = "duplicate"
+    depth_method: Literal["identity", "cancel", "stack", "dus", "interleave", "inject"] = "identity"
+    placement: Literal["spread", "end"] = "spread"
+    symmetry: str = "project"
+    split: tuple[float, float] = (1.0, 1.0)
+    optimizer: Literal["transform", "reset"] = "transform"
+    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    lossless: Literal["require", "prefer", "off"] = "prefer"
+    parallel: Parallel | None = None
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model
+    parallel: Parallel = Parallel()
+    train: Train
+    optim: Optim = Optim()
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    precision: Precision = Precision()
+    grow: tuple[GrowAt, ...] = ()  # in the order of their steps
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved config as nested dicts of JSON values, with the keys that a YAML file uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run.name}"
