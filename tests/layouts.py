@@ -117,13 +117,13 @@ def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
     return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), valid, text)
 
 
-def build(case: Case, ranks: int) -> ParallelModel:
-    mesh = build_mesh(axis_sizes(case.parallel, ranks), "cpu", case.parallel.heads_over)
-    kernels = choose_kernels("torch", case.model.norm, CPU)
+def build(case: Case, ranks: int, device: torch.device = CPU) -> ParallelModel:
+    mesh = build_mesh(axis_sizes(case.parallel, ranks), device.type, case.parallel.heads_over)
+    kernels = choose_kernels("torch", case.model.norm, device)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
     shape = Shape(case.seq_len, storage, DTYPES[case.precision], case.source_len if case.model.encoder_layers else 0)
     stages = build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank)
-    model = parallelize(stages, mesh, case.parallel, CPU, case.fp8)
+    model = parallelize(stages, mesh, case.parallel, device, case.fp8)
     for _ in model.draw_weights(7):
         pass
     return model

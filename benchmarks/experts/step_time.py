@@ -34,11 +34,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SEQ_LEN, MICRO_BATCHES = 512, 2
 
 
-def shape(layers: int, experts: int) -> Model:
-    """A decoder whose tokens meet 1536 channels in every feed-forward sublayer, dense or as two experts of half that width."""
-    moe = {"num_experts": experts, "top_k": 2, "ffn_size": 768} if experts else None
-    sizes: dict[str, Any] = {"num_layers": layers, "hidden_size": 512, "num_heads": 8, "ffn_size": 1536, "vocab_size": 4096, "moe": moe}
-    return Model(**sizes)
+def shape(layers: int, experts: int, width: int) -> Model:
+    """A decoder whose tokens meet three times its width in every feed-forward sublayer, dense or as two experts of half that."""
+    moe = {"num_experts": experts, "top_k": 2, "ffn_size": 3 * width // 2} if experts else None
+    sizes: dict[str, Any] = {"num_layers": layers, "hidden_size": width, "num_heads": width // 64, "ffn_size": 3 * width, "moe": moe}
+    return Model(**sizes, vocab_size=4096)
 
 
 def our_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, compiled: bool) -> tuple[Callable[[], object], dict[str, int]]:
@@ -116,6 +116,7 @@ def in_turn(steps: dict[str, Callable[[], object]], rounds: int, device: torch.d
 def main(
     dtype: str = "bf16",
     layers: int = 1,
+    width: int = 512,
     sequences: Annotated[int, typer.Option(help="of 512 tokens in a micro-batch")] = 16,
     rounds: int = 3,
     threads: int = 2,
@@ -133,9 +134,9 @@ def main(
     sizes: dict[str, Any] = {}
     for number in (0, *experts):
         what = f"{number} experts" if number else "dense"
-        steps[what], sizes[what] = our_step(shape(layers, number), batches, kind, compiled)
+        steps[what], sizes[what] = our_step(shape(layers, number, width), batches, kind, compiled)
     for implementation in filter(None, theirs.split(",")):
-        steps[f"Mixtral, {implementation}"] = their_step(shape(layers, experts[0]), batches, kind, compiled, implementation)
+        steps[f"Mixtral, {implementation}"] = their_step(shape(layers, experts[0], width), batches, kind, compiled, implementation)
     for step in steps.values():
         step()  # what is made once
     clock, processor = in_turn(steps, rounds, place)
@@ -148,6 +149,7 @@ def main(
             "machine": machine(),
             "tokens": tokens,
             "layers": layers,
+            "width": width,
             "seconds": clock,
             "processor_seconds": processor,
             "ratios_of": "processor_seconds" if seconds is processor else "seconds",

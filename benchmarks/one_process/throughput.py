@@ -16,14 +16,14 @@ from megascale.comm.mesh import AXES, build_mesh
 from megascale.config.load import load_config
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
-from megascale.measure.compute import flops_per_token
+from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
 from megascale.model.spec import specs_of
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import parallelize
+from megascale.parallel.apply import ParallelModel, parallelize
 from megascale.schedule.accumulate import Accumulation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,8 +31,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def our_step(
     cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str, fp8: Fp8 = "false"
-) -> tuple[Callable[[], object], float]:
-    """One training step of ours, and its FLOPs."""
+) -> tuple[Callable[[], object], float, ParallelModel]:
+    """One training step of ours, its FLOPs, and the model."""
     device = tokens.device
     mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
     kernels = choose_kernels("auto", cfg.norm, device)
@@ -52,7 +52,7 @@ def our_step(
         for w in model.weights:
             w.parameter.grad = None
 
-    return step, flops
+    return step, flops, model
 
 
 def their_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
@@ -90,18 +90,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ffn", choices=["swiglu", "gelu"], default="gelu", help="Hugging Face's Llama has swiglu only")
     parser.add_argument("--config", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--compare", action="store_true", help="also run Hugging Face's Llama (uses swiglu)")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
     if args.config == "gpu":
-        cfg, seq_len, batch, device = load_config("configs/llama-1.2b.yaml").model, 4096, 4, torch.device("cuda")
+        cfg, seq_len, device = load_config("configs/llama-1.2b.yaml").model, 4096, torch.device("cuda")
     else:
         ffn = "swiglu" if args.compare else args.ffn
         sizes = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "vocab_size": 8192, "tie_embeddings": True, "ffn": ffn}
-        cfg, seq_len, batch, device = Model.model_validate(sizes), 512, 4, torch.device("cpu")
+        cfg, seq_len, device = Model.model_validate(sizes), 512, torch.device("cpu")
     assert cfg.vocab_size is not None
-    tokens = torch.randint(0, cfg.vocab_size, (batch, seq_len + 1), device=device)
-    step, flops = our_step(cfg, seq_len, tokens, dtype, "none")
+    tokens = torch.randint(0, cfg.vocab_size, (args.batch, seq_len + 1), device=device)
+    step, flops, _ = our_step(cfg, seq_len, tokens, dtype, "none")
     steps = {"megascale": step}
     if args.compare:
         steps["huggingface"] = their_step(cfg, tokens, dtype)
@@ -117,7 +118,7 @@ def main() -> None:
         "parameters": parameters,
         "dtype": args.dtype,
         "ffn": cfg.ffn,
-        "tokens_per_step": batch * seq_len,
+        "tokens_per_step": args.batch * seq_len,
         "flops_per_step": flops,
         "flops_formula": "6·parameters·tokens + 12·L·h·s·tokens (attention in full)",
         "share_of_gemm": flops / measured["megascale"]["seconds"] / measured["megascale"]["gemm_flops"],
@@ -126,6 +127,9 @@ def main() -> None:
     if args.compare:
         result["speed_over_huggingface"] = measured["huggingface"]["seconds"] / measured["megascale"]["seconds"]
     if device.type == "cuda":
+        seconds = measured["megascale"]["seconds"]
+        result["tokens_per_second"] = args.batch * seq_len / seconds
+        result["mfu"] = flops / seconds / peak_flops(device, dtype)
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     write(__file__, f"{device.type}_{args.dtype}{'_vs_hf' if args.compare else ''}", result)
 

@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed), `enter_memory`
     (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens),
-    `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi).
+    `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi). Compilation sets `compiled_loss`.
     The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
     """
 
@@ -115,6 +115,7 @@ class Decoder(nn.Module):
         self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
+        self.compiled_loss = False
         self.xpos_middle: int | None = None  # the position that XPos counts from, where passes over parts of a text must agree on it
         self.heads_here: tuple[int, int] = (0, cfg.num_heads)
 
@@ -224,6 +225,7 @@ class Decoder(nn.Module):
             self.vocab_first,
             vocabulary,
             self.vocab_axis,
+            self.compiled_loss,
         )
 
     def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megascale.model.decoder import Decoder
 from megascale.model.families import Family
 
 aten = torch.ops.aten
@@ -49,6 +50,8 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def compile_blocks(model: Family) -> None:
-    """Blocks share one compiled graph; exchanges between ranks stay outside it."""
+    """Blocks share one compiled graph; exchanges between ranks stay outside it. On devices the loss has one of its own."""
+    if isinstance(model, Decoder):
+        model.compiled_loss = True
     for _, block in model.units():
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]

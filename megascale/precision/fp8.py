@@ -10,6 +10,7 @@ Shapes: n rows (tokens), in and out features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,10 +37,15 @@ def fp8_product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tenso
     """a [m, k] · b [n, k]ᵀ · scale → [m, n] in `dtype`, summed in fp32 and rounded once. Both factors have contiguous rows."""
     check_product(a, b)
     if a.device.type != "cpu":
-        one = torch.ones((), dtype=torch.float32, device=a.device)
-        return torch._scaled_mm(a, b.t(), scale_a=one * scale, scale_b=one, out_dtype=dtype)
+        return torch._scaled_mm(a, b.t(), scale_a=_on_device(scale, a.device), scale_b=_on_device(1.0, a.device), out_dtype=dtype)
     # FP8 values are exact in fp32, and so are their products; what is left to chance is the order of the sum.
     return (a.to(torch.float32) @ b.to(torch.float32).t()).mul_(scale).to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _on_device(scale: float, device: torch.device) -> Tensor:
+    """Made once: a kernel that fills one number would wait in the line of every product."""
+    return torch.full((), scale, dtype=torch.float32, device=device)
 
 
 @fp8_product.register_fake
