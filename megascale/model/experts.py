@@ -157,10 +157,11 @@ class Bank(nn.Module):
     @torch.no_grad()
     def _add_gradient(self, counts: Tensor, g: Tensor, x: Tensor) -> None:
         """The weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
-        weight, sizes = self.weight, counts.tolist() if self.fp8 or not has_grouped_product(x, self.weight) else []
+        weight = self.weight
         if self.fp8:
-            part = grouped_weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), sizes, self.scale, g.dtype)
-        elif sizes:
+            part = grouped_weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), counts, self.scale, g.dtype)
+        elif not has_grouped_product(x, weight):
+            sizes = counts.tolist()
             part = torch.stack([a.t() @ b for a, b in zip(g[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes))])
         else:
             part = torch._grouped_mm(g.t(), x, offs=counts.cumsum(0).to(torch.int32))

@@ -29,7 +29,7 @@ def cross_entropy_sum(
 
     x [T, d]; weight [V, d], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T], negative where not
     counted. With an axis the vocabulary is cut over its ranks and all of them return the same loss; the gradient of x is then this rank's
-    part of a sum. `scale` is applied before gradients are rounded to x's dtype. With `compiled` a device reads and writes a chunk thrice, not ten times.
+    part of a sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: on a device, passes over a chunk are fused.
     """
     return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, compiled)  # type: ignore[no-any-return]
 

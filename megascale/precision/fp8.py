@@ -155,45 +155,65 @@ def weight_gradient(g8: Tensor, x8: Tensor, scale: float, dtype: torch.dtype) ->
 
 
 def fp8_grouped(x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
-    """x [n, in] sorted by expert, weight [E, out, in], counts [E] → [n, out]; rows beyond the sum of the counts are zero."""
+    """x [n, in] sorted by expert, weight [E, out, in], counts [E] → [n, out]; rows beyond the sum of the counts are undefined."""
     return _Grouped.apply(x, weight, counts, scale, watch)  # type: ignore[no-any-return]
 
 
 class _Grouped(torch.autograd.Function):
-    """Expert by expert. PyTorch's grouped FP8 product is CUDA's alone."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None) -> Tensor:
-        ctx.sizes, ctx.scale, ctx.watch = counts.tolist(), scale, watch
+        ctx.scale, ctx.watch = scale, watch
         x8, w8 = to_fp8(x, E4M3), weight_to_fp8(weight, x.dtype)
         if watch is not None:
             watch("input", x, x8)
-        ctx.save_for_backward(x8, weight)
-        return _over_experts(lambda i, rows: fp8_product(x8[rows], w8[i], scale, x.dtype), ctx.sizes, x.new_zeros((len(x), w8.shape[1])))
+        ctx.save_for_backward(x8, weight, counts)
+        if not _in_one_kernel(x):
+            return _over_experts(lambda rows, i: fp8_product(rows, w8[i], scale, x.dtype), x8, counts, x.new_empty((len(x), w8.shape[1])))
+        if torch.cuda.get_device_capability(x.device) < (9, 0):
+            return torch._grouped_mm(x8.to(x.dtype), w8.to(x.dtype).mT, offs=_ends(counts)).mul_(scale)
+        scales = torch.full((len(x),), scale, device=x.device), torch.ones(w8.shape[:2], device=x.device)
+        return torch._scaled_grouped_mm(x8, w8.mT, *scales, offs=_ends(counts), out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x8, weight), (g,) = ctx.saved_tensors, grads
+        (x8, weight, counts), (g,) = ctx.saved_tensors, grads
         w8, g8 = weight_to_fp8(weight, g.dtype), to_fp8(g, E5M2)
         if ctx.watch is not None:
             ctx.watch("gradient", g, g8)
-        dx = _over_experts(
-            lambda i, rows: input_gradient(g8[rows], w8[i], ctx.scale, g.dtype), ctx.sizes, g.new_zeros((len(g), w8.shape[2]))
-        )
-        return dx, grouped_weight_gradient(g8, x8, ctx.sizes, ctx.scale, g.dtype), None, None, None
+        if _in_one_kernel(g):
+            dx = torch._grouped_mm(g8.to(g.dtype), w8.to(g.dtype), offs=_ends(counts)).mul_(ctx.scale)
+        else:
+            product = lambda rows, i: input_gradient(rows, w8[i], ctx.scale, g.dtype)  # noqa: E731
+            dx = _over_experts(product, g8, counts, g.new_empty((len(g), w8.shape[2])))
+        return dx, grouped_weight_gradient(g8, x8, counts, ctx.scale, g.dtype), None, None, None
 
 
-def grouped_weight_gradient(g8: Tensor, x8: Tensor, sizes: list[int], scale: float, dtype: torch.dtype) -> Tensor:
+def grouped_weight_gradient(g8: Tensor, x8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """g8 [n, out] and x8 [n, in] sorted by expert → [E, out, in]."""
+    if g8.is_cuda and dtype == torch.bfloat16:
+        return torch._grouped_mm(g8.to(dtype).t(), x8.to(dtype), offs=_ends(counts)).mul_(scale)
+    sizes = counts.tolist()
     parts = zip(g8[: sum(sizes)].split(sizes), x8[: sum(sizes)].split(sizes))
     return torch.stack([weight_gradient(g, x, scale, dtype) for g, x in parts])
 
 
-def _over_experts(product: Any, sizes: list[int], out: Tensor) -> Tensor:
+def _in_one_kernel(x: Tensor) -> bool:
+    """On devices one kernel serves all experts, and the host needs no counts. Torch has it in FP8 for e4m3 alone: both products of backward
+    multiply the same rounded numbers in bf16, which holds every one of them.
+    """
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """Where each expert's rows end, as grouped products want it."""
+    return counts.cumsum(0).to(torch.int32)
+
+
+def _over_experts(product: Callable[[Tensor, int], Tensor], x: Tensor, counts: Tensor, out: Tensor) -> Tensor:
+    """Fills `out` with the product of each expert's rows of x."""
     begin = 0
-    for i, size in enumerate(sizes):
+    for i, size in enumerate(counts.tolist()):
         if size:
-            rows = slice(begin, begin + size)
-            out[rows] = product(i, rows)
+            out[begin : begin + size] = product(x[begin : begin + size], i)
         begin += size
     return out
