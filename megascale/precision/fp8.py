@@ -155,7 +155,9 @@ def weight_gradient(g8: Tensor, x8: Tensor, scale: float, dtype: torch.dtype) ->
 
 
 def fp8_grouped(x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
-    """x [n, in] sorted by expert, weight [E, out, in], counts [E] → [n, out]; rows beyond the sum of the counts are undefined."""
+    """x [n, in] sorted by expert, weight [E, out, in], counts [E] → [n, out]; rows beyond the sum of the counts are zero,
+    on devices undefined.
+    """
     return _Grouped.apply(x, weight, counts, scale, watch)  # type: ignore[no-any-return]
 
 
@@ -168,7 +170,7 @@ class _Grouped(torch.autograd.Function):
             watch("input", x, x8)
         ctx.save_for_backward(x8, weight, counts)
         if not _in_one_kernel(x):
-            return _over_experts(lambda rows, i: fp8_product(rows, w8[i], scale, x.dtype), x8, counts, x.new_empty((len(x), w8.shape[1])))
+            return _over_experts(lambda rows, i: fp8_product(rows, w8[i], scale, x.dtype), x8, counts, x.new_zeros((len(x), w8.shape[1])))
         if torch.cuda.get_device_capability(x.device) < (9, 0):
             return torch._grouped_mm(x8.to(x.dtype), w8.to(x.dtype).mT, offs=_ends(counts)).mul_(scale)
         scales = torch.full((len(x),), scale, device=x.device), torch.ones(w8.shape[:2], device=x.device)
@@ -184,7 +186,7 @@ class _Grouped(torch.autograd.Function):
             dx = torch._grouped_mm(g8.to(g.dtype), w8.to(g.dtype), offs=_ends(counts)).mul_(ctx.scale)
         else:
             product = lambda rows, i: input_gradient(rows, w8[i], ctx.scale, g.dtype)  # noqa: E731
-            dx = _over_experts(product, g8, counts, g.new_empty((len(g), w8.shape[2])))
+            dx = _over_experts(product, g8, counts, g.new_zeros((len(g), w8.shape[2])))
         return dx, grouped_weight_gradient(g8, x8, counts, ctx.scale, g.dtype), None, None, None
 
 
