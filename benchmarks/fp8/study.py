@@ -1,7 +1,7 @@
 """What FP8 costs in loss, whether learning rates carry over to other widths, what casts lose under each activation.
 
     python -m benchmarks.fp8.study quality      # fp32, bf16, FP8 and FP8 without its loss scale, three seeds
-    python -m benchmarks.fp8.study transfer     # best learning rate at widths 64 … 512, unit-scaled and standard
+    python -m benchmarks.fp8.study transfer --steps 200 --batch 4  # best learning rate at widths 64 … 512, unit-scaled and standard
     python -m benchmarks.fp8.study activations  # zeros after the cast at the input of FFN-down
 
 each with `--processes 2`; `--steps`, `--seeds`, `--widths` make them larger. Runs that are in the results already are kept. The corpus
@@ -28,7 +28,7 @@ PRECISIONS = {
     "fp8 without loss scale": ["precision.compute=bf16", "precision.loss_scale=1"],
 }
 # Rates around the best of width 64, in steps of two.
-RATES = {"mus": [2.0**-i for i in (8, 7, 6, 5, 4, 3)], "standard": [2.0**-i for i in (12, 11, 10, 9, 8, 7, 6)]}
+RATES = {"mus": [2.0**-i for i in (7, 6, 5, 4, 3)], "standard": [2.0**-i for i in (11, 10, 9, 8, 7, 6)]}
 STANDARD = ["model.residual=pre", "optim.base_width=null", "optim.independent_decay=false", "optim.weight_decay=0"]
 
 
@@ -102,7 +102,7 @@ def activations(args: argparse.Namespace, common: list[str]) -> None:
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    return {"steps": args.steps, "blocks": 4, "unigram_entropy": source_facts(args.data).get("unigram_entropy")}
+    return {"steps": args.steps, "batch": args.batch, "blocks": 4, "unigram_entropy": source_facts(args.data).get("unigram_entropy")}
 
 
 def main() -> None:
@@ -110,12 +110,14 @@ def main() -> None:
     parser.add_argument("part", choices=["quality", "transfer", "activations"])
     parser.add_argument("--data", default="data/stdlib512", help="prefix of token files")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 128 tokens in a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--draw", type=Path, default=None)
     args = parser.parse_args()
     common = [f"train.steps={args.steps}", f"optim.warmup_steps={args.steps // 10}", f"data.train={args.data}", "precision.fp8_watch=100"]
+    common += [f"train.global_batch_size={args.batch}", f"train.micro_batch_size={args.batch}"]
     {"quality": quality, "transfer": transfer, "activations": activations}[args.part](args, common)
 
 
