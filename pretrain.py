@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
             stop.loud = ranks.rank == 0
             stop.listen()
             from megascale.train.growing import trainers
-            from megascale.train.setup import choose_device, leave_together, process_group
+            from megascale.train.place import choose_device, leave_together, process_group
 
             watch = group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
             with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows

@@ -21,7 +21,7 @@ from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, Weight, build_stages, parallelize
 from megascale.parallel.expert import settle_routers
-from megascale.train.setup import build_schedule
+from megascale.train.build import build_schedule
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

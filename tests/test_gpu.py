@@ -15,7 +15,7 @@ from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.expert import settle_routers
 from megascale.precision.fp8 import E4M3, E5M2, fp8_grouped, fp8_product, to_fp8
-from megascale.train.setup import build_schedule
+from megascale.train.build import build_schedule
 from tests.layouts import CPU, Case, build, fake_batch, tiny
 from tests.runs import make_tokens, rows, run, settings
 

@@ -25,7 +25,8 @@ from megascale.launch.ranks import RankInfo
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.train.memory import DTYPES
-from megascale.train.setup import choose_device, resolve_vocabulary
+from megascale.train.place import choose_device
+from megascale.train.samples import resolve_vocabulary
 
 app = new_app(__doc__ or "")
 WARM, ROUNDS = 1, 3

@@ -19,7 +19,7 @@ from megascale.formats.load import load_model
 from megascale.generate.open import layout, open_model
 from megascale.generate.run import Sampling, generate
 from megascale.launch.ranks import find_ranks
-from megascale.train.setup import agreed, choose_device, process_group
+from megascale.train.place import agreed, choose_device, process_group
 
 app = new_app(__doc__ or "")
 

@@ -26,17 +26,10 @@ from megascale.model.moments import Gradient, Signal
 from megascale.model.residual import Stack
 from megascale.model.theory import stack_points
 from megascale.precision.loss_scale import loss_scale
+from megascale.train.build import build_model, build_schedule
+from megascale.train.place import agreed, choose_device, process_group
 from megascale.train.probe import Point, probe, warnings
-from megascale.train.setup import (
-    agreed,
-    build_model,
-    build_schedule,
-    choose_device,
-    micro_batches,
-    open_data,
-    process_group,
-    resolve_vocabulary,
-)
+from megascale.train.samples import micro_batches, open_data, resolve_vocabulary
 
 app = new_app(__doc__ or "")
 PANELS = {

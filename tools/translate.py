@@ -22,8 +22,9 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.model.beam import beam_search
 from megascale.model.encoder_decoder import EncoderDecoder
+from megascale.train.build import build_model
+from megascale.train.place import choose_device
 from megascale.train.samples import end_token, first_prefix
-from megascale.train.setup import build_model, choose_device
 from megascale.train.state import model_pieces
 
 app = new_app(__doc__ or "")

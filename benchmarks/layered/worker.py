@@ -21,7 +21,7 @@ from megascale.data.loader import Batch
 from megascale.model.decoder import Shape
 from megascale.model.kernels import torch_rmsnorm
 from megascale.parallel.apply import build_stages, parallelize
-from megascale.train.setup import build_engine
+from megascale.train.build import build_engine
 
 CPU = torch.device("cpu")
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "ffn_size": 704, "vocab_size": 2048}

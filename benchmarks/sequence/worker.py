@@ -22,7 +22,7 @@ from megascale.model.kernels import torch_rmsnorm
 from megascale.model.spacetime import Spacetime
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.grid import ulysses_everywhere
-from megascale.train.setup import build_engine
+from megascale.train.build import build_engine
 
 CPU = torch.device("cpu")
 GRID, BATCH, LAYERS = (24, 48), 4, 4

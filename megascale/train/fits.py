@@ -15,8 +15,8 @@ from megascale.config.support import check
 from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.train.memory import GB, needed
+from megascale.train.place import choose_device
 from megascale.train.samples import resolve_vocabulary
-from megascale.train.setup import choose_device
 
 
 def limit_of(device: torch.device, ranks: RankInfo) -> float:

@@ -15,8 +15,10 @@ from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.launch.ranks import RankInfo
 from megascale.train.phases import Phase
+from megascale.train.place import agreed
 from megascale.train.resume import step_of
-from megascale.train.setup import agreed, build_trainer, resolve_vocabulary
+from megascale.train.samples import resolve_vocabulary
+from megascale.train.setup import build_trainer
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
 from megascale.train.watch import SAVING, Pulse

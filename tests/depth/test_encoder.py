@@ -15,7 +15,7 @@ from megascale.data.masking import Masking
 from megascale.errors import UsageError
 from megascale.model.attention import attend_all
 from megascale.model.attention_tiles import Seen
-from megascale.train.setup import resolve_vocabulary
+from megascale.train.samples import resolve_vocabulary
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings

@@ -21,8 +21,8 @@ from megascale.model import moments
 from megascale.model.moments import Gradient, Signal
 from megascale.model.residual import Stack
 from megascale.model.theory import stack_points
+from megascale.train.build import build_schedule
 from megascale.train.probe import Point, probe, warnings
-from megascale.train.setup import build_schedule
 from tests.depth.test_table import scheme
 from tests.layouts import CPU, Case, build, fake_batch
 from tests.ranks import run_ranks

@@ -15,7 +15,7 @@ from megascale.config.load import build_config
 from megascale.data.loader import make_batch
 from megascale.formats.compare import our_logits
 from megascale.formats.sources import open_checkpoint
-from megascale.train.setup import open_data
+from megascale.train.samples import open_data
 from tests.formats.models import save
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings

@@ -1,0 +1,60 @@
+"""What starts here, for the reader of the screen and of events.jsonl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from megascale.config.layout import describe
+from megascale.config.schema import Config
+from megascale.config.support import padding_note
+from megascale.launch.ranks import RankInfo, node_name
+from megascale.train.console import Console
+from megascale.train.metrics import RunLog
+from megascale.train.resume import Start
+from megascale.train.samples import first_facts
+from megascale.train.state import Progress
+
+
+def announce(
+    config: Config,
+    ranks: RankInfo,
+    facts: dict[str, Any],
+    start: Start,
+    progress: Progress,
+    data_note: str | None,
+    log: RunLog,
+    console: Console,
+) -> None:
+    """What starts here, for the reader of the screen and of events.jsonl."""
+    layout = describe(config.parallel)
+    entropy = first_facts(config).get("unigram_entropy")
+    details: dict[str, Any] = {
+        "layout": layout,
+        "ranks": ranks.size,
+        **facts,
+        "torch": torch.__version__,
+        "node": node_name(),
+        "unigram_entropy": entropy,
+        "began": round(psutil.Process().create_time(), 3),
+        **log.past,
+    }
+    if start.folder is not None:
+        details["from"] = str(start.folder)
+    log.event("resume" if progress.step else "start", progress.step, **details)
+    if start.changes:
+        log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
+    size, active = facts["parameters"], facts["parameters_active"]
+    many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
+    fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
+    threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
+    console.say(f"{config.run.name}: {many} on {layout}, {config.precision.compute}{fp8}{threads}, norm kernel {facts['norm_kernel']}")
+    if entropy is not None:
+        console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
+    if start.folder is not None:
+        console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
+    for sentence in (padding_note(config), data_note):
+        if sentence:
+            console.warn(sentence)

@@ -1,0 +1,89 @@
+"""A model on its mesh and the engine that trains it, as the config says."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.comm.mesh import Mesh
+from megascale.config.schema import Config, Parallel, Precision, any_layer
+from megascale.errors import UsageError
+from megascale.launch.ranks import node_name
+from megascale.measure.compute import flops_per_token
+from megascale.model.families import build_part
+from megascale.model.kernels import choose_kernels
+from megascale.model.layers import Fp8
+from megascale.model.spec import active_parameters, specs_of
+from megascale.optim.clip import norm_factors
+from megascale.optim.optimizers import build_optimizer
+from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.precision.dynamic import check_torchao
+from megascale.schedule.accumulate import Accumulation, Schedule
+from megascale.schedule.layered import Layered
+from megascale.schedule.pipeline import Pipeline
+from megascale.train.engine import Engine, Native
+from megascale.train.in_backward import InBackward
+from megascale.train.memory import shape_of
+
+
+def check_torch(config: Config) -> None:
+    """Refuses what the installed torch cannot do: before 2.12 the stages of its pipelines were of another make."""
+    if config.precision.fp8 == "dynamic":
+        check_torchao()
+    if config.parallel.pp > 1 and torch.__version__.startswith("2.11."):
+        raise UsageError(f"parallel.pp is {config.parallel.pp} and torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
+
+
+def check_offload_dir(config: Config) -> None:
+    """Raises UsageError where the folder for offloaded state is not there, on any node."""
+    folder = config.parallel.offload_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"parallel.offload_dir is {folder}, and {node_name()} has no such folder: make it, on every node")
+
+
+def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
+    """The cut model in memory, facts for the log, and its training FLOPs per token."""
+    kernels = choose_kernels(config.run.kernels, config.model.norm, device)
+    shape = shape_of(config)
+    specs = specs_of(build_part(config.model, shape, kernels.norm))
+    for key in config.optim.multipliers:
+        if not any(key in (name, any_layer(name)) for name in specs):
+            near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
+            raise UsageError(f"optim.multipliers names {key}, which no weight is called{f'; did you mean {near[0]}?' if near else ''}")
+    flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length)
+    active = active_parameters(specs)
+    facts = {
+        "parameters": sum(s.numel for s in specs.values()),
+        "parameters_active": active,
+        "norm_kernel": f"{kernels.source} ({kernels.reason})",
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+    }
+    stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
+    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
+
+
+def products_of(precision: Precision) -> Fp8:
+    """How hidden products are computed."""
+    return precision.fp8_recipe if precision.fp8 == "dynamic" else precision.fp8
+
+
+def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:
+    if parallel.pp > 1:
+        return Pipeline(model, parallel, device)
+    return Layered(model, parallel.breadth_first) if parallel.accumulation == "layered" else Accumulation(model)
+
+
+def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
+    if config.parallel.engine == "deepspeed":
+        from megascale.train.deepspeed import DeepSpeed  # an extra, imported for those who ask for it
+
+        return DeepSpeed(model, config, device)
+    schedule = build_schedule(model, config.parallel, device)
+    if config.parallel.update_in_backward:
+        assert isinstance(schedule, Layered)
+        return InBackward(model, schedule, config.optim, device)
+    optimizer = build_optimizer(model, config.optim, config.parallel.offload)
+    return Native(model, schedule, optimizer, config.train.clip, factors=norm_factors(model.weights, config.optim))

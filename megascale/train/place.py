@@ -1,0 +1,90 @@
+"""Where a process runs: its device, its ranks, and how they come to one decision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megascale.comm.group import join, open_store
+from megascale.config.schema import Config
+from megascale.errors import MegascaleError, UsageError
+from megascale.launch.ranks import RankInfo
+from megascale.train.watch import Watch
+
+WATCH_FIRST = 30.0  # seconds
+FP8_CAPABILITY = (8, 9)  # from which on CUDA devices multiply FP8: Ada, Hopper and newer
+T = TypeVar("T")
+
+
+def choose_device(config: Config, ranks: RankInfo) -> torch.device:
+    wanted = config.run.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("run.device is cuda and torch finds no CUDA device here: use auto or cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"local rank {ranks.local_rank} has no device of its own: {ranks.local_size} ranks and {torch.cuda.device_count()} devices on "
+            "this node; start fewer ranks"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    capability = torch.cuda.get_device_capability(device)
+    if config.precision.fp8 != "false" and capability < FP8_CAPABILITY:
+        raise UsageError(
+            f"precision.fp8 is {config.precision.fp8} and {torch.cuda.get_device_name(device)} has compute capability {capability}: FP8 "
+            f"products need {FP8_CAPABILITY}; use precision.fp8 false, which is the same model in precision.compute"
+        )
+    return device
+
+
+@contextmanager
+def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[Watch]:
+    """Ranks met (nothing for a process alone) and watched; threads set so that ranks on one node share its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.run.threads or max(1, cores // ranks.local_size))
+    limit = config.run.collective_timeout
+    if ranks.size == 1:
+        yield Watch(ranks, None, limit)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and config.parallel.offload:
+        backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
+    # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
+    store = open_store(ranks, limit)
+    join(store, ranks, backend, limit + WATCH_FIRST)
+    try:
+        yield Watch(ranks, store, limit)
+    finally:
+        dist.destroy_process_group()
+
+
+def leave_together() -> None:
+    """Waits for all ranks: launchers that kill what is left when one rank ends must not find anybody still writing."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # a peer that dies now takes nothing with it: the run's state is whole
+            dist.barrier()
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; an error of one rank is raised on all, so that none waits for another for ever."""
+    result, error = None, None
+    try:
+        result = action()
+    except MegascaleError as caught:
+        error = caught
+    if dist.is_initialized():
+        everyone: list[tuple[type[MegascaleError], str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, None if error is None else (type(error), str(error)))
+        failed = [(rank, e) for rank, e in enumerate(everyone) if e is not None]
+        if failed:
+            rank, (kind, text) = failed[0]
+            raise kind(text if len(failed) == len(everyone) else f"rank {rank}: {text}") from None
+    elif error is not None:
+        raise error
+    return result  # type: ignore[return-value]
