@@ -55,6 +55,16 @@ def announce(
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
-    for sentence in (padding_note(config), data_note):
+    for sentence in (padding_note(config), data_note, cast_note(config, facts["device"])):
         if sentence:
             console.warn(sentence)
+
+
+def cast_note(config: Config, device: str) -> str | None:
+    """A sentence when FP8 on a GPU is left uncompiled (docs/gpu.md has the numbers)."""
+    if config.precision.fp8 == "false" or config.parallel.compile or device == "cpu":
+        return None
+    return (
+        f"precision.fp8 is {config.precision.fp8} and parallel.compile is false: casts that are not compiled cost more than FP8 saves; "
+        "set parallel.compile true"
+    )

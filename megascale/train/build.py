@@ -58,6 +58,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
     facts = {
         "parameters": sum(s.numel for s in specs.values()),
         "parameters_active": active,
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
         **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
     }

@@ -11,6 +11,7 @@ from megascale.config.load import build_config
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.precision.dynamic import Recipe, dynamic_linear
+from megascale.train.announce import cast_note
 from megascale.train.build import check_torch
 from tests.layouts import Case, tiny, train
 from tests.ranks import run_ranks
@@ -61,3 +62,18 @@ def test_layouts_within_a_band(ranks: int, parallel: Parallel, recipe: Recipe) -
     exact = run_ranks(1, train, Case(case.model, precision="fp32", seq_len=16, keep_tensors=False))[0]["loss"]
     assert max(abs(a - b) / b for a, b in zip(got, reference)) < 2e-2
     assert reference != exact  # it did round
+
+
+def test_uncompiled_casts_on_a_gpu_are_told() -> None:
+    """Catches FP8 that is slower than bf16 without a word, and a warning where nothing can be done about it."""
+    plain = build_config(
+        {
+            "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 64, "residual": "mus", "ffn": "gelu"},
+            "train": {"steps": 1},
+            "data": {"train": "x"},
+            "precision": {"fp8": True},
+        }
+    )
+    assert "parallel.compile" in (cast_note(plain, "NVIDIA H100") or "")
+    compiled = plain.model_copy(update={"parallel": plain.parallel.model_copy(update={"compile": True})})
+    assert cast_note(plain, "cpu") is None and cast_note(compiled, "NVIDIA H100") is None
