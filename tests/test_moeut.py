@@ -126,6 +126,10 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "ring": (2, Parallel(cp=2)),
     "ulysses x ep": (4, Parallel(cp=2, cp_method="ulysses", ep=2)),
     "ep x edp": (4, Parallel(ep=2, recompute="full")),
+    "tp": (2, Parallel(tp=2)),
+    "tp x zero3 x ep": (4, Parallel(tp=2, ep=2)),
+    "tp sequence x ulysses": (4, Parallel(tp=2, tp_sequence=True, cp=2, cp_method="ulysses", recompute="selective")),
+    "whole experts over tp and cp": (4, Parallel(tp=2, tp_sequence=True, etp=1, cp=2, ep=4)),
 }
 
 
@@ -135,6 +139,8 @@ def test_every_layout_equals_one_process(layout: str) -> None:
     """Catches a weight of several layers whose gradient is reduced before all of them have added to it."""
     ranks, parallel = LAYOUTS[layout]
     model = repeated(num_experts=4) if parallel.ep > 1 else repeated()
+    if parallel.tp > 1:  # heads that tp divides
+        model = model.model_copy(update={"num_heads": 4, "num_kv_heads": 4})
     assert_equal(Case(model.model_copy(update={"dropout": 0.1}), parallel, packed=True), ranks)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, grouped_product, has_grouped_product, readings
+from megascale.model.init import initialize, orthogonal
 from megascale.model.kernels import torch_rmsnorm
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
@@ -181,6 +184,27 @@ def test_xmoe_compares_directions() -> None:
         router.weight.mul_(3.0)
     torch.testing.assert_close(router.logits(x), want)
     assert router.project.shape == (16, 24)
+
+
+@pytest.mark.parametrize("experts", [6, 40])
+def test_xmoe_starts_from_an_orthogonal_matrix(experts: int) -> None:
+    """Catches rows drawn one by one, lengths that are not the published one, and a start that follows how the rows are dealt out."""
+    spec = specs_of(declared(tiny(moe={"num_experts": experts, "router": "xmoe"})))["router.weight"]
+    whole = torch.empty(spec.shape, dtype=torch.float64)
+    initialize(Piece(spec.shape, (0, 0), whole), "w", spec, 3)
+    assert whole.norm(dim=1).tolist() == pytest.approx([1.5] * experts, rel=1e-6)
+    if experts <= spec.shape[1]:
+        torch.testing.assert_close(whole @ whole.t(), 2.25 * torch.eye(experts, dtype=torch.float64), rtol=0, atol=1e-6)
+    else:  # more rows than dimensions: the columns are orthogonal, up to what bringing the rows to one length changes
+        normal = torch.empty(spec.shape)
+        initialize(Piece(spec.shape, (0, 0), normal), "w", replace(spec, orthogonal=False, equal_rows=False, std=1.0), 3)
+        q = orthogonal(normal)
+        torch.testing.assert_close(q.t() @ q, torch.eye(16, dtype=torch.float64))
+        torch.testing.assert_close(whole, 1.5 * q / q.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
+    for low, high in ((0, 1), (1, 4), (experts - 2, experts)):
+        part = torch.empty(high - low, spec.shape[1], dtype=torch.float64)
+        initialize(Piece(spec.shape, (low, 0), part), "w", spec, 3)
+        assert torch.equal(part, whole[low:high])
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "relu"])

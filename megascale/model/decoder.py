@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         for name, masses_of in told.items():
             block = self.blocks[name]
             assert isinstance(block, RepeatedBlock)
-            losses.append(repeats_loss(masses_of, weight, moeut.attention_aux_loss, block.ffn.over_sequence))
+            losses.append(repeats_loss(masses_of, block, weight, moeut.attention_aux_loss))
         return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:

@@ -2,12 +2,14 @@
 
 A tensor is covered by fixed tiles of its last two dimensions; each tile has a generator of its own. A rank draws the tiles that its
 rectangle touches and keeps what it needs. Numbers are drawn in fp32 on the CPU, so that neither the device nor the dtype changes the start.
+Orthogonal matrices, which are small, are the exception: every rank draws them whole, for all of their rows take part in each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +29,14 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
     if piece.local.numel() == 0:
         return
     shape, local, offset = piece.shape, piece.local, piece.offset
+    if spec.orthogonal:
+        assert spec.equal_rows, "its one user, X-MoE, gives its rows their length"
+        normal = torch.empty(shape)
+        initialize(Piece(shape, (0,) * len(shape), normal), name, replace(spec, orthogonal=False, equal_rows=False), seed)
+        whole = orthogonal(normal)
+        whole *= spec.std * shape[-1] ** 0.5 / whole.norm(dim=-1, keepdim=True)
+        local.copy_(whole.float()[tuple(slice(o, o + n) for o, n in zip(offset, local.shape))])
+        return
     tile = [1] * max(0, len(shape) - 2) + ([TILE[0] * TILE[1]] if len(shape) == 1 else list(TILE))
     first = [o // t for o, t in zip(offset, tile)]
     last = [(o + n - 1) // t for o, n, t in zip(offset, local.shape, tile)]
@@ -42,6 +52,16 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
     if spec.equal_rows:
         assert local.shape[-1] == shape[-1], "rows of equal length must be whole where they are drawn"
         local.mul_(spec.std * shape[-1] ** 0.5 / local.norm(dim=-1, keepdim=True))
+
+
+def orthogonal(normal: Tensor) -> Tensor:
+    """Standard normal [rows, columns] → the Q of its QR decomposition, in fp64: orthonormal rows or columns, whichever are fewer, uniform
+    over all such matrices since R's diagonal is made positive (Mezzadri, arXiv math-ph/0609050; as `torch.nn.init.orthogonal_`).
+    """
+    wide = normal.shape[0] < normal.shape[1]
+    q, r = torch.linalg.qr(normal.double().t() if wide else normal.double())
+    q = q * r.diagonal().sign()
+    return q.t() if wide else q
 
 
 def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int], truncated: bool) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.model.attention import Attend, attend
+from megascale.model.attention import Attend, attend, identity
 from megascale.model.attention_tiles import Seen
 from megascale.model.block import Context
 from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_through
@@ -47,7 +47,7 @@ class SwitchHead(nn.Module):
         ut = cfg.moeut
         assert ut is not None and cfg.head_dim is not None
         d, e, h, n = cfg.hidden_size, cfg.head_dim, cfg.num_heads, ut.attention_experts
-        self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e
+        self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e  # `heads` of all tensor ranks
         self.rotated = cfg.rotary_dim
         uses, wide = ut.attention_top_k / n, std / math.sqrt(d)
         self.q = Linear(h * e, d, "query", 0, wide, dtype)
@@ -57,23 +57,28 @@ class SwitchHead(nn.Module):
         self.value_selector = declare(ParamSpec((h * n, d), "router", 0, wide, equal_rows=True), dtype)
         self.out_selector = declare(ParamSpec((h * n, d), "router", 0, wide, equal_rows=True), dtype)
         self.attend: Attend = attend
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+        self.over_sequence: Callable[[Tensor], Tensor] = identity
 
-    def forward(self, x: Tensor, normed: Tensor, rotary: Rotary | None, seen: Seen | None) -> tuple[Tensor, Choice, Choice]:
-        """x and N(x) [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs."""
-        q, k = (part(normed).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k))
+    def forward(self, x: Tensor, norm: Norm, rotary: Rotary | None, seen: Seen | None) -> tuple[Tensor, Choice, Choice]:
+        """x [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs, of the heads and tokens met here."""
+        x = self.enter(x)
+        normed = norm(x)
+        q, k = (part(normed).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k))
         if rotary is not None:
             # Half of a head carries positions. Queries and keys are each scaled by e^(−1/4) in the paper, by e^(−1/2) together in `attend`.
             q, k = self._rotate(q, rotary.q_cos, rotary.q_sin), self._rotate(k, rotary.k_cos, rotary.k_sin)
         into, out = self._choose(normed, self.value_selector), self._choose(normed, self.out_selector)
         v = self._values(x, into).transpose(1, 2)
-        return self._outputs(self.attend(q, k, v, seen).transpose(1, 2), out), into, out
+        return self.leave(self._outputs(self.attend(q, k, v, seen).transpose(1, 2), out)), into, out
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1)
 
     def _choose(self, normed: Tensor, selector: Tensor) -> Choice:
         exact = torch.promote_types(normed.dtype, torch.float32)
-        logits = F.linear(normed.to(exact), selector.to(normed.dtype).to(exact)).unflatten(2, (self.heads, self.experts))
+        logits = F.linear(normed.to(exact), selector.to(normed.dtype).to(exact)).unflatten(2, (-1, self.experts))
         return choose("sigma", logits, self.top_k, None)
 
     @torch.compiler.disable
@@ -81,7 +86,7 @@ class SwitchHead(nn.Module):
         """[b, s, d] → [b, s, h, e]: each head's chosen experts on the token, weighted."""
         results = spread_through(self.v, x.flatten(0, 1), self._numbers(choice).flatten(2).flatten(0, 1))
         gates = choice.gates.flatten(0, 1).to(x.dtype)
-        return torch.einsum("thk,thke->the", gates, results.unflatten(1, (self.heads, self.top_k))).unflatten(0, x.shape[:2])
+        return torch.einsum("thk,thke->the", gates, results.unflatten(1, (-1, self.top_k))).unflatten(0, x.shape[:2])
 
     @torch.compiler.disable
     def _outputs(self, y: Tensor, choice: Choice) -> Tensor:
@@ -92,7 +97,7 @@ class SwitchHead(nn.Module):
 
     def _numbers(self, choice: Choice) -> Tensor:
         """Experts counted within a head → among all."""
-        first = torch.arange(self.heads, device=choice.experts.device) * self.experts
+        first = torch.arange(choice.experts.shape[2], device=choice.experts.device) * self.experts
         return choice.experts + first.unsqueeze(-1)
 
 
@@ -105,9 +110,11 @@ class RepeatedBlock(nn.Module):
         d, moe, self.dropout = cfg.hidden_size, cfg.moe, cfg.dropout
         std = math.sqrt(2 / cfg.num_layers)
         assert moe.ffn_size is not None
-        self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        # Norms stand behind the exchange that brings tensor ranks the stream, since values and experts need it without them: one exchange
+        # then serves both, and each rank's gradient of a norm is that of its own heads and experts.
+        self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
         self.attention = SwitchHead(cfg, std, dtype)
-        self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias)
+        self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
         wide = std / math.sqrt(d)
         start = Start({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
         self.ffn = MixtureOfExperts(cfg, Residual("before", Starts("constant", cfg.init_std)), dtype, norm_kernel, start)
@@ -119,17 +126,31 @@ class RepeatedBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
         """x [b, s, d] → [b, s, d], and what its experts got, where that counts."""
         keys, counted = context.keys, context.counted
-        y, into, out = self.attention(x, self.attention_norm(x), context.rotary, context.seen)
+        y, into, out = self.attention(x, self.attention_norm, context.rotary, context.seen)
         x = x + dropout(y, self.dropout, keys)
-        y, choice = self.ffn.chosen_by(self.ffn_norm(x), x, counted)
-        x = x + dropout(y, self.dropout, None if keys is None else ~keys)
+        entered = self.ffn.enter(x)
+        y, choice = self.ffn.chosen_by(self.ffn_norm(entered), entered, counted)
+        x = x + dropout(self.ffn.leave(y), self.dropout, None if keys is None else ~keys)
         if counted is None:
             return x, None
-        return x, Masses(*(mass_of(c.probabilities, counted.to(c.probabilities.dtype)) for c in (choice, into, out)))
+        ffn, value, out_mass = (
+            mass_of(c.probabilities, of.to(c.probabilities.dtype))
+            for c, of in ((choice, self.ffn.counted_here(counted)), (into, counted), (out, counted))
+        )
+        return x, Masses(ffn, value, out_mass)
+
+    @property
+    def attentions(self) -> list[SwitchHead]:
+        return [self.attention]
 
 
-def repeats_loss(told: list[Masses], ffn_weight: float, attention_weight: float, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
-    """One layer's entropy losses over all its repeats, 0-dim: of its feed-forward, of its values and outputs (the mean over heads)."""
+def repeats_loss(told: list[Masses], block: RepeatedBlock, ffn_weight: float, attention_weight: float) -> Tensor:
+    """One layer's entropy losses over all its repeats, 0-dim: of its feed-forward, of its values and outputs (the mean over heads).
+
+    Ranks with the same tokens take equal shares of the first; of the others each has those of its own heads.
+    """
     ffn, value, out = (torch.stack(parts).sum(0) for parts in zip(*told))
-    of_heads = entropy_of(value.flatten(0, 1), over_sequence) + entropy_of(out.flatten(0, 1), over_sequence)
-    return (ffn_weight * entropy_of(ffn, over_sequence) + attention_weight * of_heads / value.shape[1]) / len(told)
+    attention = block.attention
+    of_heads = entropy_of(value.flatten(0, 1), attention.over_sequence) + entropy_of(out.flatten(0, 1), attention.over_sequence)
+    of_ffn = entropy_of(ffn, block.ffn.over_sequence) / block.ffn.copies
+    return (ffn_weight * of_ffn + attention_weight * of_heads / attention.heads) / len(told)

@@ -149,7 +149,8 @@ class Router(nn.Module):
         self.project: nn.Parameter | None = None
         self.temperature: nn.Parameter | None = None
         if cfg.router == "xmoe":
-            wide = ParamSpec((cfg.num_experts, ROUTING_DIM), "router", "heads", EXPERT_NORM / math.sqrt(ROUTING_DIM), equal_rows=True)
+            row_std = EXPERT_NORM / math.sqrt(ROUTING_DIM)
+            wide = ParamSpec((cfg.num_experts, ROUTING_DIM), "router", "heads", row_std, orthogonal=True, equal_rows=True)
             self.project = declare(ParamSpec((ROUTING_DIM, hidden), "router", "heads", std, truncated=truncated), dtype)
             self.temperature = declare(ParamSpec((1,), "norm", "heads", mean=TEMPERATURE), dtype)
         self.weight = declare(wide, dtype)

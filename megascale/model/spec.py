@@ -42,6 +42,8 @@ class ParamSpec:
     """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`.
 
     truncated   the start keeps to two deviations
+    orthogonal  the start is a random matrix with orthonormal rows or columns, whichever are fewer, instead of a normal one;
+                needs equal_rows
     equal_rows  the start's rows are all brought to the length std·√columns
     experts     dimension 0 counts experts, which expert parallelism cuts
     uses        how often a token meets an element of it: less than once in a bank of experts, several times where layers repeat
@@ -53,6 +55,7 @@ class ParamSpec:
     std: float = 0.0
     mean: float = 0.0
     truncated: bool = False
+    orthogonal: bool = False
     equal_rows: bool = False
     experts: bool = False
     uses: float = 1.0

@@ -20,6 +20,7 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Parallel
 from megascale.model.experts import Arrival, Experts, MixtureOfExperts, inverse_of, permute
 from megascale.model.families import Family
+from megascale.model.moeut import SwitchHead
 from megascale.model.router import EXPERT_NORM, moved_bias
 from megascale.model.spec import ParamSpec
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
@@ -48,6 +49,9 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
         cut = [axis for axis in (axes["cp"], *(() if whole else (tp,))) if axis.size > 1]
         if cut:
             moe.over_sequence = partial(_sum_over, axes=cut)
+    for attention in (m for m in model.modules() if isinstance(m, SwitchHead)):
+        if axes["cp"].size > 1:
+            attention.over_sequence = partial(_sum_over, axes=[axes["cp"]])
     return placements
 
 

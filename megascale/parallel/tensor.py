@@ -28,6 +28,7 @@ from megascale.model.attention import kv_heads_of
 from megascale.model.block import Block
 from megascale.model.families import Family
 from megascale.model.layers import Linear, Norm
+from megascale.model.moeut import RepeatedBlock
 from megascale.model.spec import ParamSpec
 
 SEQUENCE = 1  # the dimension of [b, s, d] and [b, s] that is cut
@@ -82,7 +83,7 @@ def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequenc
     else:
         enter, leave = partial(copy_to_ranks, axis=axis), partial(sum_over_ranks, axis=axis)
     for _, block in model.units():
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | RepeatedBlock)
         for sublayer in (*block.attentions, block.ffn):
             sublayer.enter, sublayer.leave = enter, leave
     _share_statistics(model, placements, axis)

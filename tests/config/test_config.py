@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
     "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
     "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
-    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.tp=2")),
+    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.accumulation=layered")),
     "norm_eps_of": (1, ("model.norm_eps_of={blocks.1.ffn_norm: 1e-4}",)),
     "layer_coefficients": (1, ("model.layer_coefficients=[[1, 1], [1, 1]]",)),
     "rope_exponents": (1, ("model.rope_exponents=[0.0]",)),

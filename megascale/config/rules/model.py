@@ -167,10 +167,11 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "moeut_axes",
-        ("model.moeut", "parallel.tp", "parallel.pp", "parallel.accumulation"),
-        lambda c, n: c.model.moeut is not None and (c.parallel.tp > 1 or c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
-        "layers that share their weights stay together, and their heads are not cut yet",
-        "use the data axes, cp and ep",
+        ("model.moeut", "parallel.pp", "parallel.accumulation"),
+        lambda c, n: c.model.moeut is not None and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
+        "the layers of a group come back all through the depth: every stage would hold, gather and reduce all of them, and layer by layer "
+        "they would be gathered once a repeat",
+        "use the data axes, tp, cp and ep, with accumulation depth_first",
     ),
     Rule(
         "norm_eps_of",
