@@ -1,7 +1,7 @@
 """What FP8 costs in loss, whether learning rates carry over to other widths, what casts lose under each activation.
 
     python -m benchmarks.fp8.study quality      # fp32, bf16, FP8 and FP8 without its loss scale, three seeds
-    python -m benchmarks.fp8.study transfer --steps 200 --batch 4  # best learning rate at widths 64 … 512, unit-scaled and standard
+    python -m benchmarks.fp8.study transfer --steps 200 --batch 4 --seeds 1  # best rate at widths 64 … 512, unit-scaled and not
     python -m benchmarks.fp8.study activations  # zeros after the cast at the input of FFN-down
 
 each with `--processes 2`; `--steps`, `--seeds`, `--widths` make them larger. Runs that are in the results already are kept. The corpus
@@ -11,6 +11,8 @@ is the quickstart's text in 512 pieces (benchmarks/depth/study.py says how to ma
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ PRECISIONS = {
     "fp8 without loss scale": ["precision.compute=bf16", "precision.loss_scale=1"],
 }
 # Rates around the best of width 64, in steps of two.
-RATES = {"mus": [2.0**-i for i in (7, 6, 5, 4, 3)], "standard": [2.0**-i for i in (11, 10, 9, 8, 7, 6)]}
+RATES = {"mus": [2.0**-i for i in (7, 6, 5, 4, 3, 2, 1)], "standard": [2.0**-i for i in (12, 11, 10, 9, 8, 7, 6)]}
 STANDARD = ["model.residual=pre", "optim.base_width=null", "optim.independent_decay=false", "optim.weight_decay=0"]
 
 
@@ -58,15 +60,30 @@ def transfer(args: argparse.Namespace, common: list[str]) -> None:
     for width in args.widths:
         shape = [f"model.hidden_size={width}", f"model.ffn_size={4 * width}", f"model.num_heads={width // 32}", "optim.base_width=64"]
         for scheme, rates in RATES.items():
-            for lr in rates:
-                words = [*shape, "precision.fp8=false", *(STANDARD if scheme == "standard" else [])]
-                runs[f"{scheme} {width} lr {lr:g}"] = [*common, *words, f"optim.lr={lr}", "train.eval_every=0", "run.seed=1"]
+            words = [*common, *shape, "precision.fp8=false", *(STANDARD if scheme == "standard" else []), "train.eval_every=0"]
+            for lr, seed in itertools.product(rates, args.seeds):
+                runs[f"{scheme} {width} lr {lr:g} seed {seed}"] = [*words, f"optim.lr={lr}", f"run.seed={seed}"]
     found = study(RESULTS / "transfer-runs.json", facts(args), CONFIG, runs, args.processes)
-    table = {s: {w: {f"{lr:g}": found[f"{s} {w} lr {lr:g}"]["last"] for lr in RATES[s]} for w in args.widths} for s in RATES}
+
+    def loss(scheme: str, width: int, lr: float) -> float:
+        return statistics.mean(found[f"{scheme} {width} lr {lr:g} seed {seed}"]["last"] for seed in args.seeds)
+
+    table = {s: {w: {f"{lr:g}": loss(s, w, lr) for lr in RATES[s]} for w in args.widths} for s in RATES}
     best = {s: {w: min(losses, key=lambda lr: losses[lr]) for w, losses in by_width.items()} for s, by_width in table.items()}
-    write(__file__, "transfer", facts(args) | {"last_loss": table, "best_lr": best})
+    between = {s: {w: lowest(losses) for w, losses in by_width.items()} for s, by_width in table.items()}
+    write(__file__, args.name, facts(args) | {"seeds": args.seeds, "last_loss": table, "best_lr": best, "log2_of_lowest": between})
     if args.draw:
         draw(table, args.draw)
+
+
+def lowest(losses: dict[str, float]) -> float | None:
+    """log2 of the rate where a parabola through the best point and its neighbours is lowest; None where the best is at an end."""
+    points = sorted((math.log2(float(lr)), loss) for lr, loss in losses.items())
+    i = min(range(len(points)), key=lambda i: points[i][1])
+    if i in (0, len(points) - 1):
+        return None
+    (x, left), here, right = points[i - 1], points[i][1], points[i + 1][1]
+    return round(x + 1 + (left - right) / (2 * (left - 2 * here + right)), 2)
 
 
 def draw(table: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
@@ -113,6 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences of 128 tokens in a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--name", default="transfer", help="of transfer's file with the results")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--draw", type=Path, default=None)
     args = parser.parse_args()
