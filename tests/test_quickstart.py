@@ -1,4 +1,4 @@
-"""The README's first command in small: prepare, train on two processes, stop, resume on another layout, report."""
+"""The README's first command in small: prepare, train on two processes, stop, resume on another layout, grow, report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_quickstart(tmp_path: Path) -> None:
     said = call("tools/quickstart.py", "--folder", runs, "--data", prefix, *(x for o in SMALL for x in ("--override", o)))
     assert "learned" in said
     resumed, straight = read_run(runs / "quickstart"), read_run(runs / "quickstart-undisturbed")
-    assert [s["layout"] for s in resumed.starts] == ["dp_shard2", "tp2"]
+    assert [s["layout"] for s in resumed.starts] == ["dp_shard2", "tp2", "tp2"]
+    growths = [[(e["step"], e["verdict"]) for e in run.events if e["event"] == "grow"] for run in (resumed, straight)]
+    assert growths == [[(30, growths[0][0][1])]] * 2 and growths[0][0][1] in ("exact", "rounding") and "the model grew" in said
     apart = gap(resumed, straight)
     assert apart.steps.tolist() == list(range(1, 41)) and apart.delta.max() < 1e-4
     assert [e["event"] for e in resumed.events if e["event"] in ("stop", "done")] == ["stop", "done"]

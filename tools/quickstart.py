@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""From nothing to a report: real text, two processes, a stop, a resume on another layout, and the undisturbed run beside it."""
+"""From nothing to a report: real text, two processes, a stop, a resume on another layout, a growth, and the undisturbed run beside it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 
 from megascale.cli import new_app, run_tool
+from megascale.config.load import load_config
+from megascale.config.schema import Config
 from megascale.errors import MegascaleError, TrainingError
 from megascale.report.read import read_run
 
@@ -42,13 +44,14 @@ def main(
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
     common = [f"data.train={data}", *(override or [])]
+    common.append(growth(load_config(CONFIG, common)))
 
     console.rule("two processes, weights sharded (dp_shard 2)")
     run = folder / names[0]
     stopper = threading.Thread(target=stop_halfway, args=(run,), daemon=True)
     stopper.start()
     pretrain(run, names[0], FIRST + common, expected=75)
-    console.rule("stopped; the same command goes on, now with every matrix cut in two (tp 2)")
+    console.rule("stopped; on it goes with every matrix cut in two (tp 2), and grows")
     pretrain(run, names[0], SECOND + common, expected=0)
     console.rule("the same run, undisturbed, to compare with")
     pretrain(folder / names[1], names[1], FIRST + common, expected=0)
@@ -71,12 +74,22 @@ def main(
     summary = read_run(run)
     best = min(v for r in summary.metrics for v in (r.get("valid_loss") or {}).values())
     entropy = summary.entropy or float("nan")
+    grown = next(e for e in summary.events if e["event"] == "grow")
+    sizes = grown["parameters"]
     console.print(
+        f"after step {grown['step']} the model grew from {sizes['source'] / 1e6:.1f}M to {sizes['target'] / 1e6:.1f}M parameters, "
+        f"{grown['verdict']}: in fp64 no logit moved by more than {grown['logits_moved']:.0e}\n"
         f"validation loss {best:.3f} nats, unigram entropy {entropy:.3f}: the model has learned {entropy - best:.2f} nats a token beyond "
         f"counting; {time.monotonic() - begun:.0f} s\nopen {report}"
     )
     if not best < entropy - 0.5:
         raise TrainingError(f"the validation loss {best:.3f} is not clearly below the unigram entropy {entropy:.3f}")
+
+
+def growth(config: Config) -> str:
+    """After three quarters of the steps a quarter more width and a third more layers, as an override."""
+    model, step = config.model, config.train.total_steps * 3 // 4
+    return f"grow=[{{step: {step}, hidden_size: {model.hidden_size * 5 // 4}, num_layers: {-(-model.num_layers * 4 // 3)}}}]"
 
 
 def pretrain(run: Path, name: str, overrides: list[str], expected: int) -> None:

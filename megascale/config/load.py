@@ -145,12 +145,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`section.key=value` strings laid over nested values; values are YAML 1.2. Returns new dicts."""
+    """`section.key=value` strings laid over nested values, and `grow=[…]`, the one key without a section; values are YAML 1.2. Returns new
+    dicts.
+    """
     result = _copy(values)
     for item in overrides:
         key, equals, text = item.partition("=")
         path = key.strip().removeprefix("--").split(".")
-        if not equals or len(path) < 2 or not all(path):
+        if not equals or not all(path) or (len(path) < 2 and path != ["grow"]):
             raise UsageError(f"cannot use the argument {item!r}: write section.key=value, for example train.steps=100{_suggest(key)}")
         try:
             value = parse_yaml(text) if text.strip() else None
