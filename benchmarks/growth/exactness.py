@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megascale.config.load import read_yaml
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.apply import Read, element_block
@@ -171,182 +172,48 @@ def without_chain(g: Growth) -> Growth:
     return replace(g, tensors=tuple(plain(t) for t in g.tensors), target=g.target.model_copy(update={"norm_eps_of": {}}))
 
 
+NAIVE: dict[str, Change] = {
+    "no gain fix": with_axis("gain", unweighted),
+    "no eps fix": lambda g: with_target(norm_eps=g.source.norm_eps)(g),
+    "readers repeated, not shared": with_axis("read", unweighted),
+    "1/r not folded into the last norm": scale_of("final_norm.weight", 1.0),
+    "no √(fan_in'/fan_in)": with_tensors(lambda t: replace(t, scale=1.0) if t.name.endswith("q.weight") or ".up." in t.name else t),
+    "tiled across groups": lambda g: with_axis("query", lambda a: tiled(a, 6, 4))(with_axis("heads", lambda a: tiled(a, 6, 4))(g)),
+    "slopes of 8 heads": with_target(alibi_slopes=None),
+    "pairs appended": appended,
+    "keys without √(k'/k)": with_axis("key", unweighted),
+    "plain frequencies": with_target(rope_exponents=None),
+    "query gain not ÷ √r": with_axis("query_norm", unweighted),
+    "random new query rows": with_axis("query", fresh_beyond),
+    "α of the new depth": of_the_scheme,
+    "λ, β of the new depth": of_the_scheme,
+    "√(1−τ) on the inserted": of_the_scheme,
+    "norms as they are": without_chain,
+    "a router that has learned": with_tensors(started_router),
+    "cube roots on three matrices": cube_root(2),
+    "down as it is": scale_of("down.weight", 1.0),
+    "scale √n of the new n": lambda g: with_target(tokenformer=g.target.tokenformer.model_copy(update={"scale": None}))(g),  # type: ignore[union-attr]
+    "new keys at random": with_axis("new_keys", fresh_beyond),
+    "θ changed with it": with_target(rope_theta=5e5),
+}
+
+
 def rows() -> list[Row]:
-    """The matrix."""
-    off, loud = Options(lossless="off"), Options(symmetry="snr:10", split=(3.0, 1.0))
-    no_gain = with_axis("gain", unweighted)
-    unshared = with_axis("read", unweighted)
-    families: dict[str, dict[str, Any]] = {
-        "pre, RMSNorm": {},
-        "pre, RMSNorm, ε 0.1": {"norm_eps": 0.1},
-        "pre, LayerNorm, bias": {"norm": "layernorm", "bias": True},
-        "pre, DyT": {"norm": "dyt"},
-        "tied": {"tie_embeddings": True},
-        "QK-norm": {"qk_norm": True},
-        "QK-norm over all heads": {"qk_norm": "width"},
-        "post, RMSNorm": {"residual": "post"},
-        "res-post-norm": {"residual": "res_post"},
-        "DeepNorm, LayerNorm, bias": {"residual": "deepnorm", "norm": "layernorm", "bias": True},
-        "DeepNorm, RMSNorm, tied": {"residual": "deepnorm", "tie_embeddings": True},
-        "BranchNorm, RMSNorm": {"residual": "branchnorm", "branchnorm_period": 10},
-        "DeepScaleLM, tied": {"residual": "deepscale", "tie_embeddings": True},
-        "DeepScaleLM post, RMSNorm": {"residual": "deepscale_post"},
-        "SubLN": {"residual": "subln"},
-        "LayerScale, LayerNorm, bias": {"residual": "layerscale", "norm": "layernorm", "bias": True},
-        "parallel block": {"residual": "parallel"},
-        "μS": {"residual": "mus", "init_std": 0.02},
-        "μS, LayerNorm, tied": {"residual": "mus", "norm": "layernorm", "tie_embeddings": True, "init_std": 0.02},
-        "experts": {"moe": MOE},
-        "encoder, learned positions": {"family": "encoder", "position": "learned"},
-        "ALiBi": {"position": "alibi"},
-        "XPos": {"position": "xpos"},
-    }
-    found: list[Row] = []
-    for ratio, width in ((1.25, 30), (1.5, 36), (2, 48), (2.5, 60)):
-        for name, changes in families.items():
-            after_mean = changes.get("norm") == "layernorm" and changes.get("residual") in ("deepnorm", "mus")
-            wrong: dict[str, Change] = {}
-            if name == "pre, RMSNorm" and ratio != 2:
-                wrong = {"no gain fix": no_gain}
-            if name == "pre, RMSNorm, ε 0.1" and ratio != 2:
-                wrong = {"no eps fix": with_target(norm_eps=0.1)}
-            if name == "pre, RMSNorm" and ratio == 2:
-                wrong = {"readers repeated, not shared": unshared}
-            if name == "tied" and ratio == 2:
-                wrong = {"1/r not folded into the last norm": scale_of("final_norm.weight", 1.0)}
-            if name == "μS":
-                wrong = {
-                    "no √(fan_in'/fan_in)": with_tensors(
-                        lambda t: replace(t, scale=1.0) if t.name.endswith("q.weight") or ".up." in t.name else t
-                    )
-                }
-            if after_mean and ratio != 2:
-                continue  # impossible, below
-            found.append(Row(f"width ×{ratio:g}", name, toy(**changes), Sizes(hidden_size=width), wrong=wrong))
-    for name, changes in (
-        ("DeepNorm, LayerNorm", {"residual": "deepnorm", "norm": "layernorm"}),
-        ("μS, LayerNorm", {"residual": "mus", "norm": "layernorm"}),
-    ):
-        found.append(Row("width ×1.25", name, toy(**changes), Sizes(hidden_size=30), off))
-    found += [
-        Row(
-            "width ×1.25, zero", "pre, LayerNorm, bias", toy(norm="layernorm", bias=True), Sizes(hidden_size=30), replace(off, width="zero")
-        ),
-        Row("width ×1.25, average", "pre, RMSNorm", toy(), Sizes(hidden_size=30), replace(off, width="average")),
-        Row(
-            "width ×1.25, average",
-            "pre, LayerNorm, bias",
-            toy(norm="layernorm", bias=True),
-            Sizes(hidden_size=30),
-            Options(width="average"),
-        ),
-        Row("width ×2, noise 10 dB, shares 3:1", "pre, LayerNorm, bias", toy(norm="layernorm", bias=True), Sizes(hidden_size=48), loud),
-        Row(
-            "query heads 4 → 8",
-            "GQA",
-            toy(),
-            Sizes(num_heads=8),
-            wrong={
-                "tiled across groups": lambda g: with_axis("query", lambda a: tiled(a, 6, 4))(
-                    with_axis("heads", lambda a: tiled(a, 6, 4))(g)
-                ),
-            },
-        ),
-        Row("KV groups 2 → 4", "GQA", toy(), Sizes(num_heads=8, num_kv_heads=4)),
-        Row("KV heads 2 → 4, query heads fixed", "GQA", toy(), Sizes(num_kv_heads=4)),
-        Row("heads ×2", "QK-norm over all heads", toy(qk_norm="width"), Sizes(num_heads=8, num_kv_heads=4)),
-        Row("new heads", "GQA", toy(), Sizes(num_heads=8, num_kv_heads=4), Options(heads="zero")),
-        Row("heads 4 → 6 × 3 KV", "GQA", toy(), Sizes(num_heads=6, num_kv_heads=3)),
-        Row(
-            "heads ×2",
-            "ALiBi",
-            toy(position="alibi"),
-            Sizes(num_heads=8, num_kv_heads=4),
-            wrong={"slopes of 8 heads": with_target(alibi_slopes=None)},
-        ),
-        Row("heads ×2", "SubLN", toy(residual="subln"), Sizes(num_heads=8, num_kv_heads=4)),
-        Row(
-            "head size 6 → 12",
-            "RoPE",
-            toy(),
-            Sizes(head_dim=12),
-            wrong={
-                "pairs appended": appended,
-                "keys without √(k'/k)": with_axis("key", unweighted),
-            },
-        ),
-        Row("head size 6 → 8", "RoPE", toy(), Sizes(head_dim=8), wrong={"plain frequencies": with_target(rope_exponents=None)}),
-        Row("head size 6 → 8", "XPos", toy(position="xpos"), Sizes(head_dim=8)),
-        Row("head size 6 → 9", "learned positions", toy(position="learned"), Sizes(head_dim=9)),
-        Row(
-            "head size 6 → 12",
-            "QK-norm",
-            toy(qk_norm=True),
-            Sizes(head_dim=12),
-            wrong={"query gain not ÷ √r": with_axis("query_norm", unweighted)},
-        ),
-        Row(
-            "head size 6 → 8",
-            "QK-norm (born dead)",
-            toy(qk_norm=True),
-            Sizes(head_dim=8),
-            wrong={"random new query rows": with_axis("query", fresh_beyond)},
-        ),
-        Row("FFN 32 → 40", "SwiGLU", toy(), Sizes(ffn_size=40)),
-        Row("FFN 32 → 64", "GELU, bias", toy(ffn="gelu", bias=True), Sizes(ffn_size=64), loud),
-        Row("FFN 32 → 48", "GELU, tanh form", toy(ffn="gelu_tanh"), Sizes(ffn_size=48)),
-        Row("FFN 32 → 48, new", "ReLU", toy(ffn="relu"), Sizes(ffn_size=48), Options(ffn="zero")),
-        Row("FFN 32 → 48, new", "SubLN", toy(residual="subln"), Sizes(ffn_size=48), Options(ffn="zero")),
-    ]
-    for name, changes in families.items():
-        if changes.get("norm") == "dyt" and changes.get("residual"):
-            continue
-        wrong = {}
-        if name.startswith("DeepNorm, LayerNorm"):
-            wrong = {"α of the new depth": of_the_scheme, "norms as they are": without_chain}
-        if name == "DeepScaleLM, tied":
-            wrong = {"λ, β of the new depth": of_the_scheme}
-        if name == "μS":
-            wrong = {"√(1−τ) on the inserted": of_the_scheme}
-        found.append(Row("depth 2 → 4", name, toy(**changes), Sizes(num_layers=4), wrong=wrong))
-        if changes.get("residual") not in ("mus", "res_post"):
-            found.append(Row("depth 2 → 4, cancelling", name, toy(**changes), Sizes(num_layers=4), Options(depth="cancel")))
-    for method, layers in (("stack", 4), ("dus", 4), ("interleave", 4), ("inject", 3)):
-        found.append(Row(f"depth 2 → {layers}, {method}", "pre, RMSNorm", toy(), Sizes(num_layers=layers), Options(depth=method)))
-    for router in ("topk_softmax", "sigmoid", "xmoe", "softmax_topk", "sigma"):
-        wrong = {"a router that has learned": with_tensors(started_router)} if router in ("softmax_topk", "sigma") else {}
-        found.append(Row("dense → 4 experts", router, toy(), Sizes(experts=4), Options(router=router), wrong))
-    found += [
-        Row(
-            "dense → 4 × 2 finer experts",
-            "topk_softmax",
-            toy(),
-            Sizes(experts=4, granularity=2, top_k=1),
-            wrong={
-                "cube roots on three matrices": cube_root(2),
-                "down as it is": scale_of("down.weight", 1.0),
-            },
-        ),
-        Row("finer experts ×4", "topk_softmax", toy(moe=MOE), Sizes(granularity=4)),
-    ]
-    for router in ("topk_softmax", "sigmoid", "softmax_topk", "sigma", "xmoe"):
-        found.append(Row("experts 4 → 8, k 2 → 4", router, toy(moe={**MOE, "router": router}), Sizes(experts=8)))
-    found += [
-        Row("experts 4 → 8, k fixed", "topk_softmax", toy(moe=MOE), Sizes(experts=8, top_k=2), off),
-        Row("TokenFormer 16 → 24 tokens", "pre, RMSNorm", toy(linear="tokenformer", tokenformer={"tokens": 16}), Sizes(tokenformer_size=24),
-            wrong={"scale √n of the new n": lambda g: with_target(tokenformer=g.target.tokenformer.model_copy(update={"scale": None}))(g),  # type: ignore[union-attr]
-                   "new keys at random": with_axis("new_keys", fresh_beyond)}),
-        Row("width ×1.25, depth 2 → 4, FFN 32 → 40", "TokenFormer, LayerNorm",
-            toy(linear="tokenformer", tokenformer={"tokens": 16}, norm="layernorm", bias=True),
-            Sizes(30, ffn_size=40, num_layers=4, tokenformer_size=20)),
-        Row("expert width 16 → 24", "experts", toy(moe=MOE), Sizes(expert_ffn_size=24)),
-        Row("vocabulary 37 → 50", "pre, RMSNorm", toy(), Sizes(vocab_size=50)),
-        Row("context 16 → 32", "RoPE", toy(), Sizes(seq_len=32), wrong={"θ changed with it": with_target(rope_theta=5e5)}),
-        Row("context 16 → 32", "learned positions", toy(position="learned"), Sizes(seq_len=32)),
-        Row("everything at once", "GQA", toy(), Sizes(30, 8, 4, 8, 48, None, 5, vocab_size=50, seq_len=32)),
-        Row("everything at once", "DeepNorm, LayerNorm, bias", toy(residual="deepnorm", norm="layernorm", bias=True),
-            Sizes(72, 8, 4, 12, 80, None, 5, vocab_size=50, seq_len=32), replace(loud, depth="cancel")),
-    ]  # fmt: skip
+    """The matrix, as matrix.yaml has it."""
+    table = read_yaml(Path(__file__).parent / "matrix.yaml")
+    found = []
+    for given in table["rows"]:
+        families = {given["family"]: given.get("model", {})} if "family" in given else table["families"]
+        for family, changes in families.items():
+            if family in given.get("except", ()):
+                continue
+            naive = given.get("naive", ())
+            names = naive.get(family, ()) if isinstance(naive, dict) else naive
+            options = {**given.get("options", {})}
+            if "split" in options:
+                options["split"] = tuple(map(float, options["split"]))
+            model, sizes = toy(**changes), Sizes(**given["sizes"])
+            found.append(Row(given["axis"], family, model, sizes, Options(**options), {n: NAIVE[n] for n in names}))
     return found
 
 
