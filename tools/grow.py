@@ -8,22 +8,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
 
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
-from megascale.expand.grow import Effort, grow
+from megascale.expand.grow import grow
 from megascale.expand.options import Options, Sizes, parse_split
+from megascale.expand.tool import (
+    From,
+    Report,
+    Size,
+    Slab,
+    To,
+    TokenFiles,
+    Trust,
+    Workers,
+    check_report,
+    print_next,
+    print_sizes,
+    progress_bar,
+    write_report,
+)  # fmt: skip
+from megascale.expand.write import Effort
 
 app = new_app(__doc__ or "")
-Size = Annotated[int | None, typer.Option(min=1, rich_help_panel="sizes")]
 
 
 @app.command()
 def main(
-    source: Annotated[Path, typer.Argument(help="a folder step-…, or a run's directory")],
-    target: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    source: From,
+    target: To,
     hidden_size: Size = None,
     num_heads: Size = None,
     num_kv_heads: Size = None,
@@ -50,12 +63,12 @@ def main(
     enable_vocabulary: Annotated[bool, typer.Option(help="let new tokens be predicted at once: not exact")] = False,
     lossless: Annotated[str, typer.Option(help="require, prefer (refuse what has an exact way) or off")] = "prefer",
     seed: int = 1234,
-    report: Annotated[Path | None, typer.Option(help="write the report there as JSON")] = None,
-    data: Annotated[str | None, typer.Option(help="prefix of token files to compare on; the source's own if absent")] = None,
-    tokens: Annotated[int, typer.Option(min=0, help="to compare on; 0: no proof")] = 128,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    max_slab_mb: Annotated[int, typer.Option(min=1)] = 256,
-    trust_source: Annotated[bool, typer.Option("--trust-source", help="do not read its files for their checksums first")] = False,
+    report: Report = None,
+    data: TokenFiles = None,
+    tokens: Annotated[int, typer.Option(min=0, help="to compare both models on; 0: no proof")] = 128,
+    workers: Workers = 1,
+    max_slab_mb: Slab = 256,
+    trust_source: Trust = False,
 ) -> None:
     """Makes TARGET from SOURCE. Exit code 2 for what is refused, 3 for a source found damaged on the way; nothing is left half-written."""
     sizes = Sizes(
@@ -66,26 +79,23 @@ def main(
         width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary),
         enable_vocabulary, lossless, seed,
     )  # fmt: skip
-    if report is not None and not report.parent.is_dir():
-        raise UsageError(f"--report {report}: there is no folder {report.parent}")
+    check_report(report)
     effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
-    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, transient=True) as bar:
-        task = bar.add_task("writing", total=None)
-        found = grow(source, target, sizes, options, effort, lambda done, total: bar.update(task, completed=done, total=total))
-    if report is not None:
-        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with progress_bar() as progress:
+        found = grow(source, target, sizes, options, effort, progress)
+    write_report(report, found)
     proof = found["proof"]
-    print(f"{found['target']}: {found['parameters']['source']:,} → {found['parameters']['target']:,} parameters, {found['seconds']} s")
+    print_sizes(found)
     if "transform" in proof:
         moved = proof["transform"]["logits_max"]
         print(
             f"{found['verdict']}: logits move by {moved:.1e} in fp64, by {proof['stored_error']:.1e} as stored and in {proof['dtype']} "
             f"(the small model's own rounding: {proof['own_error']:.1e}), on {proof['tokens']}"
         )
-    for line in (*found["lossy"], *found["notes"]):
-        print(f"note: {line}")
-    print(f"start from it: python pretrain.py {target / 'config.yaml'} checkpoint.init_from={target}")
+    for kind, lines in (("lossy", found["lossy"]), ("dead", found["dead"]), ("note", found["notes"])):
+        for line in lines:
+            print(f"{kind}: {line}")
+    print_next(target)
 
 
 def read_vocabulary(path: Path | None) -> tuple[int | None, ...] | None:

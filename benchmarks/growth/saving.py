@@ -38,11 +38,12 @@ from megascale.comm.piece import Piece
 from megascale.config.identity import identity
 from megascale.config.load import load_config
 from megascale.config.schema import Config, Model
-from megascale.expand.grow import Effort, grow, grown_config
+from megascale.expand.grow import grow, grown_config
 from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.source import open_source
 from megascale.expand.stack import specs
+from megascale.expand.write import Effort
 from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import flops_per_token
 from megascale.model.init import initialize

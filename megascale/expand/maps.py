@@ -24,7 +24,7 @@ class Maps:
     gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into;
                 `uniform_router` where all gates must be equal
     by_layer    axes that every source layer has its own of, as name@layer
-    lossy       what cannot be exact, each as a sentence with the way that is; `notes` for the report
+    lossy       what cannot be exact, each as a sentence with the way that is; `dead` what never gets a gradient, `notes` for the report
     """
 
     axes: dict[str, AxisMap]
@@ -38,6 +38,7 @@ class Maps:
     uniform_router: bool = False
     by_layer: frozenset[str] = frozenset()
     lossy: list[str] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -121,7 +122,7 @@ def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bo
         source.head_dim, target.head_dim, source.norm if normed and not wide else None, rotary, source.rope_exponents, options.heads, silent
     )
     if channels.dead:
-        maps.notes.append(f"dead: {channels.dead}")
+        maps.dead.append(channels.dead)
     if target.head_dim != source.head_dim:
         maps.target = maps.target.model_copy(update={"rope_exponents": channels.exponents})
     if normed:

@@ -134,7 +134,9 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Growth:
-    """A growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact, with the reason; `notes`: for the report."""
+    """A growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact, with the reason; `dead`: parameters that never
+    get a gradient; `notes`: for the report.
+    """
 
     source: Model
     target: Model
@@ -145,6 +147,7 @@ class Growth:
     symmetry: str
     seed: int
     lossy: tuple[str, ...]
+    dead: tuple[str, ...]
     notes: tuple[str, ...]
 
     def axes_of(self, tensor: TensorPlan) -> tuple[AxisMap, ...]:
@@ -177,7 +180,8 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
     tensors = plan_tensors(source, target, seq_lens, layers, maps, chain)
     lossy = (*depth_lossy, *maps.lossy)
-    growth = Growth(source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, lossy, tuple(maps.notes))
+    told = (lossy, tuple(maps.dead), tuple(maps.notes))
+    growth = Growth(source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, *told)
     _refuse(growth, options, depth_lossy)
     return growth
 

@@ -16,7 +16,9 @@ from megascale.checkpoint.streaming import Target
 from megascale.errors import UsageError
 from megascale.expand.apply import element_block
 from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.stack import unlearned
 from megascale.expand.state import POWERS, state_plan
+from megascale.optim.rates import MATRICES
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,19 @@ class Grown:
         return keys
 
     def _has_state(self, key: str, plan: TensorPlan) -> bool:
-        """Whether the optimizer keeps `key` for a weight: as it does for the source's, or for others of the role."""
-        if plan.spec.role == "coefficient":
+        """Whether the optimizer keeps `key` for a weight: as it does for the source's. One that the source has not is a router's: as for
+        others that are no hidden matrices, between which and the rest is all the difference that optimizers make.
+        """
+        if plan.name in self.unlearned:
             return False
         if plan.source is not None and f"model.{plan.source}" in self.index.tensors:
             return f"optim.{key}.{plan.source}" in self.index.tensors
-        alike = [t for t in self.growth.tensors if t.spec.role == plan.spec.role and f"optim.{key}.{t.source}" in self.index.tensors]
-        return bool(alike)
+        hidden = plan.spec.role in MATRICES
+        return any((t.spec.role in MATRICES) == hidden and f"optim.{key}.{t.source}" in self.index.tensors for t in self.growth.tensors)
+
+    @cached_property
+    def unlearned(self) -> frozenset[str]:
+        return unlearned(self.growth.target, self.growth.seq_lens[1])
 
     @cached_property
     def stamp(self) -> str:
@@ -126,6 +134,7 @@ class Grown:
             digest.update(f"{t}\n".encode())
         for name, axis in sorted(self.growth.axes.items()):
             digest.update(name.encode() + axis.source.tobytes() + axis.weight.tobytes())
+        digest.update(f"{self.growth.target} {self.growth.seq_lens}".encode())  # what the config says and no tensor
         digest.update(f"{self.growth.symmetry} {self.growth.seed} {self.optimizer} {self.dtype}".encode())
         return digest.hexdigest()
 

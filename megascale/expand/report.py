@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from megascale.checkpoint.index import Index
 from megascale.config.load import flatten
 from megascale.config.schema import Config
 from megascale.expand.plan import Growth, TensorPlan
 from megascale.expand.source import Source
 
 
-def describe(growth: Growth, source: Source, config: Config) -> dict[str, Any]:
-    """The part of the report that follows from the plan."""
+def describe(growth: Growth, source: Source, config: Config, index: Index) -> dict[str, Any]:
+    """The part of the report that follows from the plan, and from the `index` of what was written."""
     was, now = flatten({"model": source.model.model_dump(mode="json")}), flatten({"model": config.model.model_dump(mode="json")})
     changed = {k: [was.get(k), now.get(k)] for k in sorted({*was, *now}) if was.get(k) != now.get(k)}
     parameters = [sum(t.numel for t in _specs(growth, name)) for name in ("source", "target")]
@@ -23,8 +24,9 @@ def describe(growth: Growth, source: Source, config: Config) -> dict[str, Any]:
         "config": {**changed, **({} if growth.seq_lens[0] == growth.seq_lens[1] else {"train.seq_len": list(growth.seq_lens)})},
         "layers": [{"from": layer.source, "as": layer.mode} for layer in growth.layers],
         "lossy": list(growth.lossy),
+        "dead": list(growth.dead),
         "notes": list(growth.notes),
-        "coverage": coverage(growth, source),
+        "coverage": coverage(growth, source, index),
         "tensors": {t.name: {"from": t.source, "formula": t.formula, "hash": plan_hash(growth, t)} for t in growth.tensors},
     }
 
@@ -36,8 +38,10 @@ def _specs(growth: Growth, which: str) -> list[Any]:
     return [s for s in specs(model, seq_len).values() if s.role != "coefficient"]
 
 
-def coverage(growth: Growth, source: Source) -> dict[str, Any]:
-    """Every target element is written once: the plan has one row a tensor of the target's own shape. Of the source: what no row takes."""
+def coverage(growth: Growth, source: Source, index: Index) -> dict[str, Any]:
+    """Of the target: elements that were written (an index is read only where its chunks fill every tensor once). Of the source: the share
+    of every tensor that the plan takes nowhere.
+    """
     used: dict[str, float] = {}
     for t in growth.tensors:
         if t.source is not None and t.drawn is None:
@@ -46,7 +50,9 @@ def coverage(growth: Growth, source: Source) -> dict[str, Any]:
                 share *= 1 - axis.unused / axis.old
             used[t.source] = max(used.get(t.source, 0.0), share)
     dropped = {n: round(1 - used.get(n, 0.0), 6) for n in source.shapes if used.get(n, 0.0) < 1.0 and not _constant(growth, n)}
-    return {"target": 1.0, "target_elements": sum(t.spec.numel for t in growth.tensors), "source_dropped": dropped}
+    elements = sum(t.spec.numel for t in growth.tensors)
+    written = sum(index.tensors[f"model.{t.name}"].numel for t in growth.tensors)
+    return {"target": written / elements, "target_elements": elements, "source_dropped": dropped}
 
 
 def _constant(growth: Growth, name: str) -> bool:

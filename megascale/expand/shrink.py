@@ -9,24 +9,23 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.storage import write_durably
-from megascale.checkpoint.streaming import Progress, write_streamed
-from megascale.config.identity import identity
-from megascale.config.load import to_yaml
+from megascale.checkpoint.index import read_index
+from megascale.checkpoint.streaming import Progress
 from megascale.config.schema import Config, Data, Model, Optim, Train
 from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.expand.axes import AxisMap, axis, same
 from megascale.expand.depth import Layer
-from megascale.expand.grow import Effort, check_target, prove, prove_stored, some_tokens
 from megascale.expand.heads import channel_rows
 from megascale.expand.importance import Importance, measure, ranked
 from megascale.expand.maps import Maps
 from megascale.expand.plan import Growth, plan_tensors, with_epsilons
 from megascale.expand.produce import Grown
+from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
 from megascale.expand.source import open_source, renamed
 from megascale.expand.stack import row_of
+from megascale.expand.write import Effort, check_target, finish, write
 from megascale.model.position import alibi_slopes
 from megascale.model.residual import ends
 
@@ -185,7 +184,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     target = with_epsilons(target, source, layers, {}, maps)
     check(Config(model=target, train=Train(steps=1, seq_len=seq_len), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
     tensors = plan_tensors(source, target, (seq_len, seq_len), layers, maps, {})
-    return Growth(source, target, (seq_len, seq_len), layers, maps.axes, tensors, "none", 0, (), ())
+    return Growth(source, target, (seq_len, seq_len), layers, maps.axes, tensors, "none", 0, (), (), ())
 
 
 def _norm_axis(source: Model, heads: int) -> AxisMap:
@@ -208,6 +207,8 @@ def shrink(
         raise UsageError(f"--ranking is {ranking}: choose one of {', '.join(RANKINGS)}")
     opened = open_source(source, effort.check)
     model = smaller_model(opened.model, sizes)
+    if model == opened.model:
+        raise UsageError("nothing shrinks: name a size that is smaller than the source's, such as --num-layers or --hidden-size")
     if not effort.tokens:
         raise UsageError("--tokens is 0: importance is measured on tokens, give some")
     tokens, told = some_tokens(opened, effort)
@@ -219,27 +220,18 @@ def shrink(
     kept = choose(opened.model, model, importance, ranking, seed)
     plan = plan_shrink(opened.model, opened.seq_len, model, kept)
     made = Grown(plan, opened.index)
-    check_target(target, opened.index.folder, made.nbytes)
+    written = check_target(target, opened, made)
     config = renamed(opened.config, "shrunk").model_copy(update={"model": plan.target})
     transform = prove(opened, plan, Grown(plan, opened.index, dtype=torch.float64), tokens)
-    step = opened.trainer.get("step")
-    trainer = {
-        **{k: v for k, v in opened.trainer.items() if k not in ("identity", "config")},
-        "identity": identity(config),
-        "config": config.plain(),
-        "shrunk": {"from": str(opened.index.folder), "ranking": ranking},
-    }
-    folder = write_streamed(
-        target, step if isinstance(step, int) else 0, made.targets(), made, trainer, stamp=made.stamp, workers=effort.workers,
-        slab_bytes=effort.slab_bytes, progress=progress,
-    )  # fmt: skip
-    stored = prove_stored(opened, plan, folder, tokens, transform)
-    write_durably(target / "config.yaml", to_yaml(config.plain()).encode())
+    how = {"by": "shrink", "ranking": ranking}
+    index = write(opened, target, made, config, how, effort, progress) if written is None else read_index(written)
+    stored = prove_stored(opened, plan, index, tokens, transform)
+    finish(target, config)
     return {
         "source": str(opened.index.folder),
-        "target": str(folder),
+        "target": str(index.folder),
         "verdict": stored["verdict"],
-        **describe(plan, opened, config),
+        **describe(plan, opened, config, index),
         "kept": {"stream": kept.stream, "layers": kept.layers, "neurons": kept.neurons, "query": kept.query, "key_value": kept.key_value},
         "without_block": None if importance is None else importance.without,
         "proof": {"tokens": told, "transform": transform, **stored},

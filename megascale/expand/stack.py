@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 from megascale.config.schema import Model
 from megascale.errors import UsageError
@@ -34,9 +35,18 @@ def row_of(model: Model, layer: int) -> Residual:
 
 def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     """Canonical name → spec of every weight and state of a whole model."""
-    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
-    part = build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
+    part = _whole(model, seq_len)
     return {**specs_of(part), **states_of(part)}
+
+
+def unlearned(model: Model, seq_len: int) -> frozenset[str]:
+    """Names of what a model stores and no optimizer moves: coefficients, biases in a router's choice."""
+    return frozenset(states_of(_whole(model, seq_len)))
+
+
+def _whole(model: Model, seq_len: int) -> nn.Module:
+    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
+    return build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
 
 
 def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:

@@ -10,9 +10,10 @@ from megascale.checkpoint.loader import newest
 from megascale.checkpoint.storage import step_name
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
-from megascale.expand.grow import Effort, grow, grown_config
+from megascale.expand.grow import grow, grown_config
 from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
+from megascale.expand.write import Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.phases import Phase
 from megascale.train.place import agreed

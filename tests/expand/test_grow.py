@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -18,8 +19,9 @@ from megascale.checkpoint.index import read_index
 from megascale.checkpoint.loader import verify
 from megascale.config.load import load_config, read_yaml
 from megascale.errors import TrainingError, UsageError
-from megascale.expand.grow import Effort, grow
+from megascale.expand.grow import grow
 from megascale.expand.options import Options, Sizes
+from megascale.expand.write import Effort
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, run, settings
 
@@ -187,9 +189,42 @@ def test_the_command_line(small: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
     with pytest.raises(UsageError, match="growth does not shrink"):
         grow(step(small, 12), tmp_path / "other", Sizes(8), Options(), QUICK)
+    with pytest.raises(UsageError, match="nothing grows"):
+        grow(step(small, 12), tmp_path / "other", Sizes(24), Options(), QUICK)
     with pytest.raises(UsageError, match="identity and cancel are exact"):
         grow(step(small, 12), tmp_path / "other", Sizes(num_layers=4), Options(depth="stack", lossless="require"), QUICK)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_kill_after_the_last_shard(small: Path, tmp_path: Path) -> None:
+    """Catches a checkpoint that was published and not proven, which no rerun finishes, and another growth that takes it for its own."""
+    target = tmp_path / "grown"
+    first = grow(step(small, 12), target, DOUBLE, Options(), QUICK)
+    (target / "config.yaml").unlink()
+    (target / "latest").unlink()
+    with pytest.raises(UsageError, match="exists already"):
+        grow(step(small, 12), target, DOUBLE, Options(seed=2), QUICK)
+    again = grow(step(small, 12), target, DOUBLE, Options(), QUICK)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+    assert load_config(target / "config.yaml").model.hidden_size == 48
+    with pytest.raises(UsageError, match="exists already"):
+        grow(step(small, 12), target, DOUBLE, Options(), QUICK)
+
+
+def test_a_disk_that_fills_on_the_way(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback instead of a message, and half a checkpoint that stays."""
+    import errno
+
+    from megascale.checkpoint import streaming
+
+    def full(path: Path, *args: Any) -> Any:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(streaming, "write_shard", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        grow(step(small, 12), tmp_path / "grown", DOUBLE, Options(), QUICK)
+    assert not (tmp_path / "grown").exists()
 
 
 def test_damaged_sources(small: Path, tmp_path: Path) -> None:
@@ -227,18 +262,54 @@ def _resume(config: dict[str, Any]) -> tuple[int, str]:
     return run(config)
 
 
+DEEPER = {"dense": Sizes(48, 8, 4, 6, 64, num_layers=4), "experts": Sizes(36, 6, 3, num_layers=3, experts=4)}
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "dp": ("dense", 2, {"dp_shard": 2}),
+    "tp": ("dense", 2, {"tp": 2, "dp_shard": 1}),
+    "pp": ("dense", 2, {"pp": 2, "dp_shard": 1}),
+    "ring": ("dense", 2, {"cp": 2, "dp_shard": 1}),
+    "ulysses": ("dense", 2, {"cp": 2, "cp_method": "ulysses", "dp_shard": 1}),
+    "ep": ("experts", 2, {"ep": 2}),
+    "ep x cp": ("experts", 2, {"ep": 2, "cp": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def deeper(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Grown from step 9 with its optimizer state, and the rest of the run on one process beside it."""
+    folder = tmp_path_factory.mktemp("deeper")
+    for name, sizes in DEEPER.items():
+        grow(step(small, 9), folder / name, sizes, Options(optimizer="transform"), QUICK)
+        go_on(folder / name, folder / f"{name}-alone")
+    return {name: folder / name for name in DEEPER}
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("parallel", [{"dp_shard": 2}, {"tp": 2, "dp_shard": 1}, {"pp": 2, "dp_shard": 1}], ids=["dp", "tp", "pp"])
-def test_a_grown_checkpoint_goes_on_on_any_layout(small: Path, tmp_path: Path, parallel: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_grown_checkpoint_goes_on_on_any_layout(deeper: dict[str, Path], tmp_path: Path, layout: str) -> None:
     """Catches a grown state that only the layout it was made on can read, and per-layer coefficients that a stage does not know."""
-    sizes = Sizes(48, 8, 4, 6, 64, num_layers=4)
-    grow(step(small, 12), tmp_path / "grown", sizes, Options(optimizer="transform"), QUICK)
-    alone = go_on(tmp_path / "grown", tmp_path / "alone")
+    name, ranks, parallel = LAYOUTS[layout]
+    config = read_yaml(deeper[name] / "config.yaml")
+    config["run"]["dir"], config["checkpoint"]["resume"], config["parallel"] = str(tmp_path / "many"), str(deeper[name]), parallel
+    assert run_ranks(ranks, run, config, timeout=150)[0] == (0, "done")
+    many, alone = losses_of(tmp_path / "many"), losses_of(deeper[name].with_name(f"{name}-alone"))
+    assert sorted(many) == sorted(alone) == [10, 11, 12, 13] and max(abs(many[s] - alone[s]) for s in alone) < 1e-12
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is missing")
+def test_a_grown_checkpoint_goes_on_under_deepspeed(small: Path, tmp_path: Path) -> None:
+    """Catches grown weights, or state that began anew, that DeepSpeed's flat buffers do not take."""
+    grow(step(small, 9), tmp_path / "grown", DEEPER["dense"], Options(optimizer="reset"), QUICK)
     config = read_yaml(tmp_path / "grown" / "config.yaml")
-    config["run"]["dir"], config["checkpoint"]["resume"], config["parallel"] = str(tmp_path / "many"), str(tmp_path / "grown"), parallel
-    assert run_ranks(2, _resume, config)[0] == (0, "done")
-    many = losses_of(tmp_path / "many")
-    assert many.keys() == alone.keys() and max(abs(many[s] - alone[s]) for s in alone) < 1e-12
+    config["run"]["allow_change"], config["checkpoint"]["resume"] = ["precision.compute"], str(tmp_path / "grown")
+    config["precision"]["compute"], found = "fp32", {}
+    for name, parallel in (("alone", {}), ("zero", {"engine": "deepspeed", "zero_stage": 2})):
+        config["run"]["dir"], config["parallel"] = str(tmp_path / name), parallel
+        assert run_ranks(1 if name == "alone" else 2, run, config)[0] == (0, "done")
+        found[name] = losses_of(tmp_path / name)
+    assert sorted(found["zero"]) == [10, 11, 12, 13]
+    assert max(abs(found["zero"][s] - x) / x for s, x in found["alone"].items()) < 1e-5
 
 
 def test_coefficients_and_epsilons_travel_with_the_config(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ import torch
 from benchmarks.growth.exactness import SEQ, grown_reader, random_state, reader, toy
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.expand.grow import Effort, grow
+from megascale.expand.grow import grow
 from megascale.expand.importance import measure, ranked
 from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import Smaller, choose, plan_shrink, shrink, smaller_model
 from megascale.expand.verify import run as run_model
+from megascale.expand.write import Effort
 from tests.layouts import Case, build, fake_batch
 from tests.runs import make_tokens, run, settings
 

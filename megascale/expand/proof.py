@@ -1,0 +1,78 @@
+"""The proof of a growth: both models on the same tokens, in fp64 straight from the transform, and in the run's dtype as stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale.checkpoint.index import Index
+from megascale.checkpoint.shards import read_slice
+from megascale.data.dataset import Mixture, read_sources
+from megascale.errors import UsageError
+from megascale.expand.plan import Growth
+from megascale.expand.produce import Grown
+from megascale.expand.source import Source
+from megascale.expand.verify import compare, run, verdict
+from megascale.expand.write import Effort
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def some_tokens(source: Source, effort: Effort) -> tuple[Tensor, str]:
+    """Tokens [b, s] to compare the models on, and what they are: of the given data, of the source's own, or random where that is gone."""
+    if source.model.spacetime is not None:
+        fields = source.model.spacetime
+        shape = (1, fields.frames, *fields.shape[1:], fields.channels)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)), "random fields"
+    vocab = source.model.vocab_size
+    assert vocab is not None
+    length = min(source.seq_len, effort.tokens)
+    count = max(1, effort.tokens // length)
+    try:
+        sources = read_sources(effort.data or source.config.data.train, "data.train")
+        samples = Mixture(sources, length, 0, vocab, "all", 0.0, True)
+        rows = [torch.from_numpy(samples.sample(n)[0][:-1].astype("int64")) for n in range(count)]
+        return torch.stack(rows), f"{count} × {length} tokens of {', '.join(s.path for s in sources)}"
+    except UsageError:
+        if effort.data is not None:
+            raise
+    drawn = torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(0))
+    return drawn, f"{count} × {length} random tokens, the source's data not being here"
+
+
+def prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[str, Any]:
+    """Both models in fp64, the grown one straight from the transform."""
+
+    def new(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        return made(f"model.{name}", offset, shape)
+
+    small = run(growth.source, growth.seq_lens[0], opened.read, torch.float64, tokens)
+    return compare(growth, small, run(growth.target, growth.seq_lens[1], new, torch.float64, tokens), tokens)
+
+
+def prove_stored(opened: Source, growth: Growth, index: Index, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
+    """Both models in the run's dtype, the grown one as it is stored, against the small one in fp64."""
+    dtype = COMPUTE[opened.config.precision.compute]
+
+    def stored(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        return read_slice(index, f"model.{name}", offset, shape)
+
+    no_streams: Callable[[int], bool] = lambda layer: False  # noqa: E731
+    quick = partial(run, tokens=tokens, keep=no_streams)
+    true = quick(growth.source, growth.seq_lens[0], opened.read, torch.float64)
+    small = quick(growth.source, growth.seq_lens[0], opened.read, dtype)
+    grown = quick(growth.target, growth.seq_lens[1], stored, dtype)
+    own = (small.logits.to(torch.float64) - true.logits).abs().max().item()
+    against = compare(growth, true, grown, tokens)
+    return {
+        "dtype": opened.config.precision.compute,
+        "own_error": own,
+        "stored_error": against["logits_max"],
+        "stored_error_mean": against["logits_mean"],
+        "stored_loss_change": against.get("loss_change"),
+        "verdict": verdict(transform["logits_max"], against["logits_max"], own, transform["logits_std"]),
+    }

@@ -1,0 +1,112 @@
+"""From a plan to a checkpoint on disk, for growing and shrinking: where it may go, how much machine it takes, and going on after a kill."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megascale.checkpoint.index import TRAINER, Index, read_index, read_json
+from megascale.checkpoint.loader import verify
+from megascale.checkpoint.storage import LATEST, step_name, write_durably
+from megascale.checkpoint.streaming import Progress, write_streamed
+from megascale.config.identity import identity
+from megascale.config.load import to_yaml
+from megascale.config.schema import Config
+from megascale.errors import TrainingError, UsageError
+from megascale.expand.produce import Grown
+from megascale.expand.source import Source
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much machine a growth may use, and how much it is checked. None of it changes a bit of the result.
+
+    slab_bytes  of target rows formed at once; a worker holds about three times as much
+    tokens      to compare small and grown model on; 0 skips that
+    check       read the source's files for their checksums first
+    """
+
+    workers: int = 1
+    slab_bytes: int = 256 << 20
+    tokens: int = 128
+    check: bool = True
+    data: str | None = None
+
+
+def check_target(target: Path, opened: Source, made: Grown) -> Path | None:
+    """The checkpoint that this very growth had written before it was killed, None where it is still to be written.
+
+    Raises UsageError where the target holds something else, lies in the source, or has no room. A killed growth's folder is welcome.
+    """
+    source = opened.index.folder
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise UsageError(f"{target} lies in the source {source}: name a folder beside it")
+    written = _written(target, step_of(opened), made.stamp)
+    known = {LATEST, step_name(step_of(opened))} if written is not None else set()
+    if target.exists() and (not target.is_dir() or any(not p.name.startswith(".tmp-") and p.name not in known for p in target.iterdir())):
+        raise UsageError(f"{target} exists already: name a folder that does not, or remove it")
+    place = next(p for p in (target, *target.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UsageError(f"{target} cannot be made: {place} is a file")
+    free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in target.glob(".tmp-*/*") if f.is_file())
+    if written is None and free < made.nbytes:
+        raise UsageError(
+            f"{target} needs {made.nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or name another disk"
+        )
+    return written
+
+
+def _written(target: Path, step: int, stamp: str) -> Path | None:
+    """The step folder of the same growth, where its config does not stand beside it yet: that is the last thing to be written."""
+    folder = target / step_name(step)
+    if not folder.is_dir() or (target / CONFIG).exists():
+        return None
+    made_by = read_json(folder / TRAINER).get("made")
+    return folder if isinstance(made_by, dict) and made_by.get("stamp") == stamp else None
+
+
+def step_of(opened: Source) -> int:
+    """At which the source stood; a converted checkpoint has none."""
+    step = opened.trainer.get("step")
+    return step if isinstance(step, int) else 0
+
+
+def write(
+    opened: Source, target: Path, made: Grown, config: Config, how: dict[str, Any], effort: Effort, progress: Progress | None
+) -> Index:
+    """Streams the checkpoint into `target` and returns its index, whose chunks fill every tensor once. `how` goes into its trainer.json.
+
+    Raises TrainingError where the source turns out damaged on the way, UsageError where the disk is too small or fails; nothing is left.
+    """
+    trainer = {
+        **{k: v for k, v in opened.trainer.items() if k not in ("identity", "config", "made")},
+        "identity": identity(config),
+        "config": config.plain(),
+        "made": {"from": str(opened.index.folder), "stamp": made.stamp, **how},
+    }
+    try:
+        folder = write_streamed(
+            target, step_of(opened), made.targets(), made, trainer, stamp=made.stamp, workers=effort.workers,
+            slab_bytes=effort.slab_bytes, progress=progress,
+        )  # fmt: skip
+    except UsageError as error:
+        if problems := verify(opened.index):
+            raise TrainingError(
+                f"the source was found damaged on the way: {'; '.join(problems)}; {target} was not made, use another checkpoint"
+            ) from error
+        raise
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error}; nothing is left there, make room or name another disk") from error
+    return read_index(folder)
+
+
+def finish(target: Path, config: Config) -> None:
+    """The config beside the checkpoint, by which a rerun knows that nothing is left to do."""
+    try:
+        write_durably(target / CONFIG, to_yaml(config.plain()).encode())
+    except OSError as error:
+        raise UsageError(f"{target / CONFIG} cannot be written: {error}; make room and run the same command again") from error
