@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -294,22 +293,6 @@ def test_a_grown_checkpoint_goes_on_on_any_layout(deeper: dict[str, Path], tmp_p
     assert run_ranks(ranks, run, config, timeout=150)[0] == (0, "done")
     many, alone = losses_of(tmp_path / "many"), losses_of(deeper[name].with_name(f"{name}-alone"))
     assert sorted(many) == sorted(alone) == [10, 11, 12, 13] and max(abs(many[s] - alone[s]) for s in alone) < 1e-12
-
-
-@pytest.mark.dist
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is missing")
-def test_a_grown_checkpoint_goes_on_under_deepspeed(small: Path, tmp_path: Path) -> None:
-    """Catches grown weights, or state that began anew, that DeepSpeed's flat buffers do not take."""
-    grow(step(small, 9), tmp_path / "grown", DEEPER["dense"], Options(optimizer="reset"), QUICK)
-    config = read_yaml(tmp_path / "grown" / "config.yaml")
-    config["run"]["allow_change"], config["checkpoint"]["resume"] = ["precision.compute"], str(tmp_path / "grown")
-    config["precision"]["compute"], found = "fp32", {}
-    for name, parallel in (("alone", {}), ("zero", {"engine": "deepspeed", "zero_stage": 2})):
-        config["run"]["dir"], config["parallel"] = str(tmp_path / name), parallel
-        assert run_ranks(1 if name == "alone" else 2, run, config)[0] == (0, "done")
-        found[name] = losses_of(tmp_path / name)
-    assert sorted(found["zero"]) == [10, 11, 12, 13]
-    assert max(abs(found["zero"][s] - x) / x for s, x in found["alone"].items()) < 1e-5
 
 
 def test_coefficients_and_epsilons_travel_with_the_config(tmp_path: Path) -> None:
