@@ -32,15 +32,18 @@ def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     x, w = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (20,))
     targets[::3] = -1
-    got = loss.cross_entropy_sum(x, w, targets, 0.25, 0, 11, None)
-    got.backward()
-    grads = x.grad, w.grad
-    x2, w2 = x.detach().requires_grad_(), w.detach().requires_grad_()
-    want = 0.25 * F.cross_entropy(x2 @ w2[:11].t(), targets, ignore_index=-1, reduction="sum")
-    want.backward()
-    torch.testing.assert_close(got, want.detach())
-    torch.testing.assert_close(grads[0], x2.grad)
-    torch.testing.assert_close(grads[1], w2.grad)
+    bias = torch.randn(13, dtype=torch.float64, requires_grad=True)
+    for b in (None, bias):
+        x.grad = w.grad = None
+        got = loss.cross_entropy_sum(x, w, targets, 0.25, 0, 11, None, bias=b)
+        got.backward()
+        inputs = [t.detach().requires_grad_() for t in (x, w, bias)]
+        logits = inputs[0] @ inputs[1][:11].t() + (0 if b is None else inputs[2][:11])
+        want = 0.25 * F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        want.backward()
+        torch.testing.assert_close(got, want.detach())
+        for ours, plain in zip((x, w) if b is None else (x, w, bias), inputs):
+            torch.testing.assert_close(ours.grad, plain.grad)
 
 
 def test_decoder_against_a_plain_loop() -> None:

@@ -167,6 +167,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
         raise UsageError(
             "model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from"
         )
+    refuse_bert_ends(source)
     target = target_model(source, sizes, options.router)
     seq_lens = (seq_len, sizes.seq_len or seq_len)
     if seq_lens[1] < seq_lens[0]:
@@ -184,6 +185,13 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     growth = Growth(source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, *told)
     _refuse(growth, options, depth_lossy)
     return growth
+
+
+def refuse_bert_ends(source: Model) -> None:
+    """Neither growth nor shrinking knows these ends."""
+    for key in ("embedding_norm", "mlm_head"):
+        if getattr(source, key):
+            raise UsageError(f"model.{key} is set: sizes cannot be changed of a model that has it; use one without")
 
 
 def _refuse(growth: Growth, options: Options, asked: tuple[str, ...]) -> None:

@@ -23,9 +23,9 @@ from megascale.model.attention_flex import with_blocks
 from megascale.model.attention_tiles import Seen
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
-from megascale.model.feedforward import FeedForward
+from megascale.model.feedforward import FeedForward, activate
 from megascale.model.kernels import NormKernel
-from megascale.model.layers import Norm, linear, mix64
+from megascale.model.layers import Linear, Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
@@ -60,6 +60,27 @@ def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Te
     row = tokens - first
     here = (row >= 0) & (row < weight.shape[0])
     return F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
+
+
+class MaskedHead(nn.Module):
+    """What BERT has between its last block and the product with the table: N(φ(W·x + b)), φ being the feed-forward's activation (GELU
+    where that has a gate); and a bias for each token, which that product takes. Every tensor rank has all of it but the bias, and applies
+    it to the tokens that it has.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, cfg: Model, std: float, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+        super().__init__()
+        assert cfg.vocab_size is not None
+        d, self.kind = cfg.hidden_size, "gelu" if cfg.ffn == "swiglu" else cfg.ffn
+        self.dense = Linear(d, d, "head", "tokens", std, dtype, cfg.bias)
+        self.norm = Norm(d, cfg.norm, cfg.eps_of("mlm_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+        self.bias = declare(ParamSpec((cfg.vocab_size,), "bias", 0), dtype) if cfg.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, d] → [b, s, d]"""
+        return self.norm(activate(self.kind, self.dense(x), None))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -98,9 +119,15 @@ class Decoder(nn.Module):
                 self.blocks[str(i)] = Block(cfg.at_layer(i), row, stack, dtype, norm_kernel, has_experts(cfg, i))
             else:
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
+        self.embedding_norm: Norm | None = None
+        if part.first and cfg.embedding_norm:
+            self.embedding_norm = Norm(d, cfg.norm, cfg.eps_of("embedding_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            # Layered accumulation has no weights of the embedding at hand in backward, and its table needs none.
+            self.embedding_norm.copied = True
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+        self.mlm = MaskedHead(cfg, at_ends.head, dtype, norm_kernel) if part.last and cfg.mlm_head else None
         if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
         self.hidden_factor = at_ends.hidden_factor
@@ -209,11 +236,14 @@ class Decoder(nn.Module):
             x = self.final_norm(x)
         if self.hidden_factor != 1.0:
             x = x * self.hidden_factor
+        bias = None
+        if self.mlm is not None:
+            x, bias = self.mlm(x), self.mlm.bias
         x = self.enter_head(x)
         vocabulary = self.cfg.vocab_enabled or self.cfg.vocab_size
         assert vocabulary is not None
         if targets is None:
-            logits = linear(x, self.head_weight)
+            logits = linear(x, self.head_weight, bias)
             if self.cfg.vocab_enabled is not None:
                 logits[..., max(0, vocabulary - self.vocab_first) :] = float("-inf")
             return logits
@@ -226,6 +256,7 @@ class Decoder(nn.Module):
             vocabulary,
             self.vocab_axis,
             self.compiled_loss,
+            bias,
         )
 
     def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:
@@ -249,7 +280,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, S] → [b, s, d] in the compute dtype."""
-        return self.look_up(tokens, positions, self.embedding, self.vocab_first, self.position if self.cfg.position == "learned" else None)
+        x = self.look_up(tokens, positions, self.embedding, self.vocab_first, self.position if self.cfg.position == "learned" else None)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def look_up(self, tokens: Tensor, positions: Tensor | None, table: Table, first: int, places: Table | None) -> Tensor:
         """Tokens [b, S] in a table [V_here, d] whose first row is number `first`, plus their places' vectors, → [b, s, d]. Rows of the
@@ -260,7 +292,7 @@ class Decoder(nn.Module):
         tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
         x = self.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, first, self.vocab_axis))
         if self.embedding_scale is not None:
-            x = x * self.embedding_scale.to(x.dtype)
+            x = x * self.embedding_scale.to(x.dtype, copy=True)  # as embedding_norm's
         return x if places is None else x + F.embedding(self.tokens_here(positions), places.weight.to(x.dtype))
 
     def counted(self, targets: Tensor | None, scale: float) -> Tensor | None:

@@ -180,11 +180,12 @@ class Norm(nn.Module):
         alpha_cut: Cut = "heads" if cut == 0 else cut
         self.alpha = declare(ParamSpec((1,), "scale", alpha_cut, mean=alpha), dtype) if kind == "dyt" else None
         self.mean_parts: Callable[[Tensor], Tensor] | None = None
+        self.copied = False  # whether backward has values of its own, for weights that are not gathered again for it
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        weight, bias = self.weight.to(x.dtype, copy=self.copied), None if self.bias is None else self.bias.to(x.dtype)
         if self.alpha is not None:
-            return dyt(x, self.alpha.to(x.dtype), weight, bias)
+            return dyt(x, self.alpha.to(x.dtype, copy=self.copied), weight, bias)
         if self.mean_parts is not None:
             return self._in_parts(x, self.mean_parts, weight, bias)
         return self.kernel(x, weight, bias, self.eps)

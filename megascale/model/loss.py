@@ -23,15 +23,24 @@ CPU_ELEMENTS, CPU_ROWS = 1 << 22, 256
 
 
 def cross_entropy_sum(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, first: int, vocab_size: int, axis: Axis | None, compiled: bool = False
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float,
+    first: int,
+    vocab_size: int,
+    axis: Axis | None,
+    compiled: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Σ over valid targets of −log softmax(x·Wᵀ)[target], times `scale`; a 0-dim tensor of at least fp32.
+    """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32.
 
-    x [T, d]; weight [V, d], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T], negative where not
-    counted. With an axis the vocabulary is cut over its ranks and all of them return the same loss; the gradient of x is then this rank's
-    part of a sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: on a device, passes over a chunk are fused.
+    x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T],
+    negative where not counted. With an axis the vocabulary is cut over its ranks and all of them return the same loss; the gradient of x is
+    then this rank's part of a sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: on a device, passes over a
+    chunk are fused.
     """
-    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, compiled)  # type: ignore[no-any-return]
+    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, compiled, bias)  # type: ignore[no-any-return]
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -48,13 +57,15 @@ class _CrossEntropySum(torch.autograd.Function):
         vocab_size: int,
         axis: Axis | None,
         compiled: bool,
+        bias: Tensor | None,
     ) -> Tensor:
-        w = weight.to(x.dtype)
+        w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=x.device)
-        need_x, need_w = ctx.needs_input_grad[:2]
+        need_x, need_w, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[8]
         grad_x = torch.empty_like(x) if need_x else None
         grad_w: Tensor | None = None
+        grad_b = torch.zeros(w.shape[0], dtype=exact, device=x.device) if need_b else None
         elements = CHUNK_ELEMENTS
         if x.device.type == "cpu":
             elements = min(elements, max(CPU_ELEMENTS, CPU_ROWS * w.shape[0]))
@@ -65,25 +76,28 @@ class _CrossEntropySum(torch.autograd.Function):
         chunk = _compiled_chunk() if compiled and axis is None and x.device.type != "cpu" else _chunk
         for start in range(0, x.shape[0], max(1, step)):
             rows = slice(start, start + step)
-            loss, d_logits = chunk(x[rows] @ w.t(), targets[rows], factor, first, vocab_size, axis, need_x or need_w, exact)
+            raw = x[rows] @ w.t() if b is None else torch.addmm(b, x[rows], w.t())
+            loss, d_logits = chunk(raw, targets[rows], factor, first, vocab_size, axis, need_x or need_w or need_b, exact)
             total += loss
             if grad_x is not None:
                 torch.mm(d_logits, w, out=grad_x[rows])
             if need_w:
                 grad_w = _add_product(grad_w, d_logits, x[rows], exact if step < x.shape[0] else x.dtype)
-        if ctx.needs_input_grad[0] or need_w:
-            ctx.save_for_backward(grad_x, None if grad_w is None else grad_w.to(weight.dtype))
+            if grad_b is not None:
+                grad_b += d_logits.sum(0, dtype=exact)
+        if need_x or need_w or need_b:
+            ctx.save_for_backward(
+                grad_x,
+                None if grad_w is None else grad_w.to(weight.dtype),
+                None if grad_b is None or bias is None else grad_b.to(bias.dtype),
+            )
         return total * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_x, grad_w = ctx.saved_tensors
         g = grads[0]
-        return (
-            None if grad_x is None else grad_x * g.to(grad_x.dtype),
-            None if grad_w is None else grad_w * g.to(grad_w.dtype),
-            *[None] * 6,
-        )
+        to_x, to_w, to_b = (None if grad is None else grad * g.to(grad.dtype) for grad in ctx.saved_tensors)
+        return to_x, to_w, *[None] * 6, to_b
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ class Layered:
                 stage.set_is_last_backward(False)
         first = model.stages[0]
         if isinstance(first, FSDPModule):
-            first.set_unshard_in_backward(False)  # the embedding's gradient does not depend on its values
+            first.set_unshard_in_backward(False)  # its table's gradient needs no values, its other weights are copied
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
         self.tied.lend()

@@ -5,13 +5,14 @@ What combines with what is not decided here but in `support.py`. Nothing in this
 """
 
 from megascale.config.schema.config import Config, GrowAt, Run
-from megascale.config.schema.model import BLOCK_NORMS, Matformer, Model, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
+from megascale.config.schema.model import BLOCK_NORMS, OUTER_NORMS, Matformer, Model, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.section import Section
 from megascale.config.schema.train import Checkpoint, Data, DataSource, Multiplier, Optim, Precision, Train, any_layer
 
 __all__ = [
     "BLOCK_NORMS",
+    "OUTER_NORMS",
     "Checkpoint",
     "Config",
     "Data",

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from megascale.config.schema.section import NonNegative, Positive, Probability, Section
 
-# The norms of a block by the names that `model.norm_eps_of` knows; qk_norm and the inner norms stand in its sublayers.
+# The norms by the names that `model.norm_eps_of` knows: outside blocks; of a block, where qk_norm and the inner norms stand in sublayers.
+OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
 BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
 
 
@@ -163,6 +164,8 @@ class Model(Section):
     sliding_window: Positive | None = None
     tie_embeddings: bool = False  # the head is the table of the tokens that are predicted
     share_embeddings: bool = True  # of an encoder_decoder: one vocabulary and one table for both sides
+    embedding_norm: bool = False  # a norm on the embedded tokens, before the first block, as BERT has it
+    mlm_head: bool = False  # BERT's: a dense layer, an activation and a norm before the head, with `bias` a bias for each token behind it
     qk_norm: bool | Literal["width"] = False  # true: within each head; width: over all heads together, as OLMo 2 has it
     vocab_size: Positive | None = None  # from the tokenizer if absent
     vocab_enabled: Positive | None = None  # tokens from this one on cannot be predicted yet: a vocabulary that grew without a trace
