@@ -17,11 +17,12 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Masking:
-    """`fraction` of the tokens is chosen; `mask_token` stands for a hidden one, and all numbers below it are tokens."""
+    """`fraction` of the tokens is chosen; `mask_token` stands for a hidden one, and a random one is any of a `vocabulary`."""
 
     seed: int
     fraction: float
     mask_token: int
+    vocabulary: int
 
     def corrupt(self, tokens: Tokens, sample: int) -> tuple[Tokens, NDArray[np.bool_]]:
         """tokens [s] of sample number `sample` → what the encoder sees [s], and where it is asked [s]. A function of its arguments alone:
@@ -30,7 +31,7 @@ class Masking:
         place = np.arange(len(tokens), dtype=np.uint64) * ODD + seed_of(self.seed, "mask", sample)
         chosen = _uniform(scramble(place)) < self.fraction
         kind = _uniform(scramble(place ^ ODD))
-        other = (scramble(place + np.uint64(1)) % np.uint64(self.mask_token)).astype(np.int64)
+        other = (scramble(place + np.uint64(1)) % np.uint64(self.vocabulary)).astype(np.int64)
         seen = np.where(chosen & (kind < HIDDEN), self.mask_token, tokens)
         return np.where(chosen & (kind >= HIDDEN) & (kind < HIDDEN + RANDOM), other, seen), chosen
 

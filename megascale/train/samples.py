@@ -30,8 +30,10 @@ def translates(config: Config) -> bool:
 
 
 def extra_pieces(config: Config) -> int:
-    """Pieces of the vocabulary, its last ones, that no file holds: an encoder's mask, the marks of spans."""
-    return SENTINELS if spans_asked(config) else int(config.model.family == "encoder")
+    """Pieces of the vocabulary, its last ones, that no file holds: an encoder's mask unless it is one of the tokenizer's, the marks of
+    spans.
+    """
+    return SENTINELS if spans_asked(config) else int(config.model.family == "encoder" and config.data.mask_token is None)
 
 
 def first_prefix(config: Config, side: str = "target") -> str:
@@ -53,6 +55,9 @@ def resolve_vocabulary(config: Config) -> Config:
     if model.spacetime is not None:
         return config.model_copy(update={"model": model.model_copy(update={"spacetime": with_text(config, model.spacetime)})})
     size = vocabulary(first_prefix(config), model.vocab_size, data.tokenizer, "", extra_pieces(config))
+    mask = data.mask_token
+    if mask is not None and mask >= size:
+        raise UsageError(f"data.mask_token is {mask} and the vocabulary has {size} pieces, counted from 0: choose one of them")
     found = {"vocab_size": size}
     if translates(config) and not model.share_embeddings:
         prefix = first_prefix(config, "source")
@@ -157,6 +162,12 @@ def note(samples: Samples) -> str | None:
     return samples.note() if isinstance(samples, PairMixture) else None
 
 
+def masking_of(config: Config, vocabulary: int) -> Masking:
+    """How an encoder's samples, of a `vocabulary` without a mask that is no token, are masked."""
+    mask = config.data.mask_token
+    return Masking(config.run.seed, config.data.masked, vocabulary if mask is None else mask, vocabulary)
+
+
 def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:
     """This rank's micro-batches of the global batch that starts at sample `first`."""
     t = config.train
@@ -165,5 +176,5 @@ def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, devi
         return [samples.batch(row, device) for row in rows]
     masking = None
     if config.model.family == "encoder":
-        masking = Masking(config.run.seed, config.data.masked, samples.vocab_size)
+        masking = masking_of(config, samples.vocab_size)
     return [make_batch(samples, row, t.packing, device, masking) for row in rows]

@@ -23,7 +23,7 @@ from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
 
 def test_what_is_asked() -> None:
     """Catches another share of hidden, random and kept tokens than BERT's 80/10/10, and a mask that does not follow the sample alone."""
-    masking = Masking(3, 0.15, 1000)
+    masking = Masking(3, 0.15, 1000, 1000)
     tokens = np.random.default_rng(0).integers(0, 1000, 200_000)
     seen, asked = masking.corrupt(tokens, 7)
     assert asked.mean() == pytest.approx(0.15, abs=0.003)
@@ -34,14 +34,14 @@ def test_what_is_asked() -> None:
     assert np.bincount(random, minlength=1000).max() < 20 and 480 < random.mean() < 520
     again, other = masking.corrupt(tokens, 7), masking.corrupt(tokens, 8)
     assert (again[0] == seen).all() and (again[1] == asked).all() and (other[1] != asked).mean() > 0.2
-    assert (Masking(4, 0.15, 1000).corrupt(tokens, 7)[1] != asked).mean() > 0.2
+    assert (Masking(4, 0.15, 1000, 1000).corrupt(tokens, 7)[1] != asked).mean() > 0.2
 
 
 def test_batches_ask_for_hidden_tokens(tmp_path: Path) -> None:
     """Catches targets that are the next token, and a target that attention may not reach dropped although it is its own."""
     mixture = Mixture([Source(make_tokens(tmp_path / "tokens"), 1.0, "t")], 16, 1, VOCAB, "all", 0.0, shuffled=True)
     for packing in ("concat", "documents"):
-        numbers, masking = [*range(20), -1], Masking(1, 0.5, VOCAB)
+        numbers, masking = [*range(20), -1], Masking(1, 0.5, VOCAB, VOCAB)
         plain, batch = make_batch(mixture, numbers, packing, CPU), make_batch(mixture, numbers, packing, CPU, masking)
         asked = torch.stack([torch.from_numpy(masking.corrupt(row.numpy(), n)[1]) for n, row in zip(numbers, plain.tokens)])
         asked[-1] = False

@@ -6,7 +6,7 @@ import re
 
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
-from megascale.config.schema import BLOCK_NORMS, Config, Model
+from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
 
 ENCODERS = ("encoder", "encoder_decoder")  # families some of whose tokens look both ways
 
@@ -31,6 +31,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
         "tokens are hidden from encoders only, alone or by the objective span_corruption",
         "remove mask_fraction, or use family encoder, or encoder_decoder with objective span_corruption",
+    ),
+    Rule(
+        "mask_token",
+        ("data.mask_token", "model.family"),
+        lambda c, n: c.data.mask_token is not None and c.model.family != "encoder",
+        "only an encoder is asked for tokens that one piece hides",
+        "remove mask_token, or use family encoder",
     ),
     Rule(
         "spacetime_fields",
@@ -174,10 +181,26 @@ MODEL_RULES: tuple[Rule, ...] = (
         "use the data axes, tp, cp and ep, with accumulation depth_first",
     ),
     Rule(
+        "ends_of_pairs",
+        ("model.embedding_norm", "model.mlm_head", "model.family"),
+        lambda c, n: (c.model.embedding_norm or c.model.mlm_head) and c.model.family not in ("decoder", "encoder"),
+        "a norm behind the embedding and layers before the head are for models with one stack over a vocabulary",
+        "use family encoder or decoder, or leave both out",
+    ),
+    Rule(
+        "mlm_head_scaled",
+        ("model.mlm_head", "model.residual"),
+        lambda c, n: c.model.mlm_head and c.model.residual == "mus",
+        "unit scaling divides what enters the head by the width, and the norm of mlm_head undoes it",
+        "use another residual, or leave mlm_head out",
+    ),
+    Rule(
         "norm_eps_of",
         ("model.norm_eps_of", "model.num_layers", "model.moeut"),
         lambda c, n: any(not _is_norm(c.model, name) for name in c.model.norm_eps_of),
-        "an epsilon of its own belongs to a norm by name: final_norm, or "
+        "an epsilon of its own belongs to a norm by name: "
+        + ", ".join(OUTER_NORMS)
+        + ", or "
         + ", ".join(BLOCK_NORMS)
         + ", of all layers or of one that exists "
         "(blocks.3.ffn_norm); MoEUT's have one",
@@ -285,7 +308,7 @@ def _is_norm(model: Model, name: str) -> bool:
     """Whether `model.norm_eps_of` may name it."""
     if model.moeut is not None or model.family == "encoder_decoder":
         return False
-    if name == "final_norm" or name in BLOCK_NORMS:
+    if name in OUTER_NORMS or name in BLOCK_NORMS:
         return True
     match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
     return match is not None and int(match[1]) < model.num_layers and match[2] in BLOCK_NORMS

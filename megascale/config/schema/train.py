@@ -115,6 +115,7 @@ class Data(Section):
     order: Literal["megascale", "megatron"] = "megascale"  # megatron: the order of megatron-core's GPTDataset and blends
     objective: Literal["translation", "span_corruption"] | None = None  # of an encoder_decoder; translation if absent
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens to be named by an encoder, or in spans; 0.15 if absent
+    mask_token: NonNegative | None = None  # what hides a token from an encoder; absent: a piece behind the tokenizer's, the last one
     mean_span: Annotated[float, Field(ge=1)] | None = None  # tokens of a span under span_corruption; 3 if absent
     tokenizer: str | None = None
     source_tokenizer: str | None = None  # of translation without share_embeddings
