@@ -32,6 +32,16 @@ WAYS = {
     ("megatron", "megascale"): megatron_to_megascale,
     ("megascale", "megatron"): megascale_to_megatron,
 }
+# Options that only some ways read, with the value that says nothing.
+READ: dict[str, tuple[object, tuple[object, ...]]] = {
+    "tokens": (None, (hf_to_megascale, megascale_to_hf)),
+    "tokenizer": (None, (megascale_to_hf,)),
+    "config": (None, (megatron_to_megascale,)),
+    "tp": (1, (megascale_to_megatron,)),
+    "pp": (1, (megascale_to_megatron,)),
+    "spec": ("te", (megascale_to_megatron,)),
+    "divisible": (128, (megascale_to_megatron,)),
+}
 
 
 @app.command()
@@ -60,6 +70,12 @@ def main(
     if way is None:
         ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
         raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
+    given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
+    for name, (nothing, ways_of) in READ.items():
+        if given[name] != nothing and way not in ways_of:
+            raise UsageError(f"--{name} is {given[name]}, and nothing from {origin} to {to} depends on it: leave it out")
+    if report is not None and (report.is_dir() or not (report.parent.is_dir() or report.parent == target)):
+        raise UsageError(f"--report is {report}, and no file can be written there: name one in a folder that exists")
     terminal = Console(stderr=True)
 
     def progress(done: int, total: int) -> None:
@@ -80,7 +96,7 @@ def main(
     done = way(source, target, options)
     if report is not None:
         report.write_text(json.dumps(done.plain(), indent=1) + "\n", encoding="utf-8")
-    print(told(done))
+    print(told(done, " (give --tokenizer to add one)" if way is megascale_to_hf else ""))
 
 
 def parse_tokens(text: str | None) -> list[int] | None:
@@ -93,7 +109,8 @@ def parse_tokens(text: str | None) -> list[int] | None:
         raise UsageError(f"--tokens is {text!r}: give token numbers such as 1,5,9") from None
 
 
-def told(report: Report) -> str:
+def told(report: Report, without: str) -> str:
+    """What a report says on a screen; `without`: what to do where no tokenizer is found."""
     logits = "not compared (give --tokens to compare them with transformers)"
     if report.logits is not None:
         logits = f"{report.logits:.3g} is the largest difference from transformers in fp32"
@@ -102,7 +119,7 @@ def told(report: Report) -> str:
             f"{report.source} → {report.written}",
             f"  model: {report.model}, {report.parameters:,} parameters in {report.tensors} tensors",
             f"  bytes: {report.bytes:,} as {', '.join(report.dtypes)}",
-            f"  tokenizer: {report.tokenizer or 'none found (give --tokenizer to add one)'}",
+            f"  tokenizer: {report.tokenizer or f'none found{without}'}",
             f"  logits: {logits}",
         ]
     )

@@ -22,26 +22,33 @@ def our_logits(model: Model, seq_len: int, produce: Produce, tokens: torch.Tenso
     return built.module(tokens)  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def hf_logits(folder: str | Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What transformers computes from a folder: logits [b, s, V]. Raises UsageError where it is not installed."""
+def check_comparable(model: Model, seq_len: int, tokens: list[int] | None) -> None:
+    """Raises UsageError where logits cannot be compared on `tokens` (None: nobody asks), before anything is written."""
+    assert model.vocab_size is not None
+    if tokens is None:
+        return
     if importlib.util.find_spec("transformers") is None:
         raise UsageError(
             "logits are compared with transformers, which is not installed: pip install 'megascale[hf]', or leave --tokens out"
         )
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()
-    return model(tokens).logits  # type: ignore[no-any-return]
-
-
-def largest_difference(model: Model, seq_len: int, produce: Produce, folder: str | Path, tokens: list[int]) -> float:
-    """max |Δlogit| in fp32. Both models are in memory, one after the other."""
-    assert model.vocab_size is not None
     wrong = [t for t in tokens if not 0 <= t < model.vocab_size]
     if wrong or not tokens or len(tokens) > seq_len:
         what = f"holds {wrong[0]}" if wrong else f"has {len(tokens)} numbers"
         raise UsageError(f"--tokens {what}, and the model reads 1 to {seq_len} numbers below {model.vocab_size}: give such tokens")
+
+
+@torch.no_grad()
+def hf_logits(folder: str | Path, tokens: torch.Tensor, causal: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What transformers computes from a folder of a language model, causal or masked: logits [b, s, V]."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    model = kind.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()
+    return model(tokens).logits  # type: ignore[no-any-return]
+
+
+def largest_difference(model: Model, seq_len: int, produce: Produce, folder: str | Path, tokens: list[int]) -> float:
+    """max |Δlogit| in fp32 on tokens that `check_comparable` has seen. Both models are in memory, one after the other."""
     row = torch.tensor([tokens])
-    theirs = hf_logits(folder, row)
+    theirs = hf_logits(folder, row, model.causal)
     return (our_logits(model, seq_len, produce, row) - theirs).abs().max().item()

@@ -19,7 +19,7 @@ from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.appear import appearing, check_absent
-from megascale.formats.compare import largest_difference
+from megascale.formats.compare import check_comparable, largest_difference
 from megascale.formats.fp8 import plan_inference
 from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
 from megascale.formats.hf_folder import GENERATION, read_object, tokenizer_files
@@ -91,6 +91,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 def hf_to_megascale(source: Path, target: Path, options: Options) -> Report:
     """A Hugging Face folder → `target`/step-00000000, with model.yaml, the tokenizer's files and the generation config beside it."""
     foreign = read_hf(source, dtype=options.dtype)
+    check_comparable(foreign.model, foreign.seq_len, options.tokens)
     extra = {p.name: p.read_bytes() for p in tokenizer_files(source)}
     written = write_ours(foreign, target, options, {"from": "hf", "path": str(source)}, {"hf_config": foreign.config}, extra, source)
     delta = None
@@ -148,6 +149,7 @@ def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
     tokenizer = options.tokenizer or find_tokenizer(checkpoint.config, checkpoint.folder)
     assert checkpoint.model.vocab_size is not None
     check_fits(tokenizer, checkpoint.model.vocab_size)
+    check_comparable(checkpoint.model, checkpoint.seq_len, options.tokens)
     others = export_files(tokenizer, checkpoint.trainer)
     write_hf(export, target, others=others, workers=options.workers, slab_bytes=options.slab_bytes, progress=options.progress)
     delta = None
@@ -158,7 +160,6 @@ def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
 
 def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
     """A checkpoint of ours → `target`/step-…, for inference with weights in e4m3."""
-    no_logits(options)
     checkpoint = whole_checkpoint(source)
     plan = plan_inference(checkpoint)
     with appearing(target) as temporary:
@@ -194,7 +195,6 @@ def _report(source: Path, written: Path, kind: str, made: Any, files: list[str],
 
 def megatron_to_megascale(source: Path, target: Path, options: Options) -> Report:
     """Weights of megatron-core, of the model that `options.config` describes → `target`/step-00000000."""
-    no_logits(options)
     model, seq_len = model_of(options.config)
     foreign = read_megatron(source, model, seq_len, options.dtype)
     written = write_ours(foreign, target, options, {"from": "megatron", "path": str(source)}, {}, {}, source)
@@ -203,17 +203,11 @@ def megatron_to_megascale(source: Path, target: Path, options: Options) -> Repor
 
 def megascale_to_megatron(source: Path, target: Path, options: Options) -> Report:
     """A checkpoint of ours → `target`/iter_…/mp_rank_…, weights only."""
-    no_logits(options)
     check_absent(target)
     checkpoint = whole_checkpoint(source)
     cut = options.cut
     made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype)
     return _report(checkpoint.folder, target, "GPT model of megatron-core, weights only", made, [], None)
-
-
-def no_logits(options: Options) -> None:
-    if options.tokens is not None:
-        raise UsageError("--tokens is given, and logits are compared with transformers, which does not read what this writes: leave it out")
 
 
 def model_of(path: Path | None) -> tuple[Model, int]:
