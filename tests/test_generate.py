@@ -22,7 +22,7 @@ from megascale.generate.open import ends_of
 from megascale.generate.run import Sampling, generate
 from megascale.generate.sample import choose
 from megascale.parallel.apply import ParallelModel
-from tests.formats.models import FAMILIES, PLAIN, save
+from tests.formats.models import DECODERS, PLAIN, save
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
 from tools.generate import app
@@ -90,7 +90,7 @@ def test_tensor_ranks_change_nothing(name: str, ranks: int) -> None:
     assert all(got == want for got in run_ranks(ranks, cut, name))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_greedy_is_transformers_greedy(family: str, tmp_path: Path) -> None:
     """Catches any difference that grows token by token: 24 tokens of 4 prompts, padded on the left by both."""
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")

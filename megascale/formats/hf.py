@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ from megascale.formats.hf_config import differences, family_of, hf_config, model
 from megascale.formats.hf_families import BY_TYPE, Family
 from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf, read_object
 from megascale.formats.hf_names import links_of
-from megascale.formats.links import Rearranged, compare_names, extents, steps_to_ours, steps_to_theirs
+from megascale.formats.links import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
 from megascale.formats.sources import Checkpoint, Stored
 
 # Buffers that older versions of transformers saved with the weights.
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(bert\.)?embeddings\.position_ids")
+# What the first BERTs, which came from TensorFlow, call the weight and the bias of a norm.
+OLD_NORMS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 FILE_BYTES = 5 * 10**9  # of one file, as transformers has it
 COMPARED = 1 << 24  # elements of tables compared at once
 
@@ -56,7 +59,7 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     family = family_of(config, where)
     found, length = model_section(config, where)
     if length is None:
-        raise UsageError(f"{where} has neither max_position_embeddings nor n_positions: add the longest sequence of the model")
+        raise UsageError(f"{where} has no {family.length}: add the longest sequence of the model")
     if model is not None:
         _must_agree(model, found, where)
     wanted = seq_len or length
@@ -64,16 +67,66 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
         raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
     source = open_hf(folder)
     links = links_of(family, model or found, wanted if found.position == "learned" else length)
-    held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n)}
-    if not any(n.startswith(family.prefix) for n in held):  # GPT-2's own files are of the model without its head
-        links = [replace(link, theirs=link.theirs.removeprefix(family.prefix)) for link in links]
-    _drop_tied_head(family, found, held, source, folder)
-    positions = frozenset(n for n in held if n.endswith("wpe.weight")) if wanted < length else frozenset()
-    compare_names(extents(steps_to_theirs(links)), held, str(folder), positions)
+    held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and not n.startswith(family.unused)}
+    links = _as_stored(family, links, held)
+    _drop_tied(family, found, held, source, folder)
+    expected = extents(steps_to_theirs(links))
+    short = frozenset(n for n in (_position(family), _position(family).removeprefix(family.prefix)) if n in expected and wanted < length)
+    if family.segments is not None:
+        expected[f"{family.segments}.weight"] = (config.get("type_vocab_size", 2), found.hidden_size)
+    compare_names(expected, held, str(folder), short)
     steps = steps_to_ours(links)
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
-    return Foreign(model or found, length, targets, Rearranged(source, steps, dtypes), config, source.stamp)
+    read = source if family.segments is None else Segmented(source, _position(family), f"{family.segments}.weight")
+    return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp)
+
+
+def _position(family: Family) -> str:
+    """The table of learned positions; of a family without one a name that no tensor has."""
+    return f"{family.outer['position'].theirs}.weight" if "position" in family.outer else ""
+
+
+def _as_stored(family: Family, links: list[Link], held: Mapping[str, Target]) -> list[Link]:
+    """The links, spelled as the files at hand spell them."""
+    if not any(n.startswith(family.prefix) for n in held):  # GPT-2's own files are of the model without its head
+        links = [replace(link, theirs=link.theirs.removeprefix(family.prefix)) for link in links]
+    for new, old in OLD_NORMS.items():
+        if any(n.endswith(old) for n in held):
+            links = [
+                replace(link, theirs=f"{link.theirs.removesuffix(new)}{old}" if link.theirs.endswith(new) else link.theirs)
+                for link in links
+            ]
+    # Until transformers 5 an untied head shared what it holds twice now, and it was stored once.
+    twice = {f"{place.untied}.bias" for place in family.outer.values() if place.untied is not None} - held.keys()
+    return [link for link in links if link.theirs not in twice]
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A `Source` whose positions are those of the first segment: its vector, the first row of `segments`, is added to each row of
+    `positions`, and rounded only to what they become.
+    """
+
+    source: Stored
+    positions: str
+    segments: str
+
+    @property
+    def tensors(self) -> Mapping[str, Target]:
+        return self.source.tensors
+
+    @property
+    def stamp(self) -> str:
+        return self.source.stamp
+
+    def read(self, name: str, offset: Sizes, shape: Sizes) -> torch.Tensor:
+        found = self.source.read(name, offset, shape)
+        if name != self.positions:
+            return found
+        first = self.source.read(self.segments, (0, offset[1]), (1, shape[1]))
+        exact = torch.promote_types(found.dtype, torch.float32)
+        return found.to(exact) + first.to(exact)
 
 
 def _must_agree(model: Model, found: Model, where: str) -> None:
@@ -83,22 +136,31 @@ def _must_agree(model: Model, found: Model, where: str) -> None:
         raise UsageError("\n  ".join([f"the model section is not that of {where}:", *lines]) + "\nset them as the file has them")
 
 
-def _drop_tied_head(family: Family, model: Model, held: dict[str, Target], source: Stored, folder: Path) -> None:
-    """A stored head of a tied model must be its embedding, and is then left out of `held`."""
-    head, table = family.outer["head"].theirs + ".weight", family.outer["embedding"].theirs + ".weight"
-    if not model.tie_embeddings or head not in held:
+def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: Stored, folder: Path) -> None:
+    """A stored head of a tied model must be its embedding, and so with a bias that it has twice; they are then left out of `held`."""
+    if not model.tie_embeddings:
         return
-    table = table if table in held else table.removeprefix(family.prefix)
-    one, other = held[head], held.get(table)
-    same = other is not None and one.shape == other.shape and one.dtype == other.dtype
-    rows = max(1, COMPARED // max(1, one.shape[-1])) if one.shape else 1
-    for first in range(0, one.shape[0] if same and one.shape else 0, rows):
+    table = family.outer["embedding"].theirs + ".weight"
+    copies = {family.outer["head"].theirs + ".weight": table if table in held else table.removeprefix(family.prefix)}
+    copies |= {f"{p.untied}.bias": f"{p.theirs}.bias" for p in family.outer.values() if p.untied is not None}
+    for copy, of in copies.items():
+        if copy not in held:
+            continue
+        if not _equal(source, held[copy], held.get(of)):
+            raise UsageError(f"{folder} has a {copy} of its own, and its config says tie_word_embeddings: set that to false in {CONFIG}")
+        del held[copy]
+
+
+def _equal(source: Stored, one: Target, other: Target | None) -> bool:
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
+    for first in range(0, one.shape[0] if one.shape else 0, rows):
         size = (min(rows, one.shape[0] - first), *one.shape[1:])
         at = (first, *[0] * (len(size) - 1))
-        same = same and torch.equal(source.read(head, at, size), source.read(table, at, size))
-    if not same:
-        raise UsageError(f"{folder} has a {head} of its own, and its config says tie_word_embeddings: set that to false in {CONFIG}")
-    del held[head]
+        if not torch.equal(source.read(one.name, at, size), source.read(other.name, at, size)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -126,6 +188,10 @@ def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Exp
     config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
     config.pop("dtype", None)  # the newer name of the same
     targets = {name: Target(name, dtypes[name], shape) for name, shape in extents(steps).items()}
+    if family.segments is not None:  # no step makes it: zeros
+        name = f"{family.segments}.weight"
+        dtypes[name], steps[name] = dtypes[_position(family)], ()
+        targets[name] = Target(name, dtypes[name], (config["type_vocab_size"], checkpoint.model.hidden_size))
     stamp = json.dumps([checkpoint.source.stamp, config], sort_keys=True, default=str)
     return Export(config, _files(list(targets.values())), targets, Rearranged(checkpoint.source, steps, dtypes), stamp)
 

@@ -55,7 +55,7 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
     """
     family = family_of(config, where)
     mapped = {k.theirs for k in family.keys} | {k.also for k in family.keys if k.also is not None}
-    known = mapped | HARMLESS | family.fixed.keys() | WINDOW | {"max_position_embeddings", "n_positions"}
+    known = mapped | HARMLESS | family.fixed.keys() | WINDOW | {family.length}
     known |= ROPE if family.theta is not None else set()
     problems = [f"{k} is {v!r}, which is not understood" for k, v in config.items() if k not in known and v is not None]
     for key, allowed in family.fixed.items():
@@ -73,11 +73,14 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
             problems.append(f"{known_key.theirs} is {value!r}, and {', '.join(map(repr, known_key.values))} can be had here")
     window, problem = _window(family, config, flat.get("num_layers"))
     flat["sliding_window"] = window
-    length = config.get("max_position_embeddings", config.get("n_positions"))
+    length = config.get(family.length)
     if family.theta is not None:
         flat["rope_theta"], flat["rope_scaling"], trouble = _rope(config, family.theta, length)
         problems += trouble
     problems += [problem] if problem else []
+    rows = config.get("type_vocab_size", 2)
+    if family.segments is not None and (not isinstance(rows, int) or rows < 1):
+        problems.append(f"type_vocab_size is {rows!r}, and there is one segment at least")
     if problems:
         raise UsageError(f"{where} describes a {family.model_type} model that cannot be read: {'; '.join(problems)}")
     return _validated(flat, where), length if isinstance(length, int) else None
@@ -190,7 +193,7 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
         if nearest is None or len(changed) < len(nearest[1]):
             nearest = (family, changed)
     if nearest is None:
-        raise UsageError(f"model.family is {model.family}, and no Hugging Face family here is of that kind: export decoders")
+        raise UsageError(f"model.family is {model.family}, and no Hugging Face family here is of that kind: export decoders or encoders")
     family, changed = nearest
     said = ", ".join(f"model.{k} is {mine!r} (it has {theirs!r})" for k, (mine, theirs) in changed.items())
     raise UsageError(f"no Hugging Face family has what this model has; {family.model_type} comes nearest, but {said}")
@@ -199,7 +202,7 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
 def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The model's values under the family's keys; None where it is not even of its kind."""
     flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
-    if model.family != "decoder" or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
+    if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None
     config: dict[str, Any] = {k: v for k, v in (original or {}).items() if k in HARMLESS}
     config |= {"architectures": [family.architecture], "model_type": family.model_type}
@@ -211,10 +214,10 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     if config.get("head_dim") is None or (family.model_type == "olmo2" and model.head_dim == model.hidden_size // model.num_heads):
         config.pop("head_dim", None)
     config |= {key: allowed[0] for key, allowed in family.fixed.items()}
-    config["n_positions" if family.theta is None else "max_position_embeddings"] = (original or {}).get("max_position_embeddings", seq_len)
-    if family.theta is None:
-        config["n_positions"] = seq_len
-    else:
+    config[family.length] = seq_len if family.theta is None else (original or {}).get(family.length, seq_len)
+    if family.segments is not None:
+        config.setdefault("type_vocab_size", 2)
+    if family.theta is not None:
         config |= _rope_keys(model, "rope_parameters" in (original or {}))
     if family.window != "never":
         config["sliding_window"] = model.sliding_window

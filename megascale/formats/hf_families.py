@@ -51,6 +51,16 @@ HARMLESS = frozenset(
         "torchscript",
         "reorder_and_upcast_attn",
         "n_ctx",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "type_vocab_size",  # segments but the first are not read
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
     ]
 )
 ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
@@ -76,11 +86,13 @@ class Place:
 
     transposed  weights are [in, out]
     part        ours is the part-th of equal parts of theirs, side by side along the output
+    untied      where a model whose head is not its embedding holds it too; where both are stored, this one acts
     """
 
     theirs: str
     transposed: bool = False
     part: int = 0
+    untied: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,9 @@ class Family:
     layer   the prefix of a layer's modules; `inner` the modules in it, by ours; `outer` those outside of layers
     theta   rope_theta if absent
     window  whether `sliding_window` is for every layer where it is set: always, never, or where use_sliding_window says so
+    length    the key of the longest sequence
+    segments  the table of vectors by segment: the first is added to every position, and zeros are written, ours having none
+    unused    what the names of tensors begin with that logits do not depend on
     """
 
     model_type: str
@@ -105,6 +120,9 @@ class Family:
     theta: float | None = 10000.0
     window: str = "never"
     default_window: int | None = None
+    length: str = "max_position_embeddings"
+    segments: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 def _places(**theirs: str) -> dict[str, Place]:
@@ -120,6 +138,7 @@ PRE = _places(attention_norm="input_layernorm", ffn_norm="post_attention_layerno
 SWIGLU = _places(ffn__gate="mlp.gate_proj", ffn__up="mlp.up_proj", ffn__down="mlp.down_proj")
 OUTER = _places(embedding="model.embed_tokens", final_norm="model.norm", head="lm_head")
 LLAMA = {"ffn": "swiglu", "norm": "rmsnorm", "bias": False, "residual": "pre", "position": "rope", "qk_norm": False}
+GPT = {"norm": "layernorm", "bias": True, "residual": "pre", "position": "learned", "qk_norm": False}
 SIZES = (
     Key("vocab_size", "vocab_size"),
     Key("hidden_size", "hidden_size"),
@@ -132,6 +151,7 @@ SIZES = (
     Key("tie_word_embeddings", "tie_embeddings", False),
 )
 EPS6, EPS5 = Key("rms_norm_eps", "norm_eps", 1e-6), Key("rms_norm_eps", "norm_eps", 1e-5)
+GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 NO_BIAS: Mapping[str, tuple[Any, ...]] = {**ACT, "attention_bias": (False,)}
 
@@ -244,7 +264,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gpt2",
         "GPT2LMHeadModel",
-        {"norm": "layernorm", "bias": True, "residual": "pre", "position": "learned", "qk_norm": False},
+        GPT,
         (
             Key("vocab_size", "vocab_size"),
             Key("n_embd", "hidden_size"),
@@ -254,12 +274,7 @@ FAMILIES: tuple[Family, ...] = (
             Key("initializer_range", "init_std", 0.02),
             Key("layer_norm_epsilon", "norm_eps", 1e-5),
             Key("tie_word_embeddings", "tie_embeddings", True),
-            Key(
-                "activation_function",
-                "ffn",
-                "gelu_new",
-                {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"},
-            ),
+            Key("activation_function", "ffn", "gelu_new", GELU),
         ),
         {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
         "transformer.h.",
@@ -273,13 +288,47 @@ FAMILIES: tuple[Family, ...] = (
         _places(embedding="transformer.wte", position="transformer.wpe", final_norm="transformer.ln_f", head="lm_head"),
         prefix="transformer.",
         theta=None,
+        length="n_positions",
+    ),
+    Family(
+        "bert",
+        "BertForMaskedLM",
+        {**GPT, "family": "encoder", "residual": "post", "embedding_norm": True, "mlm_head": True},
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("hidden_size", "hidden_size"),
+            Key("num_hidden_layers", "num_layers"),
+            Key("num_attention_heads", "num_heads"),
+            Key("intermediate_size", "ffn_size"),
+            Key("initializer_range", "init_std", 0.02),
+            Key("layer_norm_eps", "norm_eps", 1e-12),
+            Key("tie_word_embeddings", "tie_embeddings", True),
+            Key("hidden_act", "ffn", "gelu", GELU),
+        ),
+        {"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",)},
+        "bert.encoder.layer.",
+        {
+            **{f"attention.{n[0]}": Place(f"attention.self.{n}") for n in ("query", "key", "value")},
+            **_places(attention__o="attention.output.dense", attention_norm="attention.output.LayerNorm", ffn_norm="output.LayerNorm"),
+            **_places(ffn__up="intermediate.dense", ffn__down="output.dense"),
+        },
+        {
+            **_places(embedding="bert.embeddings.word_embeddings", position="bert.embeddings.position_embeddings"),
+            **_places(embedding_norm="bert.embeddings.LayerNorm", head="cls.predictions.decoder"),
+            **_places(mlm__dense="cls.predictions.transform.dense", mlm__norm="cls.predictions.transform.LayerNorm"),
+            "mlm": Place("cls.predictions", untied="cls.predictions.decoder"),
+        },
+        prefix="bert.",
+        theta=None,
+        segments="bert.embeddings.token_type_embeddings",
+        unused=("bert.pooler.", "cls.seq_relationship."),
     ),
 )
 BY_TYPE = {f.model_type: f for f in FAMILIES}
 
 # Families that our models cannot be, with the reason.
 NOT_HERE = {
-    "bert": "it normalizes its embeddings, adds one for the segment, and has a layer before the head; our encoder has none of them",
+    "roberta": "its positions begin behind its padding token; bert is read",
     "t5": "its attention has learned biases by distance and no scale, which our encoder_decoder does not have",
     "llama4": "its layers alternate between two attentions",
     "gemma2": "it caps logits and norms on both sides of a branch",

@@ -26,6 +26,8 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[Link]:
         if place is None:
             raise UsageError(f"the weight {name} has no place in a {family.model_type} model: export another model")
         stem = f"{family.layer}{block[1]}.{place.theirs}" if block else place.theirs
+        if place.untied is not None and not model.tie_embeddings:
+            links += _links(MODEL + name, shape, f"{place.untied}.{leaf}", place)  # first, since the first of two is read
         links += _links(MODEL + name, shape, f"{stem}.{leaf}", place)
     return links
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 LENGTH = 20  # tokens that logits are compared on
-FAMILIES = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
+DECODERS = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
+FAMILIES = (*DECODERS, "bert")
 
 
 @st.composite
@@ -20,7 +21,7 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
     experts = family in ("mixtral", "qwen3_moe")
     head = draw(st.sampled_from([4, 8] if experts else [4, 8, 10]))
     multiple = 4 if experts else 1  # transformers' grouped products want rows of a multiple of 16 bytes
-    own_head = family not in ("olmo2", "gpt2") and draw(st.booleans())
+    own_head = family not in ("olmo2", "gpt2", "bert") and draw(st.booleans())
     hidden = heads * head if not own_head else 4 * draw(st.integers(2, 7)) * heads
     common = {
         "vocab_size": draw(st.integers(30, 70)),
@@ -41,6 +42,18 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
             "n_inner": draw(st.sampled_from([None, 36])),
             "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
             "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
+        }
+    if family == "bert":
+        return {
+            **common,
+            "hidden_size": heads * head,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "intermediate_size": draw(st.integers(5, 60)),
+            "max_position_embeddings": draw(st.integers(LENGTH, 40)),
+            "hidden_act": draw(st.sampled_from(["gelu", "gelu_new", "relu"])),
+            "layer_norm_eps": draw(st.sampled_from([1e-12, 1e-3])),
+            "type_vocab_size": draw(st.integers(1, 3)),
         }
     values = {
         **common,
@@ -88,12 +101,19 @@ def ropes(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
+def auto(family: str) -> Any:
+    """The class of transformers that makes and loads a language model of the family."""
+    import transformers
+
+    return transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+
+
 def save(family: str, values: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A randomly started model, norms and biases moved off their starts so that none can be swapped unseen; returns it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).to(dtype).eval()
+    model = auto(family).from_config(AutoConfig.for_model(family, **values)).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -106,10 +126,11 @@ SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size
 # A plain model of each family, for tests of everything but the family.
 PLAIN: dict[str, dict[str, Any]] = {
     **{
-        f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None} for f in FAMILIES[:6]
+        f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None} for f in DECODERS[:6]
     },
     "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
 }
+PLAIN["bert"] = {**SIZES, "max_position_embeddings": 64}
 PLAIN["mixtral"] |= {"num_local_experts": 3}
 PLAIN["qwen3_moe"] |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 PLAIN["qwen3"] |= {"head_dim": 8}

@@ -83,7 +83,7 @@ def foreign_shard(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda f: edit(f, model_type="mamba"), "model_type is 'mamba', and models of llama, mistral"),
-    "bert": (lambda f: edit(f, model_type="bert"), "it normalizes its embeddings"),
+    "roberta": (lambda f: edit(f, model_type="roberta"), "its positions begin behind its padding token"),
     "t5": (lambda f: edit(f, model_type="t5"), "biases by distance and no scale"),
     "another head": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM that can be read"),
     "unknown key": (lambda f: edit(f, attention_sinks=4), "attention_sinks is 4, which is not understood"),
@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no heads": (lambda f: edit(f, num_attention_heads=0), "the number of heads is 0"),
     "text for a size": (lambda f: edit(f, num_hidden_layers="many"), "model.num_layers would be 'many'"),
     "size missing": (lambda f: edit(f, hidden_size=...), "model.hidden_size would be None"),
-    "no length": (lambda f: edit(f, max_position_embeddings=...), "neither max_position_embeddings"),
+    "no length": (lambda f: edit(f, max_position_embeddings=...), "has no max_position_embeddings"),
     "more layers": (lambda f: edit(f, num_hidden_layers=3), "model.layers.2."),
     "fewer layers": (lambda f: edit(f, num_hidden_layers=1), "have no place in a model of its config"),
     "another width": (lambda f: edit(f, intermediate_size=40), "has shape [48, 32] and the config makes it [40, 32]"),
@@ -217,6 +217,9 @@ def test_the_tool_says_what_it_did(whole: Path, tmp_path: Path, capsys: pytest.C
         (("--from", "hf", "--to", "hf"), "--from is hf and --to is hf: give one of"),
         (("--from", "hf", "--to", "megascale", "--dtype", "int8"), "--dtype is int8: give one of fp32"),
         (("--from", "hf", "--to", "megascale", "--tokens", "1,x"), "--tokens is '1,x'"),
+        (("--from", "hf", "--to", "megascale", "--tokens", "50"), "--tokens holds 50, and the model reads 1 to 64 numbers below 50"),
+        (("--from", "hf", "--to", "megascale", "--tp", "2"), "--tp is 2, and nothing from hf to megascale depends on it"),
+        (("--from", "hf", "--to", "megascale", "--report", tmp_path / "no/r.json"), "no file can be written there"),
     ):
         with pytest.raises(UsageError) as error:
             tool(whole / "hf", tmp_path / "other", *args)

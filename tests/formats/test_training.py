@@ -15,8 +15,8 @@ from megascale.config.load import build_config
 from megascale.data.loader import make_batch
 from megascale.formats.compare import our_logits
 from megascale.formats.sources import open_checkpoint
-from megascale.train.samples import open_data
-from tests.formats.models import save
+from megascale.train.samples import masking_of, open_data
+from tests.formats.models import auto, save
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
 
@@ -26,6 +26,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     "olmo2": {"num_key_value_heads": 4, "intermediate_size": 32, "hidden_size": 24, "num_attention_heads": 4},
     "gpt2": {"n_embd": 24, "n_head": 4, "n_layer": 2, "n_positions": 24},
     "mixtral": {"num_key_value_heads": 2, "intermediate_size": 32, "hidden_size": 24, "num_attention_heads": 4, "num_local_experts": 4},
+    "bert": {"intermediate_size": 32, "hidden_size": 24, "num_attention_heads": 4},
 }
 OURS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "qk_norm": True, "norm_eps": 1e-6},
@@ -35,6 +36,10 @@ OURS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
     },
     "mixtral": {"rope_theta": 1e6, "moe": {"num_experts": 4, "top_k": 2, "ffn_size": 32}},
+    "bert": {
+        "family": "encoder", "norm": "layernorm", "norm_eps": 1e-12, "bias": True, "ffn": "gelu", "position": "learned", "num_kv_heads": 4,
+        "residual": "post", "tie_embeddings": True, "embedding_norm": True, "mlm_head": True,
+    },
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero": ("qwen3", 2, {"dp_shard": 2}),
@@ -43,6 +48,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "learned positions": ("gpt2", 2, {"tp": 2}),
     "pipeline": ("gpt2", 2, {"pp": 2}),
     "experts": ("mixtral", 2, {"ep": 2}),
+    "masked": ("bert", 2, {"tp": 2}),
     "layered": ("mixtral", 2, {"accumulation": "layered", "dp_shard": 2}),
 }
 
@@ -69,21 +75,22 @@ def test_a_run_starts_from_a_hugging_face_folder_on_any_layout(layout: str, tmp_
     family, ranks, parallel = LAYOUTS[layout]
     make_tokens(tmp_path / "tokens")
     hf(family, tmp_path)
-    values = wanted(tmp_path, family)
+    masked = {"data__mask_token": 5} if family == "bert" else {}
+    values = wanted(tmp_path, family, **masked)
     assert run(values) == (0, "done")
     alone = losses(tmp_path)
-    values = wanted(tmp_path, family, run__dir=str(tmp_path / "other/run"))
+    values = wanted(tmp_path, family, run__dir=str(tmp_path / "other/run"), **masked)
     values["parallel"] = parallel
     assert run_ranks(ranks, run, values)[0] == (0, "done")
     assert losses(tmp_path / "other") == pytest.approx(alone, rel=1e-9)
-    from transformers import AutoModelForCausalLM
-
     samples, _ = open_data(build_config(values))
-    batch = make_batch(samples, [0, 1, 2, 3], "concat", torch.device("cpu"))  # type: ignore[arg-type]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
+    masking = masking_of(build_config(values), VOCAB) if family == "bert" else None
+    batch = make_batch(samples, [0, 1, 2, 3], "concat", torch.device("cpu"), masking)  # type: ignore[arg-type]
+    model = auto(family).from_pretrained(tmp_path / family).eval()
     with torch.no_grad():
         logits = model(batch.tokens).logits
-    assert alone[0] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item(), rel=1e-5)
+    want = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1)
+    assert alone[0] == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_exports_stand_beside_kept_checkpoints(tmp_path: Path) -> None:
