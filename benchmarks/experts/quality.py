@@ -22,10 +22,11 @@ from megascale.report.canvas import COLOURS, GREY, new_figure, png, style
 from megascale.report.read import read_run
 from megascale.train.setup import build_trainer
 
-# Every way of balancing is tried with its published weight, and with the z-loss beside it.
+# Every way of balancing is tried with its published weight, and with the z-loss beside it; the entropy with ten times its weight as well.
 BALANCES: dict[str, dict[str, Any]] = {
     "loss": {"balance": "loss"},
     "entropy": {"balance": "entropy"},
+    "entropy-0.1": {"balance": "entropy", "aux_loss": 0.1},
     "bias": {"balance": "bias", "router": "sigmoid"},
     "none": {"balance": "none"},
 }
@@ -74,10 +75,10 @@ def draw(curves: dict[str, dict[int, float]], load: dict[str, dict[int, list[flo
             left.plot(list(curve), list(curve.values()), "o-", color=colour, label=name.rsplit(" ", 1)[0])
         left.set_title("validation loss, equal active parameters", fontsize=10)
         for (name, found), colour in zip(load.items(), COLOURS):
-            right.plot(list(found), [max(layers) for layers in found.values()], color=colour, label=f"balance: {name}")
+            right.plot(list(found), [max(layers) for layers in found.values()], color=colour, label=name)
         right.axhline(1.5, color=GREY, linewidth=0.9, linestyle=":")
         right.set_ylim(1, None)
-        right.set_title("load, max ÷ mean, of the least even layer", fontsize=10)
+        right.set_title("load, max ÷ mean, of the least even layer, by balance", fontsize=10)
         for axes, top in ((left, 1.0), (right, 0.93)):
             axes.set_xlabel("step")
             axes.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, top))

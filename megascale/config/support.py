@@ -31,7 +31,7 @@ def check(config: Config, ranks: int) -> Config:
     if refused:
         lines = []
         for rule in refused:
-            values = ", ".join(f"{key} is {_value(config, key)}" for key in rule.keys)
+            values = ", ".join(f"{key} is {_value(config, key, ranks)}" for key in rule.keys)
             lines.append(f"{values}: {rule.why}; {rule.fix}")
         raise UsageError("\n  ".join(["this combination does not work:", *lines]) if len(lines) > 1 else lines[0])
     sizes = axis_sizes(config.parallel, ranks)
@@ -61,8 +61,9 @@ def padding_note(config: Config) -> str | None:
     )
 
 
-def _value(config: Config, key: str) -> object:
+def _value(config: Config, key: str, ranks: int) -> object:
     value: object = config
     for part in key.split("."):
         value = getattr(value, part, None)
-    return value
+    # What -1 stands for follows from a number that no key shows.
+    return f"-1 on {ranks} ranks" if key == "parallel.dp_shard" and value == -1 else value

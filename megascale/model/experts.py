@@ -117,11 +117,48 @@ def has_grouped_product(x: Tensor, weight: Tensor) -> bool:
     return hasattr(torch, "_grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
 
 
+class _RoundedByExpert(torch.autograd.Function):
+    """`grouped_product` with weights that are kept in another dtype than x's, for CPUs: each expert's matrix is rounded when its rows meet
+    it, and its gradient is added to what earlier micro-batches left.
+
+    A rounded bank, its gradient and the widened gradient would be 8 bytes a weight of new memory every micro-batch, of which a CPU spends
+    longer on handing out the pages than on the copies; here one matrix at a time stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.sizes = weight, sizes
+        parts = [part @ w.to(x.dtype).t() for part, w in zip(x.split([*sizes, x.shape[0] - sum(sizes)]), weight) if len(part)]
+        return torch.cat([*parts, x.new_zeros((x.shape[0] - sum(sizes), weight.shape[1]))])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,), weight, sizes = ctx.saved_tensors, ctx.weight, ctx.sizes
+        rest = x.shape[0] - sum(sizes)
+        blocks = [*zip(weight, x.split([*sizes, rest]), grads[0].split([*sizes, rest]))]
+        into_x = into_weight = None
+        if ctx.needs_input_grad[0]:
+            into_x = torch.cat([*(g @ w.to(g.dtype) for w, _, g in blocks if len(g)), x.new_zeros((rest, x.shape[1]))])
+        if ctx.needs_input_grad[1]:
+            # Hooks want to see a gradient; without them it need not exist apart from the sum.
+            adds = weight.is_leaf and weight.grad is not None and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
+            into_weight = None if adds else torch.empty_like(weight)
+            for total, (_, a, g) in zip(weight.grad if into_weight is None else into_weight, blocks):
+                if into_weight is None:
+                    total.add_(g.t() @ a)
+                else:
+                    total.copy_(g.t() @ a)  # zero where no row came
+        return into_x, into_weight, None
+
+
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """x [n, in] sorted by expert, weight [E, out, in], counts [E] rows of each expert → [n, out].
 
     Rows beyond the sum of the counts are undefined, and so are their gradients.
     """
+    if weight.dtype != x.dtype and x.device.type == "cpu":
+        return _RoundedByExpert.apply(x, weight, counts.tolist())  # type: ignore[no-any-return]
     weight = weight.to(x.dtype)
     if has_grouped_product(x, weight):
         return torch._grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
