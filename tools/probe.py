@@ -7,6 +7,7 @@ Alone or under torchrun, on any layout. Writes OUT.json and OUT.png and says in 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,13 +67,12 @@ def main(
 def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
     """What OUT.json holds."""
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
-    if config.model.moeut is not None or config.model.family not in ("decoder", "encoder") or config.parallel.engine == "deepspeed":
+    if config.model.moeut is not None or config.model.family == "spacetime" or config.parallel.engine == "deepspeed":
         raise UsageError(
-            "the probe looks at stacks of attention and feed-forward blocks that our own engines run: probe a config without model.moeut, "
-            f"of family decoder or encoder, under engine fsdp2 or ddp (here: {config.model.family}, {config.parallel.engine})"
+            "the probe looks at stacks of attention and feed-forward blocks that our own engines run: probe a config without "
+            "model.moeut, of family decoder, encoder or encoder_decoder, under engine fsdp2 or ddp (here: "
+            f"{config.model.family}, {config.parallel.engine})"
         )
-    if config.model.moeut is not None:
-        raise UsageError("model.moeut is set, and theory knows stacks of blocks with weights of their own: remove model.moeut to probe one")
     p, t = config.parallel, config.train
     filling = 2 * p.pp * p.stages_per_rank if p.pp > 1 else 1
     batch = t.micro_batch_size * data_parts(p) * filling
@@ -99,8 +99,10 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
 
 
 def expected(config: Config, points: list[Point]) -> list[dict[str, Any]]:
-    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts."""
-    if config.model.moe is not None:
+    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts and no stack that
+    attends to another.
+    """
+    if config.model.moe is not None or config.model.encoder_layers is not None:
         return []
     first, last = points[0], points[-1]
     start = Signal(first.mean, first.variance, first.correlation)
@@ -121,6 +123,16 @@ def write(result: dict[str, Any], out: Path) -> None:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
+def depths(points: list[dict[str, Any]]) -> list[float]:
+    """Blocks before each point, through all stacks: a stack's embedding stands where its first block begins."""
+    sublayers = Counter(p["layer"] for p in points)
+    found: list[float] = []
+    for i, p in enumerate(points):
+        begins = i == 0 or p["layer"] < 0 or p["layer"] != points[i - 1]["layer"]
+        found.append(float(points[i + 1]["layer"]) if p["layer"] < 0 else (p["layer"] if begins else found[-1]) + 1 / sublayers[p["layer"]])
+    return found
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """One panel a moment, measurement as dots and theory as a line over the depth in blocks."""
     from matplotlib.figure import Figure
@@ -128,9 +140,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     model, points, theory = result["config"]["model"], result["points"], result["theory"]
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     lines = {"variance": "variance", "correlation": "correlation", "gradient": "gradient"}
-    per_block = 2 if len(points) > 1 + model["num_layers"] else 1
+    depth = depths(points)
     for axes, (key, (label, scale)) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        depth = [(i + 0.0) / per_block for i in range(len(points))]
         axes.plot(depth, [p[key] for p in points], ".", color="#1f5fa8", markersize=4, label="measured")
         if key in lines and theory:
             axes.plot(depth[1:], [p[lines[key]] for p in theory], "-", color="#c8551b", linewidth=1.2, label="theory")
@@ -139,13 +150,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.set_yscale("log")
         if key == "correlation":
             axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.05)
+        if model["encoder_layers"]:
+            axes.axvline(model["encoder_layers"], color="#888", linewidth=0.8, linestyle="--")
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("blocks", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-    figure.suptitle(
-        f"{model['residual']}, {model['norm']}, {model['num_layers']} blocks of width {model['hidden_size']}: first step", fontsize=11
-    )
+    sides = [model["encoder_layers"], model["num_layers"]] if model["encoder_layers"] else [model["num_layers"]]
+    blocks = " + ".join(map(str, sides))
+    figure.suptitle(f"{model['residual']}, {model['norm']}, {blocks} blocks of width {model['hidden_size']}: first step", fontsize=11)
     figure.savefig(path, dpi=110)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ COUNT, SUM, SQUARES, GRADIENT, PAIRS, CORR, GRADIENT_CORR, CHANGE, WEIGHT_GRADIE
 
 @dataclass(frozen=True)
 class Point:
-    """The stream behind one sublayer; layer −1 is the embedding.
+    """The stream behind one sublayer; layer −1 is the embedding, "source" that of an encoder–decoder's sources. Its layers are numbered
+    through both stacks, the encoder's first.
 
     mean, variance          of its entries
     correlation             mean cosine of two tokens of a sequence
@@ -52,8 +54,21 @@ class Point:
 def point_names(model: ParallelModel) -> list[tuple[int, str]]:
     """(layer, sublayer) of all points of the whole model, in order, on every rank alike."""
     cfg = model.model.cfg
-    kinds = ["block"] if cfg.residual == "parallel" else ["attention", "ffn"]
-    return [(-1, "embedding"), *((layer, kind) for layer in range(cfg.num_layers) for kind in kinds)]
+    encoder = cfg.encoder_layers or 0
+
+    def behind(layers: range, *kinds: str) -> list[tuple[int, str]]:
+        return [(layer, kind) for layer in layers for kind in (("block",) if cfg.residual == "parallel" else kinds)]
+
+    if not encoder:
+        return [(-1, "embedding"), *behind(range(cfg.num_layers), "attention", "ffn")]
+    read = [(-1, "source"), *behind(range(encoder), "attention", "ffn")]
+    return [*read, (-1, "embedding"), *behind(range(encoder, cfg.total_layers), "attention", "cross", "ffn")]
+
+
+def stacks(points: Sequence[Point]) -> list[list[Point]]:
+    """The points of each stack, its embedding first."""
+    starts = [i for i, p in enumerate(points) if p.layer < 0]
+    return [list(points[a:b]) for a, b in pairwise([*starts, len(points)])]
 
 
 class Taps:
@@ -77,11 +92,12 @@ class Taps:
         for stage in self.model.stages:
             for name, block in stage.units():
                 assert isinstance(block, Block)  # the tool refuses models of other blocks
-                layer = int(name.rpartition(".")[2])
-                if layer == 0:
-                    handles.append(block.register_forward_pre_hook(self._before(self.row[-1, "embedding"])))
-                if not block.row.one_norm:
-                    handles.append(_second_entry(block).register_forward_pre_hook(self._before(self.row[layer, "attention"])))
+                layer = self._layer(name.split("."))
+                if name.endswith(".0"):
+                    entry = self.row[-1, "source" if name.startswith("encoder") else "embedding"]
+                    handles.append(block.register_forward_pre_hook(self._before(entry)))
+                for kind, entered in _entries(block):
+                    handles.append(entered.register_forward_pre_hook(self._before(self.row[layer, kind])))
                 handles.append(block.register_forward_hook(self._after(self.row[layer, "block" if block.row.one_norm else "ffn"])))
         try:
             yield
@@ -124,10 +140,16 @@ class Taps:
 
     def _row_of(self, name: str) -> int | None:
         parts = name.split(".")
-        if parts[0] != "blocks":
-            return self.row[-1, "embedding"] if parts[0] == "embedding" else None
-        kinds = ("block", "attention" if parts[2].startswith("attention") else "ffn")
-        return next(self.row[int(parts[1]), kind] for kind in kinds if (int(parts[1]), kind) in self.row)
+        if parts[0] not in ("blocks", "encoder"):
+            tables = {"embedding": (-1, "embedding"), "source_embedding": (-1, "source")}
+            return self.row[tables[parts[0]]] if parts[0] in tables else None
+        kinds = ("block", next(kind for kind in ("attention", "cross", "ffn") if parts[2].startswith(kind)))
+        layer = self._layer(parts)
+        return next(self.row[layer, kind] for kind in kinds if (layer, kind) in self.row)
+
+    def _layer(self, parts: Sequence[str]) -> int:
+        """The number through all stacks of the block whose name begins with these parts."""
+        return int(parts[1]) + (self.model.model.cfg.encoder_layers or 0) * (parts[0] == "blocks")
 
     def points(self, loss_scale: float, lr: float) -> list[Point]:
         """Of all ranks together. `loss_scale` is what gradients must be divided by to be those of the mean loss of a token."""
@@ -146,12 +168,14 @@ class Taps:
         return [_point(name, numbers, loss_scale, lr) for name, numbers in zip(self.names, sums.tolist())]
 
 
-def _second_entry(block: Block) -> nn.Module:
-    """The module that reads the stream behind the attention sublayer first."""
-    if block.row.norm == "before":
-        assert block.ffn_norm is not None
-        return block.ffn_norm
-    return block.ffn
+def _entries(block: Block) -> list[tuple[str, nn.Module]]:
+    """The sublayers that another of the block follows, each with the module that reads the stream behind it first."""
+    if block.row.one_norm:
+        return []
+    before = block.row.norm == "before"
+    entries = [("attention", block.cross_norm if before else block.cross)] if block.cross is not None else []
+    entries.append(("attention" if block.cross is None else "cross", block.ffn_norm if before else block.ffn))
+    return [(kind, module) for kind, module in entries if module is not None]
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -217,6 +241,14 @@ def probe(
 
 def warnings(points: list[Point]) -> list[str]:
     """What looks wrong, in words. The thresholds are a factor of ten between the ends, and tokens within 25 degrees of one another."""
+    every = stacks(points)
+    if len(every) == 1:
+        return _warnings(points)
+    return [f"{side}: {words}" for side, of_stack in zip(("encoder", "decoder"), every) for words in _warnings(of_stack)]
+
+
+def _warnings(points: list[Point]) -> list[str]:
+    """Of one stack."""
     found: list[str] = []
     stack = points[1:]
     if not all(math.isfinite(value) for p in points for value in (p.variance, p.gradient, p.weight_gradient)):
