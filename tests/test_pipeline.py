@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from megascale.config.schema import Model, Parallel
-from megascale.config.stages import split_layers, stages_of_rank
+from megascale.config.stages import estimated_costs, split_layers, stage_parts, stages_of_rank
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block
 from megascale.schedule.orders import Step, compute_order, layered_order, steps, with_weights
@@ -265,6 +265,20 @@ def test_layers_are_balanced() -> None:
     heavy = split_layers(10, 4, 1.0, 0.0, 2.0)
     assert [len(r) for r in heavy] == [3, 3, 3, 1] and heavy[-1] == range(9, 10)
     assert [len(r) for r in split_layers(4, 4, 1.0, 0.0, 50.0)] == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("schedule", "pp", "virtual"), [("1f1b", 2, 1), ("1f1b", 7, 1), ("interleaved_1f1b", 4, 5), ("zbv", 8, 2)])
+@pytest.mark.parametrize(("vocabulary", "head"), [(512, 0.6), (32_000, 40.0)])
+def test_a_thousand_layers_are_balanced(schedule: Any, pp: int, virtual: int, vocabulary: int, head: float) -> None:
+    """Catches stages that are equal in layers although the head costs as much as forty, and a rank a layer or more above its share."""
+    cfg = tiny(num_layers=1000, hidden_size=64, num_heads=2, num_kv_heads=2, head_dim=32, ffn_size=128, vocab_size=vocabulary)
+    parallel = Parallel(pp=pp, pp_schedule=schedule, pp_virtual=virtual)
+    layer, before, after = estimated_costs(cfg, 128)
+    assert after / layer == pytest.approx(head, rel=0.1)
+    parts = stage_parts(cfg, parallel, 128)
+    assert [i for part in parts for i in part.layers] == list(range(1000))
+    loads = [len(part.layers) * layer + part.first * before + part.last * after for part in parts]
+    assert max(loads) < sum(loads) / len(loads) + layer
 
 
 def test_resume_between_pipelines(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ SCHEMES: dict[str, list[str]] = {
     "deepscale": ["model.residual=deepscale", "model.ffn=relu", "model.ffn_size=256"],
     "deepscale_post": ["model.residual=deepscale_post", "model.ffn=relu", "model.ffn_size=256"],
     "deepscale_swiglu": ["model.residual=deepscale"],
+    "deepscale_swiglu_gradient": ["model.residual=deepscale", "model.deepscale_unit=gradient"],
     "pre": ["model.residual=pre"],
     "post": ["model.residual=post"],
     "post_xavier": ["model.residual=branchnorm", "model.branchnorm_period=1"],  # what BranchNorm becomes

@@ -18,6 +18,7 @@ TRAINING = frozenset(
         "init_std",
         "dropout",
         "token_correlation",
+        "deepscale_unit",
         "dyt_alpha",
         "branchnorm_period",
         "moe.aux_loss",

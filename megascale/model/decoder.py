@@ -7,7 +7,7 @@ Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,16 @@ class MaskedHead(nn.Module):
         return self.norm(activate(self.kind, self.dense(x), None))  # type: ignore[no-any-return]
 
 
+Pass = tuple[nn.Module, Context]  # a block and what it is told
+
+
+def in_turn(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
+    """The stream [b, s, d] through blocks, one after the other."""
+    for block, context in blocks:
+        x = block(x, context)
+    return x
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, head, or the `part` of them that makes a pipeline stage. Built on the meta device with unsharded
     shapes; passes cut it before it gets memory.
@@ -90,7 +100,8 @@ class Decoder(nn.Module):
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed), `enter_memory`
     (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens),
     `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi). Compilation sets `compiled_loss`.
-    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds).
+    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds), nested
+    recomputation `pass_blocks` (the stream through some blocks).
     """
 
     warm: Tensor | None
@@ -139,6 +150,7 @@ class Decoder(nn.Module):
         self.enter_memory: Callable[[Tensor], Tensor] = identity
         self.tokens_here: Callable[[Tensor], Tensor] = identity
         self.sequence_here: Callable[[Tensor], Tensor] = identity
+        self.pass_blocks: Callable[[Tensor, Iterable[Pass]], Tensor] = in_turn
         self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
         self.vocab_axis: Axis | None = None
         self.vocab_first = 0
@@ -224,8 +236,7 @@ class Decoder(nn.Module):
         contexts = self.contexts(self.part.layers, tokens, seen, positions, samples, self.counted(targets, scale))
         x = self.embed(tokens, positions) if stream is None else stream
         if self.cfg.moeut is None:
-            for (_, block), context in zip(self.units(), contexts):
-                x = block(x, context)
+            x = self.pass_blocks(x, zip(self.blocks.values(), contexts))
         else:
             x = self.repeat(x, contexts)
         return self.finish(x, targets, scale) if self.part.last else x

@@ -105,8 +105,7 @@ class EncoderDecoder(Decoder):
         assert self.cfg.encoder_layers is not None
         layers = self.part.of_stack(0, self.cfg.encoder_layers)
         contexts = self.contexts(layers, source, only(valid), None, samples, counted)
-        for block, context in zip(self.encoder.values(), contexts):
-            x = block(x, context)
+        x = self.pass_blocks(x, zip(self.encoder.values(), contexts))
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
     def memory(self, read: Tensor, valid: Tensor) -> Memory | None:
@@ -126,9 +125,7 @@ class EncoderDecoder(Decoder):
         before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
         layers = range(before + mine.start, before + mine.stop)
         seen = self.seen(None, tokens.shape[1], tokens.device)
-        for block, context in zip(self.blocks.values(), self.contexts(layers, tokens, seen, positions, samples, counted, memory)):
-            x = block(x, context)
-        return x
+        return self.pass_blocks(x, zip(self.blocks.values(), self.contexts(layers, tokens, seen, positions, samples, counted, memory)))
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
         """The weight [b, t] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""

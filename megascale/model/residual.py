@@ -22,6 +22,8 @@ from megascale.config.schema import BLOCK_NORMS, Model
 BRANCH = ("value", "attention_out", "up", "down")
 # E[φ(z)²] of a standard normal z; SwiGLU's is that of SiLU, times a second factor of unit variance.
 SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356}
+# What of a gradient's variance comes back through φ, E[φ'(z)²]. A product gives it to both its factors: E[silu²] + E[silu'²].
+GRADIENT_MOMENT = {"relu": 0.5, "gelu": 0.456, "gelu_tanh": 0.456, "swiglu": 0.735}
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,10 @@ def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
 
     Averaging over tokens leaves of a value's variance its token correlation r, so value and output share √((1−p)/r). The feed-forward's two
     matrices share (1−p)·d/(f·E[φ²]) evenly where φ is homogeneous in `up`; GELU wants an input of unit variance, so `down` bears it all.
+    SwiGLU cannot have both units: `cfg.deepscale_unit` chooses.
     """
     assert cfg.ffn_size is not None
-    keep, moment = 1 - cfg.dropout, SECOND_MOMENT[cfg.ffn]
+    keep, moment = 1 - cfg.dropout, (SECOND_MOMENT if cfg.deepscale_unit == "variance" else GRADIENT_MOMENT)[cfg.ffn]
     at = len(stack.sublayers) * layer
     r = token_correlations(stack.sublayers * stack.layers, cfg.dropout, cfg.token_correlation)[at]
     attention = (keep / r) ** 0.25

@@ -20,6 +20,7 @@ from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
 from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
+from megascale.parallel.memory import group_size
 from megascale.parallel.tensor import Placement
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
@@ -97,8 +98,8 @@ def activation_bytes(config: Config, ranks: int) -> float:
     p, t = config.parallel, config.parallel.tp
     cut = 1.0 / t if p.tp_sequence else 1.0
     # Per token and unit of width: 24 bytes live inside the products that tp cuts, 10 outside. Selective recomputation keeps the results of
-    # products and attention, about 16 and 2; full only a block's input.
-    per_unit = {"none": 24 / t + 10 * cut, "selective": 16 / t + 2 * cut, "full": 2 * cut}[p.recompute]
+    # products and attention, about 16 and 2; full only a block's input, nested that of some blocks.
+    per_unit = {"none": 24 / t + 10 * cut, "selective": 16 / t + 2 * cut}.get(p.recompute, 2 * cut)
     return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
 
 
@@ -118,13 +119,17 @@ def _two_byte_units(config: Config) -> float:
 
 def _blocks_in_flight(config: Config, ranks: int) -> float:
     """How often a block's activations are alive at once: blocks of this rank × micro-batches between forward and backward."""
-    p, blocks = config.parallel, config.model.total_layers
+    p, blocks = config.parallel, float(config.model.total_layers)
     if p.accumulation == "layered":
-        return float(blocks * (p.breadth_first or micro_batches(config, ranks)))
-    if p.pp == 1:
-        return float(blocks)
-    timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
-    return blocks / (p.pp * p.stages_per_rank) * max(timeline.live)
+        return blocks * (p.breadth_first or micro_batches(config, ranks))
+    passes = 1
+    if p.pp > 1:
+        timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
+        blocks, passes = blocks / (p.pp * p.stages_per_rank), max(timeline.live)
+    if p.recompute == "nested":  # an input of each group in flight, and those of the blocks of one
+        size = group_size(math.ceil(blocks))
+        return blocks / size * passes + size
+    return blocks * passes
 
 
 def needed(config: Config, ranks: int) -> tuple[int, float]:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common import Allocations
 from megascale.config.load import build_config
 from megascale.config.schema import Parallel
 from megascale.launch.ranks import RankInfo
 from megascale.model import decoder
 from megascale.train.setup import build_trainer
 from tests.depth.test_table import scheme
-from tests.layouts import Case
+from tests.layouts import Case, build
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, run, settings, weights_at
 from tests.test_layouts import assert_equal
@@ -74,6 +75,41 @@ def test_an_encoder_cut_along_the_sequence(ranks: int, parallel: Parallel, packe
     """Catches a ring that hides what comes later, or that hides another document only where it comes later."""
     cfg = scheme("deepnorm", family="encoder", num_kv_heads=2, position="rope")
     assert_equal(Case(cfg, parallel, packed=packed, seq_len=16, steps=2), ranks)
+
+
+NESTED: dict[str, tuple[int, Parallel]] = {
+    "alone": (1, Parallel(recompute="nested")),
+    "tp sequence x zero3": (4, Parallel(tp=2, tp_sequence=True, dp_shard=2, recompute="nested")),
+    "hsdp, ring": (4, Parallel(cp=2, dp_replicate=2, dp_shard=1, recompute="nested")),
+    "zbv": (2, Parallel(pp=2, pp_schedule="zbv", recompute="nested")),
+    "ddp": (2, Parallel(engine="ddp", recompute="nested")),
+}
+
+
+@pytest.mark.parametrize("layout", NESTED)
+def test_nested_recomputation(layout: str) -> None:
+    """Catches groups that overlap or miss a block, and one that FSDP2 gathers for its second forward and never lets go: seven blocks are
+    groups of three, three and one.
+    """
+    ranks, parallel = NESTED[layout]
+    assert_equal(Case(scheme("deepnorm", num_layers=7, dropout=0.1), parallel, steps=2), ranks)
+
+
+def kept(recompute: str, layers: int) -> int:
+    """Bytes that autograd holds between forward and backward."""
+    case = Case(scheme("deepnorm", num_layers=layers), Parallel(recompute=recompute))  # type: ignore[arg-type]
+    model, tokens = build(case, 1), torch.zeros(1, case.seq_len, dtype=torch.int64)
+    with Allocations() as seen:
+        loss = model.module(tokens, tokens, scale=1.0)
+        held = seen.now
+        loss.backward()
+    return held // (case.seq_len * case.model.hidden_size * 8)
+
+
+def test_nested_recomputation_keeps_the_root_of_the_blocks() -> None:
+    """Catches an inner checkpoint that keeps its input although a group around it does it again: 36 blocks are six groups."""
+    more = {mode: kept(mode, 36) - kept(mode, 4) for mode in ("full", "nested")}
+    assert more == {"full": 32, "nested": 4}
 
 
 def test_tp_beyond_kv_heads_with_quantized_rows() -> None:

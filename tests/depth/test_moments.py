@@ -19,8 +19,8 @@ from megascale.data.loader import sample_numbers
 from megascale.launch.ranks import RankInfo
 from megascale.model import moments
 from megascale.model.moments import Gradient, Signal
-from megascale.model.residual import Stack
-from megascale.model.theory import stack_points
+from megascale.model.residual import Stack, residual
+from megascale.model.theory import feed_forward, stack_points
 from megascale.train.build import build_schedule
 from megascale.train.probe import Point, probe, warnings
 from tests.depth.test_table import scheme
@@ -84,6 +84,19 @@ def test_activations(name: str, x: Signal) -> None:
             kept = (a.grad * b.grad).mean() / a.grad.square().mean()
             assert kept.item() == pytest.approx(moments.slope_correlation(name, x), abs=CLOSE)
     assert a.grad.square().mean().item() == pytest.approx(to_gate, rel=2 * CLOSE)
+
+
+@pytest.mark.parametrize("ffn", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("unit", ["variance", "gradient"])
+def test_deepscale_units(unit: str, ffn: str) -> None:
+    """Catches a gain with the wrong moment: a feed-forward keeps what `deepscale_unit` says, and SwiGLU's gradient comes back twice."""
+    cfg = scheme("deepscale", ffn=ffn, ffn_size=160, deepscale_unit=unit)
+    row = residual(cfg, Stack("decoder", cfg.num_layers), 0)
+    out, pull = feed_forward(cfg, row, Signal(0.0, 1.0, 0.3), 8, True)
+    found = {"variance": out.var, "gradient": pull(Gradient(1.0, 0.1)).var}
+    between = {"relu": 1.0, "gelu": 1.07, "swiglu": 2.07}[ffn]
+    other = {"variance": ("gradient", between), "gradient": ("variance", 1 / between)}[unit]
+    assert found == pytest.approx({unit: 1.0, other[0]: other[1]}, rel=0.01)
 
 
 def test_products_dropout_and_norms() -> None:

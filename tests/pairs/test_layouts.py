@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megascale.config.schema import Model, Parallel
+from tests.depth.test_moments import measured
 from tests.layouts import Case, tiny, train
 from tests.pairs.files import make_pairs, pair_settings
 from tests.ranks import run_ranks
@@ -45,6 +47,7 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "tp beyond kv heads": (4, Parallel(tp=4)),
     "tp x ddp": (4, Parallel(tp=2, dp_replicate=2, dp_shard=1, engine="ddp")),
     "tp sequence x zero3 x recompute": (4, Parallel(tp=2, tp_sequence=True, dp_shard=2, recompute="full")),
+    "nested x zero3": (2, Parallel(dp_shard=2, recompute="nested")),
     "1f1b": (2, Parallel(pp=2)),
     "stages of one side": (3, Parallel(pp=3, pp_layers=(3, 1, 1))),
     "zbv": (2, Parallel(pp=2, pp_schedule="zbv")),
@@ -141,3 +144,27 @@ def test_one_curve_through_a_stop_and_other_layouts(tmp_path: Path, objective: s
     assert max(abs(a - b) / b for a, b in zip(losses(other), losses(tmp_path))) <= 1e-12
     valid = [[r["valid_loss"] for r in rows(f) if "valid_loss" in r] for f in (tmp_path, other)]
     assert all(a == pytest.approx(b, rel=1e-12) for a, b in zip(*valid)) and len(valid[0]) == 2
+
+
+PROBED: dict[str, tuple[int, Parallel]] = {
+    "tp sequence x zero3 x nested": (4, Parallel(tp=2, tp_sequence=True, dp_shard=2, recompute="nested")),
+    "stages": (2, Parallel(pp=2, pp_layers=(2, 3))),
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), [("separate", "stages"), ("deepnorm", "tp sequence x zero3 x nested")])
+def test_the_probe_sees_both_stacks(name: str, layout: str) -> None:
+    """Catches layers of the two stacks that fall into one row, and a stream looked at before another sublayer than the one it left."""
+    ranks, parallel = PROBED[layout]
+    case = Case(MODELS[name], batch=8)
+    got, want = run_ranks(ranks, measured, replace(case, parallel=parallel))[-1], run_ranks(1, measured, case)[0]
+    before, after = case.model.encoder_layers or 0, case.model.num_layers
+    kinds = [("attention", "ffn")] * before + [("attention", "cross", "ffn")] * after
+    names = [(layer, kind) for layer, of_layer in enumerate(kinds) for kind in of_layer]
+    assert [p[:2] for p in want] == [(-1, "source"), *names[: 2 * before], (-1, "embedding"), *names[2 * before :]]
+    for a, b in zip(got, want, strict=True):
+        assert a[:2] == b[:2] and a[2:] == pytest.approx(b[2:], rel=1e-9, abs=1e-12)
+    for layer, kind, *values in want:
+        # Every sublayer has weights that learn, and every stream behind one is another.
+        assert layer < 0 or values[5] > 0, (layer, kind)
+    assert len({p[3] for p in want}) == len(want)

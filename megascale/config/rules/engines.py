@@ -105,6 +105,21 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "set parallel.recompute to full, or leave activations out of offload",
     ),
     Rule(
+        "recompute_nested",
+        ("parallel.recompute", "parallel.accumulation", "parallel.engine", "model.family", "model.moeut"),
+        lambda c, n: (
+            c.parallel.recompute == "nested"
+            and (
+                c.parallel.accumulation == "layered"
+                or c.parallel.engine == "deepspeed"
+                or c.model.family == "spacetime"
+                or c.model.moeut is not None
+            )
+        ),
+        "groups are runs of a stack's own blocks that pass one after another",
+        "use recompute full, or a text model with depth_first accumulation under engine fsdp2 or ddp",
+    ),
+    Rule(
         "offload_parameters",
         ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
         lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),

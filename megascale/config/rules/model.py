@@ -110,6 +110,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         "set branchnorm_period (4000 is quoted from its paper; less for short runs) for branchnorm, or leave it out",
     ),
     Rule(
+        "deepscale_unit",
+        ("model.deepscale_unit", "model.residual"),
+        lambda c, n: c.model.deepscale_unit != "variance" and c.model.residual not in ("deepscale", "deepscale_post"),
+        "only DeepScaleLM chooses what its feed-forward keeps",
+        "remove deepscale_unit, or use residual deepscale or deepscale_post",
+    ),
+    Rule(
         "moe_top_k",
         ("model.moe.top_k", "model.moe.num_experts"),
         lambda c, n: c.model.moe is not None and c.model.moe.top_k > c.model.moe.num_experts,
@@ -265,16 +272,20 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "matformer_sum",
-        ("model.matformer", "parallel.pp", "parallel.pp_schedule", "parallel.accumulation"),
+        ("model.matformer", "parallel.pp", "parallel.pp_schedule", "parallel.accumulation", "parallel.recompute"),
         lambda c, n: (
             c.model.matformer is not None
             and (
-                (c.model.matformer.train == "sum" and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"))
+                (
+                    c.model.matformer.train == "sum"
+                    and (c.parallel.pp > 1 or c.parallel.accumulation == "layered" or c.parallel.recompute != "none")
+                )
                 or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
             )
         ),
-        "stages pass each micro-batch once, and weight gradients computed apart know whole weights",
-        "use train sample, with a schedule that computes gradients together, or the data axes",
+        "stages pass each micro-batch once, weight gradients computed apart know whole weights, and a block that recomputes is by then at "
+        "another width",
+        "use train sample, with a schedule that computes gradients together, or the data axes without recompute",
     ),
     Rule(
         "ffn_sizes",

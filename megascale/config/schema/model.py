@@ -148,6 +148,8 @@ class Model(Section):
     ] = "pre"
     branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
     token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
+    # What a feed-forward of DeepScaleLM keeps at the start; for SwiGLU, a product, the two are a factor of two apart (docs/depth.md)
+    deepscale_unit: Literal["variance", "gradient"] = "variance"
     dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
     # Of the blocks' products. bitlinear: weights −1, 0, 1 and 8-bit inputs; tokenformer: attention over tokens that are parameters
     linear: Literal["dense", "bitlinear", "tokenformer"] = "dense"

@@ -33,7 +33,8 @@ class Parallel(Section):
     accumulation: Literal["depth_first", "layered"] = "depth_first"
     breadth_first: Positive | None = None  # micro-batches that pass a layer together under layered; all of the step if absent
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
-    recompute: Literal["none", "selective", "full"] = "none"
+    # What lives from forward to backward, of a block: all, results of products and attention, its input; nested: every √n-th block's input
+    recompute: Literal["none", "selective", "full", "nested"] = "none"
     update_in_backward: bool = False  # under layered: a layer's weights move as soon as its gradient is there; needs train.clip 0
     zero_stage: Literal[1, 2, 3] = 3  # of engine deepspeed: it cuts optimizer state, gradients too, weights too
     offload: Annotated[tuple[Literal["optimizer", "parameters", "activations"], ...], BeforeValidator(_words)] = ()  # one or a list; none
