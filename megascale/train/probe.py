@@ -173,7 +173,9 @@ def _entries(block: Block) -> list[tuple[str, nn.Module]]:
     if block.row.one_norm:
         return []
     before = block.row.norm == "before"
-    entries = [("attention", block.cross_norm if before else block.cross)] if block.cross is not None else []
+    entries: list[tuple[str, nn.Module | None]] = []
+    if block.cross is not None:
+        entries.append(("attention", block.cross_norm if before else block.cross))
     entries.append(("attention" if block.cross is None else "cross", block.ffn_norm if before else block.ffn))
     return [(kind, module) for kind, module in entries if module is not None]
 
