@@ -54,6 +54,11 @@ def open_source(path: str | Path, check: bool = True) -> Source:
     folder = find(path)
     index = read_index(folder)
     trainer = read_json(folder / TRAINER)
+    if trainer.get("converted", {}).get("weights") == "e4m3":
+        raise UsageError(
+            f"{folder} is for inference, with hidden matrices in e4m3, and its masters are gone: give the run it was converted from, "
+            f"{trainer['converted'].get('path')}"
+        )
     if not isinstance(trainer.get("config"), dict):
         raise UsageError(
             f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own"

@@ -68,6 +68,8 @@ def layout(opened: Opened, ranks: int, device: str) -> Config:
         "model": opened.model.model_dump(mode="json"),
         "parallel": {"tp": ranks, "dp_shard": 1},
         "train": {"steps": 1, "seq_len": opened.seq_len},
+        "optim": {"weight_decay": 0.0},  # nothing is trained: rules of unit scaling about decay have no say
+        "precision": {"fp8": opened.fp8},
         "data": {"train": "none"},
     }
     config = check(build_config(values), ranks)

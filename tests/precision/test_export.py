@@ -12,10 +12,11 @@ from megascale.checkpoint.index import read_index
 from megascale.comm.mesh import AXES, build_mesh
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
+from megascale.expand.source import open_source
 from megascale.formats.convert import Options, megascale_to_fp8
 from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
-from megascale.generate.open import open_model
+from megascale.generate.open import layout, open_model
 from megascale.model.layers import Fp8
 from tests.layouts import CPU
 from tests.runs import make_tokens, run, settings
@@ -49,6 +50,16 @@ def test_exported_logits_are_the_trainers(tmp_path: Path) -> None:
     assert tensors["model.blocks.0.skip"].dtype == "F32" and tensors["model.head.weight"].dtype == "BF16"
     assert torch.equal(logits(tmp_path / "small"), logits(source))
     assert not torch.equal(logits(tmp_path / "small"), logits(source, "false"))  # which rounds no input
+
+
+def test_what_reads_and_what_refuses_an_export(tmp_path: Path) -> None:
+    """Catches a generator that asks a unit-scaled model for a decay, and growth from weights without masters."""
+    source = trained(tmp_path)
+    megascale_to_fp8(source, tmp_path / "small", Options())
+    for path in (source, tmp_path / "small"):
+        assert layout(open_model(path), 1, "cpu").precision.fp8 == "static"
+    with pytest.raises(UsageError, match="masters are gone"):
+        open_source(tmp_path / "small")
 
 
 def test_other_models_are_not_narrowed(tmp_path: Path) -> None:
