@@ -126,9 +126,9 @@ def _blocks_in_flight(config: Config, ranks: int) -> float:
     if p.pp > 1:
         timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
         blocks, passes = blocks / (p.pp * p.stages_per_rank), max(timeline.live)
-    if p.recompute == "nested":  # an input of each group in flight, and those of the blocks of one
+    if p.recompute == "nested":  # an input of each group in flight, and those of the blocks of one, whose first is the group's own
         size = group_size(math.ceil(blocks))
-        return blocks / size * passes + size
+        return blocks / size * passes + size - 1
     return blocks * passes
 
 
