@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Checkpoint write speed beside `dd conv=fsync` of the same bytes, and how long an asynchronous save stalls training.
 
 All kinds of a table are measured in turn, round by round: a shared disk's speed changes from minute to minute. Medians over the rounds.

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Does a mixture of experts learn more than a dense model of equal active parameters, and what keeps its load even?
 
 Trains small models on the quickstart corpus, one process and one thread each: a dense one and a mixture of 8 experts of half its width,
 two a token, for every seed; then a wider mixture under every way of balancing, and under none. Runs that are whole are not trained again.
 
-    python benchmarks/experts/quality.py --data data/stdlib --folder runs/experts
+    python -m benchmarks.experts.quality --data data/stdlib --folder runs/experts
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """A step with experts ÷ a dense step of equal active parameters, and tokens/s beside Hugging Face's Mixtral of the same shape.
 
-    python benchmarks/experts/step_time.py --dtype bf16
+    python -m benchmarks.experts.step_time --dtype bf16
 
 One process, all in one run and taking turns; seconds by the clock and of the processor, of which the second mean something on a machine
 that others use as well (with one thread). Needs `pip install -e '.[hf]'` for the comparison. A step has several micro-batches, as steps

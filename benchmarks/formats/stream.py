@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time and memory of tools/convert.py on a Llama of 7 billion parameters in bf16, beside `cp` of the same bytes to the same disk.
 
 Both read files that are not in the page cache, and both are timed until their bytes are on the disk. Rounds take turns: a disk's speed

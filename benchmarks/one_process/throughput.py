@@ -1,6 +1,6 @@
 """Share of the machine's own product rate that a training step reaches, and tokens/s beside Hugging Face's Llama of the same shape.
 
-`python benchmarks/one_process/throughput.py --dtype fp32` (or bf16); needs `pip install -e '.[hf]'` for the comparison. On a GPU add
+`python -m benchmarks.one_process.throughput --dtype fp32` (or bf16); needs `pip install -e '.[hf]'` for the comparison. On a GPU add
 `--config gpu`: a 1.2B decoder in bf16.
 """
 

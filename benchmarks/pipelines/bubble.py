@@ -1,21 +1,18 @@
 """Idle share of every schedule on 4 ranks whose stages sleep for a calibrated time, beside the model's; and the runtime's own cost.
 
-`python benchmarks/pipelines/bubble.py` (six minutes, any machine: sleeping ranks need no cores).
+`python -m benchmarks.pipelines.bubble` (six minutes, any machine: sleeping ranks need no cores).
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.common import machine, write
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes

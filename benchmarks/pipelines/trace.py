@@ -1,6 +1,6 @@
 """A real step of two pipeline ranks as a picture: when each computation began and ended, beside the same order in model time.
 
-`python benchmarks/pipelines/trace.py [SCHEDULE] [PICTURE]` on a machine with two free cores.
+`python -m benchmarks.pipelines.trace [SCHEDULE] [PICTURE]` on a machine with two free cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.common import machine, write
 from benchmarks.pipelines.two_ranks import CFG, SEQ, M
 from megascale.comm.mesh import build_mesh

@@ -1,6 +1,6 @@
 """Two pipeline ranks of one thread against one process of one thread, every schedule, in turn in one run.
 
-`python benchmarks/pipelines/two_ranks.py [ROUNDS]` on a machine with two free cores.
+`python -m benchmarks.pipelines.two_ranks [ROUNDS]` on a machine with two free cores.
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.common import machine, write
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes

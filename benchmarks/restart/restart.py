@@ -1,6 +1,6 @@
 """Seconds from the death of a rank to the next training step on the same machine, and what the watch costs while all is well.
 
-`python benchmarks/restart/restart.py [ROUNDS]`: two ranks under `torchrun --max-restarts`, one of them killed; and, without an elastic
+`python -m benchmarks.restart.restart [ROUNDS]`: two ranks under `torchrun --max-restarts`, one of them killed; and, without an elastic
 launcher, two plain ranks that are started again when they have ended, as the SLURM script does.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import machine, write
 from megascale.config.load import to_yaml
 from megascale.launch.ranks import RankInfo

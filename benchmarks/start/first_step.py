@@ -1,6 +1,6 @@
 """Seconds from the command to the first step of one process, and what an asynchronous save costs the steps.
 
-`python benchmarks/start/first_step.py DATA_PREFIX`
+`python -m benchmarks.start.first_step DATA_PREFIX`
 """
 
 from __future__ import annotations

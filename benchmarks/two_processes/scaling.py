@@ -1,6 +1,6 @@
 """Two processes of one thread against one process of one thread, ours beside plain PyTorch for the same axis, in turn in one run.
 
-`python benchmarks/two_processes/scaling.py [ROUNDS]` on a machine with two free cores.
+`python -m benchmarks.two_processes.scaling [ROUNDS]` on a machine with two free cores.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import parallelize
 from megascale.schedule.accumulate import Accumulation
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import run_ranks
 
 CFG = Model(num_layers=6, hidden_size=512, num_heads=8, vocab_size=8192, ffn="gelu", ffn_size=2048)
