@@ -99,6 +99,17 @@ def test_single_and_mixed_precision(precision: str, bound: float) -> None:
         assert worst(got["grad"], reference["grad"])[0] <= 4 * bound
 
 
+def test_mixed_precision_under_ddp() -> None:
+    """Catches micro-batches whose gradients DDP never sees: on CPUs a later one is added to the sum that is there, and none comes back.
+
+    Each micro-batch rounds alike on both sides; what differs is the order in which fp32 sums four of them.
+    """
+    case = Case(MODELS["shared"], Parallel(engine="ddp"), precision="bf16", steps=1)
+    got, reference = run_ranks(2, train, case)[0], single(case)
+    assert worst(got["grad"], reference["grad"])[0] <= 1e-5
+    assert got["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_blocks(recompute: str) -> None:

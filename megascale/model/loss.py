@@ -69,7 +69,7 @@ class _CrossEntropySum(torch.autograd.Function):
         elements = CHUNK_ELEMENTS
         if x.device.type == "cpu":
             elements = min(elements, max(CPU_ELEMENTS, CPU_ROWS * w.shape[0]))
-        # Of equal size, lest the last one be compiled anew.
+        # As equal as can be: a short last one would be slow, and each size is compiled for itself.
         step = -(-x.shape[0] // max(1, -(-x.shape[0] * w.shape[0] // elements)))
         # A number that changes with every step is data to a compiler.
         factor = torch.full((), scale, dtype=exact, device=x.device)
