@@ -22,6 +22,7 @@ def tool(name: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_grows_and_goes_back(tmp_path: Path) -> None:
     """Catches a config that a converted checkpoint does not have, and a grown model that no family takes."""
     make_tokens(tmp_path / "tokens")
