@@ -75,6 +75,7 @@ def test_yaml_is_1_2_and_configs_round_trip(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(resolved.plain()))
     assert load_config(tmp_path / "c.yaml") == resolved
     assert resolved.precision.fp8 == "static" and not resolved.checkpoint.asynchronous
+    assert [config(f"precision.fp8={word}").precision.fp8 for word in ("yes", "no", "dynamic")] == ["static", "false", "dynamic"]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,10 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "fp8_static": (1, ("precision.fp8=true", "model.ffn_size=32")),
     "fp8_compute": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "precision.compute=fp64")),
-    "fp8_sizes": (1, (*MUS, "precision.fp8=true")),
+    "fp8_hidden_size": (1, (*MUS, "precision.fp8=true", "model.hidden_size=24", "model.ffn_size=32", "model.head_dim=16")),
+    "fp8_heads": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.num_kv_heads=1", "model.head_dim=4")),
+    "fp8_ffn": (2, (*MUS, "precision.fp8=true", "model.ffn_size=48", "model.head_dim=16", "parallel.tp=2")),
+    "fp8_experts": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "model.moe={ffn_size: 24}")),
     "fp8_linear": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.linear=bitlinear")),
     "fp8_dynamic_parts": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.moe={}")),
     "fp8_engine": (2, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "parallel.offload=parameters")),

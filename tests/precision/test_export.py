@@ -10,6 +10,7 @@ import torch
 
 from megascale.checkpoint.index import read_index
 from megascale.comm.mesh import AXES, build_mesh
+from megascale.config.load import load_config
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.expand.source import open_source
@@ -60,6 +61,11 @@ def test_what_reads_and_what_refuses_an_export(tmp_path: Path) -> None:
         assert layout(open_model(path), 1, "cpu").precision.fp8 == "static"
     with pytest.raises(UsageError, match="masters are gone"):
         open_source(tmp_path / "small")
+    for key in ("resume", "init_from"):
+        values = load_config(source / "config.yaml").plain()
+        values["run"]["dir"], values["checkpoint"][key] = str(tmp_path / key), str(tmp_path / "small")
+        code, message = run(values)
+        assert code == 2 and "holds weights in FP8, for inference" in message
 
 
 def test_other_models_are_not_narrowed(tmp_path: Path) -> None:

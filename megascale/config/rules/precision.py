@@ -24,11 +24,32 @@ PRECISION_RULES: tuple[Rule, ...] = (
         "use precision.compute bf16 or fp32",
     ),
     Rule(
-        "fp8_sizes",
-        ("precision.fp8", "model.hidden_size", "model.head_dim", "model.ffn_size", "model.moe.ffn_size", "parallel.tp", "parallel.etp"),
-        lambda c, n: c.precision.fp8 != "false" and any(size % ALIGNED for size in _product_sizes(c)),
-        f"hidden_size and a rank's part of its heads and of the feed-forward width must be multiples of {ALIGNED} for FP8 products",
+        "fp8_hidden_size",
+        ("precision.fp8", "model.hidden_size"),
+        lambda c, n: _unaligned(c, c.model.hidden_size),
+        f"FP8 products want multiples of {ALIGNED}",
+        "choose such a hidden_size",
+    ),
+    Rule(
+        "fp8_heads",
+        ("precision.fp8", "model.num_heads", "model.num_kv_heads", "model.head_dim", "parallel.tp"),
+        lambda c, n: _unaligned(c, *_head_widths(c)),
+        f"FP8 products want a multiple of {ALIGNED} for head_dim times a rank's heads, its KV heads alike",
         "choose such sizes, or a smaller tp",
+    ),
+    Rule(
+        "fp8_ffn",
+        ("precision.fp8", "model.ffn_size", "parallel.tp"),
+        lambda c, n: _unaligned(c, (c.model.ffn_size or 0) // c.parallel.tp),
+        f"FP8 products want a multiple of {ALIGNED} for a rank's part of the feed-forward width",
+        "choose such a ffn_size, or a smaller tp",
+    ),
+    Rule(
+        "fp8_experts",
+        ("precision.fp8", "model.moe.ffn_size", "parallel.etp"),
+        lambda c, n: c.model.moe is not None and _unaligned(c, (c.model.moe.ffn_size or 0) // c.parallel.expert_tp),
+        f"FP8 products want a multiple of {ALIGNED} for a rank's part of an expert's width",
+        "choose such a moe.ffn_size, or a smaller etp",
     ),
     Rule(
         "fp8_linear",
@@ -102,10 +123,12 @@ PRECISION_RULES: tuple[Rule, ...] = (
 )
 
 
-def _product_sizes(c: Config) -> list[int]:
-    """Of a rank's hidden products, every dimension that FP8 sees."""
+def _unaligned(c: Config, *widths: int) -> bool:
+    return c.precision.fp8 != "false" and any(width % ALIGNED for width in widths)
+
+
+def _head_widths(c: Config) -> tuple[int, int]:
+    """Of a rank's queries, and of its keys and values, which are replicated where tp does not divide them."""
     m, tp = c.model, c.parallel.tp
-    assert m.head_dim is not None and m.num_kv_heads is not None and m.ffn_size is not None
-    kv_heads = m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1
-    sizes = [m.hidden_size, m.num_heads * m.head_dim // tp, kv_heads * m.head_dim, m.ffn_size // tp]
-    return sizes if m.moe is None or m.moe.ffn_size is None else [*sizes, m.moe.ffn_size // c.parallel.expert_tp]
+    assert m.head_dim is not None and m.num_kv_heads is not None
+    return m.num_heads * m.head_dim // tp, (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim

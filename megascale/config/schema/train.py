@@ -45,7 +45,11 @@ class Train(Section):
 
 
 def _fp8(value: Any) -> Any:
-    return {True: "static", "true": "static", False: "false"}.get(value, value) if isinstance(value, bool | str) else value
+    """true means static; the words are those that pydantic takes for other switches."""
+    if not isinstance(value, bool | str):
+        return value
+    word = str(value).lower()
+    return "static" if word in ("true", "yes", "on") else "false" if word in ("no", "off") else word
 
 
 def _power_of_two(value: float) -> float:
