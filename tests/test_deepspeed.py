@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megascale.config.load import build_config
+from megascale.config.load import build_config, read_yaml
 from megascale.errors import UsageError
+from megascale.expand.grow import grow
+from megascale.expand.options import Options, Sizes
+from megascale.expand.write import Effort
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at
 
@@ -138,3 +142,24 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(UsageError, match="pip install deepspeed"):
         DeepSpeed(build(Case(tiny()), 1), config, CPU)
+
+
+@needs_deepspeed
+def test_grown_checkpoints(folder: Path, tmp_path: Path) -> None:
+    """Catches grown moments that DeepSpeed loses, and inserted layers, whose count of updates starts at 0, given the others' count."""
+    source = folder / "single" / "run" / "checkpoints" / "step-00000003"
+    grow(source, tmp_path / "wide", Sizes(ffn_size=48), Options(ffn="zero", optimizer="transform"), Effort(tokens=32))
+    grow(source, tmp_path / "deep", Sizes(num_layers=3), Options(optimizer="transform"), Effort(tokens=32))
+
+    def go_on(name: str, place: str, function: Callable[..., Any], ranks: int, **parallel: Any) -> list[tuple[int, str]]:
+        config = read_yaml(tmp_path / name / "config.yaml")
+        config["run"]["dir"], config["checkpoint"]["resume"] = str(tmp_path / place / "run"), str(tmp_path / name)
+        config["parallel"] = parallel
+        return run_ranks(ranks, function, config, timeout=120)
+
+    assert go_on("wide", "alone", run, 1) == [(0, "done")]
+    assert go_on("wide", "many", deepspeed_run, 2, zero_stage=2) == [(0, "done")] * 2
+    alone, many = ([row["loss"] for row in rows(tmp_path / place)] for place in ("alone", "many"))
+    assert len(alone) == len(many) == 5 and max(abs(a - b) / b for a, b in zip(many, alone)) <= 1e-5
+    code, message = go_on("deep", "refused", deepspeed_run, 2)[0]
+    assert code == 2 and "one count for all of them" in message and "checkpoint.init_from" in message
