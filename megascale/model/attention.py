@@ -77,9 +77,10 @@ class Attention(nn.Module):
         q, k, v = self.q(x), self.k(told), self.v(told)
         if self.norm_width:
             q, k = self._normed(q, k)
-        q, k, v = (self._heads(y) for y in (q, k, v))
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in (q, k, v))
         if not self.norm_width:
-            q, k = self._normed(q, k)
+            q, k = self._normed(q, k)  # rows as they lie: heads change places with tokens afterwards
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.kv_of_query is not None:
@@ -91,10 +92,6 @@ class Attention(nn.Module):
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[b, s, h·e] → [b, h, s, e]"""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
