@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Two processes take the tests file by file, so that what a file's tests share is made once.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .PHONY: quickstart test test-all check lint types clean
 
@@ -9,10 +11,11 @@ quickstart: $(VENV)/.ready
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not gpu and not multigpu"
+	$(PYTEST) -m "not gpu and not multigpu and not slurm"
+	$(BIN)/python -m pytest -m slurm || [ $$? -eq 5 ] # 5: they were skipped
 
 check: lint types test
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Moe
-from megascale.model.experts import MixtureOfExperts, grouped_product, has_grouped_product, readings
+from megascale.model.experts import MixtureOfExperts, readings
 from megascale.model.init import initialize, orthogonal
 from megascale.model.kernels import torch_rmsnorm
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
+from megascale.model.rows import grouped_product, has_grouped_product
 from megascale.model.spec import ParamSpec, specs_of
 from tests.layouts import tiny
 

@@ -18,10 +18,11 @@ from megascale.comm.collectives import all_reduce
 from megascale.comm.exchange import exchange_counts, finish_exchange, start_exchange
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Parallel
-from megascale.model.experts import Arrival, Experts, MixtureOfExperts, inverse_of, permute
+from megascale.model.experts import Arrival, Experts, MixtureOfExperts
 from megascale.model.families import Family
 from megascale.model.moeut import SwitchHead
 from megascale.model.router import EXPERT_NORM, moved_bias
+from megascale.model.rows import inverse_of, permute
 from megascale.model.spec import ParamSpec
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
