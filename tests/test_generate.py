@@ -37,6 +37,7 @@ MODELS: dict[str, Model] = {
     "experts": tiny(moe={"num_experts": 4, "num_shared": 1, "router": "sigmoid"}),
     "repeated": tiny(num_layers=4, num_kv_heads=4, moe={"num_experts": 4}, moeut={"group_size": 2, "attention_experts": 4}),
     "deepnorm": tiny(residual="deepnorm"),
+    "relative": tiny(position="relative", relative_buckets=6, relative_distance=7, attention_scale=0.7, num_kv_heads=2),
 }
 
 
@@ -81,7 +82,7 @@ def cut(name: str) -> list[list[int]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "ranks"), [("llama", 2), ("llama", 4), ("alibi", 2), ("window", 2), ("experts", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("llama", 2), ("llama", 4), ("alibi", 2), ("window", 2), ("experts", 2), ("relative", 2)])
 def test_tensor_ranks_change_nothing(name: str, ranks: int) -> None:
     """Catches a vocabulary that is not put together, padding rows that are chosen, and ranks that draw for themselves."""
     alone = build(Case(MODELS[name], seq_len=64), 1)

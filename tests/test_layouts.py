@@ -84,6 +84,18 @@ def test_every_layout_equals_one_process(layout: str) -> None:
     assert_equal(Case(MODELS["llama"], parallel, packed=True), ranks)
 
 
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [("decoder", Parallel(tp=2, tp_sequence=True, recompute="full", accumulation="layered")), ("encoder", Parallel(tp=2, pp=2))],
+)
+def test_biases_by_distance(family: str, parallel: Parallel) -> None:
+    """Catches a table whose heads are not cut as queries are, one that documents do not cut off, and one that a later stage does not get
+    or that gets no gradient back from there.
+    """
+    model = tiny(family=family, position="relative", relative_buckets=6, relative_distance=7, attention_scale=0.7, ffn="geglu_tanh")
+    assert_equal(Case(model, parallel, packed=family == "decoder", steps=2), 2 * parallel.pp)
+
+
 @pytest.mark.parametrize("model", [m for m in MODELS if m != "llama"])
 @pytest.mark.parametrize("layout", ["tp beyond kv heads", "tp sequence x zero3 x recompute", "hsdp x selective", "tp x ddp"])
 def test_every_model_equals_one_process(model: str, layout: str) -> None:

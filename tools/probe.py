@@ -99,10 +99,10 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
 
 
 def expected(config: Config, points: list[Point]) -> list[dict[str, Any]]:
-    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts and no stack that
-    attends to another.
+    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts, no GEGLU and no
+    stack that attends to another.
     """
-    if config.model.moe is not None or config.model.encoder_layers is not None:
+    if config.model.moe is not None or config.model.encoder_layers is not None or config.model.ffn == "geglu_tanh":
         return []
     first, last = points[0], points[-1]
     start = Signal(first.mean, first.variance, first.correlation)

@@ -59,10 +59,11 @@ def main(
     into = out if shared and source_tokenizer is None else chosen(config, source_tokenizer, config.data.source_tokenizer, "source")
     model, device = open_model(config, folder, step)
     end = end_token(config) if tokenizer is None else out.eos_id
+    start = end if config.data.start_token is None else config.data.start_token
     found: list[str] = []
     for first in range(0, len(sources), batch):
         rows = padded(into, sources[first : first + batch], config.train.source_length, device, first, inputs)
-        for hypothesis in beam_search(model, rows, end, longest or config.train.seq_len, beam, length_penalty):
+        for hypothesis in beam_search(model, rows, end, longest or config.train.seq_len, beam, length_penalty, start):
             found.append(out.decode(hypothesis.tokens).replace("\n", " "))
     text = "".join(line + "\n" for line in found)
     if output is None:

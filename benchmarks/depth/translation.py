@@ -153,8 +153,8 @@ def right(model: Any, config: Any, count: int) -> float:
     model.train(False)
     batch, wanted = held.batch(list(range(count)), torch.device("cpu")), [held.pair(n)[1].tolist() for n in range(count)]
     assert batch.source is not None
-    found = beam_search(model, batch.source, held.end, LONGEST)
-    return sum([*f.tokens, held.end] == w for f, w in zip(found, wanted)) / count
+    found = beam_search(model, batch.source, held.start, LONGEST)
+    return sum([*f.tokens, held.start] == w for f, w in zip(found, wanted)) / count
 
 
 def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:

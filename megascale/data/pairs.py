@@ -75,15 +75,15 @@ class PairMixture:
         lengths: tuple[int, int],
         seed: int,
         vocab_sizes: tuple[int, int],
-        end: int,
+        start: int,
         part: str,
         valid_fraction: float,
         shuffled: bool,
     ) -> None:
-        """`lengths` and `vocab_sizes` of source and target; the decoder begins with the token `end`."""
+        """`lengths` and `vocab_sizes` of source and target; the decoder begins with the token `start`."""
         for side in SIDES:
             check_tokenizers([side_of(s, side) for s in sources])
-        self.sources, self.lengths, self.seed, self.end, self.shuffled = sources, lengths, seed, end, shuffled
+        self.sources, self.lengths, self.seed, self.start, self.shuffled = sources, lengths, seed, start, shuffled
         self.files = [PairFile(s, lengths, vocab_sizes, part, valid_fraction) for s in sources]
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
 
@@ -98,7 +98,7 @@ class PairMixture:
 
     def batch(self, numbers: list[int], device: torch.device) -> Batch:
         pairs = [None if n == NOT_COUNTED else self.pair(n) for n in numbers]
-        return pair_batch(pairs, numbers, self.lengths, self.end, device)
+        return pair_batch(pairs, numbers, self.lengths, self.start, device)
 
     def note(self) -> str | None:
         """What was left out, in words."""
@@ -110,24 +110,24 @@ class PairMixture:
 
 
 class SpanMixture:
-    """Pairs for sample numbers n ≥ 0 that `corruption` makes of windows of `text`."""
+    """Pairs for sample numbers n ≥ 0 that `corruption` makes of windows of `text`; the decoder begins with the token `start`."""
 
-    def __init__(self, text: Mixture, corruption: Corruption, lengths: tuple[int, int]) -> None:
-        self.text, self.corruption, self.lengths = text, corruption, lengths
+    def __init__(self, text: Mixture, corruption: Corruption, lengths: tuple[int, int], start: int) -> None:
+        self.text, self.corruption, self.lengths, self.start = text, corruption, lengths, start
 
     def pair(self, number: int) -> tuple[Tokens, Tokens]:
         return self.corruption.corrupt(self.text.sample(number)[0][: self.corruption.sizes.tokens], number)
 
     def batch(self, numbers: list[int], device: torch.device) -> Batch:
         pairs = [None if n == NOT_COUNTED else self.pair(n) for n in numbers]
-        return pair_batch(pairs, numbers, self.lengths, self.corruption.end, device)
+        return pair_batch(pairs, numbers, self.lengths, self.start, device)
 
 
 def pair_batch(
-    pairs: Sequence[tuple[Tokens, Tokens] | None], numbers: list[int], lengths: tuple[int, int], end: int, device: torch.device
+    pairs: Sequence[tuple[Tokens, Tokens] | None], numbers: list[int], lengths: tuple[int, int], start: int, device: torch.device
 ) -> Batch:
-    """Pairs in rows of fixed length; None leaves a place empty. The decoder sees `end` and then the target, each token asked for one place
-    before it is seen.
+    """Pairs in rows of fixed length; None leaves a place empty. The decoder sees `start` and then the target, each token asked for one
+    place before it is seen.
     """
     source = np.full((len(pairs), lengths[0]), NOT_COUNTED, np.int64)
     tokens = np.zeros((len(pairs), lengths[1]), np.int64)
@@ -136,7 +136,7 @@ def pair_batch(
         if pair is not None:
             read, written = pair
             source[row, : len(read)] = read
-            tokens[row, : len(written)] = np.concatenate(([end], written[:-1]))
+            tokens[row, : len(written)] = np.concatenate(([start], written[:-1]))
             targets[row, : len(written)] = written
     samples = to_device(np.array(numbers, np.int64), device)
     valid = int((targets >= 0).sum())

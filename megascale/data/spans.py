@@ -16,11 +16,11 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Corruption:
-    """`sizes` of every sample; marks are the pieces from `vocab_size` − 1 on down, in the order in which they stand."""
+    """`sizes` of every sample; marks are the pieces below `marks_end`, from the last one down, in the order in which they stand."""
 
     seed: int
     sizes: Spans
-    vocab_size: int
+    marks_end: int
     end: int
 
     def corrupt(self, tokens: Tokens, sample: int) -> tuple[Tokens, Tokens]:
@@ -32,7 +32,7 @@ class Corruption:
         hidden = cut_up(s.hidden, s.spans, seed_of(self.seed, "hidden", sample))
         borders = np.cumsum(np.stack((shown, hidden), 1).ravel())[:-1]
         runs = np.split(tokens, borders)
-        marks = [np.array([self.vocab_size - 1 - i]) for i in range(s.spans)]
+        marks = [np.array([self.marks_end - 1 - i]) for i in range(s.spans)]
         end = [np.array([self.end])]
         source = [part for i in range(s.spans) for part in (runs[2 * i], marks[i])]
         target = [part for i in range(s.spans) for part in (marks[i], runs[2 * i + 1])]

@@ -7,6 +7,7 @@ Shapes: b batch, h query heads and g KV heads here, n new tokens, t tokens so fa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -57,12 +58,12 @@ class Rows:
 class Remembering:
     """Attention of new tokens over all so far, for one module. Where its weights repeat in depth, each repeat has rows of its own.
 
-    slopes [h] are ALiBi's of the heads here
+    bias  of distances (query − key) [b, n, t] what is added to scores [b, h here, n, t], where positions do that
     """
 
     place: Place
     window: int | None
-    slopes: Tensor | None
+    bias: Callable[[Tensor], Tensor] | None
     rows: list[tuple[Rows, Rows]] = field(default_factory=list)
     calls: int = 0
     passes: int = 0
@@ -88,13 +89,11 @@ class Remembering:
             hidden |= query - key >= self.window
         hidden &= query >= 0  # padding sees anything, so that its softmax is a number; nobody reads it
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
-        if self.slopes is not None:
-            mask = mask - self.slopes.to(dtype)[None, :, None, None] * (query - key).to(dtype)
-        return mask
+        return mask if self.bias is None else mask + self.bias((query - key)[:, 0]).to(dtype)
 
 
-def remember(stage: nn.Module, place: Place, window: int | None, slopes: Tensor | None) -> None:
+def remember(stage: nn.Module, place: Place, window: int | None, bias: Callable[[Tensor], Tensor] | None) -> None:
     """Gives every attention of a stage a cache."""
     for module in stage.modules():
         if hasattr(module, "attend"):
-            module.attend = Remembering(place, window, slopes)  # type: ignore[assignment]
+            module.attend = Remembering(place, window, bias)  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from megascale.generate.cache import Place, remember
 from megascale.generate.sample import choose
 from megascale.model.decoder import Decoder
 from megascale.model.position import alibi_slopes
+from megascale.model.relative import bias_by_distance
 from megascale.parallel.apply import ParallelModel
 
 
@@ -45,10 +46,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
     place = Place(positions[:, :0])
-    slopes = None
-    if stage.cfg.position == "alibi":
-        slopes = torch.tensor(alibi_slopes(stage.cfg.num_heads)[slice(*stage.heads_here)], device=device)
-    remember(stage, place, stage.cfg.sliding_window, slopes)
+    remember(stage, place, stage.cfg.sliding_window, distance_bias(stage))
     stage.xpos_middle = 0  # queries and keys of different passes count from the same place
     before, stage.enter_head = stage.enter_head, partial(_last, then=stage.enter_head)
     generator = torch.Generator().manual_seed(how.seed)
@@ -69,6 +67,17 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     finally:
         stage.enter_head = before
     return found
+
+
+def distance_bias(stage: Decoder) -> Callable[[Tensor], Tensor] | None:
+    """What the heads here add to scores for distances [b, n, t] → [b, h, n, t]; None where they look at no distance."""
+    cfg = stage.cfg
+    if stage.relative is not None:
+        return partial(bias_by_distance, stage.relative.weight, furthest=cfg.relative_distance, causal=True)
+    if cfg.position != "alibi":
+        return None
+    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.heads_here)])
+    return lambda back: -slopes.to(back.device)[:, None, None] * back[:, None]
 
 
 def _last(x: Tensor, then: Any) -> Tensor:

@@ -60,7 +60,7 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
             told = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cfg.hidden_size
             products -= fields.text_vocab_size * cfg.hidden_size + told * (1 - text / fields.tokens)
         return 6 * products + 12 * cfg.num_heads * cfg.head_dim * met
-    lookup = {"position"} if cfg.tie_embeddings else {"position", "embedding"}
+    lookup = {"position", "relative"} if cfg.tie_embeddings else {"position", "relative", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
     return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
 

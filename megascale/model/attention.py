@@ -31,7 +31,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√e)·v per head, then the output product.
+    """softmax(q·kᵀ/√e)·v per head, then the output product; `attention_scale` stands for 1/√e where there is one.
 
     `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
     how tokens meet: `attend`, or `attend_all` where they also see what comes after them; those of other ranks too, where a pass says so.
@@ -55,6 +55,8 @@ class Attention(nn.Module):
             return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, norm_kernel, bias, cfg.dyt_alpha[1])
 
         self.head_dim = e
+        # Every kernel divides by √e. What queries are multiplied with is exact in any dtype where it is a power of two (√64 = 8).
+        self.query_factor = 1.0 if cfg.attention_scale is None else cfg.attention_scale * e**0.5
         self.q = product(heads * e, d, "query", 0)
         self.k = product(kv_heads * e, d, "key", "kv_heads")
         self.v = product(kv_heads * e, d, "value", "kv_heads")
@@ -83,6 +85,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
+        if self.query_factor != 1.0:
+            q = q * self.query_factor
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
         y = self.attend(q, k, v, seen)
@@ -97,6 +101,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `seen` a token sees itself and all before it."""
     cpu = q.device.type == "cpu"
+    if seen is not None and seen.bias is not None:
+        return attend_masked(q, k, v, seen.bias)
     if seen is not None:
         return masked_attention(q, k, v, seen) if cpu else flex_attention(q, k, v, seen)
     grouped = q.shape[1] != k.shape[1]
@@ -125,12 +131,19 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
     or to the keys that are valid, one at least.
     """
     mask = None
-    if seen is not None and seen.valid is not None:
+    if seen is not None and seen.bias is not None:
+        mask = seen.bias
+    elif seen is not None and seen.valid is not None:
         mask = seen.valid[:, None, None, :]
     elif seen is not None and q.device.type == "cpu":
         return masked_attention(q, k, v, seen)
     elif seen is not None and seen.documents is not None:
         mask = seen.documents[:, None, :, None] == seen.documents[:, None, None, :]
+    return attend_masked(q, k, v, mask)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` of all that a mask, for torch's attention, leaves to be seen or adds to scores."""
     if q.shape[1] != k.shape[1] and q.device.type == "cpu":
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)

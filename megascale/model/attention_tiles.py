@@ -25,6 +25,7 @@ class Seen(NamedTuple):
     """What a query sees, said by positions: keys up to its own (`causal`), the last `window` of them, of its own document
     (`documents` [b, S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same for torch's
     FlexAttention, where that runs. `valid` [b, t] says which keys there are, where samples have different lengths and order plays no part.
+    `bias` [1 or b, h, s, t] is all of it, added to scores: learned biases, −∞ where a query does not see.
     """
 
     causal: bool = True
@@ -33,6 +34,7 @@ class Seen(NamedTuple):
     slopes: Tensor | None = None
     blocks: Any = None
     valid: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Tile(NamedTuple):

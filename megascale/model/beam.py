@@ -26,9 +26,16 @@ class Hypothesis(NamedTuple):
 
 @torch.no_grad()
 def beam_search(
-    model: EncoderDecoder, source: Tensor, end: int, longest: int, width: int = 1, length_penalty: float = 1.0
+    model: EncoderDecoder,
+    source: Tensor,
+    end: int,
+    longest: int,
+    width: int = 1,
+    length_penalty: float = 1.0,
+    start: int | None = None,
 ) -> list[Hypothesis]:
-    """The best target of each source [b, t] (negative beyond its end), of at most `longest` tokens with the end.
+    """The best target of each source [b, t] (negative beyond its end), of at most `longest` tokens with the end. Targets
+    begin behind `start`, the end token if absent.
 
     At each step the `width` likeliest of all continued hypotheses go on, and what ends among them is set aside. A source is done when none
     that goes on can come to a better score: it only loses probability, and at best becomes as long as allowed. With width 1, which is
@@ -36,10 +43,10 @@ def beam_search(
     """
     b, done = source.shape[0], [list[Hypothesis]() for _ in range(source.shape[0])]
     valid = source >= 0
-    read = model.encode(model.embed_source(source), source, valid, None, None)
+    read = model.encode(model.embed_source(source), source, valid, None, None, model.tables())
     memory = model.memory(read.repeat_interleave(width, 0), valid.repeat_interleave(width, 0))
     assert memory is not None
-    tokens = torch.full((b, width, 1), end, device=source.device)
+    tokens = torch.full((b, width, 1), end if start is None else start, device=source.device)
     # All hypotheses of a source begin alike: only the first may go on, or they would stay alike.
     scores = torch.full((b, width), float("-inf"), dtype=torch.float64, device=source.device)
     scores[:, 0] = 0.0
@@ -66,5 +73,5 @@ def beam_search(
 
 def next_log_probabilities(model: EncoderDecoder, tokens: Tensor, memory: Memory) -> Tensor:
     """tokens [b·w, n] → log-probabilities [b·w, V] of what follows, in fp64."""
-    x = model.decode(model.embed(tokens, None), tokens, memory)
+    x = model.decode(model.embed(tokens, None), tokens, memory, tables=model.tables())
     return torch.log_softmax(model.finish(x[:, -1:], None, 1.0)[:, 0].to(torch.float64), -1)

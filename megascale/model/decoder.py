@@ -7,7 +7,7 @@ Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from megascale.model.layers import Linear, Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
+from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec, declare
 
@@ -73,7 +74,7 @@ class MaskedHead(nn.Module):
     def __init__(self, cfg: Model, std: float, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
         super().__init__()
         assert cfg.vocab_size is not None
-        d, self.kind = cfg.hidden_size, "gelu" if cfg.ffn == "swiglu" else cfg.ffn
+        d, self.kind = cfg.hidden_size, "gelu" if cfg.gated else cfg.ffn
         self.dense = Linear(d, d, "head", "tokens", std, dtype, cfg.bias)
         self.norm = Norm(d, cfg.norm, cfg.eps_of("mlm_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
         self.bias = declare(ParamSpec((cfg.vocab_size,), "bias", 0), dtype) if cfg.bias else None
@@ -119,6 +120,9 @@ class Decoder(nn.Module):
             self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if part.first and cfg.position == "learned":
             self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", at_ends.embedding), dtype)
+        self.relative: Table | None = None
+        if part.first and cfg.position == "relative":
+            self.relative = Table(ParamSpec((cfg.relative_buckets, cfg.num_heads), "relative", 1, cfg.init_std), dtype)
         self.embedding_scale: nn.Parameter | None = None
         if part.first and at_ends.embedding_scale is not None:
             self.embedding_scale = declare(ParamSpec((1,), "scale", "tokens", mean=at_ends.embedding_scale), dtype)
@@ -177,7 +181,25 @@ class Decoder(nn.Module):
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Of the stream [b, s, d] as this stage takes it and as it gives it on, for a batch of tokens of this shape."""
         here = self.tokens_here(self.sequence_here(torch.empty(batch, device="meta")))
-        return (here.shape[0], here.shape[1], self.cfg.hidden_size), (here.shape[0], here.shape[1], self.cfg.hidden_size)
+        shape = here.shape[0], here.shape[1] + self.rows_behind, self.cfg.hidden_size
+        return shape, shape
+
+    @property
+    def rows_behind(self) -> int:
+        """Rows of a stream between stages that hold tables of biases by distance."""
+        return self.tables_behind * rows_for(self.cfg, self.heads_here[1] - self.heads_here[0])
+
+    @property
+    def tables_behind(self) -> int:
+        return int(self.cfg.position == "relative")
+
+    def tables(self) -> list[Tensor]:
+        """Of biases by distance, [n, h here] each in the compute dtype; of the stage that has them."""
+        return [] if self.relative is None else [self.relative.weight.to(self.shape.compute)]
+
+    def taken(self, stream: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What another stage gave: the stream [b, s_here, d] and the tables behind it."""
+        return detach(self.cfg, stream, self.tables_behind, self.heads_here[1] - self.heads_here[0])
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """The blocks with their names: what passes wrap, recompute and compile one by one."""
@@ -201,7 +223,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """tokens [b, s] → with targets [b, s] (negative: not counted) their summed loss times `scale`, else logits [b, s, V_here].
 
-        A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it; one without the head returns its own.
+        A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it, tables behind it where positions are
+        relative; one without the head returns its own.
 
         documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
         while training.
@@ -232,14 +255,14 @@ class Decoder(nn.Module):
         stream: Tensor | None,
     ) -> Tensor:
         """`forward` at the present width."""
-        seen = self.seen(documents, tokens.shape[1], tokens.device)
+        x, tables = (self.embed(tokens, positions), self.tables()) if stream is None else self.taken(stream)
+        seen = self.seen(documents, tokens.shape[1], tokens.device, tables)
         contexts = self.contexts(self.part.layers, tokens, seen, positions, samples, self.counted(targets, scale))
-        x = self.embed(tokens, positions) if stream is None else stream
         if self.cfg.moeut is None:
             x = self.pass_blocks(x, zip(self.blocks.values(), contexts))
         else:
             x = self.repeat(x, contexts)
-        return self.finish(x, targets, scale) if self.part.last else x
+        return self.finish(x, targets, scale) if self.part.last else attach(x, tables)
 
     def finish(self, x: Tensor, targets: Tensor | None, scale: float) -> Tensor:
         """The stream behind the last block → what `forward` returns."""
@@ -312,9 +335,11 @@ class Decoder(nn.Module):
             return None
         return self.sequence_here((targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale)
 
-    def seen(self, documents: Tensor | None, seq_len: int, device: torch.device) -> Seen | None:
-        """What tokens see; None where a kernel knows it without being told."""
+    def seen(self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()) -> Seen | None:
+        """What tokens see; None where a kernel knows it without being told. `tables` of biases by distance: the stack's own comes last."""
         cfg, slopes = self.cfg, None
+        if tables:
+            return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
         if cfg.position == "alibi":
             slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.heads_here)], device=device)
         if documents is None and cfg.sliding_window is None and slopes is None:

@@ -9,7 +9,7 @@ Shapes: b micro-batch, t source, s target, d hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from megascale.model.block import Block, Memory, only
 from megascale.model.decoder import Decoder, Shape, Table
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm
+from megascale.model.relative import attach, biased
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec
 
@@ -41,6 +42,9 @@ class EncoderDecoder(Decoder):
             self.source_embedding = Table(ParamSpec((cfg.source_vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if self.part.first and cfg.position == "learned":
             self.source_position = Table(ParamSpec((shape.source_len, d), "position", "tokens", at_ends.embedding), dtype)
+        self.source_relative: Table | None = None
+        if self.part.first and cfg.position == "relative":
+            self.source_relative = Table(ParamSpec((cfg.relative_buckets, cfg.num_heads), "relative", 1, cfg.init_std), dtype)
         self.encoder = nn.ModuleDict(
             {
                 str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, has_experts(cfg, i))
@@ -61,7 +65,16 @@ class EncoderDecoder(Decoder):
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         b = batch[0]
         here = sum(self.tokens_here(torch.empty(b, n, device="meta")).shape[1] for n in (self.shape.source_len, batch[1]))
-        return (b, here, self.cfg.hidden_size), (b, here, self.cfg.hidden_size)
+        shape = b, here + self.rows_behind, self.cfg.hidden_size
+        return shape, shape
+
+    @property
+    def tables_behind(self) -> int:
+        return 2 * super().tables_behind
+
+    def tables(self) -> list[Tensor]:
+        own = super().tables()
+        return own if self.source_relative is None else [self.source_relative.weight.to(self.shape.compute), *own]
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         for number, block in self.encoder.items():
@@ -81,18 +94,19 @@ class EncoderDecoder(Decoder):
     ) -> Tensor:
         """`Decoder.forward` of the target's tokens [b, s] with a source [b, t], negative where it has ended; documents are none.
 
-        The stream that stages take and give is [b, t_here + s_here, d].
+        The stream that stages take and give is [b, t_here + s_here, d], tables behind it where positions are relative.
         """
         assert source is not None and documents is None
         valid = source >= 0
         if stream is None:
-            read, written = self.embed_source(source), self.embed(tokens, positions)
+            read, written, tables = self.embed_source(source), self.embed(tokens, positions), self.tables()
         else:
+            stream, tables = self.taken(stream)
             length = self.tokens_here(source).shape[1]
             read, written = stream.split([length, stream.shape[1] - length], 1)
-        read = self.encode(read, source, valid, samples, self.counted_sources(targets, valid, scale))
-        written = self.decode(written, tokens, self.memory(read, valid), positions, samples, self.counted(targets, scale))
-        return self.finish(written, targets, scale) if self.part.last else torch.cat((read, written), 1)
+        read = self.encode(read, source, valid, samples, self.counted_sources(targets, valid, scale), tables)
+        written = self.decode(written, tokens, self.memory(read, valid), positions, samples, self.counted(targets, scale), tables)
+        return self.finish(written, targets, scale) if self.part.last else attach(torch.cat((read, written), 1), tables)
 
     def embed_source(self, source: Tensor) -> Tensor:
         """source [b, t] → [b, t_here, d] in the compute dtype; what lies beyond its end is nobody's key and may be any token."""
@@ -100,11 +114,22 @@ class EncoderDecoder(Decoder):
         table = self.embedding if self.cfg.share_embeddings else self.source_embedding
         return self.look_up(source.clamp(min=0), None, table, self.source_first, places)
 
-    def encode(self, x: Tensor, source: Tensor, valid: Tensor, samples: Tensor | None, counted: Tensor | None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        source: Tensor,
+        valid: Tensor,
+        samples: Tensor | None,
+        counted: Tensor | None,
+        tables: Sequence[Tensor] = (),
+    ) -> Tensor:
         """The stream of the source's tokens [b, t_here, d] through the encoder's blocks that are here, and the norm behind the last."""
         assert self.cfg.encoder_layers is not None
         layers = self.part.of_stack(0, self.cfg.encoder_layers)
-        contexts = self.contexts(layers, source, only(valid), None, samples, counted)
+        seen = only(valid)
+        if tables and layers:
+            seen = biased(self.cfg, tables[0], source.shape[1], False, valid=seen.valid)
+        contexts = self.contexts(layers, source, seen, None, samples, counted)
         x = self.pass_blocks(x, zip(self.encoder.values(), contexts))
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
@@ -120,11 +145,12 @@ class EncoderDecoder(Decoder):
         positions: Tensor | None = None,
         samples: Tensor | None = None,
         counted: Tensor | None = None,
+        tables: Sequence[Tensor] = (),
     ) -> Tensor:
         """The stream of the target's tokens [b, s_here, d] through the decoder's blocks that are here."""
         before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
         layers = range(before + mine.start, before + mine.stop)
-        seen = self.seen(None, tokens.shape[1], tokens.device)
+        seen = self.seen(None, tokens.shape[1], tokens.device, tables if layers else ())
         return self.pass_blocks(x, zip(self.blocks.values(), self.contexts(layers, tokens, seen, positions, samples, counted, memory)))
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:

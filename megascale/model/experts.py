@@ -122,7 +122,7 @@ class Experts(nn.Module):
             return Bank(spec, dtype, start.product_scale(in_dim))
 
         self.up = bank(f, d, "up", 1)
-        self.gate = bank(f, d, "gate", 1) if cfg.ffn == "swiglu" else None
+        self.gate = bank(f, d, "gate", 1) if cfg.gated else None
         self.down = bank(d, f, "down", 2)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The feed-forward sublayer: SwiGLU, GELU or ReLU. Shapes: b micro-batch, s sequence, d hidden, f this rank's share of the width."""
+"""The feed-forward sublayer: SwiGLU, GEGLU, GELU or ReLU. Shapes: b micro-batch, s sequence, d hidden, f this rank's share of the width."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megascale.model.spec import Cut, Role
 
 
 def activate(kind: str, y: Tensor, gate: Tensor | None) -> Tensor:
-    """silu(gate) ⊙ y where there is a gate, else GELU, its approximation by tanh, or ReLU of y."""
+    """silu(gate) ⊙ y or gelu(gate) ⊙ y where there is a gate, else GELU, its approximation by tanh, or ReLU of y."""
     if gate is not None:
-        return F.silu(gate) * y
+        return (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")) * y
     if kind == "relu":
         return F.relu(y)
     return F.gelu(y, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class FeedForward(nn.Module):
-    """down(φ(up·x)), or down(silu(gate·x) ⊙ up·x) for SwiGLU (arXiv 2002.05202); the row may put a norm before `down`."""
+    """down(φ(up·x)), or down(φ(gate·x) ⊙ up·x) for SwiGLU and GEGLU (arXiv 2002.05202); the row may put a norm before `down`."""
 
     def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, width: int | None = None) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
 
         self.kind = cfg.ffn
         self.up = product(f, d, "up", 0)
-        self.gate: Product | None = product(f, d, "gate", 0) if cfg.ffn == "swiglu" else None
+        self.gate: Product | None = product(f, d, "gate", 0) if cfg.gated else None
         self.down = product(d, f, "down", 1)
         self.inner_norm: Norm | None = None
         if row.inner_norms:

@@ -20,10 +20,10 @@ from megascale.config.schema import BLOCK_NORMS, Model
 
 # The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
 BRANCH = ("value", "attention_out", "up", "down")
-# E[φ(z)²] of a standard normal z; SwiGLU's is that of SiLU, times a second factor of unit variance.
-SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356}
-# What of a gradient's variance comes back through φ, E[φ'(z)²]. A product gives it to both its factors: E[silu²] + E[silu'²].
-GRADIENT_MOMENT = {"relu": 0.5, "gelu": 0.456, "gelu_tanh": 0.456, "swiglu": 0.735}
+# E[φ(z)²] of a standard normal z; a gated one's is that of its gate, times a second factor of unit variance.
+SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356, "geglu_tanh": 0.426}
+# What of a gradient's variance comes back through φ, E[φ'(z)²]. A product gives it to both its factors: E[φ²] + E[φ'²].
+GRADIENT_MOMENT = {"relu": 0.5, "gelu": 0.456, "gelu_tanh": 0.456, "swiglu": 0.735, "geglu_tanh": 0.882}
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def ends(cfg: Model) -> Ends:
     final = cfg.residual not in ("post", "deepnorm", "branchnorm", "deepscale_post")
     tables = 2 if cfg.position == "learned" else 1
     if cfg.residual == "mus":
-        return Ends(math.sqrt(1 / tables), 1.0, final, 1 / d, learned)
+        return Ends(math.sqrt(1 / tables), 1.0, final, cfg.head_scale or 1 / d, learned)
     if cfg.residual not in ("deepscale", "deepscale_post"):
-        return Ends(cfg.init_std, cfg.init_std, final, embedding_scale=learned)
+        return Ends(cfg.init_std, cfg.init_std, final, cfg.head_scale or 1.0, learned)
     embedding = math.sqrt((1 - cfg.dropout) / tables)
     factor = 1 / (embedding * math.sqrt(d)) if cfg.tie_embeddings else 1.0
-    return Ends(embedding, 1 / math.sqrt(d), final, factor, learned)
+    return Ends(embedding, 1 / math.sqrt(d), final, cfg.head_scale or factor, learned)
 
 
 def deepnorm(stack: Stack) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import nn
 Role = Literal[
     "embedding",
     "position",
+    "relative",
     "head",
     "norm",
     "bias",

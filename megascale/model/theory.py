@@ -111,7 +111,7 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
     """Output product of averaged values. A query that sees n tokens has Σa² = e^{(1−r)s²}/n, s² the variance of its scores."""
     assert cfg.num_kv_heads is not None and cfg.head_dim is not None
     d, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    scores = 1.0
+    scores = 1.0 if cfg.attention_scale is None else cfg.attention_scale**2 * cfg.head_dim
     for role, width in (("query", wide), ("key", narrow)):
         z, _ = _product(cfg, row, h, role, width, d)
         scores *= (_norm(cfg, z, cfg.dyt_alpha[1])[0] if cfg.qk_norm or row.qk_norm else z).square

@@ -30,10 +30,12 @@ def translates(config: Config) -> bool:
 
 
 def extra_pieces(config: Config) -> int:
-    """Pieces of the vocabulary, its last ones, that no file holds: an encoder's mask unless it is one of the tokenizer's, the marks of
-    spans.
+    """Pieces of the vocabulary, its last ones, that no file holds: an encoder's mask and the marks of spans, unless they are the
+    tokenizer's.
     """
-    return SENTINELS if spans_asked(config) else int(config.model.family == "encoder" and config.data.mask_token is None)
+    if spans_asked(config):
+        return SENTINELS if config.data.mark_token is None else 0
+    return int(config.model.family == "encoder" and config.data.mask_token is None)
 
 
 def first_prefix(config: Config, side: str = "target") -> str:
@@ -55,9 +57,13 @@ def resolve_vocabulary(config: Config) -> Config:
     if model.spacetime is not None:
         return config.model_copy(update={"model": model.model_copy(update={"spacetime": with_text(config, model.spacetime)})})
     size = vocabulary(first_prefix(config), model.vocab_size, data.tokenizer, "", extra_pieces(config))
-    mask = data.mask_token
-    if mask is not None and mask >= size:
-        raise UsageError(f"data.mask_token is {mask} and the vocabulary has {size} pieces, counted from 0: choose one of them")
+    for key, token in (("mask_token", data.mask_token), ("start_token", data.start_token), ("mark_token", data.mark_token)):
+        if token is not None and token >= size:
+            raise UsageError(f"data.{key} is {token} and the vocabulary has {size} pieces, counted from 0: choose one of them")
+    if data.mark_token is not None and data.mark_token < SENTINELS:
+        raise UsageError(
+            f"data.mark_token is {data.mark_token}, and {SENTINELS} marks from it down leave no piece for text: choose a later"
+        )
     found = {"vocab_size": size}
     if translates(config) and not model.share_embeddings:
         prefix = first_prefix(config, "source")
@@ -108,7 +114,7 @@ def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str
 
 
 def end_token(config: Config) -> int:
-    """The piece that ends a text, with which a decoder that has read a source begins."""
+    """The piece that ends a text."""
     prefix = first_prefix(config)
     known = source_facts(prefix).get("eos_id")
     if isinstance(known, int):
@@ -117,6 +123,11 @@ def end_token(config: Config) -> int:
     if path is None:
         raise UsageError(f"nothing beside {prefix} says which token ends a text: set data.tokenizer, or prepare the data again")
     return load_tokenizer(path).eos_id
+
+
+def start_token(config: Config) -> int:
+    """The piece that a decoder which has read a source begins with."""
+    return end_token(config) if config.data.start_token is None else config.data.start_token
 
 
 def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
@@ -145,12 +156,13 @@ def open_samples(config: Config, sources: list[Source], part: str, shuffled: boo
     lengths, vocab = (t.source_length, t.seq_len), model.vocab_size - extra_pieces(config)
     if translates(config):
         sizes = (vocab if model.share_embeddings else model.source_vocab_size or vocab, vocab)
-        return PairMixture(sources, lengths, seed, sizes, end_token(config), part, fraction, shuffled)
+        return PairMixture(sources, lengths, seed, sizes, start_token(config), part, fraction, shuffled)
     if spans_asked(config):
         spans = spans_in(config)
         assert spans is not None
         text = Mixture(sources, spans.tokens, seed, vocab, part, fraction, shuffled)
-        return SpanMixture(text, Corruption(seed, spans, model.vocab_size, end_token(config)), lengths)
+        marks_end = model.vocab_size if config.data.mark_token is None else config.data.mark_token + 1
+        return SpanMixture(text, Corruption(seed, spans, marks_end, end_token(config)), lengths, start_token(config))
     if config.data.order == "megatron":
         steps = t.total_steps if shuffled else t.eval_steps
         return MegatronMixture(sources, t.seq_len, seed, vocab, part, fraction, steps * t.global_batch_size)

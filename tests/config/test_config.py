@@ -109,6 +109,7 @@ MUS = ("model.residual=mus", "optim.weight_decay=0")
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
     "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
+    "relative_context": (2, ("model.position=relative", "parallel.cp=2")),
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "mask_token": (1, ("data.mask_token=3",)),
     "spacetime_fields": (1, (f"model.spacetime={GRID}",)),
@@ -128,6 +129,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
     "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
     "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
+    "moeut_scores": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.attention_scale=1")),
     "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.accumulation=layered")),
     "ends_of_pairs": (1, ("model.family=encoder_decoder", "model.embedding_norm=true")),
     "mlm_head_scaled": (1, (*MUS, "model.mlm_head=true")),

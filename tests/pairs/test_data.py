@@ -96,7 +96,7 @@ def mixture(prefix: str, part: str = "all", **changes: Any) -> PairMixture:
         "lengths": (10, 12),
         "seed": 3,
         "vocab_sizes": (VOCAB, VOCAB),
-        "end": END,
+        "start": END,
         "valid_fraction": 0.0,
         "shuffled": True,
     }
@@ -263,5 +263,13 @@ def test_windows_of_a_text(tmp_path: Path) -> None:
     assert joined(source, target, 40) == samples.text.sample(4)[0][: sizes.tokens].tolist()
     batch = samples.batch([4, -1], CPU)
     assert torch.equal(batch.targets[0][: len(target)], torch.from_numpy(target)) and batch.valid == sizes.target
+    given = build_config({**values, "data": {**values["data"], "mark_token": 137, "start_token": 0}})
+    other, _ = open_data(given)
+    assert isinstance(other, SpanMixture)
+    got = other.batch([4], CPU)
+    assert got.tokens[0, 0] == 0 and got.targets[0, 0] == 137 == batch.targets[0, 0] - 2 and batch.tokens[0, 0] == END
+    for changes, words in (({"mark_token": 99}, "leave no piece for text"), ({"start_token": 140}, "start_token is 140 and the voc")):
+        with pytest.raises(UsageError, match=words):
+            resolve_vocabulary(build_config({**values, "data": {**values["data"], **changes}}))
     same = pair_batch([(source, target)], [4], (10, 12), END, CPU)
     assert same.source is not None and batch.source is not None and torch.equal(same.source[0], batch.source[0])

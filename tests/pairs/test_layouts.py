@@ -39,6 +39,18 @@ MODELS: dict[str, Model] = {
     "mus": pair(residual="mus", norm="layernorm", tie_embeddings=True),
     "bitlinear": pair(linear="bitlinear", num_kv_heads=1, bias=True),
     "experts": pair(moe={"num_experts": 4, "ffn_size": 16, "every": 2}, encoder_layers=2),
+    "t5": pair(
+        position="relative",
+        relative_buckets=8,
+        relative_distance=9,
+        attention_scale=1.0,
+        ffn="geglu_tanh",
+        head_dim=10,
+        tie_embeddings=True,
+        head_scale=24**-0.5,
+        dropout=0.1,
+        num_kv_heads=4,
+    ),
     "odd": pair(residual="post", norm="layernorm", num_kv_heads=1, qk_norm=True),
 }
 LAYOUTS: dict[str, tuple[int, Parallel]] = {
@@ -77,6 +89,8 @@ QUICK = {
     ("mus", "zbv"),
     ("bitlinear", "tp x ddp"),
     ("experts", "1f1b"),
+    ("t5", "looped x tp sequence"),
+    ("t5", "layered"),
     ("odd", "tp x ddp"),
 }
 

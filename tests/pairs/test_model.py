@@ -16,6 +16,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.beam import beam_search
 from megascale.model.block import only
 from megascale.model.encoder_decoder import EncoderDecoder
+from megascale.model.relative import buckets
 from megascale.model.residual import Stack, residual, token_correlations
 from tests.depth.test_table import scheme
 from tests.layouts import Case, build, fake_batch
@@ -214,3 +215,67 @@ def test_greedy_takes_the_likeliest_token() -> None:
             if words[-1] == 36:
                 break
         assert got.tokens == [x for x in words[1:] if x != 36]
+
+
+def distance_bucket(back: int, number: int, furthest: int, causal: bool) -> int:
+    """T5's rule for one query and key, `back` places before it."""
+    later = 0
+    if not causal:
+        number //= 2
+        later, back = (number if back < 0 else 0), abs(back)
+    exact = number // 2
+    if back < exact:
+        return later + max(back, 0)
+    return later + min(number - 1, exact + int(math.log(back / exact) / math.log(furthest / exact) * (number - exact)))
+
+
+def test_biases_by_distance_against_plain_loops() -> None:
+    """Catches a sign of the distance, halves of the buckets swapped, a table of the other stack, a bias in attention to the memory, a scale
+    of 1/√e that is left in, and a head's factor that is not.
+    """
+    cfg = pair(
+        position="relative", relative_buckets=8, relative_distance=7, attention_scale=0.9, head_scale=0.25, num_kv_heads=4,
+        ffn="geglu_tanh", encoder_layers=2, num_layers=2,
+    )  # fmt: skip
+    model, batch = made(cfg), fake_batch(Case(cfg), [3])
+    w = {n: p.detach() for n, p in model.named_parameters()}
+    assert batch.source is not None
+    source, tokens = batch.source[0][batch.source[0] >= 0], batch.tokens[0]
+
+    def attention(name: str, q_from: Tensor, k_from: Tensor, table: Tensor | None, causal: bool) -> Tensor:
+        q, k, v = (x @ w[f"{name}.{part}.weight"].t() for part, x in (("q", q_from), ("k", k_from), ("v", k_from)))
+        out = torch.zeros_like(q)
+        for h, i in itertools.product(range(4), range(len(q))):
+            at = slice(6 * h, 6 * h + 6)
+            keys = range(i + 1) if causal else range(len(k))
+            far = [0.0 if table is None else table[distance_bucket(i - j, 8, 7, causal), h] for j in keys]
+            scores = torch.stack([0.9 * q[i, at] @ k[j, at] + b for j, b in zip(keys, far)]).softmax(0)
+            out[i, at] = scores @ v[: len(keys), at]
+        return out @ w[f"{name}.o.weight"].t()
+
+    def ffn(x: Tensor, name: str) -> Tensor:
+        h = norm(x, w[f"{name}.ffn_norm.weight"])
+        gate = torch.nn.functional.gelu(h @ w[f"{name}.ffn.gate.weight"].t(), approximate="tanh")
+        return x + (gate * (h @ w[f"{name}.ffn.up.weight"].t())) @ w[f"{name}.ffn.down.weight"].t()
+
+    read, x = w["embedding.weight"][source], w["embedding.weight"][tokens]
+    for name in ("encoder.0", "encoder.1"):
+        h = norm(read, w[f"{name}.attention_norm.weight"])
+        read = ffn(read + attention(f"{name}.attention", h, h, w["source_relative.weight"], False), name)
+    read = norm(read, w["encoder_norm.weight"])
+    for name in ("blocks.0", "blocks.1"):
+        h = norm(x, w[f"{name}.attention_norm.weight"])
+        x = x + attention(f"{name}.attention", h, h, w["relative.weight"], True)
+        x = ffn(x + attention(f"{name}.cross", norm(x, w[f"{name}.cross_norm.weight"]), read, None, False), name)
+    logits = 0.25 * norm(x, w["final_norm.weight"]) @ w["head.weight"].t()
+    torch.testing.assert_close(model(batch.tokens, source=batch.source)[0], logits, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(("number", "furthest"), [(32, 128), (8, 7), (6, 20), (4, 3)])
+def test_buckets_are_those_of_t5(number: int, furthest: int) -> None:
+    """Catches another border between buckets than the published code has, which every pretrained table was made with."""
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="transformers is not installed: pip install 'megascale[hf]'")
+    back = torch.arange(-300, 301)
+    for causal in (False, True):
+        want = t5.T5Attention._relative_position_bucket(-back, bidirectional=not causal, num_buckets=number, max_distance=furthest)
+        assert torch.equal(buckets(back, number, furthest, causal), want)

@@ -26,6 +26,14 @@ MODEL_RULES: tuple[Rule, ...] = (
         "remove sliding_window",
     ),
     Rule(
+        "relative_context",
+        ("model.position", "parallel.cp"),
+        lambda c, n: c.model.position == "relative" and c.parallel.cp > 1,
+        "biases by distance are made for whole sequences, and cp cuts them",
+        "set cp to 1; tp with tp_sequence cuts sequences between attentions",
+        True,
+    ),
+    Rule(
         "mask_fraction",
         ("data.mask_fraction", "model.family", "data.objective"),
         lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
@@ -55,18 +63,19 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "spacetime_text",
-        ("model.spacetime", "model.position", "model.sliding_window", "model.tie_embeddings", "train.packing"),
+        ("model.spacetime", "model.position", "model.sliding_window", "model.tie_embeddings", "model.head_scale", "train.packing"),
         lambda c, n: (
             grid(c)
             and (
                 c.model.position not in ("rope", "learned")
                 or c.model.sliding_window is not None
                 or c.model.tie_embeddings
+                or c.model.head_scale is not None
                 or c.train.packing != "concat"
             )
         ),
-        "windows, documents, ALiBi, XPos and tied embeddings are for text",
-        "use position rope or learned, without sliding_window and tie_embeddings, and packing concat",
+        "windows, documents, ALiBi, XPos, biases by distance and a vocabulary's head are for text",
+        "use position rope or learned, without sliding_window, tie_embeddings and head_scale, and packing concat",
     ),
     Rule(
         "spacetime_texts",
@@ -180,6 +189,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         "set family to decoder, norm to rmsnorm or layernorm, residual to pre and qk_norm to false, and leave num_kv_heads out",
     ),
     Rule(
+        "moeut_scores",
+        ("model.moeut", "model.position", "model.attention_scale"),
+        lambda c, n: c.model.moeut is not None and (c.model.position == "relative" or c.model.attention_scale is not None),
+        "MoEUT has its own attention, with scores divided by √head_dim",
+        "use another position and leave attention_scale out",
+    ),
+    Rule(
         "moeut_axes",
         ("model.moeut", "parallel.pp", "parallel.accumulation"),
         lambda c, n: c.model.moeut is not None and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
@@ -196,10 +212,10 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "mlm_head_scaled",
-        ("model.mlm_head", "model.residual"),
-        lambda c, n: c.model.mlm_head and c.model.residual == "mus",
-        "unit scaling divides what enters the head by the width, and the norm of mlm_head undoes it",
-        "use another residual, or leave mlm_head out",
+        ("model.mlm_head", "model.residual", "model.head_scale"),
+        lambda c, n: c.model.mlm_head and (c.model.residual == "mus" or c.model.head_scale is not None),
+        "unit scaling, or head_scale, multiplies what enters the head, and the norm of mlm_head undoes it",
+        "use another residual without head_scale, or leave mlm_head out",
     ),
     Rule(
         "norm_eps_of",

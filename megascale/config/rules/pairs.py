@@ -17,6 +17,7 @@ PAIR_RULES: tuple[Rule, ...] = (
             "train.source_len",
             "data.objective",
             "data.source_tokenizer",
+            "data.start_token",
         ),
         lambda c, n: not pair(c) and _speaks_of_sources(c),
         "only an encoder_decoder has sources beside its targets",
@@ -55,10 +56,10 @@ PAIR_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "span_keys",
-        ("data.mean_span", "data.objective"),
-        lambda c, n: c.data.mean_span is not None and not spans_asked(c),
+        ("data.mean_span", "data.mark_token", "data.objective"),
+        lambda c, n: (c.data.mean_span is not None or c.data.mark_token is not None) and not spans_asked(c),
         "only span corruption hides spans",
-        "remove mean_span, or use objective span_corruption with family encoder_decoder",
+        "remove mean_span and mark_token, or use objective span_corruption with family encoder_decoder",
     ),
     Rule(
         "span_room",
@@ -80,7 +81,7 @@ PAIR_RULES: tuple[Rule, ...] = (
 
 def _speaks_of_sources(config: Config) -> bool:
     m, d = config.model, config.data
-    given = (m.encoder_layers, m.source_vocab_size, config.train.source_len, d.objective, d.source_tokenizer)
+    given = (m.encoder_layers, m.source_vocab_size, config.train.source_len, d.objective, d.source_tokenizer, d.start_token)
     return not m.share_embeddings or any(x is not None for x in given)
 
 

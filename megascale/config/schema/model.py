@@ -135,7 +135,8 @@ class Model(Section):
     num_kv_heads: Positive | None = None
     head_dim: Positive | None = None
     ffn_size: Positive | None = None
-    ffn: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"  # gelu_tanh: GPT-2's approximation
+    # gelu_tanh: GPT-2's approximation; geglu_tanh: a gate through it, as T5 1.1 has
+    ffn: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
     bias: bool = False
     dropout: Probability = 0.0
     norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
@@ -158,11 +159,16 @@ class Model(Section):
     ffn_sizes: tuple[Positive, ...] | None = None  # of each layer, where they differ
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
     layer_coefficients: tuple[tuple[float, float], ...] | None = None  # skip and branch of each layer, where it is not the scheme's own
-    position: Literal["rope", "alibi", "learned", "xpos"] = "rope"
+    # relative: T5's learned biases by distance, one table a stack
+    position: Literal["rope", "alibi", "learned", "xpos", "relative"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_exponents: tuple[float, ...] | None = None  # u of each pair of a head, its frequency being rope_theta^−u; absent: 2i/head_dim
     alibi_slopes: tuple[float, ...] | None = None  # of each head; absent: the geometric ones of their number
+    relative_buckets: Annotated[int, Field(ge=4)] = 32  # of position relative
+    relative_distance: Positive = 128  # from which on all are in the last bucket
+    attention_scale: Annotated[float, Field(gt=0)] | None = None  # of scores; 1/√head_dim if absent
+    head_scale: Annotated[float, Field(gt=0)] | None = None  # of what enters the head; the scheme's if absent
     sliding_window: Positive | None = None
     tie_embeddings: bool = False  # the head is the table of the tokens that are predicted
     share_embeddings: bool = True  # of an encoder_decoder: one vocabulary and one table for both sides
@@ -180,6 +186,11 @@ class Model(Section):
         """Channels of a head that rotary positions turn: MoEUT's turn half of them, as an even number."""
         assert self.head_dim is not None
         return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
+
+    @property
+    def gated(self) -> bool:
+        """The feed-forward multiplies two products."""
+        return self.ffn in ("swiglu", "geglu_tanh")
 
     @property
     def causal(self) -> bool:
@@ -201,6 +212,15 @@ class Model(Section):
     def at_layer(self, layer: int) -> Model:
         """The same, with the feed-forward width of a layer."""
         return self if self.ffn_sizes is None else self.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
+
+    @model_validator(mode="after")
+    def _distances_fit(self) -> Model:
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_distance is {self.relative_distance} and the first {self.relative_buckets // 2} of {self.relative_buckets} "
+                "relative_buckets hold one distance each: choose a longer distance or fewer buckets"
+            )
+        return self
 
     @property
     def nested_sizes(self) -> tuple[int, ...]:
@@ -228,8 +248,8 @@ class Model(Section):
                 raise ValueError(f"hidden_size {hidden} is not a multiple of num_heads {heads}: change one, or set head_dim")
             v["head_dim"] = hidden // heads
         if isinstance(hidden, int) and v.get("ffn_size") is None:
-            # Three SwiGLU matrices of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
-            v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if ffn == "swiglu" else 4 * hidden
+            # Three matrices of a gated one of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
+            v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if ffn in ("swiglu", "geglu_tanh") else 4 * hidden
         if v.get("family") == "encoder_decoder" and v.get("encoder_layers") is None:
             v["encoder_layers"] = v.get("num_layers")
         moe = v.get("moe")

@@ -120,6 +120,8 @@ class Data(Section):
     objective: Literal["translation", "span_corruption"] | None = None  # of an encoder_decoder; translation if absent
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens to be named by an encoder, or in spans; 0.15 if absent
     mask_token: NonNegative | None = None  # what hides a token from an encoder; absent: a piece behind the tokenizer's, the last one
+    start_token: NonNegative | None = None  # that an encoder_decoder's targets begin behind; the end token if absent (T5: 0, its padding)
+    mark_token: NonNegative | None = None  # of the first span, the others' below it; absent: behind the tokenizer's (T5's own: 32099)
     mean_span: Annotated[float, Field(ge=1)] | None = None  # tokens of a span under span_corruption; 3 if absent
     tokenizer: str | None = None
     source_tokenizer: str | None = None  # of translation without share_embeddings
