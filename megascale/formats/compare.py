@@ -16,10 +16,11 @@ from megascale.formats.load import load_model
 
 @torch.no_grad()
 def our_logits(model: Model, seq_len: int, produce: Produce, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """tokens [b, s] → logits [b, s, V] of this process alone."""
+    """tokens [b, s] → logits [b, s, V] of this process alone. An encoder–decoder reads them as source and as target."""
     mesh = build_mesh(dict.fromkeys((*AXES, *EXPERT_AXES), 1), "cpu")
     built = load_model(model, seq_len, produce, mesh, Parallel(), torch.device("cpu"), dtype)
-    return built.module(tokens)  # type: ignore[no-any-return]
+    pair = {"source": tokens} if model.family == "encoder_decoder" else {}
+    return built.module(tokens, **pair)  # type: ignore[no-any-return]
 
 
 def check_comparable(model: Model, seq_len: int, tokens: list[int] | None) -> None:
@@ -38,17 +39,19 @@ def check_comparable(model: Model, seq_len: int, tokens: list[int] | None) -> No
 
 
 @torch.no_grad()
-def hf_logits(folder: str | Path, tokens: torch.Tensor, causal: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What transformers computes from a folder of a language model, causal or masked: logits [b, s, V]."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+def hf_logits(folder: str | Path, tokens: torch.Tensor, family: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What transformers computes from a folder of a language model, as `our_logits`; `family` is ours."""
+    import transformers
 
-    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    names = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+    kind = getattr(transformers, names.get(family, "AutoModelForCausalLM"))
     model = kind.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()
-    return model(tokens).logits  # type: ignore[no-any-return]
+    pair = {"decoder_input_ids": tokens} if family == "encoder_decoder" else {}
+    return model(tokens, **pair).logits  # type: ignore[no-any-return]
 
 
 def largest_difference(model: Model, seq_len: int, produce: Produce, folder: str | Path, tokens: list[int]) -> float:
     """max |Δlogit| in fp32 on tokens that `check_comparable` has seen. Both models are in memory, one after the other."""
     row = torch.tensor([tokens])
-    theirs = hf_logits(folder, row, model.causal)
+    theirs = hf_logits(folder, row, model.family)
     return (our_logits(model, seq_len, produce, row) - theirs).abs().max().item()

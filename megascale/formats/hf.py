@@ -16,6 +16,7 @@ from megascale.checkpoint.storage import write_durably
 from megascale.checkpoint.streaming import Block, FilePlan, Progress, Target, write_files
 from megascale.config.schema import Model
 from megascale.errors import UsageError
+from megascale.formats import hf_t5
 from megascale.formats.appear import appearing
 from megascale.formats.hf_config import differences, family_of, hf_config, model_section
 from megascale.formats.hf_families import BY_TYPE, Family
@@ -57,6 +58,9 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     config = read_object(folder / CONFIG)
     where = str(folder / CONFIG)
     family = family_of(config, where)
+    source = open_hf(folder)
+    if family.model_type == "t5":
+        config = hf_t5.with_ties(config, _has_own_head(family, source))
     found, length = model_section(config, where)
     if length is None:
         raise UsageError(f"{where} has no {family.length}: add the longest sequence of the model")
@@ -65,7 +69,6 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     wanted = seq_len or length
     if found.position == "learned" and wanted > length:
         raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
-    source = open_hf(folder)
     links = links_of(family, model or found, wanted if found.position == "learned" else length)
     held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and not n.startswith(family.unused)}
     links = _as_stored(family, links, held)
@@ -137,18 +140,28 @@ def _must_agree(model: Model, found: Model, where: str) -> None:
 
 
 def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: Stored, folder: Path) -> None:
-    """A stored head of a tied model must be its embedding, and so with a bias that it has twice; they are then left out of `held`."""
-    if not model.tie_embeddings:
-        return
+    """Copies of the embedding, as a stored head of a tied model, must equal it, and so with a bias that it has twice; they are then left
+    out of `held`.
+    """
     table = family.outer["embedding"].theirs + ".weight"
-    copies = {family.outer["head"].theirs + ".weight": table if table in held else table.removeprefix(family.prefix)}
-    copies |= {f"{p.untied}.bias": f"{p.theirs}.bias" for p in family.outer.values() if p.untied is not None}
+    copies = {f"{module}.weight": table for module in family.copies}
+    if model.tie_embeddings:
+        copies[family.outer["head"].theirs + ".weight"] = table if table in held else table.removeprefix(family.prefix)
+        copies |= {f"{p.untied}.bias": f"{p.theirs}.bias" for p in family.outer.values() if p.untied is not None}
     for copy, of in copies.items():
         if copy not in held:
             continue
         if not _equal(source, held[copy], held.get(of)):
-            raise UsageError(f"{folder} has a {copy} of its own, and its config says tie_word_embeddings: set that to false in {CONFIG}")
+            what = "it is always tied" if copy.removesuffix(".weight") in family.copies else "its config says tie_word_embeddings"
+            fix = "get the files again" if copy.removesuffix(".weight") in family.copies else f"set that to false in {CONFIG}"
+            raise UsageError(f"{folder} has a {copy} of its own, and {what}: {fix}")
         del held[copy]
+
+
+def _has_own_head(family: Family, source: Stored) -> bool:
+    """Whether a head is stored that is not the embedding."""
+    head, table = (source.tensors.get(family.outer[n].theirs + ".weight") for n in ("head", "embedding"))
+    return head is not None and not _equal(source, head, table)
 
 
 def _equal(source: Stored, one: Target, other: Target | None) -> bool:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megascale.config.load import flatten
 from megascale.config.schema import Model
 from megascale.errors import UsageError
+from megascale.formats import hf_t5
 from megascale.formats.hf_families import BY_TYPE, FAMILIES, HARMLESS, NOT_HERE, ROPE, WINDOW, Family
 
 # Keys of the model section that no logit of a finished model depends on: how it starts and how it is trained. An export drops no token.
@@ -74,12 +75,15 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
             problems.append(f"{known_key.theirs} is {value!r}, and {', '.join(map(repr, known_key.values))} can be had here")
     window, problem = _window(family, config, flat.get("num_layers"))
     flat["sliding_window"] = window
-    length = config.get(family.length)
+    length = config.get(family.length, family.default_length)
     if family.theta is not None:
         flat["rope_theta"], flat["rope_scaling"], trouble = _rope(config, family.theta, length)
         problems += trouble
     problems += [problem] if problem else []
     rows = config.get("type_vocab_size", 2)
+    if family.model_type == "t5":
+        flat["head_scale"] = hf_t5.head_scale(config)
+        problems += hf_t5.problems(config)
     if family.segments is not None and (not isinstance(rows, int) or rows < 1):
         problems.append(f"type_vocab_size is {rows!r}, and there is one segment at least")
     if problems:
@@ -165,6 +169,9 @@ def functional(model: Model) -> dict[str, Any]:
         flat.pop("ffn_size", None)  # no layer is dense
     if model.position != "rope":
         flat.pop("rope_theta", None)
+    if model.position != "relative":
+        flat.pop("relative_buckets")
+        flat.pop("relative_distance")
     return {k: v for k, v in flat.items() if k not in TRAINING and v is not None}
 
 
@@ -194,7 +201,7 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
         if nearest is None or len(changed) < len(nearest[1]):
             nearest = (family, changed)
     if nearest is None:
-        raise UsageError(f"model.family is {model.family}, and no Hugging Face family here is of that kind: export decoders or encoders")
+        raise UsageError(f"model.family is {model.family}, and no Hugging Face family here is of that kind: export text models")
     family, changed = nearest
     said = ", ".join(f"model.{k} is {mine!r} (it has {theirs!r})" for k, (mine, theirs) in changed.items())
     raise UsageError(f"no Hugging Face family has what this model has; {family.model_type} comes nearest, but {said}")
@@ -216,6 +223,8 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
         config.pop("head_dim", None)
     config |= {key: allowed[0] for key, allowed in family.fixed.items()}
     config[family.length] = seq_len if family.theta is None else (original or {}).get(family.length, seq_len)
+    if family.model_type == "t5":
+        config |= hf_t5.keys(model)
     if family.segments is not None:
         config.setdefault("type_vocab_size", 2)
     if family.theta is not None:

@@ -7,7 +7,7 @@ Any other key is refused by name: a model that is read half is another model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Keys that no logit depends on: sizes of caches, training, files, and what generation_config.json says again.
@@ -61,6 +61,12 @@ HARMLESS = frozenset(
         "pooler_num_fc_layers",
         "pooler_size_per_head",
         "pooler_type",
+        "dropout_rate",
+        "initializer_factor",
+        "output_past",
+        "dense_act_fn",  # what feed_forward_proj says again, as is_gated_act
+        "is_gated_act",
+        "scale_decoder_outputs",  # read with tie_word_embeddings (hf_t5.py)
     ]
 )
 ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
@@ -87,12 +93,14 @@ class Place:
     transposed  weights are [in, out]
     part        ours is the part-th of equal parts of theirs, side by side along the output
     untied      where a model whose head is not its embedding holds it too; where both are stored, this one acts
+    gated       where a model whose feed-forward has a gate holds it
     """
 
     theirs: str
     transposed: bool = False
     part: int = 0
     untied: str | None = None
+    gated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,11 @@ class Family:
 
     ours    what a model of the family is here, whatever its config says
     layer   the prefix of a layer's modules; `inner` the modules in it, by ours; `outer` those outside of layers
+    encoder, encoder_inner  the same of the layers of an encoder beside it
     theta   rope_theta if absent
     window  whether `sliding_window` is for every layer where it is set: always, never, or where use_sliding_window says so
-    length    the key of the longest sequence
+    length    the key of the longest sequence, `default_length` if absent
+    copies    modules that hold the embedding once more
     segments  the table of vectors by segment: the first is added to every position, and zeros are written, ours having none
     unused    what the names of tensors begin with that logits do not depend on
     """
@@ -121,6 +131,10 @@ class Family:
     window: str = "never"
     default_window: int | None = None
     length: str = "max_position_embeddings"
+    default_length: int | None = None
+    copies: tuple[str, ...] = ()
+    encoder: str = ""
+    encoder_inner: Mapping[str, Place] = field(default_factory=dict)
     segments: str | None = None
     unused: tuple[str, ...] = ()
 
@@ -132,6 +146,17 @@ def _places(**theirs: str) -> dict[str, Place]:
 def _attention(*norms: str) -> dict[str, Place]:
     found = {f"attention.{n}": Place(f"self_attn.{n}_proj") for n in "qkvo"}
     return {**found, **{f"attention.{n}": Place(f"self_attn.{n}") for n in norms}}
+
+
+def _t5_ffn(layer: str) -> dict[str, Place]:
+    dense = f"{layer}.DenseReluDense"
+    up = Place(f"{dense}.wi", gated=f"{dense}.wi_1")
+    return {"ffn_norm": Place(f"{layer}.layer_norm"), "ffn.up": up, "ffn.gate": Place(f"{dense}.wi_0"), "ffn.down": Place(f"{dense}.wo")}
+
+
+def _t5_attention(ours: str, theirs: str) -> dict[str, Place]:
+    layer = theirs.rpartition(".")[0]
+    return {f"{ours}_norm": Place(f"{layer}.layer_norm"), **{f"{ours}.{n}": Place(f"{theirs}.{n}") for n in "qkvo"}}
 
 
 PRE = _places(attention_norm="input_layernorm", ffn_norm="post_attention_layernorm")
@@ -152,6 +177,14 @@ SIZES = (
 )
 EPS6, EPS5 = Key("rms_norm_eps", "norm_eps", 1e-6), Key("rms_norm_eps", "norm_eps", 1e-5)
 GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+T5_FFN = {
+    "relu": "relu",
+    "gated-gelu": "geglu_tanh",
+    "gated-gelu_new": "geglu_tanh",
+    "gated-silu": "swiglu",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
 ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 NO_BIAS: Mapping[str, tuple[Any, ...]] = {**ACT, "attention_bias": (False,)}
 
@@ -323,13 +356,52 @@ FAMILIES: tuple[Family, ...] = (
         segments="bert.embeddings.token_type_embeddings",
         unused=("bert.pooler.", "cls.seq_relationship."),
     ),
+    Family(
+        "t5",
+        "T5ForConditionalGeneration",
+        {**LLAMA, "family": "encoder_decoder", "position": "relative", "attention_scale": 1.0, "share_embeddings": True},
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("d_model", "hidden_size"),
+            Key("d_kv", "head_dim"),
+            Key("d_ff", "ffn_size"),
+            Key("num_heads", "num_heads"),
+            Key("num_layers", "encoder_layers"),
+            Key("num_decoder_layers", "num_layers", also="num_layers"),
+            Key("relative_attention_num_buckets", "relative_buckets", 32),
+            Key("relative_attention_max_distance", "relative_distance", 128),
+            Key("layer_norm_epsilon", "norm_eps", 1e-6),
+            Key("tie_word_embeddings", "tie_embeddings", True),
+            Key("feed_forward_proj", "ffn", "relu", T5_FFN),
+        ),
+        {},
+        "decoder.block.",
+        {
+            **_t5_attention("attention", "layer.0.SelfAttention"),
+            **_t5_attention("cross", "layer.1.EncDecAttention"),
+            **_t5_ffn("layer.2"),
+        },
+        {
+            **_places(embedding="shared", encoder_norm="encoder.final_layer_norm", final_norm="decoder.final_layer_norm", head="lm_head"),
+            **_places(relative="decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+            **_places(source_relative="encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+        },
+        prefix="",
+        theta=None,
+        length="n_positions",
+        default_length=512,
+        copies=("encoder.embed_tokens", "decoder.embed_tokens"),
+        encoder="encoder.block.",
+        encoder_inner={**_t5_attention("attention", "layer.0.SelfAttention"), **_t5_ffn("layer.1")},
+        unused=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
+    ),
 )
 BY_TYPE = {f.model_type: f for f in FAMILIES}
 
 # Families that our models cannot be, with the reason.
 NOT_HERE = {
     "roberta": "its positions begin behind its padding token; bert is read",
-    "t5": "its attention has learned biases by distance and no scale, which our encoder_decoder does not have",
+    "mt5": "it is T5 under another name; set model_type to t5 and architectures to T5ForConditionalGeneration, which its weights fit",
     "llama4": "its layers alternate between two attentions",
     "gemma2": "it caps logits and norms on both sides of a branch",
     "gemma3_text": "its layers alternate between two attentions",

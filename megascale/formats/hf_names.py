@@ -10,7 +10,7 @@ from megascale.formats.hf_families import Family, Place
 from megascale.formats.links import Link, Sizes, whole
 from megascale.formats.shapes import MODEL, our_shapes
 
-BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+BLOCK = re.compile(r"(blocks|encoder)\.(\d+)\.(.+)")
 
 
 def links_of(family: Family, model: Model, seq_len: int) -> list[Link]:
@@ -22,10 +22,12 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[Link]:
     for name, shape in our_shapes(model, seq_len).items():
         module, _, leaf = name.rpartition(".")
         block = BLOCK.fullmatch(module)
-        place = family.inner.get(block[2]) if block else family.outer.get(module)
+        prefix, inner = (family.encoder, family.encoder_inner) if block and block[1] == "encoder" else (family.layer, family.inner)
+        place = inner.get(block[3]) if block else family.outer.get(module)
         if place is None:
             raise UsageError(f"the weight {name} has no place in a {family.model_type} model: export another model")
-        stem = f"{family.layer}{block[1]}.{place.theirs}" if block else place.theirs
+        held = place.gated if place.gated is not None and model.gated else place.theirs
+        stem = f"{prefix}{block[2]}.{held}" if block else held
         if place.untied is not None and not model.tie_embeddings:
             links += _links(MODEL + name, shape, f"{place.untied}.{leaf}", place)  # first, since the first of two is read
         links += _links(MODEL + name, shape, f"{stem}.{leaf}", place)

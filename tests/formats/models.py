@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 LENGTH = 20  # tokens that logits are compared on
 DECODERS = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
-FAMILIES = (*DECODERS, "bert")
+FAMILIES = (*DECODERS, "bert", "t5")
 
 
 @st.composite
@@ -42,6 +42,24 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
             "n_inner": draw(st.sampled_from([None, 36])),
             "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
             "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
+        }
+    if family == "t5":
+        tied = common.pop("tie_word_embeddings")
+        return {
+            **common,
+            "d_model": 4 * draw(st.integers(2, 9)),
+            "d_kv": head,
+            "d_ff": draw(st.integers(5, 60)),
+            "num_heads": heads,
+            "num_layers": layers,
+            "num_decoder_layers": draw(st.sampled_from([None, 1, 2])),
+            "relative_attention_num_buckets": draw(st.sampled_from([4, 6, 32])),
+            "relative_attention_max_distance": draw(st.sampled_from([17, 128])),
+            "feed_forward_proj": draw(st.sampled_from(["relu", "gated-gelu", "gated-silu", "gelu_new"])),
+            "layer_norm_epsilon": draw(st.sampled_from([1e-6, 1e-3])),
+            "scale_decoder_outputs": draw(st.booleans()),
+            "own_head": not tied,
+            "initializer_factor": draw(st.sampled_from([0.2, 1.0])),
         }
     if family == "bert":
         return {
@@ -105,7 +123,14 @@ def auto(family: str) -> Any:
     """The class of transformers that makes and loads a language model of the family."""
     import transformers
 
-    return transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    names = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+    return getattr(transformers, names.get(family, "AutoModelForCausalLM"))
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Of a model of transformers; an encoder–decoder reads the tokens as source and as target."""
+    pair = {"decoder_input_ids": tokens} if model.config.model_type == "t5" else {}
+    return model(tokens, **pair).logits  # type: ignore[no-any-return]
 
 
 def save(family: str, values: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -113,7 +138,12 @@ def save(family: str, values: dict[str, Any], folder: Path, dtype: torch.dtype =
     from transformers import AutoConfig
 
     torch.manual_seed(1)
-    model = auto(family).from_config(AutoConfig.for_model(family, **values)).to(dtype).eval()
+    own_head = values.get("own_head", False)
+    foreign = {"own_head", "initializer_range"} if family == "t5" else set()
+    config = AutoConfig.for_model(family, **{k: v for k, v in values.items() if k not in foreign})
+    model = auto(family).from_config(config).to(dtype).eval()
+    if own_head:  # transformers makes T5's head its embedding, and loads one that is not
+        model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().flip(0).clone())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -131,6 +161,10 @@ PLAIN: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
 }
 PLAIN["bert"] = {**SIZES, "max_position_embeddings": 64}
+PLAIN["t5"] = {
+    "vocab_size": 50, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu",
+    "own_head": True, "scale_decoder_outputs": False, "eos_token_id": 3,
+}  # fmt: skip
 PLAIN["mixtral"] |= {"num_local_experts": 3}
 PLAIN["qwen3_moe"] |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 PLAIN["qwen3"] |= {"head_dim": 8}

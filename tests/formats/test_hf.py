@@ -13,12 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.formats.compare import our_logits
 from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
 from megascale.formats.hf import read_hf
+from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
-from tests.formats.models import FAMILIES, LENGTH, PLAIN, auto, config_values, save
+from megascale.model.beam import beam_search
+from megascale.model.encoder_decoder import EncoderDecoder
+from tests.formats.models import FAMILIES, LENGTH, PLAIN, auto, config_values, logits, save
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
 quiet = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -64,7 +70,7 @@ def test_every_family_both_ways(family: str, data: st.DataObject) -> None:
         model = save(family, values, folder / "hf")
         tokens = tokens_of(values["vocab_size"])
         with torch.no_grad():
-            want = model(tokens).logits
+            want = logits(model, tokens)
         hf_to_megascale(folder / "hf", folder / "ours", Options(slab_bytes=1000))
         ours = open_checkpoint(folder / "ours")
         got = our_logits(ours.model, ours.seq_len, ours.source.read, tokens)
@@ -73,7 +79,7 @@ def test_every_family_both_ways(family: str, data: st.DataObject) -> None:
         same_bits(folder / "hf", folder / "back")
         again = auto(family).from_pretrained(folder / "back").eval()
         with torch.no_grad():
-            back = again(tokens).logits
+            back = logits(again, tokens)
         assert torch.equal(back, want) or (family == "bert" and (back - want).abs().max() <= 1e-4)
 
 
@@ -88,8 +94,8 @@ def test_bf16_is_within_its_own_rounding(family: str, tmp_path: Path) -> None:
     model = save(family, values, tmp_path / "hf", torch.bfloat16)
     tokens = tokens_of(50)
     with torch.no_grad():
-        rounded = model(tokens).logits.float()
-        exact = model.float()(tokens).logits
+        rounded = logits(model, tokens).float()
+        exact = logits(model.float(), tokens)
     foreign = read_hf(tmp_path / "hf")
     got = our_logits(foreign.model, foreign.seq_len, foreign.produce, tokens, torch.bfloat16).float()
     own = (rounded - exact).abs()
@@ -181,7 +187,8 @@ def test_dtypes_are_as_asked(tmp_path: Path) -> None:
         ({"position": "alibi"}, "model.position is 'alibi'"),
         ({"bias": True, "norm": "layernorm"}, "model.bias is True"),
         ({"family": "encoder", "num_kv_heads": 4}, "bert comes nearest, but model.bias is False"),
-        ({"family": "encoder_decoder"}, "model.family is encoder_decoder"),
+        ({"family": "encoder_decoder", "num_kv_heads": 4}, "t5 comes nearest, but model.attention_scale is None (it has 1.0)"),
+        ({"family": "spacetime"}, "model.family is spacetime"),
         ({"moe": {"num_shared": 1}}, "model.moe.num_shared is 1"),
         ({"moe": {"balance": "bias"}}, "model.moe.balance is 'bias'"),
     ],
@@ -235,3 +242,70 @@ def test_what_bert_holds_beside_its_language_model(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     bias = read_hf(folder).produce("model.mlm.bias", (0,), (50,))
     assert torch.equal(bias, more["cls.predictions.decoder.bias"]) and not torch.equal(bias, held["cls.predictions.bias"])
+
+
+def test_t5_as_older_files_have_it(tmp_path: Path) -> None:
+    """Catches the two meanings of tie_word_embeddings confused, copies of the embedding refused or believed unseen, a table of distances
+    that no model uses taken for damage, and an activation that says two things.
+    """
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "hf"
+    save("t5", PLAIN["t5"], folder)
+    before, held = read_hf(folder), tensors(folder)
+    assert not before.model.tie_embeddings and before.model.head_scale is None and before.model.encoder_layers == 2
+    config = json.loads((folder / "config.json").read_text())
+    old = {k: v for k, v in config.items() if k not in ("scale_decoder_outputs", "num_decoder_layers", "dense_act_fn", "is_gated_act")}
+    copies = {f"{side}.embed_tokens.weight": held["shared.weight"].clone() for side in ("encoder", "decoder")}
+    unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(32, 4)}
+    save_file({**held, **copies, **unused}, folder / "model.safetensors")
+
+    def told(**changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps({**old, "tie_word_embeddings": False, "n_positions": 300, **changes}))
+
+    told()
+    again = read_hf(folder)
+    assert again.model == before.model and again.seq_len == 300
+    for target in again.targets:
+        at = (0,) * len(target.shape)
+        assert torch.equal(before.produce(target.name, at, target.shape), again.produce(target.name, at, target.shape)), target.name
+    for changes, words in (
+        ({"tie_word_embeddings": True}, r"lm_head.weight of its own, and its config says tie_word_embeddings"),
+        ({"dense_act_fn": "relu"}, r"dense_act_fn is 'relu', and feed_forward_proj 'gated-gelu' makes it 'gelu_new'"),
+        ({"feed_forward_proj": "gated-tanh"}, r"feed_forward_proj is 'gated-tanh'"),
+        ({"relative_attention_max_distance": 16}, r"relative_distance is 16"),
+    ):
+        told(**changes)
+        with pytest.raises(UsageError, match=words):
+            read_hf(folder)
+    told()
+    copies["decoder.embed_tokens.weight"] += 1
+    save_file({**held, **copies}, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=r"decoder.embed_tokens.weight of its own, and it is always tied"):
+        read_hf(folder)
+    tied = {n: t for n, t in held.items() if n != "lm_head.weight"}
+    save_file(tied, folder / "model.safetensors")
+    told(tie_word_embeddings=True)
+    model = read_hf(folder).model
+    assert model.tie_embeddings and model.head_scale == 32**-0.5
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_t5_writes_what_transformers_writes(own_head: bool, tmp_path: Path) -> None:
+    """Catches any difference that grows token by token: greedy targets of four sources that end at different places."""
+    values = {**PLAIN["t5"], "own_head": own_head, "scale_decoder_outputs": not own_head, "initializer_factor": 3.0}
+    theirs = save("t5", values, tmp_path / "hf")
+    rows = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
+    source = torch.tensor([r + [-1] * (9 - len(r)) for r in rows])
+    mask = (source >= 0).long()
+    out = theirs.generate(
+        source.clamp(min=0), attention_mask=mask, max_new_tokens=24, do_sample=False, num_beams=1, eos_token_id=3, pad_token_id=0,
+        decoder_start_token_id=7,
+    )[:, 1:].tolist()  # fmt: skip
+    want = [row[: row.index(3)] if 3 in row else row for row in out]
+    foreign = read_hf(tmp_path / "hf")
+    mesh = build_mesh(axis_sizes(Parallel(dp_shard=1), 1), "cpu")
+    model = load_model(foreign.model, foreign.seq_len, foreign.produce, mesh, Parallel(), torch.device("cpu"), torch.float32).model
+    assert isinstance(model, EncoderDecoder)
+    got = [h.tokens for h in beam_search(model, source, 3, 24, start=7)]
+    assert got == want and len({tuple(row) for row in got}) > 1

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from megascale.config.load import build_config
 from megascale.data.loader import make_batch
+from megascale.data.pairs import SpanMixture
 from megascale.formats.compare import our_logits
+from megascale.formats.hf import read_hf
 from megascale.formats.sources import open_checkpoint
 from megascale.train.samples import masking_of, open_data
 from tests.formats.models import auto, save
@@ -150,3 +152,42 @@ def test_learned_positions_may_be_fewer_and_not_more(tmp_path: Path) -> None:
     hf("gpt2", tmp_path)
     code, message = run(wanted(tmp_path, "gpt2", train__seq_len=25))
     assert code == 2 and "train.seq_len is 25" in message and "has 24 learned positions" in message
+
+
+@pytest.mark.dist
+def test_span_corruption_goes_on_from_t5(tmp_path: Path) -> None:
+    """Catches a table of distances, a factor or a first token that training has otherwise than transformers: the first loss is its own on
+    the same pairs, and the run goes on as one process does, from whose end a T5 folder is exported again.
+    """
+    make_tokens(tmp_path / "tokens")
+    theirs = {
+        "vocab_size": 160, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 4,
+        "eos_token_id": 1, "initializer_factor": 0.5, "feed_forward_proj": "relu",
+    }  # fmt: skip
+    save("t5", theirs, tmp_path / "t5")
+    changes = {
+        "family": "encoder_decoder", "encoder_layers": 2, "num_layers": 1, "vocab_size": 160, "position": "relative", "ffn": "relu",
+        "norm_eps": 1e-6, "attention_scale": 1.0, "head_scale": 24**-0.5, "tie_embeddings": True, "num_kv_heads": 4,
+    }  # fmt: skip
+    values = settings(tmp_path, **{f"model__{k}": v for k, v in changes.items()}, optim__warmup_steps=0, train__source_len=20)
+    values["data"] |= {"objective": "span_corruption", "start_token": 0, "mark_token": 149}
+    values["checkpoint"] |= {"init_from": str(tmp_path / "t5"), "export": "hf", "every": 0}
+    (tmp_path / "tokens.json").write_text(json.dumps({"eos_id": 1, "vocab_size": VOCAB}))
+    assert run(values) == (0, "done")
+    alone = losses(tmp_path)
+    values["run"]["dir"] = str(tmp_path / "other/run")
+    values["parallel"] = {"pp": 2}
+    assert run_ranks(2, run, values)[0] == (0, "done")
+    assert losses(tmp_path / "other") == pytest.approx(alone, rel=1e-9)
+    samples, _ = open_data(build_config(values))
+    assert isinstance(samples, SpanMixture)
+    batch = samples.batch([0, 1, 2, 3], torch.device("cpu"))
+    assert batch.source is not None and (batch.tokens[:, 0] == 0).all() and (batch.targets[:, 0] == 149).all()
+    model = auto("t5").from_pretrained(tmp_path / "t5").eval()
+    with torch.no_grad():
+        mask = (batch.source >= 0).long()
+        logits = model(batch.source.clamp(min=0), attention_mask=mask, decoder_input_ids=batch.tokens).logits
+    want = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1)
+    assert alone[0] == pytest.approx(want.item(), rel=1e-5)
+    again = read_hf(tmp_path / "run/hf/step-00000006")
+    assert again.model.head_scale == 24**-0.5 and again.model.num_layers == 1

@@ -90,7 +90,6 @@ QUICK = {
     ("bitlinear", "tp x ddp"),
     ("experts", "1f1b"),
     ("t5", "looped x tp sequence"),
-    ("t5", "layered"),
     ("odd", "tp x ddp"),
 }
 
