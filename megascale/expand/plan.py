@@ -167,7 +167,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
         raise UsageError(
             "model.ffn_sizes is set: growth is not built for layers of different widths; grow the model that they were cut from"
         )
-    refuse_bert_ends(source)
+    refuse_unknown_parts(source)
     target = target_model(source, sizes, options.router)
     seq_lens = (seq_len, sizes.seq_len or seq_len)
     if seq_lens[1] < seq_lens[0]:
@@ -187,11 +187,13 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     return growth
 
 
-def refuse_bert_ends(source: Model) -> None:
-    """Neither growth nor shrinking knows these ends."""
-    for key in ("embedding_norm", "mlm_head"):
+def refuse_unknown_parts(source: Model) -> None:
+    """Neither growth nor shrinking knows BERT's ends and T5's attention."""
+    for key in ("embedding_norm", "mlm_head", "attention_scale"):
         if getattr(source, key):
             raise UsageError(f"model.{key} is set: sizes cannot be changed of a model that has it; use one without")
+    if source.position == "relative":
+        raise UsageError("model.position is relative: sizes cannot be changed of a model with biases by distance; use another position")
 
 
 def _refuse(growth: Growth, options: Options, asked: tuple[str, ...]) -> None:

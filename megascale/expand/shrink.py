@@ -19,7 +19,7 @@ from megascale.expand.depth import Layer
 from megascale.expand.heads import channel_rows
 from megascale.expand.importance import Importance, measure, ranked
 from megascale.expand.maps import Maps
-from megascale.expand.plan import Growth, plan_tensors, refuse_bert_ends, with_epsilons
+from megascale.expand.plan import Growth, plan_tensors, refuse_unknown_parts, with_epsilons
 from megascale.expand.produce import Grown
 from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
@@ -64,7 +64,7 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     for key in ("moeut", "spacetime", "tokenformer", "ffn_sizes"):
         if getattr(source, key) is not None:
             raise UsageError(f"model.{key} is set: shrinking is built for plain decoders and encoders")
-    refuse_bert_ends(source)
+    refuse_unknown_parts(source)
     changes: dict[str, Any] = {}
     for key in ("hidden_size", "num_heads", "num_kv_heads", "ffn_size", "num_layers"):
         old, new = getattr(source, key), getattr(sizes, key)

@@ -40,7 +40,7 @@ def test_the_matrix_has_every_family_that_the_model_has() -> None:
     for key in ("residual", "norm", "position", "ffn", "family"):
         annotation = Model.model_fields[key].annotation
         there = {getattr(r.model, key) for r in ROWS}
-        missing = set(annotation.__args__) - there - {"encoder_decoder", "spacetime"}  # type: ignore[union-attr]
+        missing = set(annotation.__args__) - there - {"encoder_decoder", "spacetime", "relative"}  # type: ignore[union-attr]
         assert not missing, f"{key}: {missing}"
     assert "| axis |" in markdown([result(ROWS[0])])
 
@@ -130,6 +130,7 @@ def config_of(model: Model, seq_len: int) -> Config:
 @pytest.mark.parametrize(
     ("changes", "sizes", "options", "words"),
     [
+        ({"position": "relative"}, Sizes(hidden_size=30), Options(), "model.position is relative"),
         ({}, Sizes(hidden_size=16), Options(), "--hidden-size is 16 and the source has 24: growth does not shrink"),
         ({}, Sizes(num_layers=1), Options(), "growth does not shrink"),
         ({"norm": "layernorm", "residual": "post"}, Sizes(hidden_size=30), Options(), "choose a multiple of 24"),
