@@ -1,7 +1,7 @@
 """Loss curves of all residual schemes side by side: same data, same budget, several learning rates and seeds.
 
 `python -m benchmarks.depth.study --processes 2` trains 100 blocks of width 64 for 150 steps of 4 × 64 tokens: 10 schemes, 2 learning rates
-and 2 seeds are about 45 minutes on two idle cores. `--layers 1000 --schemes deepnorm branchnorm deepscale pre post --seeds 1 --lrs 1e-3`
+and 2 seeds took 41 minutes on two cores. `--layers 1000 --schemes deepnorm branchnorm deepscale pre post --seeds 1 --lrs 1e-3`
 is the 1000-block study; `--steps`, `--width`, `--batch` and `--seq-len` make it larger. Runs that are in the results already are kept, so a
 stopped study goes on. The corpus is the quickstart's text in 512 pieces:
 
@@ -21,7 +21,9 @@ from typing import Any
 from benchmarks.common import machine, write
 from benchmarks.studies import last, trained
 from megascale.data.dataset import source_facts
+from megascale.report.canvas import COLOURS, GREY, new_figure, png, style
 
+SMOOTHED = 8  # steps
 CONFIG = Path(__file__).parents[2] / "configs" / "depth-100.yaml"
 SCHEMES: dict[str, list[str]] = {
     "deepnorm": [],
@@ -57,27 +59,45 @@ def train(scheme: str, lr: float, seed: int, args: argparse.Namespace) -> list[f
 
 
 def draw(runs: list[dict[str, Any]], entropy: float | None, title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
+    """A panel a rate and a curve a scheme: the mean over seeds and over SMOOTHED steps. In the legend the mean last losses."""
     rates = sorted({r["lr"] for r in runs})
     schemes = list(dict.fromkeys(r["scheme"] for r in runs))
-    figure = Figure(figsize=(6.2 * len(rates), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
-    for axes, lr in zip(panels, rates):
-        for run in (r for r in runs if r["lr"] == lr):
-            values = [math.nan if x is None else x for x in run["loss"]]
-            color = f"C{schemes.index(run['scheme'])}"
-            axes.plot(range(1, len(values) + 1), values, color=color, linewidth=1, label=f"{run['scheme']} {last(run['loss']):.2f}")
-        if entropy is not None:
-            axes.axhline(entropy, color="#888", linewidth=0.8, linestyle="--")
-        axes.set_ylim(top=7.0)
-        axes.set_title(f"lr {lr:g}", fontsize=10)
-        axes.set_xlabel("step")
-        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5)
-        axes.grid(alpha=0.25)
-    panels[0].set_ylabel("loss, nats a token (dashed: unigram entropy)")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
+    curves = {(s, lr): curve([r["loss"] for r in runs if (r["scheme"], r["lr"]) == (s, lr)]) for s in schemes for lr in rates}
+    schemes.sort(key=lambda s: min((c[-1] for lr in rates if (c := curves[s, lr])), default=math.inf))
+    with style():
+        figure = new_figure(4.4 * len(rates) + 2.2, 4.2)
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+        for axes, lr in zip(panels, rates):
+            for i, scheme in enumerate(schemes):
+                values = curves[scheme, lr]
+                dashes = "-" if i < len(COLOURS) else (0, (4, 1.5))
+                axes.plot(range(1, len(values) + 1), values, color=COLOURS[i % len(COLOURS)], linewidth=1.3, linestyle=dashes, label=scheme)
+            if entropy is not None:
+                axes.axhline(entropy, color=GREY, linewidth=0.9, linestyle=":")
+            axes.set_title(f"lr {lr:g}", fontsize=10)
+            axes.set_xlabel("step")
+        panels[0].set_ylim(top=7.0)
+        panels[0].set_ylabel("loss, nats a token (dotted: unigram entropy)")
+        names = [f"{s}  " + " / ".join(f"{mean_last(runs, s, lr):.2f}" for lr in rates) for s in schemes]
+        figure.legend(panels[0].get_lines()[: len(schemes)], names, loc="outside right center", fontsize=9)
+        figure.suptitle(title, fontsize=11)
+        png(figure, path)
+
+
+def curve(seeds: list[list[float | None]]) -> list[float]:
+    """The mean over seeds, smoothed; it ends where a seed has no finite loss."""
+    means: list[float] = []
+    for values in zip(*seeds):
+        if any(v is None for v in values):
+            break
+        means.append(sum(v for v in values if v is not None) / len(values))
+    return [sum(part) / len(part) for i in range(len(means)) if (part := means[max(0, i + 1 - SMOOTHED) : i + 1])]
+
+
+def mean_last(runs: list[dict[str, Any]], scheme: str, lr: float) -> float:
+    found = [r["last"] for r in runs if (r["scheme"], r["lr"]) == (scheme, lr)]
+    return sum(found) / len(found) if found else math.nan
 
 
 def main() -> None:
@@ -92,6 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="PNG of the curves")
     args = parser.parse_args()
     name = f"study-{args.layers}-blocks-{args.steps}-steps"
     path = Path(__file__).parent / "results" / f"{name}.json"
@@ -107,7 +128,8 @@ def main() -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps({"machine": machine(), **facts, "unigram_entropy": entropy, "runs": runs}) + "\n")
     title = f"{args.layers} blocks of width {args.width}, {args.steps} steps of {args.batch * args.seq_len} tokens"
-    draw(runs, entropy, title, path.with_suffix(".png"))
+    if args.draw:
+        draw(runs, entropy, title, args.draw)
     write(__file__, f"{name}-last", {f"{r['scheme']} lr {r['lr']:g} seed {r['seed']}": round(r["last"], 3) for r in runs})
 
 
