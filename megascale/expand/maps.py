@@ -82,7 +82,7 @@ def _stream(maps: Maps, source: Model, options: Options, position: str) -> None:
         fill = MEAN
         if source.norm != "layernorm":
             maps.lossy.append(
-                f"--width average under {source.norm}: the mean of the others moves its statistics; zero and duplicate are exact"
+                f"--width-method average under {source.norm}: the mean of the others moves its statistics; zero and duplicate are exact"
             )
     if rest and source.norm == "layernorm":
         where = f"hidden_size {old} → {new} under layernorm"

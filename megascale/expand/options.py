@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -69,16 +70,24 @@ CHOICES = {
 }
 
 
+METHODS = ("width", "ffn", "heads", "depth")  # their flags end in -method
+LARGEST_RATIO = 60  # dB: noise that much above the weights leaves few of their digits, that much below is none
+
+
 def check_options(options: Options) -> Options:
     """Raises UsageError naming the flag, its value and what there is."""
     for name, choices in CHOICES.items():
         value = getattr(options, name)
         if value not in choices:
-            raise UsageError(f"--{name} is {value}: choose one of {', '.join(choices)}")
-    if options.symmetry not in ("project", "none") and not re.fullmatch(r"snr:-?\d+(\.\d+)?", options.symmetry):
-        raise UsageError(f"--symmetry is {options.symmetry}: choose project, none, or snr:DB such as snr:20")
-    if min(options.split) <= 0:
-        raise UsageError(f"--split is {options.split[0]:g}:{options.split[1]:g}: both parts must be above zero")
+            flag = f"{name}-method" if name in METHODS else name
+            raise UsageError(f"--{flag} is {value}: choose one of {', '.join(choices)}")
+    if options.symmetry not in ("project", "none"):
+        if not re.fullmatch(r"snr:-?\d+(\.\d+)?", options.symmetry):
+            raise UsageError(f"--symmetry is {options.symmetry}: choose project, none, or snr:DB such as snr:20")
+        if abs(float(options.symmetry.removeprefix("snr:"))) > LARGEST_RATIO:
+            raise UsageError(f"--symmetry is {options.symmetry}: choose a ratio of at most {LARGEST_RATIO} dB either way, such as snr:20")
+    if not all(0 < part < math.inf for part in options.split):
+        raise UsageError(f"--split is {options.split[0]:g}:{options.split[1]:g}: both parts must be finite and above zero")
     return options
 
 
@@ -101,7 +110,8 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
         if old is None:
             raise UsageError(f"--{key.replace('_', '-')} is {new} and this model has no {key}")
         if new < old:
-            raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: growth does not shrink, tools/shrink.py does")
+            by_shrinking = "" if key in ("head_dim", "vocab_size") else ", tools/shrink.py does"
+            raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: growth does not shrink{by_shrinking}")
         changes[key] = new
     if "num_heads" in changes and sizes.num_kv_heads is None and source.num_kv_heads == source.num_heads:
         changes["num_kv_heads"] = changes["num_heads"]  # every query head keeps a KV head of its own

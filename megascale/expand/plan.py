@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megascale.config.schema import Config, Data, Model, Optim, Train
 from megascale.config.support import check
 from megascale.errors import UsageError
@@ -174,7 +176,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
         raise UsageError(f"--seq-len is {seq_lens[1]} and the source was trained at {seq_lens[0]}: growth does not shrink")
     layers, target, depth_lossy = plan_layers(source, target, options)
     maps = build_maps(source, target, seq_lens, sizes, options, layers)
-    skips = [row_of(maps.target, i).skip for i in range(target.num_layers)]
+    skips = [in_fp32(row_of(maps.target, i).skip) for i in range(target.num_layers)]
     chain = norm_chain(layers, skips) if row_of(target, 0).norm == "after" and target.norm != "dyt" else {}
     target = with_epsilons(maps.target, source, layers, chain, maps)
     # The support table has the last word on what a model may be.
@@ -185,6 +187,11 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     growth = Growth(source, target, seq_lens, layers, maps.axes, tensors, options.symmetry, options.seed, *told)
     _refuse(growth, options, depth_lossy)
     return growth
+
+
+def in_fp32(value: float) -> float:
+    """The number that an inserted layer's coefficient is in any dtype that it may be stored in, for epsilons to count on."""
+    return float(np.float32(value))
 
 
 def refuse_unknown_parts(source: Model) -> None:
@@ -282,7 +289,8 @@ def _tensor(
 ) -> TensorPlan:
     inserted = layer is not None and layer.mode != "keep"
     if spec.role == "coefficient":
-        return TensorPlan(name, spec, constant=spec.mean, inserted=inserted)
+        # As it is stored, not as the config has it: rounded to fp32 it is another number, and a kept layer's logits would move.
+        return TensorPlan(name, spec, constant=in_fp32(spec.mean), inserted=True) if inserted else TensorPlan(name, spec, ("one",), origin)
     axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix)
     if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router == "xmoe":
         axes = ("routes", "routing")  # rows in a space of their own

@@ -68,18 +68,18 @@ def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[L
     if len(layers) > source.num_layers:
         if position == "within" and options.depth == "cancel":
             raise UsageError(
-                "--depth cancel with a norm at the branch's end: it would divide what cancels by its own size; identity is exact there"
+                "--depth-method cancel with a norm at the branch's end: it would divide what cancels by its own size; identity is exact"
             )
         if source.tokenformer is not None and options.depth == "cancel":
             raise UsageError(
-                "--depth cancel with linear tokenformer: scores that cancel would be divided by their own length; identity is exact"
+                "--depth-method cancel with linear tokenformer: scores that cancel would be divided by their own length; identity is exact"
             )
         if options.depth not in EXACT:
-            lossy = (f"--depth {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
+            lossy = (f"--depth-method {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
         elif position == "after" and source.norm == "dyt":
             raise UsageError(
                 f"num_layers grows from {source.num_layers} to {len(layers)} with norm dyt behind the sum: tanh of tanh is no tanh, so no "
-                "inserted layer leaves the stream as it is; grow in width, or use --depth stack, which is lossy"
+                "inserted layer leaves the stream as it is; grow in width, or use --depth-method stack, which is lossy"
             )
     return layers, target, lossy
 

@@ -150,7 +150,11 @@ def config_of(model: Model, seq_len: int) -> Config:
         ({"residual": "subln"}, Sizes(ffn_size=40), Options(), "--ffn-method zero"),
         ({"moe": {**MOE, "every": 2}}, Sizes(num_layers=3), Options(), "grow by a multiple of 2"),
         ({}, Sizes(hidden_size=48), Options(symmetry="loud"), "--symmetry is loud"),
-        ({}, Sizes(hidden_size=48), Options(depth="up"), "--depth is up: choose one of"),
+        ({}, Sizes(hidden_size=48), Options(depth="up"), "--depth-method is up: choose one of"),
+        ({}, Sizes(hidden_size=48), Options(symmetry="snr:-400"), "at most 60 dB"),
+        ({}, Sizes(hidden_size=48), Options(split=(float("inf"), 1.0)), "--split is inf:1: both parts must be finite"),
+        ({}, Sizes(hidden_size=48), Options(split=(float("nan"), 1.0)), "--split is nan:1: both parts must be finite"),
+        ({}, Sizes(vocab_size=20), Options(), "the source has 37: growth does not shrink"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], sizes: Sizes, options: Options, words: str) -> None:
@@ -158,6 +162,21 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], sizes: Sizes, option
     with pytest.raises(UsageError) as error:
         plan_growth(toy(**changes), SEQ, sizes, options)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("depth", ["identity", "cancel"])
+@pytest.mark.parametrize("residual", ["mus", "deepnorm", "deepscale", "deepscale_post"])
+def test_stored_coefficients_stay_as_they_are_stored(residual: str, depth: str) -> None:
+    """Catches a kept layer's coefficient that comes from the config again: runs store it in fp32, which is 4e-8 beside it, and an epsilon
+    of an inserted norm that counts on the one and meets the other.
+    """
+    model = toy(residual=residual, **({"init_std": 0.02} if residual == "mus" else {}))
+    roles = {n: spec.role for n, spec in specs(model, SEQ).items()}
+    state = {n: t.to(torch.float32).to(t.dtype) if roles[n] == "coefficient" else t for n, t in random_state(model).items()}
+    assert any(role == "coefficient" for role in roles.values())
+    way = "identity" if residual == "mus" else depth  # what cancels would be divided by its own size
+    growth = plan_growth(model, SEQ, Sizes(hidden_size=36, num_layers=4), Options(depth=way))
+    assert measure(growth, state)["logits_max"] < 1e-12
 
 
 def test_elements_do_not_depend_on_how_they_are_asked_for() -> None:
