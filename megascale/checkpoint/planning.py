@@ -203,11 +203,13 @@ class LoadPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata
         missing = sorted(n for n in self.state_dict if n not in stored)
-        if any(isinstance(m, TensorMeta) and m.properties.dtype == torch.float8_e4m3fn for m in stored.values()):
-            raise UsageError(
-                f"{self.where} holds weights in FP8, for inference: begin from a checkpoint of the run that it was exported from, whose "
-                "weights have all their digits"
-            )
+        for name, view in self.state_dict.items():
+            meta = stored.get(name)
+            if isinstance(meta, TensorMeta) and meta.properties.dtype == torch.float8_e4m3fn != view.piece.local.dtype:
+                raise UsageError(
+                    f"{self.where} holds {name} in FP8, for inference: begin from a checkpoint of the run that it was exported from, whose "
+                    "weights have all their digits"
+                )
         if missing:
             raise UsageError(f"{self.where} lacks {some(missing)}: it was saved by another model or optimizer")
         for name, view in self.state_dict.items():

@@ -161,6 +161,8 @@ def _scores(q: Tensor, k: Tensor, tile: Tile, seen: Seen) -> Tensor:
     if seen.documents is not None:
         of_row, of_key = seen.documents[:, tile.row : tile.row + n], seen.documents[:, tile.key : tile.key + t]
         grid.masked_fill_((of_row[:, :, None] != of_key[:, None, :])[:, None, None], float("-inf"))
+    if seen.valid is not None:
+        grid.masked_fill_(~seen.valid[:, None, None, None, tile.key : tile.key + t], float("-inf"))
     return scores
 
 

@@ -101,7 +101,8 @@ class Decoder(nn.Module):
     The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed), `enter_memory`
     (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens),
     `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi). Compilation sets `compiled_loss`.
-    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds), nested
+    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds; also of
+    a source, by its own length), nested
     recomputation `pass_blocks` (the stream through some blocks).
     """
 
@@ -329,11 +330,16 @@ class Decoder(nn.Module):
             x = x * self.embedding_scale.to(x.dtype, copy=True)  # as embedding_norm's
         return x if places is None else x + F.embedding(self.tokens_here(positions), places.weight.to(x.dtype))
 
-    def counted(self, targets: Tensor | None, scale: float) -> Tensor | None:
-        """The weight [b, s] of each token in auxiliary losses, where there are any."""
+    def weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
+        """The weight [b, S] of each token in auxiliary losses, where there are any."""
         if targets is None or self.cfg.moe is None:
             return None
-        return self.sequence_here((targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale)
+        return (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
+
+    def counted(self, targets: Tensor | None, scale: float) -> Tensor | None:
+        """`weights` of the tokens here [b, s]."""
+        weights = self.weights(targets, scale)
+        return None if weights is None else self.sequence_here(weights)
 
     def seen(self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()) -> Seen | None:
         """What tokens see; None where a kernel knows it without being told. `tables` of biases by distance: the stack's own comes last."""

@@ -64,9 +64,13 @@ class EncoderDecoder(Decoder):
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         b = batch[0]
-        here = sum(self.tokens_here(torch.empty(b, n, device="meta")).shape[1] for n in (self.shape.source_len, batch[1]))
+        here = sum(self.held(torch.empty(b, n, device="meta")) for n in (self.shape.source_len, batch[1]))
         shape = b, here + self.rows_behind, self.cfg.hidden_size
         return shape, shape
+
+    def held(self, x: Tensor) -> int:
+        """How many of the tokens x [b, t or s] are here."""
+        return self.tokens_here(self.sequence_here(x)).shape[1]
 
     @property
     def tables_behind(self) -> int:
@@ -102,7 +106,7 @@ class EncoderDecoder(Decoder):
             read, written, tables = self.embed_source(source), self.embed(tokens, positions), self.tables()
         else:
             stream, tables = self.taken(stream)
-            length = self.tokens_here(source).shape[1]
+            length = self.held(source)
             read, written = stream.split([length, stream.shape[1] - length], 1)
         read = self.encode(read, source, valid, samples, self.counted_sources(targets, valid, scale), tables)
         written = self.decode(written, tokens, self.memory(read, valid), positions, samples, self.counted(targets, scale), tables)
@@ -134,7 +138,7 @@ class EncoderDecoder(Decoder):
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
     def memory(self, read: Tensor, valid: Tensor) -> Memory | None:
-        """What the decoder's blocks here attend to, whole on every tensor rank; gathered once for all of them."""
+        """What the decoder's blocks here attend to, whole on every tensor and context rank; gathered once for all of them."""
         return Memory(self.enter_memory(read), only(valid)) if self.blocks else None
 
     def decode(
@@ -154,8 +158,8 @@ class EncoderDecoder(Decoder):
         return self.pass_blocks(x, zip(self.blocks.values(), self.contexts(layers, tokens, seen, positions, samples, counted, memory)))
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
-        """The weight [b, t] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""
-        asked = self.counted(targets, scale)
+        """The weight [b, t_here] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""
+        asked = self.weights(targets, scale)
         if asked is None:
             return None
-        return valid * (asked.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1))
+        return self.sequence_here(valid * (asked.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)))

@@ -10,7 +10,7 @@ Shapes: b micro-batch, h query heads, g KV heads, s positions here, e head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale.comm.collectives import Passing, pass_on, switch
+from megascale.comm.collectives import Passing, copy_to_ranks, gather_unequal, pass_on, switch
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
-from megascale.model.attention import Attend, attend, attend_all, kv_heads_of
+from megascale.model.attention import Attend, attend, kv_heads_of
 from megascale.model.attention_tiles import Ranges, Seen, add_block, add_block_gradients
 from megascale.model.decoder import Decoder
 
@@ -96,25 +96,46 @@ class Spread:
 def spread_sequence(model: Decoder, mesh: Mesh, cfg: Parallel) -> None:
     """Cuts tokens over cp where they enter the model and hangs the exchange into its attentions. After the tensor pass, whose heads it cuts
     further. Identity at size one.
+
+    An encoder–decoder's sources and targets are cut each by their own length; attention of targets to sources has cut queries and meets all
+    keys, gathered once for all layers.
     """
-    if mesh["cp"].size == 1:
+    cp, ring, ulysses = mesh["cp"], mesh["cp_ring"], mesh["cp_ulysses"]
+    if cp.size == 1:
         return
-    ring, ulysses = mesh["cp_ring"], mesh["cp_ulysses"]
-    spread = Spread.of(model.shape.seq_len, ring.size, ulysses.size, cfg.tp if cfg.tp_sequence else 1)
-    mine = spread.held[mesh["cp"].rank]
-    model.sequence_here = partial(take, ranges=mine)
+    length, source_len = model.shape.seq_len, model.shape.source_len or model.shape.seq_len
+    grain = cfg.tp if cfg.tp_sequence else 1
+    spreads = {n: Spread.of(n, ring.size, ulysses.size, grain) for n in (length, source_len)}
+    model.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
+    model.enter_memory = partial(whole, enter=model.enter_memory, held=spreads[source_len].held, axis=cp)
     first, last = model.heads_here
     ends = list(accumulate(cut_evenly(last - first, ulysses.size), initial=first))
     model.heads_here = (ends[ulysses.rank], ends[ulysses.rank + 1])
-    meet: Attend = attend if model.cfg.causal else attend_all
-    if ring.size > 1:
-        meet = partial(ring_attention, axis=ring, met=spread.met, causal=model.cfg.causal)
-    if ulysses.size > 1:
-        first_rank = ring.rank * ulysses.size
-        lengths = [total(r) for r in spread.held[first_rank : first_rank + ulysses.size]]
-        meet = partial(ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
-    for _, block in model.units():
-        block.attention.attend = meet  # type: ignore[union-attr]
+    for name, block in model.units():
+        spread = spreads[source_len if name.startswith("encoder.") else length]
+        attention = block.attention
+        attention.attend = meeting(attention.attend, spread, ring, ulysses)  # type: ignore[union-attr, arg-type]
+
+
+def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:
+    """How tokens meet that would meet by `alone`, attend or attend_all, on one rank."""
+    meet = alone if ring.size == 1 else partial(ring_attention, axis=ring, met=spread.met, causal=alone is attend)
+    if ulysses.size == 1:
+        return meet
+    first = ring.rank * ulysses.size
+    lengths = [total(r) for r in spread.held[first : first + ulysses.size]]
+    return partial(ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
+
+
+def whole(x: Tensor, enter: Callable[[Tensor], Tensor], held: list[list[range]], axis: Axis) -> Tensor:
+    """A memory's tokens [b, t_here, d], through the tensor ranks' `enter`, from all cp ranks and in the order of their positions [b, t, d];
+    backward each rank gets the sum of all ranks' gradients of its own.
+    """
+    x = copy_to_ranks(gather_unequal(enter(x), axis, 1, [total(r) for r in held]), axis)
+    ranges = [r for part in held for r in part]
+    lies = accumulate((len(r) for r in ranges), initial=0)
+    pieces = sorted((r.start, begin, len(r)) for r, begin in zip(ranges, lies))
+    return torch.cat([x[:, begin : begin + n] for _, begin, n in pieces], 1)
 
 
 def take(x: Tensor, ranges: Ranges) -> Tensor:

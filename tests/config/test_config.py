@@ -144,7 +144,6 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "vocab_enabled": (1, ("model.vocab_enabled=31",)),
     "pair_keys": (1, ("model.encoder_layers=2",)),
     "pair_packing": (1, ("model.family=encoder_decoder", "train.packing=documents")),
-    "pair_context": (2, ("model.family=encoder_decoder", "parallel.cp=2")),
     "source_vocabulary": (1, ("model.family=encoder_decoder", "model.source_vocab_size=20")),
     "span_vocabulary": (1, (*SPANS, "model.share_embeddings=false")),
     "span_keys": (1, ("data.mean_span=4", "model.family=encoder_decoder")),

@@ -65,6 +65,10 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "zbv": (2, Parallel(pp=2, pp_schedule="zbv")),
     "looped x tp sequence": (4, Parallel(pp=2, pp_schedule="looped_bfs", pp_virtual=2, tp=2, tp_sequence=True)),
     "layered": (2, Parallel(dp_shard=2, accumulation="layered", recompute="full", offload=("activations",))),
+    "ring": (3, Parallel(cp=3)),
+    "ulysses x tp sequence": (4, Parallel(cp=2, cp_method="ulysses", tp=2, tp_sequence=True)),
+    "ring of ulysses": (4, Parallel(cp=4, cp_ulysses=2)),
+    "ring x 1f1b": (4, Parallel(cp=2, pp=2)),
 }
 
 
@@ -91,6 +95,8 @@ QUICK = {
     ("experts", "1f1b"),
     ("t5", "looped x tp sequence"),
     ("odd", "tp x ddp"),
+    ("separate", "ring x 1f1b"),
+    ("experts", "ring"),
 }
 
 
@@ -153,7 +159,7 @@ def test_one_curve_through_a_stop_and_other_layouts(tmp_path: Path, objective: s
     other.mkdir()
     values = pair_settings(other, **changes, parallel__tp=2, parallel__tp_sequence=True)
     assert {c for c, _ in run_ranks(2, run, values, 3)} == {75}
-    assert {c for c, _ in run_ranks(2, run, {**values, "parallel": {"pp": 2}})} == {0}
+    assert {c for c, _ in run_ranks(4, run, {**values, "parallel": {"pp": 2, "cp": 2}})} == {0}
     assert max(abs(a - b) / b for a, b in zip(losses(other), losses(tmp_path))) <= 1e-12
     valid = [[r["valid_loss"] for r in rows(f) if "valid_loss" in r] for f in (tmp_path, other)]
     assert all(a == pytest.approx(b, rel=1e-12) for a, b in zip(*valid)) and len(valid[0]) == 2

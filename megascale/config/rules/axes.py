@@ -86,12 +86,12 @@ AXIS_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "cp_sequence",
-        ("parallel.cp", "parallel.tp", "train.seq_len"),
+        ("parallel.cp", "parallel.tp", "train.seq_len", "train.source_len"),
         lambda c, n: (
-            c.parallel.cp > 1 and not grid(c) and c.train.seq_len // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp
+            c.parallel.cp > 1 and not grid(c) and _shortest(c) // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp
         ),
         "every rank holds an early and a late piece of the sequence, of at least one position for each rank that tp_sequence cuts it over",
-        "choose a seq_len of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
+        "choose lengths of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
     ),
     Rule(
         "ep_without_experts",
@@ -175,6 +175,12 @@ AXIS_RULES: tuple[Rule, ...] = (
         "set cp_ulysses to 1 and tp_sequence to false",
     ),
 )
+
+
+def _shortest(config: Config) -> int:
+    """Of the sequences that cp cuts, in pieces of a token for each rank that tp_sequence cuts them over."""
+    shortest = min(config.train.seq_len, config.train.source_len or config.train.seq_len)
+    return shortest // (config.parallel.tp if config.parallel.tp_sequence else 1)
 
 
 def _expert_width(config: Config) -> int:

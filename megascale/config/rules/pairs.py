@@ -31,14 +31,6 @@ PAIR_RULES: tuple[Rule, ...] = (
         "leave packing out",
     ),
     Rule(
-        "pair_context",
-        ("model.family", "parallel.cp"),
-        lambda c, n: pair(c) and c.parallel.cp > 1,
-        "targets and sources have lengths of their own, and attention from cut targets to cut sources is not built",
-        "set cp to 1; sentences are short, and tp with tp_sequence cuts both",
-        True,
-    ),
-    Rule(
         "source_vocabulary",
         ("model.share_embeddings", "model.source_vocab_size", "data.source_tokenizer"),
         lambda c, n: (
