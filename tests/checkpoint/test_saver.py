@@ -199,11 +199,11 @@ def save_for_ever(root: str, first: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_at_any_time_leave_a_whole_checkpoint(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ranks: int) -> None:
     """Catches any moment at which `latest` names something that is not whole, and left-overs that are in the next run's way."""
-    generator, first, reached = random.Random(ranks), 2, set()
+    generator, first, reached, found = random.Random(ranks), 2, set(), None
     for _ in range(12):
         processes = start(ranks, tmp_path_factory.mktemp("store"), save_for_ever, str(tmp_path), first)
         deadline = time.monotonic() + 20
-        while newest(tmp_path) is None and time.monotonic() < deadline:
+        while newest(tmp_path) == found and time.monotonic() < deadline:  # its first save is there
             time.sleep(0.01)
         time.sleep(generator.uniform(0.1, 0.35))
         for process in processes:
