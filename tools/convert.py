@@ -41,6 +41,7 @@ READ: dict[str, tuple[object, tuple[object, ...]]] = {
     "pp": (1, (megascale_to_megatron,)),
     "spec": ("te", (megascale_to_megatron,)),
     "divisible": (128, (megascale_to_megatron,)),
+    "ckpt_format": ("torch", (megascale_to_megatron,)),
 }
 
 
@@ -61,6 +62,9 @@ def main(
     pp: Annotated[int, typer.Option(min=1, help="to Megatron: pipeline ranks")] = 1,
     spec: Annotated[str, typer.Option(help="to Megatron: te where it runs with Transformer Engine, else local")] = "te",
     divisible: Annotated[int, typer.Option(min=1, help="to Megatron: --make-vocab-size-divisible-by")] = 128,
+    ckpt_format: Annotated[
+        str, typer.Option(help="to Megatron: torch, files of ranks, or torch_dist, a distributed checkpoint for any ranks")
+    ] = "torch",
     report: Annotated[Path | None, typer.Option(help="write what is printed as JSON, too")] = None,
 ) -> None:
     """SRC → DST. Exit code 2, and nothing written, where anything in SRC is not understood."""
@@ -71,9 +75,10 @@ def main(
         ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
         raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
     given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
+    given["ckpt_format"] = ckpt_format
     for name, (nothing, ways_of) in READ.items():
         if given[name] != nothing and way not in ways_of:
-            raise UsageError(f"--{name} is {given[name]}, and nothing from {origin} to {to} depends on it: leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} is {given[name]}, and nothing from {origin} to {to} depends on it: leave it out")
     if report is not None and (report.is_dir() or not (report.parent.is_dir() or report.parent == target)):
         raise UsageError(f"--report is {report}, and no file can be written there: name one in a folder that exists")
     terminal = Console(stderr=True)
@@ -84,6 +89,10 @@ def main(
 
     if spec not in ("te", "local"):
         raise UsageError(f"--spec is {spec}: give te or local")
+    if ckpt_format not in ("torch", "torch_dist"):
+        raise UsageError(f"--ckpt-format is {ckpt_format}: give torch or torch_dist")
+    if ckpt_format == "torch_dist" and (tp, pp, spec) != (1, 1, "te"):
+        raise UsageError(f"--tp is {tp}, --pp is {pp} and --spec is {spec}, and a torch_dist checkpoint loads on any ranks: leave them out")
     options = Options(
         parse_dtype(dtype),
         workers,
@@ -91,7 +100,7 @@ def main(
         tokens=parse_tokens(tokens),
         progress=progress,
         config=config,
-        cut=MegatronCut(tp, pp, spec, divisible),
+        cut=MegatronCut(tp, pp, spec, divisible, ckpt_format),
     )
     done = way(source, target, options)
     if report is not None:

@@ -23,7 +23,7 @@ from megascale.formats.compare import check_comparable, largest_difference
 from megascale.formats.fp8 import plan_inference
 from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
 from megascale.formats.hf_folder import GENERATION, read_object, tokenizer_files
-from megascale.formats.megatron import read_megatron, write_megatron
+from megascale.formats.megatron import read_megatron, write_megatron, write_torch_dist
 from megascale.formats.sources import Checkpoint, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer
 
@@ -33,12 +33,15 @@ FP8 = "fp8"  # no dtype of a whole model: of its hidden matrices alone
 
 @dataclass(frozen=True)
 class MegatronCut:
-    """How weights for Megatron are cut, where norms stand (te, local), and what the vocabulary is padded to a multiple of, times tp."""
+    """How weights for Megatron are cut, where norms stand (te, local), what the vocabulary is padded to a multiple of, times tp, and
+    whether files are of ranks (torch) or of no layout (torch_dist).
+    """
 
     tp: int = 1
     pp: int = 1
     spec: str = "te"
     divisible: int = 128
+    ckpt_format: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -202,11 +205,14 @@ def megatron_to_megascale(source: Path, target: Path, options: Options) -> Repor
 
 
 def megascale_to_megatron(source: Path, target: Path, options: Options) -> Report:
-    """A checkpoint of ours → `target`/iter_…/mp_rank_…, weights only."""
+    """A checkpoint of ours → `target`/iter_… with mp_rank_… folders or a distributed checkpoint in it, weights only."""
     check_absent(target)
     checkpoint = whole_checkpoint(source)
     cut = options.cut
-    made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype)
+    if cut.ckpt_format == "torch_dist":
+        made = write_torch_dist(checkpoint, target, cut.divisible, options.dtype)
+    else:
+        made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype)
     return _report(checkpoint.folder, target, "GPT model of megatron-core, weights only", made, [], None)
 
 

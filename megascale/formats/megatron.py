@@ -1,17 +1,16 @@
 """Model weights of megatron-core: read from distributed checkpoints (torch_dist) and from files of tensor and pipeline ranks, written as
-the latter. Weights only: neither optimizer state nor the run's arguments, so the model comes from a config.
+either. Weights only: neither optimizer state nor the run's arguments, so the model comes from a config.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from megascale.errors import UsageError
 from megascale.formats.appear import appearing
 from megascale.formats.hf import Foreign
 from megascale.formats.links import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
-from megascale.formats.megatron_names import Cut, check_model, rank_links, rank_name, stacked
-from megascale.formats.pickles import read_pickle, read_torch, read_torch_bytes
+from megascale.formats.megatron_dist import open_distributed, stamp_of, write_distributed
+from megascale.formats.megatron_names import Cut, check_model, empty_states, rank_links, rank_name, stacked
+from megascale.formats.pickles import read_torch
 from megascale.formats.sources import Checkpoint
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
-SHARD = re.compile(r"__\d+_\d+\.distcp")
 ELEMENTS = 1 << 24  # compared at once
 
 
@@ -48,7 +47,7 @@ class RankFiles:
 
     @property
     def stamp(self) -> str:
-        return _stamp(self.folder / rank / FILE for rank in self.ranks)
+        return stamp_of(self.folder / rank / FILE for rank in self.ranks)
 
     def read(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
         rank, _, inner = name.partition("/")
@@ -62,79 +61,6 @@ class RankFiles:
             more = " (model0, model1: several stages a rank)" if isinstance(held, Mapping) and "model0" in held else ""
             raise UsageError(f"{path} has no weights under model{more}: save them with one stage a rank")
         return {str(n): t for n, t in model.items() if isinstance(t, Tensor) and not str(n).endswith("_extra_state")}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A rectangle of a tensor in a .distcp file, as torch.save wrote it."""
-
-    offset: Sizes
-    size: Sizes
-    file: str
-    begin: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Distributed:
-    """The tensors of a torch_dist checkpoint. A chunk is read whole, the last few are kept: memory is theirs."""
-
-    folder: Path
-    chunks: Mapping[str, tuple[Chunk, ...]]
-    dtypes: Mapping[str, torch.dtype]
-
-    @cached_property
-    def tensors(self) -> dict[str, Target]:
-        return {
-            name: Target(name, self.dtypes[name], tuple(max(c.offset[d] + c.size[d] for c in parts) for d in range(len(parts[0].size))))
-            for name, parts in self.chunks.items()
-        }
-
-    @property
-    def stamp(self) -> str:
-        return _stamp(self.folder / name for name in sorted({c.file for parts in self.chunks.values() for c in parts}))
-
-    def read(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
-        out, filled = torch.empty(shape, dtype=self.dtypes[name]), 0
-        for c in self.chunks[name]:
-            low = tuple(map(max, offset, c.offset))
-            high = tuple(min(o + n, p + m) for o, n, p, m in zip(offset, shape, c.offset, c.size))
-            if any(a >= b for a, b in zip(low, high)):
-                continue
-            whole = _chunk(self.folder / c.file, c.begin, c.length)
-            if tuple(whole.shape) != c.size or whole.dtype != out.dtype:
-                raise UsageError(
-                    f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} and .metadata says {out.dtype} {list(c.size)}: {name} "
-                    "is damaged"
-                )
-            part = whole[tuple(slice(a - p, b - p) for a, b, p in zip(low, high, c.offset))]
-            out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))] = part
-            filled += part.numel()
-        if filled != out.numel():
-            raise UsageError(
-                f"{self.folder} stores {filled} of {out.numel()} elements of {name} at {list(offset)}: the checkpoint is not whole"
-            )
-        return out
-
-
-@lru_cache(maxsize=4)
-def _chunk(path: Path, begin: int, length: int) -> Tensor:
-    try:
-        with path.open("rb") as file:
-            file.seek(begin)
-            data = file.read(length)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}): the checkpoint is not whole") from None
-    found = read_torch_bytes(data, f"{path} at {begin}")
-    if not isinstance(found, Tensor):
-        raise UsageError(f"{path} at {begin} holds no tensor: the checkpoint is damaged")
-    return found
-
-
-def _stamp(paths: Any) -> str:
-    return hashlib.blake2b(
-        json.dumps([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]).encode(), digest_size=16
-    ).hexdigest()
 
 
 def find_iteration(folder: Path) -> Path:
@@ -154,7 +80,7 @@ def read_megatron(folder: str | Path, model: Model, seq_len: int, dtype: torch.d
     """The weights of `model` in a checkpoint of Megatron. Raises UsageError where they are not those of such a model, or not whole."""
     where = find_iteration(Path(folder))
     if (where / "metadata.json").is_file():
-        source, cut = _open_distributed(where)
+        source, cut = open_distributed(where)
         layered = not any(re.match(r"decoder\.layers\.\d+\.", n) for n in source.tensors)
         check_model(model, cut)
         links = [stacked(link, layered) for link in rank_links(model, seq_len, cut)[0]]
@@ -215,52 +141,6 @@ def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
     return source, Cut(tp, pp, spec, table.shape[0] * tp)
 
 
-def _open_distributed(folder: Path) -> tuple[Distributed, Cut]:
-    try:
-        said = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'metadata.json'} cannot be read ({error}): the checkpoint is not whole") from None
-    backend = said.get("sharded_backend") if isinstance(said, dict) else None
-    if backend != "torch_dist":
-        raise UsageError(
-            f"{folder / 'metadata.json'} says sharded_backend {backend!r}, and torch_dist can be read: save with --ckpt-format torch_dist"
-        )
-    try:
-        source = _read_metadata(folder)
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UsageError(
-            f"{folder / '.metadata'} is not what torch writes ({type(error).__name__}: {error}): the checkpoint is damaged"
-        ) from None
-    table = source.tensors.get("embedding.word_embeddings.weight")
-    if table is None:
-        raise UsageError(f"{folder} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
-    return source, Cut(1, 1, "te", table.shape[0])
-
-
-def _read_metadata(folder: Path) -> Distributed:
-    """The chunks of every model tensor. Optimizer state and objects are left where they are."""
-    state = read_pickle(folder / ".metadata").state
-    chunks: dict[str, list[Chunk]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    places = {}
-    for index, info in state["storage_data"].items():
-        places[index.state["fqn"], tuple(index.state.get("offset") or ())] = info.state
-    for name, meta in state["state_dict_metadata"].items():
-        if "chunks" not in meta.state or name.startswith(("optimizer.", "chained_")) or name.endswith("_extra_state"):
-            continue
-        dtype = meta.state["properties"].state
-        dtypes[name] = dtype[0] if isinstance(dtype, tuple) else dtype["dtype"]
-        for c in meta.state["chunks"]:
-            offset, size = tuple(c.state["offsets"]), tuple(c.state["sizes"])
-            place = places[name, offset]
-            if not SHARD.fullmatch(place["relative_path"]):
-                raise UsageError(
-                    f"{folder / '.metadata'} puts {name} into {place['relative_path']!r}, which is no file of a checkpoint: do not trust it"
-                )
-            chunks.setdefault(name, []).append(Chunk(offset, size, place["relative_path"], int(place["offset"]), int(place["length"])))
-    return Distributed(folder, {n: tuple(parts) for n, parts in chunks.items()}, dtypes)
-
-
 def write_megatron(checkpoint: Checkpoint, folder: Path, tp: int, pp: int, spec: str, divisible: int, dtype: torch.dtype | None) -> Foreign:
     """Writes `folder`/iter_…/mp_rank_…/model_optim_rng.pt, one rank after the other: memory is that of one rank.
 
@@ -296,4 +176,30 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, tp: int, pp: int, spec:
                     os.fsync(file.fileno())
         (temporary / LATEST).write_text(str(iteration))
     targets = [Target(n, dtypes[n], s) for n, s in shapes.items()]
+    return Foreign(model, checkpoint.seq_len, targets, produce, {}, checkpoint.source.stamp)
+
+
+def write_torch_dist(checkpoint: Checkpoint, folder: Path, divisible: int, dtype: torch.dtype | None) -> Foreign:
+    """Writes `folder`/iter_…, a distributed checkpoint that loads on any ranks; memory is that of a few rectangles, whatever the model's.
+
+    divisible  rows of the vocabulary are padded with zeros to a multiple of this
+
+    Raises UsageError; then nothing is left.
+    """
+    model, held = checkpoint.model, checkpoint.source.tensors
+    assert model.vocab_size is not None
+    cut = Cut(1, 1, "te", -(-model.vocab_size // divisible) * divisible)
+    check_model(model, cut)
+    steps = steps_to_theirs([stacked(link, True) for link in rank_links(model, checkpoint.seq_len, cut)[0]])
+    shapes = extents(steps)
+    shapes |= {n: (cut.rows, *s[1:]) for n, s in shapes.items() if n.endswith(("word_embeddings.weight", "output_layer.weight"))}
+    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    produce = Rearranged(checkpoint.source, steps, dtypes)
+    targets = [Target(n, dtypes[n], s) for n, s in shapes.items()]
+    iteration = int(checkpoint.trainer.get("step", 0))
+    with appearing(folder) as temporary:
+        into = temporary / f"iter_{iteration:07d}"
+        shutil.rmtree(into, ignore_errors=True)  # of a killed run: what it wrote has no marks to go on from
+        write_distributed(into, targets, produce, empty_states(model), iteration)
+        (temporary / LATEST).write_text(str(iteration))
     return Foreign(model, checkpoint.seq_len, targets, produce, {}, checkpoint.source.stamp)

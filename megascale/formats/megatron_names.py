@@ -42,6 +42,7 @@ def check_model(model: Model, cut: Cut) -> None:
     wanted: dict[str, tuple[Any, ...]] = {
         "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,),
         "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
+        "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
     }  # fmt: skip
     for key, allowed in wanted.items():
@@ -138,7 +139,7 @@ def _products(model: Model, cut: Cut, tp: int, leaf: str) -> list[Link]:
         rows("attention.q", g * group * e, group * e, "self_attention.linear_qkv", to)
         rows("attention.k", g * e, e, "self_attention.linear_qkv", to + group * e)
         rows("attention.v", g * e, e, "self_attention.linear_qkv", to + (group + 1) * e)
-    gated = model.ffn == "swiglu"
+    gated = model.gated
     if gated:
         rows("ffn.gate", tp * f, f, "mlp.linear_fc1", 0)
     rows("ffn.up", tp * f, f, "mlp.linear_fc1", f if gated else 0)
@@ -157,3 +158,10 @@ def stacked(link: Link, layered: bool) -> Link:
     number, _, inner = name.removeprefix("decoder.layers.").partition(".")
     axes = tuple(None if a is None else a + 1 for a in link.axes)
     return replace(link, theirs=f"decoder.layers.{inner}", to=(int(number), *link.to), axes=axes)
+
+
+def empty_states(model: Model) -> list[str]:
+    """Objects that megatron-core asks for beside the weights of a distributed checkpoint, one a layer and product: what FP8 would keep."""
+    products = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    n = model.num_layers
+    return [f"decoder.layers.{p}._extra_state/shard_{i}_{n}" for p in products for i in range(n)]

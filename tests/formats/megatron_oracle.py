@@ -1,7 +1,7 @@
 """megatron-core itself, on CPUs under torchrun: builds a GPT model, loads or saves it, and says its logits.
 
 Run as a program, since it starts processes of its own to write. FOLDER/told.json says what to do:
-values, tp, pp, and one of load (a folder of ranks) and nothing; save (names of formats).
+values, tp, pp, and one of load (a folder of ranks), load_dist (a distributed checkpoint) and nothing; save (names of formats).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def main(folder: Path) -> None:
         held = {n for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
         assert held == state.keys(), held ^ state.keys()
         model.load_state_dict(state, strict=False)  # its _extra_state is of FP8
+    elif "load_dist" in told:
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), told["load_dist"]), strict=False)
     else:
         torch.manual_seed(1)
         with torch.no_grad():

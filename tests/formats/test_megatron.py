@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from megascale.checkpoint.streaming import Target, write_streamed
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.compare import our_logits
-from megascale.formats.megatron import read_megatron, write_megatron
+from megascale.formats.megatron import read_megatron, write_megatron, write_torch_dist
 from megascale.formats.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.shapes import MODEL, our_shapes
 from megascale.formats.sources import Checkpoint, open_checkpoint
@@ -90,6 +91,28 @@ def test_every_layout_comes_back(data: st.DataObject) -> None:
         assert_same(read_megatron(Path(name) / "out", model, SEQ), ours)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_distributed_checkpoint_comes_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rectangle that lies elsewhere than .metadata says, layers of one kind that change places, a file that is not begun when the
+    last is full, and a rectangle that brings along what it was cut from.
+    """
+    monkeypatch.setattr("megascale.formats.megatron_dist.CHUNK", 200)
+    monkeypatch.setattr("megascale.formats.megatron_dist.FILE_BYTES", 40000)
+    model, folder = MODELS[name], tmp_path / "out/iter_0000007"
+    ours = checkpoint(model, tmp_path / "ours")
+    write_torch_dist(ours, tmp_path / "out", 16, None)
+    assert_same(read_megatron(tmp_path / "out", model, SEQ), ours)
+    files = sorted(folder.glob("*.distcp"))
+    weights = sum(t.nbytes for t in ours.source.tensors.values())
+    chunks = len(re.findall(rb"archive/data/0", b"".join(p.read_bytes() for p in files))) // 2
+    assert len(files) > 2 and sum(p.stat().st_size for p in files) < weights + 16 * 24 * 8 + 2000 * (chunks + 8)
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder, tmp_path / "whole.pt")  # torch's own reader
+    held = torch.load(tmp_path / "whole.pt")["embedding.word_embeddings.weight"]
+    assert torch.equal(held[:37], ours.source.read("model.embedding.weight", (0, 0), (37, 24))) and held.shape == (48, 24)
+
+
 def oracle(folder: Path, model: Model, ranks: tuple[int, int], tokens: torch.Tensor, rows: int, **told: Any) -> torch.Tensor | None:
     """Runs megatron-core on tp·pp processes; its logits, where it is no pipeline."""
     values = {
@@ -112,9 +135,9 @@ def oracle(folder: Path, model: Model, ranks: tuple[int, int], tokens: torch.Ten
 @pytest.mark.timeout(600)
 @pytest.mark.dist
 @pytest.mark.parametrize("name", MODELS)
-def test_against_megatron_core(name: str, tmp_path: Path) -> None:
+def test_against_megatron_core(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches names, orders of rows and paddings that only we believe in: what megatron-core saves, in both formats, has its logits here,
-    and it loads what we write, on two tensor ranks and on two stages.
+    and it loads what we write in both, on two tensor ranks and on two stages.
     """
     model, tokens, rows = MODELS[name], torch.arange(24).view(2, 12) % 37, 48
     want = oracle(tmp_path / "one", model, (1, 1), tokens, rows, save=["ranks", "dist"])
@@ -126,6 +149,15 @@ def test_against_megatron_core(name: str, tmp_path: Path) -> None:
             assert (got - logits[..., : model.vocab_size]).abs().max() < 1e-4, folder  # type: ignore[index]
     ours = checkpoint(model, tmp_path / "ours")
     exact = our_logits(model, SEQ, ours.source.read, tokens)
+    monkeypatch.setattr("megascale.formats.megatron_dist.CHUNK", 500)
+    write_torch_dist(ours, tmp_path / "dist", 12, None)
+    for tp, pp in ((1, 1), (2, 1), (1, 2)):
+        logits = oracle(
+            tmp_path / f"dist{tp}{pp}", model, (tp, pp), tokens, 48, load_dist=str(tmp_path / "dist/iter_0000007"), save=["dist"]
+        )
+        if logits is not None:
+            assert (logits[..., : model.vocab_size] - exact).abs().max() < 1e-4
+        assert_same(read_megatron(tmp_path / f"dist{tp}{pp}/dist", model, SEQ), ours)
     for tp, pp in ((2, 1), (1, 2)):
         out = tmp_path / f"out{tp}{pp}"
         write_megatron(ours, out, tp, pp, "local", 12, None)
