@@ -42,6 +42,7 @@ READ: dict[str, tuple[object, tuple[object, ...]]] = {
     "spec": ("te", (megascale_to_megatron,)),
     "divisible": (128, (megascale_to_megatron,)),
     "ckpt_format": ("torch", (megascale_to_megatron,)),
+    "experts": ("sequential", (megascale_to_megatron,)),
 }
 
 
@@ -65,6 +66,7 @@ def main(
     ckpt_format: Annotated[
         str, typer.Option(help="to Megatron: torch, files of ranks, or torch_dist, a distributed checkpoint for any ranks")
     ] = "torch",
+    experts: Annotated[str, typer.Option(help="to Megatron's files of ranks: grouped (--moe-grouped-gemm) or sequential")] = "sequential",
     report: Annotated[Path | None, typer.Option(help="write what is printed as JSON, too")] = None,
 ) -> None:
     """SRC → DST. Exit code 2, and nothing written, where anything in SRC is not understood."""
@@ -75,7 +77,7 @@ def main(
         ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
         raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
     given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
-    given["ckpt_format"] = ckpt_format
+    given |= {"ckpt_format": ckpt_format, "experts": experts}
     for name, (nothing, ways_of) in READ.items():
         if given[name] != nothing and way not in ways_of:
             raise UsageError(f"--{name.replace('_', '-')} is {given[name]}, and nothing from {origin} to {to} depends on it: leave it out")
@@ -91,8 +93,12 @@ def main(
         raise UsageError(f"--spec is {spec}: give te or local")
     if ckpt_format not in ("torch", "torch_dist"):
         raise UsageError(f"--ckpt-format is {ckpt_format}: give torch or torch_dist")
-    if ckpt_format == "torch_dist" and (tp, pp, spec) != (1, 1, "te"):
-        raise UsageError(f"--tp is {tp}, --pp is {pp} and --spec is {spec}, and a torch_dist checkpoint loads on any ranks: leave them out")
+    if ckpt_format == "torch_dist" and (tp, pp, experts) != (1, 1, "sequential"):
+        raise UsageError(
+            f"--tp is {tp}, --pp is {pp} and --experts is {experts}, and a torch_dist checkpoint loads on any ranks: leave them out"
+        )
+    if experts not in ("sequential", "grouped"):
+        raise UsageError(f"--experts is {experts}: give sequential or grouped")
     options = Options(
         parse_dtype(dtype),
         workers,
@@ -100,7 +106,7 @@ def main(
         tokens=parse_tokens(tokens),
         progress=progress,
         config=config,
-        cut=MegatronCut(tp, pp, spec, divisible, ckpt_format),
+        cut=MegatronCut(tp, pp, spec, divisible, ckpt_format, experts),
     )
     done = way(source, target, options)
     if report is not None:

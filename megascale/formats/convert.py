@@ -33,8 +33,8 @@ FP8 = "fp8"  # no dtype of a whole model: of its hidden matrices alone
 
 @dataclass(frozen=True)
 class MegatronCut:
-    """How weights for Megatron are cut, where norms stand (te, local), what the vocabulary is padded to a multiple of, times tp, and
-    whether files are of ranks (torch) or of no layout (torch_dist).
+    """How weights for Megatron are cut, what experts are (sequential, grouped), where norms stand (te, local), what the vocabulary is
+    padded to a multiple of, times tp, and whether files are of ranks (torch) or of no layout (torch_dist).
     """
 
     tp: int = 1
@@ -42,6 +42,7 @@ class MegatronCut:
     spec: str = "te"
     divisible: int = 128
     ckpt_format: str = "torch"
+    experts: str = "sequential"
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,9 @@ def megascale_to_megatron(source: Path, target: Path, options: Options) -> Repor
     checkpoint = whole_checkpoint(source)
     cut = options.cut
     if cut.ckpt_format == "torch_dist":
-        made = write_torch_dist(checkpoint, target, cut.divisible, options.dtype)
+        made = write_torch_dist(checkpoint, target, cut.spec, cut.divisible, options.dtype)
     else:
-        made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype)
+        made = write_megatron(checkpoint, target, cut.tp, cut.pp, cut.spec, cut.divisible, options.dtype, cut.experts)
     return _report(checkpoint.folder, target, "GPT model of megatron-core, weights only", made, [], None)
 
 

@@ -24,7 +24,7 @@ from megascale.formats.appear import appearing
 from megascale.formats.hf import Foreign
 from megascale.formats.links import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
 from megascale.formats.megatron_dist import open_distributed, stamp_of, write_distributed
-from megascale.formats.megatron_names import Cut, check_model, empty_states, rank_links, rank_name, stacked
+from megascale.formats.megatron_names import Cut, check_model, empty_states, homogeneous, rank_links, rank_name, stacked
 from megascale.formats.pickles import read_torch
 from megascale.formats.sources import Checkpoint
 
@@ -138,21 +138,32 @@ def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
     if table is None:
         raise UsageError(f"{folder / first / FILE} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
     spec = "te" if any(n.endswith("linear_qkv.layer_norm_weight") for n in names) else "local"
-    return source, Cut(tp, pp, spec, table.shape[0] * tp)
+    experts = "grouped" if any(".mlp.experts.linear_fc1.weight" in n for n in names) else "sequential"
+    return source, Cut(tp, pp, spec, table.shape[0] * tp, experts)
 
 
-def write_megatron(checkpoint: Checkpoint, folder: Path, tp: int, pp: int, spec: str, divisible: int, dtype: torch.dtype | None) -> Foreign:
+def write_megatron(
+    checkpoint: Checkpoint,
+    folder: Path,
+    tp: int,
+    pp: int,
+    spec: str,
+    divisible: int,
+    dtype: torch.dtype | None,
+    experts: str = "sequential",
+) -> Foreign:
     """Writes `folder`/iter_…/mp_rank_…/model_optim_rng.pt, one rank after the other: memory is that of one rank.
 
     spec       where norms stand: te (fused, Megatron's default) or local
     divisible  rows of the vocabulary are padded with zeros to a multiple of this times tp
+    experts    grouped (one module with a weight for each, as --moe-grouped-gemm has them) or sequential
 
     Raises UsageError; then nothing is left.
     """
     model, held = checkpoint.model, checkpoint.source.tensors
     assert model.vocab_size is not None
     unit = divisible * tp
-    cut = Cut(tp, pp, spec, -(-model.vocab_size // unit) * unit)
+    cut = Cut(tp, pp, spec, -(-model.vocab_size // unit) * unit, experts)
     check_model(model, cut)
     links, copies = rank_links(model, checkpoint.seq_len, cut)
     steps = steps_to_theirs([*links, *copies])
@@ -179,18 +190,19 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, tp: int, pp: int, spec:
     return Foreign(model, checkpoint.seq_len, targets, produce, {}, checkpoint.source.stamp)
 
 
-def write_torch_dist(checkpoint: Checkpoint, folder: Path, divisible: int, dtype: torch.dtype | None) -> Foreign:
+def write_torch_dist(checkpoint: Checkpoint, folder: Path, spec: str, divisible: int, dtype: torch.dtype | None) -> Foreign:
     """Writes `folder`/iter_…, a distributed checkpoint that loads on any ranks; memory is that of a few rectangles, whatever the model's.
 
+    spec       te or local, which differ where there are experts
     divisible  rows of the vocabulary are padded with zeros to a multiple of this
 
     Raises UsageError; then nothing is left.
     """
     model, held = checkpoint.model, checkpoint.source.tensors
     assert model.vocab_size is not None
-    cut = Cut(1, 1, "te", -(-model.vocab_size // divisible) * divisible)
+    cut = Cut(1, 1, "te" if spec == "te" else "dist_local", -(-model.vocab_size // divisible) * divisible)
     check_model(model, cut)
-    steps = steps_to_theirs([stacked(link, True) for link in rank_links(model, checkpoint.seq_len, cut)[0]])
+    steps = steps_to_theirs([stacked(link, homogeneous(model)) for link in rank_links(model, checkpoint.seq_len, cut)[0]])
     shapes = extents(steps)
     shapes |= {n: (cut.rows, *s[1:]) for n, s in shapes.items() if n.endswith(("word_embeddings.weight", "output_layer.weight"))}
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}

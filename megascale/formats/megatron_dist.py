@@ -40,6 +40,7 @@ from megascale.formats.pickles import read_pickle, read_torch_bytes
 
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+STACKED = re.compile(r"decoder\.layers\.[^0-9]")
 CHUNK = 1 << 24  # elements of a rectangle that is written at once
 FILE_BYTES = 4 * 10**9  # after which another file begins
 
@@ -136,7 +137,8 @@ def open_distributed(folder: Path) -> tuple[Distributed, Cut]:
     table = source.tensors.get("embedding.word_embeddings.weight")
     if table is None:
         raise UsageError(f"{folder} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
-    return source, Cut(1, 1, "te", table.shape[0])
+    spec = "te" if any(".pre_mlp_layernorm." in n for n in source.tensors) else "dist_local"
+    return source, Cut(1, 1, spec, table.shape[0])
 
 
 def _read_metadata(folder: Path) -> Distributed:
@@ -196,11 +198,12 @@ def write_distributed(folder: Path, targets: list[Target], produce: Produce, sta
 
 def rectangles(target: Target) -> Iterator[tuple[Sizes, Sizes]]:
     """Of a tensor [layers, …] one layer after the other, else of all of it, at most CHUNK elements each where rows allow it."""
-    layers = target.shape[0] if target.name.startswith("decoder.layers.") else 1
-    inner = target.shape[1:] if layers > 1 or target.name.startswith("decoder.layers.") else target.shape
-    front = len(target.shape) - len(inner)
-    for layer, (offset, size) in itertools.product(range(layers), list(slabs((0,) * len(inner), inner, CHUNK))):
-        yield (layer,) * front + tuple(offset), (1,) * front + tuple(size)
+    if not STACKED.match(target.name):
+        yield from slabs((0,) * len(target.shape), target.shape, CHUNK)
+        return
+    inner = target.shape[1:]
+    for layer, (offset, size) in itertools.product(range(target.shape[0]), list(slabs((0,) * len(inner), inner, CHUNK))):
+        yield (layer, *offset), (1, *size)
 
 
 class Files:

@@ -1,35 +1,48 @@
 """How a GPT model of megatron-core holds our weights, whole or cut over tensor and pipeline ranks, as links.
 
 Rows of linear_qkv stand by KV head: its queries, its key, its value. linear_fc1 of a gated model has the gate above the other. Embedding
-and head have rows of padding at the end, so that ranks hold equal parts.
+and head have rows of padding at the end, so that ranks hold equal parts. Experts are modules of their own (sequential) or numbered weights
+of one (grouped), and one more dimension in distributed checkpoints.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megascale.config.schema import Model
+from megascale.config.stages import has_experts
 from megascale.errors import UsageError
 from megascale.formats.links import Link, Sizes
 from megascale.formats.shapes import MODEL
 
-# Where norms stand: fused into the product behind them with Transformer Engine, modules of their own without.
+# Where norms stand: fused into the product behind them with Transformer Engine, modules of their own without; before experts always, but
+# that a distributed checkpoint from a model without it (dist_local) names it as if it were fused.
+FUSED = {"attention_norm": "self_attention.linear_qkv.layer_norm_", "ffn_norm": "mlp.linear_fc1.layer_norm_"}
 NORMS = {
-    "te": {"attention_norm": "self_attention.linear_qkv.layer_norm_", "ffn_norm": "mlp.linear_fc1.layer_norm_"},
-    "local": {"attention_norm": "input_layernorm.", "ffn_norm": "pre_mlp_layernorm."},
+    "te": {**FUSED, "sparse": "pre_mlp_layernorm."},
+    "local": {"attention_norm": "input_layernorm.", "ffn_norm": "pre_mlp_layernorm.", "sparse": "pre_mlp_layernorm."},
+    "dist_local": {**FUSED, "sparse": FUSED["ffn_norm"]},
 }
+EXPERT = {"sequential": "mlp.experts.local_experts.{expert}.{product}.weight", "grouped": "mlp.experts.{product}.weight{expert}"}
+OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+ROUTERS = ("topk_softmax", "softmax_topk", "sigmoid")
 TIED_COPY = "output_layer.weight"  # of the embedding, on the last of several pipeline ranks
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The ranks that a model is cut over; `spec` says where norms stand; `rows` of the padded vocabulary, all ranks together."""
+    """The ranks that a model is cut over; `spec` says where norms stand; `rows` of the padded vocabulary, all ranks together; `experts`:
+    sequential or grouped.
+    """
 
     tp: int
     pp: int
     spec: str
     rows: int
+    experts: str = "sequential"
 
 
 def rank_name(tp: int, pp: int, cut: Cut) -> str:
@@ -40,7 +53,7 @@ def rank_name(tp: int, pp: int, cut: Cut) -> str:
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
     wanted: dict[str, tuple[Any, ...]] = {
-        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"), "moe": (None,),
+        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"),
         "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
         "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
@@ -57,8 +70,17 @@ def check_model(model: Model, cut: Cut) -> None:
             f"model.norm is {model.norm} and model.bias is {model.bias}, and megatron-core's LayerNorm has a bias and its RMSNorm none: "
             "exchange models with both or neither"
         )
+    if model.moe is not None and model.moe.router not in ROUTERS:
+        raise UsageError(
+            f"model.moe.router is {model.moe.router}, and megatron-core's have the weights of {', '.join(ROUTERS)}: use one of them"
+        )
     assert model.num_kv_heads is not None and model.ffn_size is not None
-    for key, size in (("num_kv_heads", model.num_kv_heads), ("ffn_size", model.ffn_size)):
+    sizes = {"num_kv_heads": model.num_kv_heads}
+    if model.moe is not None:
+        sizes["moe.ffn_size"] = model.moe.ffn_size or 0
+    if model.moe is None or model.moe.every > 1:
+        sizes["ffn_size"] = model.ffn_size
+    for key, size in sizes.items():
         if size % cut.tp:
             raise UsageError(f"model.{key} is {size} and the weights are cut over {cut.tp} tensor ranks: choose a divisor")
     if model.num_layers % cut.pp:
@@ -92,14 +114,18 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[Link], list[L
         everywhere("position.weight", (seq_len, d), "embedding.position_embeddings.weight", 0)
     leaves = ("weight", "bias") if model.bias else ("weight",)
     for layer in range(model.num_layers):
-        pp, at = layer // per_stage, f"decoder.layers.{layer % per_stage}."
+        pp, at, sparse = layer // per_stage, f"decoder.layers.{layer % per_stage}.", has_experts(model, layer)
         for leaf in leaves:
-            for ours, theirs in NORMS[cut.spec].items():
-                everywhere(f"blocks.{layer}.{ours}.{leaf}", (d,), f"{at}{theirs}{leaf}", pp)
+            for ours, theirs in (("attention_norm", "attention_norm"), ("ffn_norm", "sparse" if sparse else "ffn_norm")):
+                everywhere(f"blocks.{layer}.{ours}.{leaf}", (d,), f"{at}{NORMS[cut.spec][theirs]}{leaf}", pp)
             for tp in range(cut.tp):
                 rank = rank_name(tp, pp, cut)
-                for link in _products(model, cut, tp, leaf):
+                for link in [*_products(model, cut, tp, leaf, sparse), *(_experts(model, cut, tp) if sparse else [])]:
                     links.append(replace(link, ours=f"{MODEL}blocks.{layer}.{link.ours}", theirs=f"{rank}/{at}{link.theirs}"))
+        if sparse and model.moe is not None:
+            everywhere(f"blocks.{layer}.ffn.router.weight", (model.moe.num_experts, d), f"{at}mlp.router.weight", pp)
+            if model.moe.balance == "bias":
+                everywhere(f"blocks.{layer}.ffn.router.bias", (model.moe.num_experts,), f"{at}mlp.router.expert_bias", pp)
         if model.qk_norm:
             assert model.head_dim is not None
             for n in "qk":
@@ -119,9 +145,31 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[Link], list[L
     return links, copies
 
 
-def _products(model: Model, cut: Cut, tp: int, leaf: str) -> list[Link]:
+def _experts(model: Model, cut: Cut, tp: int) -> list[Link]:
+    """The experts of one layer on one tensor rank, and those that every token meets. Names are below the layer."""
+    assert model.moe is not None and model.moe.ffn_size is not None
+    d, n = model.hidden_size, model.moe.ffn_size // cut.tp
+    parts = (("gate", 0), ("up", n)) if model.gated else (("up", 0),)
+    found: list[Link] = []
+    for e in range(model.moe.num_experts):
+        first, second = (EXPERT[cut.experts].format(expert=e, product=p) for p in ("linear_fc1", "linear_fc2"))
+        for part, to in parts:
+            found.append(Link(f"ffn.experts.{part}.weight", (e, tp * n, 0), (1, n, d), first, (to, 0), (None, 0, 1)))
+        found.append(Link("ffn.experts.down.weight", (e, 0, tp * n), (1, d, n), second, (0, 0), (None, 0, 1)))
+    if model.moe.num_shared:
+        wide = n * model.moe.num_shared
+        for part, to in parts:
+            at = to * model.moe.num_shared
+            found.append(
+                Link(f"ffn.shared.{part}.weight", (tp * wide, 0), (wide, d), "mlp.shared_experts.linear_fc1.weight", (at, 0), (0, 1))
+            )
+        found.append(Link("ffn.shared.down.weight", (0, tp * wide), (d, wide), "mlp.shared_experts.linear_fc2.weight", (0, 0), (0, 1)))
+    return found
+
+
+def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[Link]:
     """The products of one layer on one tensor rank, cut along rows; the output products, which are cut along columns, where `leaf` is
-    weight. Names are below the layer.
+    weight. Names are below the layer. `sparse`: experts stand for the feed-forward.
     """
     assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
     d, e, f = model.hidden_size, model.head_dim, model.ffn_size // cut.tp
@@ -140,28 +188,53 @@ def _products(model: Model, cut: Cut, tp: int, leaf: str) -> list[Link]:
         rows("attention.k", g * e, e, "self_attention.linear_qkv", to + group * e)
         rows("attention.v", g * e, e, "self_attention.linear_qkv", to + (group + 1) * e)
     gated = model.gated
-    if gated:
+    if gated and not sparse:
         rows("ffn.gate", tp * f, f, "mlp.linear_fc1", 0)
-    rows("ffn.up", tp * f, f, "mlp.linear_fc1", f if gated else 0)
+    if not sparse:
+        rows("ffn.up", tp * f, f, "mlp.linear_fc1", f if gated else 0)
     if leaf == "weight":
         wide = model.num_heads * e // cut.tp
         found.append(Link("attention.o.weight", (0, tp * wide), (d, wide), "self_attention.linear_proj.weight", (0, 0), (0, 1)))
-        found.append(Link("ffn.down.weight", (0, tp * f), (d, f), "mlp.linear_fc2.weight", (0, 0), (0, 1)))
+        if not sparse:
+            found.append(Link("ffn.down.weight", (0, tp * f), (d, f), "mlp.linear_fc2.weight", (0, 0), (0, 1)))
     return found
 
 
 def stacked(link: Link, layered: bool) -> Link:
-    """A link to a rank alone → to the tensor of a distributed checkpoint, where all layers of a kind are one tensor if `layered`."""
+    """A link to a rank alone → to the tensor of a distributed checkpoint, where all experts of a layer are one tensor, and all layers of a
+    kind if `layered`.
+    """
     name = link.theirs.partition("/")[2]
-    if not layered or not name.startswith("decoder.layers."):
+    if not name.startswith("decoder.layers."):
         return replace(link, theirs=name)
     number, _, inner = name.removeprefix("decoder.layers.").partition(".")
-    axes = tuple(None if a is None else a + 1 for a in link.axes)
-    return replace(link, theirs=f"decoder.layers.{inner}", to=(int(number), *link.to), axes=axes)
+    front = [int(number)] if layered else []
+    expert = OF_EXPERT.fullmatch(inner)
+    if expert is not None:
+        inner, front = f"mlp.experts.experts.{expert[2]}", [*front, int(expert[1])]
+    axes = tuple(None if a is None else a + len(front) for a in link.axes)
+    return replace(link, theirs=f"decoder.layers.{'' if layered else number + '.'}{inner}", to=(*front, *link.to), axes=axes)
 
 
 def empty_states(model: Model) -> list[str]:
     """Objects that megatron-core asks for beside the weights of a distributed checkpoint, one a layer and product: what FP8 would keep."""
-    products = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    n = model.num_layers
-    return [f"decoder.layers.{p}._extra_state/shard_{i}_{n}" for p in products for i in range(n)]
+    found, n, layered = [], model.num_layers, homogeneous(model)
+    for layer in range(n):
+        names = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+        experts = 0
+        if not has_experts(model, layer) or model.moe is None:
+            names += ["mlp.linear_fc1", "mlp.linear_fc2"]
+        else:
+            experts = model.moe.num_experts
+            names += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"] if model.moe.num_shared else []
+        prefix = "decoder.layers." if layered else f"decoder.layers.{layer}."
+        found += [f"{prefix}{name}._extra_state/shard_{f'{layer}_{n}' if layered else '0_1'}" for name in names]
+        for e, product in itertools.product(range(experts), ("linear_fc1", "linear_fc2")):
+            at = f"{layer}.{e}_{n}.{experts}" if layered else f"{e}_{experts}"
+            found.append(f"{prefix}mlp.experts.experts.{product}._extra_state/shard_{at}")
+    return found
+
+
+def homogeneous(model: Model) -> bool:
+    """All layers have the same tensors, so that a distributed checkpoint stacks them."""
+    return model.moe is None or model.moe.every == 1

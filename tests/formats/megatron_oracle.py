@@ -26,8 +26,10 @@ def main(folder: Path) -> None:
     torch.Tensor.cuda = lambda self: self  # type: ignore[method-assign,assignment]
     dist.init_process_group("gloo")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.transformer.moe import moe_utils
 
     tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)  # of dropout, which is off
+    moe_utils.te_general_gemm = None  # 0.16.1 looks at it where there is no Transformer Engine to import it from
     parallel_state.initialize_model_parallel(told["tp"], told["pp"])
     model = build(told["values"], parallel_state).eval()
     tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
@@ -102,10 +104,13 @@ def build(values: dict[str, Any], parallel_state: Any) -> Any:
         layernorm_epsilon=1e-5,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        **mixture(values["moe"]),
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=values["qk_norm"], normalization=norm),
+        get_gpt_layer_local_spec(
+            None if values["moe"] is None else values["moe"]["num_experts"], False, values["qk_norm"], normalization=norm
+        ),
         vocab_size=values["rows"],
         max_sequence_length=values["length"],
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -115,6 +120,20 @@ def build(values: dict[str, Any], parallel_state: Any) -> Any:
         position_embedding_type="rope" if values["rope"] else "learned_absolute",
         rotary_base=10000,
     )
+
+
+def mixture(moe: dict[str, Any] | None) -> dict[str, Any]:
+    """What a config says of experts."""
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe["num_experts"],
+        "moe_router_topk": moe["top_k"],
+        "moe_ffn_hidden_size": moe["ffn_size"],
+        "moe_shared_expert_intermediate_size": moe["num_shared"] * moe["ffn_size"] or None,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ MODELS: dict[str, Model] = {
     "llama": tiny(num_kv_heads=2, vocab_size=37),
     "qk norm, own head size": tiny(num_kv_heads=4, qk_norm=True, head_dim=10),
     "gpt": tiny(norm="layernorm", bias=True, ffn="gelu", position="learned", num_kv_heads=4, tie_embeddings=True),
+    "experts": tiny(num_kv_heads=2, vocab_size=37, moe={"num_experts": 3, "top_k": 2, "ffn_size": 20, "num_shared": 1}),
 }
 
 
@@ -83,24 +84,43 @@ def test_every_layout_comes_back(data: st.DataObject) -> None:
         position=data.draw(st.sampled_from(["rope", "learned"])),
         tie_embeddings=data.draw(st.booleans()),
         vocab_size=data.draw(st.integers(9, 40)),
+        moe=data.draw(mixtures()) if norm == "rmsnorm" else None,
     )
     with tempfile.TemporaryDirectory() as name:
         ours = checkpoint(model, Path(name) / "ours")
         spec, divisible = data.draw(st.sampled_from(["te", "local"])), data.draw(st.sampled_from([1, 16]))
-        write_megatron(ours, Path(name) / "out", tp, pp, spec, divisible, None)
+        experts = data.draw(st.sampled_from(["sequential", "grouped"]))
+        write_megatron(ours, Path(name) / "out", tp, pp, spec, divisible, None, experts)
         assert_same(read_megatron(Path(name) / "out", model, SEQ), ours)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_distributed_checkpoint_comes_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@st.composite
+def mixtures(draw: st.DrawFn) -> dict[str, Any] | None:
+    if draw(st.booleans()):
+        return None
+    return {
+        "num_experts": draw(st.integers(1, 4)),
+        "top_k": 1,
+        "ffn_size": 4 * draw(st.integers(1, 5)),
+        "num_shared": draw(st.integers(0, 2)),
+        "every": draw(st.integers(1, 2)),
+        "balance": draw(st.sampled_from(["loss", "bias"])),
+    }
+
+
+MIXED = tiny(num_layers=3, vocab_size=37, moe={"num_experts": 2, "every": 2, "ffn_size": 12, "balance": "bias"})
+
+
+@pytest.mark.parametrize(("name", "spec"), [*((n, "te") for n in MODELS), ("mixed", "te"), ("mixed", "local")])
+def test_a_distributed_checkpoint_comes_back(name: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rectangle that lies elsewhere than .metadata says, layers of one kind that change places, a file that is not begun when the
     last is full, and a rectangle that brings along what it was cut from.
     """
     monkeypatch.setattr("megascale.formats.megatron_dist.CHUNK", 200)
     monkeypatch.setattr("megascale.formats.megatron_dist.FILE_BYTES", 40000)
-    model, folder = MODELS[name], tmp_path / "out/iter_0000007"
+    model, folder = MODELS.get(name, MIXED), tmp_path / "out/iter_0000007"
     ours = checkpoint(model, tmp_path / "ours")
-    write_torch_dist(ours, tmp_path / "out", 16, None)
+    write_torch_dist(ours, tmp_path / "out", spec, 16, None)
     assert_same(read_megatron(tmp_path / "out", model, SEQ), ours)
     files = sorted(folder.glob("*.distcp"))
     weights = sum(t.nbytes for t in ours.source.tensors.values())
@@ -119,7 +139,7 @@ def oracle(folder: Path, model: Model, ranks: tuple[int, int], tokens: torch.Ten
         "layers": model.num_layers, "hidden": model.hidden_size, "heads": model.num_heads, "kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim, "ffn": model.ffn_size, "gated": model.ffn == "swiglu", "qk_norm": bool(model.qk_norm),
         "norm": "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm", "rope": model.position == "rope", "tied": model.tie_embeddings,
-        "rows": rows, "length": SEQ,
+        "rows": rows, "length": SEQ, "moe": None if model.moe is None else model.moe.model_dump(),
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     content = {"values": values, "tp": ranks[0], "pp": ranks[1], "tokens": tokens.tolist(), "save": [], **told}
@@ -150,7 +170,7 @@ def test_against_megatron_core(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     ours = checkpoint(model, tmp_path / "ours")
     exact = our_logits(model, SEQ, ours.source.read, tokens)
     monkeypatch.setattr("megascale.formats.megatron_dist.CHUNK", 500)
-    write_torch_dist(ours, tmp_path / "dist", 12, None)
+    write_torch_dist(ours, tmp_path / "dist", "local", 12, None)
     for tp, pp in ((1, 1), (2, 1), (1, 2)):
         logits = oracle(
             tmp_path / f"dist{tp}{pp}", model, (tp, pp), tokens, 48, load_dist=str(tmp_path / "dist/iter_0000007"), save=["dist"]
@@ -244,7 +264,9 @@ def test_tampered_ranks(damage: str, tmp_path: Path) -> None:
         ({"vocab_size": 60}, "38 rows for model.embedding.weight, and model.vocab_size is 60"),
         ({"num_layers": 4}, "mp_rank_00/decoder.layers.2."),
         ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
-        ({"moe": {}}, "model.moe is"),
+        ({"moe": {}}, "mlp.experts.local_experts.0.linear_fc1.weight"),
+        ({"moe": {"router": "xmoe"}}, "model.moe.router is xmoe"),
+        ({"attention_scale": 1.0}, "model.attention_scale is 1.0"),
         ({"bias": True}, "its RMSNorm none"),
     ],
 )
@@ -275,6 +297,9 @@ def test_the_tool_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name, target in ours.source.tensors.items():
         zero = (0,) * len(target.shape)
         assert torch.equal(back.source.read(name, zero, target.shape), ours.source.read(name, zero, target.shape))
+    out = (tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron")
+    tool(*out[:1], tmp_path / "dist", *out[2:], "--ckpt-format", "torch_dist")
+    assert_same(read_megatron(tmp_path / "dist", model, SEQ), ours)
     for args, words in (
         ((tmp_path / "out", tmp_path / "no", "--from", "megatron", "--to", "megascale"), "give --config FILE"),
         (
@@ -282,6 +307,9 @@ def test_the_tool_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             "model.num_kv_heads is 4 and the weights",
         ),
         ((tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron", "--spec", "x"), "--spec is x"),
+        ((*out, "--ckpt-format", "zarr"), "--ckpt-format is zarr"),
+        ((*out, "--ckpt-format", "torch_dist", "--tp", 2), "--tp is 2, --pp is 1 and --experts is sequential"),
+        ((*out, "--experts", "x"), "--experts is x"),
     ):
         with pytest.raises(UsageError) as error:
             tool(*args)
