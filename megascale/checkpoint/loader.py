@@ -51,7 +51,7 @@ def find(path: str | Path) -> Path:
         if found is not None:
             return found
     if any(where.glob("*.safetensors")):
-        raise UsageError(f"{where} has shards and no {INDEX}: it is not a checkpoint of megascale, or not a whole one")
+        raise UsageError(f"{where} has shards and no {INDEX}: it is not a checkpoint of megascale, or not a whole one{_elsewhere(where)}")
     raise UsageError(f"{where} is no checkpoint and holds none: name a folder step-…, or a run's directory with checkpoints in it")
 
 
@@ -159,3 +159,10 @@ class Agreement:
                     raise failure
                 raise UsageError(message) if usage else RuntimeError(f"rank {rank} failed to load: {message}")
         return result, [shared for _, _, shared in everyone]
+
+
+def _elsewhere(folder: Path) -> str:
+    """What to do with a folder that Hugging Face's tools wrote."""
+    if not (folder / "config.json").is_file():
+        return ""
+    return f"; for a Hugging Face model begin with tools/convert.py {folder} DST --from hf --to megascale, and give DST"

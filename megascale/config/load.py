@@ -227,7 +227,7 @@ def _sentence(error: Any) -> str:
         return f"{key} is required and absent"
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
-    text = error["msg"].replace("Input should be", "it should be").replace("a valid ", "")
+    text = error["msg"].replace("Input should be", "it should be").replace("a valid ", "").replace("should be tuple", "should be a list")
     if kind == "model_type":
         return f"{key} is {_short(value)}: it should be a section with keys of its own"
     return f"{key} is {_short(value)}: {text}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 
 from megascale.checkpoint.index import read_index
 from megascale.checkpoint.streaming import Progress
-from megascale.config.schema import Config, Multiplier
+from megascale.config.schema import Config, Multiplier, Parallel
+from megascale.config.support import refusals
 from megascale.errors import UsageError
 from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import Growth, plan_growth
@@ -35,15 +38,20 @@ def grow(
     begun = time.perf_counter()
     opened = open_source(source, effort.check)
     growth = plan_growth(opened.model, opened.seq_len, sizes, options)
-    if (growth.target, growth.seq_lens[1]) == (opened.model, opened.seq_len) and options.vocabulary is None:
-        raise UsageError("nothing grows: name a size that is larger than the source's, such as --num-layers or --hidden-size")
+    refuse_nothing(growth, options)
     made = Grown(growth, opened.index, options.optimizer)
     written = check_target(target, opened, made)
     config, factors, uneven = grown_config(opened.config, growth, options)
+    growth = replace(growth, notes=(*growth.notes, *precision_notes(opened.config, config)))
     tokens = some_tokens(opened, effort) if effort.tokens else None
     proof: dict[str, Any] = {"tokens": None if tokens is None else tokens[1], "exact": f"fp64, before storing, at most {EXACT:g}"}
     if tokens is not None:
         proof["transform"] = prove(opened, growth, Grown(growth, opened.index, dtype=torch.float64), tokens[0])
+        if not math.isfinite(proof["transform"]["logits_max"]):
+            raise UsageError(
+                f"the logits of {source} or of what it would become are not finite in fp64, so nothing can be proven: use an older "
+                "checkpoint, or milder --symmetry and --split; no checkpoint was made"
+            )
         if options.lossless == "require" and not proof["transform"]["logits_max"] <= EXACT:
             raise UsageError(
                 f"the grown model's logits differ by {proof['transform']['logits_max']:.1e} in fp64 and --lossless require allows {EXACT:g}"
@@ -78,6 +86,13 @@ def grow(
     }
 
 
+def refuse_nothing(growth: Growth, options: Options) -> None:
+    """Raises UsageError for a growth to what the source is already."""
+    same = (growth.target, growth.seq_lens[1]) == (growth.source, growth.seq_lens[0])
+    if same and options.vocabulary is None:
+        raise UsageError("nothing grows: name a size that is larger than the source's, such as --num-layers or --hidden-size")
+
+
 def grown_config(config: Config, growth: Growth, options: Options) -> tuple[Config, dict[str, Multiplier], list[str]]:
     """The target's config, the multipliers by weight, and the names for which these are means. The config has them with transformed
     optimizer state only: fresh state has no steps to keep.
@@ -98,6 +113,20 @@ def grown_config(config: Config, growth: Growth, options: Options) -> tuple[Conf
     train = config.train.model_copy(update={"seq_len": growth.seq_lens[1]})
     grown = renamed(config, "grown").model_copy(update={"model": growth.target, "optim": optim, "train": train})
     return grown, factors, uneven
+
+
+def precision_notes(before: Config, after: Config) -> list[str]:
+    """What the proof leaves out of a run with FP8 products, and what FP8 wants of sizes that the grown model has not."""
+    if after.precision.fp8 == "false":
+        return []
+    alone = [c.model_copy(update={"parallel": Parallel()}) for c in (before, after)]
+    known = refusals(alone[0], 1)
+    refused = [rule for rule in refusals(alone[1], 1) if rule not in known]
+    fp8 = f"precision.fp8 {after.precision.fp8}"
+    return [
+        f"{fp8}: the proof multiplies without FP8, whose casts round other numbers in the grown model than in the small one",
+        *(f"pretrain.py will refuse this model under {fp8}: {rule.why}; {rule.fix}" for rule in refused),
+    ]
 
 
 def _product(a: Multiplier, b: Multiplier) -> Multiplier:

@@ -71,6 +71,7 @@ CHOICES = {
 
 
 METHODS = ("width", "ffn", "heads", "depth")  # their flags end in -method
+MOST_TIMES = 4096
 LARGEST_RATIO = 60  # dB: noise that much above the weights leaves few of their digits, that much below is none
 
 
@@ -112,6 +113,7 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
         if new < old:
             by_shrinking = "" if key in ("head_dim", "vocab_size") else ", tools/shrink.py does"
             raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: growth does not shrink{by_shrinking}")
+        check_times(f"--{key.replace('_', '-')}", old, new)
         changes[key] = new
     if "num_heads" in changes and sizes.num_kv_heads is None and source.num_kv_heads == source.num_heads:
         changes["num_kv_heads"] = changes["num_heads"]  # every query head keeps a KV head of its own
@@ -123,12 +125,19 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
     return source.model_copy(update=changes)
 
 
+def check_times(flag: str, old: int, new: int) -> None:
+    """Raises UsageError for a size that is a slip of the hand: its maps alone would fill the memory."""
+    if new > MOST_TIMES * old:
+        raise UsageError(f"{flag} is {new} and the source has {old}: more than {MOST_TIMES} times as much is no growth, check the number")
+
+
 def _target_tokens(source: Model, size: int) -> dict[str, Any]:
     old = source.tokenformer
     if old is None:
         raise UsageError(f"--tokenformer-size is {size} and the source's products are {source.linear}: only linear tokenformer has tokens")
     if size < old.tokens:
         raise UsageError(f"--tokenformer-size is {size} and the source has {old.tokens}: growth does not shrink")
+    check_times("--tokenformer-size", old.tokens, size)
     return {"tokenformer": old.model_copy(update={"tokens": size, "scale": old.scale or old.tokens**0.5})}
 
 
@@ -154,6 +163,7 @@ def _target_experts(source: Model, sizes: Sizes, router: str, changes: dict[str,
     experts = sizes.experts or old
     if experts < old or experts % old:
         raise UsageError(f"--num-experts is {experts} and the source has {old}: give a multiple")
+    check_times("--num-experts", old, experts)
     before = (source.moe.ffn_size if source.moe is not None else None) or source.ffn_size or 0
     if width < before:
         raise UsageError(

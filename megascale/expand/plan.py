@@ -14,7 +14,7 @@ from megascale.errors import UsageError
 from megascale.expand.axes import AxisMap
 from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
-from megascale.expand.options import Options, Sizes, check_options, target_model
+from megascale.expand.options import Options, Sizes, check_options, check_times, target_model
 from megascale.expand.stack import plan_layers, row_of, specs
 from megascale.model.residual import ends
 from megascale.model.spec import ParamSpec
@@ -174,6 +174,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> 
     seq_lens = (seq_len, sizes.seq_len or seq_len)
     if seq_lens[1] < seq_lens[0]:
         raise UsageError(f"--seq-len is {seq_lens[1]} and the source was trained at {seq_lens[0]}: growth does not shrink")
+    check_times("--seq-len", *seq_lens)
     layers, target, depth_lossy = plan_layers(source, target, options)
     maps = build_maps(source, target, seq_lens, sizes, options, layers)
     skips = [in_fp32(row_of(maps.target, i).skip) for i in range(target.num_layers)]

@@ -83,6 +83,8 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
             f"{heads} query heads over {kv} KV heads: each KV head keeps at most the {source.num_heads // source.num_kv_heads} it had"
         )
     if sizes.ffn_sizes is not None:
+        if sizes.ffn_size is not None:
+            raise UsageError("--ffn-size is one width for all layers and --ffn-sizes one for each: give one of the two")
         if source.matformer is None:
             raise UsageError("--ffn-sizes mixes prefixes that were trained together, and the source has no model.matformer: use --ffn-size")
         if len(sizes.ffn_sizes) != changes.get("num_layers", source.num_layers):

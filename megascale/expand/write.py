@@ -55,7 +55,7 @@ def check_target(target: Path, opened: Source, made: Grown) -> Path | None:
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in target.glob(".tmp-*/*") if f.is_file())
     if written is None and free < made.nbytes:
         raise UsageError(
-            f"{target} needs {made.nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or name another disk"
+            f"{target} needs {made.nbytes / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make room, or name another disk"
         )
     return written
 

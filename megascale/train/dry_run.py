@@ -21,6 +21,7 @@ from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
+from megascale.train.growing import phases_of
 from megascale.train.memory import host_bytes, largest_rank, shape_of
 from megascale.train.samples import resolve_vocabulary
 
@@ -31,6 +32,8 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
         config = resolve_vocabulary(config)
     config = check(config, ranks)
     report = describe_run(config, ranks)
+    if config.grow:
+        report["growths"] = describe_growths(config, ranks)
     print(to_yaml(config.plain()), end="")
     size, active = report["parameters"], report["parameters_active"]
     of_these = f", {active:,} of them a token" if active < size else ""
@@ -46,6 +49,10 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
         f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "
         f"{schedule['data_ranks']} data ranks, {report['flops_per_step']:.3e} FLOPs; {config.train.total_steps} steps"
     )
+    for growth in report.get("growths", ()):
+        size, work = f"{growth['parameters']:,} parameters", f"{growth['flops_per_step']:.3e} FLOPs a step"
+        print(f"after step {growth['after_step']}: {growth['layout']}: {size}, {work}")
+        print("  " + ", ".join(f"{kind} {size:,} bytes" for kind, size in growth["bytes_per_rank"].items()) + " on the largest rank")
     note = padding_note(config)
     if note:
         print(f"note: {note}")
@@ -100,6 +107,14 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
         },
         "config": config.plain(),
     }
+
+
+def describe_growths(config: Config, ranks: int) -> list[dict[str, Any]]:
+    """What the run is from each growth on. Raises UsageError for one that the run would refuse."""
+    phases = phases_of(config, ranks)
+    keys = ("parameters", "parameters_active", "layout", "bytes_per_rank", "flops_per_step")
+    grown = [describe_run(p.config, ranks) for p in phases[1:]]
+    return [{"after_step": p.until, **{k: found[k] for k in keys}} for p, found in zip(phases, grown)]
 
 
 def dsp_facts(config: Config) -> dict[str, str]:

@@ -10,10 +10,10 @@ from megascale.checkpoint.loader import newest
 from megascale.checkpoint.storage import step_name
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
-from megascale.expand.grow import grow, grown_config
+from megascale.expand.grow import grow, grown_config, refuse_nothing
 from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
-from megascale.expand.write import Effort
+from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.phases import Phase
 from megascale.train.place import agreed
@@ -46,6 +46,7 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
         found.append(Phase(config, whole, entry.step, entry, origin))
         sizes, options = asked(entry, config.run.seed)
         growth = plan_growth(config.model, config.train.seq_len, sizes, options)
+        refuse_nothing(growth, options)
         grown = grown_config(config, growth, options)[0]
         config = grown.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel})
         check(config, ranks)
@@ -83,11 +84,16 @@ def _over(phase: Phase) -> bool:
     if phase.growth is None:
         return False
     own = newest(Path(phase.whole.run_dir) / "checkpoints")
-    return own is not None and step_of(own) >= phase.until and (step_of(own) > phase.until or _grown_folder(phase).exists())
+    return own is not None and step_of(own) >= phase.until and (step_of(own) > phase.until or _is_grown(phase))
 
 
 def _grown_folder(phase: Phase) -> Path:
     return Path(phase.whole.run_dir) / f"grown-{_number(phase)}" / step_name(phase.until)
+
+
+def _is_grown(phase: Phase) -> bool:
+    """Whether the growth was finished: its config is written when it is proven, and a kill before that leaves the checkpoint alone."""
+    return (_grown_folder(phase).parent / CONFIG).exists()
 
 
 def _number(phase: Phase) -> int:
@@ -97,7 +103,7 @@ def _number(phase: Phase) -> int:
 
 def _grow(phase: Phase, ranks: RankInfo) -> dict[str, object] | None:
     """On the first rank: the phase's last checkpoint, grown. The others wait where they agree."""
-    if ranks.rank != 0 or _grown_folder(phase).exists():
+    if ranks.rank != 0 or _is_grown(phase):
         return None
     assert phase.growth is not None
     sizes, options = asked(phase.growth, phase.config.run.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megascale.errors import UsageError
 from megascale.expand.source import open_source
 from megascale.expand.verify import run as run_model
 from tests.runs import make_tokens, run, settings
@@ -20,6 +21,16 @@ TOKENS = torch.randint(0, 40, (2, 16), generator=torch.Generator().manual_seed(0
 def tool(name: str, *arguments: str) -> None:
     done = subprocess.run([sys.executable, f"tools/{name}.py", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_hugging_face_folder_is_told_the_way(tmp_path: Path) -> None:
+    """Catches a refusal that leaves a user of pretrained models without the next command."""
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"not a whole one$"):
+        open_source(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"tools/convert.py .* DST --from hf --to megascale, and give DST"):
+        open_source(tmp_path)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from megascale.config.load import build_config
 from megascale.config.schema import Optim
-from megascale.errors import MegascaleError
+from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.optim.schedule import begun_again, learning_rate
+from megascale.train.dry_run import dry_run
 from megascale.train.growing import trainers
 from megascale.train.stop import StopFlag
 from megascale.train.watch import Pulse
@@ -95,6 +97,36 @@ def test_a_stop_anywhere_and_on_again(whole: Path, tmp_path: Path, stop_at: int)
     assert losses(tmp_path) == losses(whole)
 
 
+def test_a_growth_killed_before_its_proof_is_proven_when_the_run_comes_back(whole: Path, tmp_path: Path) -> None:
+    """Catches a run that takes a written and unproven checkpoint for a grown one."""
+    make_tokens(tmp_path / "tokens")
+    assert train(grown_settings(tmp_path), 4)[0] == 75
+    (tmp_path / "run" / "STOP").unlink(missing_ok=True)
+    run = tmp_path / "run"
+    (run / "grown-1" / "config.yaml").unlink()
+    for later in (run / "checkpoints").glob("step-*"):
+        if later.name > "step-00000003":
+            shutil.rmtree(later)
+    (run / "checkpoints" / "latest").write_text("step-00000003\n")
+    assert train(grown_settings(tmp_path)) == (0, "done")
+    assert losses(tmp_path) == losses(whole) and (run / "grown-1" / "config.yaml").exists()
+    assert [e["step"] for e in events(tmp_path, "grow")][-2:] == [3, 6]
+
+
+def test_a_dry_run_says_what_the_run_becomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a dry run that passes over growths: their sizes, and a refusal that only the run itself would meet."""
+    make_tokens(tmp_path / "tokens")
+    values = grown_settings(tmp_path)
+    dry_run(build_config(values), 1, str(tmp_path / "dry.json"))
+    told = json.loads((tmp_path / "dry.json").read_text())
+    assert [g["after_step"] for g in told["growths"]] == [3, 6]
+    sizes = [told["parameters"], *(g["parameters"] for g in told["growths"])]
+    assert sizes == sorted(set(sizes)) and f"after step 6: 1 process: {sizes[2]:,} parameters" in capsys.readouterr().out
+    values["grow"][1] = {"step": 6, "hidden_size": 40}
+    with pytest.raises(UsageError, match="growth does not shrink"):
+        dry_run(build_config(values), 1, None)
+
+
 @pytest.mark.dist
 def test_every_phase_has_its_own_layout(whole: Path, tmp_path: Path) -> None:
     """Catches a layout that is kept where the grown model has another."""
@@ -109,10 +141,15 @@ def test_a_growth_that_is_refused_is_refused_before_the_first_step(tmp_path: Pat
     """Catches a run that trains for days and then cannot grow."""
     make_tokens(tmp_path / "tokens")
     values = grown_settings(tmp_path)
-    values["grow"][1] = {"step": 6, "hidden_size": 40}
-    code, message = train(values)
-    assert code == 2 and "growth does not shrink" in message
-    assert not (tmp_path / "run").exists()
+    for entry, words in (
+        ({"step": 6, "hidden_size": 40}, "growth does not shrink"),
+        ({"step": 6}, "nothing grows"),
+        ({"step": 3, "num_layers": 4}, "grow is at steps 3, 3"),
+    ):
+        values["grow"][1] = entry
+        code, message = train(values)
+        assert code == 2 and words in message
+        assert not (tmp_path / "run").exists()
 
 
 def test_lemons_schedule() -> None:

@@ -151,6 +151,7 @@ def config_of(model: Model, seq_len: int) -> Config:
         ({"moe": {**MOE, "every": 2}}, Sizes(num_layers=3), Options(), "grow by a multiple of 2"),
         ({}, Sizes(hidden_size=48), Options(symmetry="loud"), "--symmetry is loud"),
         ({}, Sizes(hidden_size=48), Options(depth="up"), "--depth-method is up: choose one of"),
+        ({}, Sizes(hidden_size=10**9), Options(), "more than 4096 times as much is no growth"),
         ({}, Sizes(hidden_size=48), Options(symmetry="snr:-400"), "at most 60 dB"),
         ({}, Sizes(hidden_size=48), Options(split=(float("inf"), 1.0)), "--split is inf:1: both parts must be finite"),
         ({}, Sizes(hidden_size=48), Options(split=(float("nan"), 1.0)), "--split is nan:1: both parts must be finite"),
