@@ -2,8 +2,9 @@
 
 `python -m benchmarks.depth.study --processes 2` trains 100 blocks of width 64 for 150 steps of 4 × 64 tokens: 10 schemes, 2 learning rates
 and 2 seeds took 41 minutes on two cores. `--layers 1000 --steps 60 --schemes deepnorm branchnorm deepscale pre post --seeds 1 --lrs
-1e-3` is the 1000-block study, half an hour of one core; `--steps`, `--width`, `--batch` and `--seq-len` make it larger. Runs that are in the results already are kept, so a
-stopped study goes on. The corpus is the quickstart's text in 512 pieces:
+1e-3` is the 1000-block study, half an hour of one core; `--steps`, `--width`, `--batch` and `--seq-len` enlarge it. Runs that are in the
+results already are kept, so a stopped study goes on.
+The corpus is the quickstart's text in 512 pieces:
 
     python tools/prepare_data.py "$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \\
         --out data/stdlib512 --vocab-size 512 --pattern '*.py'
