@@ -16,6 +16,7 @@ from megascale.errors import UsageError
 from megascale.expand.grow import grow
 from megascale.expand.options import Options, Sizes
 from megascale.expand.write import Effort
+from tests.pairs.files import make_pairs, pair_settings
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at
 
@@ -66,6 +67,25 @@ def test_every_stage_equals_one_process(folder: Path, layout: str) -> None:
         wanted, got = ([r[key] for r in rows(folder / p)] for p in ("single", place))
         assert max(abs(a - b) / b for a, b in zip(got, wanted)) <= 1e-5, key
     assert rows(folder / place)[-1]["sent_bytes"]["dp_shard"] > 0
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
+def test_other_families(tmp_path: Path, family: str, stage: int) -> None:
+    """Catches a source that DeepSpeed does not hand on, and weights of the second stack that it reduces otherwise."""
+    make_tokens(tmp_path / "tokens")
+    changes: dict[str, Any] = {"precision__compute": "fp32", "train__steps": 4}
+    if family == "encoder":
+        given = settings(tmp_path, model__family=family, model__vocab_size=41, **changes)  # the last one is the mask
+    else:
+        given = pair_settings(tmp_path, data__train=make_pairs(tmp_path / "pairs"), **changes)
+    for place, function, ranks in (("alone", run, 1), ("many", deepspeed_run, 2)):
+        parallel = {"zero_stage": stage} if ranks == 2 else {}
+        there = {**given, "run": {**given["run"], "dir": str(tmp_path / place / "run")}, "parallel": parallel}
+        assert run_ranks(ranks, function, there, timeout=120) == [(0, "done")] * ranks
+    alone, many = losses(tmp_path / "alone"), losses(tmp_path / "many")
+    assert len(alone) == 4 and max(abs(a - b) / b for a, b in zip(many, alone)) <= 1e-5
 
 
 @needs_deepspeed

@@ -50,7 +50,7 @@ def plainly(model: ParallelModel, prompt: list[int], most: int) -> tuple[list[in
     return text[len(prompt) :], logits
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "repeated" else ()) for n in MODELS])
 def test_cache_and_batch_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches padding that is seen, positions that count it, a window or slope that forgets what was cached, a place that queries and keys
     of different passes do not agree on, a repeat that reads another's rows, and a cache that outgrows its room.

@@ -87,7 +87,7 @@ def test_a_run_grows_and_goes_on(whole: Path, tmp_path: Path) -> None:
     assert [e["step"] for e in told] == [3, 6] and {e["verdict"] for e in told} == {"exact"}
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 6])
+@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 6])
 def test_a_stop_anywhere_and_on_again(whole: Path, tmp_path: Path, stop_at: int) -> None:
     """Catches a restart that forgets a growth, or grows twice."""
     make_tokens(tmp_path / "tokens")

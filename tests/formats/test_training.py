@@ -69,7 +69,7 @@ def wanted(folder: Path, family: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if x in ("learned positions", "zero") else ()) for x in LAYOUTS])
 def test_a_run_starts_from_a_hugging_face_folder_on_any_layout(layout: str, tmp_path: Path) -> None:
     """Catches a rank that reads another's rectangle, a piece that stays at its random start, and a cast that rounds: the first loss is
     transformers' own on the same samples, and the run goes on as one process does.

@@ -73,7 +73,7 @@ def test_mpirun_script(tmp_path: Path, straight: list[float]) -> None:
 
 
 @needs_mpirun
-@pytest.mark.parametrize("with_mpi4py", [True, False])
+@pytest.mark.parametrize("with_mpi4py", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_mpirun_alone(tmp_path: Path, straight: list[float], with_mpi4py: bool) -> None:
     """Catches ranks that cannot find each other when nobody exports an address, with mpi4py and, on one node, without."""
     if with_mpi4py and importlib.util.find_spec("mpi4py") is None:
@@ -165,6 +165,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         two.disconnect()
 
 
+@pytest.mark.slow
 def test_two_hosts(tmp_path: Path, straight: list[float], hosts: Hosts) -> None:
     """Catches addresses that only one host understands: its own name, or 127.0.0.1. The launcher is the one for plain hosts."""
     config = write_config(tmp_path)

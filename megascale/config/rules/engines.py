@@ -67,7 +67,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
     Rule(
         "deepspeed_family",
         ("parallel.engine", "model.family"),
-        lambda c, n: c.parallel.engine == "deepspeed" and c.model.family != "decoder",
+        lambda c, n: c.parallel.engine == "deepspeed" and c.model.family == "spacetime",
         "DeepSpeed has been tried with text only",
         "use engine fsdp2",
     ),
