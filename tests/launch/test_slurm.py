@@ -252,7 +252,7 @@ def test_preflight_leaves_out_a_node(cluster: Cluster, place: Place, straight: l
     healthy = place.folder / "python"
     sick.write_text(
         f'#!/bin/sh\ncase "$SLURMD_NODENAME $1" in n1*preflight.py) exit 9;; *preflight.py) shift; '
-        f'exec {sys.executable} launchers/preflight.py "$@" --gemm-size 128 --disk-mb 1 --timeout 15 --share 0.01;; '
+        f'exec {sys.executable} launchers/preflight.py "$@" --gemm-size 1024 --disk-mb 1 --timeout 15 --share 0.01;; '
         f'esac\nexec {healthy} "$@"\n'
     )
     sick.chmod(0o755)
