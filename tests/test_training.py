@@ -276,7 +276,7 @@ def test_weights_from_another_run(folder: Path) -> None:
     assert losses(fresh)[0] < losses(folder)[0] - 0.1
     wrong = settings(other(folder, "wrong"), model__num_layers=3, checkpoint__init_from=str(folder / "run"))
     code, message = run_ranks(1, run, wrong)[0]
-    assert code == 2 and "lacks model.blocks.2" in message
+    assert code == 2 and "lacks model.blocks.2" in message and "model.num_layers was 2 and is 3: set them back" in message
 
 
 def test_errors_of_one_rank_reach_all(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from megascale.checkpoint.index import TRAINER, read_json
 from megascale.checkpoint.loader import find, newest
 from megascale.config.identity import check_allow_change, check_identity, identity
-from megascale.config.load import build_config, read_yaml
+from megascale.config.load import build_config, flatten, read_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.formats.hf import Foreign, read_hf
@@ -94,6 +94,16 @@ def _weights_from(config: Config, folder: Path) -> Start:
             f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart"
         )
     return Start(folder, True, foreign=foreign, samples=samples)
+
+
+def model_changes(config: Config, folder: Path) -> str:
+    """What the model of a checkpoint's run says otherwise than this one's, for a message about tensors that do not fit; or nothing."""
+    saved = read_json(folder / TRAINER).get("config")
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        return ""
+    then, now = flatten({"model": saved["model"]}), flatten({"model": config.plain()["model"]})
+    changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
+    return f"; {', '.join(changed)}: set them back, or make another model of it with tools/grow.py" if changed else ""
 
 
 def step_of(folder: Path) -> int:

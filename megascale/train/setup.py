@@ -19,6 +19,7 @@ from megascale.config.load import to_yaml
 from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.data.loader import Prefetcher
+from megascale.errors import UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo
@@ -35,7 +36,7 @@ from megascale.train.observed import Observed
 from megascale.train.phases import Phase
 from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start
+from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start, model_changes
 from megascale.train.samples import micro_batches, note, open_data, resolve_vocabulary
 from megascale.train.state import Progress
 from megascale.train.stop import StopFlag
@@ -73,7 +74,7 @@ def build_trainer(
     for _ in model.draw_weights(config.run.seed):
         pass
     engine = build_engine(model, config, device)
-    progress = load_start(start, engine)
+    progress = load_start(config, start, engine)
     agreed(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
     log, console = None, None
@@ -115,7 +116,7 @@ def build_trainer(
             log.close()
 
 
-def load_start(start: Start, engine: Engine) -> Progress:
+def load_start(config: Config, start: Start, engine: Engine) -> Progress:
     """Fills the engine's state from where the run starts, and says how far that run had come; a new run has come nowhere."""
     if start.folder is None:
         return Progress()
@@ -127,7 +128,10 @@ def load_start(start: Start, engine: Engine) -> Progress:
         produce = start.foreign.produce
         agreed(lambda: fill(state, produce))
     else:
-        saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        try:
+            saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+        except UsageError as error:
+            raise UsageError(f"{error}{model_changes(config, start.folder)}") from None
     engine.loaded(state)
     return Progress(samples=start.samples) if start.weights_only else Progress(**{k: saved[k] for k in Progress().plain()})
 
