@@ -235,6 +235,14 @@ def test_every_rule_has_its_case() -> None:
     assert list(REFUSED) == [r.name for r in RULES]
 
 
+def test_the_shortest_sequence_that_cp_cuts() -> None:
+    """Catches a length counted for tensor ranks twice, and sources that nobody counts."""
+    cut = ("parallel.cp=2", "parallel.tp=2", "parallel.tp_sequence=true", "model.num_kv_heads=2")
+    pairs = ("model.family=encoder_decoder", "train.source_len=6")
+    found = [refusals(config(*cut, f"train.seq_len={n}", *more), 4) for n, more in ((8, ()), (6, ()), (8, pairs))]
+    assert [[r.name for r in rules] for rules in found] == [[], ["cp_sequence"], ["cp_sequence"]]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_each_rule_refuses_its_case_alone(name: str) -> None:
     """Catches rules that overlap, and messages without the keys, their values and the fix."""

@@ -87,9 +87,7 @@ AXIS_RULES: tuple[Rule, ...] = (
     Rule(
         "cp_sequence",
         ("parallel.cp", "parallel.tp", "train.seq_len", "train.source_len"),
-        lambda c, n: (
-            c.parallel.cp > 1 and not grid(c) and _shortest(c) // (c.parallel.tp if c.parallel.tp_sequence else 1) < 2 * c.parallel.cp
-        ),
+        lambda c, n: c.parallel.cp > 1 and not grid(c) and _shortest(c) < 2 * c.parallel.cp,
         "every rank holds an early and a late piece of the sequence, of at least one position for each rank that tp_sequence cuts it over",
         "choose lengths of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
     ),
