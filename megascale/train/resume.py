@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from megascale.checkpoint.index import TRAINER, read_json
 from megascale.checkpoint.loader import find, newest
 from megascale.config.identity import check_allow_change, check_identity, identity
-from megascale.config.load import build_config, flatten, read_yaml
-from megascale.config.schema import Config
+from megascale.config.load import build_config, read_yaml
+from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
 from megascale.formats.hf import Foreign, read_hf
-from megascale.formats.hf_config import hf_config
+from megascale.formats.hf_config import differences, hf_config
 from megascale.formats.hf_folder import is_hf_folder
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.apply import ParallelModel
@@ -101,9 +102,12 @@ def model_changes(config: Config, folder: Path) -> str:
     saved = read_json(folder / TRAINER).get("config")
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         return ""
-    then, now = flatten({"model": saved["model"]}), flatten({"model": config.plain()["model"]})
-    changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
-    return f"; {', '.join(changed)}: set them back, or make another model of it with tools/grow.py" if changed else ""
+    try:
+        changed = differences(Model.model_validate(saved["model"]), config.model)
+    except ValidationError:  # of another version
+        return ""
+    told = ", ".join(f"model.{key} was {then!r} and is {now!r}" for key, (then, now) in changed.items())
+    return f"; {told}: set them back, or make another model of it with tools/grow.py" if changed else ""
 
 
 def step_of(folder: Path) -> int:
