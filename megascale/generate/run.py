@@ -46,7 +46,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
     place = Place(positions[:, :0])
-    remember(stage, place, stage.cfg.sliding_window, distance_bias(stage))
+    remember(stage, place, stage.cfg.sliding_window, distance_bias(stage, device))
     stage.xpos_middle = 0  # queries and keys of different passes count from the same place
     before, stage.enter_head = stage.enter_head, partial(_last, then=stage.enter_head)
     generator = torch.Generator().manual_seed(how.seed)
@@ -69,15 +69,15 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     return found
 
 
-def distance_bias(stage: Decoder) -> Callable[[Tensor], Tensor] | None:
+def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """What the heads here add to scores for distances [b, n, t] → [b, h, n, t]; None where they look at no distance."""
     cfg = stage.cfg
     if stage.relative is not None:
         return partial(bias_by_distance, stage.relative.weight, furthest=cfg.relative_distance, causal=True)
     if cfg.position != "alibi":
         return None
-    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.heads_here)])
-    return lambda back: -slopes.to(back.device)[:, None, None] * back[:, None]
+    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.heads_here)], device=device)
+    return lambda back: -slopes[:, None, None] * back[:, None]
 
 
 def _last(x: Tensor, then: Any) -> Tensor:
