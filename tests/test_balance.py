@@ -7,7 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tools.balance
 from megascale.config.load import load_config, to_yaml
+from megascale.config.schema import Config
+from megascale.config.stages import Part
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,17 +25,47 @@ def balance(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
 
 
-def test_a_dear_head_gets_fewer_layers(tmp_path: Path) -> None:
-    """Catches costs that are not measured, a split that does not hold all layers, and a line that the config does not take."""
-    make_tokens(tmp_path / "tokens")
-    changes = {"model__num_layers": 8, "model__vocab_size": 100_000, "parallel__pp": 2, "precision__compute": "fp32"}
-    (tmp_path / "c.yaml").write_text(to_yaml(settings(tmp_path, **changes)))
-    done = balance(tmp_path / "c.yaml")
+def config_file(folder: Path) -> Path:
+    make_tokens(folder / "tokens")
+    changes = {"model__num_layers": 8, "model__vocab_size": 10_000, "parallel__pp": 2, "precision__compute": "fp32"}
+    file = folder / "c.yaml"
+    file.write_text(to_yaml(settings(folder, **changes)))
+    return file
+
+
+def offered(printed: str) -> str:
+    """The override of the measured split, as a user would copy it."""
+    found = re.search(r"by measured cost: (parallel.pp_layers=\S+),", printed)
+    assert found is not None, printed
+    return found[1]
+
+
+def layers_by(costs: dict[str, float], file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...] | None:
+    def seconds(config: Config, part: Part, device: torch.device) -> float:
+        return costs["embedding" if part.first else "head" if part.last else "layer"]
+
+    monkeypatch.setattr(tools.balance, "seconds", seconds)
+    done = CliRunner().invoke(tools.balance.app, [str(file)])
+    assert done.exit_code == 0, done.output
+    return load_config(str(file), [offered(done.output)]).parallel.pp_layers
+
+
+def test_layers_follow_the_measured_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a split by other costs than the measured ones, costs of the wrong end, and a line that the config does not take."""
+    file = config_file(tmp_path)
+    assert layers_by({"layer": 1.0, "embedding": 0.0, "head": 0.0}, file, monkeypatch) == (4, 4)
+    assert layers_by({"layer": 1.0, "embedding": 0.0, "head": 4.0}, file, monkeypatch) == (6, 2)
+    assert layers_by({"layer": 1.0, "embedding": 6.0, "head": 0.0}, file, monkeypatch) == (1, 7)
+
+
+def test_costs_are_measured(tmp_path: Path) -> None:
+    """Catches a part that does not run alone, and a split that does not hold all layers; what it should be is the machine's matter."""
+    file = config_file(tmp_path)
+    done = balance(file)
     assert done.returncode == 0, done.stderr
-    override = re.search(r"by measured cost: (parallel.pp_layers=\S+),", done.stdout)
-    assert override is not None
-    layers = load_config(str(tmp_path / "c.yaml"), [override[1]]).parallel.pp_layers
-    assert layers is not None and sum(layers) == 8 and layers[0] > layers[1]
+    assert len(re.findall(r"[1-9]\S* ms forward and backward", done.stdout)) == 3
+    layers = load_config(str(file), [offered(done.stdout)]).parallel.pp_layers
+    assert layers is not None and sum(layers) == 8
 
 
 def test_nothing_to_balance(tmp_path: Path) -> None:
