@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """`function(*args)` on `size` gloo ranks; the results by rank."""
     context = multiprocessing.get_context("fork")
     results: Any = context.SimpleQueue()

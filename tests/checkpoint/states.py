@@ -131,4 +131,4 @@ def kinds(events: list[Event]) -> list[str]:
 
 def on_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """`run_ranks` with a time-out below pytest's own: what hangs is reported as the rank that did not answer."""
-    return run_ranks(ranks, work, *args, timeout=30)
+    return run_ranks(ranks, work, *args)
