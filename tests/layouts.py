@@ -184,7 +184,7 @@ def train(case: Case) -> dict[str, Any]:
         optimizer.step(case.optim.lr, clip_factor(norm, case.clip) / sums[1], torch.isfinite(norm))
         settle_routers(model.stages, mesh.axes, torch.isfinite(norm))
         for w in model.weights:
-            w.parameter.grad = None
+            w.forget_gradient()
     if case.keep_tensors:
         result["weight"] = whole(model, "local")
     if ranks > 1 and dist.get_rank() > 0:

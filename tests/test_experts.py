@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megascale.comm.mesh import Axis, Traffic, build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.model.experts import MixtureOfExperts
 from megascale.parallel.expert import dispatch, shard_dim
+from megascale.schedule.accumulate import Accumulation
 from tests import runs
 from tests.layouts import Case, build, fake_batch, tiny, train, worst
 from tests.ranks import run_ranks
@@ -262,6 +264,26 @@ def test_dry_run_bytes_are_exact(ranks: int, parallel: Parallel) -> None:
         case = Case(sparse(4, every=2), resolved, Optim(name=optimizer))  # type: ignore[arg-type]
         for held, said in run_ranks(ranks, live_bytes, case):
             assert held == said
+
+
+def test_the_memory_of_a_banks_gradient_is_kept() -> None:
+    """Catches pages handed out anew every step, and a gradient that the next step's is added to."""
+    case = Case(sparse(num_shared=1))
+    model = build(case, 1)
+    batches = [fake_batch(case, [n]) for n in range(2)]
+    kept: dict[str, int] = {}
+    before: dict[str, Tensor] = {}
+    for _ in range(2):
+        Accumulation(model).run(batches, 1.0)
+        for w in model.weights:
+            grad = w.parameter.grad
+            assert grad is not None
+            if w.placement.spec.experts:
+                assert kept.setdefault(w.name, grad.data_ptr()) == grad.data_ptr()
+            assert torch.equal(grad, before.setdefault(w.name, grad.clone())), w.name
+            w.forget_gradient()
+            assert w.parameter.grad is None or (w.placement.spec.experts and not w.parameter.grad.any())
+    assert len(kept) == 2 * 3
 
 
 def overlapped() -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import megascale.model.rows
 from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, readings
@@ -17,7 +18,7 @@ from megascale.model.init import initialize, orthogonal
 from megascale.model.kernels import torch_rmsnorm
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
-from megascale.model.rows import grouped_product, has_grouped_product
+from megascale.model.rows import Sort, grouped_product, in_one, sum_of_rows
 from megascale.model.spec import ParamSpec, specs_of
 from tests.layouts import tiny
 
@@ -248,19 +249,27 @@ def test_order_of_tokens_changes_nothing() -> None:
     torch.testing.assert_close(moe(x[:, order], None), moe(x, None)[:, order], rtol=1e-13, atol=1e-13)
 
 
-def test_dropped_tokens_pass_by() -> None:
-    """Catches garbage of rows without an expert in results or gradients: with all tokens alike only the first find room, the others get
-    zero, and so do their gradients.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dropped_tokens_pass_by(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches garbage of rows without an expert in results or gradients, expert by expert and by the grouped product, which leaves them
+    undefined: with all tokens alike only the first find room, the others get zero, and so do their gradients.
     """
-    for dtype in (torch.float64, torch.float32):
-        moe = mixture(capacity_factor=0.5, top_k=1).to(dtype)
-        x = torch.randn(1, 1, 24, dtype=dtype).repeat(1, 20, 1).requires_grad_()
-        y = moe(x, torch.ones(1, 20, dtype=dtype))
-        room = math.ceil(20 * 1 / E * 0.5)
-        assert (y[0, :room].abs().amax(-1) > 0).all() and torch.all(y[0, room:] == 0)
-        y.sum().backward()
-        assert x.grad is not None and torch.isfinite(x.grad).all()
-        assert float(moe.observations.now["dropped"]) == 20 - room
+    monkeypatch.setattr(megascale.model.rows, "by_expert", lambda x, weight: dtype == torch.float64)
+    monkeypatch.setattr(megascale.model.rows, "in_one", with_garbage)
+    moe = mixture(capacity_factor=0.5, top_k=1).to(dtype)
+    x = torch.randn(1, 1, 24, dtype=dtype).repeat(1, 20, 1).requires_grad_()
+    y = moe(x, torch.ones(1, 20, dtype=dtype))
+    room = math.ceil(20 * 1 / E * 0.5)
+    assert (y[0, :room].abs().amax(-1) > 0).all() and torch.all(y[0, room:] == 0)
+    y.sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    assert float(moe.observations.now["dropped"]) == 20 - room
+
+
+def with_garbage(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The grouped product where its memory held no numbers before."""
+    beyond = torch.arange(len(x)) >= counts.sum()
+    return in_one(x, weight, counts).masked_fill(beyond.unsqueeze(1), math.nan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -273,14 +282,35 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, sizes: tuple[in
     outcomes = []
     for kind in (dtype, torch.float64):
         a, b = (t.to(dtype).to(kind).clone().requires_grad_() for t in (x, w))
-        assert has_grouped_product(a, b) == (kind != torch.float64)
-        y = grouped_product(a, b, counts)
+        y = (grouped_product if kind == torch.float64 else in_one)(a, b, counts)
         (y * torch.arange(8)).sum().backward()
         outcomes.append([t.to(torch.float64) for t in (y.detach(), a.grad, b.grad)])
     bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # sums of 16 products in each type
     for fast, plain in zip(*outcomes):
         assert (fast - plain).abs().max() <= bound * plain.abs().max()
     assert torch.all(outcomes[0][2][counts == 0] == 0)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_combined_by_gates(top_k: int) -> None:
+    """Catches gates of other rows, forward or backward."""
+    generator = torch.Generator().manual_seed(3)
+    sort = Sort.of(torch.randint(0, E, (7, top_k), generator=generator))
+    rows = torch.randn(7 * top_k, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    gates = torch.rand(7, top_k, dtype=torch.float64, generator=generator, requires_grad=True)
+    want = torch.einsum("tk,tkd->td", gates, sort.gather(rows))
+    g = torch.randn(want.shape, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(sort.combine(rows, gates), want, rtol=0, atol=1e-14)
+    for ours, theirs in zip(torch.autograd.grad(sort.combine(rows, gates), (rows, gates), g), torch.autograd.grad(want, (rows, gates), g)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_sums_of_rows_are_rounded_once(top_k: int) -> None:
+    """Catches sums in bf16 that round after every row, or halves always away from zero."""
+    torch.manual_seed(0)
+    rows, places = torch.randn(512 * top_k, 32).bfloat16(), torch.randperm(512 * top_k).view(512, top_k)
+    assert torch.equal(sum_of_rows(rows, places), rows[places].double().sum(1).bfloat16())
 
 
 def test_st_moes_start() -> None:

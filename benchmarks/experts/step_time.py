@@ -57,7 +57,7 @@ def our_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, compil
         norm = global_norm(model.weights, 1)
         optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
         for w in model.weights:
-            w.parameter.grad = None
+            w.forget_gradient()
 
     return step, {"parameters": sum(s.numel for s in specs.values()), "active": active_parameters(specs)}
 

@@ -50,7 +50,7 @@ def our_step(
         norm = global_norm(model.weights, 1)
         optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
         for w in model.weights:
-            w.parameter.grad = None
+            w.forget_gradient()
 
     return step, flops, model
 

@@ -62,7 +62,7 @@ def seconds(name: str) -> list[float]:
         norm = global_norm(model.weights, ranks)
         optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
         for w in model.weights:
-            w.parameter.grad = None
+            w.forget_gradient()
         if i:
             found.append(time.perf_counter() - start)
     return found

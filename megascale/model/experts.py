@@ -26,7 +26,7 @@ from megascale.model.layers import Deferred, deferred_product
 from megascale.model.observe import Observations, Raw
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
-from megascale.model.rows import Sort, grouped_product, has_grouped_product
+from megascale.model.rows import Sort, add_by_expert, by_expert, grouped_product
 from megascale.model.spec import ParamSpec, Role, declare
 from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_grouped, grouped_weight_gradient, to_fp8
 
@@ -78,14 +78,14 @@ class Bank(nn.Module):
         weight = self.weight
         if self.fp8:
             part = grouped_weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), counts, self.scale, g.dtype)
-        elif not has_grouped_product(x, weight):
-            sizes = counts.tolist()
-            part = torch.stack([a.t() @ b for a, b in zip(g[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes))])
         else:
+            g = g if self.scale == 1.0 else g * self.scale
+            if by_expert(x, weight):
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                add_by_expert(weight.grad, x, g, counts.tolist())
+                return
             part = torch._grouped_mm(g.t(), x, offs=counts.cumsum(0).to(torch.int32))
         part = part.to(weight.dtype)
-        if self.scale != 1.0 and not self.fp8:
-            part *= self.scale
         weight.grad = part if weight.grad is None else weight.grad + part
 
 
@@ -183,17 +183,15 @@ class MixtureOfExperts(nn.Module):
         experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
         sort, counts = Sort.of(experts), load(experts, self.num_experts)
         rows = sort.spread(x.flatten(0, 1))
-        if kept is not None:
-            # The products leave these rows and their gradients undefined.
-            rows = rows.where((torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1), rows.new_zeros(()))
+        # The products leave rows of no expert and their gradients undefined.
+        exists = None if kept is None else (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1)
+        rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
         arrival = self.dispatch(rows, counts)
         shared = self.shared(x) if self.shared is not None else None  # while the rows travel
         rows_here, counts_here = arrival.wait()
-        results = sort.gather(arrival.back(self.experts(rows_here, counts_here)))
-        gates = choice.gates.flatten(0, 1).to(x.dtype)
-        if kept is not None:
-            results = results.where(kept.flatten(0, 1).unsqueeze(-1), results.new_zeros(()))
-        y = torch.einsum("tk,tkd->td", gates, results).view_as(x)
+        results = arrival.back(self.experts(rows_here, counts_here))
+        results = results if exists is None else results.where(exists, results.new_zeros(()))
+        y = sort.combine(results, choice.gates.flatten(0, 1).to(x.dtype)).view_as(x)
         y = y if shared is None else y + shared
         if not self.unit_gates:
             return y

@@ -43,7 +43,35 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+        return sum_of_rows(grads[0], inverse.view(-1, ctx.top_k)), None, None, None
+
+
+def sum_of_rows(rows: Tensor, places: Tensor) -> Tensor:
+    """Σᵢ rows[places[:, i]] for places [T, k] → [T, d], added up in at least fp32 and rounded once."""
+    if rows.device.type != "cpu":
+        return F.embedding_bag(places, rows, mode="sum")
+    # There `embedding_bag` rounds halves away from zero, which sums of two bf16 numbers often are: gradients would grow by 7e-4.
+    wide = rows.dtype if places.shape[1] <= 2 else torch.promote_types(rows.dtype, torch.float32)
+    total = rows.index_select(0, places[:, 0]).to(wide)
+    for i in range(1, places.shape[1]):
+        total.add_(rows.index_select(0, places[:, i]))
+    return total.to(rows.dtype)
+
+
+class _Combine(torch.autograd.Function):
+    """Rows [T·k, d] in the order `order` and gates [T, k] → each token's sum [T, d]. Its gradient needs no rows in the tokens' order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, order, inverse)
+        return F.embedding_bag(inverse.view_as(gates), rows, mode="sum", per_sample_weights=gates)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, gates, order, inverse = ctx.saved_tensors
+        g = grads[0].index_select(0, order // gates.shape[1])
+        into_gates = (rows * g).sum(-1).index_select(0, inverse).view_as(gates)
+        return g * gates.flatten().index_select(0, order).unsqueeze(1), into_gates, None, None
 
 
 class Sort(NamedTuple):
@@ -66,6 +94,10 @@ class Sort(NamedTuple):
         """Rows [n·k, d] → the results [n, k, d] of each token's experts."""
         return permute(rows, self.inverse, self.order).unflatten(0, (-1, self.top_k))
 
+    def combine(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Rows [n·k, d], each times its gate [n, k], summed over a token's experts → [n, d]."""
+        return _Combine.apply(rows, gates, self.order, self.inverse)  # type: ignore[no-any-return]
+
 
 def inverse_of(order: Tensor) -> Tensor:
     """The permutation that undoes `order` [n]."""
@@ -74,17 +106,41 @@ def inverse_of(order: Tensor) -> Tensor:
     return inverse
 
 
-def has_grouped_product(x: Tensor, weight: Tensor) -> bool:
-    """PyTorch's grouped product knows fp32 and bf16, and rows of a multiple of 16 bytes."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    return hasattr(torch, "_grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
+def adds_in_place(weight: Tensor) -> bool:
+    """Whether products may add to `weight.grad` themselves: on CPUs, where no hook wants to see what they add."""
+    return weight.is_leaf and weight.device.type == "cpu" and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
-class _RoundedByExpert(torch.autograd.Function):
-    """`grouped_product` with weights that are kept in another dtype than x's, for CPUs: each expert's matrix is rounded when its rows meet
-    it, and its gradient is added to what earlier micro-batches left.
+def add_by_expert(total: Tensor, x: Tensor, g: Tensor, sizes: list[int]) -> None:
+    """The weights' gradient from the rows' x [n, in] and g [n, out], added to `total` [E, out, in]."""
+    rest = x.shape[0] - sum(sizes)
+    part = total.new_empty(total.shape[1:], dtype=g.dtype)
+    for into, a, b in zip(total, x.split([*sizes, rest]), g.split([*sizes, rest])):
+        if len(a):
+            into.add_(torch.mm(b.t(), a, out=part))
 
-    A rounded bank, its gradient and the widened gradient would be 8 bytes a weight of new memory every micro-batch, of which a CPU spends
+
+@torch.library.custom_op("megascale::product_by_expert", mutates_args=())
+def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
+    """Rows x [n, in] through weight [E, out, in], or [n, out] through its transpose. One operator, so that
+    recomputation can keep its result, and one buffer for a rounded matrix: memory that is handed out anew costs more than rounding.
+    """
+    _, out_dim, in_dim = weight.shape
+    y = x.new_empty((x.shape[0], in_dim if transposed else out_dim))
+    rounded = weight.new_empty((out_dim, in_dim), dtype=x.dtype) if weight.dtype != x.dtype else None
+    rest = x.shape[0] - sum(sizes)
+    for w, rows, out in zip(weight, x.split([*sizes, rest]), y.split([*sizes, rest])):
+        if len(rows):
+            w = w if rounded is None else rounded.copy_(w)
+            torch.mm(rows, w if transposed else w.t(), out=out)
+    return y
+
+
+class _ByExpert(torch.autograd.Function):
+    """`grouped_product` one expert after the other, for CPUs and for what the grouped product does not take.
+
+    Weights are rounded to x's dtype when their expert's rows meet them, and their gradient is added to what earlier micro-batches left. A
+    rounded bank, its gradient and the widened gradient would be 8 bytes a weight of new memory every micro-batch, of which a CPU spends
     longer on handing out the pages than on the copies; here one matrix at a time stays in the cache.
     """
 
@@ -92,26 +148,18 @@ class _RoundedByExpert(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.sizes = weight, sizes
-        parts = [part @ w.to(x.dtype).t() for part, w in zip(x.split([*sizes, x.shape[0] - sum(sizes)]), weight) if len(part)]
-        return torch.cat([*parts, x.new_zeros((x.shape[0] - sum(sizes), weight.shape[1]))])
+        return product_by_expert(x, weight, sizes, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), weight, sizes = ctx.saved_tensors, ctx.weight, ctx.sizes
-        rest = x.shape[0] - sum(sizes)
-        blocks = [*zip(weight, x.split([*sizes, rest]), grads[0].split([*sizes, rest]))]
-        into_x = into_weight = None
-        if ctx.needs_input_grad[0]:
-            into_x = torch.cat([*(g @ w.to(g.dtype) for w, _, g in blocks if len(g)), x.new_zeros((rest, x.shape[1]))])
+        (x,), (g,), weight, sizes = ctx.saved_tensors, grads, ctx.weight, ctx.sizes
+        into_x = product_by_expert(g, weight, sizes, True) if ctx.needs_input_grad[0] else None
+        into_weight = None
         if ctx.needs_input_grad[1]:
-            # Hooks want to see a gradient; without them it need not exist apart from the sum.
-            adds = weight.is_leaf and weight.grad is not None and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
-            into_weight = None if adds else torch.empty_like(weight)
-            for total, (_, a, g) in zip(weight.grad if into_weight is None else into_weight, blocks):
-                if into_weight is None:
-                    total.add_(g.t() @ a)
-                else:
-                    total.copy_(g.t() @ a)  # zero where no row came
+            total = weight.grad if adds_in_place(weight) else None
+            if total is None:
+                total = into_weight = torch.zeros_like(weight)
+            add_by_expert(total, x, g, sizes)
         return into_x, into_weight, None
 
 
@@ -120,12 +168,18 @@ def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Rows beyond the sum of the counts are undefined, and so are their gradients.
     """
-    if weight.dtype != x.dtype and x.device.type == "cpu":
-        return _RoundedByExpert.apply(x, weight, counts.tolist())  # type: ignore[no-any-return]
-    weight = weight.to(x.dtype)
-    if has_grouped_product(x, weight):
-        return torch._grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
-    sizes = counts.tolist()
-    rest = x.shape[0] - sum(sizes)
-    *parts, _ = x.split([*sizes, rest])
-    return torch.cat([*(F.linear(part, w) for part, w in zip(parts, weight.unbind(0))), x.new_zeros((rest, weight.shape[1]))])
+    if by_expert(x, weight):
+        return _ByExpert.apply(x, weight, counts.tolist())  # type: ignore[no-any-return]
+    return in_one(x, weight, counts)
+
+
+def by_expert(x: Tensor, weight: Tensor) -> bool:
+    """PyTorch's grouped product knows fp32 and bf16 and rows of a multiple of 16 bytes; on CPUs it is the same loop, but in new memory."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    known = hasattr(torch, "_grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
+    return x.device.type == "cpu" or not known
+
+
+def in_one(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_product` as one kernel, without waiting for the counts."""
+    return torch._grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))

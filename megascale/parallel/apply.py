@@ -21,6 +21,7 @@ from megascale.model.families import Family, build_part
 from megascale.model.init import initialize
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Fp8
+from megascale.model.rows import adds_in_place
 from megascale.model.spec import ParamSpec, specs_of, states_of
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
@@ -54,6 +55,16 @@ class Weight:
     @property
     def local_grad(self) -> Tensor | None:
         return None if self.parameter.grad is None else local_tensor(self.parameter.grad)
+
+    def forget_gradient(self) -> None:
+        """After its update. What products add to in place stays and becomes zero: handing out the pages of 25M weights anew takes a CPU
+        40 ms, zeroing them 12.
+        """
+        parameter = self.parameter
+        if self.placement.spec.experts and not self.sharded and parameter.grad is not None and adds_in_place(parameter):
+            parameter.grad.zero_()
+        else:
+            parameter.grad = None
 
 
 @dataclass(frozen=True)

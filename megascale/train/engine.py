@@ -57,7 +57,7 @@ class Native:
         self.optimizer.step(self.lr, clip_factor(norm, self.clip) / valid, finite)
         settle_routers(self.model.stages, self.model.mesh.axes, finite)
         for w in self.model.weights:
-            w.parameter.grad = None
+            w.forget_gradient()
         return norm, finite
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

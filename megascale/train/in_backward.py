@@ -55,7 +55,7 @@ class InBackward:
         if optimizer is not None:
             optimizer.step(self.lr, 1.0 / self.valid, torch.isfinite(norm))
         for w in weights:
-            w.parameter.grad = None
+            w.forget_gradient()
 
     def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.stack(self.squares).sum().sqrt()
