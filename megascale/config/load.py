@@ -203,6 +203,8 @@ def _keys(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str
 
 def _suggest(key: str) -> str:
     """ "; did you mean …?" for a key nobody knows: other systems' names first, then the nearest spelling."""
+    if ":" in key:
+        return "; in YAML a space follows the colon: " + "{" + key.rsplit(".", 1)[-1].replace(":", ": ", 1) + "}"
     plain = key.removeprefix("--").replace("-", "_").lower()
     last = plain.rsplit(".", 1)[-1]
     if last in ELSEWHERE:

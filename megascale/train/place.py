@@ -43,11 +43,21 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
     return device
 
 
+def default_threads(ranks: RankInfo) -> int:
+    """This rank's share of the node's cores; to a process alone, what OMP_NUM_THREADS says.
+
+    Launchers set that to 1 unasked, so from them it is nobody's wish.
+    """
+    if ranks.launcher == "alone" and os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks.local_size)
+
+
 @contextmanager
 def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[Watch]:
-    """Ranks met (nothing for a process alone) and watched; threads set so that ranks on one node share its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.run.threads or max(1, cores // ranks.local_size))
+    """Ranks met (nothing for a process alone) and watched; threads set."""
+    torch.set_num_threads(config.run.threads or default_threads(ranks))
     limit = config.run.collective_timeout
     if ranks.size == 1:
         yield Watch(ranks, None, limit)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from megascale.errors import UsageError
 from megascale.launch import ranks, rendezvous
 from megascale.launch.ranks import UNKNOWN, RankInfo, find_ranks, read_ranks, tasks_per_node
+from megascale.train.place import default_threads
 
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **MEET}
@@ -219,3 +222,13 @@ def test_launching_imports_no_torch() -> None:
     modules = f"{ranks.__name__}, {rendezvous.__name__}, megascale.launch.exits"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process alone that takes all cores where the user said fewer, and ranks that a launcher's own default leaves at one thread."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert default_threads(RankInfo()) == 8 and default_threads(RankInfo(0, 4, 0, 2, launcher="torchrun")) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_threads(RankInfo()) == 3 and default_threads(RankInfo(launcher="torchrun")) == 8

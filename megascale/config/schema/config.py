@@ -17,7 +17,7 @@ class Run(Section):
     dir: str | None = None  # runs/<name> if absent
     seed: NonNegative = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent
+    threads: Positive | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent, alone also OMP_NUM_THREADS
     kernels: Literal["auto", "torch", "apex", "te"] = "auto"
     peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one rank, for MFU; known for common GPUs, measured on CPUs
     profile_step: Positive | None = None  # write a profiler trace of this step
