@@ -225,7 +225,7 @@ def test_launching_imports_no_torch() -> None:
 
 
 def test_the_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a process alone that takes all cores where the user said fewer, and ranks that a launcher's own default leaves at one thread."""
+    """Catches a process alone that takes all cores where the user said fewer, and ranks left at the one thread of a launcher's default."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
