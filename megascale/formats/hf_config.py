@@ -11,8 +11,69 @@ from megascale.config.load import flatten
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats import hf_t5
-from megascale.formats.hf_families import BY_TYPE, FAMILIES, HARMLESS, NOT_HERE, ROPE, WINDOW, Family
+from megascale.formats.hf_families import BY_TYPE, FAMILIES, NOT_HERE, Family
 
+# Keys of a config.json that no logit depends on: sizes of caches, training, files, and what generation_config.json says again.
+HARMLESS = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "pretraining_tp",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "max_window_layers",
+        "task_specific_params",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "_name_or_path",
+        "tokenizer_class",
+        "is_decoder",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "gradient_checkpointing",
+        "torchscript",
+        "reorder_and_upcast_attn",
+        "n_ctx",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "type_vocab_size",  # segments but the first are not read
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+        "dropout_rate",
+        "initializer_factor",
+        "output_past",
+        "dense_act_fn",  # what feed_forward_proj says again, as is_gated_act
+        "is_gated_act",
+        "scale_decoder_outputs",  # read with tie_word_embeddings (hf_t5.py)
+    ]
+)
+ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
+WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
 # Keys of the model section that no logit of a finished model depends on: how it starts and how it is trained. An export drops no token.
 TRAINING = frozenset(
     [
