@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Targets for sources from an encoder–decoder's checkpoint, by greedy or beam search; scored against references with sacrebleu."""
+"""Targets for sources from an encoder–decoder's checkpoint or a T5 folder, greedily or by a beam; scored against references (sacrebleu)."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,9 @@ from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
 from megascale.errors import UsageError
+from megascale.formats.hf import read_hf
+from megascale.formats.hf_folder import CONFIG, is_hf_folder
+from megascale.formats.load import load_model
 from megascale.launch.ranks import RankInfo
 from megascale.model.beam import beam_search
 from megascale.model.encoder_decoder import EncoderDecoder
@@ -32,15 +36,17 @@ app = new_app(__doc__ or "")
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="a folder step-… or a run")],
+    checkpoint: Annotated[Path, typer.Argument(help="a folder step-…, a run, or a Hugging Face folder with T5")],
     inputs: Annotated[Path, typer.Option("--input", help="text file with a source in each line")],
     output: Annotated[Path | None, typer.Option(help="file for the targets, a line each; printed if absent")] = None,
     reference: Annotated[Path | None, typer.Option(help="text file with the wanted targets: prints BLEU and exact matches")] = None,
     beam: Annotated[int, typer.Option(min=1, help="hypotheses that are followed; 1 is greedy")] = 1,
     length_penalty: Annotated[float, typer.Option(min=0.0, help="power of the length that a score is divided by")] = 1.0,
-    longest: Annotated[int | None, typer.Option(min=1, help="tokens of a target; train.seq_len if absent")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, help="tokens of a target; as in training if absent")] = None,
     batch: Annotated[int, typer.Option(min=1, help="sources that are translated together")] = 32,
-    tokenizer: Annotated[Path | None, typer.Option(help="of the targets; beside the training data if absent")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="of the targets; found beside the training data or in the folder if absent")
+    ] = None,
     source_tokenizer: Annotated[Path | None, typer.Option(help="of the sources; as --tokenizer if absent")] = None,
 ) -> None:
     """Translates every line of --input. Runs on one process."""
@@ -48,23 +54,17 @@ def main(
     if wanted is not None and len(wanted) != len(sources):
         raise UsageError(f"{reference} has {len(wanted)} lines and {inputs} has {len(sources)}: give a reference for each source")
     bleu = None if wanted is None else import_sacrebleu()
-    folder = find(checkpoint)
-    config, step = saved_config(folder)
-    if longest is not None and config.model.position == "learned" and longest > config.train.seq_len:
+    opened = (open_hf if is_hf_folder(checkpoint) else open_run)(checkpoint, tokenizer, source_tokenizer)
+    model = opened.model
+    if longest is not None and model.cfg.position == "learned" and longest > opened.longest:
         raise UsageError(
-            f"--longest is {longest} and the model has learned {config.train.seq_len} positions (train.seq_len): choose a smaller one"
+            f"--longest is {longest} and the model has learned {opened.longest} positions (train.seq_len): choose a smaller one"
         )
-    out = chosen(config, tokenizer, config.data.tokenizer, "target")
-    shared = config.model.share_embeddings
-    into = out if shared and source_tokenizer is None else chosen(config, source_tokenizer, config.data.source_tokenizer, "source")
-    model, device = open_model(config, folder, step)
-    end = end_token(config) if tokenizer is None else out.eos_id
-    start = end if config.data.start_token is None else config.data.start_token
     found: list[str] = []
     for first in range(0, len(sources), batch):
-        rows = padded(into, sources[first : first + batch], config.train.source_length, device, first, inputs)
-        for hypothesis in beam_search(model, rows, end, longest or config.train.seq_len, beam, length_penalty, start):
-            found.append(out.decode(hypothesis.tokens).replace("\n", " "))
+        rows = padded(opened, sources[first : first + batch], first, inputs)
+        for hypothesis in beam_search(model, rows, opened.end, longest or opened.longest, beam, length_penalty, opened.start):
+            found.append(opened.out.decode(hypothesis.tokens).replace("\n", " "))
     text = "".join(line + "\n" for line in found)
     if output is None:
         print(text, end="")
@@ -98,6 +98,52 @@ def import_sacrebleu() -> Any:
     return sacrebleu
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model with what reads sources `into` it and tells what comes `out`: targets begin behind `start` and go to `end`."""
+
+    model: EncoderDecoder
+    device: torch.device
+    into: Tokenizer
+    out: Tokenizer
+    start: int
+    end: int
+    longest_source: int | None  # None: any length
+    longest: int
+
+
+def open_run(checkpoint: Path, tokenizer: Path | None, source_tokenizer: Path | None) -> Opened:
+    folder = find(checkpoint)
+    config, step = saved_config(folder)
+    out = chosen(config, tokenizer, config.data.tokenizer, "target")
+    shared = config.model.share_embeddings
+    into = out if shared and source_tokenizer is None else chosen(config, source_tokenizer, config.data.source_tokenizer, "source")
+    model, device = open_model(config, folder, step)
+    end = end_token(config) if tokenizer is None else out.eos_id
+    start = end if config.data.start_token is None else config.data.start_token
+    return Opened(model, device, into, out, start, end, config.train.source_length, config.train.seq_len)
+
+
+def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None) -> Opened:
+    """T5: its distances are relative, so it takes sources of any length."""
+    foreign = read_hf(folder)
+    model = foreign.model
+    if model.family != "encoder_decoder":
+        raise UsageError(f"{folder} is of family {model.family}, and only an encoder_decoder has sources: use tools/generate.py")
+    out = load_tokenizer(tokenizer or folder)
+    into = out if source_tokenizer is None else load_tokenizer(source_tokenizer)
+    start, end = (foreign.config.get(key) for key in ("decoder_start_token_id", "eos_token_id"))
+    if not isinstance(start, int) or not isinstance(end, int):
+        raise UsageError(f"{folder / CONFIG} has decoder_start_token_id {start} and eos_token_id {end}: targets need a number for both")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    alone = Parallel(dp_shard=1)
+    dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
+    mesh = build_mesh(axis_sizes(alone, 1), device.type)
+    loaded = load_model(model, foreign.seq_len, foreign.produce, mesh, alone, device, dtype).model
+    assert isinstance(loaded, EncoderDecoder)
+    return Opened(loaded, device, into, out, start, end, None, foreign.seq_len)
+
+
 def saved_config(folder: Path) -> tuple[Config, int]:
     """The config of the run behind a checkpoint, for one process, and its step."""
     trainer = read_json(folder / "trainer.json")
@@ -128,16 +174,16 @@ def open_model(config: Config, folder: Path, step: int) -> tuple[EncoderDecoder,
     return model, device
 
 
-def padded(tokenizer: Tokenizer, texts: list[str], longest: int, device: torch.device, first: int, path: Path) -> torch.Tensor:
+def padded(opened: Opened, texts: list[str], first: int, path: Path) -> torch.Tensor:
     """Texts with their end tokens as rows [b, t], −1 beyond."""
-    rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    rows, longest = [[*ids, opened.into.eos_id] for ids in opened.into.encode_batch(texts)], opened.longest_source
     for number, row in enumerate(rows, first + 1):
-        if len(row) > longest:
+        if longest is not None and len(row) > longest:
             raise UsageError(
                 f"{path}, line {number} has {len(row)} tokens, and the model was trained on sources of at most {longest}: cut it"
             )
     width = max(map(len, rows))
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=device)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=opened.device)
 
 
 if __name__ == "__main__":

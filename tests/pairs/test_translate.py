@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from megascale.config.load import build_config
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.train.setup import build_trainer
+from tests.formats.models import PLAIN, save
 from tests.pairs.files import pair_settings
 from tests.pairs.test_data import SOURCES, TARGETS, prepared, write_lines
 from tools import translate
@@ -56,6 +60,29 @@ def test_what_was_learned_is_told(run_dir: Path, capsys: pytest.CaptureFixture[s
     assert out.read_text().splitlines() == TARGETS[:12]
     run_tool(str(run_dir / "run"), "--input", str(run_dir / "few.src"))
     assert capsys.readouterr().out.splitlines() == TARGETS[:12]
+
+
+def test_from_a_t5_folder(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches another first token, sources that see padding, and an end that is not theirs: greedy as transformers does it."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
+    tokenizer = load_tokenizer(run_dir / "all.target.model")
+    sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "n_positions": 20}
+    theirs = save(
+        "t5", {**sizes, "eos_token_id": tokenizer.eos_id, "decoder_start_token_id": 7, "initializer_factor": 3.0}, tmp_path / "t5"
+    )
+    shutil.copy(tokenizer.path, tmp_path / "t5/spiece.model")
+    sources = SOURCES[:3]
+    run_tool(str(tmp_path / "t5"), "--input", write_lines(tmp_path / "in.txt", sources), "--batch", "2")
+    want = []
+    for ids in tokenizer.encode_batch(sources):
+        with torch.no_grad():
+            row = theirs.generate(torch.tensor([[*ids, tokenizer.eos_id]]), max_new_tokens=20, num_beams=1, do_sample=False)[0, 1:].tolist()
+        row = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+        want.append(tokenizer.decode(row).replace("\n", " "))
+    assert capsys.readouterr().out.splitlines() == want and len(set(want)) == 3
+    save("llama", PLAIN["llama"], tmp_path / "llama")
+    with pytest.raises(UsageError, match=r"only an encoder_decoder has sources: use tools/generate\.py"):
+        run_tool(str(tmp_path / "llama"), "--input", str(tmp_path / "in.txt"))
 
 
 def test_wrong_use_is_one_message(run_dir: Path, tmp_path: Path) -> None:
