@@ -122,8 +122,10 @@ def add_by_expert(total: Tensor, x: Tensor, g: Tensor, sizes: list[int]) -> None
 
 @torch.library.custom_op("megascale::product_by_expert", mutates_args=())
 def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
-    """Rows x [n, in] through weight [E, out, in], or [n, out] through its transpose. One operator, so that
-    recomputation can keep its result, and one buffer for a rounded matrix: memory that is handed out anew costs more than rounding.
+    """Rows x [n, in] sorted by expert through weight [E, out, in], or [n, out] through its transpose; `sizes` [E] rows of each.
+
+    One operator, so that recomputation can keep its result, and one buffer for a rounded matrix: memory that is handed out anew costs more
+    than rounding.
     """
     _, out_dim, in_dim = weight.shape
     y = x.new_empty((x.shape[0], in_dim if transposed else out_dim))
