@@ -203,8 +203,6 @@ def _keys(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str
 
 def _suggest(key: str) -> str:
     """ "; did you mean …?" for a key nobody knows: other systems' names first, then the nearest spelling."""
-    if ":" in key:
-        return "; in YAML a space follows the colon: " + "{" + key.rsplit(".", 1)[-1].replace(":", ": ", 1) + "}"
     plain = key.removeprefix("--").replace("-", "_").lower()
     last = plain.rsplit(".", 1)[-1]
     if last in ELSEWHERE:
@@ -223,6 +221,8 @@ def _sentence(error: Any) -> str:
     parts = [str(p) for p in error["loc"] if not str(p).startswith(("list[", "function-", "DataSource", "literal["))]
     parts = [p for p in parts if p not in ("str", "int", "float", "bool")]
     key, value, kind = ".".join(parts), error.get("input"), error["type"]
+    if kind == "extra_forbidden" and ":" in parts[-1]:
+        return f"unknown key {key}: in YAML a space follows the colon: {{{parts[-1].replace(':', ': ', 1)}}}"
     if kind == "extra_forbidden":
         return f"unknown key {key} (= {_short(value)}){_suggest(key)}"
     if kind == "missing":

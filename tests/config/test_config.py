@@ -52,6 +52,7 @@ def config(*overrides: str) -> Config:
         ("model=3", "write section.key=value"),
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
+        ("model.num_layers:3", "did you mean model.num_layers?"),
         ("model.moe={num_experts:8}", "in YAML a space follows the colon: {num_experts: 8}"),
         ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
         ("parallel.zzzzzzzz=2", "`--dry-run` prints every key"),
