@@ -20,9 +20,9 @@ from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
 from megascale.errors import UsageError
-from megascale.formats.hf import read_hf
-from megascale.formats.hf_folder import CONFIG, is_hf_folder
+from megascale.formats.hf_folder import CONFIG, is_hf_folder, read_object
 from megascale.formats.load import load_model
+from megascale.generate.open import layout, open_any
 from megascale.launch.ranks import RankInfo
 from megascale.model.beam import beam_search
 from megascale.model.encoder_decoder import EncoderDecoder
@@ -126,22 +126,21 @@ def open_run(checkpoint: Path, tokenizer: Path | None, source_tokenizer: Path | 
 
 def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None) -> Opened:
     """T5: its distances are relative, so it takes sources of any length."""
-    foreign = read_hf(folder)
-    model = foreign.model
-    if model.family != "encoder_decoder":
-        raise UsageError(f"{folder} is of family {model.family}, and only an encoder_decoder has sources: use tools/generate.py")
+    found = open_any(folder)
+    if found.model.family != "encoder_decoder":
+        raise UsageError(f"{folder} is of family {found.model.family}, and only an encoder_decoder has sources: use tools/generate.py")
     out = load_tokenizer(tokenizer or folder)
     into = out if source_tokenizer is None else load_tokenizer(source_tokenizer)
-    start, end = (foreign.config.get(key) for key in ("decoder_start_token_id", "eos_token_id"))
+    said = read_object(folder / CONFIG)
+    start, end = (said.get(key) for key in ("decoder_start_token_id", "eos_token_id"))
     if not isinstance(start, int) or not isinstance(end, int):
         raise UsageError(f"{folder / CONFIG} has decoder_start_token_id {start} and eos_token_id {end}: targets need a number for both")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    alone = Parallel(dp_shard=1)
-    dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
-    mesh = build_mesh(axis_sizes(alone, 1), device.type)
-    loaded = load_model(model, foreign.seq_len, foreign.produce, mesh, alone, device, dtype).model
-    assert isinstance(loaded, EncoderDecoder)
-    return Opened(loaded, device, into, out, start, end, None, foreign.seq_len)
+    config = layout(found, 1, "auto")
+    device = choose_device(config, RankInfo())
+    mesh = build_mesh(axis_sizes(config.parallel, 1), device.type)
+    model = load_model(config.model, found.seq_len, found.produce, mesh, config.parallel, device, found.dtype).model
+    assert isinstance(model, EncoderDecoder)
+    return Opened(model, device, into, out, start, end, None, found.seq_len)
 
 
 def saved_config(folder: Path) -> tuple[Config, int]:
@@ -177,7 +176,12 @@ def open_model(config: Config, folder: Path, step: int) -> tuple[EncoderDecoder,
 def padded(opened: Opened, texts: list[str], first: int, path: Path) -> torch.Tensor:
     """Texts with their end tokens as rows [b, t], −1 beyond."""
     rows, longest = [[*ids, opened.into.eos_id] for ids in opened.into.encode_batch(texts)], opened.longest_source
+    vocabulary = opened.model.cfg.source_vocab_size or opened.model.cfg.vocab_size or 0
     for number, row in enumerate(rows, first + 1):
+        if max(row) >= vocabulary:
+            raise UsageError(
+                f"{path}, line {number} has token {max(row)}, and the model knows {vocabulary}: use the tokenizer it was trained with"
+            )
         if longest is not None and len(row) > longest:
             raise UsageError(
                 f"{path}, line {number} has {len(row)} tokens, and the model was trained on sources of at most {longest}: cut it"

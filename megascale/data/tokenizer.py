@@ -58,10 +58,12 @@ class Tokenizer:
         return [int(i) for i in self.encode_batch([text])[0]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token numbers; for models of `train_sentencepiece` exactly what was encoded, but that "▁" comes back as a space."""
+        """The text of token numbers; for models of `train_sentencepiece` exactly what was encoded, but that "▁" comes back as a space.
+        Numbers without a piece, with which vocabularies are filled up, say nothing.
+        """
         numbers = [int(i) for i in ids]
         if self._piece is not None:
-            return str(self._piece.decode(numbers))
+            return str(self._piece.decode([i for i in numbers if i < self.vocab_size]))
         assert self._json is not None
         return str(self._json.decode(numbers, skip_special_tokens=False))
 

@@ -38,21 +38,25 @@ class Opened:
 
 def open_model(path: Path) -> Opened:
     """Raises UsageError for what is no model, or none that says what comes next."""
+    found = open_any(path)
+    if found.model.family != "decoder":
+        raise UsageError(f"{path} is of family {found.model.family}, and only a decoder says what comes next: give a decoder's checkpoint")
+    return found
+
+
+def open_any(path: Path) -> Opened:
+    """A model of any family. Raises UsageError for what is none."""
     if is_hf_folder(path):
         foreign = read_hf(path)
         dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
         said = read_object(path / GENERATION) if (path / GENERATION).is_file() else {}
         tokenizer = path if tokenizer_files(path) else None
-        found = Opened(foreign.model, foreign.seq_len, foreign.produce, dtype, tokenizer, ends_of(said))
-    else:
-        ours = open_checkpoint(path)
-        compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(ours.config.get("precision", {}).get("compute"), torch.float32)
-        tokenizer, said = find_tokenizer(ours.config, ours.folder), ours.trainer.get("hf_generation_config", {})
-        static = ours.config.get("precision", {}).get("fp8") == "static"
-        found = Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends_of(said), "static" if static else "false")
-    if found.model.family != "decoder":
-        raise UsageError(f"{path} is of family {found.model.family}, and only a decoder says what comes next: give a decoder's checkpoint")
-    return found
+        return Opened(foreign.model, foreign.seq_len, foreign.produce, dtype, tokenizer, ends_of(said))
+    ours = open_checkpoint(path)
+    compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(ours.config.get("precision", {}).get("compute"), torch.float32)
+    tokenizer, said = find_tokenizer(ours.config, ours.folder), ours.trainer.get("hf_generation_config", {})
+    static = ours.config.get("precision", {}).get("fp8") == "static"
+    return Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends_of(said), "static" if static else "false")
 
 
 def ends_of(generation: Mapping[str, Any]) -> frozenset[int]:

@@ -80,6 +80,11 @@ def test_from_a_t5_folder(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
         row = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
         want.append(tokenizer.decode(row).replace("\n", " "))
     assert capsys.readouterr().out.splitlines() == want and len(set(want)) == 3
+    narrow = {**sizes, "vocab_size": 12, "eos_token_id": 1, "decoder_start_token_id": 0}
+    save("t5", narrow, tmp_path / "narrow")
+    with pytest.raises(UsageError, match=r"line 1 has token \d+, and the model knows 12"):
+        run_tool(str(tmp_path / "narrow"), "--input", str(tmp_path / "in.txt"), "--tokenizer", str(tokenizer.path))
+    assert tokenizer.decode([*tokenizer.encode_batch(["word"])[0], tokenizer.vocab_size + 5]) == "word"
     save("llama", PLAIN["llama"], tmp_path / "llama")
     with pytest.raises(UsageError, match=r"only an encoder_decoder has sources: use tools/generate\.py"):
         run_tool(str(tmp_path / "llama"), "--input", str(tmp_path / "in.txt"))
