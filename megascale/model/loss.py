@@ -37,8 +37,8 @@ def cross_entropy_sum(
 
     x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T],
     negative where not counted. With an axis the vocabulary is cut over its ranks and all of them return the same loss; the gradient of x is
-    then this rank's part of a sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: on a device, passes over a
-    chunk are fused.
+    then this rank's part of a sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: passes over a chunk are
+    fused, where the vocabulary is whole.
     """
     return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, compiled, bias)  # type: ignore[no-any-return]
 
@@ -73,7 +73,7 @@ class _CrossEntropySum(torch.autograd.Function):
         step = -(-x.shape[0] // max(1, -(-x.shape[0] * w.shape[0] // elements)))
         # A number that changes with every step is data to a compiler.
         factor = torch.full((), scale, dtype=exact, device=x.device)
-        chunk = _compiled_chunk() if compiled and axis is None and x.device.type != "cpu" else _chunk
+        chunk = _compiled_chunk() if compiled and axis is None else _chunk
         for start in range(0, x.shape[0], max(1, step)):
             rows = slice(start, start + step)
             raw = x[rows] @ w.t() if b is None else torch.addmm(b, x[rows], w.t())
@@ -96,7 +96,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         g = grads[0]
-        to_x, to_w, to_b = (None if grad is None else grad * g.to(grad.dtype) for grad in ctx.saved_tensors)
+        # In place: a second gradient of the whole head would be this step's largest tensor.
+        to_x, to_w, to_b = (None if grad is None else grad.mul_(g.to(grad.dtype)) for grad in ctx.saved_tensors)
         return to_x, to_w, *[None] * 6, to_b
 
 

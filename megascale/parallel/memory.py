@@ -72,7 +72,7 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def compile_blocks(model: Family) -> None:
-    """Blocks share one compiled graph; exchanges between ranks stay outside it. On devices the loss has one of its own."""
+    """Blocks share one compiled graph; exchanges between ranks stay outside it. A loss whose vocabulary is whole has one of its own."""
     if isinstance(model, Decoder):
         model.compiled_loss = True
     for _, block in model.units():
