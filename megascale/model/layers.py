@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascale.model import product_cpu
 from megascale.model.bitlinear import Statistics, quantized_input, quantized_weight
 from megascale.model.kernels import NormKernel, dyt
 from megascale.model.observe import Observations
@@ -23,7 +24,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Every hidden product of the system goes through here, so that another precision or a deferred weight gradient has one place to go.
     """
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if product_cpu.takes(x, weight):
+        y = product_cpu.product(x, weight)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 # How a product is computed: in the input's dtype, in FP8 with static scales, or with measured ones per tensor or per row.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Axis
+from megascale.model.layers import linear
 
 # Logits held at once: 512 MiB in bf16. Each chunk passes once over the gradient of the whole head, so that few of them are faster.
 CHUNK_ELEMENTS = 1 << 28
@@ -76,11 +77,11 @@ class _CrossEntropySum(torch.autograd.Function):
         chunk = _compiled_chunk() if compiled and axis is None else _chunk
         for start in range(0, x.shape[0], max(1, step)):
             rows = slice(start, start + step)
-            raw = x[rows] @ w.t() if b is None else torch.addmm(b, x[rows], w.t())
+            raw = linear(x[rows], w, b)
             loss, d_logits = chunk(raw, targets[rows], factor, first, vocab_size, axis, need_x or need_w or need_b, exact)
             total += loss
             if grad_x is not None:
-                torch.mm(d_logits, w, out=grad_x[rows])
+                grad_x[rows] = linear(d_logits, w.t())
             if need_w:
                 grad_w = _add_product(grad_w, d_logits, x[rows], exact if step < x.shape[0] else x.dtype)
             if grad_b is not None:

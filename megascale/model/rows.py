@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale.model import product_cpu
+
 
 class _Permute(torch.autograd.Function):
     """x[order] for a permutation. Its gradient is another gather, where indexing's own would be a slow scattered sum."""
@@ -134,7 +136,11 @@ def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: b
     for w, rows, out in zip(weight, x.split([*sizes, rest]), y.split([*sizes, rest])):
         if len(rows):
             w = w if rounded is None else rounded.copy_(w)
-            torch.mm(rows, w if transposed else w.t(), out=out)
+            w = w.t() if transposed else w
+            if product_cpu.takes(rows, w):
+                out.copy_(product_cpu.product(rows, w))
+            else:
+                torch.mm(rows, w.t(), out=out)
     return y
 
 

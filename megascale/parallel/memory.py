@@ -28,6 +28,7 @@ KEPT = {
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.megascale.masked_attention.default,
     torch.ops.megascale.fp8_product.default,
+    torch.ops.megascale.product.default,
     torch.ops.megascale.product_by_expert.default,
     torch.ops.higher_order.flex_attention,
 }
