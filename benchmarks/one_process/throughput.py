@@ -1,7 +1,7 @@
 """Share of the machine's own product rate that a training step reaches, and tokens/s beside Hugging Face's Llama of the same shape.
 
-`python -m benchmarks.one_process.throughput --dtype fp32` (or bf16); needs `pip install -e '.[hf]'` for the comparison. On a GPU add
-`--config gpu`: a 1.2B decoder in bf16.
+`python -m benchmarks.one_process.throughput --dtype fp32` (or bf16); needs `pip install -e '.[hf]'` for the comparison. `--plain` also runs
+the loop that a tutorial would write, a control for the machine. On a GPU add `--config gpu`: a 1.2B decoder in bf16.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import in_turn, machine, write
+from benchmarks.two_processes.plain import Plain
 from megascale.comm.mesh import AXES, build_mesh
 from megascale.config.load import load_config
 from megascale.config.schema import Model, Optim, Parallel
@@ -72,10 +73,27 @@ def their_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable
     model = LlamaForCausalLM(config).to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     compiled = torch.compile(model, dynamic=False)
+    return tutorial_step(model, lambda: compiled(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss, optimizer, dtype)
+
+
+def plain_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    """The same shape in torch's own modules, with GELU and a tied head."""
+    model = Plain(cfg)
+    model.head.weight = model.embedding.weight
+    compiled = torch.compile(model, dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return tutorial_step(model, lambda: compiled(tokens[:, :-1], tokens[:, 1:]), optimizer, dtype)
+
+
+def tutorial_step(
+    model: torch.nn.Module, forward: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> Callable[[], object]:
+    """fp32 masters under autocast, clipping and an update."""
+    device = next(model.parameters()).device.type
 
     def step() -> None:
-        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-            loss = compiled(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = forward()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -92,7 +110,10 @@ def main() -> None:
     parser.add_argument("--config", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--compare", action="store_true", help="also run Hugging Face's Llama (uses swiglu)")
+    parser.add_argument("--plain", action="store_true", help="also run a plain loop in torch's own modules (on CPUs, with GELU)")
     args = parser.parse_args()
+    if args.plain and (args.compare or args.config == "gpu" or args.ffn != "gelu"):
+        parser.error("--plain is a loop with GELU on CPUs: leave out --compare, --config gpu and --ffn")
     dtype = DTYPES[args.dtype]
     if args.config == "gpu":
         cfg, seq_len, device = load_config("configs/llama-1.2b.yaml").model, 4096, torch.device("cuda")
@@ -106,6 +127,8 @@ def main() -> None:
     steps = {"megascale": step}
     if args.compare:
         steps["huggingface"] = their_step(cfg, tokens, dtype)
+    if args.plain:
+        steps["plain"] = plain_step(cfg, tokens, dtype)
     for warm_up in steps.values():
         for _ in range(3):
             warm_up()
@@ -126,12 +149,15 @@ def main() -> None:
     }
     if args.compare:
         result["speed_over_huggingface"] = measured["huggingface"]["seconds"] / measured["megascale"]["seconds"]
+    if args.plain:
+        result["share_of_gemm_plain"] = flops / measured["plain"]["seconds"] / measured["plain"]["gemm_flops"]
+        result["speed_over_plain"] = measured["plain"]["seconds"] / measured["megascale"]["seconds"]
     if device.type == "cuda":
         seconds = measured["megascale"]["seconds"]
         result["tokens_per_second"] = args.batch * seq_len / seconds
         result["mfu"] = flops / seconds / peak_flops(device, dtype)
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    write(__file__, f"{device.type}_{args.dtype}{'_vs_hf' if args.compare else ''}", result)
+    write(__file__, f"{device.type}_{args.dtype}{'_vs_hf' if args.compare else '_vs_plain' if args.plain else ''}", result)
 
 
 if __name__ == "__main__":

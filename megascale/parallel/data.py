@@ -8,6 +8,7 @@ not pass through our collectives, hence the counting hooks.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from megascale.comm.mesh import Axis, Mesh
 from megascale.model.families import Family
 from megascale.parallel.expert import banks
 from megascale.parallel.tensor import Placement
+
+# torch 2.13 renamed the one and warns at the old name; 2.11 and 2.12 know only that.
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 # Called around each micro-batch with "is it the last one of the step?"
 MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
@@ -98,9 +102,8 @@ def replicate_model(model: Family, mesh: Mesh) -> tuple[nn.Module, MicroBatchSco
     """DDP over dp_replicate and cp together: gradients summed once a step in buckets that overlap with backward."""
     axis = mesh["replicas"]
     # Declared states are equal on all ranks by construction; DDP would send rank 0's before every forward.
-    wrapped = DistributedDataParallel(
-        model, process_group=axis.group, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False
-    )
+    quiet: dict[str, Any] = {"init_sync": False, BUFFERS: False}
+    wrapped = DistributedDataParallel(model, process_group=axis.group, gradient_as_bucket_view=True, **quiet)
     wrapped.register_comm_hook(axis, _summing_hook)
     return wrapped, lambda last: nullcontext() if last else wrapped.no_sync()
 
