@@ -11,12 +11,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`function(*args)` on `size` gloo ranks; the results by rank."""
+    """`function(*args)` on `size` gloo ranks; the results by rank. A case with pipelines is skipped where torch cannot run it."""
+    if torch.__version__.startswith("2.11.") and any(getattr(getattr(a, "parallel", None), "pp", 1) > 1 for a in args):
+        pytest.skip("pipelines need torch 2.12")
     context = multiprocessing.get_context("fork")
     results: Any = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

@@ -281,6 +281,7 @@ def test_a_thousand_layers_are_balanced(schedule: Any, pp: int, virtual: int, vo
     assert max(loads) < sum(loads) / len(loads) + layer
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="pipelines need torch 2.12")
 def test_resume_between_pipelines(tmp_path: Path) -> None:
     """Catches state that belongs to a stage: one run wanders over pp 1, 2, 3, 4 and several schedules and equals the one that stayed."""
     runs.make_tokens(tmp_path / "tokens")
