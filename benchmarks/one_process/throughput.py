@@ -71,9 +71,8 @@ def their_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable
         use_cache=False,
     )
     model = LlamaForCausalLM(config).to(tokens.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     compiled = torch.compile(model, dynamic=False)
-    return tutorial_step(model, lambda: compiled(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss, optimizer, dtype)
+    return tutorial_step(model, lambda: compiled(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss, dtype)
 
 
 def plain_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
@@ -81,15 +80,13 @@ def plain_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable
     model = Plain(cfg)
     model.head.weight = model.embedding.weight
     compiled = torch.compile(model, dynamic=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return tutorial_step(model, lambda: compiled(tokens[:, :-1], tokens[:, 1:]), optimizer, dtype)
+    return tutorial_step(model, lambda: compiled(tokens[:, :-1], tokens[:, 1:]), dtype)
 
 
-def tutorial_step(
-    model: torch.nn.Module, forward: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype
-) -> Callable[[], object]:
-    """fp32 masters under autocast, clipping and an update."""
+def tutorial_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor], dtype: torch.dtype) -> Callable[[], object]:
+    """fp32 masters under autocast, clipping and torch's fused AdamW."""
     device = next(model.parameters()).device.type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
