@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("chunk", [7, 1 << 25])
 def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Catches a lost chunk, a target that should not count, padding columns that take probability, and wrong gradients."""
+    """Catches a lost chunk, a target that should not count, padding columns that take probability, wrong gradients, and what comes
+    back from behind the loss being lost, or applied twice where a loss is differentiated twice.
+    """
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk * 13)
     torch.manual_seed(0)
     x, w = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
@@ -36,11 +38,13 @@ def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     for b in (None, bias):
         x.grad = w.grad = None
         got = loss.cross_entropy_sum(x, w, targets, 0.25, 0, 11, None, bias=b)
-        got.backward()
+        (3 * got).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # told, not wrong
+            got.backward()
         inputs = [t.detach().requires_grad_() for t in (x, w, bias)]
         logits = inputs[0] @ inputs[1][:11].t() + (0 if b is None else inputs[2][:11])
         want = 0.25 * F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        want.backward()
+        (3 * want).backward()
         torch.testing.assert_close(got, want.detach())
         for ours, plain in zip((x, w) if b is None else (x, w, bias), inputs):
             torch.testing.assert_close(ours.grad, plain.grad)
