@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from megascale.checkpoint.planning import PlanCache, SavePlanner
-from megascale.checkpoint.storage import LATEST, ShardWriter, discard, remove, step_name, steps_in
+from megascale.checkpoint.storage import LATEST, ShardWriter, remove, step_name, steps_in
 from megascale.comm.piece import Piece
 from megascale.errors import MegascaleError
+from megascale.files import discard
 
 # Ranks wait for the slowest one's disk; a rank that dies is noticed at once, since its connection closes.
 PATIENCE = timedelta(hours=2)

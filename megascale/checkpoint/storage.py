@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch.futures import Future
 from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
 from megascale.checkpoint.shards import Part, Stored, check_parts, read_parts, shard_name, write_shard
 from megascale.errors import UsageError
+from megascale.files import discard, sync_folder, write_durably
 
 LATEST = "latest"
 STEP = re.compile(r"step-(\d{8,})")
@@ -115,17 +115,17 @@ class ShardWriter(StorageWriter):
 
 def publish(root: Path, temporary: Path, step: int) -> None:
     """Gives a finished temporary folder its name, then lets `latest` point to it. Raises OSError."""
-    _sync_folder(temporary)
+    sync_folder(temporary)
     final = root / step_name(step)
     replaced, pointer = root / f".tmp-del-{final.name}", root / f".tmp-{LATEST}"
     if final.exists():  # two renames with nothing between: a folder cannot be renamed onto one that is not empty
         os.rename(final, replaced)
     try:
         os.rename(temporary, final)
-        _sync_folder(root)
+        sync_folder(root)
         write_durably(pointer, f"{final.name}\n".encode())
         os.replace(pointer, root / LATEST)
-        _sync_folder(root)
+        sync_folder(root)
     except OSError:  # as it was before: what has failed must not be found later
         discard(pointer)
         if final.exists():
@@ -141,14 +141,6 @@ def remove(folder: Path) -> None:
     doomed = folder.with_name(f".tmp-del-{folder.name}")
     os.rename(folder, doomed)
     discard(doomed)
-
-
-def discard(path: Path) -> None:
-    """Deletes what bears a temporary name, as far as it goes: the next save tries again."""
-    if path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class ShardReader(StorageReader):
@@ -212,22 +204,3 @@ def _done(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """A small file, on disk when this returns. Raises OSError naming it."""
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

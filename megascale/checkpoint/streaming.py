@@ -25,8 +25,9 @@ from torch import Tensor
 
 from megascale.checkpoint.index import DTYPE_NAMES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
 from megascale.checkpoint.shards import Stored, write_shard
-from megascale.checkpoint.storage import discard, publish, step_name, write_durably
+from megascale.checkpoint.storage import publish, step_name
 from megascale.errors import UsageError
+from megascale.files import discard, write_durably
 
 Produce = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
 """(name, offset, shape) → that rectangle of the tensor. With several workers it goes to other processes: module-level, on plain data."""

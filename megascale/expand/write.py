@@ -9,7 +9,7 @@ from typing import Any
 
 from megascale.checkpoint.index import TRAINER, Index, read_index, read_json
 from megascale.checkpoint.loader import verify
-from megascale.checkpoint.storage import LATEST, step_name, write_durably
+from megascale.checkpoint.storage import LATEST, step_name
 from megascale.checkpoint.streaming import Progress, write_streamed
 from megascale.config.identity import identity
 from megascale.config.load import to_yaml
@@ -17,6 +17,7 @@ from megascale.config.schema import Config
 from megascale.errors import TrainingError, UsageError
 from megascale.expand.produce import Grown
 from megascale.expand.source import Source
+from megascale.files import write_durably
 
 CONFIG = "config.yaml"
 

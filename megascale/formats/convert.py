@@ -13,12 +13,11 @@ import torch
 
 from megascale.checkpoint.index import DTYPES
 from megascale.checkpoint.loader import verify
-from megascale.checkpoint.storage import write_durably
 from megascale.checkpoint.streaming import Progress, write_streamed
 from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.formats.appear import appearing, check_absent
+from megascale.files import atomic_folder, check_absent, write_durably
 from megascale.formats.compare import check_comparable, largest_difference
 from megascale.formats.fp8 import plan_inference
 from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
@@ -119,7 +118,7 @@ def write_ours(
         trainer["hf_generation_config"] = read_object(source / GENERATION)
         extra = {**extra, GENERATION: (source / GENERATION).read_bytes()}
     section = {"model": {k: v for k, v in foreign.model.model_dump(mode="json", exclude_defaults=True).items() if v is not None}}
-    with appearing(target) as temporary:
+    with atomic_folder(target) as temporary:
         step = write_streamed(
             temporary,
             0,
@@ -166,7 +165,7 @@ def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
     """A checkpoint of ours → `target`/step-…, for inference with weights in e4m3."""
     checkpoint = whole_checkpoint(source)
     plan = plan_inference(checkpoint)
-    with appearing(target) as temporary:
+    with atomic_folder(target) as temporary:
         step = write_streamed(
             temporary,
             int(checkpoint.trainer.get("step", 0)),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megascale.checkpoint.storage import discard, steps_in
+from megascale.checkpoint.storage import steps_in
+from megascale.files import discard
 from megascale.formats.hf import plan_export, write_hf
 from megascale.formats.sources import open_checkpoint
 from megascale.formats.tokenizer_files import export_files, find_tokenizer

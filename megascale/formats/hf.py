@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.storage import write_durably
 from megascale.checkpoint.streaming import Block, FilePlan, Progress, Target, write_files
 from megascale.config.schema import Model
 from megascale.errors import UsageError
+from megascale.files import atomic_folder, write_durably
 from megascale.formats import hf_t5
-from megascale.formats.appear import appearing
 from megascale.formats.hf_config import differences, family_of, hf_config, model_section
 from megascale.formats.hf_families import BY_TYPE, Family
 from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf, read_object
@@ -238,7 +237,7 @@ def write_hf(
 
     Raises UsageError where it cannot be; then nothing is left of it.
     """
-    with appearing(Path(folder)) as temporary:
+    with atomic_folder(Path(folder)) as temporary:
         write_files(temporary, export.files, export.produce, stamp=export.stamp, workers=workers, slab_bytes=slab_bytes, progress=progress)
         if len(export.files) > 1:
             weights = {b.name: f.name for f in export.files for b in f.blocks}

@@ -20,7 +20,7 @@ from torch import Tensor
 from megascale.checkpoint.streaming import Target
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.formats.appear import appearing
+from megascale.files import atomic_folder
 from megascale.formats.hf import Foreign
 from megascale.formats.links import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
 from megascale.formats.megatron_dist import open_distributed, stamp_of, write_distributed
@@ -173,7 +173,7 @@ def write_megatron(
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     produce = Rearranged(checkpoint.source, steps, dtypes)
     iteration = int(checkpoint.trainer.get("step", 0))
-    with appearing(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for t in range(tp):
             for p in range(pp):
                 rank = rank_name(t, p, cut)
@@ -209,7 +209,7 @@ def write_torch_dist(checkpoint: Checkpoint, folder: Path, spec: str, divisible:
     produce = Rearranged(checkpoint.source, steps, dtypes)
     targets = [Target(n, dtypes[n], s) for n, s in shapes.items()]
     iteration = int(checkpoint.trainer.get("step", 0))
-    with appearing(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         into = temporary / f"iter_{iteration:07d}"
         shutil.rmtree(into, ignore_errors=True)  # of a killed run: what it wrote has no marks to go on from
         write_distributed(into, targets, produce, empty_states(model), iteration)

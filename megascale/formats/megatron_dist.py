@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megascale.checkpoint.storage import write_durably
 from megascale.checkpoint.streaming import Produce, Target, slabs
 from megascale.errors import UsageError
+from megascale.files import write_durably
 from megascale.formats.links import Sizes
 from megascale.formats.megatron_names import Cut
 from megascale.formats.pickles import read_pickle, read_torch_bytes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megascale.files import write_atomic
 from megascale.launch.ranks import RankInfo, node_name
 
 # What torch and the communication libraries say, in lower case, when a peer is gone or silent. They raise plain RuntimeErrors.
@@ -47,9 +48,5 @@ def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -
     if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in (0, 2, 3, 75)):
         return
     record = {"code": ending.code, "reason": ending.reason, "rank": ranks.rank, "node": node_name(), "step": step}
-    temporary = run_dir / f".exit.json.{ranks.rank}.tmp"
-    try:
-        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(temporary, run_dir / "exit.json")
-    except OSError:
-        return  # a full disk must not hide the reason, which is printed as well
+    with suppress(OSError):  # a full disk must not hide the reason, which is printed as well
+        write_atomic(run_dir / "exit.json", json.dumps(record) + "\n")

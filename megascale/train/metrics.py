@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megascale.errors import UsageError
+from megascale.files import write_atomic
 
 
 class RunLog:
@@ -130,10 +130,3 @@ def scalars(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

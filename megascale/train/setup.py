@@ -20,6 +20,7 @@ from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.data.loader import Prefetcher
 from megascale.errors import UsageError
+from megascale.files import write_atomic
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo
@@ -31,7 +32,7 @@ from megascale.train.build import build_engine, build_model, check_offload_dir, 
 from megascale.train.console import Console
 from megascale.train.engine import Engine
 from megascale.train.memory import check_host_room
-from megascale.train.metrics import RunLog, write_atomic
+from megascale.train.metrics import RunLog
 from megascale.train.observed import Observed
 from megascale.train.phases import Phase
 from megascale.train.place import agreed, choose_device

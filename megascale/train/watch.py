@@ -25,9 +25,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megascale.comm.mesh import Traffic
+from megascale.files import write_atomic
 from megascale.launch.exits import Exit, write_exit
 from megascale.launch.ranks import RankInfo, node_name
-from megascale.train.metrics import write_atomic
 
 BEAT = 1.0  # seconds between two beats
 FILE_EVERY = 10.0  # seconds between two heartbeat files

@@ -121,7 +121,7 @@ PUBLISHING = [
     ("write_durably", "trainer.json"),
     ("write_durably", "index.json"),
     ("write_durably", ".tmp-latest"),
-    ("_sync_folder", ""),
+    ("sync_folder", ""),
     ("publish", ""),
 ]
 

@@ -1,0 +1,81 @@
+"""Files that others find whole or not at all. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megascale.errors import UsageError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of it. Raises OSError; then nothing new is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        discard(temporary)
+        raise
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """A small file, on disk when this returns. Raises OSError naming it."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sync_folder(path: Path) -> None:
+    """The names in a folder, on disk when this returns. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def discard(path: Path) -> None:
+    """Deletes a file, a link or a folder, as far as it goes; a link's target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def check_absent(folder: Path) -> None:
+    """Raises UsageError where something stands under this name."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty, and nothing is written over: name a folder that does not exist")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, and nothing is written over: name a folder that does not exist")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder `.tmp-…` beside it to write into, renamed at the end; what a killed run left in there stays for the next one.
+
+    Raises UsageError where `folder` exists or its disk fails; then nothing is left.
+    """
+    check_absent(folder)
+    temporary = folder.absolute().with_name(f".tmp-{folder.name}")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.rename(folder)
+    except OSError as error:
+        discard(temporary)
+        raise UsageError(
+            f"{folder} could not be written ({error.strerror or error}: {error.filename}), and nothing is left of it"
+        ) from None
+    except UsageError:
+        discard(temporary)
+        raise
