@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megascale.checkpoint.index import TRAINER, Index, TensorEntry, read_index, read_json
+from megascale.checkpoint.index import Index, TensorEntry, read_index
 from megascale.checkpoint.loader import find, verify
+from megascale.checkpoint.trainer import read_trainer
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
 
@@ -26,7 +27,7 @@ def main(
 ) -> None:
     """Prints a summary of the checkpoint at FOLDER; exit code 2 when it is not whole."""
     path = find(folder)
-    index, trainer = read_index(path), read_json(path / TRAINER)
+    index, trainer = read_index(path), read_trainer(path)
     problems = verify(index) if check else size_problems(index)
     if problems:
         raise UsageError(f"{path} is not whole: " + "; ".join(problems))

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from megascale.checkpoint.index import read_json
 from megascale.checkpoint.loader import find, load
+from megascale.checkpoint.trainer import read_trainer
 from megascale.cli import new_app, run_tool
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
@@ -145,7 +145,7 @@ def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None)
 
 def saved_config(folder: Path) -> tuple[Config, int]:
     """The config of the run behind a checkpoint, for one process, and its step."""
-    trainer = read_json(folder / "trainer.json")
+    trainer = read_trainer(folder)
     if not isinstance(trainer.get("config"), dict):
         raise UsageError(f"{folder / 'trainer.json'} has no config of a run: give a checkpoint that pretraining wrote")
     config = build_config({**trainer["config"], "parallel": {}})

@@ -5,9 +5,11 @@ Everything in it is checked before it is believed; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import stat
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ TRAINER = "trainer.json"
 # Nothing but plain names inside the folder: no separator, no leading dot, nothing that leads elsewhere.
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 LARGEST = 2**63 - 1  # of any size, so that torch can count it
+LONGEST = 255  # bytes of a file's name, on any disk
+CUT_DIMS = 8  # of a tensor, at most: a chunk has two corners a dimension, and all are counted
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,6 +50,13 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Damaged(UsageError):
+    """A checkpoint whose content is not what was written: an older one may stand in for it.
+
+    A disk that fails to read, and a format that is too new, are UsageErrors of another kind: what lies there may be whole.
+    """
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,9 @@ def chunk_key(name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes
 
 
 def read_index(folder: str | Path) -> Index:
-    """Reads and checks a step folder's index.json. Raises UsageError naming the file and what is wrong with it."""
+    """Reads and checks a step folder's index.json. Raises Damaged naming the file and what is wrong with it, and UsageError where the disk
+    does not let it be read or it is of another version.
+    """
     folder = Path(folder)
     path = folder / INDEX
     raw = read_json(path)
@@ -125,42 +138,53 @@ def read_index(folder: str | Path) -> Index:
         raw = MIGRATIONS[version](raw)
         version = raw.get("version")
     if type(version) is not int or version != VERSION:
-        raise UsageError(
+        kind = UsageError if type(version) is int else Damaged
+        raise kind(
             f"{path} has format version {version!r} and this program reads {', '.join(map(str, [*MIGRATIONS, VERSION]))}: "
             "read it with the version of megascale that wrote it"
         )
     try:
         index = _parse(folder, raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}): use an older checkpoint") from None
+        raise Damaged(f"{path} is damaged ({type(error).__name__}: {error}): use an older checkpoint") from None
     stored = dict.fromkeys(index.files, 0)
     for name, tensor in index.tensors.items():
         problem = covering_problem(tensor) or _place_problem(tensor, stored)
         if problem:
-            raise UsageError(f"{path} is damaged: the chunks of {name} {problem}; use an older checkpoint")
+            raise Damaged(f"{path} is damaged: the chunks of {name} {problem}; use an older checkpoint")
     for name, size in stored.items():
         if size > index.files[name].bytes:
-            raise UsageError(
+            raise Damaged(
                 f"{path} is damaged: {name} should have {index.files[name].bytes} bytes and its chunks {size}; use an older checkpoint"
             )
     return index
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or UsageError."""
+    """A JSON object from a file. Raises Damaged where there is none, and UsageError where the disk does not let it be read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise Damaged(f"{path} is no file: {path.parent} is not a checkpoint, or not a whole one")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"there is no {path}: {path.parent} is not a checkpoint, or not a whole one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
+        raise Damaged(f"there is no {path}: {path.parent} is not a checkpoint, or not a whole one") from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror or error}), which says nothing of what is in it: look at the disk and at who may read "
+            "there, then run the same command again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
     if not isinstance(raw, dict):
-        raise UsageError(f"{path} holds a {type(raw).__name__} instead of an object: the checkpoint is damaged, use an older one")
+        raise Damaged(f"{path} holds a {type(raw).__name__} instead of an object: the checkpoint is damaged, use an older one")
     return raw
 
 
 def file_problem(index: Index, name: str) -> str | None:
-    """What is wrong with a file of the checkpoint: missing, of another size or checksum; None when it is whole."""
+    """What is wrong with a file of the checkpoint: missing, of another size or checksum; None when it is whole.
+
+    Raises UsageError where the disk does not let it be read.
+    """
     path, entry = index.folder / name, index.files[name]
     try:
         size = path.stat().st_size
@@ -170,8 +194,13 @@ def file_problem(index: Index, name: str) -> str | None:
         with path.open("rb", buffering=0) as file:
             while block := file.read(1 << 22):
                 crc = zlib.crc32(block, crc)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{path} cannot be read: {error.strerror or error}"
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror or error}), which says nothing of what is in it: look at the disk and at who may read "
+            "there, then run the same command again"
+        ) from None
     if crc != entry.crc32:
         return f"{path} has checksum {crc:08x} and {INDEX} says {entry.crc32:08x}: its content has changed"
     return None
@@ -188,26 +217,27 @@ def covering_problem(tensor: TensorEntry) -> str | None:
         if 0 in c.sizes:
             return "are empty"
         volume += math.prod(c.sizes)
-    if _overlap(tensor):
-        return "overlap"
-    return None if volume == tensor.numel else f"hold {volume} of its {tensor.numel} elements"
+    if volume != tensor.numel:
+        return f"hold {volume} of its {tensor.numel} elements" if volume < tensor.numel else "overlap"
+    cut = [d for d, size in enumerate(tensor.shape) if any(c.sizes[d] != size for c in tensor.chunks)]
+    if len(cut) > CUT_DIMS:
+        return f"cut it along {len(cut)} dimensions, and {CUT_DIMS} are read"
+    return None if _fill(tensor, cut) else "overlap"
 
 
-def _overlap(tensor: TensorEntry) -> bool:
-    """True when two chunks share an element. A sweep along the dimension that is cut most keeps few chunks in view."""
-    if len(tensor.chunks) < 2:
-        return False
-    if not tensor.shape:
-        return True
-    sweep = max(range(len(tensor.shape)), key=lambda d: len({c.offsets[d] for c in tensor.chunks}))
-    active: list[Chunk] = []
-    for c in sorted(tensor.chunks, key=lambda c: c.offsets[sweep]):
-        active = [a for a in active if a.offsets[sweep] + a.sizes[sweep] > c.offsets[sweep]]
-        for a in active:
-            if all(x < y + n and y < x + m for x, m, y, n in zip(a.offsets, a.sizes, c.offsets, c.sizes)):
-                return True
-        active.append(c)
-    return False
+def _fill(tensor: TensorEntry, cut: list[int]) -> bool:
+    """Whether every element lies in just one chunk, in time that grows with their number.
+
+    How many chunks an element lies in is a function of the place; differences along all dimensions leave of it only the chunks' corners,
+    with signs, and it can be summed up again from those. So it is 1 everywhere just if the corners are those of the whole tensor.
+    """
+    corners: dict[tuple[int, ...], int] = {}
+    whole = Chunk((0,) * len(tensor.shape), tensor.shape, "")
+    for chunk, sign in [*((c, 1) for c in tensor.chunks), (whole, -1)] if tensor.numel else []:
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(chunk.offsets[d] + end * chunk.sizes[d] for d, end in zip(cut, ends))
+            corners[corner] = corners.get(corner, 0) + (-sign if sum(ends) % 2 else sign)
+    return not any(corners.values())
 
 
 def _place_problem(tensor: TensorEntry, stored: dict[str, int]) -> str | None:
@@ -222,7 +252,7 @@ def _place_problem(tensor: TensorEntry, stored: dict[str, int]) -> str | None:
 def _parse(folder: Path, raw: dict[str, Any]) -> Index:
     files = {name: FileEntry(_whole(f["bytes"]), _whole(f["crc32"])) for name, f in raw["files"].items()}
     for name in files:
-        if name != TRAINER and not SHARD_NAME.fullmatch(name):
+        if name != TRAINER and not (SHARD_NAME.fullmatch(name) and len(name) <= LONGEST):
             raise ValueError(f"{name!r} is no name of a shard file in this folder")
     if TRAINER not in files:
         raise ValueError(f"{TRAINER} is not listed")

@@ -6,51 +6,47 @@ import functools
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
-from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, file_problem, read_index, read_json
+from megascale.checkpoint.choose import none_whole, propose
+from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, file_problem, read_index
 from megascale.checkpoint.planning import LoadPlanner, some, views
 from megascale.checkpoint.shards import Part, check_parts
-from megascale.checkpoint.storage import LATEST, ShardReader, steps_in
+from megascale.checkpoint.storage import ShardReader
+from megascale.checkpoint.trainer import read_trainer
+from megascale.comm.agreement import Agreement
 from megascale.comm.piece import Piece
-from megascale.errors import MegascaleError, UsageError
-
-T = TypeVar("T")
+from megascale.errors import UsageError
 
 
 def newest(root: str | Path) -> Path | None:
-    """The checkpoint that `latest` names in a `checkpoints` folder, or the last one with a sound index where that one is gone or damaged.
+    """The checkpoint that `latest` names in a `checkpoints` folder, or the last one with sound JSON where that one is gone or damaged.
 
-    None where there is none. Looks at index.json alone: `verify` and `load` read the files.
+    None where there is none. Looks at the JSON alone: `verify`, `load` and `choose` read the files. Raises UsageError where all are
+    damaged, and where one cannot be read for another reason than damage.
     """
-    root = Path(root)
-    folders = [path for _, path in reversed(steps_in(root))]
-    try:
-        named = (root / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        named = ""
-    # Only a name that stands in this folder counts, so that the text cannot lead out of it.
-    for path in sorted(folders, key=lambda p: p.name != named):
-        try:
-            read_index(path)
-        except UsageError:
-            continue
-        return path
-    return None
+    found, skipped = propose(Path(root), [])
+    if found is None and skipped:
+        raise UsageError(none_whole(Path(root), skipped))
+    return found
 
 
 def find(path: str | Path) -> Path:
     """A step folder, a run's directory or its `checkpoints` folder → the step folder. Raises UsageError."""
     where = Path(path)
-    if (where / INDEX).is_file():
-        return where
-    for root in (where / "checkpoints", where):
-        found = newest(root) if root.is_dir() else None
-        if found is not None:
-            return found
-    if any(where.glob("*.safetensors")):
+    try:
+        if (where / INDEX).is_file():
+            return where
+        for root in (where / "checkpoints", where):
+            found = newest(root) if root.is_dir() else None
+            if found is not None:
+                return found
+        shards = any(where.glob("*.safetensors"))
+    except (OSError, ValueError) as error:  # a name that is too long, or that holds a zero byte
+        raise UsageError(f"{str(where)[:200]!r} cannot be looked at ({error}): name a folder step-…, or a run's directory") from None
+    if shards:
         raise UsageError(f"{where} has shards and no {INDEX}: it is not a checkpoint of megascale, or not a whole one{_elsewhere(where)}")
     raise UsageError(f"{where} is no checkpoint and holds none: name a folder step-…, or a run's directory with checkpoints in it")
 
@@ -61,7 +57,10 @@ def verify(path: str | Path | Index) -> list[str]:
         index = path if isinstance(path, Index) else read_index(path)
     except UsageError as error:
         return [str(error)]
-    problems = [p for name in sorted(index.files) if (p := file_problem(index, name)) is not None]
+    try:
+        problems = [p for name in sorted(index.files) if (p := file_problem(index, name)) is not None]
+    except UsageError as error:
+        return [str(error)]
     if problems:
         return problems
     by_file: dict[str, list[Part]] = {}
@@ -72,7 +71,7 @@ def verify(path: str | Path | Index) -> list[str]:
     checks: list[Callable[[], object]] = [
         functools.partial(check_parts, index.folder / file, parts) for file, parts in sorted(by_file.items())
     ]
-    checks.append(functools.partial(read_json, index.folder / TRAINER))
+    checks.append(functools.partial(read_trainer, index.folder))
     for check in checks:
         try:
             check()
@@ -81,11 +80,14 @@ def verify(path: str | Path | Index) -> list[str]:
     return problems
 
 
-def load(path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | None = None, prefix: str | None = None) -> dict[str, Any]:
+def load(
+    path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | None = None, prefix: str | None = None, checked: bool = False
+) -> dict[str, Any]:
     """Fills the pieces of `state` in place from a step folder, saved on any layout, and returns the trainer's JSON.
 
-    group   the ranks that load together (all of them when None); every one must call
-    prefix  only names that begin with it are loaded; the others, stored or in `state`, are left alone
+    group    the ranks that load together (all of them when None); every one must call
+    prefix   only names that begin with it are loaded; the others, stored or in `state`, are left alone
+    checked  all files have been read for their checksums already, by `choose` or `confirm`
 
     Raises UsageError on every rank, and before anything is changed, for files that are missing or damaged, and for names, shapes and dtypes
     that differ. The files are divided between the ranks to be checked.
@@ -97,7 +99,7 @@ def load(path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | N
         index = read_index(path)
         planner = LoadPlanner(str(path))
         planner.set_up_planner(views(wanted), ShardReader(index).read_metadata(), ranks.rank == 0)
-        return index, read_json(index.folder / TRAINER), planner, planner.create_local_plan()
+        return index, read_trainer(index.folder), planner, planner.create_local_plan()
 
     (index, trainer, planner, plan), _ = ranks.all(prepare, lambda result: None)
     names = sorted(n for n in index.tensors if prefix is None or n.startswith(prefix))
@@ -114,51 +116,14 @@ def load(path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | N
         for name in files[ranks.rank :: ranks.size]:
             problem = file_problem(index, name)
             if problem:
-                raise UsageError(f"the checkpoint is damaged: {problem}; resume from an older one with checkpoint.resume=FOLDER")
+                raise UsageError(f"the checkpoint is damaged: {problem}; name an older one")
 
     reader = ShardReader(index)
-    ranks.all(check, lambda result: None)
+    if not checked:
+        ranks.all(check, lambda result: None)
     ranks.all(lambda: reader.check(plan), lambda result: None)
     ranks.all(lambda: reader.read_data(plan, planner).wait(), lambda result: None)
     return trainer
-
-
-class Agreement:
-    """Ranks that go on together, or fail together: none waits for one that has stopped."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        alone = not dist.is_initialized()
-        self.group, self.rank, self.size = group, 0 if alone else dist.get_rank(group), 1 if alone else dist.get_world_size(group)
-
-    def all(self, work: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Any]]:
-        """Runs `work` on every rank; returns its result here and what every rank shares of its own.
-
-        Where it fails on some, the lowest of them is blamed on all, with a UsageError if it was one; a failure that is no MegascaleError, a
-        bug, is raised as it is where it happened.
-        """
-        if self.size == 1:
-            result = work()
-            return result, [share(result)]
-        mine: tuple[str | None, bool, Any]
-        failure: BaseException | None = None
-        try:
-            result = work()
-            mine = (None, False, share(result))
-        except Exception as error:
-            failure = error
-            mine = (
-                str(error) if isinstance(error, MegascaleError) else f"{type(error).__name__}: {error}",
-                isinstance(error, MegascaleError),
-                None,
-            )
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, mine, group=self.group)
-        for rank, (message, usage, _) in enumerate(everyone):
-            if message is not None:
-                if failure is not None and not isinstance(failure, MegascaleError):
-                    raise failure
-                raise UsageError(message) if usage else RuntimeError(f"rank {rank} failed to load: {message}")
-        return result, [shared for _, _, shared in everyone]
 
 
 def _elsewhere(folder: Path) -> str:

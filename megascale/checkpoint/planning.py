@@ -26,6 +26,10 @@ from megascale.errors import UsageError
 SUMMED = 1024  # 8-byte words a row of a replica's checksum
 
 
+class ReplicasDiffer(UsageError):
+    """Ranks that should hold the same numbers do not: the run has diverged."""
+
+
 class PieceView:
     """A Piece with the methods that DCP asks of a checkpointable object."""
 
@@ -144,6 +148,13 @@ class SavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].piece.local.detach()  # type: ignore[no-any-return]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, on the coordinator, once the global plan is made."""
+        assert self.cache.metadata is not None
+        tensors = self.cache.metadata.state_dict_metadata.values()
+        return sum(math.prod(t.size) * t.properties.dtype.itemsize for t in tensors if isinstance(t, TensorMeta))
+
     def _compare(self, proposals: list[Proposal]) -> None:
         if not self.compare:
             return
@@ -152,7 +163,7 @@ class SavePlanner(DefaultSavePlanner):
             for rank, position in others:
                 if proposals[rank].sums[position] != proposals[first].sums[place]:
                     name = self.cache.every_local[first].items[place].index.fqn
-                    raise UsageError(
+                    raise ReplicasDiffer(
                         f"{name} should be the same on ranks {first} and {rank}, and it differs: the run has diverged there, "
                         "go back to an earlier checkpoint"
                     )

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from megascale.checkpoint.planning import PlanCache, SavePlanner
+from megascale.checkpoint.planning import PlanCache, ReplicasDiffer, SavePlanner
+from megascale.checkpoint.room import after_failure
 from megascale.checkpoint.storage import LATEST, ShardWriter, remove, step_name, steps_in
 from megascale.comm.piece import Piece
-from megascale.errors import MegascaleError
+from megascale.errors import MegascaleError, UsageError
 from megascale.files import discard
 
 # Ranks wait for the slowest one's disk; a rank that dies is noticed at once, since its connection closes.
@@ -29,7 +30,8 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Event:
-    """A save that ended: kind "saved" or "failed" (then `message` says why); kind, step and message are the same on every rank.
+    """A save that ended: kind "saved", "failed" or "diverged" (then `message` says why: the disk, or that replicas differ, after which no
+    step is worth anything); kind, step and message are the same on every rank.
 
     The first rank alone also hears how an export ended: "exported" (`message` says where to) or "export_failed".
     """
@@ -49,12 +51,14 @@ def write_checkpoint(
     *,
     compare_replicas: bool = True,
     cache: PlanCache | None = None,
+    guard: Callable[[], None] | None = None,
 ) -> Path:
     """Writes `root`/step-N and lets `latest` name it; returns the folder. For tools and for `Checkpointer`.
 
     group             the gloo ranks that hold the state together (all of them when None); every one must call
     compare_replicas  refuse pieces that several ranks hold and that differ; costs one pass over the state at the speed of memory
     cache             what the last call planned; a new one where it failed
+    guard             called on the first rank before anything is written: raises where the folder is no longer the run's own
 
     Raises, on all ranks alike: UsageError for a state that cannot be saved, OSError for a disk that fails. Then nothing is left of it and
     the checkpoints that were there remain.
@@ -62,8 +66,14 @@ def write_checkpoint(
     root = Path(root)
     size = dist.get_world_size(group) if dist.is_initialized() else 1
     coordinator = size == 1 or dist.get_rank(group) == 0
-    writer = ShardWriter(root, step, trainer)
     planner = SavePlanner(cache if cache is not None else PlanCache(), compare_replicas and size > 1)
+
+    def prepare() -> int:
+        if guard is not None:
+            guard()
+        return planner.nbytes
+
+    writer = ShardWriter(root, step, trainer, prepare, after_failure)
     try:
         if size == 1:
             _write_alone(state, writer, planner)
@@ -100,6 +110,7 @@ class Checkpointer:
     asynchronous  `save` returns after a copy of the state into memory of its own, and a thread writes; otherwise when all is done
     export        called on the first rank with every folder that was saved, when older ones have been deleted: writes it in another
                   format and says where
+    guard         as in `write_checkpoint`
 
     A failure (a full disk, replicas that differ) is an event on all ranks, never an exception, and leaves the older checkpoints alone.
     """
@@ -114,8 +125,9 @@ class Checkpointer:
         asynchronous: bool,
         compare_replicas: bool = True,
         export: Callable[[Path], Path] | None = None,
+        guard: Callable[[], None] | None = None,
     ) -> None:
-        self.export = export
+        self.export, self.guard = export, guard
         self.root, self.keep_last, self.keep_every = Path(root), keep_last, keep_every
         self.asynchronous, self.compare_replicas = asynchronous, compare_replicas
         self.group: dist.ProcessGroup | None = None
@@ -179,11 +191,14 @@ class Checkpointer:
     def _write(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
         start = time.perf_counter()
         try:
-            write_checkpoint(self.root, step, state, trainer, self.group, compare_replicas=self.compare_replicas, cache=self._cache)
+            write_checkpoint(
+                self.root, step, state, trainer, self.group, compare_replicas=self.compare_replicas, cache=self._cache, guard=self.guard
+            )
         except Exception as error:
             self._cache = PlanCache()  # on all ranks, as the failure is: they must agree on what is cached
             message = str(error) if isinstance(error, MegascaleError) else f"{type(error).__name__}: {error}"
-            self._events.append(Event("failed", step, time.perf_counter() - start, message))
+            kind = "diverged" if isinstance(error, ReplicasDiffer) else "failed"
+            self._events.append(Event(kind, step, time.perf_counter() - start, message))
             return
         first = self.group is None or dist.get_rank(self.group) == 0
         if first:
@@ -203,12 +218,12 @@ class Checkpointer:
 
     def _retire(self) -> None:
         """Deletes what need not be kept. What cannot be deleted now is tried again after the next save."""
-        steps = steps_in(self.root)
-        recent = {path for _, path in steps[max(0, len(steps) - self.keep_last) :]}
         try:
+            steps = steps_in(self.root)
+            recent = {path for _, path in steps[max(0, len(steps) - self.keep_last) :]}
             recent.add(self.root / (self.root / LATEST).read_text(encoding="utf-8").strip())
             for step, path in steps:
                 if path not in recent and not (self.keep_every and step % self.keep_every == 0):
                     remove(path)
-        except OSError:
+        except (OSError, UsageError):
             return

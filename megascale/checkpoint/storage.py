@@ -7,10 +7,14 @@ named in `latest`.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
+import time
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,8 @@ from megascale.errors import UsageError
 from megascale.files import discard, sync_folder, write_durably
 
 LATEST = "latest"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk, a quota and a limit of the process say
+ASIDE = "set-aside-"  # with the time: folders of checkpoints that a run has gone back behind, and of what was in its way
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -35,17 +41,64 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def named_as_steps(root: Path) -> list[tuple[int, Path]]:
+    """Whatever bears the name of a checkpoint in `root`, a link that leads nowhere included, as (step, path), oldest first.
+
+    Nothing where there is no such folder. Raises UsageError where it cannot be listed: that is not the same.
+    """
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        if root.is_symlink():
+            raise UsageError(f"{root} is a link to {os.readlink(root)}, and nothing is there: is its disk mounted?") from None
+        return []
+    except NotADirectoryError:
+        raise UsageError(f"{root} is a file, and checkpoints stand in a folder of that name: move it away") from None
+    except OSError as error:
+        raise UsageError(
+            f"{root} cannot be listed ({error.strerror or error}): look at the disk and at who may read there, then try again"
+        ) from None
+    found = ((STEP.fullmatch(name), root / name) for name in names)
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
 def steps_in(root: Path) -> list[tuple[int, Path]]:
-    """Published checkpoints in `root` as (step, folder), oldest first."""
-    found = ((STEP.fullmatch(p.name), p) for p in root.glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    """Published checkpoints in `root` as (step, folder), oldest first. Raises UsageError where it cannot be listed."""
+    return [(step, path) for step, path in named_as_steps(root) if path.is_dir()]
+
+
+def aside_in(root: Path) -> Path:
+    """A new name in `root` for what is in the way and is nobody's to delete."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return next(p for n in range(1000) if not os.path.lexists(p := root / f"{ASIDE}{stamp}{f'-{n}' if n else ''}"))
+
+
+def set_aside(path: Path, place: Path) -> Path:
+    """Moves a file, folder or link as it is into `place`, under the name that it has. Raises OSError."""
+    place.mkdir(parents=True, exist_ok=True)
+    os.rename(path, place / path.name)
+    return place / path.name
 
 
 class ShardWriter(StorageWriter):
-    """Writes one checkpoint into `root`/step-N."""
+    """Writes one checkpoint into `root`/step-N.
 
-    def __init__(self, root: Path, step: int, trainer: dict[str, Any]) -> None:
+    prepare  called on the coordinator before anything is written: raises where the folder is no longer the run's own, and says how many
+             bytes the checkpoint has
+    explain  (root, bytes of the checkpoint) → what a full disk should have had
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        step: int,
+        trainer: dict[str, Any],
+        prepare: Callable[[], int] = lambda: 0,
+        explain: Callable[[Path, int], str] | None = None,
+    ) -> None:
         self.root, self.step, self.trainer = root, step, trainer
+        self.prepare, self.explain = prepare, explain
+        self.nbytes = 0
         self.temporary = root / f".tmp-{step_name(step)}"
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -67,11 +120,23 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for left_over in self.root.glob(".tmp-*"):
-            discard(left_over)  # of a save that was killed
-        self.temporary.mkdir()
-        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
+        self.nbytes = self.prepare()
+        with self._told():
+            self.root.mkdir(parents=True, exist_ok=True)
+            for left_over in self.root.glob(".tmp-*"):
+                discard(left_over)  # of a save that was killed
+            self.temporary.mkdir()
+        return [dataclasses.replace(plan, storage_data=(rank, self.nbytes)) for rank, plan in enumerate(plans)]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Adds to the error of a full disk what there is and what would fit."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL or self.explain is None or not self.nbytes:
+                raise
+            raise OSError(error.errno, f"{error.strerror}; {self.explain(self.root, self.nbytes)}", error.filename) from None
 
     def write_data(self, plan: SavePlan, planner: AnySavePlanner) -> Future[list[WriteResult]]:
         tensors = []
@@ -84,14 +149,20 @@ class ShardWriter(StorageWriter):
                 tensors.append(Stored(key, meta.properties.dtype, sizes, (planner.resolve_data(item),)))  # type: ignore[arg-type]
         results: list[WriteResult] = []
         if tensors:
-            name = shard_name(plan.storage_data)
-            entry = write_shard(self.temporary / name, tensors)
+            rank, self.nbytes = plan.storage_data
+            name = shard_name(rank)
+            with self._told():
+                entry = write_shard(self.temporary / name, tensors)
             # One result a file: where each tensor lies is in the coordinator's plan, and need not be sent again.
             results = [WriteResult(MetadataIndex(name), entry.bytes, entry)]
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator, after all ranks have written. Raises OSError."""
+        with self._told():
+            self._finish(metadata, results)
+
+    def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {r.index.fqn: r.storage_data for rank in results for r in rank}
         for name, entry in files.items():
             path = self.temporary / name
@@ -118,6 +189,9 @@ def publish(root: Path, temporary: Path, step: int) -> None:
     sync_folder(temporary)
     final = root / step_name(step)
     replaced, pointer = root / f".tmp-del-{final.name}", root / f".tmp-{LATEST}"
+    for path, wanted in ((final, final.is_dir()), (root / LATEST, not (root / LATEST).is_dir())):
+        if os.path.lexists(path) and not wanted:  # a file or a dangling link with a step's name, or a folder with that of the pointer
+            set_aside(path, aside_in(root))
     if final.exists():  # two renames with nothing between: a folder cannot be renamed onto one that is not empty
         os.rename(final, replaced)
     try:

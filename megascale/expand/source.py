@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale.checkpoint.index import DTYPES, TRAINER, Index, read_index, read_json
+from megascale.checkpoint.index import DTYPES, TRAINER, Index, read_index
 from megascale.checkpoint.loader import find, verify
 from megascale.checkpoint.shards import read_slice
+from megascale.checkpoint.trainer import read_trainer
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
@@ -53,7 +54,7 @@ def open_source(path: str | Path, check: bool = True) -> Source:
     """A step folder or a run. Raises UsageError where it is no whole checkpoint of a model; `check` reads all files for their checksums."""
     folder = find(path)
     index = read_index(folder)
-    trainer = read_json(folder / TRAINER)
+    trainer = read_trainer(folder)
     if trainer.get("converted", {}).get("weights") == "e4m3":
         raise UsageError(
             f"{folder} is for inference, with hidden matrices in e4m3, and its masters are gone: give the run it was converted from, "

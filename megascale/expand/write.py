@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint.index import TRAINER, Index, read_index, read_json
+from megascale.checkpoint.index import Index, read_index
 from megascale.checkpoint.loader import verify
 from megascale.checkpoint.storage import LATEST, step_name
 from megascale.checkpoint.streaming import Progress, write_streamed
+from megascale.checkpoint.trainer import read_trainer
 from megascale.config.identity import identity
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config
@@ -66,7 +67,7 @@ def _written(target: Path, step: int, stamp: str) -> Path | None:
     folder = target / step_name(step)
     if not folder.is_dir() or (target / CONFIG).exists():
         return None
-    made_by = read_json(folder / TRAINER).get("made")
+    made_by = read_trainer(folder).get("made")
     return folder if isinstance(made_by, dict) and made_by.get("stamp") == stamp else None
 
 

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, read_index, read_json
+from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, read_index
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.shards import read_slice
 from megascale.checkpoint.streaming import Target
+from megascale.checkpoint.trainer import read_trainer
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.links import Sizes, compare_names
@@ -55,7 +56,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A step folder or a run. Raises UsageError where it does not say what model it is, or holds other weights."""
     folder = find(path)
-    index, trainer = read_index(folder), read_json(folder / TRAINER)
+    index, trainer = read_index(folder), read_trainer(folder)
     config = trainer.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise UsageError(f"{folder / TRAINER} does not say what model this is (no config): it was not written by pretraining or convert.py")

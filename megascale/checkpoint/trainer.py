@@ -1,0 +1,59 @@
+"""trainer.json, a checkpoint's numbers beside its tensors: read in one place, and checked before anything in it is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megascale.checkpoint.index import LARGEST, TRAINER, Damaged, read_json
+from megascale.errors import UsageError
+
+COUNTS = ("step", "samples", "tokens", "skipped_in_a_row")
+SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids")
+TEXTS = (("precision", "compute"), ("precision", "fp8"), ("data", "tokenizer"), ("run", "name"))  # of the config, read as they are
+NEEDED = ("step", "samples", "tokens", "identity")  # to go on from; what came to the format later has defaults
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """What a step folder's trainer.json holds, every known key of its own type; which of them are there depends on who wrote it.
+
+    Raises Damaged naming the file and the key, and UsageError where the disk does not let it be read.
+    """
+    path = folder / TRAINER
+    found = read_json(path)
+    for key in COUNTS:
+        if key in found and not (type(found[key]) is int and 0 <= found[key] <= LARGEST):
+            raise _wrong(path, key, found[key], "a whole number from 0")
+    for key in SECTIONS:
+        if key in found and not isinstance(found[key], dict):
+            raise _wrong(path, key, found[key], "an object")
+    for name, section in found.get("config", {}).items():
+        if not isinstance(section, list if name == "grow" else dict):
+            raise _wrong(path, f"config.{name}", section, "a section with keys of its own")
+    for name, key in TEXTS:
+        value = found.get("config", {}).get(name, {}).get(key)
+        if not isinstance(value, str | None):
+            raise _wrong(path, f"config.{name}.{key}", value, "a text")
+    for name, number in found.get("logger_ids", {}).items():
+        if not isinstance(number, str):
+            raise _wrong(path, f"logger_ids.{name}", number, "a text")
+    return found
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """`read_trainer` of a checkpoint that a run can go on from. Raises UsageError where pretraining did not write it."""
+    found = read_trainer(folder)
+    absent = [key for key in NEEDED if key not in found]
+    if absent:
+        raise UsageError(
+            f"{folder / TRAINER} is not from pretraining (it has no {', '.join(absent)}): start from its weights with checkpoint.init_from"
+        )
+    return found
+
+
+def _wrong(path: Path, key: str, value: Any, needed: str) -> Damaged:
+    shown = repr(value)
+    return Damaged(
+        f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}, and it should be {needed}: the checkpoint is damaged, "
+        "use an older one"
+    )
