@@ -251,7 +251,9 @@ def test_identity_is_kept(folder: Path) -> None:
     assert code == 2 and "optim.lr: 0.003 in the checkpoint, 0.001 now" in message and "run.allow_change='[optim.lr]'" in message
     code, _ = run_ranks(1, run, settings(folder, optim__lr=1e-3, run__allow_change=["optim.lr"]))[0]
     assert code == 0
-    assert [e["changes"] for e in rows(folder, "events") if e["event"] == "change"] == [{"optim.lr": [0.003, 0.001]}]
+    (change,) = [e for e in rows(folder, "events") if e["event"] == "change"]
+    assert change["changes"] == {"optim.lr": [0.003, 0.001], "train.steps": [3, 6]}
+    assert change["lr"] == pytest.approx([3e-4, 5.5e-4]) and rows(folder)[3]["lr"] == pytest.approx(5.5e-4)
 
 
 def test_directories_of_others_are_left_alone(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megascale.checkpoint.choose import none_whole, propose
-from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, file_problem, read_index
+from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Damaged, Index, file_problem, read_index
 from megascale.checkpoint.planning import LoadPlanner, some, views
 from megascale.checkpoint.shards import Part, check_parts
 from megascale.checkpoint.storage import ShardReader
@@ -29,7 +29,7 @@ def newest(root: str | Path) -> Path | None:
     """
     found, skipped = propose(Path(root), [])
     if found is None and skipped:
-        raise UsageError(none_whole(Path(root), skipped))
+        raise Damaged(none_whole(Path(root), skipped))
     return found
 
 

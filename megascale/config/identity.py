@@ -13,7 +13,7 @@ SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.source_
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """{"section.key": value} of everything that the loss curve depends on."""
+    """{"section.key": value} of what is this run and no other; `train/changes.py` has what else enters the curve."""
     flat = flatten(config.plain())
     return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
 
@@ -24,9 +24,9 @@ def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[st
     Raises UsageError with the diff where a change is not in `run.allow_change`.
     """
     now = identity(config)
-    then = {**_defaults(saved), **saved}
+    then = {**defaults_of(saved), **saved}
     changed = {k: (then.get(k), now.get(k)) for k in sorted({*saved, *now}) if then.get(k) != now.get(k)}
-    allowed = _covered(changed, config.run.allow_change)
+    allowed = covered(changed, config.run.allow_change)
     refused = {k: v for k, v in changed.items() if k not in allowed}
     if refused:
         lines = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in refused.items()]
@@ -38,7 +38,7 @@ def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[st
     return {k: changed[k] for k in allowed}
 
 
-def _defaults(saved: Iterable[str], section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
+def defaults_of(saved: Iterable[str], section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
     """{"section.key": default}: what a key that came after a checkpoint meant before it existed. Sections inside sections, such as
     model.moe, have defaults where `saved` has some of their keys.
     """
@@ -48,7 +48,7 @@ def _defaults(saved: Iterable[str], section: type[Section] = Config, prefix: str
         kinds = () if get_origin(info.annotation) is tuple else (info.annotation, *get_args(info.annotation))  # a list is one value
         inner = [t for t in kinds if isinstance(t, type) and issubclass(t, Section)]
         if inner and (not prefix or any(k.startswith(f"{name}.") for k in saved)):
-            found |= _defaults(saved, inner[0], f"{name}.")
+            found |= defaults_of(saved, inner[0], f"{name}.")
         elif not info.is_required():
             value = info.get_default(call_default_factory=True)
             found[name] = list(value) if isinstance(value, tuple) else value
@@ -63,7 +63,7 @@ def check_allow_change(keys: Iterable[str]) -> None:
             raise UsageError(f"run.allow_change names {key}, which is no config key")
 
 
-def _covered(changed: dict[str, Any], allowed: Iterable[str]) -> list[str]:
+def covered(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
     """A key allows itself, and a section of keys allows all below it."""
     names = tuple(allowed)
     return [k for k in changed if any(k == a or k.startswith(a + ".") for a in names)]

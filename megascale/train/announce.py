@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -11,6 +12,7 @@ from megascale.config.layout import describe
 from megascale.config.schema import Config
 from megascale.config.support import padding_note
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.train.branch import Note
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog
 from megascale.train.resume import Start
@@ -25,6 +27,7 @@ def announce(
     start: Start,
     progress: Progress,
     data_note: str | None,
+    notes: Sequence[Note],
     log: RunLog,
     console: Console,
 ) -> None:
@@ -45,7 +48,11 @@ def announce(
         details["from"] = str(start.folder)
     log.event("resume" if progress.step else "start", progress.step, **details)
     if start.changes:
-        log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()})
+        lr = {} if start.rates is None else {"lr": [start.rates.before, start.rates.after]}
+        log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()}, **lr)
+    for note in notes:
+        if note.event:
+            log.event(note.event, progress.step, message=note.sentence, **note.details)
     size, active = facts["parameters"], facts["parameters_active"]
     many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
     fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
@@ -55,7 +62,7 @@ def announce(
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
-    for sentence in (padding_note(config), data_note, cast_note(config, facts["device"])):
+    for sentence in (*(note.sentence for note in notes), padding_note(config), data_note, cast_note(config, facts["device"])):
         if sentence:
             console.warn(sentence)
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from megascale.checkpoint.index import Damaged
 from megascale.checkpoint.loader import newest
 from megascale.checkpoint.storage import step_name
+from megascale.comm.agreement import Agreement
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
 from megascale.expand.grow import grow, grown_config, refuse_nothing
@@ -15,6 +17,7 @@ from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
+from megascale.train.opening import open_run
 from megascale.train.phases import Phase
 from megascale.train.place import agreed
 from megascale.train.resume import step_of
@@ -57,19 +60,21 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
 @contextmanager
 def trainers(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse) -> Iterator[Iterator[Trainer]]:
     """The trainers of a run one after another: each is to be trained before the next is asked for. Leaving the context closes the last."""
-    with ExitStack() as open_one:
-        yield _each(config, ranks, stop, pulse, open_one)
+    with ExitStack() as whole_run, ExitStack() as open_one:
+        yield _each(config, ranks, stop, pulse, whole_run, open_one)
 
 
-def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, open_one: ExitStack) -> Iterator[Trainer]:
+def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, whole_run: ExitStack, open_one: ExitStack) -> Iterator[Trainer]:
     if not config.grow:
         yield open_one.enter_context(build_trainer(config, ranks, stop, pulse))
         return
     resolved = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
-    for phase in agreed(lambda: phases_of(resolved, ranks.size)):
-        if _over(phase):
+    phases = agreed(lambda: phases_of(resolved, ranks.size))
+    opening = whole_run.enter_context(open_run(resolved))
+    for phase in phases:
+        if Agreement().first(lambda: _over(phase)):  # noqa: B023
             continue
-        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, pulse, phase))
+        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, pulse, phase, opening))
         yield trainer
         if phase.growth is not None:
             pulse.at(phase.until, SAVING)  # as long as a save may take
@@ -83,7 +88,13 @@ def _over(phase: Phase) -> bool:
     """Whether a checkpoint beyond this phase is there: of the next one, or the grown one that begins it."""
     if phase.growth is None:
         return False
-    own = newest(Path(phase.whole.run_dir) / "checkpoints")
+    root = Path(phase.whole.run_dir) / "checkpoints"
+    try:
+        own = newest(root)
+    except Damaged:  # all of them: the grown checkpoint may stand in
+        own = None
+        if _is_grown(phase):
+            return True
     return own is not None and step_of(own) >= phase.until and (step_of(own) > phase.until or _is_grown(phase))
 
 

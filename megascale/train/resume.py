@@ -1,4 +1,4 @@
-"""Where a run starts from, and whether its directory is its own."""
+"""Where a run starts from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from megascale.checkpoint.choose import Skipped, choose
 from megascale.checkpoint.index import TRAINER, read_json
-from megascale.checkpoint.loader import find, newest
+from megascale.checkpoint.loader import find
+from megascale.checkpoint.trainer import read_progress, read_trainer
 from megascale.config.identity import check_allow_change, check_identity, identity
-from megascale.config.load import build_config, read_yaml
 from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
 from megascale.formats.hf import Foreign, read_hf
@@ -20,17 +21,21 @@ from megascale.formats.hf_config import differences, hf_config
 from megascale.formats.hf_folder import is_hf_folder
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.apply import ParallelModel
+from megascale.train.branch import Note
+from megascale.train.changes import Rates, curve_changes, mixture_changes, rates_at, told
+from megascale.train.place import agreed
 
-OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
 ORDER = ("run.seed", "train.seq_len")  # beside the data itself, what sample numbers mean
 
 
 @dataclass(frozen=True)
 class Start:
-    """`folder` None: from fresh weights. `changes`: allowed differences from the checkpoint's run, {key: (then, now)}.
+    """`folder` None: from fresh weights. `changes`: differences from the checkpoint's run that are allowed, {key: (then, now)}; `rates`:
+    what they make of the learning rate. `checked`: all files have been read.
 
     foreign  how the weights of another format are made; None for a checkpoint of ours
     samples  where in the data a run begins that takes weights only
+    notes    what is to be told: checkpoints that were left out, changes of the curve
     """
 
     folder: Path | None = None
@@ -38,40 +43,46 @@ class Start:
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     foreign: Foreign | None = None
     samples: int = 0
+    checked: bool = False
+    rates: Rates | None = None
+    notes: tuple[Note, ...] = ()
 
 
-def find_start(config: Config, run_dir: Path, whole: Config | None = None, origin: Path | None = None) -> Start:
-    """The run's own newest checkpoint first, so that a requeued job goes on; then `resume: DIR`, then `init_from`, then nothing.
+def find_start(config: Config, run_dir: Path, elsewhere: Path | None = None, origin: Path | None = None) -> Start:
+    """The run's own newest whole checkpoint, so that a requeued job goes on; then `elsewhere`, then `init_from`, then nothing.
 
-    whole   the config that the run was begun with, where it grows and `config` is of a later phase; `origin` the grown checkpoint that
-            begins this phase, until there is a newer one
+    elsewhere  a checkpoint of another run, which `resume` names and which has been read
+    origin     the grown checkpoint that begins this phase, until there is a newer one
 
-    Raises UsageError where a checkpoint belongs to another run or is not there.
+    Collective: the first rank chooses, and all see the same. Raises UsageError where a checkpoint belongs to another run or none is whole.
     """
+    agreed(lambda: _check_asked(config))
+    folder, skipped = choose(run_dir / "checkpoints", origin)
+    if folder is None and elsewhere is not None:
+        folder = elsewhere
+    if folder is None:
+        source = config.checkpoint.init_from
+        return Start() if source is None else agreed(lambda: _weights_from(config, Path(source)))
+    return agreed(lambda: _from_run(config, folder, skipped))
+
+
+def _check_asked(config: Config) -> None:
     check_allow_change(config.run.allow_change)
     if config.checkpoint.export == "hf":
         hf_config(config.model, config.train.seq_len)  # refuses what could not be exported later
-    wanted = config.checkpoint.resume
-    _check_owner(whole or config, run_dir)
-    own = newest(run_dir / "checkpoints")
-    if origin is not None and (own is None or step_of(own) <= step_of(origin)):
-        own = origin
-    if wanted == "never":
-        if own is not None:
-            raise UsageError(
-                f"checkpoint.resume is never and {run_dir} already holds a run up to {own.name}: choose another run.name, or resume auto"
-            )
-        folder = None
-    else:
-        folder = own if own is not None or wanted == "auto" else find(wanted)
-    if folder is not None:
-        saved = read_json(folder / "trainer.json")
-        if not isinstance(saved.get("identity"), dict) or not isinstance(saved.get("step"), int):
-            raise UsageError(
-                f"{folder / 'trainer.json'} is not from pretraining (no identity or step): start from its weights with checkpoint.init_from"
-            )
-        return Start(folder, False, check_identity(config, saved["identity"], str(folder)))
-    return Start() if config.checkpoint.init_from is None else _weights_from(config, Path(config.checkpoint.init_from))
+
+
+def _from_run(config: Config, folder: Path, skipped: list[Skipped]) -> Start:
+    """All of a checkpoint, `folder`, which is whole. Raises UsageError where it is of another run."""
+    saved = read_progress(folder)
+    then = saved.get("config", {})
+    mixture, told_of_it = mixture_changes(config, saved)
+    changes = {**check_identity(config, saved["identity"], str(folder)), **mixture, **curve_changes(config, then)}
+    rates = rates_at(config, then, saved["step"]) if changes else None
+    left_out = [
+        Note(f"{s.folder.name} is left out: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
+    ]
+    return Start(folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *told(changes, rates)))
 
 
 def _weights_from(config: Config, folder: Path) -> Start:
@@ -85,9 +96,9 @@ def _weights_from(config: Config, folder: Path) -> Start:
         past = folder / TRAINER
     if config.checkpoint.init_data == "restart":
         return Start(folder, True, foreign=foreign)
-    if not past.is_file() or not isinstance(samples := read_json(past).get("samples"), int):
+    if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
         raise UsageError(f"checkpoint.init_data is continue, and {folder} does not say where in its data it stood: use restart")
-    then, now = read_json(past).get("identity", {}), identity(config)
+    then, now = _position(past).get("identity", {}), identity(config)
     changed = [k for k in now if (k.startswith("data.") or k in ORDER) and then.get(k, now[k]) != now[k]]
     if changed:
         lines = "; ".join(f"{k} was {then[k]!r} and is {now[k]!r}" for k in changed)
@@ -97,10 +108,17 @@ def _weights_from(config: Config, folder: Path) -> Start:
     return Start(folder, True, foreign=foreign, samples=samples)
 
 
+def _position(path: Path) -> dict[str, Any]:
+    """Where in its data a run stood: in trainer.json, or in what stands for it beside an exported model."""
+    return read_trainer(path.parent) if path.name == TRAINER else read_json(path)
+
+
 def model_changes(config: Config, folder: Path) -> str:
     """What the model of a checkpoint's run says otherwise than this one's, for a message about tensors that do not fit; or nothing."""
-    saved = read_json(folder / TRAINER).get("config")
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+    if not (folder / TRAINER).is_file():
+        return ""
+    saved = read_trainer(folder).get("config", {})
+    if not isinstance(saved.get("model"), dict):
         return ""
     try:
         changed = differences(Model.model_validate(saved["model"]), config.model)
@@ -131,29 +149,3 @@ def check_coefficients(config: Config, model: ParallelModel, folder: Path | None
                     f"{expected[0].item():.6f}: start from a checkpoint of this scheme and depth, or keep its coefficients with "
                     "run.allow_change='[model.residual]'"
                 )
-
-
-def claim_run_dir(config: Config, run_dir: Path, start: Start) -> None:
-    """Makes the run's directory, or says why it cannot be written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise UsageError(f"the run directory {run_dir} cannot be written ({error.strerror}): choose another run.dir") from None
-
-
-def _check_owner(config: Config, run_dir: Path) -> None:
-    """A directory with other files in it, or with another run, is not ours."""
-    if not run_dir.exists():
-        return
-    if not run_dir.is_dir():
-        raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
-    names = {p.name for p in run_dir.iterdir()}
-    if names and not names & set(OWN_FILES) and names - {"exit.json", "STOP", "launch"}:
-        raise UsageError(
-            f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(names)[:3])}): choose another run.name or run.dir"
-        )
-    if (run_dir / "config.yaml").is_file():
-        there = build_config(read_yaml(run_dir / "config.yaml"))
-        check_identity(config, identity(there), str(run_dir / "config.yaml"))

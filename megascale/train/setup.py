@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ import torch
 
 from megascale.checkpoint.loader import load
 from megascale.checkpoint.saver import Checkpointer
+from megascale.comm.agreement import Agreement
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
-from megascale.config.load import to_yaml
 from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.data.loader import Prefetcher
 from megascale.errors import UsageError
-from megascale.files import write_atomic
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo
@@ -29,17 +28,20 @@ from megascale.optim.schedule import begun_again
 from megascale.parallel.apply import ParallelModel
 from megascale.train.announce import announce
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
+from megascale.train.changes import sources_of
 from megascale.train.console import Console
 from megascale.train.engine import Engine
 from megascale.train.memory import check_host_room
 from megascale.train.metrics import RunLog
 from megascale.train.observed import Observed
+from megascale.train.opening import Opening, claim_run_dir, open_run
 from megascale.train.phases import Phase
 from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, check_coefficients, claim_run_dir, find_start, model_changes
+from megascale.train.resume import Start, check_coefficients, find_start, model_changes
+from megascale.train.room import room_for
 from megascale.train.samples import micro_batches, note, open_data, resolve_vocabulary
-from megascale.train.state import Progress
+from megascale.train.state import Progress, check_finite
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
 from megascale.train.watch import Pulse
@@ -47,14 +49,33 @@ from megascale.train.watch import Pulse
 
 @contextmanager
 def build_trainer(
-    config: Config, ranks: RankInfo, stop: StopFlag | None = None, pulse: Pulse | None = None, phase: Phase | None = None
+    config: Config,
+    ranks: RankInfo,
+    stop: StopFlag | None = None,
+    pulse: Pulse | None = None,
+    phase: Phase | None = None,
+    opening: Opening | None = None,
 ) -> Iterator[Trainer]:
-    """Everything between a config and the first step. Nothing is written before all ranks agree that the run can start.
+    """Everything between a config and the first step. Nothing but the lock is written before all ranks agree that the run can start.
 
-    stop   what signals set, where somebody listens to them already
-    pulse  where the trainer says what it does, for a watch
-    phase  which part of a run that grows this is; the whole of it if absent
+    stop     what signals set, where somebody listens to them already
+    pulse    where the trainer says what it does, for a watch
+    phase    which part of a run that grows this is; the whole of it if absent
+    opening  the run's directory, where it is this job's already
     """
+    with ExitStack() as until_the_end:
+        yield from _built(config, ranks, stop, pulse, phase, opening, until_the_end)
+
+
+def _built(
+    config: Config,
+    ranks: RankInfo,
+    stop: StopFlag | None,
+    pulse: Pulse | None,
+    phase: Phase | None,
+    opening: Opening | None,
+    until_the_end: ExitStack,
+) -> Iterator[Trainer]:
     whole = config if phase is None else phase.whole
     config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
     if config.checkpoint.init_schedule == "lemon":
@@ -68,7 +89,9 @@ def build_trainer(
     agreed(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
-    start: Start = agreed(lambda: find_start(config, run_dir, whole, None if phase is None else phase.origin))
+    if opening is None:
+        opening = until_the_end.enter_context(open_run(whole))
+    start = find_start(config, run_dir, opening.elsewhere, None if phase is None else phase.origin)
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device))
@@ -77,13 +100,15 @@ def build_trainer(
     engine = build_engine(model, config, device)
     progress = load_start(config, start, engine)
     agreed(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
-    agreed(lambda: claim_run_dir(config, run_dir, start) if first else None)
+    Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
+    found = agreed(lambda: claim_run_dir(whole, run_dir, opening, progress.step == 0) if first else [])
     log, console = None, None
     if first:
+        room = room_for(config, run_dir, start, progress.step, until)
+        notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
         log = RunLog(run_dir, progress.step)
         console = Console(config.train.total_steps, progress.step)
-        announce(config, ranks, facts, start, progress, note(mixture), log, console)
-        write_atomic(run_dir / "config.yaml", to_yaml(whole.plain()))
+        announce(config, ranks, facts, start, progress, note(mixture), notes, log, console)
     reporter = build_reporter(config, ranks, mesh, device, model, flops, start, log, console)
     if log is not None and config.run.tensorboard:
         log.add_tensorboard(progress.step)
@@ -100,7 +125,7 @@ def build_trainer(
     valid = {
         name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)] for name, m in valid_sets.items()
     }
-    checkpointer = build_checkpointer(config, model)
+    checkpointer = build_checkpointer(config, model, opening)
     pulse = pulse or Pulse()
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
@@ -130,11 +155,12 @@ def load_start(config: Config, start: Start, engine: Engine) -> Progress:
         agreed(lambda: fill(state, produce))
     else:
         try:
-            saved = load(start.folder, state, prefix="model." if start.weights_only else None)
+            saved = load(start.folder, state, prefix="model." if start.weights_only else None, checked=start.checked)
         except UsageError as error:
             raise UsageError(f"{error}{model_changes(config, start.folder)}") from None
+    agreed(lambda: check_finite(state, start.folder))
     engine.loaded(state)
-    return Progress(samples=start.samples) if start.weights_only else Progress(**{k: saved[k] for k in Progress().plain()})
+    return Progress(samples=start.samples) if start.weights_only else Progress(**{k: saved[k] for k in Progress().plain() if k in saved})
 
 
 def build_reporter(
@@ -150,7 +176,13 @@ def build_reporter(
 ) -> Reporter:
     """`flops`: of a token in training. Log and console are the first rank's."""
     peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else peak_flops(device, model.model.shape.compute)
-    kept = {"identity": identity(config), "config": config.plain(), "layout": describe(config.parallel), "torch": torch.__version__}
+    kept = {
+        "identity": identity(config),
+        "config": config.plain(),
+        "sources": sources_of(config),
+        "layout": describe(config.parallel),
+        "torch": torch.__version__,
+    }
     return Reporter(
         mesh,
         device,
@@ -168,7 +200,7 @@ def build_reporter(
     )
 
 
-def build_checkpointer(config: Config, model: ParallelModel) -> Checkpointer:
+def build_checkpointer(config: Config, model: ParallelModel, opening: Opening) -> Checkpointer:
     keep = config.checkpoint
     return Checkpointer(
         Path(config.run_dir) / "checkpoints",
@@ -176,4 +208,5 @@ def build_checkpointer(config: Config, model: ParallelModel) -> Checkpointer:
         keep_every=keep.keep_every,
         asynchronous=keep.asynchronous,
         export=partial(export_beside, dtype=model.model.shape.compute) if keep.export == "hf" else None,
+        guard=opening.guard,
     )

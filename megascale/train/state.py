@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megascale.comm.piece import Piece
+from megascale.errors import UsageError
 from megascale.parallel.apply import ParallelModel
 
 
@@ -39,6 +42,19 @@ def state_pieces(model: ParallelModel, optimizer: dict[str, dict[str, Tensor]]) 
         for name, tensor in tensors.items():
             pieces[f"optim.{key}.{name}"] = _piece(model, weights, name, tensor)
     return pieces
+
+
+def check_finite(state: dict[str, Piece], folder: Path | None) -> None:
+    """Raises UsageError for weights that were loaded and are no numbers: every step would be skipped. The optimizer's are not asked."""
+    for name, piece in state.items():
+        if not name.startswith("model.") or not piece.local.is_floating_point():
+            continue
+        flat = piece.local.detach().reshape(-1)
+        # A tensor of truth values beside all of a large weight may be more than is free.
+        if not all(torch.isfinite(part.float() if part.element_size() == 1 else part).all() for part in flat.split(1 << 26)):
+            raise UsageError(
+                f"{name} in {folder} holds values that are not finite (NaN or infinite): take the weights from another checkpoint"
+            )
 
 
 def _piece(model: ParallelModel, weights: dict[str, Any], name: str, tensor: Tensor) -> Piece:

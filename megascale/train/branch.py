@@ -1,0 +1,168 @@
+"""What `checkpoint.resume` asks of this start, and going back inside a run.
+
+Going back to one of the run's own checkpoints puts the later ones and the curve up to here into `checkpoints/set-aside-TIME`, lets
+`latest` name the one that was asked for, and records the request in `checkpoints/resumed.json`. The same command, run again by a scheduler,
+finds the record and goes on from the newest checkpoint of the new branch. A start with `auto` forgets the record, so that the folder can be
+asked for once more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megascale.checkpoint.choose import named_latest
+from megascale.checkpoint.loader import find
+from megascale.checkpoint.storage import ASIDE, LATEST, aside_in, named_as_steps, set_aside
+from megascale.errors import UsageError
+from megascale.files import discard, write_atomic
+
+RECORD = "resumed.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the reader of the screen is told as a warning; an event of that name beside it where it has one."""
+
+    sentence: str
+    event: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """own: the run's newest checkpoint, or a new run. back: to `folder`, one of the run's own. elsewhere: a new run from `folder`."""
+
+    kind: Literal["own", "back", "elsewhere"]
+    folder: Path | None = None
+    note: Note | None = None
+
+
+def wish_of(wanted: str, run_dir: Path) -> Wish:
+    """Raises UsageError for a folder that is not there, and for one that this run cannot go on from."""
+    root = run_dir / "checkpoints"
+    have = named_as_steps(root)
+    if wanted == "never" and have:
+        raise UsageError(
+            f"checkpoint.resume is never and {run_dir} already holds a run up to {have[-1][1].name}: choose another run.name, or resume "
+            "auto"
+        )
+    if wanted in ("auto", "never"):
+        return Wish("own")
+    record = read_record(root)
+    if have and record.get("asked") == os.path.abspath(wanted):
+        return Wish("own", note=_served(wanted, root, record))
+    try:
+        where = Path(wanted).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"checkpoint.resume is {wanted[:200]!r}, and it cannot be found ({reason}): name a folder step-… or a run's directory, or auto"
+        ) from None
+    own = run_dir.resolve()
+    if where in (own, root.resolve()):
+        return Wish("own")
+    folder = find(wanted)
+    if own in where.parents:
+        return Wish("back", folder)
+    if have and not _began_from(run_dir, where):
+        raise UsageError(
+            f"checkpoint.resume is {wanted}, and {run_dir} already holds a run up to {have[-1][1].name} that did not begin there: choose "
+            "another run.name to begin there, or resume auto to go on with this run"
+        )
+    return Wish("own") if have else Wish("elsewhere", folder)
+
+
+def go_back(run_dir: Path, folder: Path, asked: str) -> Note:
+    """Makes `folder`, one of the run's own, its newest checkpoint. What comes after it is kept aside. Raises UsageError for a bad disk.
+
+    Killed at any moment, the same request does the rest.
+    """
+    root = run_dir / "checkpoints"
+    step = int(folder.name.rpartition("-")[2])
+    aside = aside_in(root)
+    try:
+        home = root / folder.name
+        if folder.parent.name.startswith(ASIDE):
+            if os.path.lexists(home):
+                set_aside(home, aside)
+            os.rename(folder, home)
+        if home.is_dir():
+            write_atomic(root / LATEST, f"{home.name}\n")
+        later = [path for number, path in named_as_steps(root) if number > step]
+        grown = [p for p in run_dir.glob("grown-*") if any(number > step for number, _ in named_as_steps(p))]
+        for path in (*reversed(later), *grown):
+            set_aside(path, aside)
+        if not (root / named_latest(root)).is_dir():
+            discard(root / LATEST)
+        if aside.is_dir() and (run_dir / METRICS).is_file():
+            shutil.copyfile(run_dir / METRICS, aside / METRICS)
+        remember(root, asked, folder)
+    except OSError as error:
+        raise UsageError(
+            f"{run_dir} could not go back to {folder.name} ({error.strerror or error}: {error.filename}): mend the disk and run the same "
+            "command again"
+        ) from None
+    rest = f"; {len(later)} later checkpoints and the curve up to here are in {aside}" if aside.is_dir() else ""
+    return Note(
+        f"gone back to {folder.name} as checkpoint.resume asks{rest}",
+        "go_back",
+        {"folder": str(folder), "set_aside": [p.name for p in later], "where": str(aside) if aside.is_dir() else None},
+    )
+
+
+def remember(root: Path, asked: str, folder: Path) -> None:
+    """That this request was met. Raises OSError."""
+    root.mkdir(parents=True, exist_ok=True)
+    record = {"asked": os.path.abspath(asked), "folder": str(folder.absolute()), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def forget(run_dir: Path) -> None:
+    """The record of having gone back inside the run: another start than that one has been asked for."""
+    record = read_record(run_dir / "checkpoints")
+    if record and run_dir.absolute() in Path(record["folder"]).parents:
+        discard(run_dir / "checkpoints" / RECORD)
+
+
+def read_record(root: Path) -> dict[str, str]:
+    """Empty where there is none that can be read: then the request is met as if for the first time."""
+    try:
+        found = json.loads((root / RECORD).read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), str) for k in ("asked", "folder", "time")):
+        return {}
+    return found
+
+
+def _served(wanted: str, root: Path, record: dict[str, str]) -> Note:
+    return Note(
+        f"checkpoint.resume={wanted} was met on {record['time']}, and the run goes on from what it has done since; to begin there once "
+        f"more, delete {root / RECORD}"
+    )
+
+
+def _began_from(run_dir: Path, where: Path) -> bool:
+    """Whether the run's events say that it once began there; older versions kept no other record."""
+    try:
+        lines = (run_dir / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        if '"from"' not in line:
+            continue
+        try:
+            said = json.loads(line)
+            folder = Path(said["from"]).resolve()
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError, RecursionError):
+            continue
+        if folder == where or where in folder.parents:
+            return True
+    return False
