@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.checkpoint.saver import Checkpointer
+from megascale.checkpoint.saver import Checkpointer, Event
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import StopRequested, TrainingError
@@ -71,7 +71,7 @@ class Trainer:
                 self.give_up(step)
             if stopping or step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 self.save(wait=stopping or step == last_step)
-            self.reporter.checkpoints(self.checkpointer.poll(), step)
+            self.told(self.checkpointer.poll(), step)
             if stopping and step < last_step:
                 why = self.reason_to_stop()
                 self.reporter.event("stop", step, reason=why)
@@ -139,13 +139,23 @@ class Trainer:
         events = self.checkpointer.finish() if wait else []
         self.reporter.event("save", self.progress.step, stalled=round(time.perf_counter() - begin, 4))
         if wait:
-            self.reporter.checkpoints(events, self.progress.step)
+            self.told(events, self.progress.step)
             failed = [e for e in events if e.kind == "failed" and e.step == self.progress.step]
             if failed:
                 last = self.reporter.last_good
                 raise TrainingError(
                     f"the checkpoint of step {self.progress.step} could not be written: {failed[0].message}; the last good one is {last}"
                 )
+
+    def told(self, events: list[Event], step: int) -> None:
+        """How saves have ended. Raises TrainingError where replicas differ between ranks: every later step would be lost."""
+        self.reporter.checkpoints(events, step)
+        apart = [e for e in events if e.kind == "diverged"]
+        if apart:
+            raise TrainingError(
+                f"the checkpoint of step {apart[0].step} was not written: {apart[0].message}; the last good one is "
+                f"{self.reporter.last_good}"
+            )
 
     def give_up(self, step: int) -> None:
         self.reporter.checkpoints(self.checkpointer.finish(), step)  # so that the message names the last one for certain
