@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megascale.config.schema.model import Model
 from megascale.config.schema.parallel import Parallel
@@ -12,8 +12,14 @@ from megascale.config.schema.section import NonNegative, Positive, Section
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
 
+def _no_dots(name: str) -> str:
+    if not name.strip("."):
+        raise ValueError(f"{name!r} is a way through folders: give it a letter or a digit")
+    return name
+
+
 class Run(Section):
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    name: Annotated[str, AfterValidator(_no_dots)] = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", max_length=200)
     dir: str | None = None  # runs/<name> if absent
     seed: NonNegative = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"

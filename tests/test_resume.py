@@ -1,0 +1,315 @@
+"""Resumes as users meet them: damage, ways back, other lengths and mixtures, left-overs. One process each, so that a case is a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megascale.checkpoint.storage import step_name
+from megascale.data.indexed import TokenWriter
+from megascale.train.lock import LOCK
+from megascale.train.setup import build_trainer
+from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
+
+SHARD = "rank-00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with a checkpoint after each; copied, never changed."""
+    folder = tmp_path_factory.mktemp("done")
+    make_tokens(folder / "tokens")
+    assert run(values_of(folder)) == (0, "done")
+    assert not (folder / "run" / LOCK).exists()
+    return folder
+
+
+@pytest.fixture
+def folder(done: Path, tmp_path: Path) -> Path:
+    shutil.copytree(done / "run", tmp_path / "run")
+    for end in ("bin", "idx"):
+        os.link(done / f"tokens.{end}", tmp_path / f"tokens.{end}")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(done), str(tmp_path)))
+    for trainer in (tmp_path / "run").glob("checkpoints/*/trainer.json"):
+        rewrite(trainer.parent, trainer.read_text().replace(str(done), str(tmp_path)))
+    return tmp_path
+
+
+def values_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    fixed = {"model__num_layers": 1, "checkpoint__every": 1, "checkpoint__keep_last": 9, "checkpoint__asynchronous": False}
+    return settings(folder, **{**fixed, **changes})
+
+
+def rewrite(folder: Path, text: str) -> None:
+    """A checkpoint whose trainer.json is `text`, and whole."""
+    import zlib
+
+    (folder / "trainer.json").write_text(text)
+    index = json.loads((folder / "index.json").read_text())
+    index["files"]["trainer.json"] = {"bytes": len(text.encode()), "crc32": zlib.crc32(text.encode())}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / "run" / "checkpoints" / step_name(step)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in rows(folder, "events") if e["event"] == kind]
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_a_damaged_newest_checkpoint_is_left_out_aloud(folder: Path, done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a dead end at a flipped bit, and a fallback that nobody hears of or that leaves the curve another."""
+    flip(step_folder(folder, 6) / SHARD)
+    assert run(values_of(folder)) == (0, "done")
+    (event,) = events(folder, "checkpoint_skipped")
+    assert event["folder"].endswith(step_name(6)) and "checksum" in event["why"] and event["step"] == 5
+    assert "warning: step-00000006 is left out" in capfd.readouterr().err
+    assert losses(folder) == losses(done)
+
+
+@pytest.mark.parametrize("what", ["empty", "newer", "unmounted"])
+def test_what_cannot_be_read_never_begins_at_step_0(folder: Path, what: str) -> None:
+    """Catches a run that begins anew over its own checkpoints and rows, with exit code 0."""
+    root = folder / "run" / "checkpoints"
+    for index in root.glob("*/index.json"):
+        index.write_text("" if what == "empty" else index.read_text().replace('"version": 1', '"version": 2'))
+    if what == "unmounted":
+        os.rename(root, folder / "away")
+        root.symlink_to(folder / "nowhere")
+    before = tree(folder / "run")
+    code, message = run(values_of(folder))
+    assert (
+        code == 2 and {"empty": "none of them is whole", "newer": "format version 2", "unmounted": "is its disk mounted"}[what] in message
+    )
+    assert tree(folder / "run") == before
+    code, message = run(values_of(folder, checkpoint__resume="never"))
+    assert code == 2 and tree(folder / "run") == before
+
+
+def test_going_back_inside_a_run(folder: Path, done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches `resume=FOLDER` that is ignored, one that goes back at every requeue, and a branch that destroys the one before."""
+    three = str(step_folder(folder, 3))
+    back = values_of(folder, checkpoint__resume=three, train__clip=0.001)
+    assert run(back, stop_at=4)[0] == 75
+    assert [r["step"] for r in rows(folder)] == [1, 2, 3, 4, 5]
+    assert losses(folder)[:4] == losses(done)[:4] and losses(folder)[4] != losses(done)[4]  # another branch
+    (event,) = events(folder, "go_back")
+    aside = Path(event["where"])
+    assert event["set_aside"] == [step_name(n) for n in (4, 5, 6)] and "gone back to step-00000003" in capfd.readouterr().err
+    assert sorted(p.name for p in aside.iterdir()) == ["metrics.jsonl", *event["set_aside"]]
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == 6
+    assert run(back) == (0, "done")  # the same command, as a scheduler repeats it
+    assert len(events(folder, "go_back")) == 1 and [e["step"] for e in events(folder, "resume")][-1] == 5
+    assert "was met on" in capfd.readouterr().err
+    shutil.rmtree(three)  # as keep_last may
+    assert run(back) == (0, "done")
+    # Into what was set aside: the first branch is whole again.
+    first = values_of(folder, checkpoint__resume=str(aside / step_name(5)))
+    assert run(first) == (0, "done")
+    assert losses(folder)[5] == losses(done)[5]
+    # A start with auto in between forgets the request.
+    assert run(values_of(folder)) == (0, "done")
+    four = values_of(folder, checkpoint__resume=str(step_folder(folder, 5)))
+    assert run(four) == (0, "done") and len(events(folder, "go_back")) == 3
+
+
+def test_ways_back_that_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Catches a path that is not there and is passed over, a damaged target, another run's folder over a run, and a half way back."""
+    before = tree(folder / "run")
+    code, message = run(values_of(folder, checkpoint__resume="/nowhere"))
+    assert code == 2 and "checkpoint.resume is '/nowhere', and it cannot be found (No such file" in message
+    flip(step_folder(folder, 3) / SHARD)
+    code, message = run(values_of(folder, checkpoint__resume=str(step_folder(folder, 3))))
+    assert code == 2 and "checksum" in message and "name another folder" in message
+    flip(step_folder(folder, 3) / SHARD)
+    code, message = run(values_of(folder, checkpoint__resume=str(step_folder(folder, 3)), optim__lr=1.0))
+    assert code == 2 and "optim.lr" in message
+    other = tmp_path_factory.mktemp("other") / "other-run"
+    shutil.copytree(folder / "run", other)
+    code, message = run(values_of(folder, checkpoint__resume=str(other)))
+    assert code == 2 and "did not begin there" in message
+    assert tree(folder / "run") == before
+    for same in (folder / "run", folder / "run" / "checkpoints"):
+        assert run(values_of(folder, checkpoint__resume=str(same))) == (0, "done")
+
+
+def test_a_run_that_begins_from_another(folder: Path, tmp_path: Path) -> None:
+    """Catches a requeue that begins at the other run again, or that needs it when it has gone."""
+    old = tmp_path / "old"
+    os.rename(folder / "run", old)
+    values = values_of(folder, checkpoint__resume=str(old / "checkpoints" / step_name(2)))
+    assert run(values, stop_at=3)[0] == 75
+    assert [r["step"] for r in rows(folder)] == [3, 4]
+    shutil.rmtree(old)
+    assert run(values) == (0, "done")
+    assert [r["step"] for r in rows(folder)] == [3, 4, 5, 6]
+
+
+def test_another_length_is_told_and_recorded(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a learning rate that jumps at a resume in silence, and a key that changes the curve unrecorded."""
+    assert run(values_of(folder, train__steps=7, train__clip=0.5, checkpoint__resume=str(step_folder(folder, 4)))) == (0, "done")
+    (event,) = events(folder, "change")
+    assert event["changes"] == {"train.steps": [6, 7], "train.clip": [1.0, 0.5]} and event["step"] == 4
+    assert event["lr"][1] == rows(folder)[4]["lr"] and event["lr"][0] < event["lr"][1]
+    said = capfd.readouterr().err
+    assert "train.steps was 6 and is 7" in said and "the learning rate of step 5 would have been" in said
+    assert run(values_of(folder, train__steps=7, train__clip=0.5)) == (0, "done")
+    assert len(events(folder, "change")) == 1  # nothing has changed since
+
+
+def test_a_start_without_checkpoints_keeps_the_rows(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches rows dropped for good where a run begins at step 1 again, and exit.json of the attempt before."""
+    shutil.rmtree(folder / "run" / "checkpoints")
+    (folder / "run" / "exit.json").write_text('{"code": 75}')
+    old = (folder / "run" / "metrics.jsonl").read_bytes()
+    assert run(values_of(folder, train__steps=1)) == (0, "done")
+    (place,) = (folder / "run").glob("set-aside-*")
+    assert (place / "metrics.jsonl").read_bytes() == old and len(rows(folder)) == 1
+    assert "its old rows are in" in capfd.readouterr().err and not (folder / "run" / "exit.json").exists()
+
+
+DAMAGED_CONFIG: dict[str, Callable[[Path], object]] = {
+    "cut": lambda p: p.write_text(p.read_text()[:200]),
+    "no text": lambda p: p.write_bytes(b"\xff\xfe\x00"),
+    "a folder": lambda p: (p.unlink(), p.mkdir()),
+    "of a newer version": lambda p: p.write_text(p.read_text() + "later: {key: 1}\n"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_CONFIG)
+def test_a_damaged_config_of_the_run(folder: Path, what: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that can never go on for a file that it wrote itself, and a message that seems to speak of the user's config."""
+    path = folder / "run" / "config.yaml"
+    DAMAGED_CONFIG[what](path)
+    code, message = run(values_of(folder, optim__lr=1.0))
+    assert code == 2 and "optim.lr" in message and step_name(6) in message  # the checkpoint's own config stands for it
+    assert run(values_of(folder)) == (0, "done")
+    assert f"{path}, which the run wrote, is" in capfd.readouterr().err and len(events(folder, "config_replaced")) == 1
+    assert path.is_file() and list((folder / "run").glob("set-aside-*/config.yaml"))
+
+
+def test_left_overs_are_swept(folder: Path) -> None:
+    """Catches half files of killed attempts that stay for ever, and somebody's file taken for one."""
+    names = [".config.yaml.77.tmp", ".metrics.jsonl.77.tmp", ".exit.json.0.tmp", ".heartbeat.json.7.tmp", ".writable"]
+    for name in names:
+        (folder / "run" / name).write_text("half")
+    root = folder / "run" / "checkpoints"
+    (root / ".tmp-step-00000009").symlink_to("/nowhere")
+    (root / ".tmp-del-step-00000001").mkdir()
+    (folder / "run" / ".notes").write_text("mine")
+    (root / step_name(99)).write_text("mine")
+    assert run(values_of(folder)) == (0, "done")
+    assert not any((folder / "run" / name).exists() for name in names) and not list(root.glob(".tmp*"))
+    assert (folder / "run" / ".notes").read_text() == "mine"
+    assert [p.read_text() for p in root.glob(f"set-aside-*/{step_name(99)}")] == ["mine"]
+    assert len(events(folder, "set_aside")) == 1
+
+
+def test_the_directory_is_held_while_training(folder: Path) -> None:
+    """Catches a second job in the directory, one that disturbs the first, and a directory made anew when it was moved away."""
+    from megascale.config.load import build_config
+    from megascale.launch.ranks import RankInfo
+
+    values = values_of(folder, train__steps=8)
+    with build_trainer(build_config(values), RankInfo()) as trainer:
+        before = tree(folder / "run")
+        code, message = run(values)
+        assert code == 2 and f"held by another job: process {os.getpid()} on" in message and tree(folder / "run") == before
+        os.rename(folder / "run", folder / "moved")
+        with pytest.raises(Exception, match=r"could not be written: the run directory .* is not there any more"):
+            trainer.train()
+        assert not (folder / "run").exists()
+
+
+def test_weights_that_are_no_numbers(folder: Path, tmp_path: Path) -> None:
+    """Catches steps skipped one after another, and a wrong cause told, for weights that were NaN from the start."""
+    for target in (step_folder(folder, 6), tmp_path / "weights"):
+        if target.name == "weights":
+            shutil.copytree(step_folder(folder, 5), target)
+        tensors = load_file(target / SHARD)
+        tensors["model.blocks.0.ffn.up.weight"][3, 2] = torch.nan
+        (target / SHARD).unlink()
+        save_file(tensors, target / SHARD)
+        rewrite_index(target)
+    code, message = run(values_of(folder))
+    assert code == 2 and "model.blocks.0.ffn.up.weight in" in message and "not finite" in message
+    code, message = run(values_of(folder, run__dir=str(tmp_path / "new"), checkpoint__init_from=str(tmp_path / "weights")))
+    assert code == 2 and "not finite" in message and not (tmp_path / "new").exists()
+
+
+def rewrite_index(folder: Path) -> None:
+    """The index of a shard that was written anew."""
+    import zlib
+
+    data = (folder / SHARD).read_bytes()
+    index = json.loads((folder / "index.json").read_text())
+    index["files"][SHARD] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in ("a", "b"):
+        with TokenWriter(folder / name, np.uint16) as writer:
+            writer.add(np.arange(600) % VOCAB)
+    (folder / "mix.yaml").write_text("sources: [{path: a}, {path: b}]\n")
+    return folder, values_of(folder, data__train=str(folder / "mix.yaml"), train__steps=3)
+
+
+def test_a_mixture_that_changes(mixed: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a file of sources edited under a run without a word, and a change that is allowed and does not say what it repeats."""
+    folder, values = mixed
+    assert run(values) == (0, "done")
+    (folder / "mix.yaml").write_text("sources: [{path: a, weight: 3}, {path: b}]\n")
+    code, message = run(values)
+    assert code == 2 and "was a 1, b 1 and is a 3, b 1" in message and "run.allow_change='[data.train]'" in message
+    values["run"]["allow_change"] = ["data.train"]
+    values["train"]["steps"] = 4
+    assert run(values) == (0, "done")
+    (event,) = events(folder, "mixture")
+    counts = event["samples"]
+    assert sum(c["skipped"] for c in counts.values()) == sum(c["repeated"] for c in counts.values()) > 0
+    assert "samples are seen again and" in capfd.readouterr().err
+    assert "data.train" in events(folder, "change")[0]["changes"]
+
+
+def test_megatrons_order_depends_on_the_length(mixed: tuple[Path, dict[str, Any]]) -> None:
+    """Catches a run that is made longer and goes on in another order of its data."""
+    folder, values = mixed
+    values = {**values, "run": {**values["run"], "dir": str(folder / "other")}, "data": {"train": str(folder / "a"), "order": "megatron"}}
+    values["train"] = {**values["train"], "steps": 2}
+    assert run(values) == (0, "done")
+    longer = {**values, "train": {**values["train"], "steps": 3}}
+    code, message = run(longer)
+    assert code == 2 and "train.steps was 2 and is 3, and under data.order megatron" in message
+    longer["run"] = {**longer["run"], "allow_change": ["train.steps"]}
+    assert run(longer) == (0, "done")
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_names_that_lead_elsewhere(name: str, tmp_path: Path) -> None:
+    """Catches a run whose files land in the working directory."""
+    code, message = run(settings(tmp_path, run__name=name))
+    assert code == 2 and "run.name" in message
