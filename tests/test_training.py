@@ -303,3 +303,25 @@ def test_batches_come_from_the_sampler_alone(folder: Path) -> None:
     for n in range(20):
         mixture.sample(n)
     assert torch.equal(loader.make_batch(mixture, [20, 21], "concat", torch.device("cpu")).tokens, late.tokens)
+
+
+def apart(values: dict[str, Any]) -> tuple[int, str]:
+    """A run in which a weight of rank 1 changes by itself in step 2."""
+    step, steps = Accumulation.run, [0]
+
+    def count(self: Accumulation, *args: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 2 and torch.distributed.get_rank() == 1:
+            self.model.weights[0].local.data.add_(1e-3)
+        return step(self, *args)
+
+    Accumulation.run = count  # type: ignore[method-assign, assignment]
+    return run(values)
+
+
+def test_replicas_that_differ_end_the_run(folder: Path) -> None:
+    """Catches a run that trains on for days after its ranks have come apart, since only a save "failed"."""
+    values = settings(folder, parallel__dp_replicate=2, parallel__dp_shard=1, checkpoint__asynchronous=False, train__steps=20)
+    for code, message in run_ranks(2, apart, values):
+        assert code == 3 and "should be the same on ranks 0 and 1" in message and "last good one is" in message
+    assert [r["step"] for r in rows(folder)] == [1, 2, 3] and [e["step"] for e in rows(folder, "events") if e["event"] == "diverged"] == [3]
