@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 
 from megascale.config.load import flatten, read_yaml
 from megascale.errors import UsageError
+from megascale.rows import Mistake, Row, event_mistake, metric_mistake, read_lines
 
-Row = dict[str, Any]
 Array = NDArray[np.float64]
-
-NUMBERS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu", "memory_bytes")
-NESTED = ("sent_bytes", "valid_loss")
+LARGEST = 1e100  # what is beyond is no measurement, and overflows in the arithmetic of axes
 _ABSENT = object()
 
 
@@ -94,28 +92,28 @@ def read_run(folder: Path) -> RunData:
     if not metrics_path.is_file():
         raise UsageError(f"{_no_run(folder)}")
     metrics: list[Row] = []
-    for row in _rows(metrics_path, _metric_mistake):
+    for row in _rows(metrics_path, metric_mistake):
         # A run goes back to its checkpoint when it resumes: rows after that step belong to a past that no longer counts.
         while metrics and metrics[-1]["step"] >= row["step"]:
             metrics.pop()
         metrics.append(row)
     if not metrics:
         raise UsageError(f"{metrics_path} has no rows yet: wait for the first step")
-    events = _rows(events_path, _event_mistake) if events_path.is_file() else []
+    events = _rows(events_path, event_mistake) if events_path.is_file() else []
     config = flatten(read_yaml(config_path)) if config_path.is_file() else {}
     name = str(config.get("run.name") or folder.resolve().name)
     return RunData(name, folder, metrics, events, config, _read_ending(folder / "exit.json"))
 
 
 def as_number(value: Any) -> float:
-    """JSON numbers as floats; null, other values and what a float cannot hold as NaN."""
+    """JSON numbers as floats; null, other values and what no figure can hold as NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
         number = float(value)
     except OverflowError:
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) <= LARGEST else math.nan
 
 
 def _no_run(folder: Path) -> str:
@@ -131,60 +129,19 @@ def _no_run(folder: Path) -> str:
     return f"{folder} is no run: it has no metrics.jsonl; {fix}"
 
 
-def _rows(path: Path, mistake: Callable[[Row], str | None]) -> list[Row]:
+def _rows(path: Path, mistake: Mistake) -> list[Row]:
     """The objects of a JSONL file. Raises UsageError naming the line that is none, or in which `mistake` finds one."""
+    rows = []
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        for line in read_lines(path, mistake):
+            if line.row is not None:
+                rows.append(line.row)
+            elif line.ended or line.wrong != "is not JSON":  # no line feed yet: the run is writing it, or was killed while it did
+                text = line.text.decode("utf-8", errors="replace").strip()
+                raise UsageError(f"{path}, line {line.number} {line.wrong}: {text[:60]!r}; mend or remove that line")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; give yourself the right to read it") from None
-    # Only a line feed ends a row: splitlines would also cut at characters that JSON allows inside a string.
-    lines = text.split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        wrong = None
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                continue  # no line feed yet: the run is writing it, or was killed while it did
-            wrong = "is not JSON"
-        else:
-            wrong = mistake(row) if isinstance(row, dict) else "is not an object"
-        if wrong:
-            raise UsageError(f"{path}, line {number} {wrong}: {line.strip()[:60]!r}; mend or remove that line")
-        rows.append(row)
     return rows
-
-
-def _metric_mistake(row: Row) -> str | None:
-    if not _is_step(row.get("step")):
-        return "has no step that is a whole number"
-    for key in NUMBERS:
-        if not _is_number_or_null(row.get(key)):
-            return f"has a {key} that is neither a number nor null"
-    for key in NESTED:
-        value = row.get(key)
-        if value is not None and not (isinstance(value, dict) and all(_is_number_or_null(v) for v in value.values())):
-            return f"has a {key} that is not an object of numbers"
-    return None
-
-
-def _event_mistake(row: Row) -> str | None:
-    if not _is_step(row.get("step")):
-        return "has no step that is a whole number"
-    if not isinstance(row.get("event"), str):
-        return "has no event that is a word"
-    return None
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53  # floats count exactly up to there
-
-
-def _is_number_or_null(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _read_ending(path: Path) -> Row:

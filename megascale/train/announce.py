@@ -62,7 +62,9 @@ def announce(
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
-    for sentence in (*(note.sentence for note in notes), padding_note(config), data_note, cast_note(config, facts["device"])):
+    if log.notes:
+        log.event("mended", progress.step, notes=log.notes)
+    for sentence in (*(note.sentence for note in notes), *log.notes, padding_note(config), data_note, cast_note(config, facts["device"])):
         if sentence:
             console.warn(sentence)
 

@@ -102,16 +102,15 @@ def _built(
     agreed(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
     found = agreed(lambda: claim_run_dir(whole, run_dir, opening, progress.step == 0) if first else [])
-    log, console = None, None
-    if first:
+    console = Console(config.train.total_steps, progress.step) if first else None
+    log = agreed(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
+    if log is not None and console is not None:
         room = room_for(config, run_dir, start, progress.step, until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
-        log = RunLog(run_dir, progress.step)
-        console = Console(config.train.total_steps, progress.step)
         announce(config, ranks, facts, start, progress, note(mixture), notes, log, console)
     reporter = build_reporter(config, ranks, mesh, device, model, flops, start, log, console)
-    if log is not None and config.run.tensorboard:
-        log.add_tensorboard(progress.step)
+    if config.run.tensorboard:
+        agreed(lambda: log.add_tensorboard(progress.step) if log is not None else None)
     if config.run.wandb:
         known = progress.logger_ids.get("wandb", "")
         progress.logger_ids["wandb"] = agreed(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
