@@ -18,7 +18,7 @@ from megascale.model.init import initialize
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary, rotate
 from megascale.model.spec import ParamSpec, specs_of
 from megascale.optim.optimizers import Muon, orthogonalize
-from megascale.optim.schedule import learning_rate
+from megascale.optim.schedule import learning_rate, schedule_note
 from tests.layouts import Case, build, fake_batch, tiny
 
 CPU = torch.device("cpu")
@@ -158,6 +158,16 @@ def test_learning_rates() -> None:
     linear = Optim(lr=2.0, decay="linear", decay_steps=50, min_lr_ratio=0.5)
     assert [learning_rate(linear, s, 100) for s in (25, 50, 80)] == pytest.approx([1.5, 1, 1])
     assert learning_rate(Optim(lr=1.0, decay="constant"), 99, 100) == 1
+
+
+def test_schedules_that_fit_badly_are_told() -> None:
+    """Catches a run that never reaches its rate, or drops it where the warm-up ends, without a word."""
+    short = schedule_note(Optim(lr=1.0, warmup_steps=30), 3)
+    assert short is not None and "warmup_steps is 30 and the run has 3 steps" in short and "a rate of 1.00e-01" in short
+    assert schedule_note(Optim(warmup_steps=30), 30) is not None and schedule_note(Optim(warmup_steps=30), 31) is None
+    dropping = schedule_note(Optim(warmup_steps=95, decay="wsd"), 100)
+    assert dropping is not None and "begins at step 90, within the warm-up" in dropping
+    assert schedule_note(Optim(warmup_steps=90, decay="wsd"), 100) is None and schedule_note(Optim(decay="constant"), 1) is None
 
 
 def test_muon_is_torchs() -> None:

@@ -36,3 +36,15 @@ def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
     done = min(1.0, max(0.0, done))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if cfg.decay == "cosine" else 1 - done
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+
+
+def schedule_note(cfg: Optim, total_steps: int) -> str | None:
+    """A sentence where the run and its schedule fit badly, which is right for a trial and unusual for anything else."""
+    run = f"optim.warmup_steps is {cfg.warmup_steps} and the run has {total_steps} step{'' if total_steps == 1 else 's'}"
+    if 0 < total_steps <= cfg.warmup_steps:
+        reached = learning_rate(cfg, total_steps, total_steps)
+        return f"{run}: it ends within its warm-up, at a rate of {reached:.2e} (optim.lr is {cfg.lr:.2e})"
+    begins = total_steps - (cfg.decay_steps or max(1, total_steps // 10))
+    if cfg.decay == "wsd" and begins < cfg.warmup_steps:
+        return f"{run}: the decay of wsd begins at step {begins}, within the warm-up, so the rate drops where that ends; set decay_steps"
+    return None

@@ -12,6 +12,7 @@ from megascale.config.layout import describe
 from megascale.config.schema import Config
 from megascale.config.support import padding_note
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.optim.schedule import schedule_note
 from megascale.train.branch import Note
 from megascale.train.console import Console
 from megascale.train.metrics import RunLog
@@ -61,10 +62,14 @@ def announce(
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
-        console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; next is step {progress.step + 1}")
+        total = config.train.total_steps
+        there = f"already at step {progress.step} of {total}: nothing is left to do, unless train.steps or train.tokens is raised"
+        following = there if progress.step >= total else f"next is step {progress.step + 1}"
+        console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; {following}")
     if log.notes:
         log.event("mended", progress.step, notes=log.notes)
-    for sentence in (*(note.sentence for note in notes), *log.notes, padding_note(config), data_note, cast_note(config, facts["device"])):
+    about = (padding_note(config), schedule_note(config.optim, config.train.total_steps), data_note, cast_note(config, facts["device"]))
+    for sentence in (*(note.sentence for note in notes), *log.notes, *about):
         if sentence:
             console.warn(sentence)
 

@@ -19,6 +19,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
+from megascale.optim.schedule import schedule_note
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.train.growing import phases_of
@@ -53,9 +54,9 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
         size, work = f"{growth['parameters']:,} parameters", f"{growth['flops_per_step']:.3e} FLOPs a step"
         print(f"after step {growth['after_step']}: {growth['layout']}: {size}, {work}")
         print("  " + ", ".join(f"{kind} {size:,} bytes" for kind, size in growth["bytes_per_rank"].items()) + " on the largest rank")
-    note = padding_note(config)
-    if note:
-        print(f"note: {note}")
+    for note in (padding_note(config), schedule_note(config.optim, config.train.total_steps)):
+        if note:
+            print(f"note: {note}")
     if "dsp" in schedule:
         print(f"dsp: layers as attended:cut dimension, a bar for each switch: {schedule['dsp']}")
     timeline = pipeline_timeline(config, ranks)

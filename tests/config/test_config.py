@@ -224,6 +224,9 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "master": (1, ("precision.master=bf16",)),
     "rope_context": (1, ("model.position=alibi", "model.rope_scaling={factor: 8}")),
     "init_schedule": (1, ("checkpoint.init_schedule=lemon",)),
+    "decay_ends": (1, ("optim.warmup_steps=4", "optim.decay_steps=4")),
+    "decay_length": (1, ("optim.decay=wsd", "optim.warmup_steps=1", "optim.decay_steps=7", "train.steps=7")),
+    "decay_unused": (1, ("optim.decay=constant", "optim.decay_steps=4")),
     "grow_steps": (1, ("grow=[{step: 2, num_layers: 2}]",)),
     "grow_engine": (2, ("grow=[{step: 1, num_layers: 2}]", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
@@ -235,6 +238,22 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
 def test_every_rule_has_its_case() -> None:
     """Catches a rule that nothing observes."""
     assert list(REFUSED) == [r.name for r in RULES]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim.warmup_steps=4", "optim.decay_steps=5"),
+        ("optim.warmup_steps=0", "optim.decay_steps=1"),
+        ("optim.decay_steps=5000",),  # the run ends before its decay does
+        ("optim.decay=wsd", "optim.warmup_steps=1", "optim.decay_steps=6", "train.steps=7"),
+        ("optim.decay=wsd", "optim.warmup_steps=30", "optim.decay_steps=50", "train.steps=1"),  # a trial
+        ("optim.warmup_steps=30", "train.steps=1"),
+    ],
+)
+def test_schedules_that_run(overrides: tuple[str, ...]) -> None:
+    """Catches a refusal of a schedule at the edge of what fits, or of a short trial of a long run."""
+    assert not refusals(config(*overrides), 1)
 
 
 def test_the_shortest_sequence_that_cp_cuts() -> None:

@@ -87,6 +87,34 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "set init_from and decay cosine or linear, or leave init_schedule out",
     ),
     Rule(
+        "decay_ends",
+        ("optim.decay", "optim.decay_steps", "optim.warmup_steps"),
+        lambda c, n: (
+            c.optim.decay in ("cosine", "linear") and c.optim.decay_steps is not None and c.optim.decay_steps <= c.optim.warmup_steps
+        ),
+        "the rate would fall from its peak to its minimum in one step, since the decay ends before it begins (decay_steps counts from "
+        "the run's first step)",
+        "set decay_steps beyond warmup_steps, or leave it out to decay until the last step",
+    ),
+    Rule(
+        "decay_length",
+        ("optim.decay", "optim.decay_steps", "optim.warmup_steps", "train.steps", "train.tokens"),
+        lambda c, n: (
+            c.optim.decay == "wsd"
+            and c.optim.decay_steps is not None
+            and 0 < c.train.total_steps - c.optim.warmup_steps < c.optim.decay_steps
+        ),
+        "the last decay_steps of the run would begin within the warm-up, and the rate would drop where that ends",
+        "set decay_steps to at most the run's steps less warmup_steps",
+    ),
+    Rule(
+        "decay_unused",
+        ("optim.decay", "optim.decay_steps"),
+        lambda c, n: c.optim.decay == "constant" and c.optim.decay_steps is not None,
+        "a constant rate has no decay, and decay_steps would say nothing",
+        "choose decay cosine, linear or wsd, or remove decay_steps (optim.decay_steps=null)",
+    ),
+    Rule(
         "grow_steps",
         ("grow", "train.steps", "train.tokens"),
         lambda c, n: [g.step for g in c.grow] != sorted({g.step for g in c.grow if g.step < c.train.total_steps}),
