@@ -122,7 +122,7 @@ def legend(figure: Figure, handles: Sequence[Line2D], left: float, top: float, s
 
 def step_axis(axes: Axes, last: float, ticks: int = 7) -> None:
     """Whole steps from 0 to the last one, thousands separated."""
-    axes.set_xlim(0, last * 1.012)
+    axes.set_xlim(0, max(1.0, last) * 1.012)
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 

@@ -1,10 +1,11 @@
-"""Where a run's time went, over all its attempts: productive, saving, evaluating, lost, starting, waiting.
+"""Where a run's time went, over all its attempts: productive, data, saving, evaluating, lost, starting, waiting.
 
 An attempt is one process group's life, from the start of its first process to its last word: an event, a logged row, a heartbeat.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from matplotlib.patches import Patch
 from megascale.report.canvas import COLOURS, GREY, new_figure, style
 from megascale.report.read import RunData, as_number
 from megascale.report.words import duration
+from megascale.rows import Row, as_time
 
 # What each second is counted as, in the order of drawing, with its colour.
 KINDS = {
     "productive": COLOURS[2],
+    "data": COLOURS[3],
     "saving": COLOURS[5],
     "evaluating": COLOURS[0],
     "lost": COLOURS[1],  # steps that were done again after a resume
@@ -26,6 +29,7 @@ KINDS = {
 }
 MEANING = {
     "productive": "steps that count",
+    "data": "steps waiting for their batch",
     "saving": "training stalled by a checkpoint",
     "evaluating": "validation",
     "lost": "steps after the last checkpoint, done again",
@@ -46,27 +50,30 @@ class Attempt:
 
 def attempts(run: RunData) -> list[Attempt]:
     """The attempts of a run in their order; none where its files do not tell times."""
-    starts = [e for e in run.events if e["event"] in ("start", "resume") and isinstance(e.get("time"), int | float)]
+    starts = [e for e in run.events if e["event"] in ("start", "resume") and math.isfinite(as_time(e.get("time")))]
     found: list[Attempt] = []
     for i, start in enumerate(starts):
         following = starts[i + 1] if i + 1 < len(starts) else None
-        end = _last_word(run, start["time"], following)
-        # Two attempts of one process, as tests make them, share its beginning.
-        began = max(min(_number(start.get("began"), start["time"]), start["time"]), found[-1].ended if found else 0.0)
-        inside = [e for e in run.events if start["time"] <= _number(e.get("time"), -1.0) <= end]
-        rows = [r for r in run.metrics if start["time"] < _number(r.get("time"), -1.0) <= end]
+        first = as_time(start["time"])
+        end = _last_word(run, first, following)
+        # Two attempts of one process, as tests make them, share its beginning; a clock that was set back makes no time negative.
+        began = min(max(_time(start.get("began"), first), found[-1].ended if found else 0.0), first)
+        inside = [e for e in run.events if first <= _time(e.get("time"), -1.0) <= end]
+        rows = [r for r in run.metrics if first < _time(r.get("time"), -1.0) <= end]
         saving = sum(_number(e.get("stalled"), 0.0) for e in inside if e["event"] == "save")
         evaluating = sum(_number(r.get("valid_seconds"), 0.0) for r in rows)
-        lost = _lost(run, start, end, following, saving + evaluating)
-        seconds = {
+        parts = {
             "saving": saving,
             "evaluating": evaluating,
-            "lost": lost,
-            "starting": start["time"] - began,
-            "waiting": began - found[-1].ended if found else 0.0,
+            "lost": _lost(start, first, end, following, saving + evaluating),
+            "data": _data(rows, int(start["step"])),
         }
-        seconds["productive"] = max(0.0, end - start["time"] - saving - evaluating - lost)
-        found.append(Attempt(began, end, int(start["step"]) + 1, seconds))
+        seconds = {"starting": first - began, "waiting": max(0.0, began - found[-1].ended) if found else 0.0}
+        left = end - first
+        for kind, part in parts.items():
+            seconds[kind] = min(max(part, 0.0), left)
+            left -= seconds[kind]
+        found.append(Attempt(began, end, int(start["step"]) + 1, {**seconds, "productive": left}))
     return found
 
 
@@ -94,7 +101,7 @@ def goodput_figure(run: RunData) -> Figure | None:
         for i, attempt in enumerate(shown):
             left = attempt.began - shown[0].began
             # Kinds are drawn one after the other, not where they happened: a save takes milliseconds, and there may be thousands.
-            for kind in ("starting", "productive", "evaluating", "saving", "lost"):
+            for kind in ("starting", "productive", "data", "evaluating", "saving", "lost"):
                 axes.barh(i, attempt.seconds[kind] / scale, left=left / scale, height=0.62, color=KINDS[kind], linewidth=0)
                 left += attempt.seconds[kind]
             if i and attempt.seconds["waiting"]:
@@ -124,22 +131,36 @@ def goodput_table(run: RunData) -> list[list[str]]:
     return [*rows, ["all", duration(whole), "100 %", ""]] if rows else []
 
 
-def _last_word(run: RunData, start: float, following: dict[str, object] | None) -> float:
+def _last_word(run: RunData, start: float, following: Row | None) -> float:
     """When an attempt was last alive, as far as the files know."""
     if following is not None:
-        return max(start, min(_number(following.get("last_seen"), start), _number(following.get("time"), start)))
-    times = [_number(row.get("time"), start) for row in [*run.metrics, *run.events]]
+        return max(start, min(_time(following.get("last_seen"), start), _time(following.get("time"), start)))
+    times = [_time(row.get("time"), start) for row in [*run.metrics, *run.events]]
     return max([start, *times])
 
 
-def _lost(run: RunData, start: dict[str, object], end: float, following: dict[str, object] | None, idle: float) -> float:
+def _lost(start: Row, first: float, end: float, following: Row | None, idle: float) -> float:
     """Seconds of steps that the next attempt did again, at the attempt's own mean speed."""
     if following is None:
         return 0.0
     again = _number(following.get("lost_steps"), 0.0)
     done = _number(following.get("step"), 0.0) + again - _number(start.get("step"), 0.0)
-    busy = max(0.0, end - _number(start.get("time"), end) - idle)
+    busy = max(0.0, end - first - idle)
     return busy * min(1.0, again / done) if done > 0 else 0.0
+
+
+def _data(rows: Sequence[Row], step: int) -> float:
+    """Seconds of waiting for batches: a row speaks for the steps since the one before, the attempt's first since its start at `step`."""
+    total = 0.0
+    for row in rows:
+        total += _number(row.get("data_seconds"), 0.0) * max(0, row["step"] - step)
+        step = row["step"]
+    return total
+
+
+def _time(value: object, other: float) -> float:
+    seconds = as_time(value)
+    return seconds if seconds == seconds else other
 
 
 def _number(value: object, other: float) -> float:

@@ -50,7 +50,7 @@ def loss_figure(runs: Sequence[RunData], title: str | None = None, look: Look = 
     reference = runs[-1] if len(runs) > 1 else None
     shown = list(runs[:-1]) if reference else list(runs)
     stretches = _colours(shown)
-    last = max(r.last_step for r in runs)
+    last = max(1, *(r.last_step for r in runs))
     with style():
         # The height follows from what stands above the curve, which has to be measured first.
         probe = new_figure(look.width, 1)

@@ -65,6 +65,7 @@ def page(runs: Sequence[RunData], title: str) -> str:
         _panels(
             ("tokens per second", lines_figure(runs, "tokens_per_second", "tokens per second")),
             ("seconds a step", lines_figure(runs, "step_seconds", "seconds a step")),
+            ("seconds waiting for data", lines_figure(runs, "data_seconds", "seconds waiting for data a step")),
             ("MFU", lines_figure(runs, "mfu", "MFU, % of the ranks' peak", scale=100)),
             ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
             *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),

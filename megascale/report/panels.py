@@ -19,7 +19,7 @@ from megascale.report.words import byte_unit, scientific
 WIDTH, HEIGHT = 4.6, 2.1
 SIZE = 9.5
 LEFT = 0.68
-NOISY = ("tokens_per_second", "step_seconds", "mfu", "grad_norm")
+NOISY = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "grad_norm")
 SMOOTHED_FROM = 60  # points; shorter curves are drawn as they are
 
 

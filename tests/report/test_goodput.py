@@ -28,15 +28,36 @@ def test_three_attempts(tmp_path: Path) -> None:
         event(120, "stop") | {"time": 300.0},
         event(120, "resume") | {"time": 405.0, "began": 401.0, "last_seen": 301.0, "lost_steps": 0},
     ]
-    rows = [metric(80, time=188.0, valid_seconds=8.0), metric(120, time=299.0), metric(130, time=415.0)]
+    rows = [metric(80, time=188.0, valid_seconds=8.0), metric(120, time=299.0, data_seconds=0.5), metric(130, time=415.0)]
     found = attempts(read_run(write_run(tmp_path / "run", rows, events)))
     first, second, third = (a.seconds for a in found)
     # Steps took 100 − 2 − 8 = 90 s for 100 steps; 20 of them are lost.
-    assert first == pytest.approx({"starting": 8, "saving": 2, "evaluating": 8, "lost": 18, "productive": 72, "waiting": 0})
-    assert second == pytest.approx({"starting": 2, "saving": 5, "evaluating": 0, "lost": 0, "productive": 56, "waiting": 30})
-    assert third == pytest.approx({"starting": 4, "saving": 0, "evaluating": 0, "lost": 0, "productive": 10, "waiting": 100})
+    assert first == pytest.approx({"starting": 8, "saving": 2, "evaluating": 8, "lost": 18, "productive": 72, "data": 0, "waiting": 0})
+    assert second == pytest.approx({"starting": 2, "saving": 5, "evaluating": 0, "lost": 0, "productive": 36, "data": 20, "waiting": 30})
+    assert third == pytest.approx({"starting": 4, "saving": 0, "evaluating": 0, "lost": 0, "productive": 10, "data": 0, "waiting": 100})
     assert sum(totals(found).values()) == pytest.approx(415 - 100)
-    assert goodput(found) == pytest.approx((72 + 56 + 10) / 315)
+    assert goodput(found) == pytest.approx((72 + 36 + 10) / 315)
+
+
+def test_clocks_and_rows_that_lie(tmp_path: Path) -> None:
+    """Catches negative seconds where a clock was set back, kinds that add up to more than there was, and times that end in a traceback."""
+    events = [
+        event(0, "start") | {"time": 100.0, "began": 120.0},
+        event(10, "save", stalled=1e308) | {"time": 150.0},
+        event(10, "save", stalled=-5.0) | {"time": 151.0},
+        event(10, "resume") | {"time": 90.0, "began": 80.0, "last_seen": 1e308, "lost_steps": -3},
+        event(20, "resume") | {"time": float("nan"), "began": None},
+        event(20, "resume") | {"time": 400.0, "began": -1e308, "last_seen": float("nan"), "lost_steps": 10**400},
+    ]
+    rows = [
+        metric(10, time=140.0, valid_seconds=1e308, data_seconds=1e308),
+        metric(20, time=410.0, valid_seconds=-1.0),
+        metric(30, time=1e308),
+    ]
+    run = read_run(write_run(tmp_path / "run", rows, events))
+    found = attempts(run)
+    assert all(0 <= seconds < 1000 for attempt in found for seconds in attempt.seconds.values())
+    assert 0 <= goodput(found) <= 1 and "Where the time went" in page([run], "odd")
 
 
 def test_a_run_without_times(tmp_path: Path) -> None:

@@ -208,3 +208,20 @@ def test_experts_are_seen(tmp_path: Path) -> None:
     text = page([run], "t")
     assert "<h2>Experts</h2>" in text and Tags(text).open == []
     assert "<h2>Experts</h2>" not in page([make_run(tmp_path / "b")], "t")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 0, "loss": 2.0, "grad_norm": 1.0, "time": 1.0}],
+        [metric(1, loss=1e308), metric(2, loss=-1e308), metric(3, loss=1e308, lr=-1e308, mfu=1e308)],
+        [metric(1, loss=10**400, tokens=-(10**400), sent_bytes={"tp": 1e308, "pp": -1.0, "cp": None})],
+        [metric(1, time=float("nan"), step_seconds=float("inf"), valid_loss={"web": 1e308, "": None})],
+        [metric(2**53 - 1)],
+        [metric(1, loss=5e-324, grad_norm=5e-324, lr=0.0)],
+    ],
+)
+def test_numbers_that_no_run_writes(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+    """Catches a traceback for values at the edge of what files can hold."""
+    run = make_run(tmp_path / "run", rows, [start(time=1e308), event(0, "stop", time=-1e308), event(1, "done", time=None)])
+    Tags(page([run, run], "odd"))
