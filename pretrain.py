@@ -6,18 +6,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.errors import MegascaleError
-from megascale.launch.exits import Exit, as_exit, write_exit
+from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.train.stop import StopFlag
 
 if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
+    from megascale.train.trainer import Trainer
     from megascale.train.watch import Watch
 
 
@@ -42,19 +43,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    ranks, run_dir, step, stop = RankInfo(), None, 0, StopFlag()
+    ranks, stop = RankInfo(), StopFlag()
     config: Config | None = None
     watch: Watch | None = None
+    trainer: Trainer | None = None
     with ExitStack() as group:  # closed last: the ranks part when exit.json is written
         try:
             args = parse(argv)
             ranks = find_ranks()
-            config = load_config(args.config, args.overrides)
+            asked = load_config(args.config, args.overrides)
             if args.dry_run:
                 from megascale.train.dry_run import dry_run
 
-                dry_run(config, args.ranks or ranks.size, args.json, args.draw)
+                dry_run(asked, args.ranks or ranks.size, args.json, args.draw)
                 return 0
+            config = asked
             stop.loud = ranks.rank == 0
             stop.listen()
             from megascale.train.growing import trainers
@@ -63,38 +66,53 @@ def main(argv: list[str]) -> int:
             watch = group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
             with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows
                 for trainer in phases:
-                    run_dir = watch.run_dir = Path(config.run_dir)
-                    try:
-                        trainer.train()
-                    finally:
-                        step = trainer.progress.step
+                    trainer.train()
             ending = Exit(0, "done")
-        except MegascaleError as error:
-            ending = Exit(error.code, str(error))
         except Exception as error:
-            known = as_exit(error)
+            known = judged(error, trainer)
             if known is None:
-                known = Exit(1, f"{type(error).__name__}: {error}")
-                write_exit(run_dir, known, ranks, step)
-                if watch is not None:
-                    watch.leaves(known)
+                leave(config, ranks, watch, trainer, Exit(1, f"{type(error).__name__}: {error}"))
                 raise
-            from megascale.train.ending import explain
+            ending = known
+            if known.code in (4, 5) and not isinstance(error, MegascaleError):
+                from megascale.train.ending import explain
 
-            ending = explain(known, error, watch, config, ranks)
-        if watch is not None:
-            watch.leaves(ending)
-        write_exit(run_dir, ending, ranks, step)
+                ending = explain(known, error, watch, config, ranks)
+        leave(config, ranks, watch, trainer, ending)
         if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
-            print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
         if ending.code in (0, 75):
             leave_together()
     return ending.code
 
 
+def judged(error: Exception, trainer: Trainer | None) -> Exit | None:
+    """What an error comes to; None for a bug, which keeps its traceback."""
+    if isinstance(error, MegascaleError):
+        return Exit(error.code, str(error))
+    known = as_exit(error)
+    if known is None or known.code != 2 or trainer is None:
+        return known
+    if not isinstance(error, OSError):
+        return None
+    return Exit(3, f"training cannot go on: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
+
+
+def leave(config: Config | None, ranks: RankInfo, watch: Watch | None, trainer: Trainer | None, ending: Exit) -> None:
+    """Tells the peers and exit.json. Before the run has claimed its directory, only what its earlier attempt left there is replaced."""
+    if watch is not None:
+        watch.leaves(ending)
+    run_dir = None if watch is None else watch.pulse.run_dir
+    if run_dir is None and config is not None and of_this_run(config, Path(config.run_dir)):
+        run_dir = Path(config.run_dir)
+    write_exit(run_dir, ending, ranks, 0 if trainer is None else trainer.progress.step)
+
+
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # A lost peer must not hold this process in destructors, and ranks that stop must not drift apart in them.
     os._exit(code) if code in (4, 5, 75) else sys.exit(code)

@@ -41,3 +41,7 @@ class StopRequested(MegascaleError):
     """Stopped on request after a whole checkpoint: run the same command again to continue."""
 
     code = 75
+
+
+class Halted(Exception):
+    """All ranks leave the work under way at this point, since somebody asked to stop (train/gate.py)."""

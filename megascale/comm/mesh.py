@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -19,13 +20,21 @@ EXPERT_AXES = ("edp", "ep")
 class Traffic:
     """Bytes sent by this rank and collectives started, by axis, since the last `take`.
 
-    What is added is added before it is sent, so that `last` names the collective in which a rank hangs. `moved` only rises.
+    What is added is added before it is sent, so that `last` names the collective in which a rank hangs. `moved` only rises. `gate`: called
+    before every micro-batch, where all ranks may leave (train/gate.py).
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     moved: int = 0
     last: str = ""
+    gate: Callable[[], None] | None = None
+
+    def micro_batch(self) -> None:
+        """A micro-batch begins, or a step of them that cannot be left before its end. Raises what the gate raises."""
+        if self.gate is not None:
+            self.gate()
+        self.moved += 1
 
     def add(self, axis: str, operation: str, sent: int) -> None:
         self.moved += 1

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megascale.config.load import build_config, flatten, read_yaml
+from megascale.config.schema import Config
+from megascale.errors import UsageError
 from megascale.files import write_atomic
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.rows import free_name
 
-# What torch and the communication libraries say, in lower case, when a peer is gone or silent. They raise plain RuntimeErrors.
+# Of torch.distributed; by name, since nothing here imports torch.
+PEER_ERRORS = {"DistNetworkError", "DistStoreError", "DistBackendError"}
+# What torch and the communication libraries say, in lower case, where they raise plain RuntimeErrors for a peer that is gone or silent.
 PEER_WORDS = (
     "connection closed by peer",
+    "connection was likely closed",
     "connection reset",
     "connection refused",
+    "failed to recv",
     "timed out",
     "timeout",
     "nccl",
@@ -22,6 +32,21 @@ PEER_WORDS = (
     "gloo",
 )
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+PORT_WORDS = ("eaddrinuse", "address already in use")
+# What the user can do about an error of the system.
+ADVICE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in the quota",
+    errno.EACCES: "give yourself the right to it",
+    errno.EPERM: "give yourself the right to it",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOENT: "name one that is there",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "name one that is no circle of links",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk or its network failed: look at it, and run the same command again",
+    errno.ESTALE: "the network's file system lost it: run the same command again",
+}
 
 
 @dataclass(frozen=True)
@@ -31,22 +56,68 @@ class Exit:
 
 
 def as_exit(error: BaseException) -> Exit | None:
-    """Memory and peers by what their errors say; None for anything else, which is a bug and keeps its traceback."""
+    """What an error that nobody wrote a sentence for comes to: memory, peers and the system by its type and what it says.
+
+    None for anything else, which is a bug and keeps its traceback.
+    """
     if error.__cause__ is not None and (known := as_exit(error.__cause__)) is not None:
         return known  # the pipeline's runtime wraps what a stage raises
     text = f"{type(error).__name__}: {error}".lower()
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
         return Exit(4, f"out of memory ({first})")
-    if isinstance(error, RuntimeError) and any(w in text for w in PEER_WORDS):
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & PEER_ERRORS and any(w in text for w in PORT_WORDS):
+        return Exit(2, f"the ranks' port is taken by another process ({first}): set MASTER_PORT to a free port")
+    lost = isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and any(w in text for w in PEER_WORDS)
+    if lost or names & PEER_ERRORS or (isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)):
         return Exit(5, f"a peer is gone or silent ({first}); run the same command again")
+    if isinstance(error, RecursionError):
+        return Exit(2, f"something that was read is nested too deeply ({first}): flatten it")
+    if isinstance(error, OSError):
+        return Exit(2, of_system(error))
     return None
 
 
+def of_system(error: OSError) -> str:
+    """A sentence: which file, what is wrong with it, what to do."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    shown = name if len(name) <= 200 else name[:200] + "…"
+    what = error.strerror or str(error) or type(error).__name__
+    return f"{shown}: {what}: {ADVICE.get(error.errno or 0, 'see to it, and run the same command again')}"
+
+
+def of_this_run(config: Config, run_dir: Path) -> bool:
+    """Whether an earlier attempt of this run has left how it ended: an exit.json, and a config.yaml of the same name and model.
+
+    A config.yaml that cannot be read is taken for the run's own: nobody can go on beside it, and scripts must hear of that.
+    """
+    try:
+        if not (run_dir / "exit.json").is_file() or not (run_dir / "config.yaml").is_file():
+            return False
+        there = build_config(read_yaml(run_dir / "config.yaml"))
+    except (OSError, ValueError):
+        return False
+    except UsageError:
+        return True
+    then, now = (flatten(c.plain()) for c in (there, config))
+    known = {k: v for k, v in now.items() if k.startswith("model.") and v is not None}  # a vocabulary may follow from the tokenizer
+    return there.run.name == config.run.name and all(then.get(k) == v for k, v in known.items())
+
+
 def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -> None:
-    """exit.json of the run. Rank 0 writes it; another rank does when it knows of a failure that rank 0 may not live to tell."""
+    """exit.json of the run. Rank 0 writes it; another rank does when it knows of a failure that rank 0 may not live to tell.
+
+    Who says first that a peer is lost is right: a rank that was frozen finds the others gone when it wakes, and did not see why. What an
+    earlier attempt left is gone by then, since the run takes it away when it claims its directory.
+    """
     if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in (0, 2, 3, 75)):
         return
+    path = run_dir / "exit.json"
     record = {"code": ending.code, "reason": ending.reason, "rank": ranks.rank, "node": node_name(), "step": step}
     with suppress(OSError):  # a full disk must not hide the reason, which is printed as well
-        write_atomic(run_dir / "exit.json", json.dumps(record) + "\n")
+        if ending.code == 5 and path.is_file():
+            return
+        if os.path.lexists(path) and not path.is_file():
+            path.rename(free_name(path, "set-aside"))
+        write_atomic(path, json.dumps(record) + "\n")

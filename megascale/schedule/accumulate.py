@@ -13,7 +13,7 @@ from megascale.parallel.apply import ParallelModel
 
 
 class Schedule(Protocol):
-    """From micro-batches to gradients, in whatever order."""
+    """From micro-batches to gradients, in whatever order. Calls `Traffic.micro_batch` wherever all ranks may leave together."""
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Forward and backward of all micro-batches; gradients are left on the weights, summed over the global batch.
@@ -32,7 +32,7 @@ class Accumulation:
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
         total: Tensor | None = None
         for i, batch in enumerate(batches):
-            self.model.mesh.traffic.moved += 1
+            self.model.mesh.traffic.micro_batch()
             with self.model.micro_batch(i == len(batches) - 1):
                 loss = self.model.module(**batch.inputs(), scale=scale)
                 loss.backward()
@@ -43,5 +43,8 @@ class Accumulation:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        losses = [self.model.module(**b.inputs(training=False)) for b in batches]
+        losses = []
+        for batch in batches:
+            self.model.mesh.traffic.micro_batch()
+            losses.append(self.model.module(**batch.inputs(training=False)))
         return torch.stack(losses).to(torch.float64).sum()

@@ -40,6 +40,7 @@ class Layered:
             first.set_unshard_in_backward(False)  # its table's gradient needs no values, its other weights are copied
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        self.model.mesh.traffic.micro_batch()  # weights may move within a step: it is made whole
         self.tied.lend()
         pass_ = _Pass(self.model, batches, scale)
         for step in layered_order(len(self.model.stages), len(batches), self.breadth or len(batches)):
@@ -54,6 +55,7 @@ class Layered:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        self.model.mesh.traffic.micro_batch()
         self.tied.lend()
         pass_ = _Pass(self.model, batches, 1.0)
         for step in layered_forward_order(len(self.model.stages), len(batches)):

@@ -40,6 +40,7 @@ class Pipeline:
         self.runtimes: dict[tuple[int, torch.Size], Runtime] = {}
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        self.model.mesh.traffic.micro_batch()  # stages are in the midst of different micro-batches: a step is made whole
         self.tied.lend()
         total = self._runtime(batches).step(batches, scale, "train")
         if self.cfg.engine == "ddp":
@@ -50,6 +51,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        self.model.mesh.traffic.micro_batch()
         self.tied.lend()
         return self._runtime(batches).step(batches, 1.0, "evaluate")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -13,9 +15,11 @@ PLAIN_SECONDS = 10.0  # between lines where no terminal listens
 
 
 class Console:
+    """Falls silent where its terminal or pipe is gone: nobody listens, and training goes on."""
+
     def __init__(self, last_step: int, step: int) -> None:
         self.out = RichConsole(stderr=True, highlight=False)
-        self._last_step, self._next_line = last_step, 0.0
+        self._last_step, self._next_line, self.silent = last_step, 0.0, False
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
@@ -30,10 +34,16 @@ class Console:
             self._progress.start()
 
     def say(self, text: str) -> None:
-        self.out.print(text, soft_wrap=True, markup=False)
+        self._print(text)
 
     def warn(self, text: str) -> None:
-        self.out.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
+        self._print(f"warning: {text}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        if self.silent:
+            return
+        with self._if_heard():
+            self.out.print(text, style=style, soft_wrap=True, markup=False)
 
     def step(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.4f}  |g| {row['grad_norm']:.3g}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
@@ -43,9 +53,10 @@ class Console:
         if valid:
             text += "  " + "  ".join(f"valid[{name}] {loss:.4f}" for name, loss in valid.items())
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=row["step"], description=text)
-            if valid:
-                self._progress.print(f"step {row['step']}  {text}")
+            with self._if_heard():
+                self._progress.update(self._task, completed=row["step"], description=text)
+                if valid:
+                    self._progress.print(f"step {row['step']}  {text}")
             return
         if valid or row["step"] in (1, self._last_step) or time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PLAIN_SECONDS
@@ -53,4 +64,12 @@ class Console:
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with self._if_heard():
+                self._progress.stop()
+
+    @contextmanager
+    def _if_heard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.silent = True

@@ -44,6 +44,7 @@ class DeepSpeed:
         self.inner: Any = None
 
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
+        self.model.mesh.traffic.micro_batch()  # it keeps sums of its own, so a step is made whole
         self._start()
         for group in self.inner.param_groups:
             group["lr"] = lr * group["factor"]
@@ -73,7 +74,10 @@ class DeepSpeed:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         self._start()
-        losses = [self.engine.module(**b.inputs(training=False)) for b in batches]
+        losses = []
+        for b in batches:
+            self.model.mesh.traffic.micro_batch()
+            losses.append(self.engine.module(**b.inputs(training=False)))
         return torch.stack(losses).to(torch.float64).sum()
 
     def pieces(self) -> dict[str, Piece]:

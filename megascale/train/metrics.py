@@ -160,12 +160,13 @@ class RunLog:
     def event(self, event: str, step: int, **details: Any) -> None:
         self._add(self._events, {"time": round(time.time(), 3), "step": step, "event": event, **details})
 
-    def warn_once(self, what: str, sentence: str) -> None:
-        """Says a sentence, the first of its kind only."""
-        if what not in self._said:
-            self._said.add(what)
-            if self._say is not None:
-                self._say(sentence)
+    def warn_once(self, what: str, sentence: str) -> bool:
+        """Says a sentence, the first of its kind only. Whether it was."""
+        first = what not in self._said
+        self._said.add(what)
+        if first and self._say is not None:
+            self._say(sentence)
+        return first
 
     def close(self) -> None:
         """Never raises: a run has come to its end by then."""

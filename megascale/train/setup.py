@@ -18,7 +18,7 @@ from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.schema import Config
 from megascale.config.support import check
-from megascale.data.loader import Prefetcher
+from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
@@ -40,7 +40,7 @@ from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, find_start, model_changes
 from megascale.train.room import room_for
-from megascale.train.samples import micro_batches, note, open_data, resolve_vocabulary
+from megascale.train.samples import Samples, micro_batches, note, open_data, resolve_vocabulary
 from megascale.train.state import Progress, check_finite
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -102,6 +102,8 @@ def _built(
     agreed(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
     found = agreed(lambda: claim_run_dir(whole, run_dir, opening, progress.step == 0) if first else [])
+    pulse = pulse or Pulse()
+    pulse.run_dir = run_dir  # from here on it is this attempt whose end is written there
     console = Console(config.train.total_steps, progress.step) if first else None
     log = agreed(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
@@ -121,15 +123,18 @@ def _built(
         progress.step + 1,
         until,
     )
-    valid = {
-        name: [micro_batches(config, m, i * batch, mesh, device) for i in range(config.train.eval_steps)] for name, m in valid_sets.items()
-    }
+    valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
+    agreed(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
     checkpointer = build_checkpointer(config, model, opening)
-    pulse = pulse or Pulse()
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / "STOP" if first else None
-    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device, until)
+    pulse.stop = stop
+    if mesh.size == 1:
+        pulse.gate.asked = stop.heard_of
+    own = start.folder is not None and not start.weights_only and start.folder.resolve().parent == (run_dir / "checkpoints").resolve()
+    saved = progress.step if own else None
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device, until, saved)
     try:
         yield trainer
     finally:
@@ -160,6 +165,11 @@ def load_start(config: Config, start: Start, engine: Engine) -> Progress:
     agreed(lambda: check_finite(state, start.folder))
     engine.loaded(state)
     return Progress(samples=start.samples) if start.weights_only else Progress(**{k: saved[k] for k in Progress().plain() if k in saved})
+
+
+def valid_batches(config: Config, samples: Samples, mesh: Mesh, device: torch.device, step: int) -> list[Batch]:
+    """This rank's micro-batches of an evaluation's step, counted from 0."""
+    return micro_batches(config, samples, step * config.train.global_batch_size, mesh, device)
 
 
 def build_reporter(

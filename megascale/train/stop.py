@@ -1,4 +1,4 @@
-"""Requests to stop: signals and the file STOP set a flag; the ranks agree on it at a step boundary. Imports no torch, to listen early."""
+"""Requests to stop: signals and the file STOP set a flag; the ranks agree on where they leave. Imports no torch, to listen early."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Every signal by which a terminal, a launcher or a scheduler says "go", with what it means where its name does not say so.
+SIGNALS = {
+    signal.SIGTERM: "",
+    signal.SIGINT: "",
+    signal.SIGHUP: " (the terminal has closed)",
+    signal.SIGUSR1: "",
+    signal.SIGUSR2: "",
+    signal.SIGXCPU: " (the CPU time that this process may use is nearly over)",
+}
 # torchrun passes on an interrupt that the terminal has sent to its workers already; nobody presses twice within this time. Seconds.
 ECHO = 0.5
 
@@ -28,9 +37,12 @@ class StopFlag:
         self._interrupted: float | None = None
 
     def requested(self) -> bool:
-        if self.reason is None and self.file is not None and self.file.exists():
-            self.reason = f"{self.file} exists"
-            self.file.unlink(missing_ok=True)  # the next start of this run must not stop at once
+        """Also looks for the file. The main thread and the watch call it."""
+        if self.reason is None and self.file is not None and (found := _take(self.file)) is not None:
+            self.reason = self.reason or found
+        return self.heard_of()
+
+    def heard_of(self) -> bool:
         return self.reason is not None
 
     def listen(self) -> None:
@@ -43,7 +55,8 @@ class StopFlag:
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         for s in SIGNALS:
-            signal.signal(s, lambda *_: None)
+            if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:  # nohup has it ignored, and that stays
+                signal.signal(s, lambda *_: None)
         signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(ear,), name="signals", daemon=True).start()
 
@@ -60,4 +73,17 @@ class StopFlag:
         if number in SIGNALS and self.reason is None:
             self.reason = signal.Signals(number).name
             if self.loud:
-                print(f"\n{self.reason}: saving after this step; interrupt again to quit at once", file=sys.stderr, flush=True)
+                text = f"{self.reason}{SIGNALS[signal.Signals(number)]}: stopping with a checkpoint; interrupt again to quit at once"
+                with suppress(OSError):  # the terminal may be gone
+                    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def _take(file: Path) -> str | None:
+    """Why to stop, where the file is there; it goes, since the next start of this run must not stop at once. A folder asks nothing."""
+    try:
+        if not os.path.lexists(file) or (file.is_dir() and not file.is_symlink()):
+            return None
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{file} exists, and could not be removed ({error.strerror}): remove it before the next start"
+    return f"{file} exists"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch import Tensor
 from megascale.checkpoint.saver import Checkpointer, Event
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
-from megascale.errors import StopRequested, TrainingError
+from megascale.errors import Halted, StopRequested, TrainingError
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
 from megascale.parallel.precision import watched_casts
@@ -25,7 +27,11 @@ from megascale.train.watch import SAVING, Pulse
 
 
 class Trainer:
-    """Everything a run consists of, built by `setup.py`; `train()` is the loop."""
+    """Everything a run consists of, built by `setup.py`; `train()` is the loop.
+
+    valid  for every validation set, what makes its micro-batches of a step, counted from 0
+    saved  the step of the run's own checkpoint that it goes on from, if any
+    """
 
     def __init__(
         self,
@@ -33,7 +39,7 @@ class Trainer:
         model: ParallelModel,
         engine: Engine,
         batches: Prefetcher,
-        valid: dict[str, list[list[Batch]]],
+        valid: Mapping[str, Callable[[int], list[Batch]]],
         checkpointer: Checkpointer,
         reporter: Reporter,
         stop: StopFlag,
@@ -41,6 +47,7 @@ class Trainer:
         progress: Progress,
         device: torch.device,
         until: int,
+        saved: int | None = None,
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
@@ -48,37 +55,50 @@ class Trainer:
         self.until = until  # a growth may come before the run's last step
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
+        self.first_step, self.origin = progress.step + 1, reporter.last_good
+        self.saved = saved  # the step whose checkpoint is there or under way
+        self.stalled = 0.0  # seconds in evaluation and saving since the last step
 
     def train(self) -> None:
         """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
-        train, last_step, first_step = self.config.train, self.until, self.progress.step + 1
+        train, last_step = self.config.train, self.until
         while self.progress.step < last_step:
             step = self.progress.step + 1
-            if step > first_step:
+            if step > self.first_step:
                 self.pulse.at(step, "training")
-            with self.reporter.profile(step):
-                result = self.train_step(step, next(self.batches))
+            # A run's first step is made whole: before it there is nothing to save.
+            self.model.mesh.traffic.gate = self.pulse.gate.enter if self.progress.step else None
+            try:
+                with self.reporter.profile(step):
+                    result = self.next_step(step)
+            except Halted:
+                self.leave()
             self.progress.step, self.progress.samples = step, self.progress.samples + train.global_batch_size
             self.progress.tokens += self.places
+            halted = False
             if train.eval_every and (step % train.eval_every == 0 or step == last_step):
-                self.pulse.at(step, "evaluating")
-                begin = time.perf_counter()
-                result.valid_loss = self.evaluate()
-                result.valid_seconds = time.perf_counter() - begin
+                halted = not self.evaluated(result)
             self.reporter.step(result, self.progress)
-            stopping = self.reporter.stop_agreed()
+            if frozen := self.pulse.thawed():
+                self.reporter.frozen(step, frozen)
             if self.progress.skipped_in_a_row > train.max_skipped_steps:
                 self.give_up(step)
-            if stopping or step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                self.save(wait=stopping or step == last_step)
-            self.told(self.checkpointer.poll(), step)
-            if stopping and step < last_step:
-                why = self.reason_to_stop()
-                self.reporter.event("stop", step, reason=why)
-                raise StopRequested(f"stopped on request ({why}) after step {step} of {last_step}: run the same command again to go on")
+            if (halted or self.reporter.stop_agreed()) and step < last_step:
+                self.leave()
+            if step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                self.save(wait=step == last_step)
+            self.told(self.checkpointer.poll())
 
         if last_step == train.total_steps:
             self.reporter.event("done", self.progress.step)
+
+    def next_step(self, step: int) -> StepResult:
+        begin = time.perf_counter()
+        micro_batches = next(self.batches)
+        waited = time.perf_counter() - begin
+        result = self.train_step(step, micro_batches)
+        result.waited, result.stalled, self.stalled = waited, self.stalled, 0.0
+        return result
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
         """Forward, backward, clip, update. Nothing here waits for the device."""
@@ -93,21 +113,48 @@ class Trainer:
         valid = sum(b.valid for b in micro_batches)
         # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid * self.scale, float(self.stop.requested()))
+        # Without any valid target this is 0 ÷ 0, hence not finite, and nothing moves: the reporter tells the two apart.
         norm, finite = self.engine.update(total_valid)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
-        return StepResult(step, total_loss / total_valid, norm, finite, stop, lr, clock.stop(), sent, seen, sampled)
+        return StepResult(step, total_loss / total_valid, norm, finite, total_valid, stop, lr, clock.stop(), sent, seen, sampled)
+
+    def evaluated(self, result: StepResult) -> bool:
+        """Adds the validation losses to a step's result. False where all ranks left it before its end: it has no number then."""
+        self.pulse.at(result.step, "evaluating")
+        begin = time.perf_counter()
+        try:
+            result.valid_loss = self.evaluate()
+        except Halted:
+            self.reporter.event("evaluation_cut_short", result.step)
+            return False
+        result.valid_seconds = time.perf_counter() - begin
+        self.stalled += result.valid_seconds
+        return True
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The mean loss per valid token of every validation set."""
+        """The mean loss per valid token of every validation set; NaN for one without targets."""
         self.model.train(False)
-        losses = {}
-        for name, batches in self.valid.items():
-            total = torch.stack([self.engine.evaluate(step) for step in batches]).sum()
-            valid = sum(b.valid for step in batches for b in step)
+        losses, steps = {}, self.config.train.eval_steps
+        for name, make in self.valid.items():
+            batches = Prefetcher(make, 0, steps - 1)
+            try:
+                total, valid = self.evaluate_all(batches)
+            finally:
+                batches.close()
             loss, count, _ = self.sum_over_ranks(total, float(valid), 0.0)
+            if not count.item():
+                self.reporter.warn_once(f"no target in {name}", f"the validation set {name} has no target in its {steps} batches")
             losses[name] = (loss / count).item()
         return losses
+
+    def evaluate_all(self, batches: Iterable[list[Batch]]) -> tuple[Tensor, int]:
+        """Loss and number of the valid targets of this rank's micro-batches, which are let go one step after the other."""
+        parts, valid = [], 0
+        for step in batches:
+            parts.append(self.engine.evaluate(step))
+            valid += sum(b.valid for b in step)
+        return torch.stack(parts).sum(), valid
 
     def sum_over_ranks(self, loss: Tensor, valid: float, stop: float) -> tuple[Tensor, Tensor, Tensor]:
         """Three numbers summed over the ranks in one message, ranks with the same data counted once."""
@@ -130,26 +177,45 @@ class Trainer:
         rank, reason = next(((r, text) for r, text in enumerate(reasons) if text is not None), (0, "unknown"))
         return reason if rank == 0 else f"{reason} on rank {rank}"
 
+    def leave(self) -> NoReturn:
+        """All ranks together, after the step that was made last: its rows are written, its checkpoint is made whole."""
+        step = self.progress.step
+        self.reporter.flush()
+        for weight in self.model.weights:
+            weight.forget_gradient()  # of a step that is left
+        self.pulse.at(step, SAVING)
+        self.told(self.checkpointer.finish())
+        if self.saved != step:
+            self.save(wait=True)
+        why = self.reason_to_stop()
+        self.reporter.event("stop", step, reason=why)
+        last = self.config.train.total_steps
+        raise StopRequested(f"stopped on request ({why}) after step {step} of {last}: run the same command again to go on")
+
     def save(self, wait: bool) -> None:
         """Starts a checkpoint of the present state; `wait` until it is whole."""
-        self.pulse.at(self.progress.step, SAVING)
+        step = self.progress.step
+        self.pulse.at(step, SAVING)
         begin = time.perf_counter()
         trainer = {**self.progress.plain(), **self.reporter.provenance}
-        self.checkpointer.save(self.progress.step, self.engine.pieces(), trainer)
+        self.checkpointer.save(step, self.engine.pieces(), trainer)
+        self.saved = step
         events = self.checkpointer.finish() if wait else []
-        self.reporter.event("save", self.progress.step, stalled=round(time.perf_counter() - begin, 4))
-        if wait:
-            self.told(events, self.progress.step)
-            failed = [e for e in events if e.kind == "failed" and e.step == self.progress.step]
-            if failed:
-                last = self.reporter.last_good
-                raise TrainingError(
-                    f"the checkpoint of step {self.progress.step} could not be written: {failed[0].message}; the last good one is {last}"
-                )
+        stalled = time.perf_counter() - begin
+        self.stalled += stalled
+        self.reporter.event("save", step, stalled=round(stalled, 4))
+        self.told(events)
+        failed = [e for e in events if e.kind == "failed" and e.step == step]
+        if failed:
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written: {failed[0].message}; the last good one is {self.reporter.last_good}"
+            )
 
-    def told(self, events: list[Event], step: int) -> None:
+    def told(self, events: list[Event]) -> None:
         """How saves have ended. Raises TrainingError where replicas differ between ranks: every later step would be lost."""
-        self.reporter.checkpoints(events, step)
+        if any(e.kind == "failed" and e.step == self.saved for e in events):
+            self.saved = None
+        self.reporter.checkpoints(events, self.progress.step)
         apart = [e for e in events if e.kind == "diverged"]
         if apart:
             raise TrainingError(
@@ -157,10 +223,31 @@ class Trainer:
                 f"{self.reporter.last_good}"
             )
 
-    def give_up(self, step: int) -> None:
-        self.reporter.checkpoints(self.checkpointer.finish(), step)  # so that the message names the last one for certain
-        raise TrainingError(
-            f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite, and "
-            f"train.max_skipped_steps is {self.config.train.max_skipped_steps}: lower optim.lr or look at the data; "
-            f"the last good checkpoint is {self.reporter.last_good}"
+    def give_up(self, step: int) -> NoReturn:
+        self.told(self.checkpointer.finish())  # so that the message names the last one for certain
+        skipped = self.progress.skipped_in_a_row
+        what = (
+            f"{skipped} steps in a row up to step {step} had gradients that are not finite, and train.max_skipped_steps is "
+            f"{self.config.train.max_skipped_steps}"
         )
+        spoiled = self.spoiled_weights()
+        if not spoiled:
+            raise TrainingError(f"{what}: lower optim.lr or look at the data; the last good checkpoint is {self.reporter.last_good}")
+        # Skipped steps change nothing: the weights were so before the first of them, and a checkpoint saved since has them.
+        many = f"{len(spoiled)} of the model's weights hold values that are not finite ({spoiled[0]} is the first)"
+        if skipped > step - self.first_step:
+            came = f"from {self.origin}" if self.origin != "none" else "from their start: look at model.init_std"
+            raise TrainingError(f"{what}: {many}, and they came so {came}; no rate mends that: start from other weights")
+        raise TrainingError(
+            f"{what}: {many}, so the last checkpoint that may be good is one from before step {step - skipped}: go back to it with "
+            "checkpoint.resume=FOLDER, and lower optim.lr"
+        )
+
+    def spoiled_weights(self) -> list[str]:
+        """Names of weights that are not finite on some rank. Collective."""
+        here = [w.name for w in self.model.weights if not torch.isfinite(w.local).all()]
+        everywhere = [here]
+        if self.model.mesh.size > 1:
+            everywhere = [[] for _ in range(self.model.mesh.size)]
+            dist.all_gather_object(everywhere, here)
+        return list(dict.fromkeys(name for names in everywhere for name in names))

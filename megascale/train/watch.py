@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from megascale.comm.mesh import Traffic
 from megascale.files import write_atomic
 from megascale.launch.exits import Exit, write_exit
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.train.gate import Agreement, Gate
+from megascale.train.lived import STILL, LivedClock
+from megascale.train.stop import StopFlag
 
 BEAT = 1.0  # seconds between two beats
 FILE_EVERY = 10.0  # seconds between two heartbeat files
@@ -39,16 +42,23 @@ GONE = "has left"
 NO_STORE = "rank 0 is gone, or torchrun's agent on its node: the store in which the ranks met does not answer"
 
 
-@dataclass
 class Pulse:
-    """What the main thread is doing. It writes, the watch reads."""
+    """What the main thread is doing. It writes, the watch reads; the other way go where to leave, and for how long time stood still."""
 
-    step: int = 0
-    phase: str = STARTING
-    traffic: Traffic | None = None
+    def __init__(self) -> None:
+        self.step, self.phase = 0, STARTING
+        self.traffic: Traffic | None = None
+        self.stop = StopFlag()
+        self.gate = Gate()
+        self.clock: LivedClock | None = None  # that the watch looks at
+        self.run_dir: Path | None = None  # from when the run has claimed it
 
     def at(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
+
+    def thawed(self) -> float:
+        """Seconds for which this process was frozen, once."""
+        return 0.0 if self.clock is None else self.clock.frozen()
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,16 @@ class Beat:
     @property
     def progress(self) -> tuple[int, str, int]:
         return self.step, self.phase, self.moved
+
+    @staticmethod
+    def read(text: bytes, last: Beat) -> Beat:
+        """What a rank has written; its `last` beat where that is none: everybody who reaches the store can write into it."""
+        try:
+            beat = Beat(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            return last
+        same_kinds = all(type(mine) is type(its) for mine, its in zip(astuple(last), astuple(beat)))
+        return beat if same_kinds and beat.rank == last.rank else last
 
 
 @dataclass
@@ -126,6 +146,11 @@ def blame(before: Sequence[Beat], after: Sequence[Beat]) -> str | None:
     return _names(silent, "gone") if silent else None
 
 
+def words_of(text: bytes) -> str:
+    """A verdict as one line for the screen, whoever wrote it."""
+    return "".join(c if c.isprintable() else " " for c in text[:4000].decode(errors="replace"))
+
+
 def _names(sights: Sequence[Sight], what: str) -> str:
     shown = "; ".join(f"rank {s.beat.rank} on {s.beat.node} is {what} ({s.beat.place})" for s in sights[:4])
     return shown + (f"; and {len(sights) - 4} more" if len(sights) > 4 else "")
@@ -143,14 +168,20 @@ class Watch:
             own.set_timeout(timedelta(seconds=min(self.silence, 30.0)))
             self.store = dist.PrefixStore("watch", own)
         self.pulse = Pulse()
-        self.run_dir: Path | None = None
         self._count, self._file_due = 0, 0.0
         self._ending, self._kept = "", False
         self._sights: list[Sight] = []
         self._closed = threading.Event()
-        self._answered = time.monotonic()
+        self._clock = self.pulse.clock = LivedClock()
+        self._known: dict[int, Beat] = {}  # the last whole beat of every rank
+        self._agreement = None if self.store is None else Agreement(self.pulse.gate, self.store, ranks.rank, ranks.size)
+        self._answered = self._clock.now()
         for name, work in (("beats", self._watch), ("watch", self._watch_the_watch)):
             threading.Thread(target=work, name=name, daemon=True).start()
+
+    @property
+    def run_dir(self) -> Path | None:
+        return self.pulse.run_dir
 
     def leaves(self, ending: Exit) -> None:
         """This rank goes: its silence is no alarm from now on, and the peers need not guess why."""
@@ -171,7 +202,7 @@ class Watch:
             time.sleep(LOOK * BEAT)
             text = blame(before, self._beats())
             if text is None:
-                return reason
+                return self._after_a_freeze(reason)
             text = self._agree(text)
             if self.ranks.rank == 0:
                 time.sleep(LOOK * BEAT)  # the store may live in this process: the others must read the verdict first
@@ -179,24 +210,37 @@ class Watch:
             text = self._no_store()
         return f"{text}; run the same command again"
 
+    def _after_a_freeze(self, reason: str) -> str:
+        """Peers that live and a connection that ended: a freeze longer than a library waits does that."""
+        if self._clock.last_frozen <= STILL:
+            return reason
+        frozen = f"this job was frozen for {self._clock.last_frozen:.0f} s (suspended, or its machine was)"
+        return f"{frozen}, and communication did not outlive it ({reason})"
+
     def _watch(self) -> None:
         while not self._closed.is_set():
+            pause = BEAT
             try:
                 self._post()
                 self._write_file()
                 verdict = self._verdict()
+                asked = self.pulse.stop.requested()
+                if self._agreement is not None and self._agreement.look(asked):
+                    pause = BEAT / 4  # gates are closed meanwhile
             except RuntimeError:
                 self._closed.wait(BEAT)  # for the case that all ranks leave, and rank 0 was first
                 verdict = self._no_store()
-            self._answered = time.monotonic()
+            except Exception:
+                verdict = None  # what strangers write into the store is no reason for this thread to die
+            self._answered = self._clock.now()
             if verdict is not None and not self._closed.is_set():
                 self._leave(verdict)
-            self._closed.wait(BEAT)
+            self._closed.wait(pause)
 
     def _watch_the_watch(self) -> None:
         """A request to a frozen node is never answered, and torch's store has no time-out of its own for some of them."""
         while not self._closed.wait(BEAT):
-            waited = time.monotonic() - self._answered
+            waited = self._clock.now() - self._answered
             if self.store is not None and waited > self.silence + LOOK * BEAT:
                 self._leave(self._no_store(f" for {waited:.0f} s"))
 
@@ -205,18 +249,18 @@ class Watch:
         if self.store is None:
             return None
         if self.store.check(["verdict"]):
-            return self.store.get("verdict").decode()
+            return words_of(self.store.get("verdict"))
         seen = self._beats() if self.ranks.rank == 0 else self._beats(1)
-        found = judge(self._look(seen), time.monotonic(), self.silence, self.limit if self.ranks.rank == 0 else math.inf)
+        found = judge(self._look(seen), self._clock.now(), self.silence, self.limit if self.ranks.rank == 0 else math.inf)
         return None if found is None else self._agree(found)
 
     def _agree(self, verdict: str) -> str:
         """The first verdict of all ranks, for all."""
         assert self.store is not None
-        return self.store.compare_set("verdict", "", verdict).decode() or verdict
+        return words_of(self.store.compare_set("verdict", "", verdict)) or verdict
 
     def _look(self, beats: Sequence[Beat]) -> list[Sight]:
-        now = time.monotonic()
+        now = self._clock.now()
         if not self._sights:
             self._sights = [Sight(b, now, now) for b in beats]
         for sight, beat in zip(self._sights, beats):
@@ -238,12 +282,16 @@ class Watch:
         assert self.store is not None
         keys = [str(r) for r in range(self.ranks.size if ranks is None else ranks)]
         if self.store.check(keys):
-            return [Beat(**json.loads(text)) for text in self.store.multi_get(keys)]
-        return [Beat(**json.loads(self.store.get(k))) if self.store.check([k]) else Beat(int(k), "?") for k in keys]
+            texts = dict(enumerate(self.store.multi_get(keys)))
+        else:
+            texts = {int(k): self.store.get(k) for k in keys if self.store.check([k])}
+        for rank, text in texts.items():
+            self._known[rank] = Beat.read(text, self._known.get(rank, Beat(rank, "?")))
+        return [self._known.get(int(k), Beat(int(k), "?")) for k in keys]
 
     def _write_file(self) -> None:
         """heartbeat.json of the run, for whoever watches from outside."""
-        now = time.monotonic()
+        now = self._clock.now()
         if self.ranks.rank != 0 or self.run_dir is None or now < self._file_due:
             return
         self._file_due = now + FILE_EVERY
