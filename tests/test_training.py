@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ from megascale.data import loader
 from megascale.model.block import Block
 from megascale.model.spec import ParamSpec, declare_state
 from megascale.schedule.accumulate import Accumulation
+from megascale.train import setup
+from megascale.train.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at
 
@@ -105,7 +108,8 @@ def test_every_row_has_what_scripts_read(folder: Path) -> None:
     run_ranks(2, run, settings(folder, data__valid=valid, train__eval_every=3, train__eval_steps=2, train__log_every=4))
     found = rows(folder)
     assert [r["step"] for r in found] == [1, 3, 4, 6]
-    keys = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu", "memory_bytes", "sent_bytes"]
+    keys = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"]
+    keys.append("sent_bytes")
     assert all(set(keys) <= r.keys() for r in found)
     assert [set(r["valid_loss"]) for r in found if "valid_loss" in r] == [{"a", "b"}] * 2
     assert found[-1]["tokens"] == 6 * 4 * 16 and found[-1]["sent_bytes"]["dp_shard"] > 0
@@ -222,6 +226,85 @@ def test_too_many_bad_steps_end_the_run(folder: Path) -> None:
     values = settings(folder, train__max_skipped_steps=1, checkpoint__every=1)
     code, message = run_ranks(1, spoiled, values, [3, 4])[0]
     assert code == 3 and "max_skipped_steps is 1" in message and "last good checkpoint is step" in message
+
+
+def emptied(values: dict[str, Any]) -> tuple[int, str]:
+    """A run whose third step and whose validation set have no target."""
+    real, batch = setup.micro_batches, values["train"]["global_batch_size"]
+
+    def without_targets(config: Any, samples: Any, first: int, *rest: Any) -> list[loader.Batch]:
+        made = real(config, samples, first, *rest)
+        if samples.shuffled and first != 2 * batch:
+            return made
+        return [b._replace(targets=torch.full_like(b.targets, loader.NOT_COUNTED), valid=0) for b in made]
+
+    setup.micro_batches = without_targets
+    return run(values)
+
+
+@pytest.mark.parametrize(("ranks", "optimizer"), [(1, "adamw"), (2, "muon")])
+def test_a_step_without_targets_is_no_bad_gradient(folder: Path, ranks: int, optimizer: str) -> None:
+    """Catches a batch of documents too short for a target that ends a run as if its rate were too high, or moves its weights."""
+    values = settings(folder, train__max_skipped_steps=0, checkpoint__every=1, checkpoint__keep_last=9, optim__name=optimizer)
+    values["train"] |= {"eval_every": 3, "eval_steps": 2}
+    values["data"]["valid_fraction"] = 0.2
+    assert run_ranks(ranks, emptied, values) == [(0, "done")] * ranks
+    assert [(r["loss"] is None, r["grad_norm"] is None) for r in rows(folder)] == [(n == 3, n == 3) for n in range(1, 7)]
+    events = rows(folder, "events")
+    assert [e["step"] for e in events if e["event"] == "empty_step"] == [3] and not [e for e in events if e["event"] == "skip"]
+    before, after = weights_at(folder, 2), weights_at(folder, 3)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert [r["valid_loss"] for r in rows(folder) if "valid_loss" in r] == [{"tokens": None}] * 2
+
+
+def poisoned(values: dict[str, Any]) -> tuple[int, str]:
+    """A run whose weights hold a NaN from the start, on the last rank."""
+    real = Trainer.train
+
+    def train(self: Trainer) -> None:
+        if self.model.mesh.rank == self.model.mesh.size - 1:
+            self.model.weights[-1].local.flatten()[0] = float("nan")
+        real(self)
+
+    Trainer.train = train  # type: ignore[method-assign]
+    return run(values)
+
+
+def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
+    """Catches the advice to lower the rate, and a "last good checkpoint" that holds the same NaN."""
+    values = settings(folder, train__max_skipped_steps=1, checkpoint__every=1)
+    for code, message in run_ranks(2, poisoned, values):
+        assert code == 3 and "weights hold values that are not finite" in message and "from their start" in message
+        assert "lower optim.lr" not in message and "last good checkpoint is" not in message
+    for code, message in run_ranks(1, run, values):
+        assert code == 3 and "they came so from" in message and "step-0000000" in message
+
+
+def slow_data(values: dict[str, Any], seconds: float) -> tuple[int, str]:
+    """A run that waits for every batch."""
+    real = loader.Prefetcher.__next__
+
+    def late(self: loader.Prefetcher) -> list[loader.Batch]:
+        time.sleep(seconds)
+        return real(self)
+
+    loader.Prefetcher.__next__ = late  # type: ignore[method-assign]
+    return run(values)
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_waiting_for_data_has_a_number(folder: Path, log_every: int) -> None:
+    """Catches tokens per second that only count the time in which there was something to do."""
+    assert run_ranks(1, slow_data, settings(folder, train__log_every=log_every), 0.1) == [(0, "done")]
+    for row in rows(folder):
+        assert row["data_seconds"] >= 0.1 and row["tokens_per_second"] <= 4 * 16 / 0.1
+
+
+def test_a_finished_run_says_so(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches "next is step 9" where the run has 6, and an empty answer to whoever starts it again."""
+    assert run_ranks(1, run, settings(folder)) == [(0, "done")]
+    assert run_ranks(1, run, settings(folder, train__steps=3)) == [(0, "done")]
+    assert "already at step 6 of 3: nothing is left to do" in capfd.readouterr().err
 
 
 def disk_full_at(values: dict[str, Any], bad: str) -> tuple[int, str]:

@@ -8,17 +8,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megascale.config.load import to_yaml
+from megascale.launch.exits import Exit
+from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port
-from megascale.train.watch import BEAT, GONE, SAVING, STARTING, Beat, Sight, blame, judge
+from megascale.train.lived import LivedClock
+from megascale.train.watch import BEAT, GONE, SAVING, STARTING, Beat, Sight, Watch, blame, judge, words_of
 from tests.runs import make_tokens, rows, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +78,60 @@ def test_blame() -> None:
     assert blame([A, B], [replace(A, phase=GONE), later]) is None
     told = blame([A, B], [A, replace(later, ending="code 1, ValueError: odd")])
     assert told == f"rank 1 on n2 left ({B.place}): code 1, ValueError: odd"
+
+
+def test_frozen_time_is_no_time() -> None:
+    """Catches a job that was suspended as a whole and calls its peers lost when it wakes, and a freeze that nobody is told of."""
+    real = [1000.0]
+    clock = LivedClock(lambda: real[0])
+    seen = sights(A, B, heard=clock.now(), moved=clock.now())
+    for step in (1.0, 2.0, 83.0, 1.0):
+        real[0] += step
+        now = clock.now()
+        assert judge(seen, now, silence=10, limit=10) is None
+    assert now == 5.0 and clock.frozen() == 83.0 == clock.last_frozen and clock.frozen() == 0.0
+    real[0] += 4.0
+    clock.now()
+    real[0] += 4.0
+    assert judge(seen, clock.now(), silence=10, limit=10) is not None, "a peer that is silent while this rank lives is lost"
+
+
+GARBAGE = [
+    b"[]",
+    b"\xff",
+    b"{",
+    b"null",
+    b"3",
+    b'{"rank": 1}',
+    b'{"rank": 0, "node": "x"}',
+    b'{"rank": 1, "node": [], "x": 1}',
+    b"[" * 9999,
+]
+
+
+def test_garbage_in_the_store() -> None:
+    """Catches a watch that dies of what a stranger writes: the job would end, or hang unseen."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+    watch = Watch(RankInfo(0, 2, 0, 2), store, 500.0)
+    try:
+        inside = dist.PrefixStore("watch", store)
+        inside.set("1", json.dumps(asdict(B)))
+        assert watch._beats()[1] == B
+        for text in GARBAGE:
+            inside.set("1", text.decode("latin-1"))
+            inside.set("0", text.decode("latin-1"))
+            assert watch._beats()[1] == B
+        inside.set("stop", "")
+        inside.set("passed/1", "many")
+        time.sleep(3 * BEAT)
+        assert {"beats", "watch"} <= {t.name for t in threading.enumerate()} and watch._beats()[0].count > 2
+    finally:
+        watch.leaves(Exit(0, "done"))
+
+
+def test_a_verdict_is_one_line() -> None:
+    """Catches control characters of a stranger that reach the terminal, and bytes that are no text."""
+    assert words_of(b"rank 1\n\x1b[2J is \xff lost") == "rank 1  [2J is \ufffd lost" and len(words_of(b"x" * 10**6)) == 4000
 
 
 class Job:
