@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from megascale.config.load import read_yaml
 from megascale.config.schema import DataSource
 from megascale.data.indexed import TokenFile
-from megascale.data.order import MixPlan, permute, plan_mixture, split_documents
+from megascale.data.order import MixPlan, permute, plan_mixture
+from megascale.data.split import split_source
 from megascale.data.stream import Tokens, TokenStream
 from megascale.errors import UsageError
 
@@ -77,19 +78,31 @@ class Mixture:
         """
         self.seq_len, self.seed, self.vocab_size, self.shuffled = seq_len, seed, vocab_size, shuffled
         self.sources, self.streams = sources, []
+        self.cut: list[str] = []  # sources of which no whole documents could be held out
         for source in sources:
             file = TokenFile(source.path)
             check_source(source, vocab_size)
-            train, valid = split_documents(len(file), valid_fraction)
-            stream = TokenStream(file, {"train": train, "valid": valid, "all": None}[part])
+            split = split_source(file.lengths, valid_fraction, seq_len + 1)
+            chosen = split.part(part)
+            stream = TokenStream(file, chosen.documents, chosen.first, chosen.end)
             if len(stream) < seq_len + 1:
+                where = "" if part == "all" else f" in all, {len(stream)} of them in its {part} part"
+                parts = "" if part == "all" else f" in each of the two parts that data.valid_fraction {valid_fraction} asks for"
                 raise UsageError(
-                    f"{source.path} has {len(stream)} tokens in its {part} part, and one sample of train.seq_len {seq_len} needs "
-                    f"{seq_len + 1}: add data, or shorten train.seq_len"
+                    f"{source.path} has {int(file.lengths.sum(dtype=np.int64))} tokens{where}, and one sample of train.seq_len {seq_len} "
+                    f"needs {seq_len + 1}{parts}: add data, or shorten train.seq_len"
                 )
             self.streams.append(stream)
+            if split.by_tokens:
+                self.cut.append(f"{source.path} ({len(file)} documents, {len(stream)} tokens in its {part} part)")
         check_tokenizers(sources)
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
+
+    def note(self) -> str | None:
+        """How the held-out part was chosen where it is not one of whole documents, in words."""
+        if not self.cut:
+            return None
+        return f"too few documents to hold whole ones out, so the last tokens are held out (data.valid_fraction): {', '.join(self.cut)}"
 
     def sample(self, number: int) -> tuple[Tokens, NDArray[np.int32]]:
         """Tokens [seq_len+1] and document numbers [seq_len+1] of sample `number`."""

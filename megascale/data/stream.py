@@ -11,15 +11,19 @@ Tokens = NDArray[np.int64]
 
 
 class TokenStream:
-    """Documents `documents` (all of them where None) of a token file, end to end. Eight bytes a document in memory."""
+    """Documents `documents` (all of them where None) of a token file, end to end, of that the tokens from `first` up to `end`. Eight bytes
+    a document in memory.
+    """
 
-    def __init__(self, file: TokenFile, documents: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, file: TokenFile, documents: NDArray[np.int64] | None = None, first: int = 0, end: int | None = None) -> None:
         self.file = file
         self.documents: NDArray[np.int64] = np.arange(len(file)) if documents is None else documents
         self.ends: NDArray[np.int64] = np.cumsum(file.lengths[self.documents], dtype=np.int64)
+        total = int(self.ends[-1]) if len(self.ends) else 0
+        self.first, self.end = first, total if end is None else end
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.end - self.first
 
     def read(self, start: int, length: int) -> tuple[Tokens, NDArray[np.int32]]:
         """Tokens [start, start+length) and for each the number of its document in the stream; O(log documents).
@@ -28,6 +32,7 @@ class TokenStream:
         """
         if not 0 <= start <= start + length <= len(self):
             raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
+        start += self.first
         tokens, numbers = np.empty(length, np.int64), np.empty(length, np.int32)
         document, done = int(np.searchsorted(self.ends, start, side="right")), 0
         while done < length:

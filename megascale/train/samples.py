@@ -171,7 +171,7 @@ def open_samples(config: Config, sources: list[Source], part: str, shuffled: boo
 
 def note(samples: Samples) -> str | None:
     """What a reader of the screen should know of the samples."""
-    return samples.note() if isinstance(samples, PairMixture) else None
+    return samples.note() if isinstance(samples, PairMixture | Mixture) else None
 
 
 def masking_of(config: Config, vocabulary: int) -> Masking:
