@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common import machine, write
 from benchmarks.studies import last, trained
-from megascale.data.dataset import source_facts
+from megascale.data.facts import source_facts
 from megascale.report.canvas import COLOURS, GREY, new_figure, png, style
 
 SMOOTHED = 8  # steps

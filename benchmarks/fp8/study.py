@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import write
 from benchmarks.studies import study
-from megascale.data.dataset import source_facts
+from megascale.data.facts import source_facts
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mus-fp8.yaml"
 RESULTS = Path(__file__).parent / "results"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from megascale.config.load import read_yaml
 from megascale.config.schema import DataSource
+from megascale.data.facts import source_facts
 from megascale.data.indexed import TokenFile
 from megascale.data.order import MixPlan, permute, plan_mixture
 from megascale.data.split import split_source
@@ -117,21 +117,11 @@ class Mixture:
         return tokens, documents
 
 
-def source_facts(prefix: str) -> dict[str, Any]:
-    """What prepare_data.py recorded beside the tokens; empty for files from elsewhere."""
-    path = Path(prefix + ".json")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): remove it, or prepare the data again") from None
-    return facts if isinstance(facts, dict) else {}
-
-
 def check_tokens(tokens: Tokens, source: Source, vocab_size: int, key: str = "model.vocab_size") -> None:
     """Raises UsageError for a token that the model has no row for."""
-    largest = int(tokens.max(initial=0))
+    smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if smallest < 0:
+        raise UsageError(f"{source.path} holds token {smallest}, and tokens count from 0: the file is damaged; make it again")
     if largest >= vocab_size:
         raise UsageError(
             f"{source.path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
@@ -141,7 +131,7 @@ def check_tokens(tokens: Tokens, source: Source, vocab_size: int, key: str = "mo
 def check_source(source: Source, vocab_size: int) -> None:
     """Raises UsageError where a source was made with a larger vocabulary."""
     used = source_facts(source.path).get("vocab_size")
-    if isinstance(used, int) and used > vocab_size:
+    if used is not None and used > vocab_size:
         raise UsageError(
             f"{source.path} was made with a vocabulary of {used}, and model.vocab_size is {vocab_size}: leave model.vocab_size out to take "
             "the tokenizer's"

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from megascale.config.schema import Spacetime
-from megascale.data.dataset import Source, check_tokens, source_facts
+from megascale.data.dataset import Source, check_tokens
+from megascale.data.facts import source_facts
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, permute_many, plan_mixture, split_documents

@@ -16,6 +16,7 @@ from megascale.data.stream import Tokens, TokenStream
 from megascale.errors import UsageError
 
 SURPLUS = 0.005  # samples that each source of a blend has in spare
+MOST = 2**31  # documents of an order, 20 bytes each while it is drawn
 SEPARATE = 0.8  # share of an epoch below which the last one is shuffled on its own
 
 
@@ -80,6 +81,11 @@ def draw(
             f"{where} has {tokens} tokens for this part, and one sample of train.seq_len {seq_len} needs {seq_len + 1}: add data"
         )
     epochs = -(-(samples * seq_len + 1) // tokens)
+    if epochs * len(documents) > MOST:
+        raise UsageError(
+            f"{where} has {tokens} tokens in {len(documents)} documents, and {samples} samples are {epochs} epochs of it: data.order "
+            f"megatron keeps every document of every epoch in memory, at most {MOST}; use order megascale, which keeps none, or fewer steps"
+        )
     windows = (epochs * tokens - 1) // seq_len
     before_last = ((epochs - 1) * tokens - 1) // seq_len if epochs > 1 else windows
     apart = epochs > 1 and samples - before_last < int(SEPARATE * ((tokens - 1) // seq_len))

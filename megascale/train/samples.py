@@ -10,7 +10,8 @@ from megascale.comm.mesh import Mesh
 from megascale.config.rules.pairs import spans_asked, spans_in
 from megascale.config.schema import Config, Spacetime
 from megascale.config.spans import SENTINELS
-from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources, source_facts
+from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources
+from megascale.data.facts import source_facts
 from megascale.data.fields import FieldMixture
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, make_batch, sample_numbers
@@ -117,8 +118,8 @@ def end_token(config: Config) -> int:
     """The piece that ends a text."""
     prefix = first_prefix(config)
     known = source_facts(prefix).get("eos_id")
-    if isinstance(known, int):
-        return known
+    if known is not None:
+        return int(known)
     path = config.data.tokenizer or beside(prefix)
     if path is None:
         raise UsageError(f"nothing beside {prefix} says which token ends a text: set data.tokenizer, or prepare the data again")
