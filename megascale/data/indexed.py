@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.data.publish import Publication
 from megascale.errors import UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -141,17 +143,19 @@ def check_marks(path: Path, marks: NDArray[np.int64]) -> None:
 
 
 class TokenWriter:
-    """Writes documents one by one; the files appear under their names only when all of them are written.
+    """Writes documents one by one; the files appear under their names only when all of them are written: at the end of the block, or with
+    others where a `publication` is given.
 
     Tokens go to disk at once; in memory stay 12 bytes a document.
     """
 
-    def __init__(self, prefix: str | Path, dtype: type[np.generic], longest: int = LONGEST) -> None:
+    def __init__(self, prefix: str | Path, dtype: type[np.generic], longest: int = LONGEST, publication: Publication | None = None) -> None:
         self.prefix, self.dtype, self.longest = str(prefix), np.dtype(dtype), longest
         self._lengths, self._marks, self._open = array("i"), array("q", [0]), 0
-        self._paths = {end: Path(f"{self.prefix}.{end}") for end in ("bin", "idx")}
-        self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
-        self._partial = {end: path.with_name(f".{path.name}.partial") for end, path in self._paths.items()}
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._own = publication is None
+        self._files = publication or Publication()
+        self._partial = {end: self._files.stage(Path(f"{self.prefix}.{end}")) for end in ("bin", "idx")}
         self._file = self._partial["bin"].open("wb")
 
     def add(self, tokens: NDArray[np.generic]) -> None:
@@ -178,13 +182,17 @@ class TokenWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._publish()
+                self._finish()
+                if self._own:
+                    self._files.publish()
         finally:
-            self._file.close()
-            for path in self._partial.values():
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk fails here again, and what is to be deleted would stay
+                self._file.close()
+            if self._own:
+                self._files.discard()
 
-    def _publish(self) -> None:
+    def _finish(self) -> None:
+        """Both files, on disk."""
         lengths = np.frombuffer(self._lengths, np.int32)
         offsets = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
@@ -198,7 +206,4 @@ class TokenWriter:
             os.fsync(file.fileno())
         self._file.flush()
         os.fsync(self._file.fileno())
-        # An older index goes first, so that at no moment an index stands beside tokens that are not its own.
-        self._paths["idx"].unlink(missing_ok=True)
-        for end in ("bin", "idx"):
-            os.replace(self._partial[end], self._paths[end])
+        self._file.close()

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.data.aligned import read_pairs
 from megascale.data.indexed import TokenWriter, token_dtype
-from megascale.data.readers import BLOCK_BYTES, Block, can_enter, read_blocks, read_pairs
+from megascale.data.publish import Publication, publication
+from megascale.data.readers import BLOCK_BYTES, LONGEST, Block, Tally, can_enter, read_blocks
 from megascale.data.tokenizer import Tokenizer, keep_beside, load_tokenizer
+from megascale.data.workers import end_with_parent
 from megascale.errors import UsageError
+from megascale.files import write_durably
 
 SAMPLE_CHARACTERS = 4 << 20  # of text to train a tokenizer on: enough for tens of thousands of pieces, seconds of work
 PASSAGE = 1 << 16  # characters of the sample that are read from one place
@@ -29,7 +35,9 @@ class Facts:
     """What is written to PREFIX.json.
 
     source_bytes: of the text in UTF-8, unpacked. not_utf8_files: in how many files characters were replaced. unigram_entropy: of single
-    tokens, in nats; the loss at which a model stops that knows only how often each token occurs.
+    tokens, in nats; the loss at which a model stops that knows only how often each token occurs. Written only where it is not 0 or None:
+    bos_id, the token that begins every document; null_documents and byte_order_marks that were left out; special_tokens, how many tokens of
+    the text are of those that no text should become.
     """
 
     documents: int
@@ -42,6 +50,14 @@ class Facts:
     unigram_entropy: float
     tokenizer: str
     tokenizer_fingerprint: str
+    bos_id: int | None = None
+    null_documents: int = 0
+    byte_order_marks: int = 0
+    special_tokens: int = 0
+
+    def written(self) -> dict[str, object]:
+        rare = {"bos_id": None, "null_documents": 0, "byte_order_marks": 0, "special_tokens": 0}
+        return {key: value for key, value in asdict(self).items() if key not in rare or value != rare[key]}
 
 
 class Encoded(NamedTuple):
@@ -52,7 +68,7 @@ class Encoded(NamedTuple):
     source_bytes: int
 
 
-def sample_texts(files: list[Path], text_key: str, characters: int = SAMPLE_CHARACTERS) -> Iterator[str]:
+def sample_texts(files: list[Path], text_key: str, characters: int = SAMPLE_CHARACTERS, longest: int = LONGEST) -> Iterator[str]:
     """At most `characters` of text, in passages spread evenly over the bytes of all files; a packed file gives its beginning."""
     share = characters / max(1, sum(f.stat().st_size for f in files))
     credit = 0.0  # characters that the files so far should have given and have not: small files are read in turn, but whole
@@ -65,7 +81,7 @@ def sample_texts(files: list[Path], text_key: str, characters: int = SAMPLE_CHAR
         places = max(1, int(due) // PASSAGE) if can_enter(path) else 1
         for i in range(places):
             wanted = int(due / places)
-            for block in read_blocks(path, text_key, size * i // places, PASSAGE):
+            for block in read_blocks(path, text_key, size * i // places, PASSAGE, longest):
                 text = block.text[:wanted]
                 wanted, credit = wanted - len(text), credit - len(text)
                 yield text
@@ -81,11 +97,18 @@ def prepare(
     workers: int,
     append_eos: bool,
     progress: Callable[[int], None],
+    bos: bool = False,
+    longest: int = LONGEST,
 ) -> Facts:
-    """`write_tokens` of every document of `files` in order."""
+    """`write_tokens` of every document of `files` in order; the files appear together, or none of them. `append_eos`, `bos`: whether
+    documents end with the end token and begin with the beginning one. `longest`: bytes of a JSON line or a Parquet value.
+    """
     nothing = f"there is no text in the input ({len(files)} files, {files[0]} first): name files that have some"
-    blocks = (block for path in files for block in read_blocks(path, text_key))
-    return write_tokens(blocks, prefix, tokenizer, workers, append_eos, progress, nothing)
+    tally = Tally()
+    blocks = (block for path in files for block in read_blocks(path, text_key, longest=longest, tally=tally))
+    around = ([tokenizer.bos_id] if bos else [], [tokenizer.eos_id] if append_eos else [])
+    with publishing(prefix) as made:
+        return write_tokens(blocks, tally, prefix, tokenizer, workers, around, progress, nothing, made)
 
 
 def prepare_pairs(
@@ -95,73 +118,90 @@ def prepare_pairs(
     keys: tuple[str, str],
     workers: int,
     progress: Callable[[int], None],
+    longest: int = LONGEST,
 ) -> tuple[Facts, Facts]:
-    """`write_tokens` of aligned text (readers.py: `read_pairs`), the sources as PREFIX.source and their targets as PREFIX.target."""
+    """`write_tokens` of aligned text (aligned.py), the sources as PREFIX.source and the targets as PREFIX.target, which appear together."""
     nothing = f"there is no pair in the input ({', '.join(map(str, files))}): both sides of a pair need text"
-    found = [
-        write_tokens(read_pairs(files, side, keys), f"{prefix}.{name}", tokenizers[side], workers, True, progress, nothing)
-        for side, name in enumerate(("source", "target"))
-    ]
+    tallies = Tally(), Tally()
+    with publishing(prefix) as made:
+        found: list[Facts] = []
+        for side, (name, tokenizer, tally) in enumerate(zip(("source", "target"), tokenizers, tallies)):
+            blocks, around = read_pairs(files, side, keys, longest, tally), (list[int](), [tokenizer.eos_id])
+            found.append(write_tokens(blocks, tally, f"{prefix}.{name}", tokenizer, workers, around, progress, nothing, made))
     return found[0], found[1]
+
+
+@contextmanager
+def publishing(prefix: str) -> Iterator[Publication]:
+    """A disk that fails is a UsageError; then nothing of what was made is left."""
+    try:
+        with publication() as made:
+            yield made
+    except OSError as error:
+        raise UsageError(f"{prefix} cannot be written ({error}): choose another --out, or make room there") from None
 
 
 def write_tokens(
     blocks: Iterable[Block],
+    tally: Tally,
     prefix: str,
     tokenizer: Tokenizer,
     workers: int,
-    append_eos: bool,
+    around: tuple[list[int], list[int]],
     progress: Callable[[int], None],
     nothing: str,
+    made: Publication,
 ) -> Facts:
-    """Encodes documents in order into PREFIX.bin, .idx and .json, the tokenizer beside them; .idx appears last.
+    """Encodes documents in order into what `made` will publish as PREFIX.bin, .idx and .json with the tokenizer beside them.
 
-    The result does not depend on `workers`. `progress` is told stored bytes of the input as they are done. Raises UsageError when there is
-    no document (saying `nothing`), a file cannot be read or the output cannot be written; then nothing appears under PREFIX.
+    The result does not depend on `workers`. `around`: tokens that begin and end each document. `progress` is told stored bytes of the input
+    as they are done; `tally` is what `blocks` has counted. Raises UsageError when there is no document (saying `nothing`) or a file cannot
+    be read, OSError for the output's disk.
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    end = np.array([tokenizer.eos_id] if append_eos else [], np.int32)
+    begin, end = (np.array(ids, np.int32) for ids in around)
     documents = source = 0
+    first = True  # of a document's blocks
     damaged: set[Path] = set()
-    try:
-        with TokenWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
-            for batch, encoded in _encode_in_order(_batches(blocks), tokenizer, workers):
-                counts += np.bincount(encoded.tokens, minlength=len(counts))
-                for block, tokens in zip(batch, np.split(encoded.tokens, encoded.ends[:-1])):
-                    writer.extend(tokens)
-                    if block.last:
-                        writer.extend(end)
-                        writer.end_document()
-                        documents += 1
-                source += encoded.source_bytes
-                damaged |= {b.path for b in batch if b.damaged}
-                progress(sum(b.read for b in batch))
-            if documents == 0:
-                raise UsageError(nothing)
-            counts[tokenizer.eos_id] += documents * len(end)
-            share = counts[counts > 0] / counts.sum()
-            facts = Facts(
-                documents=documents,
-                tokens=int(counts.sum()),
-                source_bytes=source,
-                not_utf8_files=len(damaged),
-                vocab_size=tokenizer.vocab_size,
-                eos_id=tokenizer.eos_id,
-                largest_token=int(np.flatnonzero(counts)[-1]),
-                unigram_entropy=float(-(share * np.log(share)).sum()),
-                tokenizer=keep_beside(tokenizer, prefix).name,
-                tokenizer_fingerprint=tokenizer.fingerprint,
-            )
-            _write_json(Path(prefix + ".json"), asdict(facts))
-    except OSError as error:
-        raise UsageError(f"{prefix} cannot be written ({error}): choose another --out, or make room there") from None
+    with TokenWriter(prefix, token_dtype(tokenizer.vocab_size), publication=made) as writer:
+        for batch, encoded in _encode_in_order(_batches(blocks), tokenizer, workers):
+            counts += np.bincount(encoded.tokens, minlength=len(counts))
+            for block, tokens in zip(batch, np.split(encoded.tokens, encoded.ends[:-1])):
+                if first:
+                    writer.extend(begin)
+                writer.extend(tokens)
+                first = block.last
+                if block.last:
+                    writer.extend(end)
+                    writer.end_document()
+                    documents += 1
+            source += encoded.source_bytes
+            damaged |= {b.path for b in batch if b.damaged}
+            progress(sum(b.read for b in batch))
+        if documents == 0:
+            raise UsageError(nothing)
+    special = int(counts[sorted({*tokenizer.specials, tokenizer.eos_id})].sum())
+    for token in (*around[0], *around[1]):
+        counts[token] += documents
+    share = counts[counts > 0] / counts.sum()
+    facts = Facts(
+        documents=documents,
+        tokens=int(counts.sum()),
+        source_bytes=source,
+        not_utf8_files=len(damaged),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        largest_token=int(np.flatnonzero(counts)[-1]),
+        unigram_entropy=float(-(share * np.log(share)).sum()),
+        tokenizer=keep_beside(tokenizer, prefix, made).name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        bos_id=around[0][0] if around[0] else None,
+        null_documents=tally.nulls,
+        byte_order_marks=tally.marks,
+        special_tokens=special,
+    )
+    write_durably(made.stage(Path(prefix + ".json")), (json.dumps(facts.written(), indent=1) + "\n").encode())
     return facts
-
-
-def _write_json(path: Path, values: dict[str, object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
@@ -185,8 +225,9 @@ def _encode_in_order(batches: Iterable[list[Block]], tokenizer: Tokenizer, worke
             yield batch, _encode_with(tokenizer, [b.text for b in batch])
         return
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
-        under_way: list[tuple[list[Block], Future[Encoded]]] = []
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,))
+    under_way: list[tuple[list[Block], Future[Encoded]]] = []
+    try:
         for batch in batches:
             under_way.append((batch, pool.submit(_encode, [b.text for b in batch])))
             if len(under_way) >= IN_FLIGHT * workers:
@@ -194,12 +235,20 @@ def _encode_in_order(batches: Iterable[list[Block]], tokenizer: Tokenizer, worke
                 yield blocks, future.result()
         for blocks, future in under_way:
             yield blocks, future.result()
+    except (BrokenProcessPool, MemoryError):
+        raise UsageError(
+            f"one of {workers} workers was killed or found no memory, most likely since there is too little: give fewer --workers, or ask "
+            "for more memory"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _worker: list[Tokenizer] = []  # one per worker process, since a native tokenizer does not travel between processes
 
 
 def _start_worker(path: Path) -> None:
+    end_with_parent()
     # Hugging Face's tokenizers would start a thread per core in every worker.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker[:] = [load_tokenizer(path)]

@@ -1,30 +1,33 @@
-"""Files of text → documents, streamed: text, JSONL and Parquet, plain or packed with gzip or Zstandard.
+"""Files of text → documents, streamed: text, JSON lines and Parquet, plain or packed (forms.py says what a file is).
 
-One document is a text file, a JSONL line or a Parquet row. A text file may be of any size; a JSONL line and a Parquet row group must fit in
-memory. Documents without a character are left out.
+One document is a text file, a JSON line or a Parquet row. A text file may be of any size; a JSON line and a Parquet value have a longest.
+One rule for all of them: documents that are null or have no character are left out, a byte-order mark at a document's beginning is dropped,
+bytes that are not UTF-8 become U+FFFD; nulls, marks and damage are counted.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO
 
-import pyarrow
-import pyarrow.parquet
-import zstandard
-
+from megascale.data.forms import Form, find_key, form_of
+from megascale.data.parquet import read_values
+from megascale.data.unpack import UNREADABLE, Input, why_unreadable
 from megascale.errors import UsageError
 
 BLOCK_BYTES = 1 << 18  # long text files travel in blocks of about this size, cut after a line; larger ones are encoded slower
-PACKED = (".gz", ".zst")
-UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, zstandard.ZstdError, pyarrow.ArrowException)
+LONGEST = 64 << 20  # bytes of a JSON line or a Parquet value, unless asked otherwise: ten times as much memory is taken while it is read
+WHOLE = 4 << 20  # characters of a JSON line's or a Parquet row's text that travel as one block: encoding takes up to 200 bytes a character
+MARK = "\ufeff"
+# What Python's parser says, and what that means for lines.
+SAID = {
+    "Invalid control character at": r"a raw control character stands in a string, where \t, \n or \u00XX is to be written",
+    "Extra data": "something follows behind its value, and each line holds one object",
+    "Expecting property name enclosed in double quotes": "an object is not complete, or its names are not in double quotes",
+}
 
 
 @dataclass(frozen=True)
@@ -42,121 +45,67 @@ class Block:
     damaged: bool
 
 
-def find_files(inputs: list[Path], pattern: str, exclude: Sequence[str] = ()) -> list[Path]:
-    """The inputs themselves, folders replaced by the files below that match `pattern`, in sorted order.
+@dataclass
+class Tally:
+    """What was not taken as it stands: documents that are null, and byte-order marks."""
 
-    `exclude`: names of folders that are not entered, unless they are the input. Raises UsageError for an input that is not there.
-    """
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            below = sorted(p for p in path.rglob(pattern) if p.is_file() and not set(p.relative_to(path).parts[:-1]) & set(exclude))
-            if not below:
-                raise UsageError(f"the folder {path} has no file that matches --pattern {pattern!r}")
-            files += below
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UsageError(f"there is no input {path}: correct the path")
-    return files
+    nulls: int = 0
+    marks: int = 0
 
-
-def is_text(path: Path) -> bool:
-    """False where the beginning has a zero byte, as in pictures, archives and programs; packed files and Parquet are not judged."""
-    if path.suffix in (*PACKED, ".parquet"):
-        return True
-    with path.open("rb") as file:
-        return b"\0" not in file.read(8192)
+    def unmarked(self, text: str) -> str:
+        """A document's beginning without its mark."""
+        if not text.startswith(MARK):
+            return text
+        self.marks += 1
+        return text[len(MARK) :]
 
 
 def can_enter(path: Path) -> bool:
     """Whether reading may begin in the middle; packed files have to be read from the front."""
-    return path.suffix not in PACKED
+    try:
+        return not form_of(path, ()).packing
+    except OSError:
+        return False
 
 
-def read_blocks(path: Path, text_key: str, start: int = 0, size: int = BLOCK_BYTES) -> Iterator[Block]:
-    """The documents of one file in order, long text files in blocks of about `size` bytes.
+def read_blocks(
+    path: Path, text_key: str, start: int = 0, size: int = BLOCK_BYTES, longest: int = LONGEST, tally: Tally | None = None
+) -> Iterator[Block]:
+    """The documents of one file in order, long ones in blocks: of text files about `size` bytes.
 
     `start`: for a file that can be entered, the byte after which to begin, at the next line or from the row group that lies there.
-    Raises UsageError naming file and line for input that is not what its ending says.
+    `longest`: bytes of a JSON line or a Parquet value. Raises UsageError naming file and line for input that is not what it seems to be.
     """
-    kind = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
+    form, tally = Form("text"), tally or Tally()
     try:
-        if kind == ".parquet":
-            yield from _parquet(path, text_key, start)
-        elif kind in (".jsonl", ".ndjson"):
-            yield from _json_lines(path, text_key, start)
+        form = form_of(path, (text_key,))
+        if form.kind == "other":
+            raise UsageError(f"{path} {form.why}")
+        if form.kind == "parquet":
+            for block in _rows(path, text_key, start, longest, tally):
+                yield from _in_blocks(block)
+        elif form.kind == "json":
+            for block in json_lines(path, form.packing, text_key, start, longest, tally):
+                yield from _in_blocks(block)
         else:
-            yield from _plain(path, start, size)
+            yield from _plain(path, form.packing, start, size, tally)
     except UNREADABLE as error:
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}; make or copy it again, or leave it out") from None
+        raise UsageError(f"{path} cannot be read: {why_unreadable(path, form.packing, error)}") from None
 
 
-class _Input:
-    """The unpacked bytes of a file, and how far its stored bytes have been read."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._raw = path.open("rb")
-        self._told = start
-        self.bytes: IO[bytes] = self._raw
-        if path.suffix == ".gz":
-            self.bytes = cast(IO[bytes], gzip.GzipFile(fileobj=self._raw))
-        elif path.suffix == ".zst":
-            self.bytes = io.BufferedReader(_Zstandard(self._raw), BLOCK_BYTES)
-        elif start > 0:
-            self._raw.seek(start - 1)
-            self._raw.readline()
-
-    def taken(self) -> int:
-        """Stored bytes read since the last call."""
-        before, self._told = self._told, self._raw.tell()
-        return self._told - before
-
-    def __enter__(self) -> _Input:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._raw.close()
-
-
-class _Zstandard(io.RawIOBase):
-    """Frames of Zstandard one after the other. The package's own reader ends silently where a file was cut short; this one does not."""
-
-    STEP = 8192  # packed bytes at a time; even the most repetitive text unpacks to no more than 256 MiB from them
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        super().__init__()
-        self._raw, self._packed, self._ready, self._inside = raw, b"", memoryview(b""), False
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._packed or self._raw.read(self.STEP)
-            if not packed:
-                if self._inside:
-                    raise EOFError("it ends in the middle of a Zstandard frame")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(packed))
-            self._packed, self._inside = self._frame.unused_data, not self._frame.eof
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-def _plain(path: Path, start: int, size: int) -> Iterator[Block]:
-    with _Input(path, start) as source:
+def _plain(path: Path, packing: str, start: int, size: int, tally: Tally) -> Iterator[Block]:
+    with Input(path, packing, start) as source:
         data = source.bytes.read(size)
+        first = start == 0
         while data:
             after = source.bytes.read(size)
             end = _cut(data) if after else len(data)
-            text, damaged = _decode(data[:end])
+            text, damaged = decode(data[:end])
             data = data[end:] + after
-            yield Block(path, text, not data, source.taken(), damaged)
+            if first:
+                text, first = tally.unmarked(text), False
+            if text or data:
+                yield Block(path, text, not data, source.taken(), damaged)
 
 
 def _cut(data: bytes) -> int:
@@ -170,94 +119,98 @@ def _cut(data: bytes) -> int:
     return len(data)
 
 
-def _json_lines(path: Path, text_key: str, start: int, empty: bool = False) -> Iterator[Block]:
-    """`empty`: documents without a character too."""
-    place = "line" if start == 0 else f"after byte {start}, line"
-    with _Input(path, start) as source:
-        for number, raw in enumerate(source.bytes, 1):
-            line, damaged = _decode(raw)
+def lines_of(bytes_: IO[bytes], where: str, longest: int) -> Iterator[bytes]:
+    """Lines of at most `longest` bytes. Raises UsageError for a longer one, before it is in memory."""
+    number = 0
+    while line := bytes_.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise UsageError(
+                f"{where} {number} has more than {longest} bytes: split it, or raise --longest-line, which takes ten times as much memory"
+            )
+        yield line
+
+
+def json_lines(path: Path, packing: str, text_key: str, start: int, longest: int, tally: Tally, empty: bool = False) -> Iterator[Block]:
+    """Each document as one block. `empty`: those without a character too, and nulls as such."""
+    place = f"{path}, line" if start == 0 else f"{path}, after byte {start}, line"
+    with Input(path, packing, start) as source:
+        for number, raw in enumerate(lines_of(source.bytes, place, longest), 1):
+            line, damaged = decode(raw)
+            line = line.removeprefix(MARK) if number > 1 or start else tally.unmarked(line)
             if not line.strip():
                 continue
-            try:
-                text = json.loads(line)[text_key]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UsageError(
-                    f"{path}, {place} {number}: no JSON object with the key {text_key!r} ({line.strip()[:60]!r}); "
-                    "mend the line, or name the key with --text-key"
-                ) from None
-            if not isinstance(text, str):
-                raise UsageError(f"{path}, {place} {number}: {text_key!r} is a {type(text).__name__}, and text is needed")
+            text = parse_line(line, text_key, f"{place} {number}")
+            del line, raw
+            if text is None:
+                tally.nulls += 1
+            text = tally.unmarked(text or "")
             if text or empty:
                 whole = _without_surrogates(text)
                 yield Block(path, whole, True, source.taken(), damaged or whole is not text)
 
 
-def _parquet(path: Path, text_key: str, start: int) -> Iterator[Block]:
-    size = path.stat().st_size
-    with pyarrow.parquet.ParquetFile(path) as table:
-        if text_key not in table.schema_arrow.names:
-            raise UsageError(f"{path} has the columns {', '.join(table.schema_arrow.names)} and no {text_key!r}: name one with --text-key")
-        rows, groups = table.metadata.num_rows, table.num_row_groups
-        first = start * groups // max(1, size)
-        row = told = 0
-        # One thread: the tool forks its workers, which must not happen while other threads hold locks.
-        for batch in table.iter_batches(256, list(range(first, groups)), [text_key], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text is not None and not isinstance(text, str):
-                    raise UsageError(f"{path}, row {row}: the column {text_key!r} holds {type(text).__name__}, and text is needed")
-                if text:
-                    done = size * row // rows
-                    yield Block(path, text, True, done - told, False)
-                    told = done
-
-
-def read_pairs(inputs: list[Path], side: int, keys: tuple[str, str]) -> Iterator[Block]:
-    """One side, 0 sources and 1 targets, of aligned text: lines of two text files, or two keys of JSONL lines. Each is a document.
-
-    A pair with an empty side is left out on both. Raises UsageError where there are more lines in one file than in the other, or an input
-    is of another kind.
-    """
-    kinds = {path: (path.with_suffix("").suffix if path.suffix in PACKED else path.suffix) for path in inputs}
-    as_json = [path for path, kind in kinds.items() if kind in (".jsonl", ".ndjson")]
-    if as_json and len(as_json) < len(inputs):
-        raise UsageError(f"{as_json[0]} is JSONL and {next(p for p in inputs if p not in as_json)} is not: give one kind")
-    if not as_json and len(inputs) != 2:
-        raise UsageError(f"{len(inputs)} text files were given, and pairs are the lines of two: sources first, then targets")
+def parse_line(line: str, key: str, where: str) -> str | None:
+    """The text under `key` of an object in JSON; None for null. Raises UsageError saying what is wrong with the line."""
+    shown = f"({line.strip()[:60]!r})"
     try:
-        if as_json:
-            for path in inputs:
-                yield from _json_pairs(path, side, keys)
-        else:
-            yield from _line_pairs(inputs, side)
-    except UNREADABLE as error:
-        names = " or ".join(map(str, inputs))
-        raise UsageError(f"{names} cannot be read: {' '.join(str(error).split())}; make or copy it again") from None
+        value = json.loads(line)
+    except RecursionError:
+        raise UsageError(f"{where}: no JSON object: it is nested too deeply {shown}; leave the line out") from None
+    except json.JSONDecodeError as error:
+        why = f"{SAID.get(error.msg, error.msg)}, at character {error.pos + 1}"
+        raise UsageError(f"{where}: no JSON object: {why} {shown}; mend the line") from None
+    except ValueError:
+        raise UsageError(f"{where}: it holds a number of more digits than Python reads {shown}; shorten it, or write it as text") from None
+    if not isinstance(value, dict):
+        kind = "an array" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise UsageError(f"{where}: no JSON object but {kind} {shown}; an object in each line is needed") from None
+    try:
+        text = find_key(value, key)
+    except KeyError:
+        keys = ", ".join(value)[:80]
+        raise UsageError(f"{where}: no JSON object with the key {key!r}, it has {keys or 'none'}; name the key with --text-key") from None
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"{where}: {key!r} is a {type(text).__name__}, and text is needed")
+    return text
 
 
-def _line_pairs(inputs: list[Path], side: int) -> Iterator[Block]:
-    with _Input(inputs[0], 0) as first, _Input(inputs[1], 0) as second:
-        sources = (first, second)
-        for number, lines in enumerate(zip_longest(*(s.bytes for s in sources)), 1):
-            if None in lines:
-                ended = lines.index(None)
-                raise UsageError(
-                    f"{inputs[ended]} ends before line {number} and {inputs[1 - ended]} goes on: pairs need as many lines in both"
-                )
-            texts = [_decode(line) for line in lines]
-            if all(text.strip() for text, _ in texts):
-                text, damaged = texts[side]
-                yield Block(inputs[side], text.rstrip("\r\n"), True, sources[side].taken(), damaged)
+def _rows(path: Path, text_key: str, start: int, longest: int, tally: Tally) -> Iterator[Block]:
+    read = 0
+    for row in read_values(path, text_key, start):
+        read += row.read
+        if row.value is None:
+            tally.nulls += 1
+            continue
+        if len(row.value) > longest:
+            raise UsageError(
+                f"{path}, row {row.number} has {len(row.value)} bytes under {text_key!r} and {longest} are the most: split it, or raise "
+                "--longest-line, which takes ten times as much memory"
+            )
+        text, damaged = decode(row.value)
+        text = tally.unmarked(text)
+        if text:
+            yield Block(path, text, True, read, damaged)
+            read = 0
 
 
-def _json_pairs(path: Path, side: int, keys: tuple[str, str]) -> Iterator[Block]:
-    both = [_json_lines(path, key, 0, empty=True) for key in keys]
-    for blocks in zip(*both):
-        if all(b.text.strip() for b in blocks):
-            yield blocks[side]
+def _in_blocks(block: Block) -> Iterator[Block]:
+    """A document as one block up to WHOLE characters, a longer one cut as text files are: after a line, else in front of a space."""
+    text = block.text
+    if len(text) <= WHOLE:
+        yield block
+        return
+    start = 0
+    while start < len(text):
+        end = start + BLOCK_BYTES
+        if end < len(text):
+            line, space = text.rfind("\n", start, end) + 1, text.rfind(" ", start + 1, end)
+            end = line or (space if space > 0 else end)
+        yield Block(block.path, text[start:end], end >= len(text), block.read if start == 0 else 0, block.damaged)
+        start = end
 
 
-def _decode(data: bytes) -> tuple[str, bool]:
+def decode(data: bytes) -> tuple[str, bool]:
     """The text, and whether bytes that are not UTF-8 became replacement characters."""
     try:
         return data.decode("utf-8"), False

@@ -14,10 +14,10 @@ import typer
 
 from megascale.config.load import build_config
 from megascale.config.spans import SENTINELS, longest_window, spans_of
+from megascale.data.aligned import read_pairs
 from megascale.data.dataset import Mixture, Source
 from megascale.data.indexed import TokenFile, TokenWriter
 from megascale.data.pairs import PairMixture, SpanMixture, pair_batch
-from megascale.data.readers import read_pairs
 from megascale.data.spans import Corruption, cut_up
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError

@@ -1,0 +1,68 @@
+"""Aligned text, sources and their targets: lines of two text files, or two keys of JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from megascale.data.forms import Form, form_of
+from megascale.data.readers import LONGEST, MARK, Block, Tally, decode, json_lines, lines_of
+from megascale.data.unpack import UNREADABLE, Input
+from megascale.errors import UsageError
+
+
+def read_pairs(inputs: list[Path], side: int, keys: tuple[str, str], longest: int = LONGEST, tally: Tally | None = None) -> Iterator[Block]:
+    """One side, 0 sources and 1 targets, of aligned text: lines of two text files, or two keys of JSON lines. Each is a document.
+
+    A pair with a side that is empty or null is left out on both. Raises UsageError where there are more lines in one file than in the
+    other, or an input is of another kind.
+    """
+    tally = tally or Tally()
+    try:
+        forms = {path: form_of(path, keys) for path in inputs}
+        for path, form in forms.items():
+            if form.kind not in ("text", "json"):
+                raise UsageError(f"{path} {form.why or 'is Parquet, and pairs are read from text or JSON lines'}")
+        as_json = [path for path, form in forms.items() if form.kind == "json"]
+        if as_json and len(as_json) < len(inputs):
+            raise UsageError(f"{as_json[0]} is JSONL and {next(p for p in inputs if p not in as_json)} is not: give one kind")
+        if not as_json and len(inputs) != 2:
+            raise UsageError(f"{len(inputs)} text files were given, and pairs are the lines of two: sources first, then targets")
+        if as_json:
+            for path in inputs:
+                yield from _json_pairs(path, forms[path], side, keys, longest, tally)
+        else:
+            yield from _line_pairs(inputs, forms, side, longest, tally)
+    except UNREADABLE as error:
+        names = " or ".join(map(str, inputs))
+        raise UsageError(f"{names} cannot be read: {' '.join(str(error).split())}; make or copy it again") from None
+
+
+def pair_files(files: list[Path], keys: tuple[str, str]) -> tuple[list[Path], list[Path]]:
+    """Which files have sources and which targets: two text files one each, JSON lines both."""
+    return (files[:1], files[1:]) if len(files) == 2 and form_of(files[0], keys).kind == "text" else (files, files)
+
+
+def _line_pairs(inputs: list[Path], forms: dict[Path, Form], side: int, longest: int, tally: Tally) -> Iterator[Block]:
+    with Input(inputs[0], forms[inputs[0]].packing) as first, Input(inputs[1], forms[inputs[1]].packing) as second:
+        sources = (first, second)
+        streams = [lines_of(s.bytes, f"{path}, line", longest) for s, path in zip(sources, inputs)]
+        for number, lines in enumerate(zip_longest(*streams), 1):
+            if None in lines:
+                ended = lines.index(None)
+                raise UsageError(
+                    f"{inputs[ended]} ends before line {number} and {inputs[1 - ended]} goes on: pairs need as many lines in both"
+                )
+            texts = [decode(line) for line in lines]
+            if all(text.removeprefix(MARK).strip() for text, _ in texts):
+                text, damaged = texts[side]
+                yield Block(inputs[side], tally.unmarked(text).rstrip("\r\n"), True, sources[side].taken(), damaged)
+
+
+def _json_pairs(path: Path, form: Form, side: int, keys: tuple[str, str], longest: int, tally: Tally) -> Iterator[Block]:
+    counts = [tally if i == side else Tally() for i in range(2)]
+    both = [json_lines(path, form.packing, key, 0, longest, count, empty=True) for key, count in zip(keys, counts)]
+    for blocks in zip(*both):
+        if all(b.text.strip() for b in blocks):
+            yield blocks[side]

@@ -1,0 +1,151 @@
+"""What a file is: text, JSON lines, Parquet, or something else that is named. Judged by its bytes and its ending, in lower case."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megascale.data.unpack import PACKED, UNREADABLE, Input, packing_of
+
+HEAD = 8192  # bytes that are judged
+LONGEST_FIRST = 1 << 20  # bytes of a first line that is tried as JSON under any ending
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+PARQUET = (".parquet", ".pq", ".parq")
+TABLES = {".csv": "CSV", ".tsv": "TSV"}
+TAR = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
+ARCHIVES = {
+    b"PK\x03\x04": "a zip archive or an office document",
+    b"%PDF-": "a PDF",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"SQLite format 3\0": "an SQLite database",
+    b"ARROW1": "an Arrow file",
+    b"MMIDIDX\0\0": "an index of token files",
+    b"\x93NUMPY": "a numpy array",
+}
+UNICODE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """`packing` as in unpack.py. `why`: for another kind, what the file is and what to do. `unusual`: JSON lines under another ending."""
+
+    kind: Literal["text", "json", "parquet", "other"]
+    packing: str = ""
+    why: str = ""
+    unusual: bool = False
+
+
+def form_of(path: Path, keys: tuple[str, ...]) -> Form:
+    """`keys`: of the text in JSON. A file that is packed and cannot be unpacked has the form that its ending says; reading it tells why.
+
+    Raises OSError where the file cannot be opened.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return Form("other", why="is no file but a pipe, a device or the like: give a file")
+    name = path.name.lower()
+    packing = next((p for end, p in PACKED.items() if name.endswith(end)), "")
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if packing:
+        name = name.rsplit(".", 1)[0]
+    else:
+        packing = packing_of(head)
+    if packing:
+        head = _unpacked(path, packing)
+    ending = next((e for e in (*JSON_LINES, ".json", *PARQUET, *TABLES, *TAR) if name.endswith(e)), "")
+    why = _other(head, ending, packing)
+    if why:
+        return Form("other", packing, why)
+    if ending in PARQUET or head.startswith(b"PAR1"):
+        return Form("parquet")
+    return _text_or_json(path, packing, head, ending, keys)
+
+
+def _unpacked(path: Path, packing: str) -> bytes:
+    try:
+        with Input(path, packing) as source:
+            return source.bytes.read(HEAD)
+    except UNREADABLE:
+        return b""
+
+
+def _other(head: bytes, ending: str, packing: str) -> str:
+    """What a file is that cannot be read, and the fix; empty for one that may be."""
+    if ending in TAR or head[257:262] == b"ustar":
+        return "is a tar archive: unpack it, and give the files in it"
+    for magic, what in ARCHIVES.items():
+        if head.startswith(magic):
+            return f"is {what}: give the text in it, as text, JSON lines or Parquet"
+    if packing and (ending in PARQUET or head.startswith(b"PAR1")):
+        return "is packed Parquet, which packs by itself: unpack it"
+    for mark, what in UNICODE.items():
+        if head.startswith(mark):
+            return f"is {what}: convert it with iconv -f {what} -t UTF-8"
+    if b"\0" in head and not head.startswith(b"PAR1"):
+        return "is not text, it has zero bytes: leave it out, or give the text that is in it (UTF-16 has them: iconv -f UTF-16 -t UTF-8)"
+    if ending in TABLES:
+        return f"is {TABLES[ending]}: make JSON lines or Parquet of it, with a column of text (pandas: read_csv, to_json(lines=True))"
+    return ""
+
+
+def _text_or_json(path: Path, packing: str, head: bytes, ending: str, keys: tuple[str, ...]) -> Form:
+    begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if ending in (*JSON_LINES, ".json") and begin == b"[":
+        return Form("other", packing, "is a JSON array, and an object in each line is needed: jq -c '.[]' FILE > FILE.jsonl makes them")
+    if ending in JSON_LINES or (ending == ".json" and not begin):
+        return Form("json", packing)
+    if begin != b"{":
+        if ending == ".json":
+            return Form("other", packing, "is not JSON lines: an object in each line is needed")
+        return Form("text", packing)
+    first = _first_value(path, packing)
+    if isinstance(first, dict) and all(has_key(first, key) for key in keys):
+        return Form("json", packing, unusual=ending != ".json")
+    if ending == ".json" and isinstance(first, dict):
+        missing = next(key for key in keys if not has_key(first, key))
+        return Form("other", packing, f"is JSON with the keys {', '.join(first)[:80]} and no {missing!r}: name the key with --text-key")
+    if ending == ".json" and first is not TOO_LONG:
+        return Form("other", packing, "is JSON over several lines, and an object in each is needed: jq -c . FILE > FILE.jsonl makes them")
+    return Form("json" if ending == ".json" else "text", packing)
+
+
+TOO_LONG = object()
+
+
+def _first_value(path: Path, packing: str) -> Any:
+    """What the first line that is not blank says in JSON; None where that is nothing, TOO_LONG where the line is too long to try."""
+    try:
+        with Input(path, packing) as source:
+            line = b"\n"
+            while line and not line.strip():
+                line = source.bytes.readline(LONGEST_FIRST).removeprefix(b"\xef\xbb\xbf")
+        if len(line) >= LONGEST_FIRST - 3:
+            return TOO_LONG
+        return json.loads(line.decode("utf-8", "replace"))
+    except (*UNREADABLE, ValueError, RecursionError):
+        return None
+
+
+def find_key(value: Any, key: str) -> Any:
+    """`value[key]`, else what lies below the parts of a dotted key. Raises KeyError."""
+    if not isinstance(value, dict):
+        raise KeyError(key)
+    if key in value:
+        return value[key]
+    head, _, rest = key.partition(".")
+    if not rest:
+        raise KeyError(key)
+    return find_key(value[head], rest)
+
+
+def has_key(value: Any, key: str) -> bool:
+    try:
+        find_key(value, key)
+    except KeyError:
+        return False
+    return True

@@ -1,0 +1,168 @@
+"""Inputs and folders → the files to read, and what was left out, to be told."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+
+from megascale.data.forms import Form, form_of
+from megascale.errors import UsageError
+
+OUTPUTS = (".json", ".model", ".tokenizer.json", ".bin", ".idx")  # endings of what a preparation writes
+
+
+@dataclass
+class Chosen:
+    """`forms` of the files, in order. `left_out`: paths by the reason why they are."""
+
+    forms: dict[Path, Form] = field(default_factory=dict)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+
+    def leave(self, path: Path, why: str) -> None:
+        self.left_out.setdefault(why, []).append(path)
+
+    def sentences(self) -> list[str]:
+        """What a reader of the screen should know."""
+        said = [f"left out {paths[0]}{f' and {n} more' if (n := len(paths) - 1) else ''}: {why}" for why, paths in self.left_out.items()]
+        unusual = [path for path, form in self.forms.items() if form.unusual]
+        if unusual:
+            said.append(f"{len(unusual)} files are read as JSON lines by what is in them, such as {unusual[0]}")
+        kinds = {kind: [p for p, f in self.forms.items() if f.kind == kind] for kind in ("text", "json", "parquet")}
+        mixed = [f"{len(paths)} of {kind} ({paths[0].name} …)" for kind, paths in kinds.items() if paths]
+        if len(mixed) > 1:
+            said.append(f"the files are of several kinds, all of which are taken: {', '.join(mixed)}; --pattern takes one")
+        return said
+
+
+def choose_files(
+    inputs: Sequence[Path], pattern: str, exclude: Sequence[str], keys: tuple[str, ...], once: bool = True, outputs: Sequence[Path] = ()
+) -> Chosen:
+    """The files below `inputs` (`find_files`) that can be read, each real file `once`, and without `outputs`.
+
+    What was found in a folder and cannot be read is left out and told. Raises UsageError for an input that was named itself, or where
+    nothing is left.
+    """
+    chosen = Chosen()
+    files = find_files(inputs, pattern, exclude, chosen)
+    named = set(inputs)
+    if once:
+        files = _once(files, chosen)
+    for path in files:
+        if path in outputs:
+            continue
+        try:
+            form = form_of(path, keys)
+        except OSError as error:
+            form = Form("other", why=f"cannot be read ({error.strerror or error}): mend that, or leave it out")
+        if form.kind != "other":
+            chosen.forms[path] = form
+        elif path in named:
+            raise UsageError(f"{path} {form.why}")
+        else:
+            chosen.leave(path, form.why)
+    if not chosen.forms:
+        why = "; ".join(chosen.sentences()) or "all are outputs"
+        raise UsageError(f"no file is left to read in {', '.join(map(str, inputs))}: {why}")
+    return chosen
+
+
+def find_files(inputs: Sequence[Path], pattern: str, exclude: Sequence[str] = (), chosen: Chosen | None = None) -> list[Path]:
+    """The inputs themselves, folders replaced by the files below that match `pattern`, in sorted order. Links to folders are followed, each
+    real folder once. Hidden ones, earlier outputs and folders that cannot be listed are left out and told to `chosen`.
+
+    `exclude`: names of folders that are not entered, unless they are the input. Raises UsageError for an input that is not there.
+    """
+    chosen = chosen or Chosen()
+    if not pattern or PurePath(pattern).is_absolute() or "\0" in pattern:
+        raise UsageError(f"--pattern {pattern!r} is matched below the folders that are given: make it relative, such as '*.txt'")
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for path in inputs:
+        if path.is_dir():
+            below = sorted(_below(path, PurePath(pattern).parts, set(exclude), seen, chosen))
+            if not below and not chosen.left_out:
+                raise UsageError(f"the folder {path} has no file that matches --pattern {pattern!r}")
+            files += below
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UsageError(f"there is no input {path}: correct the path")
+    return files
+
+
+def _below(root: Path, pattern: tuple[str, ...], exclude: set[str], seen: set[tuple[int, int]], chosen: Chosen) -> list[Path]:
+    """Files below a folder. Links come after all real folders, so that a file is known by its real path where both are below the root."""
+    files: list[Path] = []
+    folders, links = [root], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            facts = folder.stat()
+            if (facts.st_dev, facts.st_ino) in seen:
+                if folder.is_symlink() or folder == root:
+                    chosen.leave(folder, "leads to a folder that is read already")
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            if folder == root:
+                raise UsageError(f"the folder {folder} cannot be read ({error.strerror or error}): mend that, or leave it out") from None
+            chosen.leave(folder, f"cannot be read ({error.strerror or error})")
+            continue
+        made = _outputs({entry.name for entry in entries})
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir():
+                if entry.name not in exclude and not _hidden(path, pattern, chosen):
+                    (links if entry.is_symlink() else folders).append(path)
+            elif _matches(path.relative_to(root).parts, ("**", *pattern)) and not _hidden(path, pattern, chosen):
+                if entry.name in made:
+                    chosen.leave(path, "is of an earlier preparation")
+                else:
+                    files.append(path)
+    return files
+
+
+def _hidden(path: Path, pattern: tuple[str, ...], chosen: Chosen) -> bool:
+    """Whether a name begins with a dot, which no pattern asks for that does not begin so."""
+    if not path.name.startswith(".") or any(part.startswith(".") for part in pattern):
+        return False
+    chosen.leave(path, "is hidden, its name begins with a dot")
+    return True
+
+
+def _outputs(names: set[str]) -> set[str]:
+    """Of a folder's names those that a preparation has written: beside tokens and their index."""
+    prefixes = {name[: -len(".idx")] for name in names if name.endswith(".idx") and name[: -len(".idx")] + ".bin" in names}
+    return {prefix + ending for prefix in prefixes for ending in OUTPUTS} & names
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """As pathlib matches, `**` any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _once(files: list[Path], chosen: Chosen) -> list[Path]:
+    """Without files that are another one of them, by a link or by being named twice; the real path stays."""
+    known: set[tuple[int, int]] = set()
+    kept: set[int] = set()
+    for place, path in sorted(enumerate(files), key=lambda item: (item[1].is_symlink(), item[0])):
+        try:
+            facts = path.stat()
+        except OSError:  # told when it is opened
+            kept.add(place)
+            continue
+        if (facts.st_dev, facts.st_ino) in known and stat.S_ISREG(facts.st_mode):
+            chosen.leave(path, "is the same file as another one")
+        else:
+            known.add((facts.st_dev, facts.st_ino))
+            kept.add(place)
+    return [path for place, path in enumerate(files) if place in kept]
