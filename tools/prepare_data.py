@@ -71,7 +71,7 @@ def main(
     chosen = choose_files(inputs, pattern, exclude, keys, once=not pairs, outputs=outputs)
     for sentence in chosen.sentences():
         console.print(sentence, markup=False)
-    files = list(chosen.forms)
+    files = chosen.files
     with ended_by_signals(), ExitStack() as held, tempfile.TemporaryDirectory() as scratch:
         claims = [held.enter_context(claim(prefix, OUTPUTS)) for prefix in prefixes]
         check_free(outputs, given, overwrite)  # another process may have been faster

@@ -86,7 +86,8 @@ def _other(head: bytes, ending: str, packing: str) -> str:
     for mark, what in UNICODE.items():
         if head.startswith(mark):
             return f"is {what}: convert it with iconv -f {what} -t UTF-8"
-    if b"\0" in head and not head.startswith(b"PAR1"):
+    lines = ending in (*JSON_LINES, ".json") and head[:1] == b"{" and head[1:2] != b"\0"  # its line is named when it is read
+    if b"\0" in head and not lines and not head.startswith(b"PAR1"):
         return "is not text, it has zero bytes: leave it out, or give the text that is in it (UTF-16 has them: iconv -f UTF-16 -t UTF-8)"
     if ending in TABLES:
         return f"is {TABLES[ending]}: make JSON lines or Parquet of it, with a column of text (pandas: read_csv, to_json(lines=True))"

@@ -158,7 +158,8 @@ def parse_line(line: str, key: str, where: str) -> str | None:
     except RecursionError:
         raise UsageError(f"{where}: no JSON object: it is nested too deeply {shown}; leave the line out") from None
     except json.JSONDecodeError as error:
-        why = f"{SAID.get(error.msg, error.msg)}, at character {error.pos + 1}"
+        said = "it has zero bytes, as a crash or a full disk leaves them" if "\0" in line else SAID.get(error.msg, error.msg)
+        why = f"{said}, at character {error.pos + 1}"
         raise UsageError(f"{where}: no JSON object: {why} {shown}; mend the line") from None
     except ValueError:
         raise UsageError(f"{where}: it holds a number of more digits than Python reads {shown}; shorten it, or write it as text") from None

@@ -17,8 +17,9 @@ OUTPUTS = (".json", ".model", ".tokenizer.json", ".bin", ".idx")  # endings of w
 
 @dataclass
 class Chosen:
-    """`forms` of the files, in order. `left_out`: paths by the reason why they are."""
+    """`files` in order, with their `forms`. `left_out`: paths by the reason why they are."""
 
+    files: list[Path] = field(default_factory=list)
     forms: dict[Path, Form] = field(default_factory=dict)
     left_out: dict[str, list[Path]] = field(default_factory=dict)
 
@@ -60,6 +61,7 @@ def choose_files(
             form = Form("other", why=f"cannot be read ({error.strerror or error}): mend that, or leave it out")
         if form.kind != "other":
             chosen.forms[path] = form
+            chosen.files.append(path)
         elif path in named:
             raise UsageError(f"{path} {form.why}")
         else:
