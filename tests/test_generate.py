@@ -18,6 +18,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
 from megascale.formats.hf import read_hf
 from megascale.formats.load import load_model
+from megascale.generate import cache
 from megascale.generate.open import ends_of
 from megascale.generate.run import Sampling, generate
 from megascale.generate.sample import choose
@@ -171,6 +172,10 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0]["text"] == load_tokenizer(tmp_path / "tokens.model").decode(lines[0]["tokens"])
     megascale_to_hf(tmp_path / "run", tmp_path / "hf", Options())
     assert said(capsys, tmp_path / "hf", "--prompt", "cab c", "--prompt", "b") == lines
+    app([str(tmp_path / "run"), "--tokens", "1,2,3,4", "--max-new-tokens", "13"], standalone_mode=False)
+    assert "has 4 tokens and up to 13 more are wanted, and the model was trained on 16" in capsys.readouterr().err
+    app([str(tmp_path / "run"), "--tokens", "1,2,3,4", "--max-new-tokens", "12"], standalone_mode=False)
+    assert "notice" not in capsys.readouterr().err
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "tools/generate.py", str(tmp_path / "run")]
     rest = ["--prompt", "cab c", "--prompt", "b", "--json", "--max-new-tokens", "9", "--ignore-end"]
     other = subprocess.run([*start, *rest], capture_output=True, text=True)
@@ -182,7 +187,72 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--tokens", "1", "--top-p", "0"), "--top-p is 0"),
         (("--tokens", "1", "--dtype", "int3"), "--dtype is int3"),
         (("--tokens", "999"), "holds token 999"),
+        (("--prompt", "caf\udce9"), "prompt 1 is not UTF-8"),
     ):
         with pytest.raises(UsageError) as error:
             said(capsys, tmp_path / "run", *args)
         assert words in str(error.value)
+
+
+def attends(model: ParallelModel) -> list[Any]:
+    return [m.attend for m in model.model.modules() if hasattr(m, "attend")]
+
+
+@pytest.mark.parametrize("name", ["xpos", "learned"])
+def test_the_model_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an attention that keeps its cache, so that the next evaluation raises, and a model that is left in evaluation or with a head
+    for one token: behind a generation that ends, and behind one that breaks off on its way.
+    """
+    model = build(Case(MODELS[name], seq_len=32), 1)
+    model.train(True)
+    text = torch.tensor([[1, 2, 3, 4, 5, 6]])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(model.module(text, text))
+
+    before, attend = loss(), attends(model)
+    generate(model, PROMPTS, Sampling(4))
+
+    def fail(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megascale.generate.run.choose", fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, Sampling(4))
+    assert loss() == before and attends(model) == attend and all(m.training for m in model.model.modules())
+
+
+def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a part that does not see the parts before it, and a mask of a whole long prompt: memory is that of one part."""
+    shapes: list[tuple[int, ...]] = []
+    for name in ("llama", "alibi", "window"):
+        model = build(Case(MODELS[name], seq_len=64), 1)
+        whole = generate(model, PROMPTS, Sampling(6))
+        with monkeypatch.context() as patch:
+            patch.setattr("megascale.generate.cache.MASKED", 4 * 9 * 2)
+            real = cache.Remembering._mask
+
+            def watched(self: Any, dtype: torch.dtype, real: Any = real) -> torch.Tensor:
+                shapes.append(tuple((mask := real(self, dtype)).shape))
+                return mask
+
+            patch.setattr(cache.Remembering, "_mask", watched)
+            assert generate(model, PROMPTS, Sampling(6)) == whole
+    assert max(s[2] for s in shapes) == 2
+
+
+def test_what_no_memory_holds_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a machine that is killed, or an allocator's traceback, where the room is known not to be there."""
+    model = build(Case(MODELS["llama"], seq_len=64), 1)
+    monkeypatch.setattr("megascale.generate.run.free_memory", lambda device: 1000.0)
+    with pytest.raises(UsageError, match=r"keys and values of 4 prompts of 9 tokens take .* GB are free"):
+        generate(model, PROMPTS, Sampling(2))
+
+
+def test_seeds_beyond_any_generator_are_refused() -> None:
+    """Catches torch's ValueError for a seed of 23 digits."""
+    model = build(Case(MODELS["llama"], seq_len=64), 1)
+    with pytest.raises(UsageError, match="--seed is 12345678901234567890123: give a number from"):
+        generate(model, [[1]], Sampling(2, seed=12345678901234567890123))
+    assert generate(model, [[1]], Sampling(2, 1.0, seed=-(1 << 63))) and generate(model, [[1]], Sampling(2, 1.0, seed=(1 << 64) - 1))

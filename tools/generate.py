@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from megascale.errors import UsageError
 from megascale.formats.convert import parse_dtype
 from megascale.formats.load import load_model
 from megascale.generate.open import layout, open_model
-from megascale.generate.run import Sampling, generate
+from megascale.generate.run import Sampling, beyond, generate
 from megascale.launch.ranks import find_ranks
 from megascale.train.place import agreed, choose_device, process_group
 
@@ -46,6 +47,8 @@ def main(
         raise UsageError(f"--prompt is given {len(prompt or [])} times and --tokens {len(tokens or [])} times: give one of them")
     if top_p == 0.0:
         raise UsageError("--top-p is 0, and no token has that little probability: give temperature 0 for the likeliest token")
+    for number, given in enumerate(prompt or []):
+        check_text(number + 1, given)
     opened = open_model(checkpoint)
     text = find(tokenizer or opened.tokenizer) if prompt or tokenizer else None
     prompts = [text.encode_prompt(p) for p in prompt or []] if text else [numbers(t) for t in tokens or []]
@@ -54,6 +57,9 @@ def main(
     where = choose_device(config, ranks)
     ends = opened.ends or (frozenset() if text is None else frozenset({text.eos_id}))
     how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends)
+    notice = beyond(opened.seq_len, prompts, max_new_tokens)
+    if notice is not None and ranks.rank == 0:
+        print(f"notice: {notice}", file=sys.stderr)
     with process_group(config, ranks, where):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = agreed(
@@ -73,6 +79,14 @@ def find(path: Path | None) -> Tokenizer:
     if path is None:
         raise UsageError("no tokenizer lies beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
     return load_tokenizer(path)
+
+
+def check_text(number: int, prompt: str) -> None:
+    """Raises UsageError for bytes that are no UTF-8, which a shell hands on as they are."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"prompt {number} is not UTF-8: give it in that encoding, or as numbers with --tokens") from None
 
 
 def numbers(text: str) -> list[int]:

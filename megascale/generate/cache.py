@@ -7,8 +7,10 @@ Shapes: b batch, h query heads and g KV heads here, n new tokens, t tokens so fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,18 @@ from torch import Tensor, nn
 
 from megascale.model.attention_tiles import Seen
 
-GROWTH = 256  # tokens by which a cache grows at once
+GROWTH = 256  # tokens by which a cache grows at least
+MASKED = 1 << 24  # elements of a mask [b, 1 or h, n, t] made at once: longer prompts are read in parts
 
 
 @dataclass
 class Place:
-    """Where the tokens of a batch stand: `positions` [b, t] of all so far, of which `new` are in the pass under way, the `passes`-th."""
+    """Where the tokens of a batch stand: `positions` [b, t] of all so far, of which `new` are in the pass under way, the `passes`-th.
+    `expected`: how many tokens there will be at least.
+    """
 
     positions: Tensor
+    expected: int = 0
     new: int = 0
     passes: int = 0
 
@@ -41,11 +47,12 @@ class Rows:
     data: Tensor | None = None
     length: int = 0
 
-    def add(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor, expected: int) -> Tensor:
         """x [b, g, n, e] → all so far [b, g, t, e]."""
         end = self.length + x.shape[2]
         if self.data is None or self.data.shape[2] < end:
-            more = x.new_empty((*x.shape[:2], -(-end // GROWTH) * GROWTH, x.shape[3]))
+            wanted = max(end, expected, self.length + self.length // 4)  # by a share, so that copies stay few
+            more = x.new_empty((*x.shape[:2], -(-wanted // GROWTH) * GROWTH, x.shape[3]))
             if self.data is not None:
                 more[:, :, : self.length] = self.data[:, :, : self.length]
             self.data = more
@@ -74,7 +81,7 @@ class Remembering:
         self.passes = self.place.passes
         if self.calls == len(self.rows):
             self.rows.append((Rows(), Rows()))
-        keys, values = (rows.add(x) for rows, x in zip(self.rows[self.calls], (k, v)))
+        keys, values = (rows.add(x, self.place.expected) for rows, x in zip(self.rows[self.calls], (k, v)))
         if q.shape[1] != k.shape[1] and q.device.type == "cpu":
             repeat = q.shape[1] // k.shape[1]
             keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
@@ -92,8 +99,19 @@ class Remembering:
         return mask if self.bias is None else mask + self.bias((query - key)[:, 0]).to(dtype)
 
 
-def remember(stage: nn.Module, place: Place, window: int | None, bias: Callable[[Tensor], Tensor] | None) -> None:
-    """Gives every attention of a stage a cache."""
-    for module in stage.modules():
-        if hasattr(module, "attend"):
-            module.attend = Remembering(place, window, bias)  # type: ignore[assignment]
+def part_length(batch: int, heads: int, total: int) -> int:
+    """How many tokens of prompts of `total` may be read at once, so that a mask keeps to MASKED elements; `heads` that differ in theirs."""
+    return max(1, MASKED // (batch * heads * total))
+
+
+@contextmanager
+def remembering(stage: nn.Module, place: Place, window: int | None, bias: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Every attention of a stage has a cache inside; behind it all are as they were, whatever was raised."""
+    before: list[tuple[Any, Any]] = [(m, m.attend) for m in stage.modules() if hasattr(m, "attend")]
+    try:
+        for module, _ in before:
+            module.attend = Remembering(place, window, bias)
+        yield
+    finally:
+        for module, attend in before:
+            module.attend = attend

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from megascale.comm.collectives import all_gather
 from megascale.errors import UsageError
-from megascale.generate.cache import Place, remember
+from megascale.generate.cache import Place, part_length, remembering
 from megascale.generate.sample import choose
+from megascale.measure.health import free_memory
 from megascale.model.decoder import Decoder
 from megascale.model.position import alibi_slopes
 from megascale.model.relative import bias_by_distance
 from megascale.parallel.apply import ParallelModel
+
+SEEDS = range(-(1 << 63), 1 << 64)  # that torch's generators take
 
 
 @dataclass(frozen=True)
@@ -35,27 +39,29 @@ class Sampling:
 def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampling) -> list[list[int]]:
     """The tokens that follow each prompt, an end among them where it came; every rank calls and gets the same.
 
-    Each pass computes new tokens alone. The model's attentions get caches, which are gone with the next call. Raises UsageError for a
-    prompt that is empty, holds a token that the model does not know, or is too long where positions are learned.
+    Each pass computes new tokens alone; a long prompt takes several. The model is afterwards what it was. Raises UsageError for a prompt
+    that is empty, holds a token that the model does not know, is too long where positions are learned, or does not fit into memory.
     """
     stage = model.model
     assert isinstance(stage, Decoder) and stage.cfg.vocab_size is not None
     check(stage, prompts, how)
     device = next(stage.parameters()).device
     length = max(map(len, prompts))
+    check_memory(stage, len(prompts), length, device)
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
-    place = Place(positions[:, :0])
-    remember(stage, place, stage.cfg.sliding_window, distance_bias(stage, device))
-    stage.xpos_middle = 0  # queries and keys of different passes count from the same place
-    before, stage.enter_head = stage.enter_head, partial(_last, then=stage.enter_head)
+    bias = distance_bias(stage, device)
+    heads = 1 if bias is None else stage.heads_here[1] - stage.heads_here[0]
+    place = Place(positions[:, :0], length)
     generator = torch.Generator().manual_seed(how.seed)
     found: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
-    try:
+    with reading(model, stage), remembering(stage, place, stage.cfg.sliding_window, bias):
         for _ in range(how.most):
-            place.add(positions)
-            logits = model.module(tokens, positions=positions.clamp(min=0))[:, -1]
+            most = part_length(len(prompts), heads, place.positions.shape[1] + tokens.shape[1])
+            for new, at in zip(tokens.split(most, 1), positions.split(most, 1)):
+                place.add(at)
+                logits = model.module(new, positions=at.clamp(min=0))[:, -1]
             chosen = choose(_whole(stage, logits), how.temperature, how.top_p, generator)
             for i, token in enumerate(chosen.tolist()):
                 if going[i]:
@@ -64,9 +70,36 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
             if not any(going):
                 break
             tokens, positions = chosen[:, None], positions[:, -1:] + 1
-    finally:
-        stage.enter_head = before
     return found
+
+
+@contextmanager
+def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
+    """The model in evaluation, its head asked about the last token only, XPos of all passes counted from one place; behind it as it was."""
+    middle, head = stage.xpos_middle, stage.enter_head
+    modes = [(m, m.training) for module in model.modules for m in module.modules()]
+    try:
+        model.train(False)
+        stage.xpos_middle, stage.enter_head = 0, partial(_last, then=head)
+        yield
+    finally:
+        stage.xpos_middle, stage.enter_head = middle, head
+        for m, training in modes:
+            m.training = training
+
+
+def check_memory(stage: Decoder, batch: int, length: int, device: torch.device) -> None:
+    """Raises UsageError where what the prompts leave in the caches does not fit into memory."""
+    cfg = stage.cfg
+    assert cfg.num_kv_heads is not None and cfg.head_dim is not None
+    share = (stage.heads_here[1] - stage.heads_here[0]) / cfg.num_heads
+    needed = 2 * cfg.num_layers * batch * length * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
+    free = free_memory(device)
+    if needed > free:
+        raise UsageError(
+            f"keys and values of {batch} prompts of {length} tokens take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give "
+            "fewer or shorter prompts, or more ranks"
+        )
 
 
 def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Tensor] | None:
@@ -78,6 +111,17 @@ def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Te
         return None
     slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.heads_here)], device=device)
     return lambda back: -slopes[:, None, None] * back[:, None]
+
+
+def beyond(seq_len: int, prompts: Sequence[Sequence[int]], most: int) -> str | None:
+    """What to say where a continuation may be longer than any text that the model was trained on."""
+    longest = max(map(len, prompts))
+    if longest + most <= seq_len:
+        return None
+    return (
+        f"the longest prompt has {longest} tokens and up to {most} more are wanted, and the model was trained on {seq_len} at once: what "
+        "comes behind them may make no sense"
+    )
 
 
 def _last(x: Tensor, then: Any) -> Tensor:
@@ -95,6 +139,8 @@ def _whole(stage: Decoder, logits: Tensor) -> Tensor:
 
 def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
     vocabulary = stage.cfg.vocab_size or 0
+    if how.seed not in SEEDS:
+        raise UsageError(f"--seed is {how.seed}: give a number from {SEEDS.start} to {SEEDS.stop - 1}")
     for number, prompt in enumerate(prompts):
         wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
         if not prompt:
