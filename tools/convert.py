@@ -36,6 +36,7 @@ WAYS = {
 READ: dict[str, tuple[object, tuple[object, ...]]] = {
     "tokens": (None, (hf_to_megascale, megascale_to_hf)),
     "tokenizer": (None, (megascale_to_hf,)),
+    "no_tokenizer": (False, (hf_to_megascale, megascale_to_hf)),
     "config": (None, (megatron_to_megascale,)),
     "tp": (1, (megascale_to_megatron,)),
     "pp": (1, (megascale_to_megatron,)),
@@ -58,6 +59,7 @@ def main(
     tokenizer: Annotated[
         Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
     ] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="leave the tokenizer's files out")] = False,
     config: Annotated[Path | None, typer.Option(help="from Megatron: a config whose sections model and train say what model it is")] = None,
     tp: Annotated[int, typer.Option(min=1, help="to Megatron: tensor ranks")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="to Megatron: pipeline ranks")] = 1,
@@ -77,10 +79,12 @@ def main(
         ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
         raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
     given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
-    given |= {"ckpt_format": ckpt_format, "experts": experts}
+    given |= {"ckpt_format": ckpt_format, "experts": experts, "no_tokenizer": no_tokenizer}
     for name, (nothing, ways_of) in READ.items():
         if given[name] != nothing and way not in ways_of:
             raise UsageError(f"--{name.replace('_', '-')} is {given[name]}, and nothing from {origin} to {to} depends on it: leave it out")
+    if tokenizer is not None and no_tokenizer:
+        raise UsageError(f"--tokenizer is {tokenizer} and --no-tokenizer is given: leave one of them out")
     if report is not None and (report.is_dir() or not (report.parent.is_dir() or report.parent == target)):
         raise UsageError(f"--report is {report}, and no file can be written there: name one in a folder that exists")
     terminal = Console(stderr=True)
@@ -103,6 +107,7 @@ def main(
         parse_dtype(dtype),
         workers,
         tokenizer=tokenizer,
+        with_tokenizer=not no_tokenizer,
         tokens=parse_tokens(tokens),
         progress=progress,
         config=config,
@@ -110,7 +115,10 @@ def main(
     )
     done = way(source, target, options)
     if report is not None:
-        report.write_text(json.dumps(done.plain(), indent=1) + "\n", encoding="utf-8")
+        try:
+            report.write_text(json.dumps(done.plain(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{done.written} is whole, but --report {report} cannot be written: {error.strerror}") from None
     print(told(done, " (give --tokenizer to add one)" if way is megascale_to_hf else ""))
 
 
@@ -136,6 +144,7 @@ def told(report: Report, without: str) -> str:
             f"  bytes: {report.bytes:,} as {', '.join(report.dtypes)}",
             f"  tokenizer: {report.tokenizer or f'none found{without}'}",
             f"  logits: {logits}",
+            *(f"  note: {note}" for note in report.notes),
         ]
     )
 

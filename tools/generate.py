@@ -13,10 +13,11 @@ import typer
 from megascale.cli import new_app, run_tool
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
-from megascale.data.tokenizer import Tokenizer, load_tokenizer
+from megascale.data.tokenizer import Tokenizer
 from megascale.errors import UsageError
 from megascale.formats.convert import parse_dtype
 from megascale.formats.load import load_model
+from megascale.formats.tokenizer_build import open_tokenizer
 from megascale.generate.open import layout, open_model
 from megascale.generate.run import Sampling, beyond, generate
 from megascale.launch.ranks import find_ranks
@@ -78,7 +79,7 @@ def main(
 def find(path: Path | None) -> Tokenizer:
     if path is None:
         raise UsageError("no tokenizer lies beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
-    return load_tokenizer(path)
+    return open_tokenizer(path)
 
 
 def check_text(number: int, prompt: str) -> None:

@@ -20,8 +20,10 @@ from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
 from megascale.errors import UsageError
-from megascale.formats.hf_folder import CONFIG, is_hf_folder, read_object
+from megascale.formats.hf_folder import CONFIG, is_hf_folder
+from megascale.formats.json_file import read_object
 from megascale.formats.load import load_model
+from megascale.formats.tokenizer_build import open_tokenizer
 from megascale.generate.open import layout, open_any
 from megascale.launch.ranks import RankInfo
 from megascale.model.beam import beam_search
@@ -129,8 +131,8 @@ def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None)
     found = open_any(folder)
     if found.model.family != "encoder_decoder":
         raise UsageError(f"{folder} is of family {found.model.family}, and only an encoder_decoder has sources: use tools/generate.py")
-    out = load_tokenizer(tokenizer or folder)
-    into = out if source_tokenizer is None else load_tokenizer(source_tokenizer)
+    out = open_tokenizer(tokenizer or folder)
+    into = out if source_tokenizer is None else open_tokenizer(source_tokenizer)
     said = read_object(folder / CONFIG)
     start, end = (said.get(key) for key in ("decoder_start_token_id", "eos_token_id"))
     if not isinstance(start, int) or not isinstance(end, int):

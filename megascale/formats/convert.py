@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from megascale.files import atomic_folder, check_absent, write_durably
 from megascale.formats.compare import check_comparable, largest_difference
 from megascale.formats.fp8 import plan_inference
 from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
-from megascale.formats.hf_folder import GENERATION, read_object, tokenizer_files
+from megascale.formats.hf_folder import GENERATION, encoders, tokenizer_files
+from megascale.formats.json_file import read_object
 from megascale.formats.megatron import read_megatron, write_megatron, write_torch_dist
 from megascale.formats.sources import Checkpoint, open_checkpoint
-from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer
+from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer, gather
 
 NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
 FP8 = "fp8"  # no dtype of a whole model: of its hidden matrices alone
@@ -51,12 +52,14 @@ class Options:
     dtype      of the weights; the stored one if None
     tokens     on which logits are compared; None: they are not
     config     what model Megatron's weights are of
+    tokenizer  the one to write into a Hugging Face folder; the one that is found if None, none at all without `with_tokenizer`
     """
 
     dtype: torch.dtype | None = None
     workers: int = 1
     slab_bytes: int = 64 << 20
     tokenizer: Path | None = None
+    with_tokenizer: bool = True
     tokens: list[int] | None = None
     progress: Progress | None = None
     config: Path | None = None
@@ -65,7 +68,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. `logits`: the largest |Δ| in fp32 against transformers, None where it was not asked for."""
+    """What a conversion did. `tokenizer`: the files that encode text; `logits`: the largest |Δ| in fp32 against transformers, None where it
+    was not asked for; `notes`: what else is to be known.
+    """
 
     source: str
     written: str
@@ -76,6 +81,7 @@ class Report:
     dtypes: list[str]
     tokenizer: str | None
     logits: float | None
+    notes: list[str]
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,13 +101,14 @@ def hf_to_megascale(source: Path, target: Path, options: Options) -> Report:
     """A Hugging Face folder → `target`/step-00000000, with model.yaml, the tokenizer's files and the generation config beside it."""
     foreign = read_hf(source, dtype=options.dtype)
     check_comparable(foreign.model, foreign.seq_len, options.tokens)
-    extra = {p.name: p.read_bytes() for p in tokenizer_files(source)}
+    extra = {p.name: p.read_bytes() for p in tokenizer_files(source)} if options.with_tokenizer else {}
+    held = [p.name for p in encoders(source)] if options.with_tokenizer else []
     written = write_ours(foreign, target, options, {"from": "hf", "path": str(source)}, {"hf_config": foreign.config}, extra, source)
     delta = None
     if options.tokens is not None:
         ours = open_checkpoint(target)
         delta = largest_difference(ours.model, ours.seq_len, ours.source.read, source, options.tokens)
-    return _report(source, written, foreign.config["model_type"], foreign, sorted(extra), delta)
+    return _report(source, written, foreign.config["model_type"], foreign, held, delta, foreign.notes)
 
 
 def write_ours(
@@ -149,16 +156,18 @@ def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
     check_absent(target)
     checkpoint = whole_checkpoint(source)
     export = plan_export(checkpoint, options.dtype)
-    tokenizer = options.tokenizer or find_tokenizer(checkpoint.config, checkpoint.folder)
+    path = options.tokenizer or (find_tokenizer(checkpoint.config, checkpoint.folder) if options.with_tokenizer else None)
+    tokenizer = gather(path, options.tokenizer is not None)
     assert checkpoint.model.vocab_size is not None
-    check_fits(tokenizer, checkpoint.model.vocab_size)
+    check_fits(tokenizer, path, checkpoint.model.vocab_size)
     check_comparable(checkpoint.model, checkpoint.seq_len, options.tokens)
     others = export_files(tokenizer, checkpoint.trainer)
     write_hf(export, target, others=others, workers=options.workers, slab_bytes=options.slab_bytes, progress=options.progress)
     delta = None
     if options.tokens is not None:
         delta = largest_difference(checkpoint.model, checkpoint.seq_len, checkpoint.source.read, target, options.tokens)
-    return _report(checkpoint.folder, target, export.config["model_type"], export, sorted(others), delta)
+    held = [p.name for p in encoders(target)]
+    return _report(checkpoint.folder, target, export.config["model_type"], export, held, delta, (*export.notes, *tokenizer.notes))
 
 
 def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
@@ -180,9 +189,10 @@ def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
     return _report(checkpoint.folder, target / step.name, "for inference, hidden matrices in e4m3", plan, [], None)
 
 
-def _report(source: Path, written: Path, kind: str, made: Any, files: list[str], delta: float | None) -> Report:
+def _report(
+    source: Path, written: Path, kind: str, made: Any, tokenizer: list[str], delta: float | None, notes: Iterable[str] = ()
+) -> Report:
     targets = list(made.targets.values()) if isinstance(made.targets, dict) else made.targets
-    held = ", ".join(f for f in files if f.startswith("tokenizer")) or None
     return Report(
         str(source),
         str(written),
@@ -191,8 +201,9 @@ def _report(source: Path, written: Path, kind: str, made: Any, files: list[str],
         sum(math.prod(t.shape) for t in targets),
         sum(t.nbytes for t in targets),
         sorted({str(t.dtype).removeprefix("torch.") for t in targets}),
-        held,
+        ", ".join(tokenizer) or None,
         delta,
+        list(notes),
     )
 
 

@@ -10,7 +10,7 @@ from megascale.checkpoint.storage import steps_in
 from megascale.files import discard
 from megascale.formats.hf import plan_export, write_hf
 from megascale.formats.sources import open_checkpoint
-from megascale.formats.tokenizer_files import export_files, find_tokenizer
+from megascale.formats.tokenizer_files import export_files, find_tokenizer, gather
 
 FOLDER = "hf"
 
@@ -27,5 +27,5 @@ def export_beside(folder: Path, dtype: torch.dtype) -> Path:
         if old.name not in kept or old == target:
             discard(old)
     checkpoint = open_checkpoint(folder)
-    others = export_files(find_tokenizer(checkpoint.config, folder), checkpoint.trainer)
+    others = export_files(gather(find_tokenizer(checkpoint.config, folder), asked=False), checkpoint.trainer)
     return write_hf(plan_export(checkpoint, dtype), target, others=others)

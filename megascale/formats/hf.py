@@ -19,22 +19,31 @@ from megascale.files import atomic_folder, write_durably
 from megascale.formats import hf_t5
 from megascale.formats.hf_config import differences, family_of, hf_config, model_section
 from megascale.formats.hf_families import BY_TYPE, Family
-from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf, read_object
+from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf
 from megascale.formats.hf_names import links_of
+from megascale.formats.json_file import read_object
 from megascale.formats.links import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
+from megascale.formats.shapes import check_depth
 from megascale.formats.sources import Checkpoint, Stored
 
 # Buffers that older versions of transformers saved with the weights.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(bert\.)?embeddings\.position_ids")
 # What the first BERTs, which came from TensorFlow, call the weight and the bias of a norm.
 OLD_NORMS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+# What wraps a model, and what it puts before every name.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "PEFT",
+}
 FILE_BYTES = 5 * 10**9  # of one file, as transformers has it
 COMPARED = 1 << 24  # elements of tables compared at once
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model in another format, checked: `model` as ours, its longest sequence, and how to make our weights."""
+    """A model in another format, checked: `model` as ours, its longest sequence, how to make our weights, and `notes` to be told."""
 
     model: Model
     seq_len: int
@@ -42,6 +51,7 @@ class Foreign:
     produce: Rearranged
     config: dict[str, Any]
     stamp: str
+    notes: tuple[str, ...] = ()
 
 
 def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None) -> Foreign:
@@ -68,8 +78,10 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     wanted = seq_len or length
     if found.position == "learned" and wanted > length:
         raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
+    _check_counts(found, source, where)
     links = links_of(family, model or found, wanted if found.position == "learned" else length)
-    held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and not n.startswith(family.unused)}
+    unused = sorted(n for n in source.tensors if n.startswith(family.unused))
+    held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and n not in unused}
     links = _as_stored(family, links, held)
     _drop_tied(family, found, held, source, folder)
     expected = extents(steps_to_theirs(links))
@@ -81,7 +93,25 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
     read = source if family.segments is None else Segmented(source, _position(family), f"{family.segments}.weight")
-    return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp)
+    notes = (f"left out, since no logit depends on them: {', '.join(unused)}",) if unused else ()
+    return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp, notes)
+
+
+def _check_counts(model: Model, source: Stored, where: str) -> None:
+    """Raises UsageError for more layers or experts than there are tensors, before each is looked for, and for names with a prefix that
+    all have.
+    """
+    count = len(source.tensors)
+    check_depth(model, count, where)
+    experts = 0 if model.moe is None else model.moe.num_experts * (model.num_layers // model.moe.every)
+    if experts > count:
+        raise UsageError(f"{where} describes {experts} experts in all layers, and {count} tensors are stored: get the files again")
+    for prefix, of in WRAPPERS.items():
+        if source.tensors and all(n.startswith(prefix) for n in source.tensors):
+            raise UsageError(
+                f"the tensors of {source.index.folder} are named {prefix}…, which is what {of} puts before a model's own names: save the "
+                "model inside it"
+            )
 
 
 def _position(family: Family) -> str:
@@ -177,13 +207,14 @@ def _equal(source: Stored, one: Target, other: Target | None) -> bool:
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint of ours as a Hugging Face model, checked and not yet written."""
+    """A checkpoint of ours as a Hugging Face model, checked and not yet written. `notes`: what is to be told."""
 
     config: dict[str, Any]
     files: list[FilePlan]
     targets: dict[str, Target]
     produce: Rearranged
     stamp: str
+    notes: tuple[str, ...] = ()
 
 
 def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Export:
@@ -205,7 +236,16 @@ def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Exp
         dtypes[name], steps[name] = dtypes[_position(family)], ()
         targets[name] = Target(name, dtypes[name], (config["type_vocab_size"], checkpoint.model.hidden_size))
     stamp = json.dumps([checkpoint.source.stamp, config], sort_keys=True, default=str)
-    return Export(config, _files(list(targets.values())), targets, Rearranged(checkpoint.source, steps, dtypes), stamp)
+    notes = _length_note(family, config, checkpoint.seq_len)
+    return Export(config, _files(list(targets.values())), targets, Rearranged(checkpoint.source, steps, dtypes), stamp, notes)
+
+
+def _length_note(family: Family, config: Mapping[str, Any], seq_len: int) -> tuple[str, ...]:
+    """What to say where a config names another longest sequence for the sake of YaRN (`rope_keys`)."""
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or scaling["rope_type"] != "yarn" or config[family.length] == seq_len:
+        return ()
+    return (f"{family.length} is {config[family.length]}, since older versions of transformers take YaRN's factor from it",)
 
 
 def _files(targets: list[Target]) -> list[FilePlan]:

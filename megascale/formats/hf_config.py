@@ -12,67 +12,9 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats import hf_t5
 from megascale.formats.hf_families import BY_TYPE, FAMILIES, NOT_HERE, Family
+from megascale.formats.hf_keys import ONLY, harmless
+from megascale.formats.hf_rope import ROPE, read_rope, rope_keys
 
-# Keys of a config.json that no logit depends on: sizes of caches, training, files, and what generation_config.json says again.
-HARMLESS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "attention_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "pretraining_tp",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "max_window_layers",
-        "task_specific_params",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "_name_or_path",
-        "tokenizer_class",
-        "is_decoder",
-        "is_encoder_decoder",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "gradient_checkpointing",
-        "torchscript",
-        "reorder_and_upcast_attn",
-        "n_ctx",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "classifier_dropout",
-        "type_vocab_size",  # segments but the first are not read
-        "directionality",
-        "pooler_fc_size",
-        "pooler_num_attention_heads",
-        "pooler_num_fc_layers",
-        "pooler_size_per_head",
-        "pooler_type",
-        "dropout_rate",
-        "initializer_factor",
-        "output_past",
-        "dense_act_fn",  # what feed_forward_proj says again, as is_gated_act
-        "is_gated_act",
-        "scale_decoder_outputs",  # read with tie_word_embeddings (hf_t5.py)
-    ]
-)
-ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
 # Keys of the model section that no logit of a finished model depends on: how it starts and how it is trained. An export drops no token.
 TRAINING = frozenset(
@@ -91,6 +33,8 @@ TRAINING = frozenset(
         "moe.init",
     ]
 )
+LONGEST = 1 << 40  # sequence that a file may name
+SHOWN = 100  # characters of a value in a message
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -101,10 +45,11 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         reason = f" ({NOT_HERE[kind]})" if isinstance(kind, str) and kind in NOT_HERE else ""
         raise UsageError(f"{where}: model_type is {kind!r}{reason}, and models of {known} can be read: use one of these")
     family = BY_TYPE[kind]
-    named = config.get("architectures")
-    if named and family.architecture not in named:
+    named = config.get("architectures") or [family.architecture]
+    if not isinstance(named, list) or not {family.architecture, *family.also}.intersection(n for n in named if isinstance(n, str)):
         raise UsageError(
-            f"{where}: architectures is {named}, and of {kind} it is {family.architecture} that can be read: use its language model"
+            f"{where}: architectures is {shown(named)}, and of {kind} it is {' or '.join((family.architecture, *family.also))} that can be "
+            "read: use its language model"
         )
     return family
 
@@ -117,39 +62,58 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
     Raises UsageError naming every key that is not understood.
     """
     family = family_of(config, where)
-    mapped = {k.theirs for k in family.keys} | {k.also for k in family.keys if k.also is not None}
-    known = mapped | HARMLESS | family.fixed.keys() | WINDOW | {family.length}
-    known |= ROPE if family.theta is not None else set()
-    problems = [f"{k} is {v!r}, which is not understood" for k, v in config.items() if k not in known and v is not None]
-    for key, allowed in family.fixed.items():
+    problems = _unknown(family, config)
+    for key, allowed in {**ONLY, **family.fixed}.items():
         value = config.get(key, allowed[0])
-        if value not in allowed:
-            problems.append(f"{key} is {value!r}, and only {allowed[0]!r} can be had here")
+        if value not in allowed and not (value is None and key in ONLY):
+            problems.append(f"{key} is {shown(value)}, and only {allowed[0]!r} can be had here")
     flat: dict[str, Any] = {"family": "decoder", **family.ours}
     for known_key in family.keys:
         value = config.get(known_key.theirs, config.get(known_key.also or known_key.theirs, known_key.default))
         if known_key.values is None:
             flat[known_key.ours] = value
-        elif value in known_key.values:
+        elif isinstance(value, str | bool) and value in known_key.values:
             flat[known_key.ours] = known_key.values[value]
         else:
-            problems.append(f"{known_key.theirs} is {value!r}, and {', '.join(map(repr, known_key.values))} can be had here")
+            problems.append(f"{known_key.theirs} is {shown(value)}, and {', '.join(map(repr, known_key.values))} can be had here")
     window, problem = _window(family, config, flat.get("num_layers"))
     flat["sliding_window"] = window
     length = config.get(family.length, family.default_length)
     if family.theta is not None:
-        flat["rope_theta"], flat["rope_scaling"], trouble = _rope(config, family.theta, length)
+        flat["rope_theta"], flat["rope_scaling"], trouble = read_rope(config, family.theta, length)
         problems += trouble
     problems += [problem] if problem else []
     rows = config.get("type_vocab_size", 2)
     if family.model_type == "t5":
         flat["head_scale"] = hf_t5.head_scale(config)
         problems += hf_t5.problems(config)
-    if family.segments is not None and (not isinstance(rows, int) or rows < 1):
-        problems.append(f"type_vocab_size is {rows!r}, and there is one segment at least")
+    if family.segments is not None and (type(rows) is not int or rows < 1):
+        problems.append(f"type_vocab_size is {shown(rows)}, and there is one segment at least")
     if problems:
         raise UsageError(f"{where} describes a {family.model_type} model that cannot be read: {'; '.join(problems)}")
-    return _validated(flat, where), length if isinstance(length, int) else None
+    if length is not None and (type(length) is not int or not 1 <= length <= LONGEST):
+        raise UsageError(f"{where}: {family.length} is {shown(length)}, and it is the longest sequence of the model: correct the file")
+    model = _validated(flat, where)
+    if model.vocab_size is None:
+        raise UsageError(f"{where} has no vocab_size: add the number of rows of its embedding")
+    return model, length
+
+
+def _unknown(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """What is said under keys that are not understood."""
+    known = {k.theirs for k in family.keys} | {k.also for k in family.keys if k.also is not None}
+    known |= ONLY.keys() | family.fixed.keys() | WINDOW | {family.length} | (ROPE if family.theta is not None else set())
+    return [
+        f"{shown(k)[1:-1]} is {shown(v)}, which is not understood"
+        for k, v in config.items()
+        if k not in known and not harmless(k) and v is not None
+    ]
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    said = repr(value)
+    return said if len(said) <= SHOWN else f"{said[:SHOWN]}…"
 
 
 def _validated(flat: Mapping[str, Any], where: str) -> Model:
@@ -165,7 +129,7 @@ def _validated(flat: Mapping[str, Any], where: str) -> Model:
         first: Any = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error), "input": None}
         key = ".".join(map(str, first["loc"]))
         said = str(first["msg"]).removeprefix("Value error, ")
-        said = f"model.{key} would be {first['input']!r}: {said}" if key else said
+        said = f"model.{key} would be {shown(first['input'])}: {said}" if key else said
         raise UsageError(f"{where} describes a model that cannot be: {said}") from None
 
 
@@ -174,50 +138,25 @@ def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int
     value = config.get("sliding_window", family.default_window)
     kinds = config.get("layer_types")
     if family.window == "never":
-        value = None if config.get("sliding_window") is None else config["sliding_window"]
-        return (None, None) if value is None else (None, f"sliding_window is {value!r}, which {family.model_type} does not have")
-    if family.window == "asked" and not config.get("use_sliding_window", False):
+        value = config.get("sliding_window")
+        return (None, None) if value is None else (None, f"sliding_window is {shown(value)}, which {family.model_type} does not have")
+    asked = family.window == "asked"
+    if asked and not config.get("use_sliding_window", False):
         value = None
-    elif family.window == "asked" and kinds is None:
-        first = config.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers if isinstance(layers, int) else 0)]
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds)):
+        return None, f"layer_types is {shown(kinds)}, and it is a list with the kind of each layer"
+    first = config.get("max_window_layers", 28)
+    if asked and kinds is None and value is not None and type(first) is int and type(layers) is int:
+        # The first layers see everything, the others the window.
+        kinds = [*(["full_attention"] if first > 0 else []), *(["sliding_attention"] if first < layers else [])]
+    elif kinds is not None and len(kinds) != layers:
+        return None, f"layer_types has {len(kinds)} entries, and there are {shown(layers)} layers"
+    if asked and kinds and set(kinds) == {"full_attention"}:
+        value = None
     wanted = "full_attention" if value is None else "sliding_attention"
     if kinds is not None and any(k != wanted for k in kinds):
-        return None, f"layer_types is {sorted(set(map(str, kinds)))} with sliding_window {value!r}, and all layers see alike here"
+        return None, f"layer_types is {shown(sorted(set(kinds)))} with sliding_window {shown(value)}, and all layers see alike here"
     return value, None
-
-
-def _rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
-    """θ, our scaling, and problems; transformers wrote rope_theta and rope_scaling until 4, rope_parameters since 5."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        return default, None, [f"rope_scaling is {given!r}, which is no mapping"]
-    rest = dict(given)
-    theta = rest.pop("rope_theta", None) or config.get("rope_theta") or default
-    kind, other = rest.pop("rope_type", None), rest.pop("type", None)
-    kind = kind or other or "default"
-    share = rest.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    problems = [] if share == 1.0 else [f"partial_rotary_factor is {share!r}, and all channels of a head turn here"]
-    original = rest.pop("original_max_position_embeddings", None) or length
-    if kind == "default":
-        return theta, None, problems
-    wanted: dict[str, Any] = {"type": kind, "factor": rest.pop("factor", None)}
-    if kind == "llama3":
-        wanted |= {"original_seq_len": original, **{k: rest.pop(k, None) for k in ("low_freq_factor", "high_freq_factor")}}
-    elif kind == "yarn":
-        wanted |= {
-            "original_seq_len": original,
-            "beta_fast": rest.pop("beta_fast", None) or 32,
-            "beta_slow": rest.pop("beta_slow", None) or 1,
-        }
-        wanted["attention_factor"] = rest.pop("attention_factor", None)
-        if rest.pop("truncate", True) is not True:
-            problems.append("rope_scaling.truncate is not True, which is not understood")
-    elif kind != "linear":
-        return theta, None, [*problems, f"rope_type is {kind!r}, and default, linear, llama3 and yarn can be had here"]
-    problems += [f"rope_scaling.{k} is {v!r}, which is not understood" for k, v in rest.items() if v is not None]
-    problems += [f"rope_scaling.{k} is absent" for k, v in wanted.items() if v is None and k != "attention_factor"]
-    return theta, None if problems else wanted, problems
 
 
 def functional(model: Model) -> dict[str, Any]:
@@ -273,7 +212,7 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
     if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None
-    config: dict[str, Any] = {k: v for k, v in (original or {}).items() if k in HARMLESS}
+    config: dict[str, Any] = {k: v for k, v in (original or {}).items() if harmless(k)}
     config |= {"architectures": [family.architecture], "model_type": family.model_type}
     for key in family.keys:
         value = flat.get(key.ours)
@@ -283,37 +222,17 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     if config.get("head_dim") is None or (family.model_type == "olmo2" and model.head_dim == model.hidden_size // model.num_heads):
         config.pop("head_dim", None)
     config |= {key: allowed[0] for key, allowed in family.fixed.items()}
-    config[family.length] = seq_len if family.theta is None else (original or {}).get(family.length, seq_len)
+    config[family.length] = seq_len
     if family.model_type == "t5":
         config |= hf_t5.keys(model)
     if family.segments is not None:
         config.setdefault("type_vocab_size", 2)
     if family.theta is not None:
-        config |= _rope_keys(model, "rope_parameters" in (original or {}))
+        known = (original or {}).get(family.length)
+        config |= rope_keys(model, max(seq_len, known) if type(known) is int else seq_len, family.length)
     if family.window != "never":
         config["sliding_window"] = model.sliding_window
     if family.window == "asked":
         kind = "full_attention" if model.sliding_window is None else "sliding_attention"
         config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0, "layer_types": [kind] * model.num_layers}
     return config
-
-
-def _rope_keys(model: Model, as_parameters: bool) -> dict[str, Any]:
-    scaling = model.rope_scaling
-    if scaling is None:
-        return (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}}
-            if as_parameters
-            else {"rope_theta": model.rope_theta}
-        )
-    given: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
-    if scaling.type != "linear":
-        given["original_max_position_embeddings"] = scaling.original_seq_len
-    if scaling.type == "llama3":
-        given |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    if scaling.type == "yarn":
-        given |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        given |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
-    if as_parameters:
-        return {"rope_parameters": {**given, "rope_theta": model.rope_theta}}
-    return {"rope_theta": model.rope_theta, "rope_scaling": given}

@@ -1,7 +1,7 @@
 """Hugging Face's families of models as data: what their config keys are here, and which of their modules hold our weights.
 
-A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or changes nothing in a forward pass (`HARMLESS`,
-hf_config.py). Any other key is refused by name: a model that is read half is another model.
+A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or changes nothing in a forward pass (hf_keys.py). Any
+other key is refused by name: a model that is read half is another model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Family:
     length    the key of the longest sequence, `default_length` if absent
     copies    modules that hold the embedding once more
     segments  the table of vectors by segment: the first is added to every position, and zeros are written, ours having none
-    unused    what the names of tensors begin with that logits do not depend on
+    unused    what the names of tensors begin with that logits do not depend on: they are left out, and that is said
+    also      other names of the architecture: what holds more than the language model, or is called otherwise in old files
     """
 
     model_type: str
@@ -75,6 +76,7 @@ class Family:
     encoder_inner: Mapping[str, Place] = field(default_factory=dict)
     segments: str | None = None
     unused: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 def _places(**theirs: str) -> dict[str, Place]:
@@ -293,6 +295,7 @@ FAMILIES: tuple[Family, ...] = (
         theta=None,
         segments="bert.embeddings.token_type_embeddings",
         unused=("bert.pooler.", "cls.seq_relationship."),
+        also=("BertForPreTraining",),
     ),
     Family(
         "t5",
@@ -332,6 +335,7 @@ FAMILIES: tuple[Family, ...] = (
         encoder="encoder.block.",
         encoder_inner={**_t5_attention("attention", "layer.0.SelfAttention"), **_t5_ffn("layer.1")},
         unused=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
+        also=("T5WithLMHeadModel",),
     ),
 )
 BY_TYPE = {f.model_type: f for f in FAMILIES}

@@ -16,39 +16,27 @@ from safetensors import SafetensorError, safe_open
 
 from megascale.checkpoint.index import DTYPES, SHARD_NAME, Chunk, Index, TensorEntry
 from megascale.errors import UsageError
+from megascale.formats.json_file import read_object
 from megascale.formats.sources import Stored
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What encodes text, as transformers, tokenizers and SentencePiece name it.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+LONGEST_NAME = 255  # of a file
+# What encodes text, each alone or with the files beside it; and what says how it is used. As transformers, tokenizers, SentencePiece,
+# tiktoken and Mistral name them.
+ENCODERS = ("tokenizer.json", "*.model", "tokenizer.model.v*", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+BESIDE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
 def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a Hugging Face folder, or UsageError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"there is no {path}: name a folder that transformers saved") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): get the file again") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} holds a {type(value).__name__} instead of an object: get the file again")
-    return value
 
 
 def open_hf(folder: Path) -> Stored:
@@ -91,8 +79,11 @@ def _files_of_index(folder: Path) -> dict[str, set[str] | None]:
         raise UsageError(f"{path} has no weight_map: get the file again")
     files: dict[str, set[str] | None] = {}
     for tensor, name in weights.items():
-        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
-            raise UsageError(f"{path} puts {tensor} into {name!r}, which is no name of a safetensors file in this folder: do not trust it")
+        if not isinstance(name, str) or len(name) > LONGEST_NAME or not SHARD_NAME.fullmatch(name):
+            raise UsageError(
+                f"{path} puts {tensor[:100]} into {str(name)[:100]!r}, which is no name of a safetensors file in this folder: do not "
+                "trust it"
+            )
         expected = files.setdefault(name, set())
         assert expected is not None
         expected.add(tensor)
@@ -119,8 +110,18 @@ def _header(path: Path) -> dict[str, TensorEntry]:
     return found
 
 
+def encoders(folder: Path) -> list[Path]:
+    """The files of a folder that encode text."""
+    return _matching(folder, ENCODERS)
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """All files of a tokenizer in a folder."""
+    return _matching(folder, (*ENCODERS, *BESIDE))
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megascale.config.schema import Model
+from megascale.errors import UsageError
 from megascale.formats.links import Sizes
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
@@ -12,6 +13,15 @@ from megascale.model.kernels import choose_kernels
 from megascale.model.spec import ParamSpec, specs_of, states_of
 
 MODEL = "model."  # what the names of weights begin with in a checkpoint
+
+
+def check_depth(model: Model, tensors: int, where: str) -> None:
+    """Raises UsageError for a model with more layers than stored tensors, before it is built: each layer has one at least."""
+    layers = model.total_layers if model.moeut is None else model.moeut.group_size
+    if layers > tensors:
+        raise UsageError(
+            f"{where} describes a model of {layers} layers, and {tensors} tensors are stored: correct it or get the files again"
+        )
 
 
 def our_shapes(model: Model, seq_len: int) -> dict[str, Sizes]:
@@ -23,7 +33,12 @@ def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     """Canonical name → spec of every weight and state of a model, in the order of the forward pass.
 
     seq_len  how many learned positions there are
+
+    Raises UsageError for sizes beyond what torch counts.
     """
     shape = Shape(seq_len, torch.float32, torch.float32)
-    built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)
+    try:
+        built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UsageError(f"a model of these sizes cannot be ({str(error).splitlines()[0]}): correct the file that describes it") from None
     return {**specs_of(built), **states_of(built)}

@@ -19,7 +19,7 @@ from megascale.checkpoint.trainer import read_trainer
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.links import Sizes, compare_names
-from megascale.formats.shapes import MODEL, our_shapes
+from megascale.formats.shapes import MODEL, check_depth, our_shapes
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ) from None
     source = Stored(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())
     held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
+    check_depth(model, len(held), str(folder / TRAINER))
     compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))
     return Checkpoint(folder, model, seq_len, trainer, source)

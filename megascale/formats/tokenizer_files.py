@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from tokenizers import decoders, models, normalizers
 
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
 from megascale.errors import UsageError
-from megascale.formats.hf_folder import GENERATION, as_json, tokenizer_files
+from megascale.formats.hf_folder import GENERATION, as_json, encoders, tokenizer_files
+from megascale.formats.tokenizer_build import open_tokenizer
 
 POSITION = "megascale.json"  # where in its data the run stood that exported the folder
+# What a config.json says of generation, where no generation_config.json does.
+SAID_BY_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SPACE = "▁"
 NEVER = -1e6  # the score of pieces that no text may match: bytes, control symbols
 # A SentencePiece model is also given as tokenizer.json where both encode these alike: white space, accents, full width, digits, bytes.
@@ -30,11 +34,43 @@ PROBES = (
 )
 
 
-def tokenizer_content(path: Path) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Found:
+    """The files of a tokenizer for a folder, name → content; how many pieces it has and which of them ends a text, where it can be read;
+    and what is to be told of it.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    vocab_size: int | None = None
+    end: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def gather(path: Path | None, asked: bool) -> Found:
+    """The tokenizer at `path`, a file or a folder; None: there is none.
+
+    asked  somebody named it: it must be one that can be read. One that was found travels as it is, with a note.
+
+    Raises UsageError.
+    """
+    if path is None:
+        return Found()
+    try:
+        tokenizer = open_tokenizer(path)
+        return Found(tokenizer_content(path, tokenizer), tokenizer.vocab_size, tokenizer.eos_id)
+    except UsageError as error:
+        if asked:
+            raise
+        files = {p.name: p.read_bytes() for p in tokenizer_files(path)} if path.is_dir() else {}
+        what = "its files are copied and not compared with the model" if files else "the folder has none"
+        return Found(files, notes=(f"{error}; {what}",))
+
+
+def tokenizer_content(path: Path, tokenizer: Tokenizer | None = None) -> dict[str, bytes]:
     """A tokenizer's file or folder → the files of it in a Hugging Face folder. Raises UsageError where it is none."""
     if path.is_dir() and tokenizer_files(path):
         return {p.name: p.read_bytes() for p in tokenizer_files(path)}
-    tokenizer = load_tokenizer(path)
+    tokenizer = tokenizer or load_tokenizer(path)
     if tokenizer.path.suffix == ".json":
         end = str(tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eos_id))
         return {"tokenizer.json": tokenizer.path.read_bytes(), "tokenizer_config.json": as_json(_facts(end))}
@@ -80,10 +116,11 @@ def as_tokenizers(piece: Any) -> str | None:
 
 def find_tokenizer(config: Mapping[str, Any], folder: Path) -> Path | None:
     """What encoded a checkpoint's text: beside the converted model, else what the run's config names, else beside its data."""
-    if tokenizer_files(folder.parent):
+    if encoders(folder.parent):
         return folder.parent
-    data = config.get("data") or {}
-    if data.get("tokenizer"):
+    data = config.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    if isinstance(data.get("tokenizer"), str) and data["tokenizer"]:
         return Path(data["tokenizer"])
     sources = data.get("train")
     first = sources[0] if isinstance(sources, list) and sources else sources
@@ -91,28 +128,27 @@ def find_tokenizer(config: Mapping[str, Any], folder: Path) -> Path | None:
     return beside(prefix) if isinstance(prefix, str) else None
 
 
-def export_files(tokenizer: Path | None, trainer: Mapping[str, Any]) -> dict[str, bytes]:
+def export_files(tokenizer: Found, trainer: Mapping[str, Any]) -> dict[str, bytes]:
     """What stands in an exported folder beside the model: the tokenizer; the generation config it came with, else one that says with which
     token generation ends; and where in its data the run stood.
     """
-    content = {} if tokenizer is None else tokenizer_content(tokenizer)
+    content = dict(tokenizer.files)
     if "samples" in trainer:
         content[POSITION] = as_json({k: trainer[k] for k in ("step", "samples", "tokens", "identity") if k in trainer})
-    generation = trainer.get("hf_generation_config")
-    if generation:
+    generation, config = (trainer.get(k) for k in ("hf_generation_config", "hf_config"))
+    if isinstance(generation, Mapping) and generation:
         content[GENERATION] = as_json(generation)
-    elif tokenizer is not None:
-        end = load_tokenizer(tokenizer).eos_id
-        content[GENERATION] = as_json({"eos_token_id": end, "pad_token_id": end})
+    elif isinstance(config, Mapping) and config.get("eos_token_id") is not None:
+        content[GENERATION] = as_json({k: config[k] for k in SAID_BY_CONFIG if config.get(k) is not None})
+    elif tokenizer.end is not None:
+        content[GENERATION] = as_json({"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end})
     return content
 
 
-def check_fits(tokenizer: Path | None, vocab_size: int) -> None:
+def check_fits(tokenizer: Found, path: Path | None, vocab_size: int) -> None:
     """Raises UsageError for a tokenizer with more pieces than the model has rows; fewer are padding."""
-    if tokenizer is None:
-        return
-    size = load_tokenizer(tokenizer).vocab_size
-    if size > vocab_size:
+    if tokenizer.vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UsageError(
-            f"the tokenizer {tokenizer} has {size} pieces and the model {vocab_size} rows: give the tokenizer that it was trained with"
+            f"the tokenizer {path} has {tokenizer.vocab_size} pieces and the model {vocab_size} rows: give the tokenizer that it was "
+            "trained with, or --no-tokenizer"
         )

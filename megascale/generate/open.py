@@ -15,7 +15,8 @@ from megascale.config.schema import Config, Model
 from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.formats.hf import read_hf
-from megascale.formats.hf_folder import GENERATION, is_hf_folder, read_object, tokenizer_files
+from megascale.formats.hf_folder import GENERATION, encoders, is_hf_folder
+from megascale.formats.json_file import read_object
 from megascale.formats.sources import open_checkpoint
 from megascale.formats.tokenizer_files import find_tokenizer
 from megascale.model.layers import Fp8
@@ -24,7 +25,7 @@ from megascale.model.layers import Fp8
 @dataclass(frozen=True)
 class Opened:
     """What was found: how to make the weights, the dtype to compute in, what encodes text (None: nothing was found), the tokens that end
-    it as the generation config says (empty: the tokenizer knows), and how hidden products are computed.
+    it as the generation config says, else config.json (empty: the tokenizer knows), and how hidden products are computed.
     """
 
     model: Model
@@ -49,20 +50,23 @@ def open_any(path: Path) -> Opened:
     if is_hf_folder(path):
         foreign = read_hf(path)
         dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
-        said = read_object(path / GENERATION) if (path / GENERATION).is_file() else {}
-        tokenizer = path if tokenizer_files(path) else None
+        said = read_object(path / GENERATION) if (path / GENERATION).is_file() else foreign.config
+        tokenizer = path if encoders(path) else None
         return Opened(foreign.model, foreign.seq_len, foreign.produce, dtype, tokenizer, ends_of(said))
     ours = open_checkpoint(path)
-    compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(ours.config.get("precision", {}).get("compute"), torch.float32)
-    tokenizer, said = find_tokenizer(ours.config, ours.folder), ours.trainer.get("hf_generation_config", {})
-    static = ours.config.get("precision", {}).get("fp8") == "static"
-    return Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends_of(said), "static" if static else "false")
+    section = ours.config.get("precision")
+    precision = section if isinstance(section, Mapping) else {}
+    compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(str(precision.get("compute")), torch.float32)
+    tokenizer, static = find_tokenizer(ours.config, ours.folder), precision.get("fp8") == "static"
+    generation = ours.trainer.get("hf_generation_config", ours.trainer.get("hf_config"))
+    ends = ends_of(generation if isinstance(generation, Mapping) else {})
+    return Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends, "static" if static else "false")
 
 
 def ends_of(generation: Mapping[str, Any]) -> frozenset[int]:
-    """`eos_token_id` of a generation config: one number, several, or none."""
+    """`eos_token_id` of a generation config, or of a config.json where there is none: one number, several, or none."""
     ends = generation.get("eos_token_id")
-    return frozenset(e for e in (ends if isinstance(ends, list) else [ends]) if isinstance(e, int))
+    return frozenset(e for e in (ends if isinstance(ends, list) else [ends]) if type(e) is int)
 
 
 def layout(opened: Opened, ranks: int, device: str) -> Config:
