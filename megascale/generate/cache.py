@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.model.attention_tiles import Seen
+from megascale.model.matmul import attention
 
 GROWTH = 256  # tokens by which a cache grows at least
 MASKED = 1 << 24  # elements of a mask [b, 1 or h, n, t] made at once: longer prompts are read in parts
@@ -86,7 +86,7 @@ class Remembering:
             repeat = q.shape[1] // k.shape[1]
             keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
         mask = self._mask(q.dtype)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
+        return attention(q, keys, values, mask, grouped=q.shape[1] != keys.shape[1])
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
         """[b, 1 or h, n, t] to add to scores."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from megascale.config.schema import Model
 from megascale.config.stages import pair_costs
+from megascale.model.layers import linear
 from megascale.model.spec import ParamSpec
 
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. SXM parts where several exist.
 KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+LIMIT = 2.0  # seconds that a measurement may take which a run makes by itself
+SMALLEST = 128  # of the products that are tried
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -24,19 +29,39 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return gemm_rate(device, dtype)
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 3) -> float:
-    """FLOP/s of the fastest of `repeats` square products after one warm-up."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 3, seconds: float = LIMIT) -> float:
+    """FLOP/s of the model's own product, the fastest of `repeats` square ones or more.
+
+    Sizes double up to `size` while the next one, with eight times the work, fits in what is left of `seconds`. The rate of a smaller size
+    is a little too low. It is tried again for half of the time, since on a busy machine a few products say little.
+    """
+    begun, rate = time.perf_counter(), 0.0
+    left = lambda: seconds - (time.perf_counter() - begun)  # noqa: E731
+    tried, best = min(SMALLEST, size), float("inf")
+    while True:
+        a, b = (torch.randn(tried, tried, device=device).to(dtype) for _ in range(2))
+        best = min(best, _fastest(a, b, repeats, left))
+        rate = max(rate, 2 * tried**3 / best)
+        if tried == size:
+            return rate
+        if 16 * best <= left():  # the next size's warm-up and one product
+            tried, best = min(2 * tried, size), float("inf")
+        elif left() < max(seconds / 2, 2 * best):
+            return rate
+
+
+def _fastest(a: Tensor, b: Tensor, repeats: int, left: Callable[[], float]) -> float:
+    """Seconds of the fastest product after a warm-up; one is measured, the others while the time that is `left` allows."""
     best = float("inf")
     for i in range(repeats + 1):
-        _wait(device)
+        _wait(a.device)
         start = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        if i > 0:
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        linear(a, b)
+        _wait(a.device)
+        best = min(best, time.perf_counter() - start) if i > 0 else best
+        if i > 0 and left() < best:
+            break
+    return best
 
 
 def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
@@ -17,6 +16,7 @@ from megascale.model.attention_masked import masked_attention
 from megascale.model.attention_tiles import Seen
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm
+from megascale.model.matmul import attention
 from megascale.model.position import Rotary, rotate
 from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual, Starts
@@ -112,7 +112,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
         k, v, grouped = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), False
     if cpu and q.requires_grad and q.shape[2] <= LONGEST:
         return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return attention(q, k, v, causal=True, grouped=grouped)
 
 
 def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
@@ -147,4 +147,4 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     if q.shape[1] != k.shape[1] and q.device.type == "cpu":
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return attention(q, k, v, mask, grouped=q.shape[1] != k.shape[1])

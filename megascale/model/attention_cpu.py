@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale.model.matmul import product
+
 LONGEST = 1024  # tokens; at this length the probabilities of one head and sequence take 2.25 MiB in fp32
 BLOCKS = 8
 
@@ -30,7 +32,7 @@ class CausalAttention(torch.autograd.Function):
         for first, last in _blocks(q.shape[2]):
             scores = wide_q[:, first:last] @ wide_k[:, :last].transpose(1, 2) * q.shape[-1] ** -0.5
             probabilities = torch.softmax(scores + _hidden(first, last, scores), dim=-1).to(v.dtype)
-            parts.append(probabilities @ flat_v[:, :last])
+            parts.append(product(probabilities, flat_v[:, :last]))
             kept.append(probabilities)
         out = torch.cat(parts, dim=1)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -47,9 +49,9 @@ class CausalAttention(torch.autograd.Function):
             rows = slice(first, last)
             d_p = wide_d[:, rows] @ wide_v[:, :last].transpose(1, 2)
             d_scores = (probabilities * (d_p - delta[:, rows]) * q.shape[-1] ** -0.5).to(q.dtype)
-            d_q.append(d_scores @ flat_k[:, :last])
-            d_k.append(d_scores.transpose(1, 2) @ flat_q[:, rows])
-            d_v.append(probabilities.transpose(1, 2) @ d_out[:, rows])
+            d_q.append(product(d_scores, flat_k[:, :last]))
+            d_k.append(product(d_scores.transpose(1, 2), flat_q[:, rows]))
+            d_v.append(product(probabilities.transpose(1, 2), d_out[:, rows]))
         return tuple(g.view(q.shape).to(q.dtype) for g in (torch.cat(d_q, dim=1), _total(d_k), _total(d_v)))  # type: ignore[return-value]
 
 

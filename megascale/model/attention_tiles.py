@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megascale.model.matmul import widens
+
 SCORES = 1 << 21  # of a tile, all heads together: 8 MiB in fp32
 ROWS = 16  # least queries of a tile, so that products stay products
 TALL = 128  # most of them, so that a tile reaches little beyond what they see
@@ -168,6 +170,8 @@ def _scores(q: Tensor, k: Tensor, tile: Tile, seen: Seen) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Batched a·b times `scale`. Not `bmm`, whose results selective recomputation keeps: scores must not be kept."""
+    if widens(a, b):
+        return _product(a.float(), b.float(), scale).to(a.dtype)
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 

@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale.model import product_cpu
+from megascale.model import matmul, product_cpu
 from megascale.model.bitlinear import Statistics, quantized_input, quantized_weight
 from megascale.model.kernels import NormKernel, dyt
 from megascale.model.observe import Observations
@@ -28,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if product_cpu.takes(x, weight):
         y = product_cpu.product(x, weight)
         return y if bias is None else y + bias
-    return F.linear(x, weight, bias)
+    return matmul.linear(x, weight, bias)
 
 
 # How a product is computed: in the input's dtype, in FP8 with static scales, or with measured ones per tensor or per row.
@@ -140,7 +139,7 @@ class Linear(nn.Module):
         if self.fp8 == "static":
             part = weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), self.scale, g.dtype)
         else:
-            part = g.t() @ x
+            part = matmul.product(g.t(), x)
             part = part if self.scale == 1.0 else part * self.scale
         part = part.to(weight.dtype)
         if weight.grad is None and part.shape == weight.shape:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Axis
 from megascale.model.layers import linear
+from megascale.model.matmul import product
 
 # Logits held at once: 512 MiB in bf16. Each chunk passes once over the gradient of the whole head, so that few of them are faster.
 CHUNK_ELEMENTS = 1 << 28
@@ -105,12 +106,12 @@ class _CrossEntropySum(torch.autograd.Function):
 def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """total + d_logitsᵀ·x [V, d] in `dtype`: chunks add up in full precision, in the product itself where that can be."""
     if total is None:
-        return (d_logits.t() @ x).to(dtype)
+        return product(d_logits.t(), x).to(dtype)
     if x.dtype == dtype:
         return total.addmm_(d_logits.t(), x)
     if x.device.type == "cuda":
         return torch.addmm(total, d_logits.t(), x, out_dtype=dtype, out=total)
-    return total.add_(d_logits.t() @ x)
+    return total.add_(product(d_logits.t(), x))
 
 
 @cache

@@ -23,6 +23,7 @@ from megascale.model.block import Context
 from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_through
 from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm, dropout
+from megascale.model.matmul import weighted_sum
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import Residual, Starts
 from megascale.model.router import Choice, choose, entropy_of, mass_of
@@ -86,14 +87,14 @@ class SwitchHead(nn.Module):
         """[b, s, d] → [b, s, h, e]: each head's chosen experts on the token, weighted."""
         results = spread_through(self.v, x.flatten(0, 1), self._numbers(choice).flatten(2).flatten(0, 1))
         gates = choice.gates.flatten(0, 1).to(x.dtype)
-        return torch.einsum("thk,thke->the", gates, results.unflatten(1, (-1, self.top_k))).unflatten(0, x.shape[:2])
+        return weighted_sum(gates, results.unflatten(1, (-1, self.top_k))).unflatten(0, x.shape[:2])
 
     @torch.compiler.disable
     def _outputs(self, y: Tensor, choice: Choice) -> Tensor:
         """[b, s, h, e] → [b, s, d]: each head's chosen experts on its result, weighted and summed over heads."""
         results = spread_through(self.o, y.flatten(0, 2), self._numbers(choice).flatten(0, 2))
         gates = choice.gates.flatten(0, 2).to(y.dtype)
-        return torch.einsum("nk,nkd->nd", gates, results).unflatten(0, y.shape[:3]).sum(2)
+        return weighted_sum(gates, results).unflatten(0, y.shape[:3]).sum(2)
 
     def _numbers(self, choice: Choice) -> Tensor:
         """Experts counted within a head → among all."""

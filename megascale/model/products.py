@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model, Tokenformer
 from megascale.model.layers import Linear
+from megascale.model.matmul import linear, matmul
 from megascale.model.residual import SECOND_MOMENT, Residual, Starts
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 
@@ -36,10 +37,10 @@ class ParameterAttention(nn.Module):
         return self.add_bias(self.product(x))
 
     def product(self, x: Tensor) -> Tensor:
-        scores = F.linear(x, self.keys.to(x.dtype))
+        scores = linear(x, self.keys.to(x.dtype))
         exact = torch.promote_types(x.dtype, torch.float32)
         scores = F.normalize(scores.to(exact), dim=-1, eps=SMALLEST) * self.scale
-        return F.gelu(scores).to(x.dtype) @ self.values.to(x.dtype)
+        return matmul(F.gelu(scores).to(x.dtype), self.values.to(x.dtype))
 
     def add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)

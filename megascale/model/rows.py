@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megascale.model import product_cpu
+from megascale.model import matmul, product_cpu
 
 
 class _Permute(torch.autograd.Function):
@@ -119,7 +119,7 @@ def add_by_expert(total: Tensor, x: Tensor, g: Tensor, sizes: list[int]) -> None
     part = total.new_empty(total.shape[1:], dtype=g.dtype)
     for into, a, b in zip(total, x.split([*sizes, rest]), g.split([*sizes, rest])):
         if len(a):
-            into.add_(torch.mm(b.t(), a, out=part))
+            into.add_(matmul.product(b.t(), a) if matmul.widens(a, b) else torch.mm(b.t(), a, out=part))
 
 
 @torch.library.custom_op("megascale::product_by_expert", mutates_args=())
@@ -139,6 +139,8 @@ def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: b
             w = w.t() if transposed else w
             if product_cpu.takes(rows, w):
                 out.copy_(product_cpu.product(rows, w))
+            elif matmul.widens(rows, w):
+                out.copy_(matmul.linear(rows, w))
             else:
                 torch.mm(rows, w.t(), out=out)
     return y

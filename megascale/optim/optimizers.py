@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Optim
+from megascale.model.matmul import product
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.owners import take_turns, work_shared
 from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
@@ -161,8 +162,8 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], roun
     x = matrix.mT if tall else matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(rounds):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = product(x, x.mT)
+        x = a * x + product(b * gram + product(c * gram, gram), x)
     return x.mT if tall else x
 
 

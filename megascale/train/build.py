@@ -16,6 +16,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
+from megascale.model.matmul import way_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
 from megascale.optim.optimizers import build_optimizer
@@ -60,7 +61,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
         "parameters_active": active,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
-        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+        **({"threads": torch.get_num_threads(), "products": way_of(shape.compute)} if device.type == "cpu" else {}),
     }
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
     return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
