@@ -35,14 +35,17 @@ class Observations:
 
     @torch.no_grad()
     def add(self, name: str, value: Tensor) -> None:
-        """To be called from backward or for what is idempotent: recomputation repeats a forward pass."""
+        """To be called from backward or for what is idempotent: recomputation repeats a forward pass.
+
+        The first time is the same operation as any other, with 0: selective recomputation refuses to run more of them than it saw.
+        """
         assert name in self.sums
-        self.now[name] = self.now[name] + value if name in self.now else value
+        self.now[name] = value + self.now.get(name, 0)
 
     @torch.no_grad()
     def top(self, name: str, value: Tensor) -> None:
         assert name in self.maxima
-        self.now[name] = torch.maximum(self.now[name], value) if name in self.now else value
+        self.now[name] = torch.maximum(self.now.get(name, value), value)
 
     def take(self) -> Raw:
         """What was told since the last call."""
