@@ -80,6 +80,51 @@ def test_a_single_sigmoid_gate_is_not_normalized() -> None:
     assert torch.equal(got.gates.squeeze(-1), torch.sigmoid(logits_of()).amax(-1))
 
 
+@pytest.mark.parametrize("rule", ["topk_softmax", "xmoe"])
+def test_a_single_gate_is_a_probability(rule: str) -> None:
+    """Catches softmax over one logit, which is 1: Switch's and X-MoE's gate is the probability among all experts."""
+    got = choose(rule, logits_of(), 1, torch.linspace(-1, 1, E, dtype=torch.float64))
+    assert torch.equal(got.gates, torch.softmax(logits_of(), -1).gather(-1, got.experts))
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("rule", ["topk_softmax", "xmoe", "softmax_topk", "sigmoid", "sigma"])
+def test_one_expert_a_token_teaches_the_router(rule: str, shared: int, unit: bool) -> None:
+    """Catches gates that are 1 whatever the router says, by a softmax over one or by a division by their own size."""
+    moe = mixture(router=rule, top_k=1, num_shared=shared)
+    moe.unit_gates = unit
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(B, S, 24, generator=generator, dtype=torch.float64)
+    (moe(x, None) * torch.randn(B, S, 24, generator=generator, dtype=torch.float64)).sum().backward()
+    for weight in moe.router.parameters():
+        assert weight.grad is not None and weight.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("top_k", [1, K])
+@pytest.mark.parametrize("rule", ["sigmoid", "sigma"])
+def test_sigmoids_that_all_underflow(rule: str, top_k: int) -> None:
+    """Catches 0/0 in gates, in the probabilities that balance is judged by, and in the size that unit gates are divided by."""
+    logits = (logits_of().float() - 200).requires_grad_()
+    got = choose(rule, logits, top_k, None)
+    if rule == "sigmoid":
+        # σ tends to the exponential, and its shares to a softmax, from which they differ by nothing in fp32.
+        torch.testing.assert_close(got.probabilities, torch.softmax(logits, -1))
+        if top_k > 1:
+            torch.testing.assert_close(got.gates, torch.softmax(logits.gather(-1, got.experts), -1))
+    (got.gates.sum() + (got.probabilities * torch.randn_like(logits)).sum()).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    moe = mixture(router=rule, top_k=top_k).float()
+    moe.unit_gates = True
+    with torch.no_grad():
+        moe.router.weight.fill_(-10.0)
+    x = torch.ones(B, S, 24, requires_grad=True)
+    y = moe(x, None)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in moe.parameters())
+
+
 COUNTED = torch.tensor([[0.1] * 5 + [0.0] * 2, [0.0] * 2 + [0.3] * 5], dtype=torch.float64)
 
 

@@ -252,8 +252,10 @@ def _experts(maps: Maps, source: Model, sizes: Sizes) -> None:
             f"experts {was.num_experts} → {moe.num_experts} with top_k {moe.top_k}: a token would meet a part of what it met; "
             f"top_k {was.top_k * copies * parts} is exact"
         )
-    if was.router == "sigmoid" and was.top_k == 1:
-        maps.lossy.append("experts under the sigmoid router with top_k 1: its gate is not divided by a sum, and with more experts it is")
+    if was.top_k == 1 and (was.router == "sigmoid" or (was.router in ("topk_softmax", "xmoe") and before > 1)):
+        maps.lossy.append(
+            f"experts under the {was.router} router with top_k 1: its gate is not divided by a sum, and with more experts it is"
+        )
     # A gate that is divided by a sum is shared by all copies and parts; σ-MoE's is not.
     maps.gate_sum = 1 / copies if was.router == "sigma" else float(parts)
     if was.router == "softmax_topk":
@@ -268,14 +270,18 @@ def _upcycled(maps: Maps, experts: int, chosen: int, parts: int) -> None:
     moe = maps.target.moe
     assert moe is not None
     maps.gate_sum = float(parts)
-    if moe.router in ("topk_softmax", "xmoe") or (moe.router == "sigmoid" and moe.top_k > 1):
-        return
+    if moe.router in ("topk_softmax", "xmoe", "sigmoid") and moe.top_k > 1:
+        return  # divided by their sum
     if parts > 1:
         maps.lossy.append(
             f"--granularity {parts} with router {moe.router}: equal gates do not choose all parts of an expert; topk_softmax does"
         )
+    share = experts / chosen
+    maps.gate_sum = {"softmax_topk": share, "topk_softmax": share, "xmoe": share, "sigmoid": 2.0, "sigma": 2.0 / chosen}[moe.router]
+    if moe.router == "xmoe":
+        maps.lossy.append("dense → experts under the xmoe router with top_k 1: directions have no zero at which its gates would be equal")
+        return
     maps.uniform_router = True
-    maps.gate_sum = {"softmax_topk": experts / chosen, "sigmoid": 2.0, "sigma": 2.0 / chosen}[moe.router]
     maps.notes.append(f"the router starts at zero: under {moe.router} equal gates are the only exact ones")
 
 

@@ -83,6 +83,8 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
         flat["rope_theta"], flat["rope_scaling"], trouble = read_rope(config, family.theta, length)
         problems += trouble
     problems += [problem] if problem else []
+    if flat.get("moe.top_k") == 1 and flat.get("moe.router") == "topk_softmax" and flat.get("moe.num_experts") != 1:
+        problems.append("one expert a token has a gate that is divided by itself, which is 1, and gates here are probabilities then")
     rows = config.get("type_vocab_size", 2)
     if family.model_type == "t5":
         flat["head_scale"] = hf_t5.head_scale(config)
@@ -189,6 +191,8 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
     Raises UsageError naming what stands in the way of the family that comes nearest.
     """
     nearest: tuple[Family, dict[str, tuple[Any, Any]]] | None = None
+    if model.moe is not None and model.moe.top_k == 1 and model.moe.router == "topk_softmax":
+        model = model.model_copy(update={"moe": model.moe.model_copy(update={"router": "softmax_topk"})})  # the same with one gate
     kind = (original or {}).get("model_type")
     for family in sorted(FAMILIES, key=lambda f: f.model_type != kind):
         found = _as_family(model, seq_len, family, original if family.model_type == kind else None)
@@ -212,6 +216,8 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
     if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None
+    if model.moe is not None and model.moe.top_k == 1 < model.moe.num_experts and family.ours.get("moe.router") == "topk_softmax":
+        return None  # its only gate is 1
     config: dict[str, Any] = {k: v for k, v in (original or {}).items() if harmless(k)}
     config |= {"architectures": [family.architecture], "model_type": family.model_type}
     for key in family.keys:

@@ -196,7 +196,10 @@ class MixtureOfExperts(nn.Module):
         if not self.unit_gates:
             return y
         # Experts are independent of each other at the start: their variances add up, and that of the shared ones counts in full.
-        size = (choice.gates.square().sum(-1, keepdim=True) + float(shared is not None)).sqrt()
+        squares = choice.gates.square().sum(-1, keepdim=True) + float(shared is not None)
+        size = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+        if self.moe.top_k == 1 and shared is None:
+            size = size.detach()  # a gate over itself is 1 and teaches the router nothing; a gate over its value is 1, too
         return y / size.to(y.dtype)
 
     def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, counted: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Choice(NamedTuple):
 def choose(rule: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
     """logits [b, s, E] → the choice of each token.
 
-    topk_softmax, xmoe   softmax over the k largest logits (Mixtral, arXiv 2401.04088)
+    topk_softmax, xmoe   softmax over the k largest logits (Mixtral, arXiv 2401.04088); of a single one that over all, for softmax over one
+                         is 1 whatever the router says (Switch; X-MoE's and TorchScale's top-1 gate)
     softmax_topk         the k largest of the softmax over all, as they are (Switch, arXiv 2101.03961)
     sigmoid              the k largest σ + bias; gates σ, divided by their sum when k > 1 (DeepSeek-V3, arXiv 2412.19437)
     sigma                the k largest σ, as they are (σ-MoE, arXiv 2310.10837); balance is judged by the softmax
@@ -54,11 +55,17 @@ def choose(rule: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice
     experts = (scores if bias is None else scores + bias).topk(top_k, -1).indices
     gates = scores.gather(-1, experts)
     if scores is logits:
-        gates = torch.softmax(gates, -1)
+        gates = torch.softmax(gates, -1) if top_k > 1 else probabilities.gather(-1, experts)
     elif rule == "sigmoid":
-        gates = gates / gates.sum(-1, keepdim=True) if top_k > 1 else gates
-        probabilities = scores / scores.sum(-1, keepdim=True)
+        gates = _divided(gates, logits.gather(-1, experts)) if top_k > 1 else gates
+        probabilities = _divided(scores, logits)
     return Choice(experts, gates, probabilities)
+
+
+def _divided(scores: Tensor, logits: Tensor) -> Tensor:
+    """σ [..., n] of the logits, divided by their sum. Where all of them underflow, what they tend to: the softmax of log σ."""
+    total, smallest = scores.sum(-1, keepdim=True), torch.finfo(scores.dtype).tiny
+    return torch.where(total < smallest, torch.softmax(F.logsigmoid(logits), -1), scores / total.clamp(min=smallest))
 
 
 def balance_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:

@@ -141,6 +141,8 @@ def config_of(model: Model, seq_len: int) -> Config:
         ({"num_heads": 8, "head_dim": 6}, Sizes(num_kv_heads=3, num_heads=9), Options(), "choose num_heads of at least 12"),
         ({"moe": MOE}, Sizes(experts=6), Options(), "give a multiple"),
         ({"moe": MOE}, Sizes(experts=8, top_k=2), Options(), "top_k 4 is exact"),
+        ({}, Sizes(experts=4, top_k=1), Options(router="xmoe"), "directions have no zero"),
+        ({"moe": {**MOE, "top_k": 1}}, Sizes(experts=8), Options(), "its gate is not divided by a sum"),
         ({}, Sizes(granularity=2), Options(), "are for experts: give --num-experts"),
         ({}, Sizes(experts=4, granularity=2), Options(router="softmax_topk"), "topk_softmax does"),
         ({}, Sizes(vocab_size=50), Options(enable_vocabulary=True), "new tokens enter the normalizer"),

@@ -92,13 +92,13 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
         values |= {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}
     number = draw(st.integers(2, 5))
     if family == "mixtral":
-        values |= {"num_local_experts": number, "num_experts_per_tok": draw(st.integers(1, number))}
+        values |= {"num_local_experts": number, "num_experts_per_tok": draw(st.integers(2, number))}
     if family == "qwen3_moe":
         values |= {
             "num_experts": number,
-            "num_experts_per_tok": draw(st.integers(1, number)),
+            "num_experts_per_tok": (chosen := draw(st.integers(1, number))),
             "moe_intermediate_size": 4 * draw(st.integers(1, 5)),
-            "norm_topk_prob": draw(st.booleans()),
+            "norm_topk_prob": chosen > 1 and draw(st.booleans()),
             "decoder_sparse_step": draw(st.integers(1, layers)),
         }
     return values

@@ -191,6 +191,7 @@ def test_dtypes_are_as_asked(tmp_path: Path) -> None:
         ({"family": "spacetime"}, "model.family is spacetime"),
         ({"moe": {"num_shared": 1}}, "model.moe.num_shared is 1"),
         ({"moe": {"balance": "bias"}}, "model.moe.balance is 'bias'"),
+        ({"moe": {"top_k": 1}}, "qwen3_moe comes nearest, but model.qk_norm is False"),  # Mixtral's single gate is 1
     ],
 )
 def test_what_no_family_has_is_not_exported(section: dict[str, Any], words: str) -> None:
@@ -201,6 +202,22 @@ def test_what_no_family_has_is_not_exported(section: dict[str, Any], words: str)
     with pytest.raises(UsageError) as error:
         hf_config(tiny(**section), 12)
     assert words in str(error.value)
+
+
+def test_gates_of_one_are_not_read() -> None:
+    """Catches another model: of one expert a token these divide the gate by itself, and ours is a probability."""
+    from megascale.formats.hf_config import hf_config, model_section
+    from tests.layouts import tiny
+
+    config = hf_config(tiny(moe={"top_k": 2}), 12)
+    for changes in ({"num_experts_per_tok": 1}, {"num_experts_per_tok": 1, "num_local_experts": 2}):
+        with pytest.raises(UsageError, match="divided by itself"):
+            model_section({**config, **changes}, "config.json")
+    switch = tiny(moe={"top_k": 1}, qk_norm=True)
+    found = hf_config(switch, 12)
+    assert found["norm_topk_prob"] is False and model_section(found, "it")[0].moe.router == "softmax_topk"  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="divided by itself"):
+        model_section({**found, "norm_topk_prob": True}, "config.json")
 
 
 def test_what_bert_holds_beside_its_language_model(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.layouts import CPU, Case, fake_batch
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
-TORCHAO = importlib.util.find_spec("torchao") is not None
+TORCHAO, DEEPSPEED = (importlib.util.find_spec(package) is not None for package in ("torchao", "deepspeed"))
 RANKS = 2
 SIZES = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 32, "vocab_size": 40}
 # What observes, rounds or keeps state in forward, one model for each product that precisions know.
@@ -72,7 +72,11 @@ def combinations() -> Iterator[tuple[str, Config]]:
 
 
 ALLOWED = dict(combinations())
-HERE = [name for name, c in ALLOWED.items() if c.parallel.engine != "deepspeed" and (c.precision.fp8 != "dynamic" or TORCHAO)]
+HERE = [
+    name
+    for name, c in ALLOWED.items()
+    if (c.parallel.engine != "deepspeed" or DEEPSPEED) and (c.precision.fp8 != "dynamic" or TORCHAO)  # the extras
+]
 
 
 def one_step(names: list[str]) -> dict[str, str | float]:
