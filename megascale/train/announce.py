@@ -71,7 +71,8 @@ def announce(
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; {following}")
     if log.notes:
         log.event("mended", progress.step, notes=log.notes)
-    about = (padding_note(config), schedule_note(config.optim, config.train.total_steps), data_note, cast_note(config, facts["device"]))
+    schedule = schedule_note(config.optim, config.train.total_steps)
+    about = (padding_note(config), schedule, data_note, cast_note(config, facts["device"]), facts.get("immovable"))
     for sentence in (*(note.sentence for note in notes), *log.notes, *about):
         if sentence:
             console.warn(sentence)

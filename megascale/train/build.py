@@ -19,6 +19,7 @@ from megascale.model.layers import Fp8
 from megascale.model.matmul import way_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
+from megascale.optim.masters import immovable_note
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 from megascale.precision.dynamic import check_torchao
@@ -63,6 +64,9 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
         **({"threads": torch.get_num_threads(), "products": way_of(shape.compute)} if device.type == "cpu" else {}),
     }
+    note = immovable_note(config, specs)
+    if note is not None:
+        facts["immovable"] = note
     stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
     return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
 

@@ -1,0 +1,48 @@
+"""Which stored weights are too coarse to move: an update of less than half the distance to the next number is rounded away. Pure numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from megascale.config.schema import Config, Optim
+from megascale.model.spec import ParamSpec
+from megascale.optim.rates import rate_of
+
+PLACES = 8  # binary digits of a bf16 number
+
+
+def smallest_step(size: float) -> float:
+    """The change below which a bf16 number of this size stays what it is, in the direction in which numbers are denser."""
+    mantissa, exponent = math.frexp(size)  # size = mantissa·2^exponent, mantissa from ½ to 1
+    return 2.0 ** (exponent - PLACES - (2 if mantissa == 0.5 else 1))
+
+
+def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[str, float]:
+    """Weight → the smallest step that it can take as it starts, where an update at the peak rate is smaller. All are stored in bf16.
+
+    An update of Adam, Lion or Muon is about as large as the rate. A weight starts at its mean, else around its deviation; from zero any
+    step is possible.
+    """
+    found = {}
+    for name, spec in specs.items():
+        size = abs(spec.mean) or spec.std
+        if size > 0 and optim.lr * rate_of(spec, optim, width, name).factor <= smallest_step(size):
+            found[name] = smallest_step(size)
+    return found
+
+
+def immovable_note(config: Config, specs: Mapping[str, ParamSpec]) -> str | None:
+    """A sentence where the masters are bf16 and some of them cannot move."""
+    if config.precision.storage != "bf16":
+        return None
+    found = immovable(specs, config.optim, config.model.hidden_size)
+    if not found:
+        return None
+    worst = max(found, key=lambda name: found[name])
+    size = abs(specs[worst].mean) or specs[worst].std
+    return (
+        f"precision.master is bf16 and optim.lr is {config.optim.lr:g}: {len(found)} of {len(specs)} weights cannot move, {worst} for one, "
+        f"whose entries start at about {size:g} and round away every step up to {found[worst]:.2g}; set precision.master fp32, or raise the "
+        "rate"
+    )
