@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from megascale.config.bounds import TOO_DEEP, check_document, check_values, read_small_file
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
@@ -96,6 +97,9 @@ ELSEWHERE = {
 }
 
 
+MISTAKES = 20  # that one message tells
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads `path`, applies overrides in order, validates. Raises UsageError naming the key, the value and the fix."""
     return build_config(apply_overrides(read_yaml(Path(path)), overrides))
@@ -103,16 +107,31 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def build_config(values: dict[str, Any]) -> Config:
     """Nested plain values → `Config`."""
+    check_values(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_sentence(item) for item in error.errors()]
+        found = error.errors()
+        lines = [_sentence(item) for item in found[:MISTAKES]]
+        if len(found) > MISTAKES:
+            lines.append(f"… and {len(found) - MISTAKES:,} more")
         raise UsageError("\n  ".join(["the config cannot be used:", *lines])) from None
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML 1.2 document, so that 1e-3 is a number and `no` is a word."""
-    return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    """One YAML 1.2 document, so that 1e-3 is a number and `no` is a word. Raises ValueError for what is none, and UsageError for one that
+    is too large.
+    """
+    try:
+        constructor, _ = YAML(typ="safe", pure=True).get_constructor_parser(io.StringIO(text))
+        root = constructor.composer.get_single_node()
+        check_document(root)
+        return None if root is None else constructor.construct_document(root)
+    except RecursionError:
+        raise UsageError(TOO_DEEP) from None
+    # Its constructors look words up and take them apart without a look at what they have: `!!bool maybe` is a KeyError.
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(" ".join(f"{error}".split())) from None
 
 
 def to_yaml(values: dict[str, Any]) -> str:
@@ -128,17 +147,17 @@ def to_yaml(values: dict[str, Any]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping. Raises UsageError naming file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_file(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UsageError(f"there is no config file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the config file {path} cannot be read: {error}") from None
     try:
         values = parse_yaml(text)
-    except (YAMLError, ValueError) as error:
-        raise UsageError(f"{path} is not valid YAML 1.2: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid YAML 1.2: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{path} cannot be used: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds a {type(values).__name__}, not sections such as `model:` and `train:`")
     return values
@@ -153,18 +172,20 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         key, equals, text = item.partition("=")
         path = key.strip().removeprefix("--").split(".")
         if not equals or not all(path) or (len(path) < 2 and path != ["grow"]):
-            raise UsageError(f"cannot use the argument {item!r}: write section.key=value, for example train.steps=100{_suggest(key)}")
+            raise UsageError(f"cannot use the argument {_short(item)}: write section.key=value, for example train.steps=100{_suggest(key)}")
         try:
             value = parse_yaml(text) if text.strip() else None
-        except (YAMLError, ValueError):
+        except ValueError:
             value = text
+        except UsageError as error:
+            raise UsageError(f"{'.'.join(path)} cannot be used: {error}") from None
         node = result
         for part in path[:-1]:
             child = node.get(part)
             if child is None:
                 child = node[part] = {}
             if not isinstance(child, dict):
-                raise UsageError(f"cannot set {'.'.join(path)}: {part} is {child!r}, not a section")
+                raise UsageError(f"cannot set {'.'.join(path)}: {part} is {_short(child)}, not a section")
             node = child
         node[path[-1]] = value
     return result

@@ -36,7 +36,12 @@ def spans_of(tokens: int, fraction: float, mean: float) -> Spans:
 
 def longest_window(source_len: int, fraction: float, mean: float) -> Spans | None:
     """The longest window whose source has `source_len` tokens at most; None where not even two tokens fit."""
-    found, tokens = None, 2
-    while (spans := spans_of(tokens, fraction, mean)).source <= source_len:
-        found, tokens = spans, tokens + 1
-    return found
+    if spans_of(2, fraction, mean).source > source_len:
+        return None
+    fits, too_long = 2, 4
+    while spans_of(too_long, fraction, mean).source <= source_len:
+        fits, too_long = too_long, 2 * too_long
+    while too_long - fits > 1:  # a source never gets shorter with its window
+        middle = (fits + too_long) // 2
+        fits, too_long = (middle, too_long) if spans_of(middle, fraction, mean).source <= source_len else (fits, middle)
+    return spans_of(fits, fraction, mean)

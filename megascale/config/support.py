@@ -14,10 +14,11 @@ from megascale.config.rules.model import MODEL_RULES
 from megascale.config.rules.pairs import PAIR_RULES
 from megascale.config.rules.precision import PRECISION_RULES
 from megascale.config.rules.rule import Rule
+from megascale.config.rules.sizes import SIZE_RULES
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
-RULES: tuple[Rule, ...] = (*MODEL_RULES, *PAIR_RULES, *AXIS_RULES, *ENGINE_RULES, *PRECISION_RULES, *GENERAL_RULES)
+RULES: tuple[Rule, ...] = (*MODEL_RULES, *PAIR_RULES, *AXIS_RULES, *ENGINE_RULES, *PRECISION_RULES, *GENERAL_RULES, *SIZE_RULES)
 
 
 def refusals(config: Config, ranks: int) -> list[Rule]:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from megascale.config.schema.model import Model
 from megascale.config.schema.parallel import Parallel
-from megascale.config.schema.section import NonNegative, Positive, Section
+from megascale.config.schema.section import Layers, Positive, Seconds, Section, Seed, Threads
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
 
-def _no_dots(name: str) -> str:
-    if not name.strip("."):
-        raise ValueError(f"{name!r} is a way through folders: give it a letter or a digit")
-    return name
+def _one_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", value) or value in (".", ".."):
+        raise ValueError(f"{value!r} is no name of a folder: give letters, digits, '.', '_' and '-'")
+    return value
 
 
 class Run(Section):
-    name: Annotated[str, AfterValidator(_no_dots)] = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", max_length=200)
+    name: Annotated[str, AfterValidator(_one_name)] = Field(default="run", max_length=200)
     dir: str | None = None  # runs/<name> if absent
-    seed: NonNegative = 1234
+    seed: Seed = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent, alone also OMP_NUM_THREADS
+    threads: Threads | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent, alone also OMP_NUM_THREADS
     kernels: Literal["auto", "torch", "apex", "te"] = "auto"
     peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one rank, for MFU; known for common GPUs, measured on CPUs
     profile_step: Positive | None = None  # write a profiler trace of this step
-    collective_timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds until a silent peer counts as lost
+    collective_timeout: Seconds = 600.0  # seconds until a silent peer counts as lost
     wandb: bool = False
     tensorboard: bool = False
     allow_change: list[str] = Field(default_factory=list)
@@ -43,7 +44,7 @@ class GrowAt(Section):
     head_dim: Positive | None = None
     ffn_size: Positive | None = None
     expert_ffn_size: Positive | None = None
-    num_layers: Positive | None = None
+    num_layers: Layers | None = None
     num_experts: Positive | None = None
     top_k: Positive | None = None
     granularity: Positive = 1

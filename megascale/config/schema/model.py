@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megascale.config.schema.section import NonNegative, Positive, Probability, Section
+from megascale.config.schema.section import Layers, NonNegative, Positive, Probability, Section
 
 # The norms by the names that `model.norm_eps_of` knows: outside blocks; of a block, where qk_norm and the inner norms stand in sublayers.
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
@@ -70,8 +70,8 @@ class RopeScaling(Section):
 class Spacetime(Section):
     """Fields of numbers on a grid, [s₁ … s_K, channels] a sample: video, weather, volumes. Each patch of the grid is a token."""
 
-    shape: tuple[Positive, ...]  # of a sample; the first dimension is time where there is one
-    patch: tuple[Positive, ...]  # of a token, along each dimension
+    shape: Annotated[tuple[Positive, ...], Field(max_length=8)]  # of a sample; the first dimension is time where there is one
+    patch: Annotated[tuple[Positive, ...], Field(max_length=8)]  # of a token, along each dimension
     channels: Positive
     objective: Literal["masked", "next_step"] = "masked"  # fill in hidden patches, or see the past and tell the next patch in time
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -128,8 +128,8 @@ class Matformer(Section):
 
 class Model(Section):
     family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
-    num_layers: Positive  # of an encoder_decoder those of its decoder
-    encoder_layers: Positive | None = None  # of an encoder_decoder; num_layers if absent
+    num_layers: Layers  # of an encoder_decoder those of its decoder
+    encoder_layers: Layers | None = None  # of an encoder_decoder; num_layers if absent
     hidden_size: Positive
     num_heads: Positive
     num_kv_heads: Positive | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megascale.config.schema.section import NonNegative, Positive, Section
+from megascale.config.schema.section import NonNegative, Positive, Ranks, Section
 
 
 def _words(value: Any) -> Any:
@@ -16,20 +16,20 @@ def _words(value: Any) -> Any:
 
 
 class Parallel(Section):
-    dp_replicate: Positive = 1
-    dp_shard: Annotated[int, Field(ge=-1)] = -1  # -1: the ranks that the other axes leave
+    dp_replicate: Ranks = 1
+    dp_shard: Annotated[int, Field(ge=-1, le=2**20)] = -1  # -1: the ranks that the other axes leave
     reshard_after_forward: bool = True  # True is ZeRO-3; False keeps the gathered weights until backward (ZeRO-2)
-    tp: Positive = 1
+    tp: Ranks = 1
     tp_sequence: bool = False
-    cp: Positive = 1
+    cp: Ranks = 1
     cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
-    cp_ulysses: Positive = 1  # with ring: so many neighbours trade heads, and the groups of them pass blocks around
-    pp: Positive = 1
+    cp_ulysses: Ranks = 1  # with ring: so many neighbours trade heads, and the groups of them pass blocks around
+    pp: Ranks = 1
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
-    pp_virtual: Positive = 1  # stages per rank; zbv and dualpipev always have two
+    pp_virtual: Ranks = 1  # stages per rank; zbv and dualpipev always have two
     pp_layers: tuple[NonNegative, ...] | None = None  # layers of each stage in order; absent: balanced by estimated cost
-    ep: Positive = 1  # ranks over which the experts are dealt out
-    etp: Positive | None = None  # ranks over which one expert is cut; tp if absent
+    ep: Ranks = 1  # ranks over which the experts are dealt out
+    etp: Ranks | None = None  # ranks over which one expert is cut; tp if absent
     accumulation: Literal["depth_first", "layered"] = "depth_first"
     breadth_first: Positive | None = None  # micro-batches that pass a layer together under layered; all of the step if absent
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"

@@ -6,8 +6,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Whole numbers are bounded by what can be meant, so that a slip of the finger is one sentence, not an hour of work or an overflow in torch.
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NonNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]  # a dry run builds each of them
+Ranks = Annotated[int, Field(ge=1, le=2**20)]
+Threads = Annotated[int, Field(ge=1, le=1024)]  # OpenMP dies in its own code where there are too many to start
+Tokens = Annotated[int, Field(ge=1, le=10**18)]
+Seed = Annotated[int, Field(ge=0, le=10**18)]
+Seconds = Annotated[float, Field(gt=0, le=10**7)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megascale.config.schema.section import NonNegative, Positive, Section, Share
+from megascale.config.schema.section import NonNegative, Positive, Section, Share, Tokens
 
 
 class Train(Section):
     steps: Positive | None = None
-    tokens: Positive | None = None
+    tokens: Tokens | None = None
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 1
     seq_len: Positive = 512  # of an encoder_decoder the places of a target

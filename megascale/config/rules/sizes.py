@@ -1,0 +1,67 @@
+"""What is too large to be counted or laid out: refused before anything of that size is made."""
+
+from __future__ import annotations
+
+import math
+
+from megascale.config.layout import micro_batches
+from megascale.config.rules.rule import Rule
+from megascale.config.schema import Config, Model
+
+PARAMETERS = 2**56  # with 16 bytes each there is room below 2^63, up to which torch counts bytes
+COMPUTATIONS = 2**20  # of a step's schedule, which is written out and simulated before the first step
+
+SIZE_RULES: tuple[Rule, ...] = (
+    Rule(
+        "model_size",
+        (
+            "model.num_layers",
+            "model.hidden_size",
+            "model.num_heads",
+            "model.head_dim",
+            "model.ffn_size",
+            "model.vocab_size",
+            "train.seq_len",
+        ),
+        lambda c, n: _parameters_at_most(c.model, c.train.seq_len) > PARAMETERS,
+        f"this could be more than {PARAMETERS:.0e} parameters, whose bytes torch cannot count",
+        "look for a digit too many, also in model.moe and the other sections of model",
+    ),
+    Rule(
+        "schedule_length",
+        ("train.global_batch_size", "train.micro_batch_size", "parallel.pp", "parallel.accumulation", "model.num_layers"),
+        lambda c, n: _computations(c, n) > COMPUTATIONS,
+        f"a step's order would have more than {COMPUTATIONS:,} computations (micro-batches × stages, forward and backward)",
+        "choose a larger micro_batch_size, more data ranks, or a smaller global_batch_size",
+    ),
+)
+
+
+def _parameters_at_most(model: Model, seq_len: int) -> int:
+    """A bound from above, without building anything: every layer as dear as the dearest kind."""
+    d, heads = model.hidden_size, model.num_heads * (model.head_dim or 1)
+    widths = [model.ffn_size or 1, *(model.ffn_sizes or ())]
+    ffn, banks, attention = max(widths), 1, 1
+    if model.moe is not None:
+        ffn, banks = max(ffn, model.moe.ffn_size or 1), model.moe.num_experts + model.moe.num_shared
+    if model.moeut is not None:
+        attention = model.moeut.attention_experts
+    products = 4 * (d + 1) * heads * attention + 3 * (d + 1) * ffn * banks + d * banks
+    if model.tokenformer is not None:
+        products += 16 * model.tokenformer.tokens * (d + heads + ffn)
+    tables = (model.vocab_size or 1) + (model.source_vocab_size or 1) + seq_len + model.relative_buckets
+    if model.spacetime is not None:
+        fields = model.spacetime
+        tables += (
+            fields.channels * math.prod(fields.patch) + math.prod(fields.shape) + (fields.text_vocab_size or 1) + (fields.text_len or 1)
+        )
+    return 2 * model.total_layers * products + 2 * tables * (d + heads)
+
+
+def _computations(config: Config, ranks: int) -> int:
+    """Of a pipeline or of layered accumulation; other orders are not written out."""
+    if config.parallel.accumulation == "layered":
+        return 2 * micro_batches(config, ranks) * (config.model.total_layers + 2)
+    if config.parallel.pp == 1:
+        return 0
+    return 2 * micro_batches(config, ranks) * config.parallel.pp * config.parallel.stages_per_rank
