@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,8 +101,9 @@ def main(
     else:
         print(render(job), end="")
         script = run_dir / "launch" / "job.sbatch"
-        lines = chain_commands(str(script), chain) if chain > 1 else [f"sbatch {script}"]
-        print("\n".join([f"to submit: mkdir -p {script.parent}, save this as {script}, and", *lines]), file=sys.stderr)
+        file, parent = shlex.quote(str(script)), shlex.quote(str(script.parent))
+        lines = chain_commands(str(script), chain) if chain > 1 else [f"sbatch {file}"]
+        print("\n".join([f"to submit: mkdir -p {parent}, save this as {file}, and", *lines]), file=sys.stderr)
 
 
 def _pools(
@@ -132,7 +134,7 @@ def _variants(config: Path, placed: tuple[str, ...], seeds: str | None, each: li
 def _pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"--export {text}: write NAME=VALUE")
+        raise UsageError(f"--export {text!r}: write NAME=VALUE")
     return key, value
 
 

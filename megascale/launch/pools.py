@@ -29,9 +29,9 @@ class Pool:
 
 def make_pool(nodes: str, gpus: int, ranks: int | None, partition: str | None = None, constraint: str | None = None) -> Pool:
     """Checked values. Ranks follow the GPUs where they are not given: one each, and one for a node without."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", nodes)
     if match is None or int(match[1]) < 1 or int(match[2] or match[1]) < int(match[1]):
-        raise UsageError(f"--nodes is {nodes}: a number such as 4 or a range such as 2-4 is needed")
+        raise UsageError(f"--nodes is {nodes[:40]!r}: a number such as 4 or a range such as 2-4 is needed")
     if gpus < 0 or (ranks is not None and ranks < 1):
         raise UsageError(f"{gpus} GPUs and {ranks} ranks on a node: GPUs from 0 (CPUs) on and ranks from 1 on are needed")
     if ranks is not None and gpus and ranks > gpus:
@@ -47,14 +47,16 @@ def read_pool(text: str) -> Pool:
     for item in text.split(","):
         key, equals, value = item.partition("=")
         if not equals or key not in ("nodes", "gpus", "ranks", "partition", "constraint"):
-            raise UsageError(f"--pool {text}: cannot use {item!r}; write nodes=N,gpus=G with ranks=, partition= and constraint= as needed")
+            raise UsageError(
+                f"--pool {text[:80]!r}: cannot use {item[:40]!r}; write nodes=N,gpus=G, and ranks=, partition=, constraint= as needed"
+            )
         values[key] = value
     for key in ("nodes", "gpus"):
         if key not in values:
-            raise UsageError(f"--pool {text}: {key}= is missing")
+            raise UsageError(f"--pool {text[:80]!r}: {key}= is missing")
     for key in ("gpus", "ranks"):
-        if not values.get(key, "0").isdigit():
-            raise UsageError(f"--pool {text}: {key} is {values[key]!r}, and a whole number is needed")
+        if not re.fullmatch("[0-9]{1,6}", values.get(key, "0")):
+            raise UsageError(f"--pool {text[:80]!r}: {key} is {values[key][:40]!r}, and a whole number is needed")
     ranks = int(values["ranks"]) if "ranks" in values else None
     return make_pool(values["nodes"], int(values["gpus"]), ranks, values.get("partition"), values.get("constraint"))
 

@@ -200,7 +200,7 @@ def tasks_per_node(text: str) -> list[int]:
     """SLURM's "4(x2),3" → [4, 4, 3]."""
     counts: list[int] = []
     for item in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip())
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", item.strip())
         if match is None:
             raise UsageError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}: a list such as 4(x2),3 is needed")
         counts += [int(match[1])] * int(match[2] or 1)

@@ -6,9 +6,14 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from megascale.config.bounds import path_mistake
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool
 from megascale.launch.rendezvous import FIRST_PORT, PORTS
+from megascale.launch.words import check_line_words, check_mounts, check_sbatch_words, check_shell_words, quoted
+
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+SAVE_SECONDS = 600  # that torchrun gives its ranks between SIGTERM and SIGKILL; it would give 30
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Job:
 
 def check_job(job: Job) -> None:
     """Refuses what SLURM would refuse later, or do otherwise than meant."""
-    if job.time is not None and not re.fullmatch(r"\d+|(\d+-)?\d{1,2}(:\d{1,2}){0,2}|\d+:\d{2}(:\d{2})?", job.time):
-        raise UsageError(f"--time is {job.time}: minutes, hours:minutes:seconds or days-hours:minutes are needed")
+    _check_words(job)
+    if job.time is not None and not re.fullmatch(r"[0-9]+|([0-9]+-)?[0-9]{1,2}(:[0-9]{1,2}){0,2}|[0-9]+:[0-9]{2}(:[0-9]{2})?", job.time):
+        raise UsageError(f"--time is {job.time!r}: minutes, hours:minutes:seconds or days-hours:minutes are needed")
     if len(job.pools) > 1 and job.variants:
         raise UsageError("--pool several times makes a heterogeneous job, and SLURM has no arrays of those: submit the variants one by one")
     if len(job.pools) > 1 and job.torchrun:
@@ -67,9 +73,32 @@ def check_job(job: Job) -> None:
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise UsageError(f"two tasks of the array would share the run directory {job.run_dir}-{twice}: give every one its own overrides")
+    for label in labels:
+        wrong = path_mistake(f"{job.run_dir}-{label}")
+        if wrong is not None:
+            raise UsageError(f"a task of the array would write to {job.run_dir}-{label[:40]}…: {wrong}; give it shorter overrides")
     for key, _ in job.exports:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            raise UsageError(f"--export {key}: write NAME=VALUE with a name that a shell can hold")
+            raise UsageError(f"--export {key!r}: write NAME=VALUE with a name that a shell can hold")
+
+
+def _check_words(job: Job) -> None:
+    """Every text that goes into the script, by how it is quoted there."""
+    pools = [w for p in job.pools for w in (("--nodes", p.nodes), ("--partition", p.partition), ("--constraint", p.constraint))]
+    check_sbatch_words([("run.name", job.name), ("run.dir", job.run_dir), ("--account", job.account), ("--qos", job.qos), *pools])
+    check_sbatch_words([("--exclude", job.exclude), ("--time", job.time)])
+    check_line_words([("--sbatch", d) for d in job.directives])
+    for directive in job.directives:
+        if not directive.startswith("-"):
+            raise UsageError(f"--sbatch is {directive!r}: give an option of sbatch, as --sbatch=--mem=0")
+    check_line_words([("the config's path", job.config), ("this project's folder", job.root), ("--python", job.python)])
+    check_line_words([("this folder", job.workdir), *(("--export", key) for key, _ in job.exports)])
+    check_shell_words([("--export", value) for _, value in job.exports] + [("--setup", line) for line in job.setup])
+    check_shell_words([("an override", o) for o in (*job.overrides, *(o for _, words in job.variants for o in words))])
+    check_line_words([("a task of the array", label) for label, _ in job.variants])
+    if job.container is not None:
+        check_line_words([("--container", job.container.image), *(("--mount", m) for m in job.container.mounts)])
+        check_mounts(job.container.mounts)
 
 
 def render(job: Job) -> str:
@@ -99,16 +128,16 @@ def _header(job: Job) -> str:
     nodes = " + ".join(f"{p.nodes} nodes of {f'{p.gpus_per_node} GPUs' if p.gpus_per_node else 'CPUs'}" for p in job.pools)
     log = "%x-%A_%a.log" if job.variants else "%x-%j.log"
     common = [
-        f"--job-name={job.name}",
-        *([f"--account={job.account}"] if job.account else []),
-        *([f"--qos={job.qos}"] if job.qos else []),
-        *([f"--exclude={job.exclude}"] if job.exclude else []),
+        f"--job-name={quoted(job.name)}",
+        *([f"--account={quoted(job.account)}"] if job.account else []),
+        *([f"--qos={quoted(job.qos)}"] if job.qos else []),
+        *([f"--exclude={quoted(job.exclude)}"] if job.exclude else []),
         *([f"--time={job.time}"] if job.time else []),
         *([f"--array=0-{len(job.variants) - 1}" + (f"%{job.at_once}" if job.at_once else "")] if job.variants else []),
         "--requeue",
         "--open-mode=append",
         f"--signal=B:USR1@{job.signal_seconds}",
-        f"--output={_quoted(f'{job.run_dir}/launch/{log}')}",
+        f"--output={quoted(job.run_dir.replace('%', '%%') + f'/launch/{log}')}",
         *job.directives,
     ]
     lines = [
@@ -132,8 +161,8 @@ def _pool_directives(job: Job, pool: Pool) -> list[str]:
     else:
         room = [f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if job.cpus_per_rank else [])]
     return [
-        *([f"--partition={pool.partition}"] if pool.partition else []),
-        *([f"--constraint={pool.constraint}"] if pool.constraint else []),
+        *([f"--partition={quoted(pool.partition)}"] if pool.partition else []),
+        *([f"--constraint={quoted(pool.constraint)}"] if pool.constraint else []),
         f"--nodes={pool.nodes}",
         *room,
         *([f"--gpus-per-node={pool.gpus_per_node}"] if pool.gpus_per_node else []),
@@ -167,6 +196,7 @@ def _settings(job: Job) -> str:
     lines += [f"export {key}={shlex.quote(value)}" for key, value in job.exports]
     if job.torchrun:
         lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun would set it itself, with a warning")
+        lines.append(f"export {SHUTDOWN}=${{{SHUTDOWN}:-{SAVE_SECONDS}}}  # for a save between SIGTERM and SIGKILL")
     lines += [f"cd {shlex.quote(job.workdir)} || exit 2  # paths in the config start here"]
     return "\n".join(lines)
 
@@ -207,16 +237,19 @@ def _traps(job: Job) -> str:
         if job.torchrun
         else "# srun passes USR1 on to its tasks."
     )
+    # An older request, of a job that was killed before it could take its file away, is none of this one.
+    stale = '\nrm -f "$run_dir/STOP"' if job.torchrun else ""
     return f"""
-{why}
+{why}{stale}
 asked=""  # why the ranks were asked to stop: limit, or cancel
 step=""   # the process of srun
 trap 'asked=${{asked:-limit}}; say "the time limit is near: the ranks are asked to save"; {ask}' USR1
-trap 'asked=cancel' TERM
+trap 'asked=cancel; {ask}' TERM
 """
 
 
 def _loop(job: Job) -> str:
+    forget = '\nrm -f "$run_dir/STOP"' if job.torchrun else ""
     return f"""
 restarts=0
 code=75
@@ -240,7 +273,7 @@ while [ -z "$asked" ]; do
   say "starting again in $((10 * restarts)) s, time $restarts of $max_restarts"
   next_port
   sleep $((10 * restarts)) & wait $!
-done
+done{forget}
 """
 
 
@@ -273,12 +306,18 @@ def _srun(job: Job, program: str = '"$root/pretrain.py" "$config" "${overrides[@
 
     kill  whether one that fails ends the others, too
     """
-    flags = [f"--kill-on-bad-exit={int(kill)}", "--distribution=block"]
+    # Said aloud, since sites set them otherwise: SLURM_EXPORT_ENV=NONE would keep back what is exported above, and a WaitTime would kill
+    # ranks that still write when the first one has ended.
+    flags = ["--export=ALL", "--wait=0", f"--kill-on-bad-exit={int(kill)}", "--distribution=block"]
+    names = ["MASTER_ADDR", "MASTER_PORT", *(["OMP_NUM_THREADS", SHUTDOWN] if job.torchrun else []), *(key for key, _ in job.exports)]
+    before = ""
     if job.container is not None and job.container.runtime == "pyxis":
+        flags.append(f"--container-env={','.join(dict.fromkeys(names))}")  # else the image's own values win
         mounts = ",".join(f"{m}:{m}" for m in job.container.mounts)
         flags += [f"--container-image={job.container.image}", f"--container-mounts={mounts}", f"--container-workdir={job.workdir}"]
     inside: list[str] = []
     if job.container is not None and job.container.runtime == "apptainer":
+        before = "".join(f'APPTAINERENV_{name}="${name}" ' for name in dict.fromkeys(names))  # the same
         inside = ["apptainer", "exec", *(["--nv"] if job.pools[0].gpus_per_node else [])]
         inside += [*(w for m in job.container.mounts for w in ("--bind", m)), "--pwd", job.workdir, job.container.image]
     shared = " ".join(map(shlex.quote, flags))  # said again for every part of a heterogeneous job
@@ -293,7 +332,7 @@ def _srun(job: Job, program: str = '"$root/pretrain.py" "$config" "${overrides[@
         if job.cpus_per_rank:  # srun does not take it over from sbatch
             where += f" --cpus-per-task={job.cpus_per_rank * pool.ranks_per_node // tasks}"
         blocks.append(f"{shared} \\\n    {where} \\\n    {enter}{_torchrun(pool, program) if job.torchrun else command}")
-    return "  srun " + " : \\\n    ".join(blocks)
+    return f"  {before}srun " + " : \\\n    ".join(blocks)
 
 
 def _torchrun(pool: Pool, program: str) -> str:
@@ -306,13 +345,12 @@ def _torchrun(pool: Pool, program: str) -> str:
 
 
 def _end(job: Job) -> str:
-    forget = '    rm -f "$run_dir/STOP"\n' if job.torchrun else ""
     if job.chained:
-        again = f"""    say "this link of the chain ends here, the next one goes on"
-{forget}    exit 0"""
+        again = """    say "this link of the chain ends here, the next one goes on"
+    exit 0"""
     else:
-        again = f"""    say "requeued"
-{forget}    scontrol requeue "$SLURM_JOB_ID" && sleep 300 & wait $!"""
+        again = """    say "requeued"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 300 & wait $!"""
     return f"""
 # Only the time limit's signal makes the job come back by itself: a cancelled one has saved, too, and must stay away.
 preempted() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }}
@@ -326,8 +364,3 @@ elif [ "$code" -eq 75 ]; then
 fi
 exit "$code"
 """
-
-
-def _quoted(text: str) -> str:
-    """A value of an #SBATCH line, which knows double quotes."""
-    return f'"{text}"' if re.search(r"[\s#']", text) else text

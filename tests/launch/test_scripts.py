@@ -116,11 +116,11 @@ def test_tasks_of_an_array() -> None:
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        (replace(BASE, time="a day"), "--time is a day"),
+        (replace(BASE, time="a day"), "--time is 'a day'"),
         (replace(BASE, pools=(Pool("1", 1, 1),) * 2, variants=(("a", ()),)), "no arrays of those"),
         (replace(BASE, pools=(Pool("1", 1, 1),) * 2, torchrun=True), "leave out --torchrun"),
         (replace(BASE, variants=(("a", ()), ("a", ()))), "/scratch/runs/llama-a"),
-        (replace(BASE, exports=(("A-B", "1"),)), "--export A-B"),
+        (replace(BASE, exports=(("A-B", "1"),)), "--export 'A-B'"),
     ],
 )
 def test_what_slurm_would_refuse(job: Job, words: str) -> None:
@@ -137,7 +137,7 @@ def test_pools_are_read() -> None:
         with pytest.raises(UsageError, match=words):
             read_pool(text)
     for nodes, gpus, ranks, words in (
-        ("0", 1, None, "--nodes is 0"),
+        ("0", 1, None, "--nodes is '0'"),
         ("4-2", 1, None, "4-2"),
         ("1", 2, 4, "at most 2"),
         ("1", -1, None, "GPUs"),
