@@ -4,6 +4,7 @@
 # HOSTS     the hosts; the ranks meet on the first, so the others must reach it under this name
 # NPROC     ranks on every host (default: its GPUs, or 2 on a machine without)
 # PORT      where the ranks meet (default: taken from this process's number)
+# SAVE_SECONDS  that the ranks have for a save when their torchrun is asked to end (default 600)
 # RSH       how to reach a host, called as `$RSH HOST COMMAND` (default: ssh)
 # Ctrl-C, SIGTERM and SIGUSR1 put a file STOP into the run's directory when RUN_DIR names it; otherwise they end the hosts' connections.
 set -euo pipefail
@@ -17,8 +18,9 @@ head=${hosts[0]}:${PORT:-$((20000 + $$ % 12000))}
 pids=()
 stop() { if [ -n "${RUN_DIR:-}" ]; then touch "$RUN_DIR/STOP"; else kill "${pids[@]}" 2>/dev/null || true; fi; }
 trap stop INT TERM USR1
-for host in "${hosts[@]}"; do
-  printf -v command '%q ' env HEAD="$head" NODES="${#hosts[@]}" ${NPROC:+NPROC="$NPROC"} ${PYTHON:+PYTHON="$PYTHON"} "$root/launchers/torchrun.sh" "$@"
+for i in "${!hosts[@]}"; do
+  host=${hosts[i]}
+  printf -v command '%q ' env HEAD="$head" NODES="${#hosts[@]}" NODE_RANK="$i" ${SAVE_SECONDS:+SAVE_SECONDS="$SAVE_SECONDS"} ${NPROC:+NPROC="$NPROC"} ${PYTHON:+PYTHON="$PYTHON"} "$root/launchers/torchrun.sh" "$@"
   "${rsh[@]}" "$host" "cd $(printf %q "$PWD") && $command" &
   pids+=($!)
 done

@@ -10,6 +10,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$(test -x "$root/.venv/bin/python" && echo "$root/.venv/bin/python" || echo python3)}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 nproc=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
+[[ $nproc =~ ^[0-9]{1,6}$ && $nproc -gt 0 ]] || { echo "error: NPROC is $nproc: a whole number from 1 on is needed" >&2; exit 2; }
 read -ra hosts <<<"${HOSTS:-}"
 mpirun=${MPIRUN:-mpirun}
 command -v "$mpirun" >/dev/null || { echo "error: there is no $mpirun on the PATH: load an MPI module, or set MPIRUN" >&2; exit 2; }

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
-from megascale.launch.rendezvous import interface_towards
+from megascale.launch.rendezvous import interface_towards, is_loopback
+
+LOOPBACK = "127.0.0.1"
 
 
 def open_store(ranks: RankInfo, limit: float) -> dist.Store:
@@ -16,22 +21,47 @@ def open_store(ranks: RankInfo, limit: float) -> dist.Store:
     assert ranks.address is not None and ranks.port is not None
     # torchrun's agents keep a store of their own, in which every restart of the ranks has its place.
     agent = ranks.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    inside = not agent and stays_inside(ranks, os.environ)
     store = dist.TCPStore(
-        ranks.address,
+        LOOPBACK if inside else ranks.address,
         ranks.port,
         None,
         ranks.rank == 0 and not agent,
         timedelta(seconds=limit),
         wait_for_workers=False,
         multi_tenant=True,
+        master_listen_fd=_listen(ranks.port) if inside and ranks.rank == 0 else None,
     )
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def stays_inside(ranks: RankInfo, env: Mapping[str, str]) -> bool:
+    """Whether no rank is on another machine: then the store, which believes whoever writes into it, is not shown to the network.
+
+    Variables that somebody set by hand leave LOCAL_WORLD_SIZE out on several nodes, too.
+    """
+    told = ranks.launcher != "torchrun" or "LOCAL_WORLD_SIZE" in env
+    return is_loopback(ranks.address or "") or (ranks.one_node and told)
+
+
+def _listen(port: int) -> int:
+    """A socket on loopback for torch, which closes it; its own listens on every interface. Raises UsageError for a port that is taken."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((LOOPBACK, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"MASTER_PORT {port} cannot be used on {LOOPBACK} ({error.strerror}): set MASTER_PORT to a free port") from None
+    return listener.detach()
 
 
 def join(store: dist.Store, ranks: RankInfo, backend: str, patience: float) -> None:
     """Collective over all ranks: the process group, whose collectives give up after `patience` seconds."""
     # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
-    interface = interface_towards(ranks.address) if ranks.address else None
+    address = LOOPBACK if stays_inside(ranks, os.environ) else ranks.address
+    interface = interface_towards(address) if address else None
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=patience))
