@@ -98,7 +98,7 @@ def test_a_lock_elsewhere_is_watched_and_not_its_clock(tmp_path: Path, text: str
 
 def test_a_holder_elsewhere_that_lives_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a lock that is broken although its holder gives signs of life."""
-    left_by(tmp_path, machine="elsewhere boot pids", node="elsewhere", job="77", token="x" * 32)
+    left_by(tmp_path, machine="elsewhere boot pids", node="elsewhere", job="77", look="squeue -j 77", token="x" * 32)
     real = time.sleep
 
     def sleep(seconds: float) -> None:

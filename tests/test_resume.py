@@ -14,9 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megascale.checkpoint import room
+from megascale.checkpoint.index import read_index
 from megascale.checkpoint.storage import step_name
+from megascale.config.load import build_config
 from megascale.data.indexed import TokenWriter
+from megascale.launch.ranks import RankInfo
 from megascale.train.lock import LOCK
+from megascale.train.resume import Start
+from megascale.train.room import checkpoint_bytes
 from megascale.train.setup import build_trainer
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
 
@@ -228,9 +234,6 @@ def test_left_overs_are_swept(folder: Path) -> None:
 
 def test_the_directory_is_held_while_training(folder: Path) -> None:
     """Catches a second job in the directory, one that disturbs the first, and a directory made anew when it was moved away."""
-    from megascale.config.load import build_config
-    from megascale.launch.ranks import RankInfo
-
     values = values_of(folder, train__steps=8)
     with build_trainer(build_config(values), RankInfo()) as trainer:
         before = tree(folder / "run")
@@ -266,6 +269,33 @@ def rewrite_index(folder: Path) -> None:
     index = json.loads((folder / "index.json").read_text())
     index["files"][SHARD] = {"bytes": len(data), "crc32": zlib.crc32(data)}
     (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_room_is_looked_at_before_the_first_step(
+    done: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a disk that is found too small when the second checkpoint is written, and a count of bytes that is not the checkpoint's."""
+    index = read_index(step_folder(done, 6))
+    config = build_config(values_of(done))
+    assert checkpoint_bytes(config, Start()) == sum(t.nbytes for t in index.tensors.values())
+    assert checkpoint_bytes(config, Start(index.folder)) == sum(f.bytes for f in index.files.values())
+    monkeypatch.setattr(room, "_free", lambda root: 0.0)
+    assert run(values_of(folder, train__steps=7, checkpoint__keep_last=3)) == (0, "done")
+    assert not events(folder, "disk_room")  # older ones will go
+    assert run(values_of(folder, train__steps=8, checkpoint__keep_last=9)) == (0, "done")
+    (event,) = events(folder, "disk_room")
+    assert event["needed_bytes"] > event["held_bytes"] and event["free_bytes"] == 0
+    assert "warning: a checkpoint takes" in capfd.readouterr().err
+
+
+def test_weights_named_by_a_path_that_cannot_be(folder: Path) -> None:
+    """Catches tracebacks for paths that are too long or hold a zero byte."""
+    for path in ("a" * 300, "a\0b", "\ud800"):
+        for key in ("checkpoint__init_from", "checkpoint__resume", "run__dir"):
+            values = values_of(folder, **{"run__dir": str(folder / "new"), key: path})
+            code, message = run(values)
+            assert code == 2 and (key.replace("__", ".") in message or "is no checkpoint and holds none" in message), (key, message)
+            assert not (folder / "new").exists()
 
 
 @pytest.fixture(scope="module")

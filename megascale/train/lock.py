@@ -29,7 +29,7 @@ LOCK = "run.lock"
 BEAT = 2.0  # seconds between two signs of life
 STALE = 30.0  # seconds without one after which a holder on another node is gone
 LOOK = 0.5  # seconds between two looks at another's lock
-JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "OMPI_MCA_ess_base_jobid")
+SCHEDULERS = {"SLURM_JOB_ID": "squeue -j", "PBS_JOBID": "qstat", "LSB_JOBID": "bjobs"}  # whose number it is → what shows that job
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Holder:
     since: str
     token: str  # no two are the same
     job: str = ""
+    look: str = ""  # a command that shows it
     machine: str = ""
     started: str = ""
 
@@ -51,9 +52,10 @@ class Holder:
 
 
 def this_process() -> Holder:
-    job = next((os.environ[name] for name in JOB_IDS if os.environ.get(name)), "")
+    known = [(os.environ[name], show) for name, show in SCHEDULERS.items() if os.environ.get(name)]
+    job, look = (known[0][0], " ".join(known[0][::-1])) if known else ("", f"ssh {node_name()} ps -fp {os.getpid()}")
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return Holder(node_name(), os.getpid(), since, uuid.uuid4().hex, job, machine(), started(os.getpid()) or "")
+    return Holder(node_name(), os.getpid(), since, uuid.uuid4().hex, job, look, machine(), started(os.getpid()) or "")
 
 
 def machine() -> str:
@@ -236,14 +238,13 @@ class RunLock:
             return (
                 f"the run directory {self.run_dir} is held by another job, whose {LOCK} changes: wait for its end, or take another run.name"
             )
-        look = f"squeue -j {holder.job}" if holder.job.isdigit() else f"ssh {holder.node} ps -fp {holder.pid}"
         age = ""
         with suppress(OSError):
             age = f", its last sign of life {max(0.0, time.time() - self.path.stat().st_mtime):.0f} s ago"
         return (
-            f"the run directory {self.run_dir} is held by another job: {holder.words}{age}. Look at it with `{look}`, wait for its end or "
-            f"end it with `touch {self.run_dir / 'STOP'}`, or choose another run.name; only where that process is surely gone, delete "
-            f"{self.path}"
+            f"the run directory {self.run_dir} is held by another job: {holder.words}{age}. Look at it with `{holder.look}`, wait for its "
+            f"end or end it with `touch {self.run_dir / 'STOP'}`, or choose another run.name; only where that process is gone for sure, "
+            f"delete {self.path}"
         )
 
     def _holder_words(self) -> str:
@@ -260,7 +261,8 @@ class RunLock:
         mark = (stat.st_mtime_ns, stat.st_ino, len(raw))
         try:
             said = json.loads(raw)
-            texts = {f.name: str(said[f.name]) for f in fields(Holder) if f.name != "pid"}
+            # They are shown on terminals: nothing but what can be read.
+            texts = {f.name: "".join(c for c in str(said[f.name]) if c.isprintable()) for f in fields(Holder) if f.name != "pid"}
             holder = Holder(pid=int(said["pid"]), **texts)
         except (ValueError, TypeError, KeyError, RecursionError):
             return None, mark

@@ -88,7 +88,11 @@ def _from_run(config: Config, folder: Path, skipped: list[Skipped]) -> Start:
 def _weights_from(config: Config, folder: Path) -> Start:
     """A run that takes its weights from elsewhere, checked as far as headers tell. Raises UsageError."""
     foreign = None
-    if is_hf_folder(folder):
+    try:
+        other = is_hf_folder(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"checkpoint.init_from is {str(folder)[:200]!r}, which cannot be looked at ({error}): name a folder") from None
+    if other:
         foreign = read_hf(folder, model=config.model, seq_len=config.train.seq_len)
         past = folder / POSITION
     else:
@@ -110,7 +114,12 @@ def _weights_from(config: Config, folder: Path) -> Start:
 
 def _position(path: Path) -> dict[str, Any]:
     """Where in its data a run stood: in trainer.json, or in what stands for it beside an exported model."""
-    return read_trainer(path.parent) if path.name == TRAINER else read_json(path)
+    if path.name == TRAINER:
+        return read_trainer(path.parent)
+    found = read_json(path)
+    if not isinstance(found.get("identity", {}), dict):
+        raise UsageError(f"{path}: identity is {found['identity']!r}, and it should be an object: use init_data restart")
+    return found
 
 
 def model_changes(config: Config, folder: Path) -> str:

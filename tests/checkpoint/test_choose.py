@@ -20,6 +20,7 @@ from megascale.checkpoint.index import Chunk, Damaged, TensorEntry, covering_pro
 from megascale.checkpoint.loader import find, load, newest
 from megascale.checkpoint.storage import step_name, steps_in
 from megascale.checkpoint.trainer import read_progress, read_trainer
+from megascale.comm.agreement import Agreement
 from megascale.comm.piece import Piece
 from megascale.errors import UsageError
 from tests.checkpoint.states import checkpointer, on_ranks, this_rank, vector
@@ -188,6 +189,21 @@ def seen_late(root: str, hide_for: float, patience: float) -> str:
     except UsageError as error:
         return str(error)
     return f"{path.name if path else None} {len(skipped)}"
+
+
+def loaded_apart(step: int) -> str:
+    try:
+        Agreement().same((step + this_rank(), 8), "the step after loading")
+    except UsageError as error:
+        return str(error)
+    return "same"
+
+
+@pytest.mark.dist
+def test_ranks_that_loaded_different_steps_stop() -> None:
+    """Catches ranks that train on together from different steps, however that came about."""
+    first, second = on_ranks(2, loaded_apart, 3)
+    assert first == second == "the step after loading on rank 0 is (3, 8) and on rank 1 (4, 8): does every node see the same files?"
 
 
 @pytest.mark.dist

@@ -113,6 +113,20 @@ def test_a_growth_killed_before_its_proof_is_proven_when_the_run_comes_back(whol
     assert [e["step"] for e in events(tmp_path, "grow")][-2:] == [3, 6]
 
 
+def test_going_back_before_a_growth(whole: Path, tmp_path: Path) -> None:
+    """Catches a way back to a smaller model that goes on from the grown one, and a growth of the branch that was left."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    back = str(tmp_path / "run" / "checkpoints" / "step-00000004")
+    values = grown_settings(whole, run__dir=str(tmp_path / "run"), checkpoint__resume=back)
+    values["train"]["steps"] = 9
+    assert train(values) == (0, "done")
+    assert losses(tmp_path) == losses(whole)
+    assert [e["step"] for e in events(tmp_path, "grow")] == [3, 6, 6] and len(events(tmp_path, "go_back")) == 1
+    (aside,) = (tmp_path / "run" / "checkpoints").glob("set-aside-*")
+    assert "grown-2" in {p.name for p in aside.iterdir()} and (tmp_path / "run" / "grown-2" / "config.yaml").exists()
+    assert train(values) == (0, "done") and len(events(tmp_path, "go_back")) == 1
+
+
 def test_a_dry_run_says_what_the_run_becomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a dry run that passes over growths: their sizes, and a refusal that only the run itself would meet."""
     make_tokens(tmp_path / "tokens")
