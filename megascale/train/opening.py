@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +99,8 @@ def _leave(why: str) -> None:
 def check_directory(run_dir: Path) -> None:
     """Raises UsageError for a directory with other files in it than a run's."""
     try:
+        with suppress(FileNotFoundError):
+            run_dir.lstat()  # unlike exists() it says of a name that cannot be
         if not run_dir.exists():
             if run_dir.is_symlink():
                 raise UsageError(f"run.dir {run_dir} is a link to {os.readlink(run_dir)}, and nothing is there: is its disk mounted?")
@@ -107,7 +109,7 @@ def check_directory(run_dir: Path) -> None:
             raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
         names = set(os.listdir(run_dir))
     except (OSError, ValueError) as error:
-        raise UsageError(f"run.dir {str(run_dir)[:200]!r} cannot be looked at ({error}): choose another run.dir") from None
+        raise UsageError(f"run.dir {str(run_dir)[:200]!r} cannot be looked at ({error}): choose another one") from None
     foreign = {n for n in names - set(BESIDE) if not LEFT_OVER.fullmatch(n)}
     if foreign and not names & set(OWN_FILES):
         raise UsageError(
