@@ -51,7 +51,7 @@ def main(
     for number, given in enumerate(prompt or []):
         check_text(number + 1, given)
     opened = open_model(checkpoint)
-    text = find(tokenizer or opened.tokenizer) if prompt or tokenizer else None
+    text = find(tokenizer or opened.tokenizer, opened.prefix) if prompt or tokenizer else None
     prompts = [text.encode_prompt(p) for p in prompt or []] if text else [numbers(t) for t in tokens or []]
     ranks = find_ranks()
     config = layout(opened, ranks.size, device)
@@ -76,10 +76,10 @@ def main(
             print(row if as_json else " ".join(map(str, ids)) if said is None else said)
 
 
-def find(path: Path | None) -> Tokenizer:
+def find(path: Path | None, prefix: str | None) -> Tokenizer:
     if path is None:
         raise UsageError("no tokenizer lies beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
-    return open_tokenizer(path)
+    return open_tokenizer(path, prefix)
 
 
 def check_text(number: int, prompt: str) -> None:

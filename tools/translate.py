@@ -161,7 +161,7 @@ def chosen(config: Config, given: Path | None, configured: str | None, side: str
     if path is None:
         option = "--source-tokenizer" if side == "source" else "--tokenizer"
         raise UsageError(f"no tokenizer lies beside {first_prefix(config, side)}: name it with {option}")
-    return load_tokenizer(path)
+    return load_tokenizer(path, first_prefix(config, side))
 
 
 def open_model(config: Config, folder: Path, step: int) -> tuple[EncoderDecoder, torch.device]:

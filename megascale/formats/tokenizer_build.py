@@ -28,18 +28,18 @@ FIX = (
 )
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path, prefix: str | None = None) -> Tokenizer:
     """As `load_tokenizer`; a folder may also hold vocab.json with merges.txt, or vocab.txt. Raises UsageError with what is missing."""
     names = {p.name for p in encoders(path)} if path.is_dir() else set()
     if not names or "tokenizer.json" in names or any(n.endswith(".model") for n in names):
-        return load_tokenizer(path)
+        return load_tokenizer(path, prefix)
     text = build(path)
     with tempfile.TemporaryDirectory() as folder:  # a Tokenizer is of a file, and looks at those beside it
         for name in BESIDE:
             if (path / name).is_file():
                 (Path(folder) / name).write_bytes((path / name).read_bytes())
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
-        return load_tokenizer(Path(folder))
+        return load_tokenizer(Path(folder), prefix)
 
 
 def build(folder: Path) -> str:

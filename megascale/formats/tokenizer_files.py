@@ -122,10 +122,16 @@ def find_tokenizer(config: Mapping[str, Any], folder: Path) -> Path | None:
     data = data if isinstance(data, Mapping) else {}
     if isinstance(data.get("tokenizer"), str) and data["tokenizer"]:
         return Path(data["tokenizer"])
-    sources = data.get("train")
+    prefix = find_prefix(config)
+    return None if prefix is None else beside(prefix)
+
+
+def find_prefix(config: Mapping[str, Any]) -> str | None:
+    """Of the first training data that a run's config names."""
+    sources = (config.get("data") or {}).get("train")
     first = sources[0] if isinstance(sources, list) and sources else sources
     prefix = first.get("path") if isinstance(first, Mapping) else first
-    return beside(prefix) if isinstance(prefix, str) else None
+    return prefix if isinstance(prefix, str) else None
 
 
 def export_files(tokenizer: Found, trainer: Mapping[str, Any]) -> dict[str, bytes]:

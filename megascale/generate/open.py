@@ -18,14 +18,15 @@ from megascale.formats.hf import read_hf
 from megascale.formats.hf_folder import GENERATION, encoders, is_hf_folder
 from megascale.formats.json_file import read_object
 from megascale.formats.sources import open_checkpoint
-from megascale.formats.tokenizer_files import find_tokenizer
+from megascale.formats.tokenizer_files import find_prefix, find_tokenizer
 from megascale.model.layers import Fp8
 
 
 @dataclass(frozen=True)
 class Opened:
     """What was found: how to make the weights, the dtype to compute in, what encodes text (None: nothing was found), the tokens that end
-    it as the generation config says, else config.json (empty: the tokenizer knows), and how hidden products are computed.
+    it as the generation config says, else config.json (empty: the tokenizer knows), how hidden products are computed, and the prefix of the
+    data, whose facts say how documents began.
     """
 
     model: Model
@@ -35,6 +36,7 @@ class Opened:
     tokenizer: Path | None
     ends: frozenset[int]
     fp8: Fp8 = "false"
+    prefix: str | None = None
 
 
 def open_model(path: Path) -> Opened:
@@ -60,7 +62,9 @@ def open_any(path: Path) -> Opened:
     tokenizer, static = find_tokenizer(ours.config, ours.folder), precision.get("fp8") == "static"
     generation = ours.trainer.get("hf_generation_config", ours.trainer.get("hf_config"))
     ends = ends_of(generation if isinstance(generation, Mapping) else {})
-    return Opened(ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends, "static" if static else "false")
+    return Opened(
+        ours.model, ours.seq_len, ours.source.read, compute, tokenizer, ends, "static" if static else "false", find_prefix(ours.config)
+    )
 
 
 def ends_of(generation: Mapping[str, Any]) -> frozenset[int]:

@@ -141,6 +141,15 @@ def test_prompts_begin_as_documents_did(tmp_path: Path) -> None:
     assert load_tokenizer(path).bos_id == tokenizers.Tokenizer.from_file(str(path)).token_to_id("h")
 
 
+@pytest.mark.parametrize("train", ["data/p", [{"path": "data/p"}, "q"], ["data/p"]])
+def test_generation_finds_the_data(train: Any) -> None:
+    """Catches prompts that begin as the tokenizer's file says where the run's data says otherwise, for one way to write a config."""
+    from megascale.formats.tokenizer_files import find_prefix
+
+    assert find_prefix({"data": {"train": train}}) == "data/p"
+    assert find_prefix({"data": {"train": []}}) is None and find_prefix({}) is None
+
+
 def test_the_facts_of_another_tokenizer_say_nothing(tmp_path: Path) -> None:
     """Catches the end of another preparation taken for a tokenizer that was put beside its facts."""
     prepared(tmp_path / "o", load_tokenizer(INPUTS / "gemtok"))
