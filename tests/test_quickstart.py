@@ -53,5 +53,7 @@ def test_quickstart(tmp_path: Path) -> None:
     apart = gap(resumed, straight)
     assert apart.steps.tolist() == list(range(1, 41)) and apart.delta.max() < 1e-4
     assert [e["event"] for e in resumed.events if e["event"] in ("stop", "done")] == ["stop", "done"]
+    # By the step, not by the clock: when 20 of 40 is logged, the file is there.
+    assert 20 <= next(e["step"] for e in resumed.events if e["event"] == "stop") <= 21
     page = (runs / "report.html").read_text()
     assert page.count("<svg") >= 5 and "unigram entropy" in page and (runs / "quickstart.png").stat().st_size > 10_000

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -48,9 +47,8 @@ def main(
 
     console.rule("two processes, weights sharded (dp_shard 2)")
     run = folder / names[0]
-    stopper = threading.Thread(target=stop_halfway, args=(run,), daemon=True)
-    stopper.start()
-    pretrain(run, names[0], FIRST + common, expected=75)
+    half = load_config(CONFIG, common).train.total_steps // 2
+    pretrain(run, names[0], FIRST + common, expected=75, stop_at=half)
     console.rule("stopped; on it goes with every matrix cut in two (tp 2), and grows")
     pretrain(run, names[0], SECOND + common, expected=0)
     console.rule("the same run, undisturbed, to compare with")
@@ -92,9 +90,12 @@ def growth(config: Config) -> str:
     return f"grow=[{{step: {step}, hidden_size: {model.hidden_size * 5 // 4}, num_layers: {-(-model.num_layers * 4 // 3)}}}]"
 
 
-def pretrain(run: Path, name: str, overrides: list[str], expected: int) -> None:
-    """torchrun with two processes; it changes exit codes, so the run's exit.json is read."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain.py"]
+def pretrain(run: Path, name: str, overrides: list[str], expected: int, stop_at: int | None = None) -> None:
+    """torchrun with two processes; it changes exit codes, so the run's exit.json is read. At step `stop_at` a file STOP asks it to stop, as
+    a person would with `touch`, but at the same step on every machine.
+    """
+    program = ["pretrain.py"] if stop_at is None else ["tools/stop_at.py", str(stop_at)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     (run / "exit.json").unlink(missing_ok=True)
     subprocess.run(
         [*command, CONFIG, f"run.name={name}", f"run.dir={run}", *overrides],
@@ -107,19 +108,6 @@ def pretrain(run: Path, name: str, overrides: list[str], expected: int) -> None:
         raise MegascaleError("pretraining left no exit.json: its own message stands above") from None
     if ending["code"] != expected:
         raise TrainingError(f"pretraining ended with code {ending['code']} instead of {expected}: {ending['reason']}")
-
-
-def stop_halfway(run: Path) -> None:
-    """Puts a file STOP into the run's directory once it is halfway, as a person would."""
-    while True:
-        time.sleep(0.2)
-        try:
-            data = read_run(run)
-        except (MegascaleError, OSError):
-            continue
-        if data.config and data.metrics[-1]["step"] >= int(data.config["train.steps"]) // 2:
-            (run / "STOP").touch()
-            return
 
 
 def call(command: list[str]) -> None:
