@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,12 +64,30 @@ def _fastest(a: Tensor, b: Tensor, repeats: int, left: Callable[[], float]) -> f
     return best
 
 
-def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0) -> float:
+def keys_met(cfg: Model, seq_len: int, documents: Sequence[int] = ()) -> float:
+    """Keys that a query of a text meets, in the mean.
+
+    All of the sequence, although causal masks skip half, as the field counts; but with a sliding window, or inside `documents` (lengths of
+    those in some samples; none where attention may cross them), what is computed and no more.
+    """
+    window = min(cfg.sliding_window or seq_len, seq_len)
+    if window == seq_len and not documents:
+        return float(seq_len)
+    met = sum(_pairs(length, min(window, length)) if cfg.causal else length**2 for length in documents or (seq_len,))
+    return met / sum(documents or (seq_len,))
+
+
+def _pairs(length: int, window: int) -> int:
+    """Queries and keys that meet when each of `length` tokens sees the last `window`, itself among them."""
+    return window * (2 * length - window + 1) // 2
+
+
+def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0, documents: Sequence[int] = ()) -> float:
     """Training FLOPs of one token: 6 for each weight in a product and use, 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
 
-    An input embedding that is not also the head takes part in no product. Attention is counted in full although causal masks skip half,
-    as the field does; on a grid s is the length along the dimension that a layer attends over. Of an encoder–decoder a token is one of the
-    target, which bears its share of the source: three times what both stacks cost forward.
+    An input embedding that is not also the head takes part in no product. s are the keys that a query meets (`keys_met`); on a grid the
+    length along the dimension that a layer attends over. Of an encoder–decoder a token is one of the target, which bears its share of the
+    source: three times what both stacks cost forward.
     """
     assert cfg.head_dim is not None
     if cfg.encoder_layers is not None:
@@ -87,7 +105,7 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
         return 6 * products + 12 * cfg.num_heads * cfg.head_dim * met
     lookup = {"position", "relative"} if cfg.tie_embeddings else {"position", "relative", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
-    return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
+    return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys_met(cfg, seq_len, documents)
 
 
 def _wait(device: torch.device) -> None:

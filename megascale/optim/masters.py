@@ -1,4 +1,4 @@
-"""Which stored weights are too coarse to move: an update below half the distance to the next number is rounded away. Pure numbers."""
+"""Which stored weights are too coarse to move: updates below half the distance to the next number are rounded away. Pure numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def immovable_note(config: Config, specs: Mapping[str, ParamSpec]) -> str | None
     worst = max(found, key=lambda name: found[name])
     size = abs(specs[worst].mean) or specs[worst].std
     return (
-        f"precision.master is bf16 and optim.lr is {config.optim.lr:g}: {len(found)} of {len(specs)} weights cannot move, {worst} for one, "
+        f"precision.master is bf16 and optim.lr is {config.optim.lr:g}: {len(found)} of {len(specs)} weights cannot move, such as {worst}, "
         f"whose entries start at about {size:g} and round away every step up to {found[worst]:.2g}; set precision.master fp32, or raise "
-        "optim.lr"
+        "the rate"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def check_offload_dir(config: Config) -> None:
         raise UsageError(f"parallel.offload_dir is {folder}, and {node_name()} has no such folder: make it, on every node")
 
 
-def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[ParallelModel, dict[str, Any], float]:
-    """The cut model in memory, facts for the log, and its training FLOPs per token."""
+def build_model(
+    config: Config, mesh: Mesh, device: torch.device, documents: Sequence[int] = ()
+) -> tuple[ParallelModel, dict[str, Any], float]:
+    """The cut model in memory, facts for the log, and its training FLOPs per token, in which `documents` are as in `keys_met`."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = shape_of(config)
     specs = specs_of(build_part(config.model, shape, kernels.norm))
@@ -55,7 +58,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> tuple[Paral
         if not any(key in (name, any_layer(name)) for name in specs):
             near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
             raise UsageError(f"optim.multipliers names {key}, which no weight is called{f'; did you mean {near[0]}?' if near else ''}")
-    flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length)
+    flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length, documents)
     active = active_parameters(specs)
     facts = {
         "parameters": sum(s.numel for s in specs.values()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from megascale.comm.mesh import Mesh
@@ -179,6 +180,17 @@ def masking_of(config: Config, vocabulary: int) -> Masking:
     """How an encoder's samples, of a `vocabulary` without a mask that is no token, are masked."""
     mask = config.data.mask_token
     return Masking(config.run.seed, config.data.masked, vocabulary if mask is None else mask, vocabulary)
+
+
+def document_lengths(config: Config, samples: Samples, count: int = 32) -> list[int]:
+    """How many tokens of each document attention sees together, in the first `count` samples; nothing where it may cross documents."""
+    found: list[int] = []
+    if config.train.packing == "documents" and isinstance(samples, Mixture | MegatronMixture):
+        for number in range(count):
+            documents = samples.sample(number)[1][:-1]
+            begins = np.flatnonzero(np.concatenate(([True], documents[1:] != documents[:-1], [True])))
+            found += np.diff(begins).tolist()
+    return found
 
 
 def micro_batches(config: Config, samples: Samples, first: int, mesh: Mesh, device: torch.device) -> list[Batch]:

@@ -40,7 +40,7 @@ from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, find_start, model_changes
 from megascale.train.room import room_for
-from megascale.train.samples import Samples, micro_batches, note, open_data, resolve_vocabulary
+from megascale.train.samples import Samples, document_lengths, micro_batches, note, open_data, resolve_vocabulary
 from megascale.train.state import Progress, check_finite
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -94,7 +94,7 @@ def _built(
     start = find_start(config, run_dir, opening.elsewhere, None if phase is None else phase.origin)
     mixture, valid_sets = agreed(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
-    model, facts, flops = agreed(lambda: build_model(config, mesh, device))
+    model, facts, flops = agreed(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
     for _ in model.draw_weights(config.run.seed):
         pass
     engine = build_engine(model, config, device)
