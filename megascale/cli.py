@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 import typer
 
 from megascale.errors import MegascaleError
+from megascale.launch.exits import Exit, as_exit
+
+CLOSED = 141  # what a shell tells of a program whose reader went away (128 + SIGPIPE)
 
 
 def new_app(help_text: str) -> typer.Typer:
@@ -14,11 +20,43 @@ def new_app(help_text: str) -> typer.Typer:
 
 
 def run_tool(app: typer.Typer) -> None:
-    """Runs a tool; a MegascaleError becomes its message on standard error and its exit code."""
+    """Runs a tool; what the user can mend becomes a message on standard error and an exit code. Other errors are bugs."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # `tool | head` shows only here, where it can still be kept quiet
     except MegascaleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.code) from None
+        leave(Exit(error.code, str(error)))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(CLOSED) from None
+    except Exception as error:
+        known = ending_of(error)
+        if known is None:
+            raise
+        leave(known)
+
+
+def ending_of(error: Exception) -> Exit | None:
+    """What comes of the machine and of files rather than of the code; None for anything else."""
+    known = as_exit(error)
+    if known is not None:
+        return known
+    if isinstance(error, OSError):
+        return Exit(2, f"{error.filename or 'a file'}: {error.strerror or error}: name another place, or mend this one")
+    if isinstance(error, RecursionError):
+        return Exit(2, f"something that was read is nested too deeply ({error}): flatten it")
+    if isinstance(error, UnicodeError):
+        return Exit(2, f"a text or a name is no UTF-8 ({error}): convert or rename it")
+    if isinstance(error, BrokenProcessPool):
+        return Exit(4, "a worker process was killed, as a machine out of memory does: take fewer workers, or more memory")
+    return None
+
+
+def leave(ending: Exit) -> None:
+    print(f"error: {ending.reason}", file=sys.stderr)
+    raise SystemExit(ending.code) from None
