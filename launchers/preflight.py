@@ -22,8 +22,10 @@ import torch.distributed as dist
 import typer
 
 from megascale.cli import new_app, run_tool
+from megascale.comm.agree import gather_json
 from megascale.comm.group import join, open_store
 from megascale.errors import UsageError
+from megascale.launch.devices import device_index, usable_cores
 from megascale.launch.ranks import RankInfo, find_ranks, node_name, slurm_node_of
 from megascale.measure.diagnosis import Finding, diagnose, exclude_line
 from megascale.measure.health import Health, clock_skew, collective_rates, examine, link_rate, say, tournament
@@ -48,8 +50,10 @@ def main(
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made ({error.strerror}): name a folder on the run's file system") from None
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_size))
+    device = torch.device("cuda", device_index(ranks, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # collectives of the group take place there
+    torch.set_num_threads(max(1, usable_cores() // ranks.local_size))
     try:
         store = open_store(ranks, timeout) if ranks.size > 1 else None
     except RuntimeError:
@@ -126,8 +130,7 @@ def with_others(phases: Phases, device: torch.device, link_mb: int) -> dict[str,
     ranks = phases.ranks
     assert phases.store is not None
     join(phases.store, ranks, "nccl" if device.type == "cuda" else "gloo", phases.timeout)
-    places: list[tuple[int, str]] = [(0, "")] * ranks.size
-    dist.all_gather_object(places, (ranks.local_rank, node_name()))
+    places: list[tuple[int, str]] = [(local, node) for local, node in gather_json([ranks.local_rank, node_name()])]
     single = ranks.one_node
     players = [r for r, (local, _) in enumerate(places) if single or local == 0]
     names = {r: f"rank {r}" if single else places[r][1] for r in players}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megascale.errors import UsageError
-from megascale.launch.ranks import RankInfo
+from megascale.launch.devices import shared_device
+from megascale.launch.ranks import RankInfo, node_name
 from megascale.launch.rendezvous import interface_towards, is_loopback
 
 LOOPBACK = "127.0.0.1"
@@ -55,6 +57,17 @@ def _listen(port: int) -> int:
         listener.close()
         raise UsageError(f"MASTER_PORT {port} cannot be used on {LOOPBACK} ({error.strerror}): set MASTER_PORT to a free port") from None
     return listener.detach()
+
+
+def check_own_device(store: dist.Store, ranks: RankInfo, uuid: str) -> None:
+    """Raises UsageError on all ranks where two of them have one device. In the store, since NCCL would hang or abort on it."""
+    store.set(f"device/{ranks.rank}", json.dumps([node_name(), uuid]))
+    if ranks.rank == 0:
+        taken = [json.loads(word) for word in store.multi_get([f"device/{rank}" for rank in range(ranks.size)])]
+        store.set("device/verdict", shared_device([(str(node), str(device)) for node, device in taken]) or "")
+    verdict = store.get("device/verdict").decode()
+    if verdict:
+        raise UsageError(verdict)
 
 
 def join(store: dist.Store, ranks: RankInfo, backend: str, patience: float) -> None:

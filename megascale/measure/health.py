@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megascale.comm.agree import gather_json
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import gemm_rate
 
@@ -103,8 +104,7 @@ def clock_skew(ranks: RankInfo) -> float:
     ahead = []
     for _ in range(CLOCK_ROUNDS if ranks.size > 1 else 0):
         dist.barrier()
-        now: list[float] = [0.0] * ranks.size
-        dist.all_gather_object(now, time.time())
+        now = gather_json(time.time())
         ahead.append(now[ranks.rank] - now[0])
     return statistics.median(ahead) if ahead else 0.0
 

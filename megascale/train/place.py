@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megascale.comm.group import join, open_store
+from megascale.comm.group import check_own_device, join, open_store
 from megascale.config.schema import Config
 from megascale.errors import MegascaleError, UsageError
+from megascale.launch.devices import device_index, usable_cores
 from megascale.launch.ranks import RankInfo
 from megascale.train.watch import Watch
 
@@ -27,12 +28,7 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError("run.device is cuda and torch finds no CUDA device here: use auto or cpu")
-    if ranks.local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"local rank {ranks.local_rank} has no device of its own: {ranks.local_size} ranks and {torch.cuda.device_count()} devices on "
-            "this node; start fewer ranks"
-        )
-    device = torch.device("cuda", ranks.local_rank)
+    device = torch.device("cuda", device_index(ranks, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     capability = torch.cuda.get_device_capability(device)
     if config.precision.fp8 != "false" and capability < FP8_CAPABILITY:
@@ -50,14 +46,21 @@ def default_threads(ranks: RankInfo) -> int:
     """
     if ranks.launcher == "alone" and os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks.local_size)
+    return max(1, usable_cores() // ranks.local_size)
+
+
+def checked_threads(wanted: int | None) -> int | None:
+    """The config's, where this machine can start so many: OpenMP dies of too many in its own code, without a word of ours."""
+    most = max(128, 8 * usable_cores())
+    if wanted is not None and wanted > most:
+        raise UsageError(f"run.threads is {wanted} and this process may use {usable_cores()} cores: take at most {most}, or leave it out")
+    return wanted
 
 
 @contextmanager
 def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[Watch]:
     """Ranks met (nothing for a process alone) and watched; threads set."""
-    torch.set_num_threads(config.run.threads or default_threads(ranks))
+    torch.set_num_threads(checked_threads(config.run.threads) or default_threads(ranks))
     limit = config.run.collective_timeout
     if ranks.size == 1:
         yield Watch(ranks, None, limit)
@@ -67,6 +70,8 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
     # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
     store = open_store(ranks, limit)
+    if device.type == "cuda":
+        check_own_device(store, ranks, str(torch.cuda.get_device_properties(device).uuid))
     join(store, ranks, backend, limit + WATCH_FIRST)
     try:
         yield Watch(ranks, store, limit)
