@@ -14,8 +14,8 @@ from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Tr
 
 
 def _one_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", value) or value in (".", ".."):
-        raise ValueError(f"{value!r} is no name of a folder: give letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or not value.strip("."):
+        raise ValueError(f"{value!r} is no name of a folder: give up to 200 letters, digits, '.', '_' and '-'")
     return value
 
 
