@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,8 +74,15 @@ run_tool(app)
 def test_a_reader_that_goes_away(lines: int) -> None:
     """Catches `tool | head` with a traceback, while it writes and when the rest is flushed at the end."""
     code = PRINTS.format(lines=lines, last="pass")
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        f"{{ sleep 0.2; {sys.executable} -c '{code}'; }} | true", shell=True, capture_output=True, text=True, timeout=60, check=False
+        f"{{ sleep 0.2; {sys.executable} -c '{code}'; }} | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=buffered,
     )
     assert done.stderr == ""
 
