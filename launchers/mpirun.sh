@@ -24,10 +24,19 @@ if "$mpirun" --version 2>&1 | grep -qi 'open *mpi\|openrte\|prte'; then
   for host in ${hosts[@]+"${hosts[@]}"}; do where+=("$host:$nproc"); done
   list=$(IFS=,; echo "${where[*]:-}")
   # Not bound to one core each: pretrain.py shares out the cores itself.
-  exec "$mpirun" -n "$count" ${list:+--host "$list"} --bind-to none --oversubscribe -x MASTER_ADDR -x MASTER_PORT \
-    "$python" "$root/pretrain.py" "$@"
+  command=("$mpirun" -n "$count" ${list:+--host "$list"} --bind-to none --oversubscribe -x MASTER_ADDR -x MASTER_PORT)
 else
   list=$(IFS=,; echo "${hosts[*]:-}")
-  exec "$mpirun" -n "$count" -ppn "$nproc" ${list:+-hosts "$list"} -genv MASTER_ADDR "$MASTER_ADDR" -genv MASTER_PORT "$MASTER_PORT" \
-    "$python" "$root/pretrain.py" "$@"
+  command=("$mpirun" -n "$count" -ppn "$nproc" ${list:+-hosts "$list"} -genv MASTER_ADDR "$MASTER_ADDR" -genv MASTER_PORT "$MASTER_PORT")
 fi
+
+# MPI kills its ranks a moment after a SIGTERM or an interrupt, and passes USR1 on, which asks them to save. A second one is MPI's.
+asked=""
+ask() { if [ -z "$asked" ]; then asked=yes; kill -USR1 "$pid"; else kill -TERM "$pid"; fi 2>/dev/null || true; }
+trap ask INT TERM USR1
+"${command[@]}" "$python" "$root/pretrain.py" "$@" &
+pid=$!
+code=0
+wait "$pid" || code=$?
+while kill -0 "$pid" 2>/dev/null; do code=0; wait "$pid" || code=$?; done
+exit "$code"

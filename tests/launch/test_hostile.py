@@ -183,3 +183,33 @@ def test_a_save_has_its_time(tmp_path: Path) -> None:
     assert "--wait=0 " in plain and "--wait=0 " in torchrun
     assert """trap 'asked=cancel; [ -z "$step" ] || kill -USR1 "$step"' TERM""" in plain
     assert """trap 'asked=cancel; touch "$run_dir/STOP"' TERM""" in torchrun and torchrun.count('rm -f "$run_dir/STOP"') == 2
+
+
+@pytest.mark.parametrize(("asked", "code"), [(1, "75"), (2, "143")])
+def test_mpi_is_asked_gently_once(tmp_path: Path, asked: int, code: str) -> None:
+    """Catches ranks that MPI kills a moment after SIGTERM, before they have saved, and a second request that changes nothing."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(
+        '#!/bin/bash\n[ "$1" != --version ] || { echo Open MPI; exit; }\n'
+        'trap "exit 143" TERM\ntrap "saving=yes; echo asked" USR1\necho started\n'
+        'for _ in $(seq 200); do sleep 0.05; [ -z "${saving:-}" ] || [ -e "$WAIT" ] || exit 75; done\n'
+    )
+    mpirun.chmod(0o755)
+    if asked == 2:
+        (tmp_path / "wait").touch()
+    env = {**os.environ, "MPIRUN": str(mpirun), "NPROC": "1", "MASTER_PORT": "23456", "PYTHON": "true", "WAIT": str(tmp_path / "wait")}
+    with subprocess.Popen(["bash", ROOT / "launchers" / "mpirun.sh", "c.yaml"], env=env, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout is not None and script.stdout.readline() == "started\n"
+        script.terminate()
+        assert script.stdout.readline() == "asked\n"
+        if asked == 2:
+            script.terminate()
+        assert str(script.wait(30)) == code
+
+
+def test_ranks_are_a_number(tmp_path: Path) -> None:
+    """Catches a number of ranks that bash computes as an expression, which runs what stands in it."""
+    env = {**os.environ, "MPIRUN": "true", "NPROC": "a[$(touch PWNED)]", "PYTHON": "true"}
+    script = ["bash", ROOT / "launchers" / "mpirun.sh"]
+    done = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2 and "NPROC is" in done.stderr and not list(tmp_path.iterdir())
