@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from megascale.cli import new_app, run_tool
-from megascale.config.load import load_config
+from megascale.config.load import apply_overrides, build_config, load_config, read_yaml
 from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool, make_pool, read_pool, replicas_over_pools
@@ -62,6 +62,8 @@ def main(
     """Prints the SLURM batch script of a run, or submits it with --submit."""
     pools = _pools(nodes, gpus_per_node, ranks_per_node, partition, constraint, pool or [])
     given = load_config(config, overrides or [])
+    if config.absolute().parts[1] in ("dev", "proc"):
+        raise UsageError(f"the config is {config}, which the job will not find again: give a file")
     placed = (*(overrides or []), *replicas_over_pools(pools, given.parallel))
     resolved = load_config(config, placed)
     if len(pools) > 1 or "-" not in pools[0].nodes:
@@ -125,9 +127,10 @@ def _variants(config: Path, placed: tuple[str, ...], seeds: str | None, each: li
     """The tasks of an array, each checked as a config of its own."""
     if seeds and each:
         raise UsageError(f"--seeds {seeds} and --each {each[0]!r}: give one of them; --each can set run.seed, too")
+    values = read_yaml(config)
     tasks = [(f"run.seed={s.strip()}",) for s in seeds.split(",")] if seeds else [tuple(e.split()) for e in each]
     for task in tasks:
-        load_config(config, [*placed, *task])
+        build_config(apply_overrides(values, [*placed, *task]))
     return tuple((variant_label(task), task) for task in tasks)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 
+LARGEST = 4096  # GPUs or ranks of one node
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -32,8 +34,8 @@ def make_pool(nodes: str, gpus: int, ranks: int | None, partition: str | None = 
     match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", nodes)
     if match is None or int(match[1]) < 1 or int(match[2] or match[1]) < int(match[1]):
         raise UsageError(f"--nodes is {nodes[:40]!r}: a number such as 4 or a range such as 2-4 is needed")
-    if gpus < 0 or (ranks is not None and ranks < 1):
-        raise UsageError(f"{gpus} GPUs and {ranks} ranks on a node: GPUs from 0 (CPUs) on and ranks from 1 on are needed")
+    if not 0 <= gpus <= LARGEST or (ranks is not None and not 1 <= ranks <= LARGEST):
+        raise UsageError(f"{gpus} GPUs and {ranks} ranks on a node: GPUs from 0 (CPUs) to {LARGEST} and ranks from 1 on are needed")
     if ranks is not None and gpus and ranks > gpus:
         raise UsageError(
             f"--ranks-per-node is {ranks} and --gpus-per-node is {gpus}: a rank needs a GPU of its own; give at most {gpus} ranks"

@@ -10,7 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
+from launchers import slurm
+from megascale.config.load import load_config, read_yaml
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool, make_pool, read_pool
 from megascale.launch.slurm import Container, Job, render
@@ -213,3 +216,30 @@ def test_ranks_are_a_number(tmp_path: Path) -> None:
     script = ["bash", ROOT / "launchers" / "mpirun.sh"]
     done = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2 and "NPROC is" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_long_array_reads_its_config_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a file read again for each of a thousand seeds, which takes minutes."""
+    reads = []
+    monkeypatch.setattr(slurm, "read_yaml", lambda path: reads.append(path) or read_yaml(path))
+    tasks = slurm._variants(ROOT / "configs" / "llama-1m.yaml", (), ",".join(map(str, range(1000))), [])
+    assert len(tasks) == 1000 and tasks[999] == ("seed999", ("run.seed=999",)) and len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/dev/stdin", "--nodes", "1", "--gpus-per-node", "8"], "which the job will not find again"),
+        (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "9" * 20], "GPUs from 0 .CPUs. to 4096"),
+        (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--account", "a\nb"], "--account is 'a\\\\nb'"),
+        (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--sbatch", "hello"], "give an option of sbatch"),
+        (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--container", "i", "--mount", "/a,b"], "divide its mounts"),
+    ],
+)
+def test_hostile_arguments(monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+    """Catches what passes the command line and fails in the queue."""
+    monkeypatch.chdir(ROOT)
+    # Whatever stands in for a file here: what is looked at is its name.
+    monkeypatch.setattr(slurm, "load_config", lambda _, overrides=(): load_config(ROOT / "configs" / "llama-1m.yaml", overrides))
+    with pytest.raises(UsageError, match=words):
+        typer.main.get_command(slurm.app).main(arguments, standalone_mode=False)
