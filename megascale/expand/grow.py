@@ -23,7 +23,7 @@ from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
 from megascale.expand.source import open_source, renamed
 from megascale.expand.state import multipliers
-from megascale.expand.verify import EXACT
+from megascale.expand.verify import EXACT, limit
 from megascale.expand.write import Effort, check_target, finish, write
 from megascale.model.spec import Role
 from megascale.optim.rates import MATRICES
@@ -52,7 +52,7 @@ def grow(
                 f"the logits of {source} or of what it would become are not finite in fp64, so nothing can be proven: use an older "
                 "checkpoint, or milder --symmetry and --split; no checkpoint was made"
             )
-        if options.lossless == "require" and not proof["transform"]["logits_max"] <= EXACT:
+        if options.lossless == "require" and not proof["transform"]["logits_max"] <= limit(proof["transform"]["logits_std"]):
             raise UsageError(
                 f"the grown model's logits differ by {proof['transform']['logits_max']:.1e} in fp64 and --lossless require allows {EXACT:g}"
                 f" (first diverging layer: {proof['transform']['first_diverging_layer']}); no checkpoint was made"
@@ -64,8 +64,10 @@ def grow(
         if options.lossless == "require" and proof["verdict"] == "lossy":
             shutil.rmtree(target)
             raise UsageError(
-                f"stored in {config.precision.storage}, the logits move by {proof['stored_error']:.1e}, more than twice the model's own "
-                f"rounding error of {proof['own_error']:.1e}, and --lossless require refuses that; nothing is left in {target}"
+                f"stored in {config.precision.storage} and computed in {proof['dtype']}, logits typically move by "
+                f"{proof['stored_error_typical']:.1e} and rounding allows {proof['stored_error_allowed']:.1e} (numbers as stored are "
+                f"{proof['stored_units']:.1f} units in the last place from exact ones), and --lossless require refuses that; nothing is "
+                f"left in {target}"
             )
     finish(target, config)
     return {

@@ -13,10 +13,11 @@ from megascale.checkpoint.index import Index
 from megascale.checkpoint.shards import read_slice
 from megascale.data.dataset import Mixture, read_sources
 from megascale.errors import UsageError
+from megascale.expand.apply import Read
 from megascale.expand.plan import Growth
 from megascale.expand.produce import Grown
 from megascale.expand.source import Source
-from megascale.expand.verify import compare, run, verdict
+from megascale.expand.verify import Measured, compare, run, slack, typical, verdict
 from megascale.expand.write import Effort
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -55,24 +56,66 @@ def prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[s
 
 
 def prove_stored(opened: Source, growth: Growth, index: Index, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
-    """Both models in the run's dtype, the grown one as it is stored, against the small one in fp64."""
-    dtype = COMPUTE[opened.config.precision.compute]
+    """Both models in the run's dtype, the grown one as it is stored, against the small one in fp64; and what is stored against the
+    transform, number by number.
+    """
+    made = Grown(growth, opened.index, dtype=torch.float64)
+
+    def exact(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        return made(f"model.{name}", offset, shape)
 
     def stored(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         return read_slice(index, f"model.{name}", offset, shape)
 
+    return judge(growth, opened.read, exact, stored, opened.config.precision.compute, tokens, transform)
+
+
+def judge(
+    growth: Growth, source: Read, exact: Read, stored: Read, compute: str, tokens: Tensor, transform: dict[str, Any]
+) -> dict[str, Any]:
+    """The verdict on a growth of `source` that should store `exact`, rounded, and has `stored`."""
+    dtype, units = COMPUTE[compute], [0.0]
+
+    def checked(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        found = stored(name, offset, shape)
+        units.append(units_apart(found, exact(name, offset, shape)))
+        return found
+
     no_streams: Callable[[int], bool] = lambda layer: False  # noqa: E731
     quick = partial(run, tokens=tokens, keep=no_streams)
-    true = quick(growth.source, growth.seq_lens[0], opened.read, torch.float64)
-    small = quick(growth.source, growth.seq_lens[0], opened.read, dtype)
-    grown = quick(growth.target, growth.seq_lens[1], stored, dtype)
-    own = (small.logits.to(torch.float64) - true.logits).abs().max().item()
+    true = quick(growth.source, growth.seq_lens[0], source, torch.float64)
+    small = quick(growth.source, growth.seq_lens[0], source, dtype)
+    grown = quick(growth.target, growth.seq_lens[1], checked, dtype)
     against = compare(growth, true, grown, tokens)
+    measured = Measured(
+        size=transform["logits_std"],
+        transform=transform["logits_max"],
+        units=max(units),
+        own=(small.logits.to(torch.float64) - true.logits).abs().max().item(),
+        stored=against["logits_max"],
+        own_typical=typical(small.logits, true.logits),
+        stored_typical=against["logits_typical"],
+        slack=slack(growth),
+    )
     return {
-        "dtype": opened.config.precision.compute,
-        "own_error": own,
-        "stored_error": against["logits_max"],
+        "dtype": compute,
+        "own_error": measured.own,
+        "own_error_typical": measured.own_typical,
+        "stored_error": measured.stored,
         "stored_error_mean": against["logits_mean"],
+        "stored_error_typical": measured.stored_typical,
+        "stored_error_allowed": measured.allowed,
+        "stored_units": measured.units,
         "stored_loss_change": against.get("loss_change"),
-        "verdict": verdict(transform["logits_max"], against["logits_max"], own, transform["logits_std"]),
+        "verdict": verdict(measured),
     }
+
+
+def units_apart(stored: Tensor, exact: Tensor) -> float:
+    """The largest distance of stored numbers from exact ones, in units of the last place of the dtype that they are stored in; inf where
+    one of them is no number.
+    """
+    kind = torch.finfo(stored.dtype)
+    unit = exact.to(torch.float64).abs().clamp(min=kind.tiny) * kind.eps
+    apart = (stored.to(torch.float64) - exact.to(torch.float64)).abs() / unit
+    return apart.nan_to_num(nan=float("inf")).max().item() if apart.numel() else 0.0
