@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 import time
@@ -13,11 +14,14 @@ import pytest
 import torch
 
 from megascale.checkpoint import storage
+from megascale.config.load import build_config
 from megascale.data import loader
 from megascale.model.block import Block
 from megascale.model.spec import ParamSpec, declare_state
 from megascale.schedule.accumulate import Accumulation
 from megascale.train import setup
+from megascale.train.console import Console
+from megascale.train.samples import open_data, own_samples, valid_notes
 from megascale.train.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at
@@ -298,6 +302,49 @@ def test_waiting_for_data_has_a_number(folder: Path, log_every: int) -> None:
     assert run_ranks(1, slow_data, settings(folder, train__log_every=log_every), 0.1) == [(0, "done")]
     for row in rows(folder):
         assert row["data_seconds"] >= 0.1 and row["tokens_per_second"] <= 4 * 16 / 0.1
+
+
+def test_a_trace_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a profiler's file that ends a run on a full disk."""
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("Failed to open file")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    assert run(settings(folder, train__steps=2, run__profile_step=2)) == (0, "done")
+    assert "trace-rank0.json was not written, and training goes on: Failed to open file" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_a_terminal_that_is_gone() -> None:
+    """Catches a run that outlives its terminal's SIGHUP and dies of the next line that nobody can read."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    console = Console(2, 0)
+    console.out.file = Gone()
+    console.say("step 1")
+    console.warn("careful")
+    console.step({"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "tokens_per_second": 1.0, "mfu": None})
+    console.close()
+    assert console.silent
+
+
+def test_small_validation_sets_are_told(folder: Path) -> None:
+    """Catches an evaluation that counts the first samples of a small set twice without a word."""
+    values = settings(folder, train__eval_every=3, train__eval_steps=6, data__valid_fraction=0.2)
+    config = build_config(values)
+    _, valid = open_data(config)
+    there = own_samples(valid["tokens"])
+    assert there is not None and 12 < there < 24
+    (note,) = valid_notes(config, valid)
+    assert f"has {there} samples, and an evaluation takes 24" in note and f"{24 - there} of them count twice and the others once" in note
+    assert f"train.eval_steps={there // 4} counts none twice" in note
+    values["train"]["eval_steps"] = there // 4
+    assert valid_notes(build_config(values), valid) == []
+    numbers = [valid["tokens"].sample(n)[0].tolist() for n in range(there + 1)]  # type: ignore[union-attr]
+    assert numbers[0] == numbers[there] and len({tuple(n) for n in numbers}) > there // 2
 
 
 def test_a_finished_run_says_so(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

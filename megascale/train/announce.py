@@ -27,7 +27,7 @@ def announce(
     facts: dict[str, Any],
     start: Start,
     progress: Progress,
-    data_note: str | None,
+    data_notes: Sequence[str | None],
     notes: Sequence[Note],
     log: RunLog,
     console: Console,
@@ -72,7 +72,7 @@ def announce(
     if log.notes:
         log.event("mended", progress.step, notes=log.notes)
     schedule = schedule_note(config.optim, config.train.total_steps)
-    about = (padding_note(config), schedule, data_note, cast_note(config, facts["device"]), facts.get("immovable"))
+    about = (padding_note(config), schedule, *data_notes, cast_note(config, facts["device"]), facts.get("immovable"))
     for sentence in (*(note.sentence for note in notes), *log.notes, *about):
         if sentence:
             console.warn(sentence)

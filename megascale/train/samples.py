@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,37 @@ def open_samples(config: Config, sources: list[Source], part: str, shuffled: boo
 def note(samples: Samples) -> str | None:
     """What a reader of the screen should know of the samples."""
     return samples.note() if isinstance(samples, PairMixture | Mixture) else None
+
+
+def valid_notes(config: Config, valid: Mapping[str, Samples]) -> list[str]:
+    """A sentence for every validation set that is smaller than what an evaluation asks for: its numbers then weigh samples unequally."""
+    batch, steps = config.train.global_batch_size, config.train.eval_steps
+    notes, asked = [], batch * steps
+    for name, samples in valid.items():
+        there = own_samples(samples)
+        if there is None or there >= asked:
+            continue
+        times, more = divmod(asked, there)
+        how_often = f"{more} of them count {_times(times + 1)} and the others {_times(times)}" if more else f"each counts {_times(times)}"
+        fix = f"train.eval_steps={there // batch} counts none twice" if there >= batch else "a larger set is needed, or a smaller batch"
+        notes.append(
+            f"the validation set {name} has {there} samples, and an evaluation takes {asked} (train.eval_steps {steps} × "
+            f"train.global_batch_size {batch}): {how_often}; {fix}"
+        )
+    return notes
+
+
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
+def own_samples(samples: Samples) -> int | None:
+    """How many different samples there are; None for an order that was drawn for as many as are asked for."""
+    if isinstance(samples, SpanMixture):
+        samples = samples.text
+    if isinstance(samples, Mixture):
+        return sum((len(stream) - 1) // samples.seq_len for stream in samples.streams)
+    return None if isinstance(samples, MegatronMixture) else sum(map(len, samples.files))
 
 
 def masking_of(config: Config, vocabulary: int) -> Masking:

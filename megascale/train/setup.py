@@ -40,7 +40,7 @@ from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, find_start, model_changes
 from megascale.train.room import room_for
-from megascale.train.samples import Samples, document_lengths, micro_batches, note, open_data, resolve_vocabulary
+from megascale.train.samples import Samples, document_lengths, micro_batches, note, open_data, resolve_vocabulary, valid_notes
 from megascale.train.state import Progress, check_finite
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -109,7 +109,8 @@ def _built(
     if log is not None and console is not None:
         room = room_for(config, run_dir, start, progress.step, until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
-        announce(config, ranks, facts, start, progress, note(mixture), notes, log, console)
+        told = (note(mixture), *valid_notes(config, valid_sets))
+        announce(config, ranks, facts, start, progress, told, notes, log, console)
     reporter = build_reporter(config, ranks, mesh, device, model, flops, start, log, console)
     if config.run.tensorboard:
         agreed(lambda: log.add_tensorboard(progress.step) if log is not None else None)

@@ -198,6 +198,9 @@ def test_a_lost_rank(tmp_path: Path, jobs: list[Job], victim: int, number: signa
     assert ending["step"] >= 3 and ending["rank"] == 1 - victim
     assert "trainer.py" in (job.run / "stacks" / f"rank-{1 - victim:05d}.txt").read_text()
     assert "step " in ending["reason"] and "last collective" in ending["reason"]
+    if number == signal.SIGSTOP:
+        job.ranks[victim].send_signal(signal.SIGCONT)
+        assert job.ending(victim)[:2] == (5, ending), "a rank that wakes writes its own story over the right one"
 
 
 @pytest.mark.dist
