@@ -62,6 +62,8 @@ class RowFile:
                 self._waiting.popleft()
         except OSError as error:
             self._sound = False
+            with suppress(OSError):  # half a row that found room
+                os.ftruncate(self._file, self._end)
             return error
         return None
 
@@ -72,7 +74,7 @@ class RowFile:
         self._end += len(line)
 
     def _mend(self) -> None:
-        """Opens the file again, since a handle may be stale, and takes the half row away at which the disk was full."""
+        """Opens the file again, since a handle may be stale, and takes away half a row that is still there."""
         fresh = _open(self.path)
         os.close(self._file)
         self._file, size = fresh, os.fstat(fresh).st_size
