@@ -18,7 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from megascale.errors import UsageError
 
-FILE_BYTES = 2**20
+FILE_BYTES = 2**19  # three seconds of reading
 NODES = 100_000  # of a document with its aliases written out
 DEPTH = 64  # of lists and mappings inside each other
 TOO_DEEP = f"lists and mappings are nested more than {DEPTH} deep: this is no config"

@@ -154,12 +154,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"there is no config file {path}{hint}") from None
     try:
         values = parse_yaml(text)
+        if not isinstance(values, dict):
+            raise UsageError(f"it holds a {type(values).__name__}, not sections such as `model:` and `train:`")
+        check_values(values)
     except ValueError as error:
         raise UsageError(f"{path} is not valid YAML 1.2: {error}") from None
     except UsageError as error:
         raise UsageError(f"{path} cannot be used: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds a {type(values).__name__}, not sections such as `model:` and `train:`")
     return values
 
 

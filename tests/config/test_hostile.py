@@ -40,6 +40,7 @@ HOSTILE_YAML = {
     "NUL": ("a: \0", "not valid YAML 1.2"),
     "a list": ("[1]", "holds a list, not sections"),
     "nothing": ("", "holds a NoneType, not sections"),
+    "NUL in a path": ('sources: [{path: "a\\0b"}]', "sources.path is .*control characters"),
 }
 
 
@@ -63,7 +64,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         (pipe, "a pipe, a socket or a device"),
         ("/dev/zero", "a pipe, a socket or a device"),
         (tmp_path, "is a folder"),
-        (tmp_path / "large.yaml", "more than 1,048,576 bytes"),
+        (tmp_path / "large.yaml", "more than 524,288 bytes"),
         (tmp_path / "latin.yaml", "cannot be read"),
         ("a\0b", "control characters"),
         ("caf\udce9", "no valid text"),
