@@ -5,6 +5,7 @@ a document, from the files that say so.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,11 +74,21 @@ def lengthening(normalizer: Any) -> float:
     if kind == "Replace" and isinstance(content, str):
         pattern = normalizer.get("pattern")
         text = pattern.get("String") if isinstance(pattern, Mapping) else None
-        # A regular expression may match nothing, between any two characters.
-        return max(1.0, len(content) / len(text)) if isinstance(text, str) and text else 1.0 + len(content)
+        if isinstance(text, str) and text:
+            return max(1.0, len(content) / len(text))
+        nothing = pattern.get("Regex") if isinstance(pattern, Mapping) else ""
+        return 1.0 + len(content) if _matches_nothing(nothing) else max(1.0, len(content))
     if kind == "Prepend" and isinstance(normalizer.get("prepend"), str):
         return 1.0 + len(normalizer["prepend"])
     return 1.0
+
+
+def _matches_nothing(pattern: Any) -> bool:
+    """Whether a regular expression matches the empty text, and so between any two characters; also where that cannot be told."""
+    try:
+        return not isinstance(pattern, str) or re.search(pattern, "") is not None
+    except (re.error, RecursionError, OverflowError):
+        return True
 
 
 def special_names(spec: Mapping[str, Any]) -> set[str]:

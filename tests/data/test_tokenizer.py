@@ -198,6 +198,8 @@ def test_absurd_values_that_do_no_harm_are_read(tmp_path: Path) -> None:
     assert len(tokenizer.encode_batch(["the dog"])[0]) == 2
     legacy = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     assert lengthening({"type": "Sequence", "normalizers": legacy}) <= 4
+    clean = [{"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}] * 40
+    assert lengthening({"type": "Sequence", "normalizers": clean}) == 1
 
 
 def test_panics_of_native_code_are_sentences(tmp_path: Path) -> None:
