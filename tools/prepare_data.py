@@ -64,7 +64,7 @@ def main(
     prefixes = [out + side for side in (SIDES if pairs else ("",))]
     outputs = [Path(prefix + ending) for prefix in prefixes for ending in OUTPUTS]
     check_out(out, outputs)
-    given = [t for t in (tokenizer, source_tokenizer) if t is not None and t.exists()]
+    given = [t for t in (tokenizer, source_tokenizer) if t is not None and os.path.exists(t)]
     check_free(outputs, given, overwrite)
     console = Console(stderr=True, highlight=False)
     keys = (source_key, target_key) if pairs else (text_key,)
@@ -118,7 +118,7 @@ def main(
 
 def check_out(out: str, outputs: list[Path]) -> None:
     """Raises UsageError for a prefix that cannot be one."""
-    if not out.isprintable() or max(len(os.fsencode(p.name)) for p in outputs) > 240 or len(os.fsencode(out)) > 4000:
+    if not out.isprintable() or max(len(part.encode()) for p in outputs for part in p.parts) > 240 or len(out.encode()) > 4000:
         raise UsageError(f"--out {out[:80]!r} is no prefix of files: it has characters that do not print, or too many of them")
     if Path(out).is_dir() or out.endswith(("/", os.sep)) or not Path(out).name:
         raise UsageError(f"--out {out} is a folder, and a prefix is needed: for example {Path(out) / 'text'}")

@@ -13,6 +13,14 @@ from megascale.errors import UsageError
 LARGEST = 16 << 20  # bytes of such a file; what prepare_data.py writes has under 1,000
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for what can be no path, such as a name of 300 letters."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megascale.config.schema import Spacetime
 from megascale.data.dataset import Source, check_tokens
-from megascale.data.facts import source_facts
+from megascale.data.facts import is_file, source_facts
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, permute_many, plan_mixture, split_documents
@@ -28,12 +28,14 @@ class FieldFile:
 
     def __init__(self, source: Source, fields: Spacetime, part: str, valid_fraction: float) -> None:
         path = Path(source.path + ".npy")
+        if not is_file(path):
+            raise UsageError(f"data: there is no {str(path)[:300]}: name a prefix of .npy and .json files")
         try:
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise UsageError(f"data: there is no {path}: name a prefix of .npy and .json files") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise UsageError(f"{path} cannot be read as an array ({error}): make it again") from None
+        if not isinstance(self.array, np.ndarray):
+            raise UsageError(f"{path} is an archive of arrays, and one array is needed: save it with numpy.save")
         expected = (*fields.shape[1:], fields.channels)
         if self.array.shape[1:] != expected or self.array.dtype.kind != "f":
             raise UsageError(

@@ -18,6 +18,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.data.facts import is_file
 from megascale.data.publish import Publication
 from megascale.errors import UsageError
 
@@ -53,13 +54,17 @@ class TokenFile:
         self.prefix = str(prefix)
         idx, bin_ = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
         for path in (idx, bin_):
-            if not path.is_file():
+            if not is_file(path):
                 raise UsageError(
-                    f"there is no token file {path}: make it with tools/prepare_data.py INPUT --out {self.prefix}, or correct the path "
-                    "(it is a prefix, without .bin)"
+                    f"there is no token file {str(path)[:300]}: make it with tools/prepare_data.py INPUT --out {self.prefix[:300]}, or "
+                    "correct the path (it is a prefix, without .bin)"
                 )
-        with idx.open("rb") as file:
-            head = file.read(HEADER)
+        try:
+            with idx.open("rb") as file:
+                head = file.read(HEADER)
+            bin_.open("rb").close()
+        except OSError as error:
+            raise UsageError(f"the token files {self.prefix} cannot be read ({error.strerror}: {error.filename}): mend that") from None
         if len(head) < HEADER or head[: len(MAGIC)] != MAGIC:
             raise UsageError(
                 f"{idx} is not a token index: it begins with {head[:9]!r} instead of {MAGIC!r}; give the prefix of token files"

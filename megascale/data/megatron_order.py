@@ -78,7 +78,8 @@ def draw(
     tokens = int(lengths[documents].sum(dtype=np.int64)) if len(documents) else 0
     if tokens <= seq_len:
         raise UsageError(
-            f"{where} has {tokens} tokens for this part, and one sample of train.seq_len {seq_len} needs {seq_len + 1}: add data"
+            f"{where} has {tokens} tokens for this part, and one sample of train.seq_len {seq_len} needs {seq_len + 1}: add data, or "
+            "use order megascale, which can hold out a part of a document"
         )
     epochs = -(-(samples * seq_len + 1) // tokens)
     if epochs * len(documents) > MOST:

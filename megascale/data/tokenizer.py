@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 
-from megascale.data.facts import source_facts
+from megascale.data.facts import is_file, source_facts
 from megascale.data.publish import Publication
 from megascale.data.tokenizer_json import END_NAMES, MOST_TOKENS, NAMED_IN, NUMBERED_IN, guarded, open_json, said_beside, special_names
 from megascale.errors import UsageError
@@ -172,7 +173,7 @@ def load_tokenizer(path: str | Path, prefix: str | None = None, eos: str | None 
     and ended. `eos`: the name of the token that ends a document, whatever else is said.
     """
     where = Path(path)
-    if where.is_dir():
+    if not is_file(where) and os.path.isdir(where):
         models = sorted(where.glob("*.model"))
         found = [p for p in (where / "tokenizer.json", where / "tokenizer.model") if p.is_file()] or models
         if not found:
@@ -180,8 +181,8 @@ def load_tokenizer(path: str | Path, prefix: str | None = None, eos: str | None 
         if len(models) > 1 and found is models:
             raise UsageError(f"the folder {where} holds {models[0].name} and {models[1].name}: name the one to use")
         where = found[0]
-    if not where.is_file():
-        raise UsageError(f"there is no tokenizer {where}: give a SentencePiece .model or a Hugging Face tokenizer.json")
+    if not is_file(where):
+        raise UsageError(f"there is no tokenizer {str(where)[:300]}: give a SentencePiece .model or a Hugging Face tokenizer.json")
     try:
         return Tokenizer(where, prefix, eos)
     except OSError as error:
@@ -205,7 +206,7 @@ def _facts_of(path: Path, prefix: str | None, fingerprint: str) -> dict[str, Any
 def beside(prefix: str) -> Path | None:
     """The tokenizer that prepare_data.py left beside a prefix."""
     for end in ENDINGS:
-        if Path(prefix + end).is_file():
+        if is_file(Path(prefix + end)):
             return Path(prefix + end)
     return None
 

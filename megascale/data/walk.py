@@ -84,15 +84,15 @@ def find_files(inputs: Sequence[Path], pattern: str, exclude: Sequence[str] = ()
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for path in inputs:
-        if path.is_dir():
+        if os.path.isdir(path):
             below = sorted(_below(path, PurePath(pattern).parts, set(exclude), seen, chosen))
             if not below and not chosen.left_out:
                 raise UsageError(f"the folder {path} has no file that matches --pattern {pattern!r}")
             files += below
-        elif path.exists():
+        elif os.path.exists(path):
             files.append(path)
         else:
-            raise UsageError(f"there is no input {path}: correct the path")
+            raise UsageError(f"there is no input {str(path)[:300]}: correct the path")
     return files
 
 

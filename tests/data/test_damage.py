@@ -14,6 +14,8 @@ from megascale.data.dataset import Mixture, Source, check_source
 from megascale.data.facts import source_facts
 from megascale.data.indexed import HEADER, MAGIC, TokenFile, TokenWriter
 from megascale.data.megatron_order import draw
+from megascale.data.tokenizer import beside, load_tokenizer
+from megascale.data.walk import find_files
 from megascale.errors import UsageError
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
@@ -129,3 +131,15 @@ def test_facts_that_are_absent_are_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "y.json").mkdir()
     with pytest.raises(UsageError, match=r"y\.json is no file"):
         source_facts(str(tmp_path / "y"))
+
+
+@pytest.mark.parametrize("prefix", ["x" * 300, "a\0b", "y/" * 3000, "\ud800"])
+def test_what_can_be_no_path_is_a_file_that_is_not_there(prefix: str) -> None:
+    """Catches tracebacks of the system for names that no file can have."""
+    with pytest.raises(UsageError, match="there is no token file"):
+        TokenFile(prefix)
+    with pytest.raises(UsageError, match="there is no tokenizer"):
+        load_tokenizer(prefix)
+    with pytest.raises(UsageError, match="there is no input"):
+        find_files([Path(prefix)], "*")
+    assert beside(prefix) is None

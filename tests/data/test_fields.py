@@ -102,12 +102,16 @@ def test_arrays_that_do_not_fit(tmp_path: Path, change: dict[str, Any], words: s
 
 
 def test_broken_arrays_and_statistics(tmp_path: Path) -> None:
-    """Catches pickles being opened, and a division by a deviation of zero."""
+    """Catches pickles being opened, a division by a deviation of zero, and tracebacks for what is no array."""
     source = write(tmp_path / "a", std=[1.0, 0.0])
     with pytest.raises(UsageError, match="std"):
         FieldMixture([source], FIELDS, 7, "all", 0.0, shuffled=True)
     np.save(tmp_path / "b.npy", np.array([{}], dtype=object), allow_pickle=True)
-    for name in ("b", "nowhere"):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with (tmp_path / "many.npy").open("wb") as file:
+        np.savez(file, a=np.zeros(3))
+    (tmp_path / "folder.npy").mkdir()
+    for name in ("b", "nowhere", "empty", "many", "folder"):
         with pytest.raises(UsageError, match=name):
             FieldMixture([Source(str(tmp_path / name), 1.0, name)], FIELDS, 7, "all", 0.0, shuffled=True)
 

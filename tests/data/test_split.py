@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
+from megascale.config.load import load_config
 from megascale.data.dataset import Mixture, Source
 from megascale.data.indexed import TokenWriter
 from megascale.data.order import split_documents
 from megascale.data.split import split_source
 from megascale.errors import UsageError
+from megascale.train.samples import note, open_data, resolve_vocabulary
+from tools import prepare_data
 
 
 def write(prefix: Path, lengths: list[int]) -> Source:
@@ -72,3 +76,18 @@ def test_the_split_is_a_function_of_lengths() -> None:
     assert not split_source(lengths[:1], 0.0, 17).by_tokens
     assert split_source(lengths[:1], 0.5, 17).train.end == 2**29
     assert not split_source(lengths, 0.5, 17).by_tokens
+
+
+@pytest.mark.parametrize("config", ["configs/llama-1m.yaml", "configs/quickstart.yaml"])
+def test_one_text_file_trains_with_a_shipped_config(tmp_path: Path, config: str) -> None:
+    """Catches what every newcomer does, input.txt prepared without options and named as data.train, ending in a message."""
+    words = ["first", "citizen", "before", "we", "proceed", "any", "further", "hear", "me", "speak"]
+    lines = [" ".join(words[(i * j + j) % 10] + str((i * 7 + j) % 13) for j in range(9)) for i in range(400)]
+    (tmp_path / "input.txt").write_text("\n".join(lines))
+    command = [str(tmp_path / "input.txt"), "--out", str(tmp_path / "mine"), "--workers", "1"]
+    typer.main.get_command(prepare_data.app).main(command, standalone_mode=False)
+    read = resolve_vocabulary(load_config(config, [f"data.train={tmp_path / 'mine'}"]))
+    train, valid = open_data(read)
+    assert "the last tokens are held out" in (note(train) or "")
+    for samples in (train, valid["mine"]):
+        assert isinstance(samples, Mixture) and len(samples.sample(0)[0]) == read.train.seq_len + 1

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+import typer
 from tokenizers.processors import TemplateProcessing
 
 from megascale.data.prepare import Facts, prepare
 from megascale.data.tokenizer import LONGEST_LINE, Tokenizer, cut_line, load_tokenizer, train_sentencepiece, training_lines
 from megascale.data.tokenizer_json import lengthening
 from megascale.errors import UsageError
+from tools import prepare_data
 
 INPUTS = Path(__file__).parent / "inputs"
 TEXTS = [json.loads(line)["text"] for line in (INPUTS / "docs.jsonl").read_text().splitlines()]
@@ -275,3 +277,41 @@ def test_short_lines_train_the_tokenizer_that_they_always_did(tmp_path: Path) ->
     )
     train_sentencepiece(texts, 290, tmp_path / "t.model")
     assert (tmp_path / "t.model").read_bytes() == model.getvalue()
+
+
+def test_the_tool_takes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches options that are not passed on, and what was left out or replaced that nobody hears of."""
+    command = typer.main.get_command(prepare_data.app)
+
+    def run(*args: object) -> str:
+        command.main([*map(str, args), "--workers", "1", "--overwrite", "--out", str(tmp_path / "o")], standalone_mode=False)
+        return " ".join(capsys.readouterr().err.split())
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "part-0").write_bytes(b'\xef\xbb\xbf{"text": "caf\xe9"}\n{"text": null}\n')
+    (folder / "t.csv").write_text("a,b")
+    shutil.copy(INPUTS / "dstok" / "tokenizer.json", tmp_path / "alone.json")
+    said = run(folder, "--tokenizer", tmp_path / "alone.json", "--eos", "<|end_of_sentence|>")
+    for words in (
+        "1 files are not valid UTF-8",
+        "1 documents are null and were left out",
+        "1 byte-order marks",
+        "1 files are read as JSON lines by what is in them",
+        "t.csv: is CSV",
+    ):
+        assert words in said, said
+    facts = json.loads((tmp_path / "o.json").read_text())
+    assert (facts["documents"], facts["null_documents"], facts["byte_order_marks"], facts["eos_id"]) == (1, 1, 1, 0)
+    run(INPUTS / "docs.jsonl", "--tokenizer", around(tmp_path / "t" / "tokenizer.json", f"{END} $A"), "--bos")
+    assert json.loads((tmp_path / "o.json").read_text())["bos_id"] == 0
+    for args, words in (
+        (("--eos", "<none>"), "--eos names the token '<none>'"),
+        (("--bos", "--pairs"), "--bos is for documents"),
+        (("--longest-line", "20"), "line 1 has more than 20 bytes"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run(INPUTS / "docs.jsonl", "--tokenizer", INPUTS / "plain.json", *args)
+    for out in ("a\nb", "x" * 300, "a\0b", "\ud800"):
+        with pytest.raises(UsageError, match="is no prefix of files"):
+            command.main([str(INPUTS / "docs.jsonl"), "--out", out], standalone_mode=False)
