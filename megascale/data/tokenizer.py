@@ -51,7 +51,7 @@ class Tokenizer:
             self.specials = sorted(numbers[n] for n in names if n in numbers)
             self._ends = tuple(n for n in END_NAMES if n in names) or tuple(n for n in END_NAMES if n in numbers)
         else:
-            wrong = f"{path} is not a tokenizer"
+            wrong = f"{path} is not a tokenizer, a SentencePiece .model or a Hugging Face tokenizer.json"
             self._piece = guarded(lambda: sentencepiece.SentencePieceProcessor(model_proto=data), wrong)
             self.vocab_size = int(self._piece.vocab_size())
         if not 0 < self.vocab_size <= MOST_TOKENS:
@@ -61,6 +61,9 @@ class Tokenizer:
         if facts:
             self.begin = (int(facts["bos_id"]),) if "bos_id" in facts else ()
         self._known = {key: int(facts[key]) for key in ("eos_id", "bos_id") if key in facts}
+        for key, token in self._known.items():
+            if token >= self.vocab_size:
+                raise UsageError(f"{key} of the data beside {path} is {token}, and it has {self.vocab_size} pieces: prepare the data again")
         if eos is not None:
             self._known["eos_id"] = self._number(eos, "--eos")
 
@@ -272,7 +275,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path, exact:
         if most is None:
             raise UsageError(f"{failed}: {reason or type(error).__name__}") from None
         if exact:
-            raise UsageError(f"{failed}: it has too few different words for more than {most[1]}: give --vocab-size {most[1]}") from None
+            raise UsageError(
+                f"{failed}: it has too few different words for more than {most[1]}: give --vocab-size {most[1]} or less"
+            ) from None
         vocab_size = int(most[1])
         content = _train(lines, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -121,6 +121,8 @@ def end_token(config: Config) -> int:
     prefix = first_prefix(config)
     known = source_facts(prefix).get("eos_id")
     if known is not None:
+        if config.model.vocab_size is not None and known >= config.model.vocab_size:
+            raise UsageError(f"{prefix}.json: eos_id is {known}, and model.vocab_size is {config.model.vocab_size}: prepare the data again")
         return int(known)
     path = config.data.tokenizer or beside(prefix)
     if path is None:

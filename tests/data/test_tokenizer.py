@@ -157,6 +157,11 @@ def test_the_facts_of_another_tokenizer_say_nothing(tmp_path: Path) -> None:
     prepared(tmp_path / "o", load_tokenizer(INPUTS / "gemtok"))
     shutil.copy(INPUTS / "plain.json", tmp_path / "o.tokenizer.json")
     assert load_tokenizer(tmp_path / "o.tokenizer.json").eos_id == 0
+    prepared(tmp_path / "o", load_tokenizer(INPUTS / "plain.json"))
+    facts = json.loads((tmp_path / "o.json").read_text())
+    (tmp_path / "o.json").write_text(json.dumps({**facts, "eos_id": 500}))
+    with pytest.raises(UsageError, match=r"eos_id of the data beside .* is 500, and it has 289 pieces"):
+        load_tokenizer(tmp_path / "o.tokenizer.json")
 
 
 @pytest.mark.parametrize("template", [f"$A {END}", f"{END} $A {END} {END}"])
