@@ -76,6 +76,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise UsageError(
             f"{folder} could not be written ({error.strerror or error}: {error.filename}), and nothing is left of it"
         ) from None
-    except UsageError:
+    except Exception:
         discard(temporary)
         raise

@@ -120,7 +120,7 @@ def write_streamed(
         tensors = {t.name: TensorEntry(DTYPE_NAMES[t.dtype], t.shape, tuple(chunks[t.name])) for t in targets}
         write_durably(temporary / INDEX, Index(temporary, VERSION, entries, tensors).to_json().encode())
         publish(root, temporary, step)
-    except (UsageError, OSError):
+    except Exception:  # whatever `produce` raises
         discard(temporary)
         if made_root and root.exists():
             root.rmdir()

@@ -17,6 +17,7 @@ from megascale.config.load import build_config
 from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
 from megascale.expand.stack import specs
+from megascale.formats.shapes import check_depth
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,27 @@ def open_source(path: str | Path, check: bool = True) -> Source:
     folder = find(path)
     index = read_index(folder)
     trainer = read_trainer(folder)
-    if trainer.get("converted", {}).get("weights") == "e4m3":
+    converted = trainer.get("converted", {})
+    if converted.get("weights") == "e4m3":
         raise UsageError(
             f"{folder} is for inference, with hidden matrices in e4m3, and its masters are gone: give the run it was converted from, "
-            f"{trainer['converted'].get('path')}"
+            f"{converted.get('path')}"
         )
     if not isinstance(trainer.get("config"), dict):
         raise UsageError(
             f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own"
         )
     # A converted checkpoint knows its model and context; what a run needs beside them is the user's to say.
-    values = {**trainer["config"], "train": {"steps": 1, **trainer["config"].get("train", {})}}
-    if values["train"].get("tokens") is not None:
+    train = trainer["config"].get("train", {})
+    if not isinstance(train, dict):
+        raise UsageError(f"{folder / TRAINER} says train is {train!r}: the checkpoint is damaged, use an older one")
+    values = {**trainer["config"], "train": {"steps": 1, **train}}
+    if train.get("tokens") is not None:
         del values["train"]["steps"]
     source = Source(index, _without_runs(build_config({"data": {"train": "-"}, **values})), trainer)
     if source.model.vocab_size is None and source.model.spacetime is None:
         raise UsageError(f"{folder / TRAINER} does not say model.vocab_size: the checkpoint is damaged, use an older one")
+    check_depth(source.model, len(source.shapes), str(folder / TRAINER))
     expected = {n: s.shape for n, s in specs(source.model, source.seq_len).items()}
     have = source.shapes
     for name, shape in expected.items():

@@ -11,11 +11,12 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.depth import EXACT, Layer, grow_layers
 from megascale.expand.options import Options
+from megascale.formats.shapes import our_specs
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.residual import Residual, Stack, residual
-from megascale.model.spec import ParamSpec, specs_of, states_of
+from megascale.model.spec import ParamSpec, states_of
 
 WHY_LOSSY = {
     "stack": "stacking the layers again and again (G_stack) runs what was learned for one depth at another",
@@ -35,8 +36,7 @@ def row_of(model: Model, layer: int) -> Residual:
 
 def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     """Canonical name → spec of every weight and state of a whole model."""
-    part = _whole(model, seq_len)
-    return {**specs_of(part), **states_of(part)}
+    return our_specs(model, seq_len)
 
 
 def unlearned(model: Model, seq_len: int) -> frozenset[str]:

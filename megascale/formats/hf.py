@@ -23,7 +23,7 @@ from megascale.formats.hf_folder import CONFIG, INDEX, SINGLE, as_json, open_hf
 from megascale.formats.hf_names import links_of
 from megascale.formats.json_file import read_object
 from megascale.formats.links import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
-from megascale.formats.shapes import check_depth
+from megascale.formats.shapes import check_depth, check_floating
 from megascale.formats.sources import Checkpoint, Stored
 
 # Buffers that older versions of transformers saved with the weights.
@@ -82,6 +82,7 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     links = links_of(family, model or found, wanted if found.position == "learned" else length)
     unused = sorted(n for n in source.tensors if n.startswith(family.unused))
     held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and n not in unused}
+    check_floating(held, str(folder))
     links = _as_stored(family, links, held)
     _drop_tied(family, found, held, source, folder)
     expected = extents(steps_to_theirs(links))

@@ -26,10 +26,12 @@ from megascale.formats.links import Link, Rearranged, Sizes, compare_names, exte
 from megascale.formats.megatron_dist import open_distributed, stamp_of, write_distributed
 from megascale.formats.megatron_names import Cut, check_model, empty_states, homogeneous, rank_links, rank_name, stacked
 from megascale.formats.pickles import read_torch
+from megascale.formats.shapes import check_depth, check_floating
 from megascale.formats.sources import Checkpoint
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
+ITERATION = re.compile(r"[0-9]{1,18}")
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 ELEMENTS = 1 << 24  # compared at once
 
@@ -66,8 +68,9 @@ class RankFiles:
 def find_iteration(folder: Path) -> Path:
     """A checkpoint folder of Megatron, or the iteration in it that was saved last. Raises UsageError."""
     if (folder / LATEST).is_file():
-        text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        named = folder / ("release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else "")
+        with (folder / LATEST).open(encoding="utf-8", errors="replace") as file:
+            text = file.read(100).strip()
+        named = folder / ("release" if text == "release" else f"iter_{int(text):07d}" if ITERATION.fullmatch(text) else "")
         if named == folder or not named.is_dir():
             raise UsageError(f"{folder / LATEST} says {text[:40]!r}, and there is no such iteration in {folder}: name the folder iter_…")
         return named
@@ -79,14 +82,17 @@ def find_iteration(folder: Path) -> Path:
 def read_megatron(folder: str | Path, model: Model, seq_len: int, dtype: torch.dtype | None = None) -> Foreign:
     """The weights of `model` in a checkpoint of Megatron. Raises UsageError where they are not those of such a model, or not whole."""
     where = find_iteration(Path(folder))
+    said = f"the config given for {where}"
     if (where / "metadata.json").is_file():
         source, cut = open_distributed(where)
         layered = not any(re.match(r"decoder\.layers\.\d+\.", n) for n in source.tensors)
         check_model(model, cut)
+        check_depth(model, sum(t.shape[0] if t.shape else 0 for t in source.tensors.values()), said)
         links = [stacked(link, layered) for link in rank_links(model, seq_len, cut)[0]]
         return _foreign(model, seq_len, links, [], source, str(where), dtype)
     files, cut = _open_ranks(where)
     check_model(model, cut)
+    check_depth(model, len(files.tensors), said)
     links, copies = rank_links(model, seq_len, cut)
     return _foreign(model, seq_len, links, copies, files, str(where), dtype)
 
@@ -96,6 +102,7 @@ def _foreign(
 ) -> Foreign:
     held = source.tensors
     assert model.vocab_size is not None
+    check_floating(held, where)
     padded = frozenset(n for n in held if n.endswith(("word_embeddings.weight", "output_layer.weight")))
     compare_names(extents(steps_to_theirs([*links, *copies])), held, where, padded)
     steps = steps_to_ours(links)
@@ -122,6 +129,8 @@ def _same(copy: Link, links: list[Link], source: Any) -> None:
 
 def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
     found = {p.name: RANK.fullmatch(p.name) for p in sorted(folder.glob("mp_rank_*"))}
+    if not found:
+        raise UsageError(f"{folder} holds neither mp_rank_… folders nor a metadata.json: the checkpoint is not whole")
     odd = next((name for name, match in found.items() if match is None), None)
     if odd is not None:
         raise UsageError(f"{folder / odd} is a rank of experts or of another layout: only tensor and pipeline ranks can be read")
@@ -135,7 +144,7 @@ def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
     first = rank_name(0, 0, cut)
     names = source.tensors
     table = names.get(f"{first}/embedding.word_embeddings.weight")
-    if table is None:
+    if table is None or len(table.shape) != 2:
         raise UsageError(f"{folder / first / FILE} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
     spec = "te" if any(n.endswith("linear_qkv.layer_norm_weight") for n in names) else "local"
     experts = "grouped" if any(".mlp.experts.linear_fc1.weight" in n for n in names) else "sequential"

@@ -34,14 +34,16 @@ from torch.distributed.checkpoint.metadata import (
 from megascale.checkpoint.streaming import Produce, Target, slabs
 from megascale.errors import UsageError
 from megascale.files import write_durably
+from megascale.formats.json_file import read_object
 from megascale.formats.links import Sizes
 from megascale.formats.megatron_names import Cut
-from megascale.formats.pickles import read_pickle, read_torch_bytes
+from megascale.formats.pickles import DAMAGED, read_pickle, read_torch_bytes
 
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 STACKED = re.compile(r"decoder\.layers\.[^0-9]")
 CHUNK = 1 << 24  # elements of a rectangle that is written at once
+LARGEST = 1 << 48  # of a dimension
 FILE_BYTES = 4 * 10**9  # after which another file begins
 
 
@@ -102,6 +104,8 @@ class Distributed:
 def _chunk(path: Path, begin: int, length: int) -> Tensor:
     try:
         with path.open("rb") as file:
+            if begin + length > os.fstat(file.fileno()).st_size:
+                raise UsageError(f"{path} ends before byte {begin + length}: the checkpoint is not whole")
             file.seek(begin)
             data = file.read(length)
     except OSError as error:
@@ -119,23 +123,19 @@ def stamp_of(paths: Any) -> str:
 
 
 def open_distributed(folder: Path) -> tuple[Distributed, Cut]:
-    try:
-        said = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'metadata.json'} cannot be read ({error}): the checkpoint is not whole") from None
-    backend = said.get("sharded_backend") if isinstance(said, dict) else None
+    backend = read_object(folder / "metadata.json", "the checkpoint is not whole", DAMAGED).get("sharded_backend")
     if backend != "torch_dist":
         raise UsageError(
             f"{folder / 'metadata.json'} says sharded_backend {backend!r}, and torch_dist can be read: save with --ckpt-format torch_dist"
         )
     try:
         source = _read_metadata(folder)
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(
-            f"{folder / '.metadata'} is not what torch writes ({type(error).__name__}: {error}): the checkpoint is damaged"
+            f"{folder / '.metadata'} is not what torch writes ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}"
         ) from None
     table = source.tensors.get("embedding.word_embeddings.weight")
-    if table is None:
+    if table is None or len(table.shape) != 2:
         raise UsageError(f"{folder} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
     spec = "te" if any(".pre_mlp_layernorm." in n for n in source.tensors) else "dist_local"
     return source, Cut(1, 1, spec, table.shape[0])
@@ -154,6 +154,8 @@ def _read_metadata(folder: Path) -> Distributed:
             continue
         dtype = meta.state["properties"].state
         dtypes[name] = dtype[0] if isinstance(dtype, tuple) else dtype["dtype"]
+        if not isinstance(dtypes[name], torch.dtype):
+            raise TypeError(f"{name} has no dtype that is read here")
         for c in meta.state["chunks"]:
             offset, size = tuple(c.state["offsets"]), tuple(c.state["sizes"])
             place = places[name, offset]
@@ -161,7 +163,13 @@ def _read_metadata(folder: Path) -> Distributed:
                 raise UsageError(
                     f"{folder / '.metadata'} puts {name} into {place['relative_path']!r}, which is no file of a checkpoint: do not trust it"
                 )
-            chunks.setdefault(name, []).append(Chunk(offset, size, place["relative_path"], int(place["offset"]), int(place["length"])))
+            begin, length = place["offset"], place["length"]
+            dims = len(chunks[name][0].size) if name in chunks else len(size)
+            if len(offset) != dims or len(size) != dims or any(type(n) is not int or not 0 <= n < LARGEST for n in (*offset, *size)):
+                raise ValueError(f"a rectangle of {name} has size {size} at {offset}")
+            if any(type(n) is not int or n < 0 for n in (begin, length)):
+                raise ValueError(f"{name} lies at {begin}, {length} bytes long")
+            chunks.setdefault(name, []).append(Chunk(offset, size, place["relative_path"], begin, length))
     return Distributed(folder, {n: tuple(parts) for n, parts in chunks.items()}, dtypes)
 
 

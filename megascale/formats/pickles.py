@@ -1,21 +1,24 @@
-"""Pickles of others, read without running anything in them.
+"""Pickles of others, read without running anything in them, in memory that their own size bounds.
 
 A pickle names functions and classes to call. Here every name becomes a record that remembers what it was called with, except for the few
-from torch that put a tensor together from numbers; those are what torch's own `weights_only` takes for safe.
+that put a tensor together from numbers. A few bytes may ask for gigabytes: opcodes are looked through before any is followed, and what
+torch.save wrote is taken from the archive by ourselves, since torch.load would inflate and allocate whatever it is told to.
 """
 
 from __future__ import annotations
 
-import collections
 import io
 import pickle
+import pickletools
 import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megascale.errors import UsageError
 
@@ -23,18 +26,24 @@ DTYPES = {
     f"torch.{d}": getattr(torch, d)
     for d in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
-STORAGES = {
-    f"torch.{kind}Storage": getattr(torch, f"{kind}Storage")
-    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+# Storages stand in pickles under the names of classes, one for each dtype.
+STORAGES: dict[str, torch.dtype] = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
-REAL: dict[str, Any] = {
-    **DTYPES,
-    **STORAGES,
-    "torch.Size": torch.Size,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "collections.OrderedDict": collections.OrderedDict,
-}
+MOST = 1 << 30  # bytes of a pickle, tensors not counted
+ARGUMENTS = 256  # of a call: what is called with more is no part of a checkpoint
+NAMES = 4096  # different classes and functions in a pickle
+NESTED = 3  # dictionaries inside one another that tensors are looked for in
+DAMAGED = "the checkpoint is damaged"
 
 
 class Record:
@@ -45,7 +54,7 @@ class Record:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Record:
         made = super().__new__(cls)
-        made.args, made.state = args, {}
+        made.args, made.state = _few(args), {}
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,23 +73,129 @@ class Record:
         """Items of a dict's subclass: nobody asks for them."""
 
 
+class Ordered(dict[Any, Any]):
+    """An OrderedDict as pickles make it: empty first, item by item then. Copies of another, which a pickle could order by the million, and
+    attributes are not made.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        if args:
+            raise pickle.UnpicklingError("an OrderedDict is made from arguments")
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Attributes: nobody asks for them."""
+
+
+class Held(Record):
+    """A tensor. It takes no state, which would be another storage for it."""
+
+    tensor: Tensor
+
+
+def _few(values: Sequence[Any]) -> tuple[Any, ...]:
+    if len(values) > ARGUMENTS:
+        raise pickle.UnpicklingError(f"something is called with {len(values)} arguments")
+    return tuple(values)
+
+
+def _size(values: Any = ()) -> tuple[Any, ...]:
+    return _few(values)
+
+
+def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Held:
+    """A tensor inside one of one dimension, which is all of a storage."""
+    numbers = (offset, *_few(size), *_few(stride))
+    if not isinstance(flat, Tensor) or len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor is made of something else than numbers")
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride))
+    if 0 not in size and last >= flat.numel():
+        raise pickle.UnpicklingError(f"a tensor reaches beyond the {flat.numel()} numbers stored for it")
+    made = Held()
+    made.tensor = flat.new_empty(size) if 0 in size else flat.as_strided(size, stride, flat.storage_offset() + offset)
+    return made
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+REAL: dict[str, Any] = {
+    **DTYPES,
+    **STORAGES,
+    "torch.Size": _size,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "collections.OrderedDict": Ordered,
+}
+
+
 class SafeUnpickler(pickle.Unpickler):
-    """Finds nothing but what is in REAL; all else is a `Record`, under a name of its own."""
+    """Finds nothing but what is in REAL; all else is a `Record`, under a name of its own. Storages are those of `archive`."""
+
+    def __init__(self, data: bytes, archive: Archive | None = None) -> None:
+        super().__init__(io.BytesIO(data))
+        self.archive = archive
+        self.named: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        real = REAL.get(f"{module}.{name}")
-        return type(name.rpartition(".")[2] or "Record", (Record,), {}) if real is None else real
+        full = f"{module}.{name}"
+        if full in REAL:
+            return REAL[full]
+        if full not in self.named:
+            if len(self.named) == NAMES:
+                raise pickle.UnpicklingError(f"it names more than {NAMES} classes")
+            self.named[full] = type(name.rpartition(".")[2][:100] or "Record", (Record,), {})
+        return self.named[full]
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.archive is None:
+            raise pickle.UnpicklingError("it refers to a storage and has none")
+        return self.archive.storage(pid)
+
+
+def _unpickle(data: bytes, archive: Archive | None = None) -> Any:
+    """Raises anything for a damaged pickle."""
+    for opcode, argument, _ in pickletools.genops(data):
+        # A memo has room for as many objects as its largest number says, and no pickle writes numbers that are larger than its length.
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(data):
+            raise pickle.UnpicklingError(f"it keeps {argument} objects in {len(data)} bytes")
+    return SafeUnpickler(data, archive).load()
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What torch.save wrote: bytes `raw` [n], and where in them the storages lie, key → (offset, bytes)."""
+
+    raw: Tensor
+    places: Mapping[str, tuple[int, int]]
+
+    def storage(self, pid: Any) -> Tensor:
+        """All numbers of a storage, as one dimension."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], torch.dtype):
+            kind = getattr(pid[1], "__name__", pid[1]) if isinstance(pid, tuple) and len(pid) > 1 else pid
+            raise pickle.UnpicklingError(f"storages of kind {str(kind)[:60]} are not read")
+        _, dtype, key, _, count = pid
+        offset, size = self.places[str(key)]
+        if type(count) is not int or not 0 <= count * dtype.itemsize <= size:
+            raise pickle.UnpicklingError(f"storage {str(key)[:60]} should have {count} numbers and has {size} bytes")
+        part = self.raw[offset : offset + count * dtype.itemsize]
+        return (part.clone() if offset % dtype.itemsize else part).view(dtype)
 
 
 def read_pickle(path: Path) -> Any:
     """What a bare pickle holds. Raises UsageError for a file that is none."""
     try:
-        with path.open("rb") as file:
-            return SafeUnpickler(file).load()
+        size = path.stat().st_size
+        if size > MOST or not path.is_file():
+            raise UsageError(f"{path} is no file of at most {MOST} bytes: {DAMAGED}")
+        return _unpickle(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"there is no {path}: the checkpoint is not whole") from None
+    except UsageError:
+        raise
     except Exception as error:  # a damaged pickle raises anything
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged") from None
+        raise _damaged(str(path), error) from None
 
 
 @lru_cache(maxsize=4)
@@ -90,38 +205,62 @@ def read_torch(path: Path) -> Any:
         raise UsageError(f"there is no {path}: the checkpoint is not whole")
     check_archive(path, str(path))
     try:
-        # What unpickles is ours, whatever `weights_only` says: it would refuse the names that become records here.
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_module())
+        return _read_archive(path, torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8))
     except Exception as error:
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged") from None
+        raise _damaged(str(path), error) from None
 
 
 def read_torch_bytes(data: bytes, where: str) -> Any:
     """The same from memory."""
     check_archive(io.BytesIO(data), where)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False, pickle_module=_module())
+        return _read_archive(io.BytesIO(data), torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except Exception as error:
-        raise UsageError(f"{where} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged") from None
+        raise _damaged(where, error) from None
+
+
+def _damaged(where: str, error: Exception) -> UsageError:
+    return UsageError(f"{where} cannot be read ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}")
+
+
+def _read_archive(file: Path | io.BytesIO, raw: Tensor) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        found = {}
+        for info in archive.infolist():
+            head = bytes(raw[info.header_offset + 26 : info.header_offset + 30].tolist())
+            begin = info.header_offset + 30 + int.from_bytes(head[:2], "little") + int.from_bytes(head[2:], "little")
+            if info.compress_type != zipfile.ZIP_STORED or begin + info.file_size > raw.numel():
+                raise ValueError(f"{info.filename[:60]} is compressed, which torch.save does not do, or reaches beyond the file")
+            found[info.filename.partition("/")[2]] = (begin, info.file_size)
+    if "byteorder" in found and _bytes(raw, *found["byteorder"]) != b"little":
+        raise ValueError("it was written on a machine of another byte order")
+    if found["data.pkl"][1] > MOST:
+        raise ValueError(f"its pickle has more than {MOST} bytes")
+    places = {name.removeprefix("data/"): place for name, place in found.items() if name.startswith("data/")}
+    return _plain(_unpickle(_bytes(raw, *found["data.pkl"]), Archive(raw, places)), NESTED)
+
+
+def _bytes(raw: Tensor, offset: int, size: int) -> bytes:
+    return raw[offset : offset + size].numpy().tobytes()
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Tensors as such, in dictionaries inside one another."""
+    if isinstance(value, Held):
+        return value.tensor
+    if depth and isinstance(value, dict):
+        return {k: _plain(v, depth - 1) for k, v in value.items()}
+    return value
 
 
 def check_archive(file: Path | io.BytesIO, where: str) -> None:
-    """Raises UsageError for what torch.load takes for something else than pickled tensors: the code of TorchScript archives would run."""
+    """Raises UsageError for what is no archive of pickled tensors, such as a program of TorchScript."""
     if not zipfile.is_zipfile(file):
         raise UsageError(f"{where} is no zip file as torch.save writes it since 1.6: it is damaged, or must be saved again")
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise UsageError(f"{where} cannot be read ({error}): the checkpoint is damaged") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise UsageError(f"{where} cannot be read ({error}): {DAMAGED}") from None
     if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
         raise UsageError(f"{where} is a TorchScript archive, which holds a program: give the checkpoint that torch.save wrote")
-
-
-def _module() -> Any:
-    """What torch.load takes for the module `pickle`."""
-
-    def load(file: Any, **_: Any) -> Any:
-        return SafeUnpickler(file).load()
-
-    return SimpleNamespace(Unpickler=SafeUnpickler, load=load, __name__="safe")

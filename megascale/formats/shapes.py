@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from megascale.checkpoint.streaming import Target
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.links import Sizes
@@ -24,6 +27,14 @@ def check_depth(model: Model, tensors: int, where: str) -> None:
         )
 
 
+def check_floating(tensors: Mapping[str, Target], where: str) -> None:
+    """Raises UsageError for numbers that no weight has, such as those of a quantized model."""
+    odd = next((n for n, t in tensors.items() if not t.dtype.is_floating_point), None)
+    if odd is not None:
+        said = str(tensors[odd].dtype).removeprefix("torch.")
+        raise UsageError(f"{where} stores {odd} as {said}, and weights are floating-point numbers: get the model unquantized")
+
+
 def our_shapes(model: Model, seq_len: int) -> dict[str, Sizes]:
     """Canonical name → unsharded shape of every weight and state of a model; see `our_specs`."""
     return {name: spec.shape for name, spec in our_specs(model, seq_len).items()}
@@ -39,6 +50,6 @@ def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     shape = Shape(seq_len, torch.float32, torch.float32)
     try:
         built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)
-    except (RuntimeError, OverflowError, TypeError) as error:
+    except (RuntimeError, OverflowError) as error:
         raise UsageError(f"a model of these sizes cannot be ({str(error).splitlines()[0]}): correct the file that describes it") from None
     return {**specs_of(built), **states_of(built)}
