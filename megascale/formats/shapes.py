@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from megascale.checkpoint.streaming import Target
+from megascale.config.load import flatten
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.links import Sizes
@@ -15,6 +16,7 @@ from megascale.model.families import build_part
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import ParamSpec, specs_of, states_of
 
+LARGEST = 1 << 48  # of a size
 MODEL = "model."  # what the names of weights begin with in a checkpoint
 
 
@@ -45,8 +47,13 @@ def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
 
     seq_len  how many learned positions there are
 
-    Raises UsageError for sizes beyond what torch counts.
+    Raises UsageError for sizes that are absent or beyond what torch counts.
     """
+    for key, value in flatten({"model": model.model_dump(mode="json"), "train": {"seq_len": seq_len}}).items():
+        if isinstance(value, int) and value > LARGEST:
+            raise UsageError(f"{key} would be {value}, and no size is above {LARGEST}: correct the file that describes the model")
+    if model.vocab_size is None and model.spacetime is None:
+        raise UsageError("model.vocab_size is absent: correct the file that describes the model")
     shape = Shape(seq_len, torch.float32, torch.float32)
     try:
         built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)

@@ -176,6 +176,18 @@ def test_our_own_with_ten_million_layers(opened: Callable[[Path], Any], whole: P
         opened(tmp_path / "ours")
 
 
+@pytest.mark.parametrize(("changes", "words"), [({"vocab_size": None}, "vocab_size is absent"), ({"ffn_size": 10**30}, "no size is above")])
+def test_our_own_with_impossible_sizes(changes: dict[str, Any], words: str, whole: Path, tmp_path: Path) -> None:
+    """Catches an assertion, or an overflow in torch, for a trainer.json that says what cannot be."""
+    shutil.copytree(whole / "ours", tmp_path / "ours")
+    path = tmp_path / "ours/step-00000000/trainer.json"
+    trainer = json.loads(path.read_text())
+    trainer["config"]["model"] |= changes
+    path.write_text(json.dumps(trainer))
+    with pytest.raises(UsageError, match=words):
+        open_checkpoint(tmp_path / "ours")
+
+
 @pytest.mark.parametrize("text", ["²", "9" * 5000, "../../x", "\udcff", ""])
 def test_iterations_of_megatron(text: str, tmp_path: Path) -> None:
     """Catches digits that int() does not take, more of them than it takes, and a name that leads elsewhere."""
