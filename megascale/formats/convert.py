@@ -177,7 +177,7 @@ def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
     with atomic_folder(target) as temporary:
         step = write_streamed(
             temporary,
-            int(checkpoint.trainer.get("step", 0)),
+            checkpoint.step,
             plan.targets,
             plan.produce,
             plan.trainer,

@@ -41,7 +41,8 @@ class Inference:
 
 def plan_inference(checkpoint: Checkpoint) -> Inference:
     """Raises UsageError for a model that was not trained with static FP8, whose products would not be the trainer's."""
-    precision = checkpoint.config.get("precision", {})
+    section = checkpoint.config.get("precision")
+    precision = section if isinstance(section, dict) else {}
     if precision.get("fp8") != "static":
         raise UsageError(
             f"--dtype is fp8 and {checkpoint.folder} was trained with precision.fp8 {precision.get('fp8', 'false')}: weights in e4m3 are "

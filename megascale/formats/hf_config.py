@@ -232,7 +232,8 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     if family.model_type == "t5":
         config |= hf_t5.keys(model)
     if family.segments is not None:
-        config.setdefault("type_vocab_size", 2)
+        rows = config.get("type_vocab_size")
+        config["type_vocab_size"] = rows if type(rows) is int and 0 < rows < LONGEST else 2
     if family.theta is not None:
         known = (original or {}).get(family.length)
         config |= rope_keys(model, max(seq_len, known) if type(known) is int else seq_len, family.length)

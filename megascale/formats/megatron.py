@@ -181,7 +181,7 @@ def write_megatron(
     shapes |= {n: (cut.rows // tp, shapes[n][1]) for n in tables}
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     produce = Rearranged(checkpoint.source, steps, dtypes)
-    iteration = int(checkpoint.trainer.get("step", 0))
+    iteration = checkpoint.step
     with atomic_folder(folder) as temporary:
         for t in range(tp):
             for p in range(pp):
@@ -217,7 +217,7 @@ def write_torch_dist(checkpoint: Checkpoint, folder: Path, spec: str, divisible:
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     produce = Rearranged(checkpoint.source, steps, dtypes)
     targets = [Target(n, dtypes[n], s) for n, s in shapes.items()]
-    iteration = int(checkpoint.trainer.get("step", 0))
+    iteration = checkpoint.step
     with atomic_folder(folder) as temporary:
         into = temporary / f"iter_{iteration:07d}"
         shutil.rmtree(into, ignore_errors=True)  # of a killed run: what it wrote has no marks to go on from

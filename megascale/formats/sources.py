@@ -21,6 +21,8 @@ from megascale.errors import UsageError
 from megascale.formats.links import Sizes, compare_names
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
 
+LAST_STEP = 10**15
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -51,6 +53,12 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The config of the run, as far as it is known."""
         return self.trainer["config"]  # type: ignore[no-any-return]
+
+    @property
+    def step(self) -> int:
+        """At which the run stood; 0 where it does not say."""
+        step = self.trainer.get("step")
+        return step if type(step) is int and 0 <= step < LAST_STEP else 0
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

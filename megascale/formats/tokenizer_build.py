@@ -39,7 +39,17 @@ def open_tokenizer(path: Path, prefix: str | None = None) -> Tokenizer:
             if (path / name).is_file():
                 (Path(folder) / name).write_bytes((path / name).read_bytes())
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
-        return load_tokenizer(Path(folder), prefix)
+        made = load_tokenizer(Path(folder), prefix)
+        end_of(made)  # looked for in the files beside, which are gone afterwards
+        return made
+
+
+def end_of(tokenizer: Tokenizer) -> int | None:
+    """The token that ends a text; None where nothing says which."""
+    try:
+        return tokenizer.eos_id
+    except UsageError:
+        return None
 
 
 def build(folder: Path) -> str:

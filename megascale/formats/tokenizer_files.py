@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
 from megascale.errors import UsageError
 from megascale.formats.hf_folder import GENERATION, as_json, encoders, tokenizer_files
-from megascale.formats.tokenizer_build import open_tokenizer
+from megascale.formats.tokenizer_build import end_of, open_tokenizer
 
 POSITION = "megascale.json"  # where in its data the run stood that exported the folder
 # What a config.json says of generation, where no generation_config.json does.
@@ -57,7 +57,7 @@ def gather(path: Path | None, asked: bool) -> Found:
         return Found()
     try:
         tokenizer = open_tokenizer(path)
-        return Found(tokenizer_content(path, tokenizer), tokenizer.vocab_size, tokenizer.eos_id)
+        return Found(tokenizer_content(path, tokenizer), tokenizer.vocab_size, end_of(tokenizer))
     except UsageError as error:
         if asked:
             raise

@@ -240,7 +240,11 @@ def test_what_bert_holds_beside_its_language_model(tmp_path: Path) -> None:
         "cls.predictions.decoder.bias": held["cls.predictions.bias"].clone(),
     }
     save_file({**old, **more}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForPreTraining"]}))
     again = read_hf(folder, seq_len=20)
+    assert again.notes == ("left out, since no logit depends on them: bert.pooler.dense.weight, cls.seq_relationship.weight",)
+    assert before.notes == ()
     assert len(before.targets) == len(again.targets)
     for target in again.targets:
         at = (0,) * len(target.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from megascale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
 from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
+from megascale.formats.tokenizer_build import build, open_tokenizer
 from megascale.formats.tokenizer_files import PROBES, as_tokenizers, tokenizer_content
+from megascale.generate.open import open_any
 from tests.formats.models import PLAIN, save
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
@@ -136,3 +139,89 @@ def test_generation_of_an_export_needs_nothing_else(tmp_path: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     out = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert isinstance(out, torch.Tensor) and tokenizer.decode(out[0]).startswith("def ")
+
+
+def byte_pairs(folder: Path) -> None:
+    """vocab.json and merges.txt, as GPT-2's folder has them, without a tokenizer.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    made.train_from_iterator(TEXTS, trainer)
+    made.model.save(str(folder))
+
+
+def word_pieces(folder: Path) -> None:
+    """vocab.txt alone, as BERT's oldest folders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+        "the",
+        ".",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GPT2Tokenizer", {}),
+        ("Qwen2Tokenizer", {"eos_token": "<|im_end|>", "added_tokens_decoder": {"400": {"content": "<|im_end|>", "special": True}}}),
+        ("BertTokenizer", {}),
+    ],
+)
+def test_older_files_are_put_together(kind: str, said: dict[str, Any], tmp_path: Path) -> None:
+    """Catches text that is cut, lowered or numbered other than transformers does it with the same files."""
+    import transformers
+
+    (word_pieces if kind == "BertTokenizer" else byte_pairs)(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **said}))
+    ours, theirs = open_tokenizer(tmp_path), getattr(transformers, kind).from_pretrained(str(tmp_path))
+    for text in (*PROBES, *TEXTS, "The don't 123456 naïve é", "A<|im_end|>B"):
+        if "<" not in text or kind == "BertTokenizer":
+            assert ours.encode_batch([text])[0].tolist() == theirs.encode(text, add_special_tokens=False), text
+    assert ours.vocab_size == len(theirs)
+    if "eos_token" in said:
+        assert json.loads(build(tmp_path))["added_tokens"][-1]["id"] == 400
+
+
+def test_tokenizers_of_every_kind_travel(tmp_path: Path) -> None:
+    """Catches files that are lost on the way, or a model that cannot be converted for the sake of a tokenizer that we cannot read."""
+    save("gpt2", PLAIN["gpt2"] | {"vocab_size": 400}, tmp_path / "hf")
+    byte_pairs(tmp_path / "hf")
+    train_sentencepiece(TEXTS, 400, tmp_path / "hf/spiece.model")
+    (tmp_path / "hf/tekken.json").write_text("{}")
+    (tmp_path / "hf/qwen.tiktoken").write_text("IQ== 0\n")
+    names = {"vocab.json", "merges.txt", "spiece.model", "tekken.json", "qwen.tiktoken"}
+    assert (
+        hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options()).tokenizer == "spiece.model, vocab.json, tekken.json, qwen.tiktoken"
+    )
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+    for name in ("spiece.model", "vocab.json", "merges.txt", "qwen.tiktoken"):
+        (tmp_path / "ours" / name).unlink()
+    report = megascale_to_hf(tmp_path / "ours", tmp_path / "again", Options())
+    assert (tmp_path / "again/tekken.json").exists() and "which is not read" in report.notes[0] and "copied" in report.notes[0]
+    bare = megascale_to_hf(tmp_path / "ours", tmp_path / "bare", Options(with_tokenizer=False))
+    assert bare.tokenizer is None and not (tmp_path / "bare/tekken.json").exists() and bare.notes == []
+    with pytest.raises(UsageError, match=r"make a tokenizer\.json with transformers"):
+        megascale_to_hf(tmp_path / "ours", tmp_path / "no", Options(tokenizer=tmp_path / "ours"))
+
+
+def test_the_end_of_a_config_goes_back(tmp_path: Path) -> None:
+    """Catches an export that ends at another token than the folder it came from, which has no generation_config.json."""
+    save("llama", PLAIN["llama"] | {"vocab_size": 410, "eos_token_id": [3, 5]}, tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").unlink()
+    byte_level(tmp_path / "hf/tokenizer.json")
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
+    assert open_any(tmp_path / "hf").ends == open_any(tmp_path / "ours").ends == {3, 5}
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    assert json.loads((tmp_path / "back/generation_config.json").read_text())["eos_token_id"] == [3, 5]
