@@ -46,10 +46,6 @@ def ending_of(error: Exception) -> Exit | None:
     known = as_exit(error)
     if known is not None:
         return known
-    if isinstance(error, OSError):
-        return Exit(2, f"{error.filename or 'a file'}: {error.strerror or error}: name another place, or mend this one")
-    if isinstance(error, RecursionError):
-        return Exit(2, f"something that was read is nested too deeply ({error}): flatten it")
     if isinstance(error, UnicodeError):
         return Exit(2, f"a text or a name is no UTF-8 ({error}): convert or rename it")
     if isinstance(error, BrokenProcessPool):

@@ -190,9 +190,8 @@ def test_a_start_without_checkpoints_keeps_the_rows(folder: Path, capfd: pytest.
     (folder / "run" / "exit.json").write_text('{"code": 75}')
     old = (folder / "run" / "metrics.jsonl").read_bytes()
     assert run(values_of(folder, train__steps=1)) == (0, "done")
-    (place,) = (folder / "run").glob("set-aside-*")
-    assert (place / "metrics.jsonl").read_bytes() == old and len(rows(folder)) == 1
-    assert "its old rows are in" in capfd.readouterr().err and not (folder / "run" / "exit.json").exists()
+    assert (folder / "run" / "metrics.jsonl.before").read_bytes() == old and len(rows(folder)) == 1
+    assert "are kept in metrics.jsonl.before" in capfd.readouterr().err and not (folder / "run" / "exit.json").exists()
 
 
 DAMAGED_CONFIG: dict[str, Callable[[Path], object]] = {

@@ -281,7 +281,7 @@ def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
         assert code == 3 and "weights hold values that are not finite" in message and "from their start" in message
         assert "lower optim.lr" not in message and "last good checkpoint is" not in message
     for code, message in run_ranks(1, run, values):
-        assert code == 3 and "they came so from" in message and "step-0000000" in message
+        assert code == 2 and "step-0000000" in message, "a checkpoint that is not finite is refused where it is loaded"
 
 
 def slow_data(values: dict[str, Any], seconds: float) -> tuple[int, str]:

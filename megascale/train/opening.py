@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.files import discard, write_atomic
-from megascale.train.branch import METRICS, Note, Wish, forget, go_back, remember, wish_of
+from megascale.train.branch import Note, Wish, forget, go_back, remember, wish_of
 from megascale.train.lock import LOCK, STALE, RunLock
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", LOCK)
@@ -138,11 +137,10 @@ def check_saved_config(config: Config, run_dir: Path) -> str | None:
     return None
 
 
-def claim_run_dir(config: Config, run_dir: Path, opening: Opening, fresh: bool) -> list[Note]:
+def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]:
     """The first rank's last act before training: clears what an earlier attempt left, and writes config.yaml. What it found is returned.
 
     config  as the run was begun
-    fresh   no step of this run has been done
     """
     try:
         _sweep(run_dir)
@@ -151,13 +149,6 @@ def claim_run_dir(config: Config, run_dir: Path, opening: Opening, fresh: bool) 
         if opening.damaged_config:
             kept = set_aside(run_dir / "config.yaml", aside_in(run_dir))
             notes.append(Note(f"{opening.damaged_config}; it is written anew, and the old one is {kept}", "config_replaced"))
-        if fresh and _has_rows(run_dir / METRICS):
-            place = aside_in(run_dir)
-            place.mkdir()
-            shutil.copyfile(run_dir / METRICS, place / METRICS)
-            notes.append(
-                Note(f"no checkpoint of this run was written, so it begins at step 1 again; its old rows are in {place / METRICS}")
-            )
         if opening.elsewhere is not None:
             remember(run_dir / "checkpoints", config.checkpoint.resume, opening.elsewhere)
         elif config.checkpoint.resume in ("auto", "never"):
@@ -186,7 +177,3 @@ def _clear_names(root: Path) -> list[Note]:
     if (root / LATEST).is_dir():
         wrong.append(root / LATEST)
     return [Note(f"{p} is no checkpoint, and its name is needed: it is now {set_aside(p, aside_in(root))}", "set_aside") for p in wrong]
-
-
-def _has_rows(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

@@ -101,7 +101,7 @@ def _built(
     progress = load_start(config, start, engine)
     agreed(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
-    found = agreed(lambda: claim_run_dir(whole, run_dir, opening, progress.step == 0) if first else [])
+    found = agreed(lambda: claim_run_dir(whole, run_dir, opening) if first else [])
     pulse = pulse or Pulse()
     pulse.run_dir = run_dir  # from here on it is this attempt whose end is written there
     console = Console(config.train.total_steps, progress.step) if first else None
@@ -109,8 +109,8 @@ def _built(
     if log is not None and console is not None:
         room = room_for(config, run_dir, start, progress.step, until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
-        told = (note(mixture), *valid_notes(config, valid_sets))
-        announce(config, ranks, facts, start, progress, told, notes, log, console)
+        data_notes = (note(mixture), *valid_notes(config, valid_sets))
+        announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
     reporter = build_reporter(config, ranks, mesh, device, model, flops, start, log, console)
     if config.run.tensorboard:
         agreed(lambda: log.add_tensorboard(progress.step) if log is not None else None)
