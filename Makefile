@@ -5,13 +5,23 @@ BIN = $(VENV)/bin
 # Two processes take the tests file by file, so that what a file's tests share is made once.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: quickstart test test-all check lint types clean
+# What computes, once more as on a CPU with AVX2 alone: no AVX-512, no bf16 instructions.
+NARROW = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+NUMERICS = tests/test_matmul.py tests/test_product_cpu.py tests/test_kernels.py tests/test_router.py tests/test_generate.py \
+	tests/precision/test_fp8.py tests/precision/test_masters.py tests/depth/test_table.py
+BF16 = tests/test_layouts.py tests/test_sequence.py tests/test_experts.py tests/test_spacetime.py
+
+.PHONY: quickstart test test-narrow test-all check lint types clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.ready
 	$(PYTEST)
+
+test-narrow: $(VENV)/.ready
+	$(NARROW) $(PYTEST) $(NUMERICS)
+	$(NARROW) $(PYTEST) $(BF16) -k "bf16 or (zbv and volume)"
 
 test-all: $(VENV)/.ready
 	$(PYTEST) -m "not gpu and not multigpu and not slurm"

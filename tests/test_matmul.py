@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from megascale.measure import compute
 from megascale.model import matmul
 from tests.layouts import Case, build, tiny, train
 from tests.precision.test_unit_scaling import unit
+from tests.runs import make_tokens, rows, run, settings
 from tests.test_experts import sparse
 from tests.test_moeut import repeated
 from tests.test_spacetime import grid
@@ -173,6 +175,14 @@ def test_no_product_is_left_to_torch(name: str, without: None) -> None:
     assert not products.met
     expected = train(replace(case, precision="fp32"))
     assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2) and found["norm"] == pytest.approx(expected["norm"], rel=5e-2)
+
+
+def test_a_run_says_which_way_it_took(without: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a machine that is slower in bf16 than its owner thinks, without a word in the log."""
+    make_tokens(tmp_path / "tokens")
+    assert run(settings(tmp_path, train__steps=1, precision__compute="bf16")) == (0, "done")
+    assert "bf16 (products in fp32: this CPU has no bf16 instructions)" in capsys.readouterr().err
+    assert rows(tmp_path, "events")[0]["products"] == "fp32"
 
 
 def test_generation(without: None) -> None:

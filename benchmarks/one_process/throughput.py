@@ -7,6 +7,8 @@ the loop that a tutorial would write, a control for the machine. On a GPU add `-
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -21,6 +23,7 @@ from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
+from megascale.model.matmul import way_of
 from megascale.model.spec import specs_of
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
@@ -31,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def our_step(
-    cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str, fp8: Fp8 = "false"
+    cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str, fp8: Fp8 = "false", compiled: bool = True
 ) -> tuple[Callable[[], object], float, ParallelModel]:
     """One training step of ours, its FLOPs, and the model."""
     device = tokens.device
@@ -39,7 +42,7 @@ def our_step(
     kernels = choose_kernels("auto", cfg.norm, device)
     meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype), kernels.norm)
     flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
-    model = parallelize([meta], mesh, Parallel(compile=True, recompute=recompute), device, fp8)  # type: ignore[arg-type]
+    model = parallelize([meta], mesh, Parallel(compile=compiled, recompute=recompute), device, fp8)  # type: ignore[arg-type]
     for _ in model.draw_weights(1):
         pass
     optimizer = build_optimizer(model, Optim(lr=1e-4))
@@ -99,6 +102,26 @@ def tutorial_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor], d
     return step
 
 
+def both(cfg: Model, seq_len: int, batch: int, rounds: int) -> None:
+    """A step in bf16 beside one in fp32, not compiled, in turn on one thread: medians of processor time."""
+    torch.set_num_threads(1)
+    assert cfg.vocab_size is not None
+    tokens = torch.randint(0, cfg.vocab_size, (batch, seq_len + 1))
+    steps = {name: our_step(cfg, seq_len, tokens, dtype, "none", compiled=False)[0] for name, dtype in DTYPES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            begin = time.process_time()
+            step()
+            if i > 0:
+                seconds[name].append(time.process_time() - begin)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    way, ratio = way_of(torch.bfloat16), medians["bf16"] / medians["fp32"]
+    sizes = {"num_layers": cfg.num_layers, "hidden_size": cfg.hidden_size, "seq_len": seq_len, "batch": batch}
+    found = {"machine": machine(), **sizes, "bf16_products": way, "processor_seconds": medians, "bf16_over_fp32": ratio}
+    write(__file__, f"cpu_bf16_over_fp32_{way}", found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -108,6 +131,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--compare", action="store_true", help="also run Hugging Face's Llama (uses swiglu)")
     parser.add_argument("--plain", action="store_true", help="also run a plain loop in torch's own modules (on CPUs, with GELU)")
+    parser.add_argument("--both", action="store_true", help="only a step in bf16 beside one in fp32, on one thread of a CPU")
     args = parser.parse_args()
     if args.plain and (args.compare or args.config == "gpu" or args.ffn != "gelu"):
         parser.error("--plain is a loop with GELU on CPUs: leave out --compare, --config gpu and --ffn")
@@ -118,6 +142,9 @@ def main() -> None:
         ffn = "swiglu" if args.compare else args.ffn
         sizes = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "vocab_size": 8192, "tie_embeddings": True, "ffn": ffn}
         cfg, seq_len, device = Model.model_validate(sizes), 512, torch.device("cpu")
+    if args.both:
+        both(cfg.model_copy(update={"num_layers": 4}), seq_len, 1, args.rounds)
+        return
     assert cfg.vocab_size is not None
     tokens = torch.randint(0, cfg.vocab_size, (args.batch, seq_len + 1), device=device)
     step, flops, _ = our_step(cfg, seq_len, tokens, dtype, "none")

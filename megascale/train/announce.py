@@ -57,11 +57,10 @@ def announce(
     size, active = facts["parameters"], facts["parameters_active"]
     many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
     fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
-    ways = ", products computed in fp32 since this CPU has no instructions for bf16" if facts.get("products") == "fp32" else ""
+    way = " (products in fp32: this CPU has no bf16 instructions)" if facts.get("products") == "fp32" else ""
     threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
-    console.say(
-        f"{config.run.name}: {many} on {layout}, {config.precision.compute}{fp8}{ways}{threads}, norm kernel {facts['norm_kernel']}"
-    )
+    precision = f"{config.precision.compute}{way}{fp8}"
+    console.say(f"{config.run.name}: {many} on {layout}, {precision}{threads}, norm kernel {facts['norm_kernel']}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
