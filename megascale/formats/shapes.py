@@ -21,7 +21,14 @@ MODEL = "model."  # what the names of weights begin with in a checkpoint
 
 
 def check_depth(model: Model, tensors: int, where: str) -> None:
-    """Raises UsageError for a model with more layers than stored tensors, before it is built: each layer has one at least."""
+    """Raises UsageError for a model with more layers than stored tensors, each layer having one at least, and for sizes that are absent or
+    beyond any memory: before it is built. `where`: the file that describes it.
+    """
+    for key, value in flatten(model.model_dump(mode="json")).items():
+        if isinstance(value, int) and value > LARGEST and key not in ("num_layers", "encoder_layers"):
+            raise UsageError(f"{where}: model.{key} would be {value}, and no size is above {LARGEST}: correct it or get the file again")
+    if model.vocab_size is None and model.spacetime is None:
+        raise UsageError(f"{where}: model.vocab_size is absent: correct it or get the file again")
     layers = model.total_layers if model.moeut is None else model.moeut.group_size
     if layers > tensors:
         raise UsageError(
@@ -47,13 +54,8 @@ def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
 
     seq_len  how many learned positions there are
 
-    Raises UsageError for sizes that are absent or beyond what torch counts.
+    Raises UsageError for sizes beyond what torch counts.
     """
-    for key, value in flatten({"model": model.model_dump(mode="json"), "train": {"seq_len": seq_len}}).items():
-        if isinstance(value, int) and value > LARGEST:
-            raise UsageError(f"{key} would be {value}, and no size is above {LARGEST}: correct the file that describes the model")
-    if model.vocab_size is None and model.spacetime is None:
-        raise UsageError("model.vocab_size is absent: correct the file that describes the model")
     shape = Shape(seq_len, torch.float32, torch.float32)
     try:
         built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)

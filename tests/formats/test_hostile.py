@@ -137,7 +137,7 @@ def config(folder: Path, **changes: Any) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ten million layers": (lambda f: config(f, num_hidden_layers=10**7), "a model of 10000000 layers, and 21 tensors are stored"),
     "beyond any integer": (lambda f: config(f, num_hidden_layers=10**30), "and 21 tensors are stored"),
-    "beyond any width": (lambda f: config(f, hidden_size=10**18, head_dim=8), "cannot be"),
+    "beyond any width": (lambda f: config(f, hidden_size=10**18, head_dim=8), "config.json: model.hidden_size would be 1000000000"),
     "torch.compile": (lambda f: renamed(f, "_orig_mod."), "named _orig_mod.…, which is what torch.compile puts before"),
     "DDP": (lambda f: renamed(f, "module."), "named module.…, which is what DistributedDataParallel puts before"),
     "a long name": (
