@@ -1,0 +1,182 @@
+"""A chain of attempts at one run, each disturbed at a random moment, until the run is done."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megascale.chaos.faults import PROCESS, damage
+from megascale.chaos.job import Job
+
+STARTING = 8.0  # seconds within which a fault of a start comes
+PATIENCE = 5.0  # times what an attempt may take at most, until it counts as hung
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks, the overrides that lay the run out over them, and how they are started (see `job.LAUNCHERS`)."""
+
+    ranks: int
+    overrides: tuple[str, ...]
+    launcher: str
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.ranks} rank{'s' * (self.ranks > 1)} {self.launcher}", *self.overrides])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a chain needs to know.
+
+    arguments  of pretrain.py, shared by all attempts
+    limit      run.collective_timeout in seconds
+    calm       seconds that the undisturbed run took
+    """
+
+    arguments: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    steps: int
+    limit: float
+    faults: int
+    minutes: float
+    seed: int
+    calm: float = 0.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which an attempt counts as hung: it may have to notice a lost peer and to run from the start to the end."""
+        return PATIENCE * (self.limit + self.calm) + 60
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What was done to one attempt and what came of it.
+
+    codes      of the processes that were started; None where they had to be killed
+    ending     the code in exit.json; None where there is none
+    before, after  the last step in metrics.jsonl
+    """
+
+    number: int
+    layout: str
+    moment: str
+    file_fault: str | None
+    process_fault: str | None
+    codes: list[int] | None
+    ending: int | None
+    before: int
+    after: int
+    seconds: float
+    traceback: bool
+    message: str
+
+    @property
+    def faults(self) -> int:
+        return (self.file_fault is not None) + (self.process_fault is not None)
+
+
+def losses(run: Path) -> list[tuple[int, float | None]]:
+    """(step, loss) of every sound row of a run's metrics, in the file's order."""
+    found = []
+    path = run / "metrics.jsonl"
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            found.append((int(row["step"]), None if row["loss"] is None else float(row["loss"])))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
+
+
+def last_step(run: Path) -> int:
+    rows = losses(run)
+    return rows[-1][0] if rows else 0
+
+
+def undisturbed(plan: Plan, folder: Path) -> Job:
+    """The run to compare with, on the first layout; the caller waits for it."""
+    layout = plan.layouts[0]
+    return Job(layout.launcher, layout.ranks, [*plan.arguments, *layout.overrides, f"run.dir={folder}"], folder.parent, folder.name)
+
+
+def disturbed(plan: Plan, run: Path) -> Iterator[Attempt]:
+    """Attempts until the run is done, three in a row get nowhere, or the time is over."""
+    chance, done, number, stuck = random.Random(plan.seed), 0, 0, 0
+    end = time.monotonic() + 60 * plan.minutes
+    while time.monotonic() < end and stuck < 3:
+        number += 1
+        attempt = one_attempt(plan, run, number, plan.faults - done, chance)
+        done += attempt.faults
+        stuck = stuck + 1 if attempt.after <= attempt.before and attempt.process_fault is None else 0
+        yield attempt
+        if attempt.codes is not None and not any(attempt.codes) and attempt.after >= plan.steps:
+            return
+
+
+def one_attempt(plan: Plan, run: Path, number: int, faults_left: int, chance: random.Random) -> Attempt:
+    """Damages a file (perhaps), starts the ranks, disturbs them at a random moment, waits until all are gone."""
+    faulty = faults_left > 0
+    layout = chance.choice(plan.layouts)
+    file_fault = damage(run, chance) if faulty and number > 1 and chance.random() < 0.5 else None
+    before, begun = last_step(run), time.monotonic()
+    arguments = [*plan.arguments, *layout.overrides, f"run.dir={run}"]
+    job = Job(layout.launcher, layout.ranks, arguments, run.parent, f"{run.name}-{number:03d}")
+    process_fault, moment = None, "-"
+    if faulty:
+        moment = chance.choice(("starting", "training", "training", "saving"))
+        apart = max(2, 3 * (plan.steps - before) // max(1, faults_left))  # so that the faults are spread over what is left of the run
+        if wait_for(moment, job, run, min(plan.steps, before + chance.randrange(1, 1 + apart)), plan.patience, chance):
+            wanted = chance.choice(list(PROCESS))
+            process_fault = wanted if PROCESS[wanted](job, run, plan.limit, chance) else None
+    codes = job.wait(plan.patience)
+    job.kill()
+    text = job.text()
+    return Attempt(
+        number,
+        str(layout),
+        moment,
+        file_fault,
+        process_fault,
+        codes,
+        exit_code(run),
+        before,
+        last_step(run),
+        round(time.monotonic() - begun, 1),
+        "Traceback (most recent call last)" in text and layout.launcher != "torchrun",  # torchrun prints one of its own
+        "\n".join(text.strip().splitlines()[-4:]),
+    )
+
+
+def wait_for(moment: str, job: Job, run: Path, step: int, patience: float, chance: random.Random) -> bool:
+    """Waits until the moment of a fault has come; False where the job had ended before."""
+    if moment == "starting":
+        time.sleep(STARTING * chance.random())
+        return job.running()
+    end = time.monotonic() + patience
+    while last_step(run) < step and time.monotonic() < end:
+        if not job.running():
+            return False
+        time.sleep(0.02)
+    while moment == "saving" and job.running() and time.monotonic() < end and not any((run / "checkpoints").glob(".tmp-step-*")):
+        time.sleep(0.001)
+    time.sleep((0.02 if moment == "saving" else 0.3) * chance.random())
+    return job.running()
+
+
+def exit_code(run: Path) -> int | None:
+    try:
+        return int(json.loads((run / "exit.json").read_bytes())["code"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def layouts_of(ranks: Sequence[int], overrides: Sequence[tuple[str, ...]]) -> tuple[Layout, ...]:
+    """Every way to start every layout: one process alone, several by hand and under torchrun."""
+    found = []
+    for size, over in zip(ranks, overrides):
+        found += [Layout(size, over, launcher) for launcher in (("alone",) if size == 1 else ("by hand", "torchrun"))]
+    return tuple(found)
