@@ -98,6 +98,8 @@ ELSEWHERE = {
 
 
 MISTAKES = 20  # that one message tells
+# Of each pair a config has one: setting it on the command line takes the place of the other in the file.
+ONE_OF = (("train", "steps", "tokens"),)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -168,8 +170,8 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     """`section.key=value` strings laid over nested values, and `grow=[…]`, the one key without a section; values are YAML 1.2. Returns new
     dicts.
     """
-    result = _copy(values)
-    for item in overrides:
+    result, given = _copy(values), list(overrides)
+    for item in given:
         key, equals, text = item.partition("=")
         path = key.strip().removeprefix("--").split(".")
         if not equals or not all(path) or (len(path) < 2 and path != ["grow"]):
@@ -189,6 +191,12 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
                 raise UsageError(f"cannot set {'.'.join(path)}: {part} is {_short(child)}, not a section")
             node = child
         node[path[-1]] = value
+    asked = {item.partition("=")[0].strip().removeprefix("--") for item in given}
+    for section, *pair in ONE_OF:
+        for key, other in (pair, pair[::-1]):
+            there = result.get(section)
+            if f"{section}.{key}" in asked and f"{section}.{other}" not in asked and isinstance(there, dict) and there.get(key) is not None:
+                there.pop(other, None)
     return result
 
 

@@ -48,7 +48,7 @@ def config(*overrides: str) -> Config:
         ("precision.loss_scale=1000", "give a power of two, such as 1024"),
         ("model.residual=prenorm", "model.residual is 'prenorm'"),
         ("model.hidden_size=18", "hidden_size 18 is not a multiple of num_heads 4"),
-        ("train.tokens=5", "set exactly one of train.steps and train.tokens"),
+        ("train.steps=null", "set exactly one of train.steps and train.tokens"),
         ("model=3", "write section.key=value"),
         ("data.train=[{pth: a}]", "data.train"),
         ("moddel.num_layers=3", "did you mean model?"),
@@ -63,6 +63,16 @@ def test_mistakes_are_sentences(override: str, words: str) -> None:
     with pytest.raises(UsageError) as error:
         config(override)
     assert words in str(error.value)
+
+
+def test_the_command_line_takes_the_place_of_the_other_length() -> None:
+    """Catches `configs/llama-1m.yaml train.steps=3`, which everybody types, being refused since the file says tokens."""
+    assert (config("train.tokens=160").train.steps, config("train.tokens=160").train.tokens) == (None, 160)
+    file = {**BASE, "train": {"tokens": 16, "seq_len": 8}}
+    assert build_config(apply_overrides(file, ["train.steps=3"])).train.tokens is None
+    assert file["train"]["tokens"] == 16, "the given values stay as they are"
+    with pytest.raises(UsageError, match="set exactly one"):
+        config("train.tokens=160", "train.steps=2")
 
 
 def test_other_systems_names_lead_to_real_keys() -> None:
