@@ -91,11 +91,11 @@ def growth(config: Config) -> str:
 
 
 def pretrain(run: Path, name: str, overrides: list[str], expected: int, stop_at: int | None = None) -> None:
-    """torchrun with two processes; it changes exit codes, so the run's exit.json is read. At step `stop_at` a file STOP asks it to stop, as
+    """Two processes under torchrun's agent; the run's exit.json says how they ended. At step `stop_at` a file STOP asks it to stop, as
     a person would with `touch`, but at the same step on every machine.
     """
     program = ["pretrain.py"] if stop_at is None else ["tools/stop_at.py", str(stop_at)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    command = [sys.executable, "launchers/agent.py", "2", *program]
     (run / "exit.json").unlink(missing_ok=True)
     subprocess.run(
         [*command, CONFIG, f"run.name={name}", f"run.dir={run}", *overrides],
