@@ -56,7 +56,7 @@ class Store(Protocol):
     def multi_get(self, keys: list[str], /) -> Sequence[bytes]: ...
 
 
-class Agreement:
+class Leaving:
     """One rank's part in agreeing where to leave."""
 
     def __init__(self, gate: Gate, store: Store, rank: int, size: int) -> None:

@@ -28,7 +28,7 @@ from megascale.comm.mesh import Traffic
 from megascale.files import write_atomic
 from megascale.launch.exits import Exit, write_exit
 from megascale.launch.ranks import RankInfo, node_name
-from megascale.train.gate import Agreement, Gate
+from megascale.train.gate import Gate, Leaving
 from megascale.train.lived import STILL, LivedClock
 from megascale.train.stop import StopFlag
 
@@ -174,7 +174,7 @@ class Watch:
         self._closed = threading.Event()
         self._clock = self.pulse.clock = LivedClock()
         self._known: dict[int, Beat] = {}  # the last whole beat of every rank
-        self._agreement = None if self.store is None else Agreement(self.pulse.gate, self.store, ranks.rank, ranks.size)
+        self._leaving = None if self.store is None else Leaving(self.pulse.gate, self.store, ranks.rank, ranks.size)
         self._answered = self._clock.now()
         for name, work in (("beats", self._watch), ("watch", self._watch_the_watch)):
             threading.Thread(target=work, name=name, daemon=True).start()
@@ -225,7 +225,7 @@ class Watch:
                 self._write_file()
                 verdict = self._verdict()
                 asked = self.pulse.stop.requested()
-                if self._agreement is not None and self._agreement.look(asked):
+                if self._leaving is not None and self._leaving.look(asked):
                     pause = BEAT / 4  # gates are closed meanwhile
             except RuntimeError:
                 self._closed.wait(BEAT)  # for the case that all ranks leave, and rank 0 was first

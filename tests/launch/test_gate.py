@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from megascale.errors import Halted
-from megascale.train.gate import Agreement, Gate
+from megascale.train.gate import Gate, Leaving
 
 RANKS, POINTS = 3, 40
 
@@ -37,7 +37,7 @@ def together(asking: int | None, at: int, meet_every: int, seed: int) -> tuple[l
             left[rank] = True
 
     def watch(rank: int) -> None:
-        dice, agreement = random.Random(seed - rank), Agreement(gates[rank], store, rank, RANKS)
+        dice, agreement = random.Random(seed - rank), Leaving(gates[rank], store, rank, RANKS)
         while not over.is_set():
             agreement.look(rank == asking and asked.is_set())
             time.sleep(dice.random() / 200)
