@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from megascale.config.load import flatten, known_keys
@@ -10,6 +12,8 @@ from megascale.config.schema import Config, Section
 from megascale.errors import UsageError
 
 SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.source_len", "train.packing")
+SOURCES = ("data.train", "data.valid")
+PATHS = ("data.tokenizer", "data.source_tokenizer")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -18,24 +22,77 @@ def identity(config: Config) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
 
 
-def check_identity(config: Config, saved: dict[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
+def check_identity(config: Config, saved: dict[str, Any], where: str, moved: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Compares with a checkpoint's identity; returns the allowed changes as {key: (saved, now)}.
+
+    moved  of data.train and data.valid those that are the same data in another place
 
     Raises UsageError with the diff where a change is not in `run.allow_change`.
     """
     now = identity(config)
     then = {**defaults_of(saved), **saved}
-    changed = {k: (then.get(k), now.get(k)) for k in sorted({*saved, *now}) if then.get(k) != now.get(k)}
+    keys = (k for k in sorted({*saved, *now}) if k not in moved)
+    changed = {k: (then.get(k), now.get(k)) for k in keys if not same_value(k, then.get(k), now.get(k))}
     allowed = covered(changed, config.run.allow_change)
     refused = {k: v for k, v in changed.items() if k not in allowed}
     if refused:
-        lines = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in refused.items()]
-        keys = ", ".join(refused)
+        lines = [f"{key}: {old!r} in the checkpoint, {new!r} now{renamed(key, old, new)}" for key, (old, new) in refused.items()]
+        names = ", ".join(refused)
         raise UsageError(
             "\n  ".join([f"this is another run than the one in {where}:", *lines])
-            + f"\nset them back, choose another run.name, or allow it with run.allow_change='[{keys}]'"
+            + f"\nset them back, choose another run.name, or allow it with run.allow_change='[{names}]'"
         )
     return {k: changed[k] for k in allowed}
+
+
+def same_value(key: str, then: Any, now: Any) -> bool:
+    """Whether two values of a key mean the same. Of paths it counts where they lead, however they are written."""
+    if then == now:
+        return True
+    if key in PATHS and isinstance(then, str) and isinstance(now, str):
+        return _real(then) == _real(now)
+    return key in SOURCES and (places := places_of(then)) is not None and places == places_of(now)
+
+
+def only_moved(key: str, then: Any, now: Any) -> bool:
+    """Whether a key names sources that have kept names and weights, by which their samples have the order they had."""
+    before, after = (places_of(v) for v in (then, now))
+    return key in SOURCES and before is not None and after is not None and [p[1:] for p in before] == [p[1:] for p in after]
+
+
+def places_of(value: Any) -> list[tuple[str, str, float]] | None:
+    """[(place, name, weight), …] of a value of data.train or data.valid; None where it is no such value. Sources that a YAML file lists
+    are one place here, the file's.
+    """
+    entries = [{"path": value}] if isinstance(value, str) else value
+    if not isinstance(entries, list):
+        return None
+    found = []
+    for entry in entries:
+        source = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(source, dict) or not isinstance(path := source.get("path"), str):
+            return None
+        listed = isinstance(value, str) and path.endswith((".yaml", ".yml"))
+        name = path if listed else source.get("name") or Path(path).name
+        found.append((_real(path), _real(path) if listed else name, source.get("weight", 1.0)))
+    return found
+
+
+def renamed(key: str, then: Any, now: Any) -> str:
+    """What to do where files lie elsewhere under another name, which would be another order of samples."""
+    before, after = (places_of(v) or [] for v in (then, now))
+    pairs = list(zip(before, after))
+    if key != "data.train" or len(before) != len(after) or not any(b[1] != a[1] and os.sep not in b[1] + a[1] for b, a in pairs):
+        return ""
+    entries = ", ".join(f"{{path: {a[0]}, name: {b[1]}" + (f", weight: {b[2]:g}}}" if b[2] != 1 else "}") for b, a in pairs)
+    return f" (a source's name, by default the end of its path, orders its samples: if these are the same files, use {key}='[{entries}]')"
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return path
 
 
 def defaults_of(saved: Iterable[str], section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from megascale.config.identity import covered, defaults_of
+from megascale.config.identity import covered, defaults_of, same_value
 from megascale.config.load import flatten
 from megascale.config.schema import Config, DataSource, Optim, Precision, Train
 from megascale.data.dataset import read_sources
@@ -120,7 +121,7 @@ def mixture_changes(config: Config, saved: Mapping[str, Any]) -> tuple[dict[str,
     if not then or _shares(then) == _shares(now):
         return {}, []
     changed: dict[str, tuple[Any, Any]] = {}
-    if saved.get("identity", {}).get("data.train") == config.plain()["data"]["train"]:
+    if same_value("data.train", saved.get("identity", {}).get("data.train"), config.plain()["data"]["train"]):
         if not covered(["data.train"], config.run.allow_change):
             raise UsageError(
                 f"the mixture in {config.data.train} has changed: it was {_mixture(then)} and is {_mixture(now)}; set it back, choose "
@@ -137,7 +138,7 @@ def mixture_changes(config: Config, saved: Mapping[str, Any]) -> tuple[dict[str,
 
 def _shares(sources: list[list[Any]]) -> list[tuple[str, str, float]]:
     total = sum(weight for _, _, weight in sources)
-    return [(name, path, round(weight / total, 12)) for name, path, weight in sources]
+    return [(name, os.path.realpath(path), round(weight / total, 12)) for name, path, weight in sources]
 
 
 def _mixture(sources: list[list[Any]]) -> str:

@@ -15,7 +15,7 @@ from megascale.checkpoint.choose import confirm
 from megascale.checkpoint.storage import LATEST, aside_in, named_as_steps, set_aside
 from megascale.checkpoint.trainer import read_progress
 from megascale.comm.agreement import Agreement
-from megascale.config.identity import check_identity, identity
+from megascale.config.identity import SOURCES, check_identity, identity, only_moved
 from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
@@ -133,7 +133,10 @@ def check_saved_config(config: Config, run_dir: Path) -> str | None:
         there = build_config(read_yaml(path))
     except UsageError as error:
         return f"{path}, which the run wrote, is damaged ({' '.join(str(error).split())[:300]})"
-    check_identity(config, identity(there), str(path))
+    then, now = identity(there), identity(config)
+    # Whether data in another place are the same data, the checkpoint tells: it knows what they were.
+    moved = [k for k in SOURCES if only_moved(k, then.get(k), now.get(k))]
+    check_identity(config, then, str(path), moved)
     return None
 
 

@@ -13,7 +13,7 @@ from megascale.checkpoint.choose import Skipped, choose
 from megascale.checkpoint.index import TRAINER, read_json
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.trainer import read_progress, read_trainer
-from megascale.config.identity import check_allow_change, check_identity, identity
+from megascale.config.identity import check_allow_change, check_identity, identity, same_value
 from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
 from megascale.formats.hf import Foreign, read_hf
@@ -103,7 +103,7 @@ def _weights_from(config: Config, folder: Path) -> Start:
     if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
         raise UsageError(f"checkpoint.init_data is continue, and {folder} does not say where in its data it stood: use restart")
     then, now = _position(past).get("identity", {}), identity(config)
-    changed = [k for k in now if (k.startswith("data.") or k in ORDER) and then.get(k, now[k]) != now[k]]
+    changed = [k for k in now if (k.startswith("data.") or k in ORDER) and not same_value(k, then.get(k, now[k]), now[k])]
     if changed:
         lines = "; ".join(f"{k} was {then[k]!r} and is {now[k]!r}" for k in changed)
         raise UsageError(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megascale.config.identity import check_identity, identity
+from megascale.config.identity import check_identity, identity, only_moved
 from megascale.config.layout import axis_sizes
 from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
 from megascale.config.schema import Config, Parallel
@@ -416,6 +416,24 @@ def test_keys_that_are_younger_than_a_checkpoint() -> None:
     assert check_identity(stretched, old, "x") == {}
     with pytest.raises(UsageError, match=r"model.rope_scaling.type: 'llama3' in the checkpoint, 'yarn' now"):
         check_identity(config("model.rope_scaling={factor: 8, type: yarn}"), old, "x")
+
+
+def test_spelling_of_a_path_is_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run refused for ./data, an absolute path or a list of one, another file or order let through, and missing advice."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    saved = identity(config("data.train=data/t", "data.tokenizer=data/t.model"))
+    for same in ("./data/t", str(tmp_path / "data" / "t"), "[data/t]", "[{path: data/../data/t}]", "link/t"):
+        assert check_identity(config(f"data.train={same}", "data.tokenizer=./data/t.model"), saved, "x") == {}, same
+    for other in ("other/t", "[{path: data/t, name: u}]", "[{path: data/t, weight: 2}]", "[data/t, data/u]", "t.yaml"):
+        with pytest.raises(UsageError, match=r"data.train: 'data/t' in the checkpoint"):
+            check_identity(config(f"data.train={other}", "data.tokenizer=data/t.model"), saved, "x")
+    moved = config("data.train=elsewhere/u", "data.tokenizer=data/t.model")
+    with pytest.raises(UsageError, match=r"use data.train='\[\{path: /.*/elsewhere/u, name: t\}\]'"):
+        check_identity(moved, saved, "x")
+    assert check_identity(moved, saved, "x", moved=["data.train"]) == {}
+    assert only_moved("data.train", "data/t", ["/elsewhere/t"]) and not only_moved("data.train", "data/t", "data/u")
 
 
 def test_flatten() -> None:
