@@ -17,6 +17,7 @@ from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
+from megascale.train.alike import check_config
 from megascale.train.opening import open_run
 from megascale.train.phases import Phase
 from megascale.train.place import agreed
@@ -68,7 +69,8 @@ def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, whole_r
     if not config.grow:
         yield open_one.enter_context(build_trainer(config, ranks, stop, pulse))
         return
-    resolved = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    check_config(config)  # some ranks may not know that the model grows: they come to the same comparison in build_trainer
+    resolved = agreed(lambda: check(resolve_vocabulary(config), ranks.size))
     phases = agreed(lambda: phases_of(resolved, ranks.size))
     opening = whole_run.enter_context(open_run(resolved))
     for phase in phases:

@@ -26,6 +26,7 @@ from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import peak_flops
 from megascale.optim.schedule import begun_again
 from megascale.parallel.apply import ParallelModel
+from megascale.train.alike import check_config
 from megascale.train.announce import announce
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
 from megascale.train.changes import sources_of
@@ -77,7 +78,9 @@ def _built(
     until_the_end: ExitStack,
 ) -> Iterator[Trainer]:
     whole = config if phase is None else phase.whole
-    config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    if phase is None:
+        check_config(config)
+    config = agreed(lambda: check(resolve_vocabulary(config), ranks.size))
     if config.checkpoint.init_schedule == "lemon":
         config = config.model_copy(update={"optim": begun_again(config.optim, config.train.total_steps)})
     if phase is None:
