@@ -48,11 +48,16 @@ def test_ranks_of_different_configs_do_not_train(tmp_path: Path) -> None:
     """Catches a rank whose own learning rate, seed or length enters the weights of all: exit code 0, and a curve that is nobody's."""
     make_tokens(tmp_path / "tokens")
     values = settings(tmp_path)
+    make_tokens(tmp_path / "copy" / "tokens")
+    make_tokens(tmp_path / "other" / "tokens", 61)
     changes = {"optim": {"lr": 0.1}}, {"run": {"seed": 2}}, {"train": {"steps": 8, "global_batch_size": 8}}
-    told = run_ranks(2, of_rank_1, values, *changes)
+    data = {"data": {"train": str(tmp_path / "other" / "tokens")}}
+    told = run_ranks(2, of_rank_1, values, *changes, data, {"data": {"train": str(tmp_path / "copy" / "tokens")}})
     for rank in told:
-        assert [code for code, _ in rank] == [2, 2, 2]
+        assert [code for code, _ in rank] == [2, 2, 2, 2, 0]
         words = "has optim.lr 0.1 and rank 0 on", "has run.seed 2 and", "train.global_batch_size 8, train.steps 8 and"
         for (_, message), said in zip(rank, words):
             assert message.startswith("rank 1 on ") and said in message and "the same config file" in message
-    assert told[0] == told[1] and not (tmp_path / "run").exists()
+        _, message = rank[3]
+        assert "has data.train[tokens].bin " in message and "bytes, " in message and "copy the same data" in message
+    assert told[0] == told[1]

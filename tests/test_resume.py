@@ -297,6 +297,33 @@ def test_weights_named_by_a_path_that_cannot_be(folder: Path) -> None:
             assert not (folder / "new").exists()
 
 
+def test_other_data_under_the_same_name(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a corpus that was made anew under a run, which went on in it without a word, and one refused for having moved."""
+    (folder / "away").mkdir()
+    for end in ("bin", "idx"):
+        os.rename(folder / f"tokens.{end}", folder / "away" / f"tokens.{end}")
+    assert run(values_of(folder, data__train=str(folder / "away" / "tokens"))) == (0, "done")  # the same data elsewhere
+    tokens = np.fromfile(folder / "away" / "tokens.bin", np.uint16)
+    tokens[::-1].tofile(folder / "tokens.bin")
+    shutil.copy(folder / "away" / "tokens.idx", folder)
+    before = tree(folder / "run")
+    back = values_of(folder, checkpoint__resume=str(step_folder(folder, 5)))
+    for values in (values_of(folder), back):
+        code, message = run(values)
+        assert code == 2 and f"the files of tokens are not those that the run was trained on (bin was {tokens.nbytes} bytes, " in message
+        assert "run.allow_change='[data.train]'" in message and tree(folder / "run") == before
+    assert run({**back, "run": {**back["run"], "allow_change": ["data.train"]}}) == (0, "done")
+    (event,) = events(folder, "change")
+    assert list(event["changes"]) == ["data.train[tokens]"] and "data.train[tokens] was" in capfd.readouterr().err
+    assert run(values_of(folder)) == (0, "done")  # it is the run's own data from now on
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        trainer = json.loads((path / "trainer.json").read_text())
+        del trainer["fingerprints"]
+        rewrite(path, json.dumps(trainer))
+    tokens.tofile(folder / "tokens.bin")
+    assert run(values_of(folder)) == (0, "done")  # older checkpoints do not say what the data were
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed")

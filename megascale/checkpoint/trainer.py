@@ -9,7 +9,7 @@ from megascale.checkpoint.index import LARGEST, TRAINER, Damaged, read_json
 from megascale.errors import UsageError
 
 COUNTS = ("step", "samples", "tokens", "skipped_in_a_row")
-SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids")
+SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids", "fingerprints")
 TEXTS = (("precision", "compute"), ("precision", "fp8"), ("data", "tokenizer"), ("run", "name"))  # of the config, read as they are
 NEEDED = ("step", "samples", "tokens", "identity")  # to go on from; what came to the format later has defaults
 
@@ -37,6 +37,12 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     for name, number in found.get("logger_ids", {}).items():
         if not isinstance(number, str):
             raise _wrong(path, f"logger_ids.{name}", number, "a text")
+    listed = found.get("sources", [])
+    if not isinstance(listed, list) or not all(_is_source(entry) for entry in listed):
+        raise _wrong(path, "sources", listed, "a list of [name, path, weight]")
+    for part, sources in found.get("fingerprints", {}).items():
+        if not isinstance(sources, dict) or not all(isinstance(files, dict) for files in sources.values()):
+            raise _wrong(path, f"fingerprints.{part}", sources, "an object of sources")
     return found
 
 
@@ -49,6 +55,11 @@ def read_progress(folder: Path) -> dict[str, Any]:
             f"{folder / TRAINER} is not from pretraining (it has no {', '.join(absent)}): start from its weights with checkpoint.init_from"
         )
     return found
+
+
+def _is_source(value: Any) -> bool:
+    kinds = [type(part) for part in value] if isinstance(value, list) else []
+    return kinds[:2] == [str, str] and len(kinds) == 3 and kinds[2] in (int, float) and value[2] > 0
 
 
 def _wrong(path: Path, key: str, value: Any, needed: str) -> Damaged:

@@ -50,7 +50,7 @@ def same_value(key: str, then: Any, now: Any) -> bool:
     if then == now:
         return True
     if key in PATHS and isinstance(then, str) and isinstance(now, str):
-        return _real(then) == _real(now)
+        return real_path(then) == real_path(now)
     return key in SOURCES and (places := places_of(then)) is not None and places == places_of(now)
 
 
@@ -74,7 +74,7 @@ def places_of(value: Any) -> list[tuple[str, str, float]] | None:
             return None
         listed = isinstance(value, str) and path.endswith((".yaml", ".yml"))
         name = path if listed else source.get("name") or Path(path).name
-        found.append((_real(path), _real(path) if listed else name, source.get("weight", 1.0)))
+        found.append((real_path(path), real_path(path) if listed else name, source.get("weight", 1.0)))
     return found
 
 
@@ -88,7 +88,8 @@ def renamed(key: str, then: Any, now: Any) -> str:
     return f" (a source's name, by default the end of its path, orders its samples: if these are the same files, use {key}='[{entries}]')"
 
 
-def _real(path: str) -> str:
+def real_path(path: str) -> str:
+    """Where a path leads, through links; what cannot be a path stays as it is."""
     try:
         return os.path.realpath(path)
     except (OSError, ValueError):

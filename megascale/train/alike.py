@@ -10,9 +10,11 @@ import torch
 from megascale.comm.agreement import Agreement
 from megascale.config.identity import PATHS, SOURCES
 from megascale.config.load import flatten
+from megascale.config.rules.pairs import spans_asked
 from megascale.config.schema import Config
-from megascale.train.changes import sources_of
+from megascale.train.changes import Prints, sources_of
 from megascale.train.place import agreed
+from megascale.train.samples import end_token, translates
 
 # What nodes may have of their own. Where data lie may differ, too: what they are is compared.
 OF_A_NODE = ("run.device", "run.threads", "run.peak_tflops", "parallel.offload_dir", *SOURCES, *PATHS)
@@ -35,3 +37,15 @@ def own_version() -> str:
         return version("megascale")
     except PackageNotFoundError:  # it is run from where it lies
         return "uninstalled"
+
+
+def check_data(config: Config, prints: Prints) -> None:
+    """Collective. Raises UsageError on all ranks where one reads other data, or makes another vocabulary of its tokenizer."""
+    model = {k: v for k, v in flatten(config.plain()).items() if k.startswith("model.")}
+    files = {f"data.{part}[{name}].{end}": told for part in prints for name, its in prints[part].items() for end, told in its.items()}
+    Agreement().alike({**files, **model, **agreed(lambda: special_tokens(config))}, "copy the same data and tokenizers to every node")
+
+
+def special_tokens(config: Config) -> dict[str, int]:
+    """Those that enter samples and that a tokenizer says."""
+    return {"the token that ends a text": end_token(config)} if spans_asked(config) or translates(config) else {}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megascale.config.identity import covered, defaults_of, same_value
+from megascale.config.identity import check_identity, covered, defaults_of, real_path, same_value
 from megascale.config.load import flatten
 from megascale.config.schema import Config, DataSource, Optim, Precision, Train
 from megascale.data.dataset import read_sources
+from megascale.data.fingerprint import Print
 from megascale.data.moved import moved, sentence
 from megascale.errors import UsageError
 from megascale.optim.schedule import learning_rate
@@ -31,6 +32,8 @@ CURVE = (
     "precision.loss_scale",
 )
 LENGTH = ("train.steps", "train.tokens")
+Changes = dict[str, tuple[Any, Any]]
+Prints = dict[str, dict[str, Print]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Rates:
     differs: int | None
 
 
-def curve_changes(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def curve_changes(config: Config, saved: Mapping[str, Any]) -> Changes:
     """{key: (then, now)} of what enters the curve and is no identity. `saved`: the config in the checkpoint, empty where there is none.
 
     Raises UsageError where the length of a run changes the order of its data and `run.allow_change` does not name it.
@@ -111,16 +114,61 @@ def sources_of(config: Config) -> list[list[Any]]:
     return [[s.name, s.path, s.weight] for s in read_sources(config.data.train, "data.train")]
 
 
-def mixture_changes(config: Config, saved: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, Any]], list[Note]]:
-    """A change of the mixture that no key shows, and what any change of it does to the sources' places. `saved`: trainer.json.
+def changes_since(config: Config, saved: dict[str, Any], folder: Path, prints: Prints) -> tuple[Changes, list[Note]]:
+    """What has changed since the checkpoint `folder` and is allowed, and what is to be told of it. `saved`: its trainer.json.
+
+    Raises UsageError where it is of another run, or of this one with other data.
+    """
+    moved = moved_data(config, saved, prints)
+    other = check_identity(config, saved["identity"], str(folder), moved)
+    mixture, told_of_it = mixture_changes(config, saved, "data.train" in moved)
+    return {**other, **mixture, **content_changes(config, saved, prints)}, told_of_it
+
+
+def moved_data(config: Config, saved: Mapping[str, Any], prints: Prints) -> list[str]:
+    """Of data.train and data.valid those whose files have kept names, weights and content: where they lie is no matter then. `saved`:
+    trainer.json, whose older versions do not say what the data were.
+    """
+    before, found = saved.get("fingerprints", {}), []
+    then, now = _named(saved.get("sources") or _listed(saved)), _named(sources_of(config))
+    if prints["train"] and before.get("train") == prints["train"] and then == now:
+        found.append("data.train")
+    if prints["valid"] and before.get("valid") == prints["valid"]:
+        found.append("data.valid")
+    return found
+
+
+def content_changes(config: Config, saved: Mapping[str, Any], prints: Prints) -> Changes:
+    """{"data.train[source]": (then, now)} of sources that have other content under their old names, where `run.allow_change` lets them.
+
+    Raises UsageError where it does not.
+    """
+    found: Changes = {}
+    for part, sources in prints.items():
+        before = saved.get("fingerprints", {}).get(part, {})
+        other = {name: (before[name], now) for name, now in sources.items() if name in before and before[name] != now}
+        if other and not covered([key := f"data.{part}"], config.run.allow_change):
+            name, (then, now) = next(iter(other.items()))
+            ends = ", ".join(f"{end} was {then.get(end)} and is {now.get(end)}" for end in now if then.get(end) != now[end])
+            raise UsageError(
+                f"{key}: the files of {name} are not those that the run was trained on ({ends}), and its samples would be others: put the "
+                f"old ones back, choose another run.name, or allow it with run.allow_change='[{key}]'"
+            )
+        found |= {f"data.{part}[{name}]": ("; ".join(map(str, a.values())), "; ".join(b.values())) for name, (a, b) in other.items()}
+    return found
+
+
+def mixture_changes(config: Config, saved: Mapping[str, Any], moved_only: bool = False) -> tuple[Changes, list[Note]]:
+    """A change of the mixture that no key shows, and what any change of it does to the sources' places. `saved`: trainer.json;
+    `moved_only`: the sources are known to be the same in other places.
 
     Raises UsageError for one in a file that `data.train` names, unless `run.allow_change` has data.train.
     """
     now = sources_of(config)
     then = saved.get("sources") or _listed(saved)
-    if not then or _shares(then) == _shares(now):
+    if not then or _shares(then) == _shares(now) or moved_only:
         return {}, []
-    changed: dict[str, tuple[Any, Any]] = {}
+    changed: Changes = {}
     if same_value("data.train", saved.get("identity", {}).get("data.train"), config.plain()["data"]["train"]):
         if not covered(["data.train"], config.run.allow_change):
             raise UsageError(
@@ -136,9 +184,13 @@ def mixture_changes(config: Config, saved: Mapping[str, Any]) -> tuple[dict[str,
     return changed, [] if words is None else [Note(words, "mixture", details)]
 
 
+def _named(sources: list[list[Any]]) -> list[tuple[str, float]]:
+    return [(name, share) for name, _, share in _shares(sources)] if sources else []
+
+
 def _shares(sources: list[list[Any]]) -> list[tuple[str, str, float]]:
     total = sum(weight for _, _, weight in sources)
-    return [(name, os.path.realpath(path), round(weight / total, 12)) for name, path, weight in sources]
+    return [(name, real_path(path), round(weight / total, 12)) for name, path, weight in sources]
 
 
 def _mixture(sources: list[list[Any]]) -> str:

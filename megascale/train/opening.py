@@ -21,7 +21,9 @@ from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.files import discard, write_atomic
 from megascale.train.branch import Note, Wish, forget, go_back, remember, wish_of
+from megascale.train.changes import changes_since
 from megascale.train.lock import LOCK, STALE, RunLock
+from megascale.train.samples import prints_of
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", LOCK)
 BESIDE = ("exit.json", "STOP", "launch", "heartbeat.json", "stacks")  # what a job may leave before it becomes a run
@@ -85,7 +87,7 @@ def _back(config: Config, run_dir: Path, wish: Wish) -> Note:
     assert wish.folder is not None
     saved = read_progress(wish.folder)
     if not config.grow:  # of a run that grows, the phase says what the model is
-        check_identity(config, saved["identity"], str(wish.folder))
+        changes_since(config, saved, wish.folder, prints_of(config))
     return go_back(run_dir, wish.folder, config.checkpoint.resume)
 
 

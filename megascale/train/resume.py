@@ -13,7 +13,7 @@ from megascale.checkpoint.choose import Skipped, choose
 from megascale.checkpoint.index import TRAINER, read_json
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.trainer import read_progress, read_trainer
-from megascale.config.identity import check_allow_change, check_identity, identity, same_value
+from megascale.config.identity import check_allow_change, identity, same_value
 from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
 from megascale.formats.hf import Foreign, read_hf
@@ -22,7 +22,7 @@ from megascale.formats.hf_folder import is_hf_folder
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.apply import ParallelModel
 from megascale.train.branch import Note
-from megascale.train.changes import Rates, curve_changes, mixture_changes, rates_at, told
+from megascale.train.changes import Changes, Prints, Rates, changes_since, content_changes, curve_changes, moved_data, rates_at, told
 from megascale.train.place import agreed
 
 ORDER = ("run.seed", "train.seq_len")  # beside the data itself, what sample numbers mean
@@ -40,7 +40,7 @@ class Start:
 
     folder: Path | None = None
     weights_only: bool = False
-    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
     foreign: Foreign | None = None
     samples: int = 0
     checked: bool = False
@@ -48,9 +48,10 @@ class Start:
     notes: tuple[Note, ...] = ()
 
 
-def find_start(config: Config, run_dir: Path, elsewhere: Path | None = None, origin: Path | None = None) -> Start:
+def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> Start:
     """The run's own newest whole checkpoint, so that a requeued job goes on; then `elsewhere`, then `init_from`, then nothing.
 
+    prints     what the data are
     elsewhere  a checkpoint of another run, which `resume` names and which has been read
     origin     the grown checkpoint that begins this phase, until there is a newer one
 
@@ -62,8 +63,8 @@ def find_start(config: Config, run_dir: Path, elsewhere: Path | None = None, ori
         folder = elsewhere
     if folder is None:
         source = config.checkpoint.init_from
-        return Start() if source is None else agreed(lambda: _weights_from(config, Path(source)))
-    return agreed(lambda: _from_run(config, folder, skipped))
+        return Start() if source is None else agreed(lambda: _weights_from(config, Path(source), prints))
+    return agreed(lambda: _from_run(config, folder, skipped, prints))
 
 
 def _check_asked(config: Config) -> None:
@@ -72,12 +73,12 @@ def _check_asked(config: Config) -> None:
         hf_config(config.model, config.train.seq_len)  # refuses what could not be exported later
 
 
-def _from_run(config: Config, folder: Path, skipped: list[Skipped]) -> Start:
+def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prints) -> Start:
     """All of a checkpoint, `folder`, which is whole. Raises UsageError where it is of another run."""
     saved = read_progress(folder)
     then = saved.get("config", {})
-    mixture, told_of_it = mixture_changes(config, saved)
-    changes = {**check_identity(config, saved["identity"], str(folder)), **mixture, **curve_changes(config, then)}
+    known, told_of_it = changes_since(config, saved, folder, prints)
+    changes = {**known, **curve_changes(config, then)}
     rates = rates_at(config, then, saved["step"]) if changes else None
     left_out = [
         Note(f"{s.folder.name} is left out: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
@@ -85,7 +86,7 @@ def _from_run(config: Config, folder: Path, skipped: list[Skipped]) -> Start:
     return Start(folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *told(changes, rates)))
 
 
-def _weights_from(config: Config, folder: Path) -> Start:
+def _weights_from(config: Config, folder: Path, prints: Prints) -> Start:
     """A run that takes its weights from elsewhere, checked as far as headers tell. Raises UsageError."""
     foreign = None
     try:
@@ -103,7 +104,12 @@ def _weights_from(config: Config, folder: Path) -> Start:
     if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
         raise UsageError(f"checkpoint.init_data is continue, and {folder} does not say where in its data it stood: use restart")
     then, now = _position(past).get("identity", {}), identity(config)
-    changed = [k for k in now if (k.startswith("data.") or k in ORDER) and not same_value(k, then.get(k, now[k]), now[k])]
+    moved = []
+    if past.name == TRAINER:
+        moved = moved_data(config, _position(past), prints)
+        content_changes(config, _position(past), prints)
+    ours = [k for k in now if (k.startswith("data.") or k in ORDER) and k not in moved]
+    changed = [k for k in ours if not same_value(k, then.get(k, now[k]), now[k])]
     if changed:
         lines = "; ".join(f"{k} was {then[k]!r} and is {now[k]!r}" for k in changed)
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from megascale.config.spans import SENTINELS
 from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources
 from megascale.data.facts import source_facts
 from megascale.data.fields import FieldMixture
+from megascale.data.fingerprint import Print, print_of
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Batch, make_batch, sample_numbers
 from megascale.data.masking import Masking
@@ -150,6 +152,37 @@ def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
     for side in SIDES if translates(config) else ("",):
         check_tokenizers([side_of(s, side) if side else s for s in (*sources, *held)])
     return samples, {s.name: open_samples(config, [s], part, False) for s in held}
+
+
+def prints_of(config: Config) -> dict[str, dict[str, Print]]:
+    """{"train": {source: fingerprint}, "valid": …} of the data that are read; `valid` is empty where it is held out of train."""
+    train = read_sources(config.data.train, "data.train")
+    asked = config.data.valid if config.train.eval_every else None
+    valid = [] if asked is None else read_sources(asked, "data.valid")
+    fields = config.model.spacetime
+    ends = ["bin", "idx"]
+    if translates(config):
+        ends = [f"{side}.{end}" for side in SIDES for end in ends]
+    elif fields is not None:
+        ends = ["npy", *(f"text.{end}" for end in ends if fields.text_len)]
+
+    def each(sources: list[Source]) -> dict[str, Print]:
+        return {s.name: print_of(s.path, ends, fields is not None) for s in sources}
+
+    return {"train": each(train), "valid": each(valid)}
+
+
+def overlap_note(prints: Mapping[str, Mapping[str, Print]]) -> str | None:
+    """A sentence where sets for validation are trained on."""
+    known = {json.dumps(found, sort_keys=True): name for name, found in prints["train"].items()}
+    both = [(name, known[text]) for name, found in prints["valid"].items() if (text := json.dumps(found, sort_keys=True)) in known]
+    if not both:
+        return None
+    names = ", ".join(f"{valid} is {train}" if valid != train else valid for valid, train in both)
+    return (
+        f"data.valid has the same files as data.train ({names}), so valid_loss is of data that the model is trained on: name others, or "
+        "leave data.valid out and hold some out with data.valid_fraction"
+    )
 
 
 def open_samples(config: Config, sources: list[Source], part: str, shuffled: bool) -> Samples:

@@ -26,10 +26,10 @@ from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import peak_flops
 from megascale.optim.schedule import begun_again
 from megascale.parallel.apply import ParallelModel
-from megascale.train.alike import check_config
+from megascale.train.alike import check_config, check_data
 from megascale.train.announce import announce
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
-from megascale.train.changes import sources_of
+from megascale.train.changes import Prints, sources_of
 from megascale.train.console import Console
 from megascale.train.engine import Engine
 from megascale.train.memory import check_host_room
@@ -41,7 +41,17 @@ from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
 from megascale.train.resume import Start, check_coefficients, find_start, model_changes
 from megascale.train.room import room_for
-from megascale.train.samples import Samples, document_lengths, micro_batches, note, open_data, resolve_vocabulary, valid_notes
+from megascale.train.samples import (
+    Samples,
+    document_lengths,
+    micro_batches,
+    note,
+    open_data,
+    overlap_note,
+    prints_of,
+    resolve_vocabulary,
+    valid_notes,
+)
 from megascale.train.state import Progress, check_finite
 from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
@@ -90,12 +100,14 @@ def _built(
     device = agreed(lambda: choose_device(config, ranks))
     agreed(lambda: check_offload_dir(config))
     agreed(lambda: check_host_room(config, ranks))
+    mixture, valid_sets = agreed(lambda: open_data(config))
+    prints = agreed(lambda: prints_of(config))
+    check_data(config, prints)
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
     if opening is None:
         opening = until_the_end.enter_context(open_run(whole))
-    start = find_start(config, run_dir, opening.elsewhere, None if phase is None else phase.origin)
-    mixture, valid_sets = agreed(lambda: open_data(config))
+    start = find_start(config, run_dir, prints, opening.elsewhere, None if phase is None else phase.origin)
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
     for _ in model.draw_weights(config.run.seed):
@@ -112,9 +124,9 @@ def _built(
     if log is not None and console is not None:
         room = room_for(config, run_dir, start, progress.step, until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
-        data_notes = (note(mixture), *valid_notes(config, valid_sets))
+        data_notes = (note(mixture), overlap_note(prints), *valid_notes(config, valid_sets))
         announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
-    reporter = build_reporter(config, ranks, mesh, device, model, flops, start, log, console)
+    reporter = build_reporter(config, ranks, mesh, device, model, flops, start, prints, log, console)
     if config.run.tensorboard:
         agreed(lambda: log.add_tensorboard(progress.step) if log is not None else None)
     if config.run.wandb:
@@ -184,6 +196,7 @@ def build_reporter(
     model: ParallelModel,
     flops: float,
     start: Start,
+    prints: Prints,
     log: RunLog | None,
     console: Console | None,
 ) -> Reporter:
@@ -193,6 +206,7 @@ def build_reporter(
         "identity": identity(config),
         "config": config.plain(),
         "sources": sources_of(config),
+        "fingerprints": prints,
         "layout": describe(config.parallel),
         "torch": torch.__version__,
     }

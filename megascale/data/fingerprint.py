@@ -1,0 +1,52 @@
+"""What the files of a source are, cheaply: their sizes and a digest of parts of them. Enough to tell other data under the same name; a few
+tokens that are changed in the middle of a large file may stay unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megascale.data.facts import source_facts
+from megascale.errors import UsageError
+
+BLOCK = 4096  # bytes read at each place
+PLACES = 64  # of a file, beside its beginning and its end; a file with no more than these is read whole
+OF_FIELDS = ("mean", "std", "run_length")  # facts that enter the samples; those beside tokens say nothing that the tokens do not
+
+Print = dict[str, str]  # {"bin": "4800 bytes, 3f2a…"}
+
+
+def print_of(prefix: str, ends: Sequence[str], fields: bool = False) -> Print:
+    """Of the files PREFIX.END of one source; `fields`: with what lies beside fields. Raises UsageError."""
+    prints = {end: file_print(Path(f"{prefix}.{end}")) for end in ends}
+    if fields:
+        facts = source_facts(prefix)
+        text = json.dumps({key: facts.get(key) for key in OF_FIELDS})
+        prints["json"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return prints
+
+
+def file_print(path: Path) -> str:
+    """Size and digest. Raises UsageError where it cannot be read."""
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            for start in places(size):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): look at the disk, or correct the path") from None
+    return f"{size} bytes, {digest.hexdigest()}"
+
+
+def places(size: int) -> list[int]:
+    """Where blocks are read: the first one, the last one, and some evenly between them."""
+    blocks = -(-size // BLOCK)
+    if blocks <= PLACES + 2:
+        return [n * BLOCK for n in range(blocks)]
+    return [*(n * (blocks - 1) // (PLACES + 1) * BLOCK for n in range(PLACES + 1)), size - BLOCK]
