@@ -184,7 +184,9 @@ class FakeWandb(ModuleType):
 
 
 def test_wandb_keeps_its_id_over_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a resume that begins another curve beside the first, and rows that reach the logger under another step."""
+    """Catches a resume that begins another curve beside the first, rows that reach the logger under another step, and a run that begins
+    from another one's checkpoint, or in a copy of its directory, and goes on in its curve.
+    """
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     values = settings(folder, run__wandb=True, run__name="mine")
@@ -195,6 +197,11 @@ def test_wandb_keeps_its_id_over_a_resume(folder: Path, monkeypatch: pytest.Monk
     ]
     assert [step for step, _ in fake.logged] == [1, 2, 3, 4, 5, 6]
     assert [values["loss"] for _, values in fake.logged] == losses(folder)
+    shutil.copytree(folder / "run", folder / "copy")
+    from_there = settings(folder, run__dir=str(folder / "other"), checkpoint__resume=str(folder / "run"))
+    for theirs in (from_there, settings(folder, run__dir=str(folder / "copy"))):
+        assert run({**theirs, "run": {**theirs["run"], "wandb": True, "name": "theirs"}}) == (0, "done")
+    assert [how["id"] for how in fake.started[2:]] == [None, None]
 
 
 def test_pipelines_are_refused_on_a_torch_that_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

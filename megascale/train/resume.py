@@ -143,6 +143,17 @@ def model_changes(config: Config, folder: Path) -> str:
     return f"; {told}: set them back, or make another model of it with tools/grow.py" if changed else ""
 
 
+def is_own(config: Config, folder: Path, saved: dict[str, Any]) -> bool:
+    """Whether the checkpoint `folder`, with `saved` in its trainer.json, was written by the run that goes on from it: not by another one,
+    nor by the one of which this run's directory is a copy under another run.name.
+    """
+    run_dir, place = Path(config.run_dir).resolve(), folder.resolve()
+    if run_dir not in place.parents:
+        return False
+    name = saved.get("config", {}).get("run", {}).get("name")
+    return name in (None, config.run.name) or "made" in saved  # a grown one is of no run by its name
+
+
 def step_of(folder: Path) -> int:
     """Of a folder step-00000100."""
     return int(folder.name.rpartition("-")[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from megascale.train.opening import Opening, claim_run_dir, open_run
 from megascale.train.phases import Phase
 from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, check_coefficients, find_start, model_changes
+from megascale.train.resume import Start, check_coefficients, find_start, is_own, model_changes
 from megascale.train.room import room_for
 from megascale.train.samples import (
     Samples,
@@ -180,7 +181,11 @@ def load_start(config: Config, start: Start, engine: Engine) -> Progress:
             raise UsageError(f"{error}{model_changes(config, start.folder)}") from None
     agreed(lambda: check_finite(state, start.folder))
     engine.loaded(state)
-    return Progress(samples=start.samples) if start.weights_only else Progress(**{k: saved[k] for k in Progress().plain() if k in saved})
+    if start.weights_only:
+        return Progress(samples=start.samples)
+    progress = Progress(**{k: saved[k] for k in Progress().plain() if k in saved})
+    # Outside loggers know a run by its id: two runs under one would be one curve.
+    return progress if is_own(config, start.folder, saved) else replace(progress, logger_ids={})
 
 
 def valid_batches(config: Config, samples: Samples, mesh: Mesh, device: torch.device, step: int) -> list[Batch]:
