@@ -185,13 +185,24 @@ def test_another_length_is_told_and_recorded(folder: Path, capfd: pytest.Capture
 
 
 def test_a_start_without_checkpoints_keeps_the_rows(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Catches rows dropped for good where a run begins at step 1 again, and exit.json of the attempt before."""
+    """Catches a run that begins at step 1 again since the disk of its checkpoints is not mounted; where that is asked for, rows dropped for
+    good, and exit.json of the attempt before; and one killed before its first checkpoint that the same command does not start again.
+    """
     shutil.rmtree(folder / "run" / "checkpoints")
+    (folder / "run" / "checkpoints").mkdir()  # where a disk would be mounted
+    before = tree(folder / "run")
+    code, message = run(values_of(folder))
+    assert code == 2 and "checkpoint of step 6 was saved, and there is none in" in message and "resume=never begins anew" in message
+    assert tree(folder / "run") == before
     (folder / "run" / "exit.json").write_text('{"code": 75}')
     old = (folder / "run" / "metrics.jsonl").read_bytes()
-    assert run(values_of(folder, train__steps=1)) == (0, "done")
+    assert run(values_of(folder, train__steps=1, checkpoint__resume="never")) == (0, "done")
     assert (folder / "run" / "metrics.jsonl.before").read_bytes() == old and len(rows(folder)) == 1
     assert "are kept in metrics.jsonl.before" in capfd.readouterr().err and not (folder / "run" / "exit.json").exists()
+    shutil.rmtree(folder / "run" / "checkpoints")
+    lines = (folder / "run" / "events.jsonl").read_text().splitlines(True)
+    (folder / "run" / "events.jsonl").write_text("".join(line for line in lines[:-1] if '"saved"' not in line))  # as after a kill
+    assert run(values_of(folder, train__steps=1)) == (0, "done")
 
 
 DAMAGED_CONFIG: dict[str, Callable[[Path], object]] = {

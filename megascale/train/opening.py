@@ -23,6 +23,7 @@ from megascale.files import discard, write_atomic
 from megascale.train.branch import Note, Wish, forget, go_back, remember, wish_of
 from megascale.train.changes import changes_since
 from megascale.train.lock import LOCK, STALE, RunLock
+from megascale.train.past import last_saved
 from megascale.train.samples import prints_of
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", LOCK)
@@ -80,7 +81,20 @@ def _take(config: Config, run_dir: Path, opening: Opening) -> Wish:
     wish = wish_of(config.checkpoint.resume, run_dir)
     if wish.note is not None:
         opening.notes.append(wish.note)
+    if config.checkpoint.resume != "never":
+        check_still_there(run_dir)
     return wish
+
+
+def check_still_there(run_dir: Path) -> None:
+    """Raises UsageError where the run has saved checkpoints and none is there: its disk may be missing, and step 1 would come again."""
+    root = run_dir / "checkpoints"
+    saved = None if named_as_steps(root) else last_saved(run_dir)
+    if saved is not None:
+        raise UsageError(
+            f"{run_dir / 'events.jsonl'} says that the checkpoint of step {saved} was saved, and there is none in {root}: is its disk "
+            "mounted? If they were deleted, checkpoint.resume=never begins anew and keeps the old rows; or choose another run.name"
+        )
 
 
 def _back(config: Config, run_dir: Path, wish: Wish) -> Note:

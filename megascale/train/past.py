@@ -97,5 +97,15 @@ def past_of(run_dir: Path, step: int) -> Past:
     return {"last_seen": last_seen, "lost_steps": max(0, furthest - step)} if last_seen > 0 else {}
 
 
+def last_saved(run_dir: Path) -> int | None:
+    """The step of the last checkpoint that the run's events tell of since it last began at its first step; None where they tell of none."""
+    found = None
+    with suppress(OSError):
+        for line in read_lines(run_dir / "events.jsonl", event_mistake):
+            if line.row is not None and line.row["event"] in ("start", "saved"):
+                found = line.row["step"] if line.row["event"] == "saved" else None
+    return found
+
+
 def _beat_mistake(row: dict[str, Any]) -> str | None:
     return None if is_step(row.get("step")) else "has no step"
