@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import sys
@@ -11,41 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
+from megascale.limits import core_quota, own_cores, slurm_cores
+
 PR_SET_PDEATHSIG = 1
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
     """The cores that this process may use: of the machine, its affinity, SLURM's allocation for the task and the container's quota."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cores = os.cpu_count() or 1
-    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    limits = [cores, int(given) if given.isdecimal() and len(given) < 6 else cores, quota(CGROUPS, MEMBERSHIP) or cores]
-    return max(1, min(limits))
-
-
-def quota(groups: Path, membership: Path) -> int | None:
-    """Cores that a control group (version 2) allows, rounded up; None where none limits them."""
-    try:
-        own = membership.read_text().split("0::", 1)[1].splitlines()[0].strip("/")
-    except (OSError, IndexError):
-        own = ""
-    found: list[int] = []
-    for folder in [groups / own, *(groups / own).parents]:
-        try:
-            allowed, period = (folder / "cpu.max").read_text().split()
-            found.append(max(1, math.ceil(int(allowed) / int(period))))
-        except (OSError, ValueError, ZeroDivisionError):  # no such limit: the file is absent, or says "max"
-            pass
-        if folder == groups:
-            break
-    return min(found, default=None)
+    cores = len(own_cores())
+    return min(cores, slurm_cores() or cores, core_quota() or cores)
 
 
 def end_with_parent() -> None:

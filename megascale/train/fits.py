@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import torch
@@ -14,18 +13,17 @@ from megascale.config.schema import Config, Parallel, Train
 from megascale.config.support import check
 from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.limits import memory_limit
 from megascale.train.memory import GB, needed
 from megascale.train.place import choose_device
 from megascale.train.samples import resolve_vocabulary
 
 
 def limit_of(device: torch.device, ranks: RankInfo) -> float:
-    """Bytes that this rank may use: its device's, or its share of what the node, the container or the process is allowed."""
+    """Bytes that this rank may use: its device's, or its share of what the node, its job or container there, or the process is allowed."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    total = float(psutil.virtual_memory().total)
-    with suppress(OSError, ValueError):  # no such file, or "max"
-        total = min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    total = memory_limit(float(psutil.virtual_memory().total))
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     return min(total / ranks.local_size, float(own) if own != resource.RLIM_INFINITY else total)
 

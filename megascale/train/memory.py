@@ -16,6 +16,7 @@ from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.limits import memory_free
 from megascale.model.decoder import Shape
 from megascale.model.kernels import choose_kernels
 from megascale.optim.rates import MATRICES
@@ -157,11 +158,13 @@ def host_bytes(config: Config, ranks: int) -> dict[str, int]:
 
 
 def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) -> None:
-    """Raises UsageError where this node has too little memory for what its ranks would offload. `free` in bytes; absent: what there is."""
+    """Raises UsageError where this node, or the job's share of it, has too little memory for what its ranks would offload. `free` in
+    bytes; absent: what there is.
+    """
     if not config.parallel.offload:
         return
     need = host_bytes(config, ranks.size)
-    free = float(psutil.virtual_memory().available) if free is None else free
+    free = memory_free(float(psutil.virtual_memory().available)) if free is None else free
     total = sum(need.values()) * ranks.local_size
     if total > free:
         raise UsageError(

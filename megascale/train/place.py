@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megascale.comm.agreement import Agreement
 from megascale.comm.group import check_own_device, join, open_store
 from megascale.config.schema import Config
 from megascale.errors import MegascaleError, UsageError
-from megascale.launch.devices import device_index, usable_cores
-from megascale.launch.ranks import RankInfo
+from megascale.launch.devices import device_index
+from megascale.launch.ranks import RankInfo, node_name
+from megascale.limits import core_quota, own_cores, slurm_cores
 from megascale.train.watch import Watch
 
 WATCH_FIRST = 30.0  # seconds
@@ -39,30 +41,57 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
     return device
 
 
+class Seat(NamedTuple):
+    """Where a rank stands: its node, and the cores that it may run on, a bit each."""
+
+    node: str
+    cores: int
+
+
+def own_seat() -> Seat:
+    return Seat(node_name(), sum(1 << core for core in own_cores()))
+
+
+def share_of_cores(seat: Seat, everyone: Sequence[Seat], given: int | None, quota: int | None) -> int:
+    """The threads of a rank at `seat`: its part of cores that others on its node run on too, all of cores that it alone is bound to.
+
+    given  the cores that the launcher gave it, bound to them or not
+    quota  the cores that all ranks of the node may keep busy together
+    """
+    neighbours = [other for other in everyone if other.node == seat.node]
+    cores = seat.cores.bit_count()
+    share = min(cores, given) if given else cores // max(1, sum(bool(other.cores & seat.cores) for other in neighbours))
+    return max(1, share if quota is None else min(share, quota // max(1, len(neighbours))))
+
+
 def default_threads(ranks: RankInfo) -> int:
-    """This rank's share of the node's cores; to a process alone, what OMP_NUM_THREADS says.
+    """This rank's share of the node's cores; to a process alone, what OMP_NUM_THREADS says. Collective.
 
     Launchers set that to 1 unasked, so from them it is nobody's wish.
     """
     if ranks.launcher == "alone" and os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
-    return max(1, usable_cores() // ranks.local_size)
+    seat = own_seat()
+    _, everyone = Agreement().all(lambda: seat, lambda own: own)
+    return share_of_cores(seat, everyone, slurm_cores() if ranks.launcher == "srun" else None, core_quota())
 
 
 def checked_threads(wanted: int | None) -> int | None:
     """The config's, where this machine can start so many: OpenMP dies of too many in its own code, without a word of ours."""
-    most = max(128, 8 * usable_cores())
+    cores = len(own_cores())
+    most = max(128, 8 * cores)
     if wanted is not None and wanted > most:
-        raise UsageError(f"run.threads is {wanted} and this process may use {usable_cores()} cores: take at most {most}, or leave it out")
+        raise UsageError(f"run.threads is {wanted} and this process may use {cores} cores: take at most {most}, or leave it out")
     return wanted
 
 
 @contextmanager
 def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[Watch]:
     """Ranks met (nothing for a process alone) and watched; threads set."""
-    torch.set_num_threads(checked_threads(config.run.threads) or default_threads(ranks))
+    wanted = checked_threads(config.run.threads)
     limit = config.run.collective_timeout
     if ranks.size == 1:
+        torch.set_num_threads(wanted or default_threads(ranks))
         yield Watch(ranks, None, limit)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -74,7 +103,10 @@ def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iter
         check_own_device(store, ranks, str(torch.cuda.get_device_properties(device).uuid))
     join(store, ranks, backend, limit + WATCH_FIRST)
     try:
-        yield Watch(ranks, store, limit)
+        watch = Watch(ranks, store, limit)
+        share = default_threads(ranks)  # asked of all, since a node may have run.threads of its own
+        torch.set_num_threads(wanted or share)
+        yield watch
     finally:
         dist.destroy_process_group()
 

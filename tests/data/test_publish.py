@@ -20,7 +20,7 @@ from megascale.data.prepare import prepare, prepare_pairs
 from megascale.data.publish import QUIET, Publication, _self, claim
 from megascale.data.tokenizer import load_tokenizer
 from megascale.data.walk import OUTPUTS
-from megascale.data.workers import quota, usable_cores
+from megascale.data.workers import usable_cores
 from megascale.errors import UsageError
 from tools import prepare_data
 
@@ -217,18 +217,13 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> N
 def test_workers_are_as_many_as_cores_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a worker for each core of the machine where one was allocated."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    monkeypatch.setattr("megascale.data.workers.MEMBERSHIP", tmp_path / "none")
-    monkeypatch.setattr("megascale.data.workers.CGROUPS", tmp_path)
+    monkeypatch.setattr("megascale.limits.MEMBERSHIP", tmp_path / "none")
+    monkeypatch.setattr("megascale.limits.GROUPS", tmp_path)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert usable_cores() == 6
     for given, cores in (("4", 4), ("64", 6), ("0", 1), ("x", 6), ("9" * 50, 6)):
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
         assert usable_cores() == cores
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "job" / "task").mkdir(parents=True)
-    (tmp_path / "job" / "cpu.max").write_text("250000 100000\n")
-    (tmp_path / "own").write_text("1:cpu:/x\n0::/job/task\n")
-    assert quota(tmp_path, tmp_path / "own") == 3 and quota(tmp_path, tmp_path / "none") is None
 
 
 def test_a_tokenizer_beside_the_output_survives(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from megascale.errors import UsageError
 from megascale.launch import ranks, rendezvous
 from megascale.launch.ranks import UNKNOWN, RankInfo, find_ranks, read_ranks, tasks_per_node
-from megascale.train.place import default_threads
+from megascale.train.place import Seat, default_threads, share_of_cores
 
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **MEET}
@@ -224,11 +225,25 @@ def test_launching_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_the_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a process alone that takes all cores where the user said fewer, and ranks left at the one thread of a launcher's default."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("megascale.limits.GROUPS", tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert default_threads(RankInfo()) == 8 and default_threads(RankInfo(0, 4, 0, 2, launcher="torchrun")) == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert default_threads(RankInfo()) == 8 and default_threads(RankInfo(launcher="srun")) == 6
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert default_threads(RankInfo()) == 3 and default_threads(RankInfo(launcher="torchrun")) == 8
+
+
+def test_ranks_share_the_cores_that_they_have_in_common() -> None:
+    """Catches one thread for a rank that is bound to eight cores of its own, and ranks that all take the cores they share."""
+    whole, other = Seat("n1", 2**16 - 1), Seat("n2", 2**16 - 1)
+    assert share_of_cores(whole, [whole] * 4 + [other] * 8, None, None) == 4
+    bound = [Seat("n1", 0xFF << 8 * rank) for rank in range(8)]
+    assert {share_of_cores(seat, bound, None, None) for seat in bound} == {8}
+    assert share_of_cores(bound[0], bound, 4, None) == 4 and share_of_cores(bound[0], bound, 64, None) == 8
+    assert share_of_cores(whole, [whole] * 4, 8, None) == 8  # SLURM gave each 8 and bound none
+    assert share_of_cores(whole, [whole] * 4, None, 6) == 1 and share_of_cores(whole, [whole], None, 6) == 6
+    assert share_of_cores(Seat("n1", 1), [Seat("n1", 1)] * 4, None, None) == 1
