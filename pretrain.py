@@ -15,6 +15,7 @@ from megascale.config.schema import Config
 from megascale.errors import MegascaleError
 from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
+from megascale.limits import raise_open_files
 from megascale.train.stop import StopFlag
 
 if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> int:
             config = asked
             stop.loud = ranks.rank == 0
             stop.listen()
+            raise_open_files()
             from megascale.train.growing import trainers
             from megascale.train.place import choose_device, leave_together, process_group
 

@@ -14,9 +14,10 @@ from array import array
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from megascale.data.facts import is_file
 from megascale.data.publish import Publication
@@ -81,7 +82,7 @@ class TokenFile:
         size, wanted = idx.stat().st_size, HEADER + count * 12 + marks * 8
         if size not in (wanted, wanted + count):  # multimodal indexes of Megatron end with a byte a sequence, its mode
             raise UsageError(f"{idx} has {size} bytes and its header promises {wanted}: it is truncated or damaged; make it again")
-        raw = np.memmap(idx, mode="r", dtype=np.uint8)
+        raw = map_file(idx, np.uint8)
         lengths = np.frombuffer(raw, np.int32, count, HEADER)
         offsets = np.frombuffer(raw, np.int64, count, HEADER + 4 * count)
         first = np.frombuffer(raw, np.int64, marks, HEADER + 12 * count)
@@ -98,7 +99,7 @@ class TokenFile:
         if have != need:
             reason = "it is truncated" if have < need else "they do not belong together"
             raise UsageError(f"{bin_} has {have} bytes and its index needs {need}: {reason}; copy or make both again")
-        self.tokens: NDArray[np.generic] = np.memmap(bin_, mode="r", dtype=self.dtype) if have else np.zeros(0, self.dtype)
+        self.tokens: NDArray[np.generic] = map_file(bin_, self.dtype) if have else np.zeros(0, self.dtype)
         self.lengths: NDArray[np.integer] = lengths
         self._offsets = offsets
         if marks != count + 1:  # some documents have several sequences, which lie one after the other, or none
@@ -113,6 +114,14 @@ class TokenFile:
         """Tokens [start, start+length) of one document, a view of the file."""
         first = int(self._offsets[number]) // self.dtype.itemsize + start
         return self.tokens[first : first + (int(self.lengths[number]) - start if length is None else length)]
+
+
+def map_file(path: Path, dtype: DTypeLike) -> NDArray[Any]:
+    """Raises OSError naming the file, which numpy leaves out where too many are open."""
+    try:
+        return np.memmap(path, mode="r", dtype=dtype)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def check_layout(path: Path, lengths: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> int:

@@ -103,6 +103,14 @@ def test_damage_is_named(tmp_path: Path, damage: object, words: str) -> None:
         TokenFile(tmp_path / "x")
 
 
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches "a file: Too many open files", which numpy makes of the fortieth source."""
+    write(tmp_path / "t", [[1, 2]])
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    with pytest.raises(OSError, match=r"Too many open files: '.*t.idx'"):
+        TokenFile(tmp_path / "t")
+
+
 def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
     """Catches half-written files under their final names."""
 
