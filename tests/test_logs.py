@@ -83,9 +83,23 @@ def test_rows_are_kept_where_a_run_begins_again(tmp_path: Path) -> None:
         write(tmp_path / "metrics.jsonl", row(1), row(2 + attempt))
         log = RunLog(tmp_path, 0)
         log.close()
-        assert len(log.notes) == 1 and "are kept in metrics.jsonl.before" in log.notes[0]
+        assert len(log.notes) == 1 and f"are kept in {tmp_path / 'metrics.jsonl.before'}" in log.notes[0]
     assert steps_in(tmp_path / "metrics.jsonl") == []
     assert steps_in(tmp_path / "metrics.jsonl.before") == [1, 2] and steps_in(tmp_path / "metrics.jsonl.before-2") == [1, 3]
+
+
+def test_a_log_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    """Catches a link to another disk that a resume replaces by a file, so that whoever reads there sees no more rows."""
+    (tmp_path / "disk").mkdir()
+    target = write(tmp_path / "disk" / "rows", row(1), b"\xff\n", row(2), row(3))
+    (tmp_path / "metrics.jsonl").symlink_to("disk/rows")
+    log = RunLog(tmp_path, 2)
+    log.metrics({"step": 3})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").is_symlink() and steps_in(target) == [1, 2, 3]
+    assert str(target) + ".damaged" in log.notes[0] and (tmp_path / "disk" / "rows.damaged").read_bytes() == b"\xff\n"
+    RunLog(tmp_path, 0).close()
+    assert (tmp_path / "metrics.jsonl").is_symlink() and steps_in(target) == [] and steps_in(tmp_path / "disk" / "rows.before") == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])

@@ -27,10 +27,11 @@ def mend_rows(path: Path, mistake: Mistake, after: int | None = None) -> list[st
     notes = [note for note in [make_way(path)] if note]
     if not path.exists():
         return notes
+    path = path.resolve()  # somebody who made the log a link to another disk wants its rows there
     if after == 0 and any(line.row is not None for line in read_lines(path, mistake)):
         kept = free_name(path, "before")
         path.rename(kept)
-        return [*notes, f"the run begins at step 1, and the rows that stood in {path} are kept in {kept.name}"]
+        return [*notes, f"the run begins at step 1, and the rows that stood in {path} are kept in {kept}"]
     seen: set[int] = set()
 
     def kind(line: Line) -> str:
@@ -51,7 +52,7 @@ def mend_rows(path: Path, mistake: Mistake, after: int | None = None) -> list[st
     damaged = _rewrite(path, mistake, kind)
     if damaged:
         lines = "a line that is no row" if damaged == 1 else f"{damaged} lines that are no rows, or of a step that stood there before,"
-        notes.append(f"{path} had {lines} and goes on without: kept in {path.name}.damaged")
+        notes.append(f"{path} had {lines} and goes on without: kept in {path}.damaged")
     return notes
 
 
