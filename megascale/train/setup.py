@@ -101,13 +101,13 @@ def _built(
     device = agreed(lambda: choose_device(config, ranks))
     agreed(lambda: check_offload_dir(config))
     agreed(lambda: check_host_room(config, ranks))
-    mixture, valid_sets = agreed(lambda: open_data(config))
-    prints = agreed(lambda: prints_of(config))
-    check_data(config, prints)
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
     if opening is None:
         opening = until_the_end.enter_context(open_run(whole))
+    mixture, valid_sets = agreed(lambda: open_data(config))
+    prints = agreed(lambda: prints_of(config))
+    check_data(config, prints)
     start = find_start(config, run_dir, prints, opening.elsewhere, None if phase is None else phase.origin)
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = agreed(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
