@@ -244,6 +244,8 @@ BAD_TRAINERS = {
     "config": "x",
     "logger_ids": {"wandb": 3},
     "converted": 1,
+    "fingerprints": {"train": {"t": "x"}},
+    "sources": [["t", "data/t", "1"]],
 }
 
 

@@ -24,7 +24,7 @@ class Run(Section):
     dir: str | None = None  # runs/<name> if absent
     seed: Seed = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Threads | None = None  # CPU threads of a rank; cores ÷ ranks on the node if absent, alone also OMP_NUM_THREADS
+    threads: Threads | None = None  # CPU threads of a rank; its share of the cores that it may use if absent, alone also OMP_NUM_THREADS
     kernels: Literal["auto", "torch", "apex", "te"] = "auto"
     peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one rank, for MFU; known for common GPUs, measured on CPUs
     profile_step: Positive | None = None  # write a profiler trace of this step
