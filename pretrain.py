@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
                 leave(config, ranks, watch, trainer, Exit(1, f"{type(error).__name__}: {error}"))
                 raise
             ending = known
-            if known.code in (4, 5) and not isinstance(error, MegascaleError):
+            if known.code in (4, 5):
                 from megascale.train.ending import explain
 
                 ending = explain(known, error, watch, config, ranks)

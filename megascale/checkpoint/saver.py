@@ -23,6 +23,7 @@ from megascale.checkpoint.storage import LATEST, ShardWriter, remove, step_name,
 from megascale.comm.piece import Piece
 from megascale.errors import MegascaleError, UsageError
 from megascale.files import discard
+from megascale.launch.exits import as_exit
 
 # Ranks wait for the slowest one's disk; a rank that dies is noticed at once, since its connection closes.
 PATIENCE = timedelta(hours=2)
@@ -33,6 +34,7 @@ class Event:
     """A save that ended: kind "saved", "failed" or "diverged" (then `message` says why: the disk, or that replicas differ, after which no
     step is worth anything); kind, step and message are the same on every rank.
 
+    `code`: the exit code of a run that cannot do without a save that failed: 3, for memory 4, for a lost peer 5.
     The first rank alone also hears how an export ended: "exported" (`message` says where to) or "export_failed".
     """
 
@@ -40,6 +42,7 @@ class Event:
     step: int
     seconds: float
     message: str = ""
+    code: int = 3
 
 
 def write_checkpoint(
@@ -95,6 +98,16 @@ def _write_alone(state: dict[str, Piece], writer: ShardWriter, planner: SavePlan
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
     writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+
+
+def judged(error: Exception) -> tuple[int, str]:
+    """The exit code of a run that cannot do without the save that failed so, and a sentence."""
+    if isinstance(error, MegascaleError):
+        return 3, str(error)
+    known = as_exit(error)
+    if known is not None and known.code == 5:
+        return 5, "a peer is gone or silent"  # communication libraries say nothing that helps; the watch finds out who it is
+    return 4 if known is not None and known.code == 4 else 3, f"{type(error).__name__}: {error}"
 
 
 def _first_cause(error: CheckpointException) -> BaseException:
@@ -196,9 +209,9 @@ class Checkpointer:
             )
         except Exception as error:
             self._cache = PlanCache()  # on all ranks, as the failure is: they must agree on what is cached
-            message = str(error) if isinstance(error, MegascaleError) else f"{type(error).__name__}: {error}"
+            code, message = judged(error)
             kind = "diverged" if isinstance(error, ReplicasDiffer) else "failed"
-            self._events.append(Event(kind, step, time.perf_counter() - start, message))
+            self._events.append(Event(kind, step, time.perf_counter() - start, message, code))
             return
         first = self.group is None or dist.get_rank(self.group) == 0
         if first:

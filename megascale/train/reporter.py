@@ -17,6 +17,7 @@ from torch import Tensor
 from megascale.checkpoint.saver import Event
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Train
+from megascale.errors import PeerLostError
 from megascale.model.observe import Raw
 from megascale.precision.watch import warnings as cast_warnings
 from megascale.train.console import Console
@@ -150,7 +151,7 @@ class Reporter:
             if self.log is not None:
                 kind = "save_failed" if e.kind == "failed" else e.kind
                 self.log.event(kind, e.step, seconds=round(e.seconds, 3), message=e.message)
-            if self.console is not None and e.kind in ("failed", "export_failed"):
+            if self.console is not None and e.kind in ("failed", "export_failed") and e.code != PeerLostError.code:  # that ends the run
                 what = "the checkpoint" if e.kind == "failed" else "the export"
                 self.console.warn(f"{what} of step {e.step} was not written, and training goes on: {e.message}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megascale.checkpoint.saver import Checkpointer, Event
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
-from megascale.errors import Halted, StopRequested, TrainingError
+from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
 from megascale.optim.schedule import learning_rate
 from megascale.parallel.apply import ParallelModel
 from megascale.parallel.precision import watched_casts
@@ -207,12 +207,15 @@ class Trainer:
         self.told(events)
         failed = [e for e in events if e.kind == "failed" and e.step == step]
         if failed:
-            raise TrainingError(
+            kind = OutOfMemoryError if failed[0].code == OutOfMemoryError.code else TrainingError
+            raise kind(
                 f"the checkpoint of step {step} could not be written: {failed[0].message}; the last good one is {self.reporter.last_good}"
             )
 
     def told(self, events: list[Event]) -> None:
-        """How saves have ended. Raises TrainingError where replicas differ between ranks: every later step would be lost."""
+        """How saves have ended. Raises TrainingError where replicas differ between ranks, since every later step would be lost, and
+        PeerLostError where a peer went away during a save.
+        """
         if any(e.kind == "failed" and e.step == self.saved for e in events):
             self.saved = None
         self.reporter.checkpoints(events, self.progress.step)
@@ -221,6 +224,12 @@ class Trainer:
             raise TrainingError(
                 f"the checkpoint of step {apart[0].step} was not written: {apart[0].message}; the last good one is "
                 f"{self.reporter.last_good}"
+            )
+        lost = [e for e in events if e.kind == "failed" and e.code == PeerLostError.code]
+        if lost:
+            raise PeerLostError(
+                f"the checkpoint of step {lost[0].step} could not be written: {lost[0].message}; the last good one is "
+                f"{self.reporter.last_good}; run the same command again"
             )
 
     def give_up(self, step: int) -> NoReturn:

@@ -141,3 +141,40 @@ def test_a_disk_that_fails_in_training(tmp_path: Path, monkeypatch: pytest.Monke
     found = told(tmp_path / "run")
     assert (found["code"], found["step"]) == (3, 2)
     assert "tokens.bin: Input/output error" in found["reason"] and "last good checkpoint is step 2" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            RuntimeError("[pair.cc:547] Read error [10.0.0.2]:4: Connection reset by peer GLHF!"),
+            5,
+            "step 4 could not be written: a peer is",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 4, "you tried to allocate 8 bytes"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 3, "step 4 could not be written: OSError: [Errno 28] No space left"),
+    ],
+)
+def test_what_a_failed_last_save_comes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str) -> None:
+    """Catches a node lost in the last save that scripts take for a training that cannot go on, and a watch that is not asked."""
+    from megascale.checkpoint import saver
+    from megascale.train.watch import Watch
+
+    make_tokens(tmp_path / "tokens")
+    real, asked = saver.write_checkpoint, []
+
+    def failing(root: Path, step: int, *args: Any, **more: Any) -> Path:
+        if step == 4:
+            raise error
+        return real(root, step, *args, **more)
+
+    def explain(self: Watch, error: BaseException, reason: str) -> str:
+        asked.append(reason)
+        return reason
+
+    monkeypatch.setattr(saver, "write_checkpoint", failing)
+    monkeypatch.setattr(Watch, "explain", explain)
+    assert start(tmp_path, settings(tmp_path, checkpoint__every=2, train__steps=4, model__num_layers=1)) == code
+    found = told(tmp_path / "run")
+    assert found["code"] == code and words in found["reason"] and "last good one is step 2" in found["reason"]
+    assert "GLHF" not in found["reason"] and len(asked) == (code == 5)
