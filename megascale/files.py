@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megascale.errors import UsageError
+
+# What CIFS and several FUSE file systems answer to the fsync of a folder. They know none; the files in it are on disk all the same.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -34,12 +38,16 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """The names in a folder, on disk when this returns. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+    """The names in a folder, on disk when this returns, as far as the file system can do that. Raises OSError naming it."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def discard(path: Path) -> None:
