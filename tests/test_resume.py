@@ -113,6 +113,26 @@ def test_what_cannot_be_read_never_begins_at_step_0(folder: Path, what: str) -> 
     assert code == 2 and tree(folder / "run") == before
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "hf"])
+def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Catches a run that trains to its end and finds there that another user owns the folder of its checkpoints."""
+    (folder / "run" / name).mkdir(exist_ok=True)
+    before, real = tree(folder / "run"), Path.touch
+
+    def touch(self: Path, *args: Any, **more: Any) -> None:
+        if self.parent == folder / "run" / name:
+            raise PermissionError(13, "Permission denied", str(self))
+        real(self, *args, **more)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    code, message = run(values_of(folder, train__steps=8, checkpoint__export="hf"))
+    assert code == 2 and f"{folder / 'run' / name} cannot be written (Permission denied)" in message
+    assert tree(folder / "run") == before
+    monkeypatch.undo()
+    if name == "checkpoints":
+        assert run(values_of(folder)) == (0, "done") and not list((folder / "run" / name).glob(".tmp*"))
+
+
 def test_going_back_inside_a_run(folder: Path, done: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches `resume=FOLDER` that is ignored, one that goes back at every requeue, and a branch that destroys the one before."""
     three = str(step_folder(folder, 3))

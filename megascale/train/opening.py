@@ -19,7 +19,9 @@ from megascale.config.identity import SOURCES, check_identity, identity, only_mo
 from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Config
 from megascale.errors import UsageError
+from megascale.expand.write import CONFIG
 from megascale.files import discard, write_atomic
+from megascale.formats.export import FOLDER
 from megascale.train.branch import Note, Wish, forget, go_back, remember, wish_of
 from megascale.train.changes import changes_since
 from megascale.train.lock import LOCK, STALE, RunLock
@@ -79,6 +81,7 @@ def _take(config: Config, run_dir: Path, opening: Opening) -> Wish:
     problem = check_saved_config(config, run_dir)
     opening.damaged_config = problem or ""
     wish = wish_of(config.checkpoint.resume, run_dir)
+    check_folders(config, run_dir)
     if wish.note is not None:
         opening.notes.append(wish.note)
     if config.checkpoint.resume != "never":
@@ -130,6 +133,23 @@ def check_directory(run_dir: Path) -> None:
         raise UsageError(
             f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(foreign)[:3])}): choose another run.name or run.dir"
         )
+
+
+def check_folders(config: Config, run_dir: Path) -> None:
+    """Raises UsageError where a folder that the run will write into is there and does not let it: the first save would be too late."""
+    growths = (run_dir / f"grown-{n + 1}" for n in range(len(config.grow)))
+    unfinished = (folder for folder in growths if not os.path.lexists(folder / CONFIG))
+    for folder in (run_dir / "checkpoints", *((run_dir / FOLDER,) if config.checkpoint.export == "hf" else ()), *unfinished):
+        trial = folder / f".tmp-{os.getpid()}"
+        try:
+            if os.path.lexists(folder):
+                trial.touch()
+                trial.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot be written ({error.strerror or error}), and the run would be lost at its first save: see to the folder's "
+                "owner, its rights and its disk, or choose another run.dir"
+            ) from None
 
 
 def check_saved_config(config: Config, run_dir: Path) -> str | None:
