@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import typer
 
-from megascale.errors import MegascaleError
+from megascale.config.paths import unexpanded
+from megascale.errors import MegascaleError, UsageError
 from megascale.launch.exits import Exit, as_exit
 
 CLOSED = 141  # what a shell tells of a program whose reader went away (128 + SIGPIPE)
@@ -21,6 +26,9 @@ def new_app(help_text: str) -> typer.Typer:
 
 def run_tool(app: typer.Typer) -> None:
     """Runs a tool; what the user can mend becomes a message on standard error and an exit code. Other errors are bugs."""
+    for command in app.registered_commands:
+        if command.callback is not None:
+            command.callback = with_checked_paths(command.callback)
     try:
         try:
             app()
@@ -56,3 +64,24 @@ def ending_of(error: Exception) -> Exit | None:
 def leave(ending: Exit) -> None:
     print(f"error: {ending.reason}", file=sys.stderr)
     raise SystemExit(ending.code) from None
+
+
+def with_checked_paths(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, which is not begun with paths that were meant for a shell."""
+
+    @functools.wraps(work)
+    def checked(**options: Any) -> Any:
+        for value in options.values():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    check_path(str(path))
+        return work(**options)
+
+    return checked
+
+
+def check_path(path: str) -> None:
+    """Raises UsageError for a path that was meant for a shell."""
+    wrong = unexpanded(path)
+    if wrong is not None:
+        raise UsageError(f"the path {path[:200]!r} cannot be used: {wrong}")

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megascale.cli import new_app, run_tool
+from megascale.cli import check_path, new_app, run_tool
 from megascale.data.aligned import pair_files
 from megascale.data.prepare import Facts, prepare, prepare_pairs, sample_texts
 from megascale.data.publish import claim
@@ -118,7 +118,8 @@ def main(
 
 def check_out(out: str, outputs: list[Path]) -> None:
     """Raises UsageError for a prefix that cannot be one."""
-    if not out.isprintable() or max(len(part.encode()) for p in outputs for part in p.parts) > 240 or len(out.encode()) > 4000:
+    check_path(out)
+    if not out.isprintable() or max(len(os.fsencode(part)) for p in outputs for part in p.parts) > 240 or len(os.fsencode(out)) > 4000:
         raise UsageError(f"--out {out[:80]!r} is no prefix of files: it has characters that do not print, or too many of them")
     if Path(out).is_dir() or out.endswith(("/", os.sep)) or not Path(out).name:
         raise UsageError(f"--out {out} is a folder, and a prefix is needed: for example {Path(out) / 'text'}")

@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from megascale.cli import new_app, run_tool
+from megascale.cli import check_path, new_app, run_tool
 from megascale.errors import UsageError
 
 Field = NDArray[np.float64]
@@ -90,6 +90,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Simulates RUNS runs and writes them one after the other."""
+    check_path(out)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

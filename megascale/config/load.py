@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megascale.config.bounds import TOO_DEEP, check_document, check_values, read_small_file
+from megascale.config.paths import check_paths
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
@@ -104,7 +105,9 @@ ONE_OF = (("train", "steps", "tokens"),)
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads `path`, applies overrides in order, validates. Raises UsageError naming the key, the value and the fix."""
-    return build_config(apply_overrides(read_yaml(Path(path)), overrides))
+    config = build_config(apply_overrides(read_yaml(Path(path)), overrides))
+    check_paths(config)
+    return config
 
 
 def build_config(values: dict[str, Any]) -> Config:
