@@ -63,9 +63,9 @@ def main(argv: list[str]) -> int:
             stop.listen()
             raise_open_files()
             from megascale.train.growing import trainers
-            from megascale.train.place import choose_device, leave_together, process_group
+            from megascale.train.place import leave_together, process_group
 
-            watch = group.enter_context(process_group(config, ranks, choose_device(config, ranks)))
+            watch = group.enter_context(process_group(config, ranks))
             with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows
                 for trainer in phases:
                     trainer.train()

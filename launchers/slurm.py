@@ -16,6 +16,7 @@ import typer
 
 from megascale.cli import new_app, run_tool
 from megascale.config.load import apply_overrides, build_config, load_config, read_yaml
+from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool, make_pool, read_pool, replicas_over_pools
@@ -64,7 +65,7 @@ def main(
     given = load_config(config, overrides or [])
     if config.absolute().parts[1] in ("dev", "proc"):
         raise UsageError(f"the config is {config}, which the job will not find again: give a file")
-    placed = (*(overrides or []), *replicas_over_pools(pools, given.parallel))
+    placed = (*(overrides or []), *replicas_over_pools(pools, given.parallel), *_on_gpus(pools, given, overrides or []))
     resolved = load_config(config, placed)
     if len(pools) > 1 or "-" not in pools[0].nodes:
         check(resolved, sum(p.least_ranks for p in pools))  # what cannot be is refused before it waits in a queue
@@ -121,6 +122,12 @@ def _pools(
             raise UsageError(f"{name} is missing: give --nodes N --gpus-per-node G (0 for CPUs), or --pool nodes=N,gpus=G several times")
     assert nodes is not None and gpus is not None
     return (make_pool(nodes, gpus, ranks, partition, constraint),)
+
+
+def _on_gpus(pools: tuple[Pool, ...], config: Config, overrides: list[str]) -> tuple[str, ...]:
+    """GPUs that were asked for are to be used: where their driver does not work, `auto` would train on CPUs."""
+    said = config.run.device != "auto" or any(o.partition("=")[0].strip() == "run.device" for o in overrides)
+    return () if said or not all(p.gpus_per_node for p in pools) else ("run.device=cuda",)
 
 
 def _variants(config: Path, placed: tuple[str, ...], seeds: str | None, each: list[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:

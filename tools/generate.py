@@ -61,7 +61,7 @@ def main(
     notice = beyond(opened.seq_len, prompts, max_new_tokens)
     if notice is not None and ranks.rank == 0:
         print(f"notice: {notice}", file=sys.stderr)
-    with process_group(config, ranks, where):
+    with process_group(config, ranks):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = agreed(
             lambda: load_model(

@@ -55,7 +55,7 @@ def main(
     # Compiled blocks have no inside to look at; the numbers are the same without.
     config = load_config(str(file), [*(overrides or []), "parallel.compile=false"])
     device = choose_device(config, ranks)
-    with process_group(config, ranks, device):
+    with process_group(config, ranks):
         result = measure(config, ranks, device, lr)
     if ranks.rank == 0:
         write(result, out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +21,8 @@ from megascale.train.metrics import RunLog
 from megascale.train.resume import Start
 from megascale.train.samples import first_facts
 from megascale.train.state import Progress
+
+GPU = "/dev/nvidia0"
 
 
 def announce(
@@ -60,7 +64,7 @@ def announce(
     way = " (products in fp32: this CPU has no bf16 instructions)" if facts.get("products") == "fp32" else ""
     threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
     precision = f"{config.precision.compute}{way}{fp8}"
-    console.say(f"{config.run.name}: {many} on {layout}, {precision}{threads}, norm kernel {facts['norm_kernel']}")
+    console.say(f"{config.run.name}: {many} on {layout} ({facts['device']}), {precision}{threads}, norm kernel {facts['norm_kernel']}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:
@@ -71,10 +75,27 @@ def announce(
     if log.notes:
         log.event("mended", progress.step, notes=log.notes)
     schedule = schedule_note(config.optim, config.train.total_steps)
-    about = (padding_note(config), schedule, *data_notes, cast_note(config, facts["device"]), facts.get("immovable"))
+    unused = unused_gpu_note(config, facts["device"], os.environ, Path(GPU).exists())
+    about = (unused, padding_note(config), schedule, *data_notes, cast_note(config, facts["device"]), facts.get("immovable"))
     for sentence in (*(note.sentence for note in notes), *log.notes, *about):
         if sentence:
             console.warn(sentence)
+
+
+def unused_gpu_note(config: Config, device: str, env: Mapping[str, str], present: bool) -> str | None:
+    """A sentence when training is on CPUs though a GPU seems to be there; who hides GPUs with an empty list, or -1, means CPUs.
+
+    present  whether the driver's device file is there
+    """
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles", "none", "void")
+    if device != "cpu" or config.run.device != "auto" or hidden or (visible is None and not present):
+        return None
+    sign = GPU if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
+    return (
+        f"training is on CPUs: there seems to be a GPU ({sign}), and torch {torch.__version__} finds none that it can use; look at the "
+        "driver (nvidia-smi) and at torch's build, or set run.device=cpu"
+    )
 
 
 def cast_note(config: Config, device: str) -> str | None:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megascale.comm.agreement import Agreement
 from megascale.comm.group import check_own_device, join, open_store
+from megascale.comm.roll import roll_call
 from megascale.config.schema import Config
-from megascale.errors import MegascaleError, UsageError
+from megascale.errors import MegascaleError, PeerLostError, UsageError
 from megascale.launch.devices import device_index
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import core_quota, own_cores, slurm_cores
@@ -86,20 +87,36 @@ def checked_threads(wanted: int | None) -> int | None:
 
 
 @contextmanager
-def process_group(config: Config, ranks: RankInfo, device: torch.device) -> Iterator[Watch]:
-    """Ranks met (nothing for a process alone) and watched; threads set."""
+def process_group(config: Config, ranks: RankInfo) -> Iterator[Watch]:
+    """Ranks met (nothing for a process alone) and watched; threads set. Raises UsageError where a rank has no device, or another kind."""
     wanted = checked_threads(config.run.threads)
     limit = config.run.collective_timeout
     if ranks.size == 1:
+        choose_device(config, ranks)
         torch.set_num_threads(wanted or default_threads(ranks))
         yield Watch(ranks, None, limit)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda" and config.parallel.offload:
+    device, problem = None, ""
+    try:
+        device = choose_device(config, ranks)
+    except UsageError as error:
+        problem = str(error)  # told to all: the first rank alone speaks to the screen
+    on_cuda = device is not None and device.type == "cuda"
+    backend = "nccl" if on_cuda else "gloo"
+    if on_cuda and config.parallel.offload:
         backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
     # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
-    store = open_store(ranks, limit)
-    if device.type == "cuda":
+    try:
+        store = open_store(ranks, limit)
+    except dist.DistNetworkError as error:
+        if ranks.rank == 0:
+            raise
+        raise PeerLostError(
+            f"rank 0 does not answer at {ranks.address}:{ranks.port} within {limit:.0f} s (run.collective_timeout): it never started, has "
+            f"ended, or cannot be reached from {node_name()}; run the same command again"
+        ) from error
+    roll_call(store, ranks, "cpu" if device is None else device.type, problem, limit + WATCH_FIRST)
+    if on_cuda:
         check_own_device(store, ranks, str(torch.cuda.get_device_properties(device).uuid))
     join(store, ranks, backend, limit + WATCH_FIRST)
     try:

@@ -194,6 +194,22 @@ def test_printing_needs_no_slurm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpus", "more", "expected"),
+    [
+        (8, [], ["run.device=cuda"]),
+        (8, ["run.device=auto"], ["run.device=auto"]),
+        (8, ["run.device=cpu"], ["run.device=cpu"]),
+        (0, [], []),
+    ],
+)
+def test_gpus_that_are_asked_for_are_used(gpus: int, more: list[str], expected: list[str]) -> None:
+    """Catches a job on GPUs whose driver does not work, and which trains on CPUs in silence."""
+    done = launch("configs/llama-1m.yaml", "--nodes", 1, "--gpus-per-node", gpus, *more)
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines() if line.startswith("  run.device=")] == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gpus-per-node", 8], "--nodes is missing"),
