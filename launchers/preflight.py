@@ -23,10 +23,12 @@ import typer
 
 from megascale.cli import new_app, run_tool
 from megascale.comm.agree import gather_json
-from megascale.comm.group import join, open_store
+from megascale.comm.group import interface_mistake, join, open_store
 from megascale.errors import UsageError
-from megascale.launch.devices import device_index, usable_cores
+from megascale.launch.devices import device_index
 from megascale.launch.ranks import RankInfo, find_ranks, node_name, slurm_node_of
+from megascale.launch.rendezvous import own_addresses
+from megascale.limits import own_cores
 from megascale.measure.diagnosis import Finding, diagnose, exclude_line
 from megascale.measure.health import Health, clock_skew, collective_rates, examine, link_rate, say, tournament
 
@@ -49,11 +51,14 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made ({error.strerror}): name a folder on the run's file system") from None
+    wrong = interface_mistake(os.environ, own_addresses().values()) if ranks.size > 1 else None
+    if wrong is not None:
+        raise UsageError(f"{wrong} (rank {ranks.rank} on {node_name()})")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", device_index(ranks, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)  # collectives of the group take place there
-    torch.set_num_threads(max(1, usable_cores() // ranks.local_size))
+    torch.set_num_threads(max(1, len(own_cores()) // ranks.local_size))
     try:
         store = open_store(ranks, timeout) if ranks.size > 1 else None
     except RuntimeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from megascale.launch.ranks import RankInfo, node_name
 from megascale.launch.rendezvous import interface_towards, is_loopback
 
 LOOPBACK = "127.0.0.1"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def open_store(ranks: RankInfo, limit: float) -> dist.Store:
@@ -70,11 +71,26 @@ def check_own_device(store: dist.Store, ranks: RankInfo, uuid: str) -> None:
         raise UsageError(verdict)
 
 
+def interface_mistake(env: Mapping[str, str], own: Iterable[str]) -> str | None:
+    """Why gloo could not use the interfaces that GLOO_SOCKET_IFNAME names, on a node that has these; None where it can.
+
+    gloo takes names alone, as they are; NCCL's variable also knows beginnings of names, and `^` for all others.
+    """
+    wanted, have = env.get(GLOO_INTERFACE, ""), sorted(set(own))
+    unknown = [name for name in wanted.split(",") if name not in have]
+    if not wanted or not unknown:
+        return None
+    return (
+        f"{GLOO_INTERFACE} is {wanted!r}, and the interfaces that have an address here are {', '.join(have)}: name one of them, or unset "
+        "it (then the one towards MASTER_ADDR is taken)"
+    )
+
+
 def join(store: dist.Store, ranks: RankInfo, backend: str, patience: float) -> None:
     """Collective over all ranks: the process group, whose collectives give up after `patience` seconds."""
     # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
     address = LOOPBACK if stays_inside(ranks, os.environ) else ranks.address
     interface = interface_towards(address) if address else None
     if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault(GLOO_INTERFACE, interface)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=patience))

@@ -7,7 +7,6 @@ the choice was right.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from megascale.launch.ranks import RankInfo
@@ -32,8 +31,3 @@ def shared_device(taken: Sequence[tuple[str, str]]) -> str | None:
                 "give each its own (srun --gpus-per-task=1, or all of the node's devices to all of its ranks)"
             )
     return None
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, which in an allocation are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

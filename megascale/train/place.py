@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megascale.comm.agreement import Agreement
-from megascale.comm.group import check_own_device, join, open_store
+from megascale.comm.group import check_own_device, interface_mistake, join, open_store
 from megascale.comm.roll import roll_call
 from megascale.config.schema import Config
 from megascale.errors import MegascaleError, PeerLostError, UsageError
 from megascale.launch.devices import device_index
 from megascale.launch.ranks import RankInfo, node_name
+from megascale.launch.rendezvous import own_addresses
 from megascale.limits import core_quota, own_cores, slurm_cores
 from megascale.train.watch import Watch
 
@@ -96,7 +97,7 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watch]:
         torch.set_num_threads(wanted or default_threads(ranks))
         yield Watch(ranks, None, limit)
         return
-    device, problem = None, ""
+    device, problem = None, interface_mistake(os.environ, own_addresses().values()) or ""
     try:
         device = choose_device(config, ranks)
     except UsageError as error:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megascale.comm.group import check_own_device
 from megascale.errors import UsageError
-from megascale.launch.devices import device_index, shared_device, usable_cores
+from megascale.launch.devices import device_index, shared_device
 from megascale.launch.ranks import RankInfo
+from megascale.limits import own_cores
 from megascale.train.place import checked_threads, choose_device
 from tests.config.test_config import config
 
@@ -78,7 +79,7 @@ def test_cores_of_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches threads for all cores of a machine of which the job has a few, and so many that OpenMP ends the process with SIGSEGV."""
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
-    assert usable_cores() == 2
+    assert own_cores() == {3, 7}
     assert (checked_threads(None), checked_threads(128)) == (None, 128)
     with pytest.raises(UsageError, match=r"run\.threads is 129 and this process may use 2 cores: take at most 128"):
         checked_threads(129)

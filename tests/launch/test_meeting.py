@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from launchers import agent
-from megascale.comm.group import open_store, stays_inside
+from megascale.comm.group import interface_mistake, open_store, stays_inside
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port, is_loopback, own_addresses
@@ -45,6 +45,16 @@ def test_the_store_of_one_node_is_not_shown_to_the_network() -> None:
         taken = RankInfo(0, 2, 0, 2, "127.0.0.1", other.getsockname()[1], "srun")
         with pytest.raises(UsageError, match=r"MASTER_PORT \d+ cannot be used"):
             open_store(taken, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [(None, False), ("", False), ("eth0", False), ("eth0,lo", False), ("ib0", True), ("^lo", True), ("eth", True), ("eth0,ib0", True)],
+)
+def test_interfaces_that_gloo_cannot_use(value: str | None, wrong: bool) -> None:
+    """Catches a name for NCCL, or of another node, that is "a peer is gone" at each of endless starts."""
+    found = interface_mistake({} if value is None else {"GLOO_SOCKET_IFNAME": value}, ["lo", "eth0", "lo"])
+    assert (found is not None) == wrong and (found is None or (repr(value) in found and "eth0, lo" in found))
 
 
 @pytest.mark.parametrize(

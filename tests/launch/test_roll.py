@@ -96,6 +96,10 @@ def test_a_device_that_is_missing_is_told_to_the_others(monkeypatch: pytest.Monk
     with pytest.raises(UsageError, match="enough"), place.process_group(config, RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun")):
         pass
     assert told[0] == "cpu" and "torch finds no CUDA device" in told[1]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    with pytest.raises(UsageError, match="enough"), place.process_group(build_config(BASE), RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun")):
+        pass
+    assert "'no-such-interface', and the interfaces that have an address here are" in told[4]
 
 
 @pytest.mark.parametrize(
