@@ -16,6 +16,7 @@ from megascale.errors import MegascaleError
 from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.limits import raise_open_files
+from megascale.screen import take_any_letter
 from megascale.train.stop import StopFlag
 
 if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
@@ -44,6 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    take_any_letter()
     ranks, stop = RankInfo(), StopFlag()
     config: Config | None = None
     watch: Watch | None = None

@@ -102,7 +102,7 @@ def main(
     if submit:
         _submit(job, run_dir / "launch", chain)
     else:
-        print(render(job), end="")
+        typer.echo(render(job).encode(), nl=False)  # bash reads bytes, whatever letters this screen has
         script = run_dir / "launch" / "job.sbatch"
         file, parent = shlex.quote(str(script)), shlex.quote(str(script.parent))
         lines = chain_commands(str(script), chain) if chain > 1 else [f"sbatch {file}"]

@@ -16,6 +16,7 @@ import typer
 from megascale.config.paths import unexpanded
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.exits import Exit, as_exit
+from megascale.screen import take_any_letter
 
 CLOSED = 141  # what a shell tells of a program whose reader went away (128 + SIGPIPE)
 
@@ -26,6 +27,7 @@ def new_app(help_text: str) -> typer.Typer:
 
 def run_tool(app: typer.Typer) -> None:
     """Runs a tool; what the user can mend becomes a message on standard error and an exit code. Other errors are bugs."""
+    take_any_letter()
     for command in app.registered_commands:
         if command.callback is not None:
             command.callback = with_checked_paths(command.callback)

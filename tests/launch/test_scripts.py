@@ -182,6 +182,21 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env={**env, "PATH": "/nowhere"}, capture_output=True, text=True, timeout=60, check=False)
 
 
+def test_a_screen_without_the_letters(tmp_path: Path) -> None:
+    """Catches a traceback for a letter that the screen's encoding does not have, and a script whose paths lose theirs."""
+    out, env = tmp_path / "é" / "r", {**os.environ, "PYTHONIOENCODING": "ascii"}
+
+    def said(*words: object) -> tuple[bytes, bytes]:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    script, after = said("launchers/slurm.py", "configs/llama-1m.yaml", "--nodes", 1, "--gpus-per-node", 0, f"run.dir={out}")
+    assert f"run_dir='{out}'".encode() in script and rb"\xe9/r/launch" in after
+    plan, _ = said("pretrain.py", "configs/llama-1m.yaml", "--dry-run", "model.vocab_size=99", f"run.dir={out}")
+    assert rb"\xe9/r" in plan
+
+
 def test_printing_needs_no_slurm(tmp_path: Path) -> None:
     """Catches a printed script with anything else in it, and files written by mere printing."""
     out = tmp_path / "runs" / "r"
