@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -185,6 +187,8 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
             value = text
         except UsageError as error:
             raise UsageError(f"{'.'.join(path)} cannot be used: {error}") from None
+        if isinstance(value, int | float | datetime.date) and _takes_text(path):
+            value = text.strip()  # 007, 1e3 and 2024-11-30 are names where a name is needed
         node = result
         for part in path[:-1]:
             child = node.get(part)
@@ -215,6 +219,19 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
     return flat
+
+
+def _takes_text(path: list[str]) -> bool:
+    """Whether any word is a value of this key; a choice of several is none."""
+    model: type[BaseModel] | None = Config
+    kinds: tuple[Any, ...] = ()
+    for part in path:
+        field = None if model is None else next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if field is None:
+            return False
+        kinds = (field.annotation, *get_args(field.annotation))
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return str in (kinds[1:] if get_origin(kinds[0]) in (Union, UnionType) else kinds[:1])
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +280,8 @@ def _sentence(error: Any) -> str:
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
     text = error["msg"].replace("Input should be", "it should be").replace("a valid ", "").replace("should be tuple", "should be a list")
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"{key} is {_short(value)}, and text is needed: put it in quotes"
     if kind == "model_type":
         return f"{key} is {_short(value)}: it should be a section with keys of its own"
     return f"{key} is {_short(value)}: {text}"

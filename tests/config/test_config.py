@@ -75,6 +75,17 @@ def test_the_command_line_takes_the_place_of_the_other_length() -> None:
         config("train.tokens=160", "train.steps=2")
 
 
+@pytest.mark.parametrize("word", ["2024-11-30", "20241130", "007", "1e3", "true", "0x1F", "1.50"])
+def test_names_that_yaml_takes_for_numbers(word: str) -> None:
+    """Catches run.name=$(date +%F) and run.name=$SLURM_JOB_ID refused, or made another word: 007 is not 7."""
+    made = config(f"run.name={word}", f"run.dir={word}", f"data.train={word}", f"checkpoint.resume={word}", "data.tokenizer=null")
+    assert (made.run.name, made.run.dir, made.data.train, made.checkpoint.resume) == (word,) * 4 and made.data.tokenizer is None
+    assert config("run.name='007'", "data.train=[a, b]", "run.dir=null").run.name == "007"
+    assert config("precision.fp8=true", "checkpoint.async=false", "run.seed=7").run.seed == 7  # other keys read YAML as before
+    with pytest.raises(UsageError, match=r"run\.name is 7, and text is needed: put it in quotes"):
+        build_config({**BASE, "run": {"name": 7}})
+
+
 def test_other_systems_names_lead_to_real_keys() -> None:
     """Catches suggestions of keys that do not exist."""
     assert set(ELSEWHERE.values()) <= set(known_keys())

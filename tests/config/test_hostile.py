@@ -103,7 +103,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         ("model.hidden_size=4294967296", "model.hidden_size is 4294967296: it should be less than or equal to 2147483647"),
         ("train.steps=1000000000000000000", "train.steps is .* less than or equal to 2147483647"),
         ("parallel.tp=10000000", "parallel.tp is 10000000"),
-        ("run.name=2001-01-01", "run.name is a date"),
+        ("train.steps=2001-01-01", "train.steps is a date"),
         ("run.name=!!binary YQ==", "run.name is a bytes"),
         ("model={1: 2}", "write section.key=value"),
         ("run.allow_change={1: 2}", "run.allow_change has the key '1', a int"),
