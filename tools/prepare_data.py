@@ -159,6 +159,8 @@ def warnings(facts: Facts, tokenizer: Tokenizer) -> list[str]:
         said.append(f"{facts.not_utf8_files} files are not valid UTF-8; what is not was replaced by U+FFFD")
     if facts.null_documents:
         said.append(f"{facts.null_documents} documents are null and were left out")
+    if facts.empty_files:
+        said.append(f"{facts.empty_files} of the inputs gave no document: they are empty, or nothing but empty documents")
     if facts.byte_order_marks:
         said.append(f"{facts.byte_order_marks} byte-order marks at the beginning of documents were left out")
     if facts.special_tokens:

@@ -37,7 +37,7 @@ class Facts:
     source_bytes: of the text in UTF-8, unpacked. not_utf8_files: in how many files characters were replaced. unigram_entropy: of single
     tokens, in nats; the loss at which a model stops that knows only how often each token occurs. Written only where it is not 0 or None:
     bos_id, the token that begins every document; null_documents and byte_order_marks that were left out; special_tokens, how many tokens of
-    the text are of those that no text should become.
+    the text are of those that no text should become; empty_files, how many inputs gave no document.
     """
 
     documents: int
@@ -54,9 +54,10 @@ class Facts:
     null_documents: int = 0
     byte_order_marks: int = 0
     special_tokens: int = 0
+    empty_files: int = 0
 
     def written(self) -> dict[str, object]:
-        rare = {"bos_id": None, "null_documents": 0, "byte_order_marks": 0, "special_tokens": 0}
+        rare = {"bos_id": None, "null_documents": 0, "byte_order_marks": 0, "special_tokens": 0, "empty_files": 0}
         return {key: value for key, value in asdict(self).items() if key not in rare or value != rare[key]}
 
 
@@ -105,7 +106,7 @@ def prepare(
     """
     nothing = f"there is no text in the input ({len(files)} files, {files[0]} first): name files that have some"
     tally = Tally()
-    blocks = (block for path in files for block in read_blocks(path, text_key, longest=longest, tally=tally))
+    blocks = _blocks_of(files, text_key, longest, tally)
     around = ([tokenizer.bos_id] if bos else [], [tokenizer.eos_id] if append_eos else [])
     with publishing(prefix) as made:
         return write_tokens(blocks, tally, prefix, tokenizer, workers, around, progress, nothing, made)
@@ -129,6 +130,16 @@ def prepare_pairs(
             blocks, around = read_pairs(files, side, keys, longest, tally), (list[int](), [tokenizer.eos_id])
             found.append(write_tokens(blocks, tally, f"{prefix}.{name}", tokenizer, workers, around, progress, nothing, made))
     return found[0], found[1]
+
+
+def _blocks_of(files: list[Path], text_key: str, longest: int, tally: Tally) -> Iterator[Block]:
+    """The documents of all files, and in `tally` how many files have none."""
+    for path in files:
+        empty = True
+        for block in read_blocks(path, text_key, longest=longest, tally=tally):
+            empty = False
+            yield block
+        tally.empty += empty
 
 
 @contextmanager
@@ -199,6 +210,7 @@ def write_tokens(
         null_documents=tally.nulls,
         byte_order_marks=tally.marks,
         special_tokens=special,
+        empty_files=tally.empty,
     )
     write_durably(made.stage(Path(prefix + ".json")), (json.dumps(facts.written(), indent=1) + "\n").encode())
     return facts

@@ -47,10 +47,11 @@ class Block:
 
 @dataclass
 class Tally:
-    """What was not taken as it stands: documents that are null, and byte-order marks."""
+    """What was not taken as it stands: documents that are null, byte-order marks, and files without a document."""
 
     nulls: int = 0
     marks: int = 0
+    empty: int = 0
 
     def unmarked(self, text: str) -> str:
         """A document's beginning without its mark."""

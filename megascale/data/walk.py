@@ -13,6 +13,7 @@ from megascale.data.forms import Form, form_of
 from megascale.errors import UsageError
 
 OUTPUTS = (".json", ".model", ".tokenizer.json", ".bin", ".idx")  # endings of what a preparation writes
+STREAMS = ("/dev/", "/proc/")  # where shells show what flows between programs
 
 
 @dataclass
@@ -60,6 +61,8 @@ def choose_files(
         except OSError as error:
             form = Form("other", why=f"cannot be read ({error.strerror or error}): mend that, or leave it out")
         if form.kind != "other":
+            if form.kind == "parquet" or form.packing:
+                check_not_empty(path)
             chosen.forms[path] = form
             chosen.files.append(path)
         elif path in named:
@@ -70,6 +73,12 @@ def choose_files(
         why = "; ".join(chosen.sentences()) or "all are outputs"
         raise UsageError(f"no file is left to read in {', '.join(map(str, inputs))}: {why}")
     return chosen
+
+
+def check_not_empty(path: Path) -> None:
+    """Raises UsageError for a file without a byte. Text may be such; a packed file or Parquet never is, and its text would be missing."""
+    if path.stat().st_size == 0:
+        raise UsageError(f"{path} has no bytes, as after a download that failed: make or copy it again, or leave it out")
 
 
 def find_files(inputs: Sequence[Path], pattern: str, exclude: Sequence[str] = (), chosen: Chosen | None = None) -> list[Path]:
@@ -91,6 +100,8 @@ def find_files(inputs: Sequence[Path], pattern: str, exclude: Sequence[str] = ()
             files += below
         elif os.path.exists(path):
             files.append(path)
+        elif str(path) == "-" or str(path).startswith(STREAMS):
+            raise UsageError(f"{path} is not an ordinary file, and inputs are read more than once: write it into a file, and give that")
         else:
             raise UsageError(f"there is no input {str(path)[:300]}: correct the path")
     return files

@@ -24,6 +24,7 @@ from megascale.data.readers import BLOCK_BYTES
 from megascale.data.stream import TokenStream
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
+from tools.prepare_data import warnings
 
 TEXT = [
     "def f(x):\n\treturn  x + 1  # ünïcode ∑ 🙂\n\n\nclass A:\n    pass\n" * 3,
@@ -155,6 +156,18 @@ def test_bad_input_is_one_message(tmp_path: Path, model: Path, name: str, conten
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_inputs_without_a_document_are_counted(tmp_path: Path, model: Path) -> None:
+    """Catches a file whose writing failed, or whose documents are all empty, that nobody hears of."""
+    for name, content in (("a.txt", ""), ("b.jsonl", '{"text": ""}\n'), ("c.txt", "hello")):
+        (tmp_path / name).write_text(content)
+    files = sorted(tmp_path.iterdir())
+    facts = prepare(files, str(tmp_path / "o"), load_tokenizer(model), "text", 1, True, lambda done: None)
+    assert (facts.documents, facts.empty_files) == (1, 2) and json.loads((tmp_path / "o.json").read_text())["empty_files"] == 2
+    assert any("2 of the inputs gave no document" in said for said in warnings(facts, load_tokenizer(model)))
+    facts = prepare(files[2:], str(tmp_path / "p"), load_tokenizer(model), "text", 1, True, lambda done: None)
+    assert "empty_files" not in (tmp_path / "p.json").read_text() and warnings(facts, load_tokenizer(model)) == []
 
 
 def test_existing_output_and_bad_tokenizers_are_refused(tmp_path: Path, model: Path) -> None:

@@ -133,3 +133,22 @@ def test_patterns_that_cannot_match(tmp_path: Path, pattern: str) -> None:
     """Catches a traceback for a pattern that is no pattern below a folder."""
     with pytest.raises(UsageError, match="make it relative"):
         find_files([tmp_path], pattern, (), Chosen())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.txt.xz", "a.bz2", "a.parquet"])
+def test_a_packed_file_without_a_byte(tmp_path: Path, name: str) -> None:
+    """Catches a shard whose download failed and that is missing in the tokens without a word, named or found in a folder."""
+    write(tmp_path, "in/b.txt")
+    (tmp_path / "in" / name).touch()
+    for given in (tmp_path / "in", tmp_path / "in" / name):
+        with pytest.raises(UsageError, match=rf"{name} has no bytes, as after a download that failed"):
+            chosen(tmp_path, given)
+    (tmp_path / "in" / name).rename(tmp_path / "in" / "a.txt")
+    assert chosen(tmp_path, tmp_path / "in")[0] == ["in/a.txt", "in/b.txt"]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/fd/987", "/proc/self/fd/987"])
+def test_what_flows_between_programs(tmp_path: Path, name: str) -> None:
+    """Catches "correct the path" for a path that is right and no file."""
+    with pytest.raises(UsageError, match="is not an ordinary file, and inputs are read more than once"):
+        find_files([Path(name)], "*")
