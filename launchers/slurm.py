@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from megascale.cli import new_app, run_tool
+from megascale.cli import check_path, new_app, run_tool
 from megascale.config.load import apply_overrides, build_config, load_config, read_yaml
 from megascale.config.schema import Config
 from megascale.config.support import check
@@ -61,6 +61,8 @@ def main(
     preflight: Annotated[bool, typer.Option("--preflight", help="examine the nodes first, and come back without unfit ones")] = False,
 ) -> None:
     """Prints the SLURM batch script of a run, or submits it with --submit."""
+    for path in (container or "", python or "", *(mount or [])):
+        check_path(path)  # quoted in the script, no shell expands it there either
     pools = _pools(nodes, gpus_per_node, ranks_per_node, partition, constraint, pool or [])
     given = load_config(config, overrides or [])
     if config.absolute().parts[1] in ("dev", "proc"):

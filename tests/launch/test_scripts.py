@@ -236,6 +236,8 @@ def test_gpus_that_are_asked_for_are_used(gpus: int, more: list[str], expected: 
         (["--nodes", 2, "--gpus-per-node", 8, "--seeds", "1,x"], "run.seed is 'x'"),
         (["--nodes", 2, "--gpus-per-node", 8, "--seeds", "1", "--each", "optim.lr=1"], "give one of them"),
         (["--nodes", 2, "--gpus-per-node", 8, "--export", "A"], "NAME=VALUE"),
+        (["--nodes", 2, "--gpus-per-node", 8, "--container", "$NO_SUCH_VARIABLE/a.sif"], "variables are not expanded here"),
+        (["--nodes", 2, "--gpus-per-node", 8, "run.dir=$NO_SUCH_VARIABLE/a"], "run.dir is '$NO_SUCH_VARIABLE/a'"),
     ],
 )
 def test_refused_before_the_queue(arguments: list[object], words: str) -> None:
