@@ -66,7 +66,7 @@ def main(
     check_out(out, outputs)
     given = [t for t in (tokenizer, source_tokenizer) if t is not None and os.path.exists(t)]
     check_free(outputs, given, overwrite)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     keys = (source_key, target_key) if pairs else (text_key,)
     chosen = choose_files(inputs, pattern, exclude, keys, once=not pairs, outputs=outputs)
     for sentence in chosen.sentences():

@@ -71,10 +71,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         model = Model.model_validate(config["model"])
         seq_len = int(config["train"]["seq_len"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, value = ".".join(str(part) for part in first["loc"]), repr(first["input"])[:60]
         raise UsageError(
-            f"{folder / TRAINER} describes a model that cannot be ({str(error).splitlines()[0]}): use an older checkpoint"
+            f"{folder / TRAINER} describes a model that cannot be (model.{key} is {value}: {first['msg']}): use an older checkpoint"
         ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder / TRAINER} does not say train.seq_len ({error}): use an older checkpoint") from None
     source = Stored(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())
     held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
     check_depth(model, len(held), str(folder / TRAINER))

@@ -135,9 +135,10 @@ def config(folder: Path, **changes: Any) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "ten million layers": (lambda f: config(f, num_hidden_layers=10**7), "a model of 10000000 layers, and 21 tensors are stored"),
-    "beyond any integer": (lambda f: config(f, num_hidden_layers=10**30), "and 21 tensors are stored"),
-    "beyond any width": (lambda f: config(f, hidden_size=10**18, head_dim=8), "config.json: model.hidden_size would be 1000000000"),
+    "more layers than tensors": (lambda f: config(f, num_hidden_layers=9000), "a model of 9000 layers, and 21 tensors are stored"),
+    "ten million layers": (lambda f: config(f, num_hidden_layers=10**7), "model.num_layers would be 10000000"),
+    "beyond any integer": (lambda f: config(f, num_hidden_layers=10**30), "model.num_layers would be 1000000000"),
+    "beyond any width": (lambda f: config(f, hidden_size=10**18, head_dim=8), "model.hidden_size would be 1000000000"),
     "torch.compile": (lambda f: renamed(f, "_orig_mod."), "named _orig_mod.…, which is what torch.compile puts before"),
     "DDP": (lambda f: renamed(f, "module."), "named module.…, which is what DistributedDataParallel puts before"),
     "a long name": (
@@ -164,19 +165,24 @@ def test_folders_of_others(case: str, whole: Path, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
 
 
+@pytest.mark.parametrize(
+    ("layers", "words"), [(9000, "a model of 9000 layers, and 21 tensors are stored"), (10**7, "model.num_layers is 10000000")]
+)
 @pytest.mark.parametrize("opened", [open_checkpoint, open_source, open_any])
-def test_our_own_with_ten_million_layers(opened: Callable[[Path], Any], whole: Path, tmp_path: Path) -> None:
+def test_our_own_with_too_many_layers(opened: Callable[[Path], Any], layers: int, words: str, whole: Path, tmp_path: Path) -> None:
     """Catches a trainer.json whose model is built before it is compared with the tensors in the index."""
     shutil.copytree(whole / "ours", tmp_path / "ours")
     path = tmp_path / "ours/step-00000000/trainer.json"
     trainer = json.loads(path.read_text())
-    trainer["config"]["model"]["num_layers"] = 10**7
+    trainer["config"]["model"]["num_layers"] = layers
     path.write_text(json.dumps(trainer))
-    with pytest.raises(UsageError, match="a model of 10000000 layers, and 21 tensors are stored"):
+    with pytest.raises(UsageError, match=words):
         opened(tmp_path / "ours")
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"vocab_size": None}, "vocab_size is absent"), ({"ffn_size": 10**30}, "no size is above")])
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"vocab_size": None}, "vocab_size is absent"), ({"ffn_size": 10**30}, "model.ffn_size is 1000000000")]
+)
 def test_our_own_with_impossible_sizes(changes: dict[str, Any], words: str, whole: Path, tmp_path: Path) -> None:
     """Catches an assertion, or an overflow in torch, for a trainer.json that says what cannot be."""
     shutil.copytree(whole / "ours", tmp_path / "ours")

@@ -24,7 +24,7 @@ from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo
 from megascale.schedule.accumulate import Accumulation
 from megascale.train import setup
-from megascale.train.gate import Agreement
+from megascale.train.gate import Leaving
 from megascale.train.stop import ECHO, StopFlag
 from megascale.train.watch import Pulse
 from tests.ranks import run_ranks
@@ -103,7 +103,7 @@ class Agreeing(Pulse):
 
     def __init__(self, file: Path, rank: int, size: int) -> None:
         super().__init__()
-        agreement = Agreement(self.gate, dist.FileStore(str(file), size), rank, size)
+        agreement = Leaving(self.gate, dist.FileStore(str(file), size), rank, size)
 
         def look() -> None:
             while True:
