@@ -70,7 +70,7 @@ def main(
     console.print(table(attempts))
     draw(expected, losses(run), attempts, out / "chaos.png")
     worst = gap(expected, losses(run))
-    total = sum(a.faults for a in attempts)
+    total = sum(len(a.faults) for a in attempts)
     if report is not None:
         record = {"faults": total, "gap": worst if worst < float("inf") else None, "problems": wrong, "seed": seed}
         report.write_text(json.dumps({**record, "attempts": [asdict(a) for a in attempts]}, indent=1) + "\n", encoding="utf-8")
@@ -101,15 +101,15 @@ def choose_layouts(config: Path, overrides: list[str], ranks: int, mixed: bool) 
 
 def describe(attempt: Attempt) -> str:
     """One line while the chain goes on."""
-    faults = "; ".join(filter(None, (attempt.file_fault, attempt.process_fault))) or "undisturbed"
-    return f"{attempt.number:4d}  step {attempt.before} → {attempt.after}  {attempt.layout}  {attempt.moment}: {faults}  → {attempt.codes}"
+    faults = "; ".join(attempt.faults) or "undisturbed"
+    return f"{attempt.number:4d}  step {attempt.before} → {attempt.after}  {attempt.layout}: {faults}  → {attempt.codes}"
 
 
 def table(attempts: list[Attempt]) -> Table:
     """How often each fault was injected, and how the attempts that it met ended."""
     rows: dict[str, list[Attempt]] = {}
     for attempt in attempts:
-        for fault in filter(None, (attempt.process_fault, attempt.file_fault)):
+        for fault in attempt.faults:
             rows.setdefault(fault, []).append(attempt)
     made = Table("fault", "times", "exit codes of the attempts")
     for fault, met in sorted(rows.items()):

@@ -56,16 +56,16 @@ class Plan:
 class Attempt:
     """What was done to one attempt and what came of it.
 
-    codes      of the processes that were started; None where they had to be killed
-    ending     the code in exit.json; None where there is none
-    before, after  the last step in metrics.jsonl
+    process_faults  each with the last step in metrics.jsonl when it struck; several where the ranks live through the first
+    codes           of the processes that were started; None where they had to be killed
+    ending          the code in exit.json; None where there is none
+    before, after   the last step in metrics.jsonl
     """
 
     number: int
     layout: str
-    moment: str
     file_fault: str | None
-    process_fault: str | None
+    process_faults: tuple[tuple[str, int], ...]
     codes: list[int] | None
     ending: int | None
     before: int
@@ -75,8 +75,8 @@ class Attempt:
     message: str
 
     @property
-    def faults(self) -> int:
-        return (self.file_fault is not None) + (self.process_fault is not None)
+    def faults(self) -> list[str]:
+        return [*([] if self.file_fault is None else [self.file_fault]), *(name for name, _ in self.process_faults)]
 
 
 def losses(run: Path) -> list[tuple[int, float | None]]:
@@ -110,8 +110,8 @@ def disturbed(plan: Plan, run: Path) -> Iterator[Attempt]:
     while time.monotonic() < end and stuck < 3:
         number += 1
         attempt = one_attempt(plan, run, number, plan.faults - done, chance)
-        done += attempt.faults
-        stuck = stuck + 1 if attempt.after <= attempt.before and attempt.process_fault is None else 0
+        done += len(attempt.faults)
+        stuck = stuck + 1 if attempt.after <= attempt.before and not attempt.process_faults else 0
         yield attempt
         if attempt.codes is not None and not any(attempt.codes) and attempt.after >= plan.steps:
             return
@@ -119,28 +119,29 @@ def disturbed(plan: Plan, run: Path) -> Iterator[Attempt]:
 
 def one_attempt(plan: Plan, run: Path, number: int, faults_left: int, chance: random.Random) -> Attempt:
     """Damages a file (perhaps), starts the ranks, disturbs them at a random moment, waits until all are gone."""
-    faulty = faults_left > 0
     layout = chance.choice(plan.layouts)
-    file_fault = damage(run, chance) if faulty and number > 1 and chance.random() < 0.5 else None
+    file_fault = damage(run, chance) if faults_left and number > 1 and chance.random() < 0.5 else None
     before, begun = last_step(run), time.monotonic()
     arguments = [*plan.arguments, *layout.overrides, f"run.dir={run}"]
     job = Job(layout.launcher, layout.ranks, arguments, run.parent, f"{run.name}-{number:03d}")
-    process_fault, moment = None, "-"
-    if faulty:
-        moment = chance.choice(("starting", "training", "training", "saving"))
-        apart = max(2, 3 * (plan.steps - before) // max(1, faults_left))  # so that the faults are spread over what is left of the run
-        if wait_for(moment, job, run, min(plan.steps, before + chance.randrange(1, 1 + apart)), plan.patience, chance):
-            wanted = chance.choice(list(PROCESS))
-            process_fault = wanted if PROCESS[wanted](job, run, plan.limit, chance) else None
+    struck: list[tuple[str, int]] = []
+    while len(struck) < faults_left:  # the ranks live through some faults: then the next one comes
+        now = last_step(run)
+        apart = max(2, 3 * (plan.steps - now) // max(1, faults_left - len(struck)))  # the faults are spread over what is left of the run
+        moment = chance.choice(("starting", "training", "training", "saving") if not struck else ("training", "saving"))
+        if not wait_for(moment, job, run, min(plan.steps, max(before, now) + chance.randrange(1, 1 + apart)), plan.patience, chance):
+            break
+        name, at = chance.choice(list(PROCESS)), last_step(run)
+        if PROCESS[name](job, run, plan.limit, chance):
+            struck.append((name, at))
     codes = job.wait(plan.patience)
     job.kill()
     text = job.text()
     return Attempt(
         number,
         str(layout),
-        moment,
         file_fault,
-        process_fault,
+        tuple(struck),
         codes,
         exit_code(run),
         before,

@@ -25,7 +25,7 @@ def draw(expected: Curve, found: Curve, attempts: Sequence[Attempt], path: Path)
         upper.plot(steps, values, color=GREY, linewidth=4, alpha=0.45, label="undisturbed")
         upper.plot(steps, others, color=COLOURS[0], linewidth=1.2, label="disturbed")
         for label, colour, at, height in (
-            ("fault of a process", COLOURS[1], [a.after for a in attempts if a.process_fault], 0.06),
+            ("fault of a process", COLOURS[1], [step for a in attempts for _, step in a.process_faults], 0.06),
             ("fault of a file", COLOURS[2], [a.before for a in attempts if a.file_fault], 0.03),
         ):
             if at:

@@ -52,7 +52,7 @@ def problems(expected: Sequence[tuple[int, float | None]], run: Path, attempts: 
 
 def attempt_problems(attempt: Attempt) -> list[str]:
     """What an attempt should not have done."""
-    what = f"attempt {attempt.number} ({'; '.join(filter(None, (attempt.file_fault, attempt.process_fault))) or 'undisturbed'})"
+    what = f"attempt {attempt.number} ({'; '.join(attempt.faults) or 'undisturbed'})"
     if attempt.codes is None:
         return [f"{what} hung: {attempt.message}"]
     # torchrun turns every code into 1; exit.json has the rank's own.

@@ -36,7 +36,7 @@ def make_run(folder: Path, curve: list[tuple[int, float]] = CALM) -> Path:
 
 
 def attempt(codes: list[int] | None = None, traceback: bool = False, layout: str = "1 rank alone", ending: int | None = 0) -> Attempt:
-    return Attempt(1, layout, "training", None, "SIGTERM all ranks", codes, ending, 0, 8, 1.0, traceback, "the last words")
+    return Attempt(1, layout, None, (("SIGTERM all ranks", 4),), codes, ending, 0, 8, 1.0, traceback, "the last words")
 
 
 def test_an_equal_curve_has_no_problem(tmp_path: Path) -> None:
