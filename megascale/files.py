@@ -26,6 +26,18 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
+def copy_atomic(source: Path, target: Path) -> None:
+    """`target` becomes a copy of the file `source`: a reader sees the old one or the new one. A link stays a link. Raises OSError."""
+    target = Path(os.path.realpath(target))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        discard(temporary)
+        raise
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """A small file, on disk when this returns. Raises OSError naming it."""
     try:

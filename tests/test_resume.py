@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from megascale.checkpoint.storage import step_name
 from megascale.config.load import build_config
 from megascale.data.indexed import TokenWriter
 from megascale.launch.ranks import RankInfo
+from megascale.train import branch
 from megascale.train.lock import LOCK
 from megascale.train.resume import Start
 from megascale.train.room import checkpoint_bytes
@@ -158,6 +160,63 @@ def test_going_back_inside_a_run(folder: Path, done: Path, capfd: pytest.Capture
     assert run(values_of(folder)) == (0, "done")
     four = values_of(folder, checkpoint__resume=str(step_folder(folder, 5)))
     assert run(four) == (0, "done") and len(events(folder, "go_back")) == 3
+
+
+def tree_of_steps(folder: Path) -> dict[str, bytes]:
+    """The run's checkpoints that are not set aside, and its curve."""
+    root = folder / "run" / "checkpoints"
+    return {**{p.name: (p / SHARD).read_bytes() for p in root.glob("step-*")}, "rows": (folder / "run" / "metrics.jsonl").read_bytes()}
+
+
+@pytest.mark.parametrize("killed", range(9))
+def test_back_to_the_first_branch(folder: Path, done: Path, monkeypatch: pytest.MonkeyPatch, killed: int) -> None:
+    """Catches the other branch's rows and checkpoints under the first branch's weights, a count that leaves out the one that was replaced,
+    and a way back that the same request does not end where it was killed between any two acts.
+    """
+    root, names = folder / "run" / "checkpoints", [step_name(n) for n in (4, 5, 6)]
+    metrics = folder / "run" / "metrics.jsonl"
+    first = tree_of_steps(folder)
+    three = str(root / step_name(3))
+    aside = Path(branch.go_back(folder / "run", Path(three), three).details["where"])
+    other = [json.dumps({**json.loads(line), "loss": 9.0}) + "\n" for line in first["rows"].decode().splitlines()]
+    metrics.write_text("".join([*first["rows"].decode().splitlines(True)[:3], *other[3:]]))
+    for name in names:  # as a second branch of the same length
+        shutil.copytree(aside / name, root / name)
+        (root / name / SHARD).write_bytes(b"second")
+    second, asked = metrics.read_bytes(), str(aside / step_name(6))
+
+    def ask() -> list[branch.Note]:
+        wish = branch.wish_of(asked, folder / "run")
+        assert wish.folder is not None or wish.note is not None
+        return [] if wish.folder is None else [branch.go_back(folder / "run", wish.folder, asked)]
+
+    acts = 0
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def act(*args: Any) -> None:
+            nonlocal acts
+            acts += 1
+            if acts == killed:
+                raise KeyboardInterrupt
+            real(*args)
+
+        return act
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    notes = []
+    with contextlib.suppress(KeyboardInterrupt):
+        notes = ask()
+    monkeypatch.undo()
+    if not killed:
+        assert notes[0].details["set_aside"] == names and notes[0].details["rows_put_back"] == 3 and acts == 8
+        assert "; 3 checkpoints of the branch that is left" in notes[0].sentence and "3 rows of metrics.jsonl" in notes[0].sentence
+    ask()
+    kept = {n: v for n, v in first.items() if n not in names[:2]}
+    assert tree_of_steps(folder) == kept and (root / "latest").read_text() == names[2] + "\n"
+    places = [p for p in root.glob("set-aside-*") if p != aside]
+    assert sorted(p.name for place in places for p in place.glob("step-*")) == names
+    assert all((p / "metrics.jsonl").read_bytes() == second for p in places if list(p.glob("step-*")))
 
 
 def test_ways_back_that_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

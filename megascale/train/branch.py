@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ from megascale.checkpoint.choose import named_latest
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.storage import ASIDE, LATEST, aside_in, named_as_steps, set_aside
 from megascale.errors import UsageError
-from megascale.files import discard, write_atomic
+from megascale.files import copy_atomic, discard, write_atomic
+from megascale.rows import metric_mistake, read_lines
 
 RECORD = "resumed.json"
 METRICS = "metrics.jsonl"
@@ -56,7 +56,7 @@ def wish_of(wanted: str, run_dir: Path) -> Wish:
     if wanted in ("auto", "never"):
         return Wish("own")
     record = read_record(root)
-    if have and record.get("asked") == os.path.abspath(wanted):
+    if have and record.get("asked") == os.path.abspath(wanted) and not _waits(Path(record["folder"])):
         return Wish("own", note=_served(wanted, root, record))
     try:
         where = Path(wanted).resolve(strict=True)
@@ -80,41 +80,72 @@ def wish_of(wanted: str, run_dir: Path) -> Wish:
 
 
 def go_back(run_dir: Path, folder: Path, asked: str) -> Note:
-    """Makes `folder`, one of the run's own, its newest checkpoint. What comes after it is kept aside. Raises UsageError for a bad disk.
+    """Makes `folder`, one of the run's own, its newest checkpoint. What comes after it is kept aside. Where it had itself been set aside,
+    the rows of its branch come back with it, and the other branch's checkpoints go. Raises UsageError for a bad disk.
 
-    Killed at any moment, the same request does the rest.
+    Killed at any moment, the same request does the rest: rows are changed when the checkpoints they tell of have been moved, and the last
+    act is what `wish_of` knows a request that was met by: the folder moves out of where it was set aside, or else the record.
     """
-    root = run_dir / "checkpoints"
-    step = int(folder.name.rpartition("-")[2])
+    root, metrics = run_dir / "checkpoints", run_dir / METRICS
+    step, home = int(folder.name.rpartition("-")[2]), root / folder.name
+    back = folder.parent.name.startswith(ASIDE)
+    rows = folder.parent / METRICS if back else metrics
     aside = aside_in(root)
     try:
-        home = root / folder.name
-        if folder.parent.name.startswith(ASIDE):
-            if os.path.lexists(home):
-                set_aside(home, aside)
-            os.rename(folder, home)
-        if home.is_dir():
+        shared, replaced = compared(metrics, rows, step) if back else (step, 0)
+        left = [path for number, path in named_as_steps(root) if number > shared or (back and number == step)]
+        grown = [p for p in run_dir.glob("grown-*") if any(number > shared for number, _ in named_as_steps(p))]
+        if (left or grown or replaced) and metrics.is_file():
+            aside.mkdir(parents=True)
+            copy_atomic(metrics, aside / METRICS)
+        if home.is_dir() and not back:
             write_atomic(root / LATEST, f"{home.name}\n")
-        later = [path for number, path in named_as_steps(root) if number > step]
-        grown = [p for p in run_dir.glob("grown-*") if any(number > step for number, _ in named_as_steps(p))]
-        for path in (*reversed(later), *grown):
+        for path in (*reversed(left), *grown):
             set_aside(path, aside)
-        if not (root / named_latest(root)).is_dir():
+        if replaced:
+            copy_atomic(rows, metrics)  # those after `step` go when the logs are opened
+        if back:
+            write_atomic(root / LATEST, f"{home.name}\n")
+        elif not (root / named_latest(root)).is_dir():
             discard(root / LATEST)
-        if aside.is_dir() and (run_dir / METRICS).is_file():
-            shutil.copyfile(run_dir / METRICS, aside / METRICS)
         remember(root, asked, folder)
+        if back:
+            os.rename(folder, home)
     except OSError as error:
         raise UsageError(
             f"{run_dir} could not go back to {folder.name} ({error.strerror or error}: {error.filename}): mend the disk and run the same "
             "command again"
         ) from None
-    rest = f"; {len(later)} later checkpoints and the curve up to here are in {aside}" if aside.is_dir() else ""
-    return Note(
-        f"gone back to {folder.name} as checkpoint.resume asks{rest}",
-        "go_back",
-        {"folder": str(folder), "set_aside": [p.name for p in later], "where": str(aside) if aside.is_dir() else None},
-    )
+    rest = f"; {_count(len(left), 'checkpoint')} of the branch that is left, and its curve, are in {aside}" if aside.is_dir() else ""
+    if replaced:
+        rest += f"; {_count(replaced, 'row')} of {METRICS} up to here were put back from {rows}"
+    elif back and not rows.is_file():
+        rest += f"; {METRICS} keeps the rows up to here that it has, since {folder.parent} holds none"
+    details = {"set_aside": [p.name for p in left], "where": str(aside) if aside.is_dir() else None, "rows_put_back": replaced}
+    return Note(f"gone back to {folder.name} as checkpoint.resume asks{rest}", "go_back", {"folder": str(folder), **details})
+
+
+def compared(now: Path, then: Path, step: int) -> tuple[int, int]:
+    """The rows up to `step` of two branches: the last step before their rows differ, and how many rows of `then` are not in `now`.
+
+    Rows tell their time, so those of two branches are equal only where the one began with the other's. Raises OSError.
+    """
+    ours, theirs = _prints(now, step), _prints(then, step)
+    differ = [n for n, text in theirs.items() if ours.get(n) != text]
+    return min((n for n in differ if n in ours), default=step + 1) - 1, len(differ)
+
+
+def _prints(path: Path, step: int) -> dict[int, int]:
+    """{step: hash of its row}, of each step's first one, as `mend_rows` keeps it."""
+    found: dict[int, int] = {}
+    for line in read_lines(path, metric_mistake) if path.is_file() else ():
+        if line.row is not None and line.row["step"] <= step:
+            found.setdefault(line.row["step"], hash(line.text))
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def remember(root: Path, asked: str, folder: Path) -> None:
@@ -140,6 +171,11 @@ def read_record(root: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(found.get(k), str) for k in ("asked", "folder", "time")):
         return {}
     return found
+
+
+def _waits(folder: Path) -> bool:
+    """Whether a checkpoint that was asked for still lies where it had been set aside: going back to it was killed before its end."""
+    return folder.parent.name.startswith(ASIDE) and os.path.lexists(folder)
 
 
 def _served(wanted: str, root: Path, record: dict[str, str]) -> Note:
