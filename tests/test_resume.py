@@ -219,6 +219,28 @@ def test_back_to_the_first_branch(folder: Path, done: Path, monkeypatch: pytest.
     assert all((p / "metrics.jsonl").read_bytes() == second for p in places if list(p.glob("step-*")))
 
 
+def test_back_with_the_branchs_own_config(folder: Path, done: Path) -> None:
+    """Catches a way back to the first branch, with its own config, that is refused for the second one's config.yaml; and one that was
+    killed before config.yaml was written anew.
+    """
+    lr = 2 * values_of(folder)["optim"]["lr"]
+    second = values_of(folder, optim__lr=lr, checkpoint__resume=str(step_folder(folder, 3)), run__allow_change=["optim.lr"])
+    assert run(second) == (0, "done")
+    config = folder / "run" / "config.yaml"
+    theirs = config.read_bytes()
+    (aside,) = (folder / "run" / "checkpoints").glob("set-aside-*")
+    before = tree(folder / "run")
+    code, message = run(values_of(folder, optim__lr=1.0, checkpoint__resume=str(aside / step_name(6))))
+    assert code == 2 and f"the one in {aside / step_name(6)}:" in message and "optim.lr: 0.003 there, 1.0 now" in message
+    assert tree(folder / "run") == before
+    first = values_of(folder, checkpoint__resume=str(aside / step_name(6)))
+    assert run(first) == (0, "done") and losses(folder) == losses(done)
+    config.write_bytes(theirs)  # as after a kill
+    assert run(first) == (0, "done") and config.read_bytes() != theirs
+    code, message = run(values_of(folder, optim__lr=lr))
+    assert code == 2 and "optim.lr: 0.003 there, 0.006 now" in message
+
+
 def test_ways_back_that_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Catches a path that is not there and is passed over, a damaged target, another run's folder over a run, and a half way back."""
     before = tree(folder / "run")

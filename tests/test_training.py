@@ -385,7 +385,7 @@ def test_identity_is_kept(folder: Path) -> None:
     """Catches a resume that silently continues another run, and changes that are allowed but not recorded."""
     run_ranks(1, run, settings(folder, train__steps=3))
     code, message = run_ranks(1, run, settings(folder, optim__lr=1e-3))[0]
-    assert code == 2 and "optim.lr: 0.003 in the checkpoint, 0.001 now" in message and "run.allow_change='[optim.lr]'" in message
+    assert code == 2 and "optim.lr: 0.003 there, 0.001 now" in message and "run.allow_change='[optim.lr]'" in message
     code, _ = run_ranks(1, run, settings(folder, optim__lr=1e-3, run__allow_change=["optim.lr"]))[0]
     assert code == 0
     (change,) = [e for e in rows(folder, "events") if e["event"] == "change"]

@@ -36,7 +36,7 @@ def check_identity(config: Config, saved: dict[str, Any], where: str, moved: Col
     allowed = covered(changed, config.run.allow_change)
     refused = {k: v for k, v in changed.items() if k not in allowed}
     if refused:
-        lines = [f"{key}: {old!r} in the checkpoint, {new!r} now{renamed(key, old, new)}" for key, (old, new) in refused.items()]
+        lines = [f"{key}: {old!r} there, {new!r} now{renamed(key, old, new)}" for key, (old, new) in refused.items()]
         names = ", ".join(refused)
         raise UsageError(
             "\n  ".join([f"this is another run than the one in {where}:", *lines])

@@ -78,9 +78,11 @@ def _take(config: Config, run_dir: Path, opening: Opening) -> Wish:
     opening.lock = lock
     if lock.note is not None:
         opening.notes.append(Note(lock.note, "lock_broken"))
-    problem = check_saved_config(config, run_dir)
-    opening.damaged_config = problem or ""
     wish = wish_of(config.checkpoint.resume, run_dir)
+    # Gone back, a run is that of the checkpoint, which is compared later; config.yaml may be another branch's. Of one that grows, only
+    # config.yaml has all phases.
+    judge = bool(config.grow) or (wish.kind != "back" and wish.note is None)
+    opening.damaged_config = check_saved_config(config, run_dir, judge) or ""
     check_folders(config, run_dir)
     if wish.note is not None:
         opening.notes.append(wish.note)
@@ -152,9 +154,9 @@ def check_folders(config: Config, run_dir: Path) -> None:
             ) from None
 
 
-def check_saved_config(config: Config, run_dir: Path) -> str | None:
-    """Raises UsageError where the directory's config.yaml is of another run, or the disk does not let it be read. What is wrong with it
-    where it is damaged: then the config in the checkpoint stands for it.
+def check_saved_config(config: Config, run_dir: Path, judge: bool = True) -> str | None:
+    """Raises UsageError where the directory's config.yaml is of another run, unless `judge` is False, or the disk does not let it be read.
+    What is wrong with it where it is damaged: then the config in the checkpoint stands for it.
     """
     path = run_dir / "config.yaml"
     try:
@@ -169,6 +171,8 @@ def check_saved_config(config: Config, run_dir: Path) -> str | None:
         there = build_config(read_yaml(path))
     except UsageError as error:
         return f"{path}, which the run wrote, is damaged ({' '.join(str(error).split())[:300]})"
+    if not judge:
+        return None
     then, now = identity(there), identity(config)
     # Whether data in another place are the same data, the checkpoint tells: it knows what they were.
     moved = [k for k in SOURCES if only_moved(k, then.get(k), now.get(k))]

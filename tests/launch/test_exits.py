@@ -101,7 +101,7 @@ def test_a_refused_start_is_told_to_scripts(tmp_path: Path, capsys: pytest.Captu
     values = earlier(tmp_path)
     values["optim"]["lr"] = 1.0
     assert start(tmp_path, values) == 2
-    assert told(tmp_path / "run")["code"] == 2 and "optim.lr: 0.003 in the checkpoint, 1.0 now" in told(tmp_path / "run")["reason"]
+    assert told(tmp_path / "run")["code"] == 2 and "optim.lr: 0.003 there, 1.0 now" in told(tmp_path / "run")["reason"]
     assert told(tmp_path / "run")["reason"] in capsys.readouterr().err
 
 
