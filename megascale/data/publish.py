@@ -15,6 +15,7 @@ from megascale.errors import UsageError
 from megascale.files import discard, sync_folder
 
 QUIET = 3600.0  # seconds after which the lock of a process on another machine, which cannot be asked, counts as left behind
+UNSAID = 10.0  # seconds after which a lock that says nothing does: its process was killed, or its disk full, as it wrote it
 BEAT = 5.0  # seconds between signs of life
 
 
@@ -134,9 +135,11 @@ def _take(lock: Path, prefix: str) -> None:
             _break(lock, owner)
             continue
         try:
-            os.write(handle, json.dumps(_self()).encode())
-        finally:
-            os.close(handle)
+            with open(handle, "wb") as file:
+                file.write(json.dumps(_self()).encode())
+        except OSError:
+            discard(lock)  # it would keep this prefix from everybody, and not say for whom
+            raise
         return
     raise OSError(f"{lock} is taken and given up again and again")
 
@@ -162,11 +165,15 @@ def _owner(lock: Path) -> dict[str, Any]:
 
 
 def _ended(owner: dict[str, Any], lock: Path) -> bool:
-    """Whether the lock was left behind: its process on this machine has ended, or nobody touched it for an hour."""
+    """Whether the lock was left behind: its process on this machine has ended, nobody touched it for an hour, or it says nothing for longer
+    than its writing takes. One that this user may not read says something.
+    """
     try:
         quiet = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
         return True
+    if not owner and os.access(lock, os.R_OK):
+        return quiet > UNSAID
     me, pid = _self(), owner.get("pid")
     if not isinstance(pid, int) or any(owner.get(k) != me[k] for k in ("host", "processes")):
         return quiet > QUIET

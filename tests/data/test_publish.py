@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from megascale.data.prepare import prepare, prepare_pairs
-from megascale.data.publish import QUIET, Publication, _self, claim
+from megascale.data.publish import QUIET, UNSAID, Publication, _self, claim
 from megascale.data.tokenizer import load_tokenizer
 from megascale.data.walk import OUTPUTS
 from megascale.data.workers import usable_cores
@@ -123,6 +123,8 @@ def owner(**changed: object) -> str:
         (lambda: owner(host="elsewhere"), QUIET + 60, False),
         (lambda: owner(processes="another container"), 0, True),
         (lambda: "", 0, True),
+        (lambda: "", UNSAID + 5, False),  # of a full disk
+        (lambda: '{"host": "e', UNSAID + 5, False),
         (lambda: "[" * 99999, QUIET + 60, False),
     ],
 )
@@ -141,6 +143,13 @@ def test_locks_that_were_left_behind_are_broken(tmp_path: Path, lock: Callable[[
             assert json.loads(path.read_text())["pid"] == os.getpid()
             assert list(content(tmp_path)) == [".p.lock"]
         assert content(tmp_path) == {}
+
+
+def test_a_lock_that_a_full_disk_cuts_is_taken_away(tmp_path: Path) -> None:
+    """Catches an empty lock that keeps its prefix from everybody for an hour."""
+    with small_files(1), pytest.raises(UsageError, match=r"cannot be written.*make room"), claim(str(tmp_path / "p"), OUTPUTS):
+        pass
+    assert content(tmp_path) == {}
 
 
 def test_a_claim_tells_that_it_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
