@@ -15,27 +15,30 @@ from megascale.errors import UsageError
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it. Raises OSError; then nothing new is left."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Gives the name of a file beside `path` to write, renamed at the end: a reader sees the old file or the new one, never half of it.
+    Where anything is raised, nothing new is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         discard(temporary)
         raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """`atomic_file` of a text. Raises OSError."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def copy_atomic(source: Path, target: Path) -> None:
     """`target` becomes a copy of the file `source`: a reader sees the old one or the new one. A link stays a link. Raises OSError."""
-    target = Path(os.path.realpath(target))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(Path(os.path.realpath(target))) as temporary:
         shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except OSError:
-        discard(temporary)
-        raise
 
 
 def write_durably(path: Path, content: bytes) -> None:

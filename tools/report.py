@@ -10,6 +10,7 @@ import typer
 
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
+from megascale.files import atomic_file, write_atomic
 from megascale.report.canvas import png
 from megascale.report.loss import loss_figure
 from megascale.report.page import page
@@ -26,6 +27,8 @@ def main(
     title: Annotated[str | None, typer.Option(help="heading of the page and the picture")] = None,
 ) -> None:
     """Reads RUNS and writes the page."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out writes a page, and {out} is named otherwise: name it {out.name or 'report'}.html")
     if picture is not None and picture.suffix.lower() != ".png":
         raise UsageError(f"--png writes a PNG file, and {picture} is named otherwise: name it {picture.with_suffix('.png')}")
     data = read_runs(runs)
@@ -33,10 +36,11 @@ def main(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # JSON can hold halves of characters that no file can; they become question marks.
-        out.write_text(html, encoding="utf-8", errors="replace")
+        write_atomic(out, html.encode("utf-8", "replace").decode("utf-8"))
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
-            png(loss_figure(data, title), picture)
+            with atomic_file(picture) as temporary:
+                png(loss_figure(data, title), temporary)
     except OSError as error:
         raise UsageError(f"the report cannot be written: {error}; choose another place with --out or --png") from None
     print(f"wrote {out}" + (f" and {picture}" if picture else ""))

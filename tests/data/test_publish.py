@@ -22,6 +22,7 @@ from megascale.data.tokenizer import load_tokenizer
 from megascale.data.walk import OUTPUTS
 from megascale.data.workers import usable_cores
 from megascale.errors import UsageError
+from tests.disk import small_files
 from tools import prepare_data
 
 PLAIN = Path(__file__).parent / "inputs" / "plain.json"
@@ -34,18 +35,6 @@ def run(*args: object) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes, as with a quota."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("limit", [100, 4096, 30_000])

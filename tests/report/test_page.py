@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from megascale.errors import UsageError
 from megascale.report.canvas import label, legend, new_figure, pack
 from megascale.report.loss import NARROW, WIDE, Look, loss_figure
 from megascale.report.page import config_tables, events_table, page
 from megascale.report.panels import heat_figure, lines_figure, traffic_figure
 from megascale.report.read import RunData, read_run
+from tests.disk import small_files
 from tests.report.runs import curve, event, make_run, metric, start, steps, write_run
+from tools import report
 
 EVIL = "<script>alert('x')</script> $\\frac{$ \u202e\x07 日本 \"&\" _"
 
@@ -176,14 +179,32 @@ def test_command_refuses_in_one_message(tmp_path: Path) -> None:
         (tmp_path / "none", "--out", out): "there is no folder",
         (good, broken, "--out", out): "line 2 is not JSON",
         (good, "--out", out, "--png", tmp_path / "x.pdf"): "x.png",
-        (good, "--out", tmp_path): "cannot be written",
+        (good, "--out", tmp_path / "folder.html"): "cannot be written",
+        (good, "--out", tmp_path / "my.yaml"): "name it my.yaml.html",
     }
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "my.yaml").write_text("run:")
     for args, words in mistakes.items():
         done = call(*args)
         assert done.returncode == 2, done.stderr
         assert words in done.stderr and "Traceback" not in done.stderr
         assert done.stderr.count("\n") == 1
     assert not out.exists()
+    assert (tmp_path / "my.yaml").read_text() == "run:"
+
+
+@pytest.mark.parametrize("limit", [1000, 25_000])
+def test_a_full_disk_leaves_the_older_page(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an older page or picture that is gone, with a torso in its place, where the new one did not fit."""
+    monkeypatch.setattr(report, "page", lambda runs, title: "new" * 8000)
+    run, out, picture = write_run(tmp_path / "run", steps(3)), tmp_path / "out" / "page.html", tmp_path / "out" / "loss.png"
+    out.parent.mkdir()
+    out.write_text("older")
+    picture.write_text("older")
+    with small_files(limit), pytest.raises(UsageError, match=r"cannot be written.*File too large"):
+        report.main([run], out, picture, None)
+    assert picture.read_text() == "older" and out.read_text() == ("older" if limit == 1000 else "new" * 8000)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["loss.png", "page.html"]
 
 
 def test_quickstart_can_read_a_run_that_is_starting(tmp_path: Path) -> None:
