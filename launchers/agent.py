@@ -6,7 +6,8 @@ reaches its port runs code on every node. Here the nodes are numbered beforehand
 store of one node listens on loopback alone.
 
 NODES, HEAD, NODE_RANK   as launchers/torchrun.sh describes them
-Ends with the code of the rank that failed first, where torchrun would end with 1.
+Ends with the code of the rank that failed first, where torchrun would end with 1; asked to end by a signal, with 75 once the ranks
+have saved.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import socket
 import sys
+import traceback
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 MEET_SECONDS = 600
-DOCUMENTED = (2, 3, 4, 5, 75)  # codes of which the rank itself has said why
+STOPPED = 75  # of a rank that was asked to end, and has saved
+DOCUMENTED = (2, 3, 4, 5, STOPPED)  # codes of which the rank itself has said why
 
 
 def main(argv: list[str], env: dict[str, str]) -> int:
@@ -87,12 +90,35 @@ def run(ranks: int, nodes: int, head: tuple[str, int] | None, node: int | None, 
             print(error, file=sys.stderr)
         return code if code > 0 else 128 - code
     except SignalException as error:  # passed on to the ranks, which have ended since
-        return 128 + int(error.sigval)
+        return asked_to_end(codes_of_ranks(error), int(error.sigval))
     except dist.DistError as error:
         raise UsageError(
             f"the nodes cannot meet at {address}:{port} ({str(error).splitlines()[0]}): see that HEAD is right and free"
         ) from None
     return 0
+
+
+def codes_of_ranks(error: BaseException) -> list[int | None]:
+    """With what the ranks of this node have ended; None for one that goes on. torch's agent knows, and does not tell: it stands in a frame
+    through which its error came. Empty where no rank had been started.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        context = getattr(frame.f_locals.get("self"), "_pcontext", None)
+        if context is not None:
+            return [handler.proc.poll() for handler in getattr(context, "subprocess_handlers", {}).values()]
+    return []
+
+
+def asked_to_end(codes: list[int | None], sign: int) -> int:
+    """The code of an agent whose ranks ended with `codes` after it passed a signal on to them: 75 where all have saved (0 where all were
+    done), that of a rank which failed for a reason of its own, else the signal's.
+    """
+    failed = [code for code in codes if code in DOCUMENTED and code != STOPPED]
+    if failed:
+        return int(failed[0] or 0)
+    if codes and all(code in (0, STOPPED) for code in codes):
+        return max(code or 0 for code in codes)
+    return 128 + sign
 
 
 def open_loopback() -> dist.TCPStore:

@@ -100,7 +100,7 @@ def test_torchrun_interrupted(tmp_path: Path) -> None:
         try:
             wait_for_rows(tmp_path, 3)
             os.killpg(agent.pid, signal.SIGINT)
-            agent.wait(60)
+            assert agent.wait(60) == 75
         finally:
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)

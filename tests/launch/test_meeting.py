@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -130,6 +131,32 @@ def test_an_agent_of_one_node(tmp_path: Path) -> None:
     )
     assert done.returncode == 75, done.stderr
     assert done.stdout.strip() == "{'127.0.0.1'} 600 ['a b', 'x=$(y)']"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("asked", "handled", "code"), [("SIGTERM", True, 75), ("SIGHUP", True, 75), ("SIGTERM", False, 143)])
+def test_an_agent_that_is_asked_to_end(tmp_path: Path, asked: str, handled: bool, code: int) -> None:
+    """Catches 143 after a whole checkpoint, which scripts take for a run that was killed."""
+    handle = f"signal.signal(signal.{asked}, lambda *_: sys.exit(75))" if handled else ""
+    stays = script(tmp_path, f"import signal, sys, time\n{handle}\nprint('ready', flush=True)\ntime.sleep(100)\n")
+    command = [sys.executable, str(ROOT / "launchers" / "agent.py"), "2", str(stays)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert sorted(process.stdout.read(len("ready\n") * 2)) == sorted("ready\n" * 2)
+            process.send_signal(getattr(signal, asked))
+            assert process.wait(60) == code
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [([75, 75], 75), ([0, 0], 0), ([0, 75], 75), ([75, 5], 5), ([75, -9], 143), ([75, None], 143), ([1, 75], 143), ([], 143)],
+)
+def test_codes_of_ranks_that_were_asked_to_end(codes: list[int | None], code: int) -> None:
+    """Catches 75, which promises a checkpoint, where a rank was killed as it saved."""
+    assert agent.asked_to_end(codes, signal.SIGTERM) == code
 
 
 class Payload:
