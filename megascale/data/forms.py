@@ -16,6 +16,7 @@ LONGEST_FIRST = 1 << 20  # bytes of a first line that is tried as JSON under any
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 PARQUET = (".parquet", ".pq", ".parq")
 TABLES = {".csv": "CSV", ".tsv": "TSV"}
+NAMES = {"gz": "a gzip file", "zst": "a Zstandard file", "xz": "an xz file", "bz2": "a bzip2 file"}  # by packing
 TAR = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive or an office document",
@@ -41,7 +42,7 @@ class Form:
 
 
 def form_of(path: Path, keys: tuple[str, ...]) -> Form:
-    """`keys`: of the text in JSON. A file that is packed and cannot be unpacked has the form that its ending says; reading it tells why.
+    """`keys`: of the text in JSON. A file that is packed as its ending says and is damaged has the form of its ending; reading it tells why.
 
     Raises OSError where the file cannot be opened.
     """
@@ -51,16 +52,21 @@ def form_of(path: Path, keys: tuple[str, ...]) -> Form:
     packing = next((p for end, p in PACKED.items() if name.endswith(end)), "")
     with path.open("rb") as file:
         head = file.read(HEAD)
+    mistaken = f"is named like {NAMES.get(packing, 'a Parquet file')} and is none: rename it, or leave it out"
     if packing:
         name = name.rsplit(".", 1)[0]
     else:
         packing = packing_of(head)
     if packing:
-        head = _unpacked(path, packing)
+        begin, head = head, _unpacked(path, packing)
+        if begin and not head and packing_of(begin) != packing:
+            return Form("other", packing, mistaken)
     ending = next((e for e in (*JSON_LINES, ".json", *PARQUET, *TABLES, *TAR) if name.endswith(e)), "")
     why = _other(head, ending, packing)
     if why:
         return Form("other", packing, why)
+    if ending in PARQUET and head and not head.startswith(b"PAR1"):
+        return Form("other", why=mistaken)
     if ending in PARQUET or head.startswith(b"PAR1"):
         return Form("parquet")
     return _text_or_json(path, packing, head, ending, keys)

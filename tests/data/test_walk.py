@@ -147,6 +147,17 @@ def test_a_packed_file_without_a_byte(tmp_path: Path, name: str) -> None:
     assert chosen(tmp_path, tmp_path / "in")[0] == ["in/a.txt", "in/b.txt"]
 
 
+@pytest.mark.parametrize("name", ["fake.gz", "fake.txt.zst", "fake.jsonl.xz", "fake.bz2", "fake.PARQUET"])
+def test_a_name_that_promises_what_a_file_is_not(tmp_path: Path, name: str) -> None:
+    """Catches a preparation that ends, after a tokenizer was trained, for one text below its folder that is named like a packed file."""
+    write(tmp_path, "in/a.txt", f"in/{name}")
+    files, left = chosen(tmp_path, tmp_path / "in")
+    assert files == ["in/a.txt"] and list(left.values()) == [[f"in/{name}"]]
+    assert all("is named like" in why and "rename it, or leave it out" in why for why in left)
+    with pytest.raises(UsageError, match=rf"{name} is named like"):
+        chosen(tmp_path, tmp_path / "in" / name)
+
+
 @pytest.mark.parametrize("name", ["-", "/dev/fd/987", "/proc/self/fd/987"])
 def test_what_flows_between_programs(tmp_path: Path, name: str) -> None:
     """Catches "correct the path" for a path that is right and no file."""
