@@ -182,7 +182,9 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert other.returncode == 0, other.stderr
     assert [json.loads(line) for line in other.stdout.splitlines() if line.startswith("{")] == lines
     for args, words in (
-        ((), "--prompt is given 0 times and --tokens 0 times"),
+        ((), "there is no prompt"),
+        (("--prompt", "x", "--tokens", "10"), "how many tokens follow is --max-new-tokens"),
+        (("--prompt", ""), "prompt 1 has no tokens"),
         (("--tokens", "1,a"), "--tokens is '1,a'"),
         (("--tokens", "1", "--top-p", "0"), "--top-p is 0"),
         (("--tokens", "1", "--dtype", "int3"), "--dtype is int3"),
@@ -191,7 +193,13 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         with pytest.raises(UsageError) as error:
             said(capsys, tmp_path / "run", *args)
-        assert words in str(error.value)
+        assert words in str(error.value) and "notice" not in capsys.readouterr().err
+    other_one = tmp_path / "other.model"
+    train_sentencepiece(["xyz zyx yxz " * 20], 264, other_one)
+    for given, warned in ((other_one, True), (tmp_path / "tokens.model", False)):
+        app([str(tmp_path / "run"), "--prompt", "b", "--tokenizer", str(given), "--max-new-tokens", "2"], standalone_mode=False)
+        err = capsys.readouterr().err
+        assert (str(given) in err and str(tmp_path / "tokens.model") in err) == warned and ("warning: " in err) == warned
 
 
 def attends(model: ParallelModel) -> list[Any]:
@@ -246,8 +254,11 @@ def test_what_no_memory_holds_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     """Catches a machine that is killed, or an allocator's traceback, where the room is known not to be there."""
     model = build(Case(MODELS["llama"], seq_len=64), 1)
     monkeypatch.setattr("megascale.generate.run.free_memory", lambda device: 1000.0)
-    with pytest.raises(UsageError, match=r"keys and values of 4 prompts of 9 tokens take .* GB are free"):
+    with pytest.raises(UsageError, match=r"keys and values of 4 prompts of 9 tokens and 2 new ones take .* GB are free"):
         generate(model, PROMPTS, Sampling(2))
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match=r"1 prompts of 1 tokens and 100000000000 new ones take .* --max-new-tokens"):
+        generate(model, [[1]], Sampling(10**11))
 
 
 def test_seeds_beyond_any_generator_are_refused() -> None:

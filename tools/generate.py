@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +14,14 @@ import typer
 from megascale.cli import new_app, run_tool
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
+from megascale.data.facts import source_facts
 from megascale.data.tokenizer import Tokenizer
 from megascale.errors import UsageError
 from megascale.formats.convert import parse_dtype
 from megascale.formats.load import load_model
 from megascale.formats.tokenizer_build import open_tokenizer
-from megascale.generate.open import layout, open_model
-from megascale.generate.run import Sampling, beyond, generate
+from megascale.generate.open import Opened, layout, open_model
+from megascale.generate.run import Sampling, beyond, check_not_empty, generate
 from megascale.launch.ranks import find_ranks
 from megascale.train.place import agreed, choose_device, process_group
 
@@ -31,7 +33,7 @@ def main(
     checkpoint: Annotated[Path, typer.Argument(help="a folder step-…, a run, or a Hugging Face folder")],
     prompt: Annotated[list[str] | None, typer.Option(help="text to go on from; several make a batch")] = None,
     tokens: Annotated[list[str] | None, typer.Option(help="a prompt as token numbers, such as 1,5,9; several make a batch")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 40, help="how many tokens may follow")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens with this probability together")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
@@ -45,7 +47,7 @@ def main(
 ) -> None:
     """Prints what follows each prompt."""
     if bool(prompt) == bool(tokens):
-        raise UsageError(f"--prompt is given {len(prompt or [])} times and --tokens {len(tokens or [])} times: give one of them")
+        raise UsageError(both_or_none(bool(prompt)))
     if top_p == 0.0:
         raise UsageError("--top-p is 0, and no token has that little probability: give temperature 0 for the likeliest token")
     for number, given in enumerate(prompt or []):
@@ -53,14 +55,15 @@ def main(
     opened = open_model(checkpoint)
     text = find(tokenizer or opened.tokenizer, opened.prefix) if prompt or tokenizer else None
     prompts = [text.encode_prompt(p) for p in prompt or []] if text else [numbers(t) for t in tokens or []]
+    check_not_empty(prompts)
     ranks = find_ranks()
+    notices = [beyond(opened.seq_len, prompts, max_new_tokens), text and of_another(text, opened)]
+    for notice in filter(None, notices if ranks.rank == 0 else []):
+        print(notice, file=sys.stderr)
     config = layout(opened, ranks.size, device)
     where = choose_device(config, ranks)
     ends = opened.ends or (frozenset() if text is None else frozenset({text.eos_id}))
     how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends)
-    notice = beyond(opened.seq_len, prompts, max_new_tokens)
-    if notice is not None and ranks.rank == 0:
-        print(f"notice: {notice}", file=sys.stderr)
     with process_group(config, ranks):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = agreed(
@@ -74,6 +77,30 @@ def main(
         if ranks.rank == 0:
             row = json.dumps({"prompt": given, "tokens": ids, "text": said}, ensure_ascii=False)
             print(row if as_json else " ".join(map(str, ids)) if said is None else said)
+
+
+def both_or_none(both: bool) -> str:
+    if both:
+        return (
+            "--prompt and --tokens are both given, and --tokens is a prompt as token numbers: give one of them; how many tokens follow is "
+            "--max-new-tokens"
+        )
+    return "there is no prompt: give --prompt TEXT, or --tokens with token numbers"
+
+
+def of_another(given: Tokenizer, opened: Opened) -> str | None:
+    """What to say where text is encoded by another tokenizer than the model's own, as far as that is known."""
+    own, name = None, f"{opened.prefix}.json"
+    with suppress(UsageError):  # what cannot be read says nothing
+        own = source_facts(opened.prefix).get("tokenizer_fingerprint") if opened.prefix else None
+        if own is None and opened.tokenizer is not None:
+            own, name = open_tokenizer(opened.tokenizer).fingerprint, str(opened.tokenizer)
+    if own in (None, given.fingerprint):
+        return None
+    return (
+        f"warning: the tokenizer {given.path} is {given.fingerprint}, and the model was trained with {own} ({name}): unless both number "
+        "words alike, what comes out makes no sense"
+    )
 
 
 def find(path: Path | None, prefix: str | None) -> Tokenizer:

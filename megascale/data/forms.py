@@ -42,7 +42,7 @@ class Form:
 
 
 def form_of(path: Path, keys: tuple[str, ...]) -> Form:
-    """`keys`: of the text in JSON. A file that is packed as its ending says and is damaged has the form of its ending; reading it tells why.
+    """`keys`: of the text in JSON. A file that is packed as its ending says, and damaged, has the form of its ending; reading it tells why.
 
     Raises OSError where the file cannot be opened.
     """

@@ -47,7 +47,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     check(stage, prompts, how)
     device = next(stage.parameters()).device
     length = max(map(len, prompts))
-    check_memory(stage, len(prompts), length, device)
+    check_memory(stage, len(prompts), length, how.most, device)
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
     bias = distance_bias(stage, device)
@@ -88,17 +88,17 @@ def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
             m.training = training
 
 
-def check_memory(stage: Decoder, batch: int, length: int, device: torch.device) -> None:
-    """Raises UsageError where what the prompts leave in the caches does not fit into memory."""
+def check_memory(stage: Decoder, batch: int, length: int, most: int, device: torch.device) -> None:
+    """Raises UsageError where what prompts of `length` and `most` new tokens leave in the caches does not fit into memory."""
     cfg = stage.cfg
     assert cfg.num_kv_heads is not None and cfg.head_dim is not None
     share = (stage.heads_here[1] - stage.heads_here[0]) / cfg.num_heads
-    needed = 2 * cfg.num_layers * batch * length * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
+    needed = 2 * cfg.num_layers * batch * (length + most) * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
     free = free_memory(device)
     if needed > free:
         raise UsageError(
-            f"keys and values of {batch} prompts of {length} tokens take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give "
-            "fewer or shorter prompts, or more ranks"
+            f"keys and values of {batch} prompts of {length} tokens and {most} new ones take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            "are free: lower --max-new-tokens, give fewer or shorter prompts, or more ranks"
         )
 
 
@@ -119,8 +119,8 @@ def beyond(seq_len: int, prompts: Sequence[Sequence[int]], most: int) -> str | N
     if longest + most <= seq_len:
         return None
     return (
-        f"the longest prompt has {longest} tokens and up to {most} more are wanted, and the model was trained on {seq_len} at once: what "
-        "comes behind them may make no sense"
+        f"notice: the longest prompt has {longest} tokens and up to {most} more are wanted, and the model was trained on {seq_len} at "
+        "once: what comes behind them may make no sense"
     )
 
 
@@ -137,14 +137,19 @@ def _whole(stage: Decoder, logits: Tensor) -> Tensor:
     return logits[:, : stage.cfg.vocab_size]
 
 
+def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
+    empty = next((number for number, prompt in enumerate(prompts, 1) if not prompt), None)
+    if empty is not None:
+        raise UsageError(f"prompt {empty} has no tokens: give it some text")
+
+
 def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
     vocabulary = stage.cfg.vocab_size or 0
     if how.seed not in SEEDS:
         raise UsageError(f"--seed is {how.seed}: give a number from {SEEDS.start} to {SEEDS.stop - 1}")
+    check_not_empty(prompts)
     for number, prompt in enumerate(prompts):
         wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
-        if not prompt:
-            raise UsageError(f"prompt {number + 1} has no tokens: give it some text")
         if wrong is not None:
             raise UsageError(
                 f"prompt {number + 1} holds token {wrong}, and the model knows {vocabulary}: use the tokenizer it was trained with"
