@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from megascale.config.load import apply_overrides, build_config, load_config, re
 from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.errors import UsageError
+from megascale.files import discard
 from megascale.launch.pools import Pool, make_pool, read_pool, replicas_over_pools
 from megascale.launch.slurm import Container, Job, chain_commands, render, variant_label
 
@@ -159,6 +161,7 @@ def _submit(job: Job, folder: Path, links: int) -> None:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     copy, script = folder / f"submitted-{stamp}.yaml", folder / f"submitted-{stamp}.sbatch"
     text = render(replace(job, config=str(copy)))
+    new = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.config, copy)
@@ -169,7 +172,15 @@ def _submit(job: Job, folder: Path, links: int) -> None:
     for _ in range(links):
         done = subprocess.run(["sbatch", "--parsable", *before, str(script)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UsageError(f"sbatch refused {script}: {done.stderr.strip()}")
+            said = " ".join(done.stderr.split()) or f"it ended with {done.returncode} and said nothing"
+            if before:
+                raise UsageError(f"sbatch refused the next job of the chain ({said}): those that are told above stay, with {script}")
+            for path in (script, copy):
+                discard(path)
+            for made in new:
+                with suppress(OSError):  # what else came there stays
+                    made.rmdir()
+            raise UsageError(f"sbatch refused the job ({said}): correct what it names; nothing was submitted, and its script is deleted")
         number = done.stdout.strip().split(";")[0]
         print(f"submitted job {number}" + (f", after {before[-1].rsplit(':', 1)[1]}" if before else ""))
         before = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{number}"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launchers import slurm
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool, make_pool, read_pool, replicas_over_pools
@@ -244,6 +245,29 @@ def test_refused_before_the_queue(arguments: list[object], words: str) -> None:
     """Catches a traceback, another exit code than 2, and a job that fails hours later when its turn comes."""
     done = launch("configs/llama-1m.yaml", *arguments)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    """Catches scripts named "submitted" of jobs that SLURM never took, and the loss of one that it has taken."""
+    (tmp_path / "llama.yaml").write_text("run: {name: a}")
+    job = replace(BASE, config=str(tmp_path / "llama.yaml"), run_dir=str(tmp_path / "run"))
+    calls: list[list[str]] = []
+
+    def sbatch(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        if len(calls) == refused:
+            return subprocess.CompletedProcess(
+                command, 1, "", "sbatch: error: invalid partition\nsbatch: error: Batch job submission failed\n"
+            )
+        return subprocess.CompletedProcess(command, 0, "7\n", "")
+
+    monkeypatch.setattr("launchers.slurm.shutil.which", lambda name: name)
+    monkeypatch.setattr("launchers.slurm.subprocess.run", sbatch)
+    with pytest.raises(UsageError, match=r"sbatch refused .*error: invalid partition sbatch: error: Batch job"):
+        slurm._submit(job, tmp_path / "run" / "launch", 2)
+    left = [p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert sorted(left) == ([] if refused == 1 else [".sbatch", ".yaml"]) and (tmp_path / "run").exists() == (refused == 2)
 
 
 def test_chain_commands() -> None:
