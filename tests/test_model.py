@@ -207,7 +207,7 @@ def test_compiled_blocks_equal_eager_ones() -> None:
 
 # Rooms in the order in which they may import one another: a room imports from its own rank or from lower ones.
 ORDER = (
-    {"errors", "files", "limits", "rows", "screen"},
+    {"errors", "files", "limits", "rows", "screen", "sizes"},
     {"config"},
     {"launch"},
     {"cli", "comm", "data", "precision"},

@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from megascale.checkpoint.storage import steps_in
-
-GB = 1e9
+from megascale.sizes import byte_words
 
 
 def bytes_of(folder: Path) -> int:
@@ -31,8 +30,8 @@ def after_failure(root: Path, nbytes: int, free: float | None = None) -> str:
     free, half = _free(root) if free is None else free, sum(bytes_of(p) for p in root.glob(".tmp-*"))
     kept = [bytes_of(path) for _, path in steps_in(root)]
     text = (
-        f"a checkpoint takes {nbytes / GB:.2f} GB, {(free + half) / GB:.2f} GB are free for it on the disk of {root}, and {len(kept)} "
-        f"older ones take {sum(kept) / GB:.2f} GB"
+        f"a checkpoint takes {byte_words(nbytes)}, {byte_words(free + half)} are free for it on that disk, and {len(kept)} "
+        f"older ones take {byte_words(sum(kept))}"
     )
     return f"{text}; {_advice(fitting(free + half + sum(kept), nbytes), len(kept))}"
 
@@ -51,9 +50,9 @@ def before_start(
     capacity = free + sum(kept)
     if most * nbytes <= capacity:
         return None
-    where = f"{root} has room for {int(capacity // max(1, nbytes))} of them ({capacity / GB:.2f} GB, those that are there included)"
+    where = f"{root} has room for {int(capacity // max(1, nbytes))} of them ({byte_words(capacity)}, those that are there included)"
     text = (
-        f"a checkpoint takes {nbytes / GB:.2f} GB, and checkpoint.keep_last {keep_last} needs room for {most}, the one that is being "
+        f"a checkpoint takes {byte_words(nbytes)}, and checkpoint.keep_last {keep_last} needs room for {most}, the one that is being "
         f"written included{f', {milestones} of them for checkpoint.keep_every' if milestones else ''}; {where}"
     )
     facts = {"checkpoint_bytes": nbytes, "needed_bytes": most * nbytes, "free_bytes": int(free), "held_bytes": sum(kept)}

@@ -107,7 +107,10 @@ def judged(error: Exception) -> tuple[int, str]:
     known = as_exit(error)
     if known is not None and known.code == 5:
         return 5, "a peer is gone or silent"  # communication libraries say nothing that helps; the watch finds out who it is
-    return 4 if known is not None and known.code == 4 else 3, f"{type(error).__name__}: {error}"
+    sentence = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        sentence = f"{error.filename}: {error.strerror}"
+    return 4 if known is not None and known.code == 4 else 3, sentence
 
 
 def _first_cause(error: CheckpointException) -> BaseException:

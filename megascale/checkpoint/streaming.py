@@ -28,6 +28,7 @@ from megascale.checkpoint.shards import Stored, write_shard
 from megascale.checkpoint.storage import publish, step_name
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
+from megascale.sizes import byte_words
 
 Produce = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
 """(name, offset, shape) → that rectangle of the tensor. With several workers it goes to other processes: module-level, on plain data."""
@@ -179,7 +180,7 @@ def write_files(
     total = sum(f.nbytes for f in files)
     missing, free = total - _written(folder), shutil.disk_usage(folder).free
     if missing > free:
-        raise UsageError(f"{folder} needs {missing / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free: make room there")
+        raise UsageError(f"{folder} needs {byte_words(missing)} more and its disk has {byte_words(free)} free: make room there")
     pool: Executor
     if workers == 1:
         pool = ThreadPoolExecutor(1)

@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from megascale.report.canvas import COLOURS, GREY, label, legend, new_figure, step_axis, style
 from megascale.report.read import Array, Row, RunData, as_number
 from megascale.report.series import markers, smooth, thin
-from megascale.report.words import byte_unit, scientific
+from megascale.report.words import scientific
+from megascale.sizes import byte_unit
 
 WIDTH, HEIGHT = 4.6, 2.1
 SIZE = 9.5

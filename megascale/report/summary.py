@@ -10,7 +10,8 @@ import numpy as np
 from megascale.report.goodput import attempts, goodput
 from megascale.report.read import RunData, as_number
 from megascale.report.series import gap, layouts
-from megascale.report.words import NONE, byte_words, count, duration, fixed, scientific
+from megascale.report.words import count, duration, fixed, scientific
+from megascale.sizes import NONE, byte_words
 
 Facts = dict[str, str]
 

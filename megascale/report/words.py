@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+from megascale.sizes import NONE
+
 AXES = {
     "pp": "pipeline",
     "dp_replicate": "replicated data",
@@ -17,7 +19,6 @@ AXES = {
     "etp": "expert tensor",
 }
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-NONE = "–"
 
 
 def layout_words(layout: Any) -> str:
@@ -46,22 +47,6 @@ def scientific(value: float, digits: int = 1) -> str:
 def fixed(value: float, digits: int, unit: str = "") -> str:
     """A number with thousands separated and its unit; a dash where there is none."""
     return f"{value:,.{digits}f}{unit}" if math.isfinite(value) else NONE
-
-
-def byte_words(value: float) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
-    if not math.isfinite(value):
-        return NONE
-    scale, unit = byte_unit(value)
-    return f"{value / scale:,.{0 if scale == 1 else 1 if value / scale >= 10 else 2}f} {unit}"
-
-
-def byte_unit(largest: float) -> tuple[float, str]:
-    """The unit in which `largest` is best told: its size in bytes and its sign."""
-    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
-        if largest >= 10**power:
-            return 10.0**power, unit
-    return 1.0, "B"
 
 
 def duration(seconds: float) -> str:

@@ -46,7 +46,9 @@ def test_how_many_are_written() -> None:
 
 
 def test_a_failed_save_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches "No space left" without how much is needed, how much there is and what would fit."""
+    """Catches "No space left" without how much is needed, how much there is and what would fit; 0.00 GB for kilobytes; a path after the
+    advice.
+    """
     saver = checkpointer(tmp_path)
     for step in (0, 1):
         saver.save(step, vector(1.0, 1000), {"step": step})
@@ -59,9 +61,11 @@ def test_a_failed_save_says_what_there_is(tmp_path: Path, monkeypatch: pytest.Mo
     saver.save(2, vector(2.0, 1000), {"step": 2})
     message = saver.finish()[-1].message
     assert (
-        "No space left on device; a checkpoint takes 0.00 GB" in message
+        message.startswith("x: No space left on device; a checkpoint takes ")
+        and " kB, " in message
+        and "0.00 GB" not in message
         and "2 older ones take" in message
-        and "keep_last=1 would fit" in message
+        and message.endswith("keep_last=1 would fit, or make room there")
     )
     assert "not even two fit" in after_failure(tmp_path, 10**6, free=0.0) and after_failure(tmp_path, 10, 1e9).endswith("; make room there")
     monkeypatch.setattr(storage, "write_shard", lambda *a: (_ for _ in ()).throw(OSError(5, "Input/output error", "x")))

@@ -152,7 +152,7 @@ def test_a_disk_that_fails_in_training(tmp_path: Path, monkeypatch: pytest.Monke
             "step 4 could not be written: a peer is",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 4, "you tried to allocate 8 bytes"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), 3, "step 4 could not be written: OSError: [Errno 28] No space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 3, "step 4 could not be written: x: No space left"),
     ],
 )
 def test_what_a_failed_last_save_comes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 from megascale.report.read import Row
 from megascale.report.series import gap, layouts, markers, segments, smooth, thin
 from megascale.report.summary import ending, headline, step_seconds, verdict, wall_seconds
-from megascale.report.words import byte_words, duration, layout_words, scientific
+from megascale.report.words import duration, layout_words, scientific
+from megascale.sizes import byte_words
 from tests.report.runs import curve, event, make_run, metric, start, steps
 
 
