@@ -307,6 +307,16 @@ def test_a_start_without_checkpoints_keeps_the_rows(folder: Path, capfd: pytest.
     assert run(values_of(folder, train__steps=1)) == (0, "done")
 
 
+def test_a_stop_file_from_before(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a start that ends after a step, for a file that somebody had forgotten, without having said so when it began."""
+    stop = folder / "run" / "STOP"
+    stop.touch()
+    assert run(values_of(folder, train__steps=9))[0] == 75 and not stop.exists()
+    said = f"warning: {stop} exists: this start stops at its first step"
+    assert said in capfd.readouterr().err
+    assert run(values_of(folder, train__steps=9)) == (0, "done") and said not in capfd.readouterr().err
+
+
 DAMAGED_CONFIG: dict[str, Callable[[Path], object]] = {
     "cut": lambda p: p.write_text(p.read_text()[:200]),
     "no text": lambda p: p.write_bytes(b"\xff\xfe\x00"),

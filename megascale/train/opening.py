@@ -29,7 +29,8 @@ from megascale.train.past import last_saved
 from megascale.train.samples import prints_of
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", LOCK)
-BESIDE = ("exit.json", "STOP", "launch", "heartbeat.json", "stacks")  # what a job may leave before it becomes a run
+STOP = "STOP"  # the file by which a person asks a run to stop
+BESIDE = ("exit.json", STOP, "launch", "heartbeat.json", "stacks")  # what a job may leave before it becomes a run
 # Files of ours that a kill left half written.
 LEFT_OVER = re.compile(r"\.writable|\.(config\.yaml|metrics\.jsonl|events\.jsonl|heartbeat\.json|exit\.json|run\.lock)\..+")
 
@@ -197,6 +198,8 @@ def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]
         elif config.checkpoint.resume in ("auto", "never"):
             forget(run_dir)
         write_atomic(run_dir / "config.yaml", to_yaml(config.plain()))
+        if (run_dir / STOP).is_file():  # it may have been put there for this very start, so it counts
+            notes.append(Note(f"{run_dir / STOP} exists: this start stops at its first step, and removes the file; delete it now to go on"))
     except OSError as error:
         raise UsageError(
             f"the run directory {run_dir} cannot be written ({error.strerror or error}: {error.filename}): make room there, or choose "

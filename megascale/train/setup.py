@@ -36,7 +36,7 @@ from megascale.train.engine import Engine
 from megascale.train.memory import check_host_room
 from megascale.train.metrics import RunLog
 from megascale.train.observed import Observed
-from megascale.train.opening import Opening, claim_run_dir, open_run
+from megascale.train.opening import STOP, Opening, claim_run_dir, open_run
 from megascale.train.phases import Phase
 from megascale.train.place import agreed, choose_device
 from megascale.train.reporter import Reporter
@@ -145,7 +145,7 @@ def _built(
     checkpointer = build_checkpointer(config, model, opening)
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
-    stop.file = run_dir / "STOP" if first else None
+    stop.file = run_dir / STOP if first else None
     pulse.stop = stop
     if mesh.size == 1:
         pulse.gate.asked = stop.heard_of
