@@ -13,10 +13,11 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from megascale.config.bounds import TOO_DEEP, check_document, check_values, read_small_file
+from megascale.config.bounds import NUMBER, TOO_DEEP, check_document, check_values, read_small_file
 from megascale.config.paths import check_paths
-from megascale.config.schema import Config
+from megascale.config.schema import Config, DataSource
 from megascale.errors import UsageError
 
 # Other systems' names, written in lower case with underscores. A near miss in spelling would not find them.
@@ -118,11 +119,21 @@ def build_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        found = error.errors()
+        found = _of_the_kind_meant(error.errors())
         lines = [_sentence(item) for item in found[:MISTAKES]]
         if len(found) > MISTAKES:
             lines.append(f"… and {len(found) - MISTAKES:,} more")
         raise UsageError("\n  ".join(["the config cannot be used:", *lines])) from None
+
+
+def _of_the_kind_meant(errors: list[Any]) -> list[Any]:
+    """Without the errors of lists and sections that they are no text, where others say what is wrong inside of them."""
+
+    def beside(error: Any) -> bool:
+        place = error["loc"][:-1]
+        return any(e is not error and e["loc"][: len(place)] == place for e in errors)
+
+    return [e for e in errors if not (e["loc"][-1:] == ("str",) and isinstance(e.get("input"), list | dict) and beside(e))]
 
 
 def parse_yaml(text: str) -> Any:
@@ -138,7 +149,29 @@ def parse_yaml(text: str) -> Any:
         raise UsageError(TOO_DEEP) from None
     # Its constructors look words up and take them apart without a look at what they have: `!!bool maybe` is a KeyError.
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(" ".join(f"{error}".split())) from None
+        wrong = None if isinstance(error, YAMLError) else _wrong_scalar(root)
+        raise ValueError(wrong or " ".join(f"{error}".split())) from None
+
+
+def _wrong_scalar(root: Node) -> str | None:
+    """The first word of a document that is not what its tag says, and its line."""
+    constructor, _ = YAML(typ="safe", pure=True).get_constructor_parser(io.StringIO())  # one that has not failed yet
+    nodes, seen = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, ScalarNode):
+            try:
+                constructor.construct_object(node, deep=True)
+            except (YAMLError, ValueError, LookupError, TypeError, AttributeError):
+                return f"{_short(node.value)} in line {node.start_mark.line + 1} cannot be read as {str(node.tag).rsplit(':', 1)[-1]}"
+        elif isinstance(node, MappingNode):
+            nodes += [child for pair in reversed(node.value) for child in reversed(pair)]
+        elif isinstance(node, SequenceNode):
+            nodes += reversed(node.value)
+    return None
 
 
 def to_yaml(values: dict[str, Any]) -> str:
@@ -185,6 +218,9 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
             value = parse_yaml(text) if text.strip() else None
         except ValueError:
             value = text
+            digits = text.strip().lstrip("+-")
+            if digits.isdecimal() and not _takes_text(path):
+                raise UsageError(f"{'.'.join(path)} is a number of {len(digits):,} digits: whole numbers go to {NUMBER:.0e} here") from None
         except UsageError as error:
             raise UsageError(f"{'.'.join(path)} cannot be used: {error}") from None
         if isinstance(value, int | float | datetime.date) and _takes_text(path):
@@ -273,6 +309,10 @@ def _sentence(error: Any) -> str:
     key, value, kind = ".".join(parts), error.get("input"), error["type"]
     if kind == "extra_forbidden" and ":" in parts[-1]:
         return f"unknown key {key}: in YAML a space follows the colon: {{{parts[-1].replace(':', ': ', 1)}}}"
+    if kind == "extra_forbidden" and "DataSource" in error["loc"]:
+        near = difflib.get_close_matches(parts[-1], DataSource.model_fields, 1, 0.6)
+        hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"a source has {', '.join(DataSource.model_fields)}"
+        return f"unknown key {key} (= {_short(value)}); {hint}"
     if kind == "extra_forbidden":
         return f"unknown key {key} (= {_short(value)}){_suggest(key)}"
     if kind == "missing":

@@ -238,5 +238,8 @@ def model_of(path: Path | None) -> tuple[Model, int]:
         raise UsageError(f"{path} has no section model: say there what model the weights are of")
     config = build_config({"data": {"train": "none"}, "train": {"steps": 1}, **{k: values[k] for k in ("model", "train") if k in values}})
     if config.model.vocab_size is None:
-        raise UsageError(f"{path} leaves model.vocab_size out, and the files have padding rows: say how many tokens there are")
+        raise UsageError(
+            f"{path} leaves model.vocab_size out, and Megatron's files have rows of padding: write `vocab_size: N` into its section model, "
+            "the number of tokens that the tokenizer has"
+        )
     return config.model, config.train.seq_len

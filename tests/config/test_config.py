@@ -65,6 +65,38 @@ def test_mistakes_are_sentences(override: str, words: str) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[{path: data/one, weigth: 1}]", "unknown key data.train.0.weigth (= 1); did you mean data.train.0.weight?"),
+        ("[{path: data/one, share: 1}]", "unknown key data.train.0.share (= 1); a source has path, weight, name"),
+        ("[{path: data/one, weight: x}, a]", "data.train.0.weight is 'x': it should be number"),
+        ("[{weight: 1}]", "data.train.0.path is required and absent"),
+    ],
+)
+def test_a_mistake_in_a_source_is_one_line(text: str, words: str) -> None:
+    """Catches "it should be string" of a list that is a mixture, beside the line that says what is wrong."""
+    with pytest.raises(UsageError) as error:
+        config(f"data.train={text}")
+    assert words in str(error.value) and str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model:\n  bias: !!bool maybe\n", "'maybe' in line 2 cannot be read as bool"),
+        ("model:\n  num_layers: [1, " + "9" * 6000 + "]\n", "99... in line 2 cannot be read as int"),
+        ("a: &a {b: !!float x}\nc: *a", "'x' in line 1 cannot be read as float"),
+    ],
+)
+def test_words_that_yaml_cannot_take_apart_have_a_line(tmp_path: Path, text: str, words: str) -> None:
+    """Catches "is not valid YAML 1.2: 'maybe'", and advice to call a function of Python."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert words in str(error.value) and len(str(error.value)) < 300 + len(str(tmp_path))
+
+
 def test_the_command_line_takes_the_place_of_the_other_length() -> None:
     """Catches `configs/llama-1m.yaml train.steps=3`, which everybody types, being refused since the file says tokens."""
     assert (config("train.tokens=160").train.steps, config("train.tokens=160").train.tokens) == (None, 160)

@@ -93,6 +93,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         ("run.name=a/b", "run.name: 'a/b' is no name of a folder"),
         ("run.seed=" + "9" * 30, "run.seed is a number of 100 bits"),
         ("run.seed=0x" + "f" * 9000, "run.seed is a number of 36000 bits"),
+        ("model.num_layers=" + "9" * 6000, "model.num_layers is a number of 6,000 digits"),
         ("run.seed=-1", "run.seed is -1: it should be greater than or equal to 0"),
         ("run.threads=1000000", "run.threads is 1000000: it should be less than or equal to 1024"),
         ("run.collective_timeout=1e300", "run.collective_timeout is 1e[+]300: it should be less"),
