@@ -32,7 +32,7 @@ def main(
     config: Annotated[Path, typer.Argument(help="YAML file of a small run on CPUs")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     faults: Annotated[int, typer.Option(help="faults to inject before the run is left alone", min=1, max=10_000)] = 100,
-    minutes: Annotated[float, typer.Option(help="after so many minutes the chain ends unfinished", min=0.1, max=1e4)] = 30.0,
+    minutes: Annotated[float, typer.Option(help="after so many minutes the run is left alone", min=0.1, max=1e4)] = 30.0,
     seed: Annotated[int, typer.Option(help="of the order of faults")] = 1,
     ranks: Annotated[int, typer.Option(help="ranks of every attempt; with --mixed, the most", min=1, max=64)] = 2,
     mixed: Annotated[bool, typer.Option(help="another layout and number of ranks at each attempt")] = False,

@@ -104,12 +104,12 @@ def undisturbed(plan: Plan, folder: Path) -> Job:
 
 
 def disturbed(plan: Plan, run: Path) -> Iterator[Attempt]:
-    """Attempts until the run is done, three in a row get nowhere, or the time is over."""
+    """Attempts until the run is done or three in a row get nowhere. Once the time is over, it is left alone."""
     chance, done, number, stuck = random.Random(plan.seed), 0, 0, 0
     end = time.monotonic() + 60 * plan.minutes
-    while time.monotonic() < end and stuck < 3:
+    while stuck < 3:
         number += 1
-        attempt = one_attempt(plan, run, number, plan.faults - done, chance)
+        attempt = one_attempt(plan, run, number, plan.faults - done if time.monotonic() < end else 0, chance)
         done += len(attempt.faults)
         stuck = stuck + 1 if attempt.after <= attempt.before and not attempt.process_faults else 0
         yield attempt
