@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megascale.config.schema import Parallel
 from megascale.model import product_cpu
+from megascale.model.compiled import compile_static
 from megascale.model.layers import linear
 from megascale.model.rows import product_by_expert
 from megascale.parallel.memory import PLAIN, _policy
@@ -102,9 +107,8 @@ def test_it_is_one_graph_with_its_neighbours() -> None:
     def f(x: Tensor) -> Tensor:
         return linear(x.sin(), weight).cos().sum()
 
-    torch.testing.assert_close(
-        *(torch.autograd.grad(g(x), (x, weight)) for g in (torch.compile(f, fullgraph=True), f)), rtol=1e-4, atol=1e-4
-    )
+    found, expected = (torch.autograd.grad(g(x), (x, weight)) for g in (compile_static(f, fullgraph=True), f))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.dist
@@ -126,3 +130,31 @@ def test_layouts_equal_one_process(ranks: int, parallel: Parallel) -> None:
     got = run_ranks(ranks, train, case)[0]
     assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 1e-6
     assert worst(got["grad"], reference["grad"])[0] <= 1e-5
+
+
+ONE_STEP = """
+import torch
+from megascale.model.compiled import compile_static
+x = torch.linspace(0, 1, 4099).requires_grad_()
+compile_static(lambda x: (x.sin() * x).sum())(x).backward()
+assert torch.allclose(x.grad, x.cos() * x + x.sin(), atol=1e-5), (x.grad - x.cos() * x - x.sin()).abs().max()
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two widths of vectors, and so a CPU with AVX-512")
+def test_what_was_compiled_for_wider_vectors_is_not_read_back(tmp_path: Path) -> None:
+    """Catches loops of sixteen numbers that run on a processor of eight: torch's cache finds them by the graph alone."""
+    for width in ("avx512", "avx2"):
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": width}
+        done = subprocess.run([sys.executable, "-c", ONE_STEP], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_the_cache_keeps_the_users_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a processor that a cache does not tell from another, and a user's own tag that is lost."""
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    compile_static(random)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    compile_static(random)
+    threads = torch.get_num_threads()
+    assert torch.compiler.config.cache_key_tag == f"mine|OTHER, threads={threads}"

@@ -21,6 +21,7 @@ from benchmarks.common import machine, write
 from megascale.comm.mesh import AXES, build_mesh
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
+from megascale.model.compiled import compile_static
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
@@ -82,7 +83,7 @@ def their_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, comp
     config._experts_implementation = experts
     model = MixtralForCausalLM(config).to(batches[0].device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    run = torch.compile(model, dynamic=False) if compiled else model
+    run = compile_static(model) if compiled else model
 
     def step() -> None:
         for t in batches:

@@ -20,6 +20,7 @@ from megascale.config.load import load_config
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.measure.compute import flops_per_token, peak_flops
+from megascale.model.compiled import compile_static
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
@@ -74,7 +75,7 @@ def their_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable
         use_cache=False,
     )
     model = LlamaForCausalLM(config).to(tokens.device)
-    compiled = torch.compile(model, dynamic=False)
+    compiled = compile_static(model)
     return tutorial_step(model, lambda: compiled(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss, dtype)
 
 
@@ -82,7 +83,7 @@ def plain_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable
     """The same shape in torch's own modules, with GELU and a tied head."""
     model = Plain(cfg)
     model.head.weight = model.embedding.weight
-    compiled = torch.compile(model, dynamic=False)
+    compiled = compile_static(model)
     return tutorial_step(model, lambda: compiled(tokens[:, :-1], tokens[:, 1:]), dtype)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from megascale.model.attention_tiles import Seen, document_starts
+from megascale.model.compiled import compile_static
 
 TILE = 128  # queries and keys of a tile
 
@@ -76,4 +77,4 @@ def _bias(slopes: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], 
 @cache
 def _kernel(device: str) -> Any:
     """Compiled on CUDA, where it would otherwise materialize the scores; plain elsewhere, for tests."""
-    return torch.compile(flex.flex_attention, dynamic=False) if device == "cuda" else flex.flex_attention
+    return compile_static(flex.flex_attention) if device == "cuda" else flex.flex_attention

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Axis
+from megascale.model.compiled import compile_static
 from megascale.model.layers import linear
 from megascale.model.matmul import product
 
@@ -116,7 +117,7 @@ def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch
 
 @cache
 def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_chunk, dynamic=False)
+    return compile_static(_chunk)
 
 
 def _chunk(

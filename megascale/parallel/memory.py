@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megascale.model.compiled import compile_static
 from megascale.model.decoder import Decoder, Pass, in_turn
 from megascale.model.families import Family
 
@@ -77,4 +78,4 @@ def compile_blocks(model: Family) -> None:
     if isinstance(model, Decoder):
         model.compiled_loss = True
     for _, block in model.units():
-        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+        block.forward = compile_static(block.forward)  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megascale.model.compiled import compile_static
 from megascale.precision.fp8 import E4M3, E5M2, LARGEST, HeldFp8, fp8_grouped, fp8_linear, fp8_product, to_fp8, weight_gradient
 
 # How the formats are laid out: bias of the exponent, bits of the mantissa.
@@ -60,7 +61,7 @@ def test_the_compiled_cast_is_the_same() -> None:
     torch.manual_seed(0)
     x = torch.randn(4096) * torch.logspace(-7, 6, 4096)
     for dtype in (E4M3, E5M2):
-        compiled = torch.compile(to_fp8)(x, dtype)
+        compiled = compile_static(to_fp8)(x, dtype)
         assert torch.equal(compiled.view(torch.uint8), to_fp8(x, dtype).view(torch.uint8))
 
 
@@ -192,7 +193,7 @@ def test_one_graph(held: bool) -> None:
         weights = tuple(HeldFp8(to_fp8(w, E4M3), torch.float32) for w in weights)  # type: ignore[assignment]
     model, x = Products(*weights), torch.randn(2, 16, 32)
     found = []
-    for forward in (model, torch.compile(model, fullgraph=True)):
+    for forward in (model, compile_static(model, fullgraph=True)):
         model.zero_grad()
         inputs = x.clone().requires_grad_()
         y = forward(inputs)
