@@ -15,7 +15,9 @@ from megascale.config.schema import Matformer, Moe, Moeut, Optim, Spacetime, Tok
 from tests.layouts import Case, tiny, train
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
-BOUND = 1e-9  # relative, in fp64: another processor sums in another order, and Adam's first steps magnify that
+# Relative. Weights are drawn in fp32, whose logarithms and cosines another processor rounds otherwise (3.5e-8 of a loss); three steps
+# of Adam make up to 2.3e-6 of it. On one processor a refactoring leaves every bit: write the file anew and compare.
+BOUND = 1e-5
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "ffn_size": 16}
 SCHEMES = ("post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel")
