@@ -17,11 +17,11 @@ from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.limits import raise_open_files
 from megascale.screen import take_any_letter
-from megascale.train.stop import StopFlag
+from megascale.train.faults.stop import StopFlag
 
 if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
+    from megascale.train.faults.watchdog import Watch
     from megascale.train.trainer import Trainer
-    from megascale.train.watch import Watch
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
             ranks = find_ranks()
             asked = load_config(args.config, args.overrides)
             if args.dry_run:
-                from megascale.train.dry_run import dry_run
+                from megascale.train.estimate.dry_run import dry_run
 
                 dry_run(asked, args.ranks or ranks.size, args.json, args.draw)
                 return 0
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
             stop.listen()
             raise_open_files()
             from megascale.train.growing import trainers
-            from megascale.train.place import leave_together, process_group
+            from megascale.train.process_group import leave_together, process_group
 
             watch = group.enter_context(process_group(config, ranks))
             with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
                 raise
             ending = known
             if known.code in (4, 5):
-                from megascale.train.ending import explain
+                from megascale.train.faults.explain import explain
 
                 ending = explain(known, error, watch, config, ranks)
         leave(config, ranks, watch, trainer, ending)

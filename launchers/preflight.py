@@ -22,7 +22,7 @@ import torch.distributed as dist
 import typer
 
 from megascale.cli import new_app, run_tool
-from megascale.comm.agree import gather_json
+from megascale.comm.gather import gather_json
 from megascale.comm.group import interface_mistake, join, open_store
 from megascale.errors import UsageError
 from megascale.launch.devices import device_index

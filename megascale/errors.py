@@ -44,4 +44,4 @@ class StopRequested(MegascaleError):
 
 
 class Halted(Exception):
-    """All ranks leave the work under way at this point, since somebody asked to stop (train/gate.py)."""
+    """All ranks leave the work under way at this point, since somebody asked to stop (train/faults/gate.py)."""

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megascale.comm import agree
+from megascale.comm import gather
 from tests.ranks import run_ranks
 
 
 def several() -> tuple[list[Any], list[Any], str]:
     rank = dist.get_rank()
-    unequal = agree.gather_json({"rank": rank, "text": "é\n" * (1 + 500 * rank), "pair": (1, None), "not finite": float("inf")})
-    nothing = agree.gather_json("" if rank else None)
-    agree.LARGEST = 10
+    unequal = gather.gather_json({"rank": rank, "text": "é\n" * (1 + 500 * rank), "pair": (1, None), "not finite": float("inf")})
+    nothing = gather.gather_json("" if rank else None)
+    gather.LARGEST = 10
     try:
-        agree.gather_json("x" * 20 * rank)
+        gather.gather_json("x" * 20 * rank)
     except ValueError as error:
         return unequal, nothing, str(error)
     return unequal, nothing, ""
@@ -34,6 +34,6 @@ def test_values_of_unequal_length() -> None:
 
 def test_alone() -> None:
     """Catches a process alone that gets another kind of value than ranks would, and plain data that is none."""
-    assert agree.gather_json((1, "a")) == [[1, "a"]]
+    assert gather.gather_json((1, "a")) == [[1, "a"]]
     with pytest.raises(TypeError):
-        agree.gather_json(object())
+        gather.gather_json(object())

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megascale.comm.agreement import differences, unlike
 from megascale.config.load import build_config
-from megascale.train.alike import shared_values
+from megascale.train.start.alike import shared_values
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, run, settings
 

@@ -23,7 +23,7 @@ from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import Weight
 from megascale.parallel.tensor import Placement
-from megascale.train.memory import rank_bytes
+from megascale.train.estimate.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
 from tests.ranks import run_ranks
 

@@ -110,7 +110,7 @@ def test_a_run_changes_engines(folder: Path) -> None:
 
 def spoiled(given: dict[str, Any]) -> tuple[int, str]:
     """A run in which step 3's gradient is not finite on the last rank."""
-    from megascale.train.deepspeed import DeepSpeed
+    from megascale.train.engines.deepspeed import DeepSpeed
 
     real, calls = DeepSpeed.run, [0]
 
@@ -149,12 +149,11 @@ def test_nothing_is_compiled(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback where an extra is missing, and an import of it by those who do not ask for it."""
-    code = (
-        "import sys; sys.modules['deepspeed'] = None; import megascale.train.setup; assert 'megascale.train.deepspeed' not in sys.modules"
-    )
+    name = "megascale.train.engines.deepspeed"
+    code = f"import sys; sys.modules['deepspeed'] = None; import megascale.train.setup; assert '{name}' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    from megascale.train.deepspeed import DeepSpeed
+    from megascale.train.engines.deepspeed import DeepSpeed
     from tests.layouts import CPU, Case, build, tiny
 
     config = build_config(

@@ -10,9 +10,9 @@ import pytest
 from megascale.config.load import build_config
 from megascale.config.schema import Model
 from megascale.data.indexed import TokenFile
+from megascale.data.samples import document_lengths, open_data
 from megascale.measure.compute import flops_per_token, keys_met
-from megascale.model.attention_tiles import visible_pairs
-from megascale.train.samples import document_lengths, open_data
+from megascale.model.ops.attention_tiles import visible_pairs
 from tests.layouts import Case, build, tiny
 from tests.runs import make_tokens, settings
 

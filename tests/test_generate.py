@@ -16,7 +16,7 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
-from megascale.formats.hf import read_hf
+from megascale.formats.hf.model import read_hf
 from megascale.formats.load import load_model
 from megascale.generate import cache
 from megascale.generate.open import ends_of

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megascale.errors import UsageError
-from megascale.model import kernels
+from megascale.model.ops import norm_kernels
 
 CPU = torch.device("cpu")
 
@@ -33,19 +33,19 @@ def test_kernels_are_chosen_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches PyPI's `apex`, another project, being taken for NVIDIA's, and a choice that falls back in silence."""
     calls: list[str] = []
     cuda = torch.device("cuda")
-    assert kernels.choose_kernels("auto", "rmsnorm", CPU).source == "torch"
+    assert norm_kernels.choose_kernels("auto", "rmsnorm", CPU).source == "torch"
     with pytest.raises(UsageError, match="needs a CUDA device"):
-        kernels.choose_kernels("apex", "rmsnorm", CPU)
+        norm_kernels.choose_kernels("apex", "rmsnorm", CPU)
     with pytest.raises(UsageError, match="has no fused_rms_norm_affine here"):
-        kernels.choose_kernels("apex", "rmsnorm", cuda)
+        norm_kernels.choose_kernels("apex", "rmsnorm", cuda)
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # PyPI's has no such module
     with pytest.raises(UsageError, match="has no fused_rms_norm_affine here"):
-        kernels.choose_kernels("apex", "rmsnorm", cuda)
+        norm_kernels.choose_kernels("apex", "rmsnorm", cuda)
     for name, module in stand_in(calls).items():
         monkeypatch.setitem(sys.modules, name, module)
-    choice = kernels.choose_kernels("apex", "rmsnorm", cuda)
+    choice = norm_kernels.choose_kernels("apex", "rmsnorm", cuda)
     x, w = torch.randn(3, 4), torch.ones(4)
-    torch.testing.assert_close(choice.norm(x, w, None, 1e-5), kernels.torch_rmsnorm(x, w, None, 1e-5))
+    torch.testing.assert_close(choice.norm(x, w, None, 1e-5), norm_kernels.torch_rmsnorm(x, w, None, 1e-5))
     assert (choice.source, calls) == ("apex", ["fused"])
 
 
@@ -81,8 +81,8 @@ def test_transformer_engines_norms(norm: str, bias: torch.Tensor | None, monkeyp
     module.RMSNorm, module.LayerNorm = StandInNorm, StandInLayerNorm  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
-    choice = kernels.choose_kernels("te", norm, torch.device("cuda"))
-    own = {"rmsnorm": kernels.torch_rmsnorm, "layernorm": kernels.torch_layernorm}[norm]
+    choice = norm_kernels.choose_kernels("te", norm, torch.device("cuda"))
+    own = {"rmsnorm": norm_kernels.torch_rmsnorm, "layernorm": norm_kernels.torch_layernorm}[norm]
     bias = bias if norm == "layernorm" else None
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
     for _ in range(2):

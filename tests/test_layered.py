@@ -15,7 +15,7 @@ from megascale.config.schema import Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.schedule import layered
 from megascale.schedule.orders import Step, layered_forward_order, layered_order
-from megascale.train.in_backward import InBackward
+from megascale.train.engines.in_backward import InBackward
 from tests.layouts import CPU, Case, build, tiny, train
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, rows, run, settings

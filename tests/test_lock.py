@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megascale.errors import UsageError
-from megascale.train import lock as module
-from megascale.train.lock import LOCK, Holder, RunLock, started, this_process
+from megascale.train.start import lock as module
+from megascale.train.start.lock import LOCK, Holder, RunLock, started, this_process
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import pytest
 
 from megascale.errors import UsageError
 from megascale.rows import metric_mistake, read_lines
-from megascale.train import metrics
-from megascale.train.metrics import RunLog
-from megascale.train.past import past_of
+from megascale.train.log import run_log
+from megascale.train.log.past import past_of
+from megascale.train.log.run_log import RunLog
 
 
 def write(path: Path, *lines: str | bytes) -> Path:
@@ -137,7 +137,7 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room: float = float("inf")
         self.real = os.write
-        monkeypatch.setattr(metrics.os, "write", self.write)
+        monkeypatch.setattr(run_log.os, "write", self.write)
 
     def write(self, file: int, data: bytes) -> int:
         if self.room < 1:
@@ -169,7 +169,7 @@ def test_a_full_disk_keeps_rows_waiting(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches memory that grows for as long as a disk is full, and rows that are lost uncounted."""
-    monkeypatch.setattr(metrics, "KEPT", 3)
+    monkeypatch.setattr(run_log, "KEPT", 3)
     disk, said = FullDisk(monkeypatch), list[str]()
     log = RunLog(tmp_path, 0, said.append)
     disk.room = 0
@@ -192,7 +192,7 @@ def test_a_start_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megascale.train.past.os.replace", full)
+    monkeypatch.setattr("megascale.train.log.past.os.replace", full)
     with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\): make room"):
         RunLog(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"] and steps_in(tmp_path / "metrics.jsonl") == [1, 2]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megascale.config.schema import Optim, Parallel
 from megascale.generate.run import Sampling, generate
 from megascale.measure import compute
-from megascale.model import matmul
+from megascale.model.ops import matmul
 from tests.layouts import Case, build, tiny, train
 from tests.precision.test_unit_scaling import unit
 from tests.runs import make_tokens, rows, run, settings

@@ -14,9 +14,9 @@ from megascale.config.load import load_config
 from megascale.config.schema import Model, Parallel
 from megascale.config.support import check
 from megascale.model.decoder import Decoder, Shape
-from megascale.model.kernels import torch_layernorm
+from megascale.model.ops.norm_kernels import torch_layernorm
 from megascale.model.spec import specs_of
-from megascale.train.dry_run import describe_run
+from megascale.train.estimate.dry_run import describe_run
 from tests.layouts import Case, build, fake_batch, tiny
 from tests.test_layouts import assert_equal
 

@@ -15,7 +15,7 @@ from megascale.launch.ranks import RankInfo
 from megascale.optim.host import OnHost
 from megascale.parallel import apply
 from megascale.parallel.offload import HostStash
-from megascale.train.memory import check_host_room, host_bytes, needed
+from megascale.train.estimate.memory import check_host_room, host_bytes, needed
 from tests.layouts import CPU, Case, build, tiny, train
 from tests.ranks import run_ranks
 from tests.test_layouts import MODELS, assert_equal, single

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megascale.config.schema import Parallel
-from megascale.model import product_cpu
-from megascale.model.compiled import compile_static
 from megascale.model.layers import linear
-from megascale.model.rows import product_by_expert
-from megascale.parallel.memory import PLAIN, _policy
+from megascale.model.ops import matmul_cpu
+from megascale.model.ops.compiled import compile_static
+from megascale.model.ops.grouped_matmul import product_by_expert
+from megascale.parallel.recompute import PLAIN, _policy
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(not product_cpu.ONEDNN, reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not matmul_cpu.ONEDNN, reason="this build of torch has no oneDNN")
 
 ROWS, IN, OUT = 2 * 128, 512, 512
 
@@ -65,23 +65,23 @@ def test_value_and_gradients(biased: bool, transposed: bool) -> None:
 def test_small_and_wide_products_stay_with_torch() -> None:
     """Catches products of fp64, of bf16, or too small to gain, that go to oneDNN."""
     x, weight = random(ROWS, IN), random(OUT, IN)
-    assert product_cpu.takes(x, weight)
-    assert not product_cpu.takes(x[:-1], weight)
+    assert matmul_cpu.takes(x, weight)
+    assert not matmul_cpu.takes(x[:-1], weight)
     for dtype in (torch.float64, torch.bfloat16):
-        assert not product_cpu.takes(x.to(dtype), weight.to(dtype))
-    assert not product_cpu.takes(x.to("meta"), weight.to("meta"))
+        assert not matmul_cpu.takes(x.to(dtype), weight.to(dtype))
+    assert not matmul_cpu.takes(x.to("meta"), weight.to("meta"))
 
 
 def test_products_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an expert's rows that go to another's place or through its matrix the wrong way; the second has too few for oneDNN."""
     sizes, bank, rows_taken = [ROWS, 3, 0, ROWS], random(4, OUT, IN), []
-    inner = product_cpu.product
+    inner = matmul_cpu.product
 
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         rows_taken.append(len(rows))
         return inner(rows, weight)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(product_cpu, "product", product)  # a mode that counts does not see inside an operator
+    monkeypatch.setattr(matmul_cpu, "product", product)  # a mode that counts does not see inside an operator
     for transposed in (False, True):
         x = random(sum(sizes), OUT if transposed else IN)
         y = product_by_expert(x, bank, sizes, transposed)
@@ -134,7 +134,7 @@ def test_layouts_equal_one_process(ranks: int, parallel: Parallel) -> None:
 
 ONE_STEP = """
 import torch
-from megascale.model.compiled import compile_static
+from megascale.model.ops.compiled import compile_static
 x = torch.linspace(0, 1, 4099).requires_grad_()
 compile_static(lambda x: (x.sin() * x).sum())(x).backward()
 assert torch.allclose(x.grad, x.cos() * x + x.sin(), atol=1e-5), (x.grad - x.cos() * x - x.sin()).abs().max()

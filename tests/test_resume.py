@@ -21,11 +21,11 @@ from megascale.checkpoint.storage import step_name
 from megascale.config.load import build_config
 from megascale.data.indexed import TokenWriter
 from megascale.launch.ranks import RankInfo
-from megascale.train import branch
-from megascale.train.lock import LOCK
-from megascale.train.resume import Start
-from megascale.train.room import checkpoint_bytes
 from megascale.train.setup import build_trainer
+from megascale.train.start import branch
+from megascale.train.start.lock import LOCK
+from megascale.train.start.resume import Start
+from megascale.train.start.room import checkpoint_bytes
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
 
 SHARD = "rank-00000.safetensors"

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import megascale.model.rows
+import megascale.model.ops.grouped_matmul
 from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, readings
 from megascale.model.init import initialize, orthogonal
-from megascale.model.kernels import torch_rmsnorm
+from megascale.model.ops.grouped_matmul import Sort, grouped_product, in_one, sum_of_rows
+from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
-from megascale.model.rows import Sort, grouped_product, in_one, sum_of_rows
 from megascale.model.spec import ParamSpec, specs_of
 from tests.layouts import tiny
 
@@ -299,8 +299,8 @@ def test_dropped_tokens_pass_by(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     """Catches garbage of rows without an expert in results or gradients, expert by expert and by the grouped product, which leaves them
     undefined: with all tokens alike only the first find room, the others get zero, and so do their gradients.
     """
-    monkeypatch.setattr(megascale.model.rows, "by_expert", lambda x, weight: dtype == torch.float64)
-    monkeypatch.setattr(megascale.model.rows, "in_one", with_garbage)
+    monkeypatch.setattr(megascale.model.ops.grouped_matmul, "by_expert", lambda x, weight: dtype == torch.float64)
+    monkeypatch.setattr(megascale.model.ops.grouped_matmul, "in_one", with_garbage)
     moe = mixture(capacity_factor=0.5, top_k=1).to(dtype)
     x = torch.randn(1, 1, 24, dtype=dtype).repeat(1, 20, 1).requires_grad_()
     y = moe(x, torch.ones(1, 20, dtype=dtype))

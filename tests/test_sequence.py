@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
-from megascale.model import attention_tiles
-from megascale.model.attention_tiles import Seen, add_block, add_block_gradients, tiles, visible_pairs
-from megascale.parallel.memory import KEPT
-from megascale.parallel.sequence import Spread, places, ring_attention, take, total
+from megascale.model.ops import attention_tiles
+from megascale.model.ops.attention_tiles import Seen, add_block, add_block_gradients, tiles, visible_pairs
+from megascale.parallel.context import Spread, places, ring_attention, take, total
+from megascale.parallel.recompute import KEPT
 from tests.layouts import CPU, Case, build, fake_batch, tiny, train, worst
 from tests.ranks import run_ranks
 from tests.test_layouts import MODELS, assert_equal, single

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.config.schema import Parallel
-from megascale.model import attention_tiles
-from megascale.model.attention_flex import flex_attention, with_blocks
-from megascale.model.attention_masked import masked_attention
-from megascale.model.attention_tiles import Seen, document_starts, tiles
+from megascale.model.ops import attention_tiles
+from megascale.model.ops.attention_flex import flex_attention, with_blocks
+from megascale.model.ops.attention_masked import masked_attention
+from megascale.model.ops.attention_tiles import Seen, document_starts, tiles
 from megascale.model.position import alibi_slopes
 from tests.layouts import Case, build, fake_batch, tiny
 

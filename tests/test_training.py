@@ -16,12 +16,12 @@ import torch
 from megascale.checkpoint import storage
 from megascale.config.load import build_config
 from megascale.data import loader
+from megascale.data.samples import open_data, own_samples, valid_notes
 from megascale.model.block import Block
 from megascale.model.spec import ParamSpec, declare_state
 from megascale.schedule.accumulate import Accumulation
 from megascale.train import setup
-from megascale.train.console import Console
-from megascale.train.samples import open_data, own_samples, valid_notes
+from megascale.train.log.console import Console
 from megascale.train.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings, weights_at

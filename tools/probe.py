@@ -15,22 +15,22 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from megascale.analysis.moments import Gradient, Signal
+from megascale.analysis.probe import Point, probe, warnings
+from megascale.analysis.theory import stack_points
 from megascale.cli import new_app, run_tool
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes, data_parts, describe
 from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.config.support import check
+from megascale.data.samples import micro_batches, open_data, resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, find_ranks
-from megascale.model.moments import Gradient, Signal
 from megascale.model.residual import Stack
-from megascale.model.theory import stack_points
 from megascale.precision.loss_scale import loss_scale
 from megascale.train.build import build_model, build_schedule
-from megascale.train.place import agreed, choose_device, process_group
-from megascale.train.probe import Point, probe, warnings
-from megascale.train.samples import micro_batches, open_data, resolve_vocabulary
+from megascale.train.process_group import agreed, choose_device, process_group
 
 app = new_app(__doc__ or "")
 PANELS = {

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megascale.train.metrics import RunLog
+from megascale.train.log.run_log import RunLog
 
 
 def stop_at(step: int) -> None:

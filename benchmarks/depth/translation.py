@@ -27,12 +27,12 @@ from benchmarks.studies import last
 from megascale.config.load import load_config
 from megascale.data.pairs import PairMixture
 from megascale.data.prepare import prepare_pairs
+from megascale.data.samples import open_data
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import TrainingError
+from megascale.generate.beam import beam_search
 from megascale.launch.ranks import RankInfo
-from megascale.model.beam import beam_search
 from megascale.model.encoder_decoder import EncoderDecoder
-from megascale.train.samples import open_data
 from megascale.train.setup import build_trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "translate.yaml"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import machine, write
-from megascale.model.compiled import compile_static
+from megascale.model.ops.compiled import compile_static
 from megascale.precision.fp8 import E4M3, E5M2, to_fp8
 
 PRODUCTS = ((8192, 4096, 4096), (8192, 4096, 16384), (8192, 16384, 4096), (16384, 2048, 2048), (16384, 2048, 8192), (4096, 8192, 4096))

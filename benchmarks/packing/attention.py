@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import machine, write
-from megascale.model.attention_flex import flex_attention, with_blocks
-from megascale.model.attention_masked import masked_attention
-from megascale.model.attention_tiles import Seen
+from megascale.model.ops.attention_flex import flex_attention, with_blocks
+from megascale.model.ops.attention_masked import masked_attention
+from megascale.model.ops.attention_tiles import Seen
 
 HEADS, HEAD_DIM, MEAN_DOCUMENT = 8, 64, 700
 LENGTHS = (512, 2048, 8192, 32768)

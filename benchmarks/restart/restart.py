@@ -23,7 +23,7 @@ from benchmarks.common import machine, write
 from megascale.config.load import to_yaml
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port
-from megascale.train.watch import BEAT, Watch
+from megascale.train.faults.watchdog import BEAT, Watch
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,11 +22,11 @@ from benchmarks.common import Allocations, machine, write
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
-from megascale.model.attention_tiles import visible_pairs
 from megascale.model.decoder import Shape
-from megascale.model.kernels import torch_rmsnorm
+from megascale.model.ops.attention_tiles import visible_pairs
+from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.parallel.apply import build_stages, parallelize
-from megascale.parallel.sequence import places
+from megascale.parallel.context import places
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 192, "vocab_size": 256}
 

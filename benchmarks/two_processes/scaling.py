@@ -21,7 +21,7 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder, Shape
-from megascale.model.kernels import torch_rmsnorm
+from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import parallelize

@@ -21,7 +21,7 @@ class Traffic:
     """Bytes sent by this rank and collectives started, by axis, since the last `take`.
 
     What is added is added before it is sent, so that `last` names the collective in which a rank hangs. `moved` only rises. `gate`: called
-    before every micro-batch, where all ranks may leave (train/gate.py).
+    before every micro-batch, where all ranks may leave (train/faults/gate.py).
     """
 
     sent: Counter[str] = field(default_factory=Counter)

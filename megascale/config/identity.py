@@ -17,7 +17,7 @@ PATHS = ("data.tokenizer", "data.source_tokenizer")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """{"section.key": value} of what is this run and no other; `train/changes.py` has what else enters the curve."""
+    """{"section.key": value} of what is this run and no other; `train/start/changes.py` has what else enters the curve."""
     flat = flatten(config.plain())
     return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
 

@@ -21,8 +21,8 @@ from megascale.model.block import Block
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.feedforward import FeedForward
-from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Linear
+from megascale.model.ops.norm_kernels import choose_kernels
 
 
 @dataclass(frozen=True)

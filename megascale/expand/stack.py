@@ -14,7 +14,7 @@ from megascale.expand.options import Options
 from megascale.formats.shapes import our_specs
 from megascale.model.decoder import Shape
 from megascale.model.families import build_part
-from megascale.model.kernels import choose_kernels
+from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.residual import Residual, Stack, residual
 from megascale.model.spec import ParamSpec, states_of
 

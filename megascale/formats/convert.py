@@ -18,12 +18,12 @@ from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.files import atomic_folder, check_absent, write_durably
-from megascale.formats.compare import check_comparable, largest_difference
 from megascale.formats.fp8 import plan_inference
-from megascale.formats.hf import Foreign, plan_export, read_hf, write_hf
-from megascale.formats.hf_folder import GENERATION, encoders, tokenizer_files
+from megascale.formats.hf.compare_logits import check_comparable, largest_difference
+from megascale.formats.hf.folder import GENERATION, encoders, tokenizer_files
+from megascale.formats.hf.model import Foreign, plan_export, read_hf, write_hf
 from megascale.formats.json_file import read_object
-from megascale.formats.megatron import read_megatron, write_megatron, write_torch_dist
+from megascale.formats.megatron.checkpoint import read_megatron, write_megatron, write_torch_dist
 from megascale.formats.sources import Checkpoint, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer, gather
 

@@ -8,7 +8,7 @@ import torch
 
 from megascale.checkpoint.storage import steps_in
 from megascale.files import discard
-from megascale.formats.hf import plan_export, write_hf
+from megascale.formats.hf.model import plan_export, write_hf
 from megascale.formats.sources import open_checkpoint
 from megascale.formats.tokenizer_files import export_files, find_tokenizer, gather
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megascale.checkpoint.streaming import Target
 from megascale.errors import UsageError
-from megascale.formats.links import Sizes
 from megascale.formats.shapes import MODEL, our_specs
 from megascale.formats.sources import Checkpoint, Stored
+from megascale.formats.tensor_maps import Sizes
 from megascale.optim.rates import MATRICES
 from megascale.precision.fp8 import E4M3, weight_to_fp8
 

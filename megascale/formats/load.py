@@ -12,8 +12,8 @@ from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Parallel
 from megascale.formats.shapes import MODEL
 from megascale.model.decoder import Shape
-from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
+from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.parallel.apply import ParallelModel, build_stages, parallelize
 
 SLAB = 1 << 26  # elements asked for at once

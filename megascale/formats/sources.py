@@ -18,8 +18,8 @@ from megascale.checkpoint.streaming import Target
 from megascale.checkpoint.trainer import read_trainer
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.formats.links import Sizes, compare_names
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
+from megascale.formats.tensor_maps import Sizes, compare_names
 
 LAST_STEP = 10**15
 

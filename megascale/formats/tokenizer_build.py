@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UsageError
-from megascale.formats.hf_folder import BESIDE, CONFIG, encoders
+from megascale.formats.hf.folder import BESIDE, CONFIG, encoders
 from megascale.formats.json_file import read_object
 
 # Classes of transformers whose vocab.json and merges.txt are byte pairs, and how text is cut before: None as GPT-2 does.

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers
 
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
 from megascale.errors import UsageError
-from megascale.formats.hf_folder import GENERATION, as_json, encoders, tokenizer_files
+from megascale.formats.hf.folder import GENERATION, as_json, encoders, tokenizer_files
 from megascale.formats.tokenizer_build import end_of, open_tokenizer
 
 POSITION = "megascale.json"  # where in its data the run stood that exported the folder

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megascale.model.attention_tiles import Seen
-from megascale.model.matmul import attention
+from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.matmul import attention
 
 GROWTH = 256  # tokens by which a cache grows at least
 MASKED = 1 << 24  # elements of a mask [b, 1 or h, n, t] made at once: longer prompts are read in parts

@@ -14,8 +14,8 @@ from megascale.config.load import build_config
 from megascale.config.schema import Config, Model
 from megascale.config.support import check
 from megascale.errors import UsageError
-from megascale.formats.hf import read_hf
-from megascale.formats.hf_folder import GENERATION, encoders, is_hf_folder
+from megascale.formats.hf.folder import GENERATION, encoders, is_hf_folder
+from megascale.formats.hf.model import read_hf
 from megascale.formats.json_file import read_object
 from megascale.formats.sources import open_checkpoint
 from megascale.formats.tokenizer_files import find_prefix, find_tokenizer

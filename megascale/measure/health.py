@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megascale.comm.agree import gather_json
+from megascale.comm.gather import gather_json
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.measure.compute import gemm_rate
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.model.attention_cpu import LONGEST, CausalAttention
-from megascale.model.attention_flex import flex_attention
-from megascale.model.attention_masked import masked_attention
-from megascale.model.attention_tiles import Seen
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm
-from megascale.model.matmul import attention
+from megascale.model.ops.attention_cpu import LONGEST, CausalAttention
+from megascale.model.ops.attention_flex import flex_attention
+from megascale.model.ops.attention_masked import masked_attention
+from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.matmul import attention
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, rotate
 from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual, Starts

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
-from megascale.model.attention_tiles import Seen
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, dropout, mix64
+from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary
 from megascale.model.residual import Residual, Stack
 from megascale.model.spec import ParamSpec, declare, declare_state

@@ -19,15 +19,15 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part, has_experts
 from megascale.model.attention import identity
-from megascale.model.attention_flex import with_blocks
-from megascale.model.attention_tiles import Seen
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
 from megascale.model.feedforward import FeedForward, activate
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm, linear, mix64
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
+from megascale.model.ops.attention_flex import with_blocks
+from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual

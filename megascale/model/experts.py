@@ -21,12 +21,12 @@ from megascale.config.schema import Model, Moe
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
 from megascale.model.feedforward import FeedForward, activate
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Deferred, deferred_product
 from megascale.model.observe import Observations, Raw
+from megascale.model.ops.grouped_matmul import Sort, add_by_expert, by_expert, grouped_product
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
-from megascale.model.rows import Sort, add_by_expert, by_expert, grouped_product
 from megascale.model.spec import ParamSpec, Role, declare
 from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_grouped, grouped_weight_gradient, to_fp8
 

@@ -6,7 +6,7 @@ from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.encoder_decoder import EncoderDecoder
-from megascale.model.kernels import NormKernel
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.spacetime import Spacetime
 
 Family = Decoder | Spacetime  # an EncoderDecoder is a Decoder, with an encoder beside it

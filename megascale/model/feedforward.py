@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import identity
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual
 from megascale.model.spec import Cut, Role

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from megascale.model import matmul, product_cpu
-from megascale.model.bitlinear import Statistics, quantized_input, quantized_weight
-from megascale.model.kernels import NormKernel, dyt
 from megascale.model.observe import Observations
+from megascale.model.ops import matmul, matmul_cpu
+from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
+from megascale.model.ops.norm_kernels import NormKernel, dyt
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.dynamic import dynamic_linear
 from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_linear, to_fp8, weight_gradient
@@ -24,8 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Every hidden product of the system goes through here, so that another precision or a deferred weight gradient has one place to go.
     """
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if product_cpu.takes(x, weight):
-        y = product_cpu.product(x, weight)
+    if matmul_cpu.takes(x, weight):
+        y = matmul_cpu.product(x, weight)
         return y if bias is None else y + bias
     return matmul.linear(x, weight, bias)
 

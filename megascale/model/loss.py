@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Axis
-from megascale.model.compiled import compile_static
 from megascale.model.layers import linear
-from megascale.model.matmul import product
+from megascale.model.ops.compiled import compile_static
+from megascale.model.ops.matmul import product
 
 # Logits held at once: 512 MiB in bf16. Each chunk passes once over the gradient of the whole head, so that few of them are faster.
 CHUNK_ELEMENTS = 1 << 28

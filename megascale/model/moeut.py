@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attend, attend, identity
-from megascale.model.attention_tiles import Seen
 from megascale.model.block import Context
 from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_through
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Linear, Norm, dropout
-from megascale.model.matmul import weighted_sum
+from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.matmul import weighted_sum
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import Residual, Starts
 from megascale.model.router import Choice, choose, entropy_of, mass_of

@@ -1,7 +1,7 @@
 """Numbers that modules tell of a step, for metrics.jsonl: how busy experts are, how often a precision underflows.
 
 A module keeps an `Observations` of its own and adds 0- and 1-dim tensors to it by name; nothing is read until a step is logged, so the host
-never waits. train/observed.py finds them, sums them over ranks and turns them into a row.
+never waits. train/log/module_metrics.py finds them, sums them over ranks and turns them into a row.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model, Tokenformer
 from megascale.model.layers import Linear
-from megascale.model.matmul import linear, matmul
+from megascale.model.ops.matmul import linear, matmul
 from megascale.model.residual import SECOND_MOMENT, Residual, Starts
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megascale.config.schema import Model
-from megascale.model.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import Seen
 
 
 def buckets(back: Tensor, number: int, furthest: int, causal: bool) -> Tensor:

@@ -23,11 +23,11 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.attention import Attend, attend, attend_all, identity
-from megascale.model.attention_tiles import Seen
 from megascale.model.block import Block, Context, Memory, only
 from megascale.model.decoder import Shape, Table, rows_of
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Norm, linear, mix64
+from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.spec import ParamSpec

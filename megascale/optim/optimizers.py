@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Optim
-from megascale.model.matmul import product
+from megascale.model.ops.matmul import product
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.owners import take_turns, work_shared
 from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of

@@ -19,17 +19,17 @@ from megascale.config.stages import stage_parts, stages_of_rank
 from megascale.model.decoder import Decoder, Shape
 from megascale.model.families import Family, build_part
 from megascale.model.init import initialize
-from megascale.model.kernels import NormKernel
 from megascale.model.layers import Fp8
-from megascale.model.rows import adds_in_place
+from megascale.model.ops.grouped_matmul import adds_in_place
+from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.spec import ParamSpec, specs_of, states_of
+from megascale.parallel.context import spread_sequence
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
-from megascale.parallel.memory import compile_blocks, recompute_blocks
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
-from megascale.parallel.sequence import spread_sequence
+from megascale.parallel.recompute import compile_blocks, recompute_blocks
 from megascale.parallel.tensor import Placement, cut_model, local_tensor
 
 

@@ -21,8 +21,8 @@ from megascale.config.schema import Parallel
 from megascale.model.experts import Arrival, Experts, MixtureOfExperts
 from megascale.model.families import Family
 from megascale.model.moeut import SwitchHead
+from megascale.model.ops.grouped_matmul import inverse_of, permute
 from megascale.model.router import EXPERT_NORM, moved_bias
-from megascale.model.rows import inverse_of, permute
 from megascale.model.spec import ParamSpec
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 

@@ -17,10 +17,10 @@ from megascale.comm.mesh import Axis, Mesh
 from megascale.config.dsp import plan_cuts
 from megascale.config.schema import Model, Parallel
 from megascale.model.attention import Attend
-from megascale.model.attention_tiles import Seen
 from megascale.model.block import Block
+from megascale.model.ops.attention_tiles import Seen
 from megascale.model.spacetime import Grid, Spacetime, along, from_lines, sizes, to_lines
-from megascale.parallel.sequence import cut_evenly, places, ring_attention, total, ulysses_attention
+from megascale.parallel.context import cut_evenly, places, ring_attention, total, ulysses_attention
 
 
 def move(x: Tensor, axis: Axis, shape: tuple[int, ...], source: int | None, target: int | None) -> Tensor:

@@ -15,9 +15,9 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import node_name
 from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
-from megascale.model.kernels import choose_kernels
 from megascale.model.layers import Fp8
-from megascale.model.matmul import way_of
+from megascale.model.ops.matmul import way_of
+from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
 from megascale.optim.masters import immovable_note
@@ -27,9 +27,9 @@ from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
-from megascale.train.engine import Engine, Native
-from megascale.train.in_backward import InBackward
-from megascale.train.memory import shape_of
+from megascale.train.engines.engine import Engine, Native
+from megascale.train.engines.in_backward import InBackward
+from megascale.train.estimate.memory import shape_of
 
 
 def check_torch(config: Config) -> None:
@@ -87,7 +87,7 @@ def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.devic
 
 def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
     if config.parallel.engine == "deepspeed":
-        from megascale.train.deepspeed import DeepSpeed  # an extra, imported for those who ask for it
+        from megascale.train.engines.deepspeed import DeepSpeed  # an extra, imported for those who ask for it
 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)

@@ -12,21 +12,21 @@ from megascale.checkpoint.storage import step_name
 from megascale.comm.agreement import Agreement
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
+from megascale.data.samples import resolve_vocabulary
 from megascale.expand.grow import grow, grown_config, refuse_nothing
 from megascale.expand.options import Options, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
-from megascale.train.alike import check_config
-from megascale.train.opening import open_run
+from megascale.train.faults.stop import StopFlag
+from megascale.train.faults.watchdog import SAVING, Pulse
 from megascale.train.phases import Phase
-from megascale.train.place import agreed
-from megascale.train.resume import step_of
-from megascale.train.samples import resolve_vocabulary
+from megascale.train.process_group import agreed
 from megascale.train.setup import build_trainer
-from megascale.train.stop import StopFlag
+from megascale.train.start.alike import check_config
+from megascale.train.start.opening import open_run
+from megascale.train.start.resume import step_of
 from megascale.train.trainer import Trainer
-from megascale.train.watch import SAVING, Pulse
 
 
 def asked(entry: GrowAt, seed: int) -> tuple[Sizes, Options]:

@@ -20,29 +20,7 @@ from megascale.config.layout import axis_sizes, describe
 from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.data.loader import Batch, Prefetcher
-from megascale.errors import UsageError
-from megascale.formats.export import export_beside
-from megascale.formats.load import fill
-from megascale.launch.ranks import RankInfo
-from megascale.measure.compute import peak_flops
-from megascale.optim.schedule import begun_again
-from megascale.parallel.apply import ParallelModel
-from megascale.train.alike import check_config, check_data
-from megascale.train.announce import announce
-from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
-from megascale.train.changes import Prints, sources_of
-from megascale.train.console import Console
-from megascale.train.engine import Engine
-from megascale.train.memory import check_host_room
-from megascale.train.metrics import RunLog
-from megascale.train.observed import Observed
-from megascale.train.opening import STOP, Opening, claim_run_dir, open_run
-from megascale.train.phases import Phase
-from megascale.train.place import agreed, choose_device
-from megascale.train.reporter import Reporter
-from megascale.train.resume import Start, check_coefficients, find_start, is_own, model_changes
-from megascale.train.room import room_for
-from megascale.train.samples import (
+from megascale.data.samples import (
     Samples,
     document_lengths,
     micro_batches,
@@ -53,10 +31,32 @@ from megascale.train.samples import (
     resolve_vocabulary,
     valid_notes,
 )
+from megascale.errors import UsageError
+from megascale.formats.export import export_beside
+from megascale.formats.load import fill
+from megascale.launch.ranks import RankInfo
+from megascale.measure.compute import peak_flops
+from megascale.optim.learning_rate import begun_again
+from megascale.parallel.apply import ParallelModel
+from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
+from megascale.train.engines.engine import Engine
+from megascale.train.estimate.memory import check_host_room
+from megascale.train.faults.stop import StopFlag
+from megascale.train.faults.watchdog import Pulse
+from megascale.train.log.announce import announce
+from megascale.train.log.console import Console
+from megascale.train.log.module_metrics import Observed
+from megascale.train.log.reporter import Reporter
+from megascale.train.log.run_log import RunLog
+from megascale.train.phases import Phase
+from megascale.train.process_group import agreed, choose_device
+from megascale.train.start.alike import check_config, check_data
+from megascale.train.start.changes import Prints, sources_of
+from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run
+from megascale.train.start.resume import Start, check_coefficients, find_start, is_own, model_changes
+from megascale.train.start.room import room_for
 from megascale.train.state import Progress, check_finite
-from megascale.train.stop import StopFlag
 from megascale.train.trainer import Trainer
-from megascale.train.watch import Pulse
 
 
 @contextmanager

@@ -14,16 +14,16 @@ from megascale.checkpoint.saver import Checkpointer, Event
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
-from megascale.optim.schedule import learning_rate
+from megascale.optim.learning_rate import learning_rate
 from megascale.parallel.apply import ParallelModel
 from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import sampled_step
-from megascale.train.engine import Engine
-from megascale.train.reporter import Reporter, StepClock, StepResult
+from megascale.train.engines.engine import Engine
+from megascale.train.faults.stop import StopFlag
+from megascale.train.faults.watchdog import SAVING, Pulse
+from megascale.train.log.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress
-from megascale.train.stop import StopFlag
-from megascale.train.watch import SAVING, Pulse
 
 
 class Trainer:

@@ -11,7 +11,7 @@ import pytest
 from megascale.checkpoint import room, storage
 from megascale.checkpoint.room import after_failure, before_start, fitting
 from megascale.config.schema import Checkpoint
-from megascale.train.room import saves_of
+from megascale.train.start.room import saves_of
 from tests.checkpoint.states import checkpointer, vector
 
 

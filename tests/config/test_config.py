@@ -432,7 +432,7 @@ def test_errors_are_of_the_documented_codes() -> None:
 
 def test_every_config_that_ships_is_valid() -> None:
     """Catches a typo in configs/; sizes are those of their names, to 3 %."""
-    from megascale.train.dry_run import describe_run
+    from megascale.train.estimate.dry_run import describe_run
 
     shipped = sorted(Path("configs").glob("*.yaml"))
     assert len(shipped) >= 8

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megascale.data.fingerprint import BLOCK, PLACES, file_print, places, print_of
+from megascale.data.samples import overlap_note
 from megascale.errors import UsageError
-from megascale.train.samples import overlap_note
 
 
 def test_other_content_of_the_same_size(tmp_path: Path) -> None:

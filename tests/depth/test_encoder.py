@@ -12,10 +12,10 @@ from megascale.config.load import build_config
 from megascale.data.dataset import Mixture, Source
 from megascale.data.loader import make_batch
 from megascale.data.masking import Masking
+from megascale.data.samples import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.model.attention import attend_all
-from megascale.model.attention_tiles import Seen
-from megascale.train.samples import resolve_vocabulary
+from megascale.model.ops.attention_tiles import Seen
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale.analysis import moments
+from megascale.analysis.moments import Gradient, Signal
+from megascale.analysis.probe import Point, probe, warnings
+from megascale.analysis.theory import feed_forward, stack_points
 from megascale.config.load import build_config
 from megascale.config.schema import Parallel
 from megascale.data.loader import sample_numbers
 from megascale.launch.ranks import RankInfo
-from megascale.model import moments
-from megascale.model.moments import Gradient, Signal
 from megascale.model.residual import Stack, residual
-from megascale.model.theory import feed_forward, stack_points
 from megascale.train.build import build_schedule
-from megascale.train.probe import Point, probe, warnings
 from tests.depth.test_table import scheme
 from tests.layouts import CPU, Case, build, fake_batch
 from tests.ranks import run_ranks

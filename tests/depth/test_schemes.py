@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megascale.model.bitlinear import Statistics, quantized_input, quantized_weight
+from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
 from tests.depth.test_table import SCHEMES, scheme
 from tests.layouts import Case, build, fake_batch
 

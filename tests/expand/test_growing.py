@@ -13,11 +13,11 @@ from megascale.config.load import build_config
 from megascale.config.schema import Optim
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo
-from megascale.optim.schedule import begun_again, learning_rate
-from megascale.train.dry_run import dry_run
+from megascale.optim.learning_rate import begun_again, learning_rate
+from megascale.train.estimate.dry_run import dry_run
+from megascale.train.faults.stop import StopFlag
+from megascale.train.faults.watchdog import Pulse
 from megascale.train.growing import trainers
-from megascale.train.stop import StopFlag
-from megascale.train.watch import Pulse
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, settings
 

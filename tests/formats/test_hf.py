@@ -17,12 +17,12 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
-from megascale.formats.compare import our_logits
 from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
-from megascale.formats.hf import read_hf
+from megascale.formats.hf.compare_logits import our_logits
+from megascale.formats.hf.model import read_hf
 from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
-from megascale.model.beam import beam_search
+from megascale.generate.beam import beam_search
 from megascale.model.encoder_decoder import EncoderDecoder
 from tests.formats.models import FAMILIES, LENGTH, PLAIN, auto, config_values, logits, save
 
@@ -132,7 +132,7 @@ def test_files_are_cut_and_written_alike_by_any_number_of_workers(tmp_path: Path
     hf_to_megascale(tmp_path / "cut", tmp_path / "b", Options(slab_bytes=777, workers=2))
     for path in (tmp_path / "a").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
-    monkeypatch.setattr("megascale.formats.hf.FILE_BYTES", 30000)
+    monkeypatch.setattr("megascale.formats.hf.model.FILE_BYTES", 30000)
     megascale_to_hf(tmp_path / "a", tmp_path / "back", Options(workers=2))
     index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -196,7 +196,7 @@ def test_dtypes_are_as_asked(tmp_path: Path) -> None:
 )
 def test_what_no_family_has_is_not_exported(section: dict[str, Any], words: str) -> None:
     """Catches an export that is another model: what stands in the way is named."""
-    from megascale.formats.hf_config import hf_config
+    from megascale.formats.hf.config import hf_config
     from tests.layouts import tiny
 
     with pytest.raises(UsageError) as error:
@@ -206,7 +206,7 @@ def test_what_no_family_has_is_not_exported(section: dict[str, Any], words: str)
 
 def test_gates_of_one_are_not_read() -> None:
     """Catches another model: of one expert a token these divide the gate by itself, and ours is a probability."""
-    from megascale.formats.hf_config import hf_config, model_section
+    from megascale.formats.hf.config import hf_config, model_section
     from tests.layouts import tiny
 
     config = hf_config(tiny(moe={"top_k": 2}), 12)

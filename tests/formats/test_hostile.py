@@ -22,8 +22,8 @@ from megascale.errors import UsageError
 from megascale.expand.source import open_source
 from megascale.files import atomic_folder
 from megascale.formats.convert import Options, hf_to_megascale
-from megascale.formats.megatron import find_iteration, read_megatron, write_megatron, write_torch_dist
-from megascale.formats.pickles import read_pickle, read_torch, read_torch_bytes
+from megascale.formats.megatron.checkpoint import find_iteration, read_megatron, write_megatron, write_torch_dist
+from megascale.formats.megatron.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.sources import open_checkpoint
 from megascale.generate.open import open_any
 from tests.formats.test_megatron import MODELS, SEQ, checkpoint

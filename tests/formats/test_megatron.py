@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from megascale.checkpoint.streaming import Target, write_streamed
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.formats.compare import our_logits
-from megascale.formats.megatron import read_megatron, write_megatron, write_torch_dist
-from megascale.formats.pickles import read_pickle, read_torch, read_torch_bytes
+from megascale.formats.hf.compare_logits import our_logits
+from megascale.formats.megatron.checkpoint import read_megatron, write_megatron, write_torch_dist
+from megascale.formats.megatron.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.shapes import MODEL, our_shapes
 from megascale.formats.sources import Checkpoint, open_checkpoint
 from tests.layouts import tiny
@@ -116,8 +116,8 @@ def test_a_distributed_checkpoint_comes_back(name: str, spec: str, tmp_path: Pat
     """Catches a rectangle that lies elsewhere than .metadata says, layers of one kind that change places, a file that is not begun when the
     last is full, and a rectangle that brings along what it was cut from.
     """
-    monkeypatch.setattr("megascale.formats.megatron_dist.CHUNK", 200)
-    monkeypatch.setattr("megascale.formats.megatron_dist.FILE_BYTES", 40000)
+    monkeypatch.setattr("megascale.formats.megatron.distributed.CHUNK", 200)
+    monkeypatch.setattr("megascale.formats.megatron.distributed.FILE_BYTES", 40000)
     model, folder = MODELS.get(name, MIXED), tmp_path / "out/iter_0000007"
     ours = checkpoint(model, tmp_path / "ours")
     write_torch_dist(ours, tmp_path / "out", spec, 16, None)
@@ -169,7 +169,7 @@ def test_against_megatron_core(name: str, tmp_path: Path, monkeypatch: pytest.Mo
             assert (got - logits[..., : model.vocab_size]).abs().max() < 1e-4, folder  # type: ignore[index]
     ours = checkpoint(model, tmp_path / "ours")
     exact = our_logits(model, SEQ, ours.source.read, tokens)
-    monkeypatch.setattr("megascale.formats.megatron_dist.CHUNK", 500)
+    monkeypatch.setattr("megascale.formats.megatron.distributed.CHUNK", 500)
     write_torch_dist(ours, tmp_path / "dist", "local", 12, None)
     for tp, pp in ((1, 1), (2, 1), (1, 2)):
         logits = oracle(

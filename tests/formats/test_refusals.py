@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megascale.errors import UsageError
 from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
-from megascale.formats.hf import read_hf
+from megascale.formats.hf.model import read_hf
 from tests.formats.models import PLAIN, save
 from tools.convert import app
 
@@ -194,7 +194,7 @@ def test_a_killed_conversion_is_finished(whole: Path, tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return real(path, *rest)
 
-    monkeypatch.setattr("megascale.formats.hf.FILE_BYTES", 20000)
+    monkeypatch.setattr("megascale.formats.hf.model.FILE_BYTES", 20000)
     monkeypatch.setattr("megascale.checkpoint.streaming.write_shard", write)
     with pytest.raises(KeyboardInterrupt):
         megascale_to_hf(whole / "ours", tmp_path / "out", Options())

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from megascale.config.load import build_config
 from megascale.data.loader import make_batch
 from megascale.data.pairs import SpanMixture
-from megascale.formats.compare import our_logits
-from megascale.formats.hf import read_hf
+from megascale.data.samples import masking_of, open_data
+from megascale.formats.hf.compare_logits import our_logits
+from megascale.formats.hf.model import read_hf
 from megascale.formats.sources import open_checkpoint
-from megascale.train.samples import masking_of, open_data
 from tests.formats.models import auto, save
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings

@@ -14,7 +14,7 @@ import pretrain
 from megascale.config.load import build_config, to_yaml
 from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo
-from megascale.train.stop import StopFlag
+from megascale.train.faults.stop import StopFlag
 from tests.runs import make_tokens, settings
 
 
@@ -158,7 +158,7 @@ def test_a_disk_that_fails_in_training(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_a_failed_last_save_comes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str) -> None:
     """Catches a node lost in the last save that scripts take for a training that cannot go on, and a watch that is not asked."""
     from megascale.checkpoint import saver
-    from megascale.train.watch import Watch
+    from megascale.train.faults.watchdog import Watch
 
     make_tokens(tmp_path / "tokens")
     real, asked = saver.write_checkpoint, []

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from megascale.errors import Halted
-from megascale.train.gate import Gate, Leaving
+from megascale.train.faults.gate import Gate, Leaving
 
 RANKS, POINTS = 3, 40
 

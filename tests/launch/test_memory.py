@@ -15,7 +15,7 @@ import torch
 from megascale.config.load import build_config, to_yaml
 from megascale.config.support import check
 from megascale.launch.ranks import RankInfo
-from megascale.train import fits, memory
+from megascale.train.estimate import memory, oom_advice
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,12 +50,12 @@ def test_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
     config = build_config(settings(tmp_path, **WIDE))
     for ranks in (1, 2):
         state, live = memory.needed(check(config, ranks), ranks)
-        for group in fits.options(check(config, ranks), ranks):
+        for group in oom_advice.options(check(config, ranks), ranks):
             assert group and all(need < state + live for _, need in group)
             alone = [need for words, need in group if " " not in words]
             assert alone == sorted(alone, reverse=True)
-    monkeypatch.setattr(fits, "limit_of", lambda device, ranks: (state + live) * 0.6)
-    text = fits.what_fits(config, torch.device("cpu"), RankInfo())
+    monkeypatch.setattr(oom_advice, "limit_of", lambda device, ranks: (state + live) * 0.6)
+    text = oom_advice.what_fits(config, torch.device("cpu"), RankInfo())
     assert "train.micro_batch_size=2048" in text or "train.micro_batch_size=1024" in text
-    monkeypatch.setattr(fits, "limit_of", lambda device, ranks: 1000.0)
-    assert "smaller model.hidden_size" in fits.what_fits(config, torch.device("cpu"), RankInfo())
+    monkeypatch.setattr(oom_advice, "limit_of", lambda device, ranks: 1000.0)
+    assert "smaller model.hidden_size" in oom_advice.what_fits(config, torch.device("cpu"), RankInfo())

@@ -15,8 +15,8 @@ from megascale.comm.roll import Word, disagreement, roll_call
 from megascale.config.load import build_config
 from megascale.errors import MegascaleError, PeerLostError, UsageError
 from megascale.launch.ranks import RankInfo
-from megascale.train import place
-from megascale.train.announce import unused_gpu_note
+from megascale.train import process_group
+from megascale.train.log.announce import unused_gpu_note
 from tests.config.test_config import BASE
 
 GPU, CPU = Word("n1", "cuda"), Word("n2", "cpu")
@@ -75,8 +75,8 @@ def test_a_first_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(*args: Any) -> None:
         raise dist.DistNetworkError("The client socket has timed out after 10000ms while trying to connect to (10.0.0.1, 2000).")
 
-    monkeypatch.setattr(place, "open_store", nobody)
-    met = place.process_group(build_config(BASE), RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun"))
+    monkeypatch.setattr(process_group, "open_store", nobody)
+    met = process_group.process_group(build_config(BASE), RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun"))
     with pytest.raises(PeerLostError, match=r"rank 0 does not answer at 10\.0\.0\.1:2000 within 600 s"), met:
         pass
 
@@ -90,14 +90,17 @@ def test_a_device_that_is_missing_is_told_to_the_others(monkeypatch: pytest.Monk
         raise UsageError("enough")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(place, "open_store", lambda *a: None)
-    monkeypatch.setattr(place, "roll_call", called)
+    monkeypatch.setattr(process_group, "open_store", lambda *a: None)
+    monkeypatch.setattr(process_group, "roll_call", called)
     config = build_config({**BASE, "run": {"device": "cuda", "threads": torch.get_num_threads()}})
-    with pytest.raises(UsageError, match="enough"), place.process_group(config, RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun")):
+    with pytest.raises(UsageError, match="enough"), process_group.process_group(config, RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun")):
         pass
     assert told[0] == "cpu" and "torch finds no CUDA device" in told[1]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
-    with pytest.raises(UsageError, match="enough"), place.process_group(build_config(BASE), RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun")):
+    with (
+        pytest.raises(UsageError, match="enough"),
+        process_group.process_group(build_config(BASE), RankInfo(1, 2, 0, 1, "10.0.0.1", 2000, "srun")),
+    ):
         pass
     assert "'no-such-interface', and the interfaces that have an address here are" in told[4]
 

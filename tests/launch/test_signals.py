@@ -24,9 +24,9 @@ from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo
 from megascale.schedule.accumulate import Accumulation
 from megascale.train import setup
-from megascale.train.gate import Leaving
-from megascale.train.stop import ECHO, StopFlag
-from megascale.train.watch import Pulse
+from megascale.train.faults.gate import Leaving
+from megascale.train.faults.stop import ECHO, StopFlag
+from megascale.train.faults.watchdog import Pulse
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 
@@ -216,7 +216,7 @@ def test_a_stop_file_is_named(tmp_path: Path) -> None:
 STUCK = """
 import sys, datetime
 import torch.distributed as dist
-from megascale.train.stop import StopFlag
+from megascale.train.faults.stop import StopFlag
 stop = StopFlag()
 stop.loud = True
 stop.listen()
@@ -243,7 +243,7 @@ def test_a_second_interrupt_ends_a_hung_process() -> None:
 
 HEARD = """
 import signal, sys, time
-from megascale.train.stop import SIGNALS, StopFlag
+from megascale.train.faults.stop import SIGNALS, StopFlag
 ignored = sys.argv[1:] == ["nohup"]
 if ignored:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -22,8 +22,8 @@ from megascale.config.load import to_yaml
 from megascale.launch.exits import Exit
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port
-from megascale.train.lived import LivedClock
-from megascale.train.watch import BEAT, GONE, SAVING, STARTING, Beat, Sight, Watch, blame, judge, words_of
+from megascale.train.faults.lived import LivedClock
+from megascale.train.faults.watchdog import BEAT, GONE, SAVING, STARTING, Beat, Sight, Watch, blame, judge, words_of
 from tests.runs import make_tokens, rows, settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from megascale.config.load import build_config
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.precision.dynamic import Recipe, dynamic_linear
-from megascale.train.announce import cast_note
 from megascale.train.build import check_torch
+from megascale.train.log.announce import cast_note
 from tests.layouts import Case, tiny, train
 from tests.ranks import run_ranks
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megascale.model.compiled import compile_static
+from megascale.model.ops.compiled import compile_static
 from megascale.precision.fp8 import E4M3, E5M2, LARGEST, HeldFp8, fp8_grouped, fp8_linear, fp8_product, to_fp8, weight_gradient
 
 # How the formats are laid out: bias of the exponent, bits of the mantissa.

@@ -19,7 +19,7 @@ from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.parallel.precision import watched_casts
 from megascale.train.build import build_engine, build_model
-from megascale.train.observed import Observed
+from megascale.train.log.module_metrics import Observed
 from tests.layouts import CPU, Case, fake_batch
 from tests.ranks import run_ranks
 

@@ -1,0 +1,245 @@
+"""config.json ↔ the model section. Nothing is guessed: what the table does not understand is refused with its key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megascale.config.load import flatten
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.formats.hf import t5
+from megascale.formats.hf.families import BY_TYPE, FAMILIES, NOT_HERE, Family
+from megascale.formats.hf.keys import ONLY, harmless
+from megascale.formats.hf.rope import ROPE, read_rope, rope_keys
+
+WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
+# Keys of the model section that no logit of a finished model depends on: how it starts and how it is trained. An export drops no token.
+TRAINING = frozenset(
+    [
+        "init_std",
+        "dropout",
+        "token_correlation",
+        "deepscale_unit",
+        "dyt_alpha",
+        "branchnorm_period",
+        "moe.aux_loss",
+        "moe.z_loss",
+        "moe.bias_rate",
+        "moe.capacity_factor",
+        "moe.eval_capacity_factor",
+        "moe.init",
+    ]
+)
+LONGEST = 1 << 40  # sequence that a file may name
+SHOWN = 100  # characters of a value in a message
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that a config.json is of. Raises UsageError for one that is not known."""
+    kind = config.get("model_type")
+    known = ", ".join(f.model_type for f in FAMILIES)
+    if not isinstance(kind, str) or kind not in BY_TYPE:
+        reason = f" ({NOT_HERE[kind]})" if isinstance(kind, str) and kind in NOT_HERE else ""
+        raise UsageError(f"{where}: model_type is {kind!r}{reason}, and models of {known} can be read: use one of these")
+    family = BY_TYPE[kind]
+    named = config.get("architectures") or [family.architecture]
+    if not isinstance(named, list) or not {family.architecture, *family.also}.intersection(n for n in named if isinstance(n, str)):
+        raise UsageError(
+            f"{where}: architectures is {shown(named)}, and of {kind} it is {' or '.join((family.architecture, *family.also))} that can be "
+            "read: use its language model"
+        )
+    return family
+
+
+def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | None]:
+    """config.json → the model section and the longest sequence, None where it does not say.
+
+    where  the file, for messages
+
+    Raises UsageError naming every key that is not understood.
+    """
+    family = family_of(config, where)
+    problems = _unknown(family, config)
+    for key, allowed in {**ONLY, **family.fixed}.items():
+        value = config.get(key, allowed[0])
+        if value not in allowed and not (value is None and key in ONLY):
+            problems.append(f"{key} is {shown(value)}, and only {allowed[0]!r} can be had here")
+    flat: dict[str, Any] = {"family": "decoder", **family.ours}
+    for known_key in family.keys:
+        value = config.get(known_key.theirs, config.get(known_key.also or known_key.theirs, known_key.default))
+        if known_key.values is None:
+            flat[known_key.ours] = value
+        elif isinstance(value, str | bool) and value in known_key.values:
+            flat[known_key.ours] = known_key.values[value]
+        else:
+            problems.append(f"{known_key.theirs} is {shown(value)}, and {', '.join(map(repr, known_key.values))} can be had here")
+    window, problem = _window(family, config, flat.get("num_layers"))
+    flat["sliding_window"] = window
+    length = config.get(family.length, family.default_length)
+    if family.theta is not None:
+        flat["rope_theta"], flat["rope_scaling"], trouble = read_rope(config, family.theta, length)
+        problems += trouble
+    problems += [problem] if problem else []
+    if flat.get("moe.top_k") == 1 and flat.get("moe.router") == "topk_softmax" and flat.get("moe.num_experts") != 1:
+        problems.append("one expert a token has a gate that is divided by itself, which is 1, and gates here are probabilities then")
+    rows = config.get("type_vocab_size", 2)
+    if family.model_type == "t5":
+        flat["head_scale"] = t5.head_scale(config)
+        problems += t5.problems(config)
+    if family.segments is not None and (type(rows) is not int or rows < 1):
+        problems.append(f"type_vocab_size is {shown(rows)}, and there is one segment at least")
+    if problems:
+        raise UsageError(f"{where} describes a {family.model_type} model that cannot be read: {'; '.join(problems)}")
+    if length is not None and (type(length) is not int or not 1 <= length <= LONGEST):
+        raise UsageError(f"{where}: {family.length} is {shown(length)}, and it is the longest sequence of the model: correct the file")
+    model = _validated(flat, where)
+    if model.vocab_size is None:
+        raise UsageError(f"{where} has no vocab_size: add the number of rows of its embedding")
+    return model, length
+
+
+def _unknown(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """What is said under keys that are not understood."""
+    known = {k.theirs for k in family.keys} | {k.also for k in family.keys if k.also is not None}
+    known |= ONLY.keys() | family.fixed.keys() | WINDOW | {family.length} | (ROPE if family.theta is not None else set())
+    return [
+        f"{shown(k)[1:-1]} is {shown(v)}, which is not understood"
+        for k, v in config.items()
+        if k not in known and not harmless(k) and v is not None
+    ]
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    said = repr(value)
+    return said if len(said) <= SHOWN else f"{said[:SHOWN]}…"
+
+
+def _validated(flat: Mapping[str, Any], where: str) -> Model:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, inner = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[inner] = value
+    if isinstance(nested.get("num_heads"), int) and nested.get("hidden_size") is not None and nested["num_heads"] < 1:
+        raise UsageError(f"{where}: the number of heads is {nested['num_heads']}: correct the file")
+    try:
+        return Model.model_validate(nested)
+    except (ValidationError, TypeError) as error:
+        first: Any = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error), "input": None}
+        key = ".".join(map(str, first["loc"]))
+        said = str(first["msg"]).removeprefix("Value error, ")
+        said = f"model.{key} would be {shown(first['input'])}: {said}" if key else said
+        raise UsageError(f"{where} describes a model that cannot be: {said}") from None
+
+
+def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int | None, str | None]:
+    """The window of every layer, and what is wrong where layers differ."""
+    value = config.get("sliding_window", family.default_window)
+    kinds = config.get("layer_types")
+    if family.window == "never":
+        value = config.get("sliding_window")
+        return (None, None) if value is None else (None, f"sliding_window is {shown(value)}, which {family.model_type} does not have")
+    asked = family.window == "asked"
+    if asked and not config.get("use_sliding_window", False):
+        value = None
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds)):
+        return None, f"layer_types is {shown(kinds)}, and it is a list with the kind of each layer"
+    first = config.get("max_window_layers", 28)
+    if asked and kinds is None and value is not None and type(first) is int and type(layers) is int:
+        # The first layers see everything, the others the window.
+        kinds = [*(["full_attention"] if first > 0 else []), *(["sliding_attention"] if first < layers else [])]
+    elif kinds is not None and len(kinds) != layers:
+        return None, f"layer_types has {len(kinds)} entries, and there are {shown(layers)} layers"
+    if asked and kinds and set(kinds) == {"full_attention"}:
+        value = None
+    wanted = "full_attention" if value is None else "sliding_attention"
+    if kinds is not None and any(k != wanted for k in kinds):
+        return None, f"layer_types is {shown(sorted(set(kinds)))} with sliding_window {shown(value)}, and all layers see alike here"
+    return value, None
+
+
+def functional(model: Model) -> dict[str, Any]:
+    """{"section.key": value} of what a finished model's logits depend on."""
+    flat = flatten({k: v for k, v in model.model_dump(mode="json").items() if v is not None})
+    balance = flat.pop("moe.balance", None)
+    if balance == "bias":
+        flat["moe.balance"] = balance  # it adds a bias to the choice of experts
+    if model.moe is not None and model.moe.every == 1:
+        flat.pop("ffn_size", None)  # no layer is dense
+    if model.position != "rope":
+        flat.pop("rope_theta", None)
+    if model.position != "relative":
+        flat.pop("relative_buckets")
+        flat.pop("relative_distance")
+    return {k: v for k, v in flat.items() if k not in TRAINING and v is not None}
+
+
+def differences(model: Model, other: Model) -> dict[str, tuple[Any, Any]]:
+    """{"key": (of model, of other)} where their logits would differ."""
+    mine, theirs = functional(model), functional(other)
+    return {k: (mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)}
+
+
+def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config.json of a model: of the first family that has exactly what it has.
+
+    original  the config.json it once came from: its harmless keys are kept where the family is the same
+
+    Raises UsageError naming what stands in the way of the family that comes nearest.
+    """
+    nearest: tuple[Family, dict[str, tuple[Any, Any]]] | None = None
+    if model.moe is not None and model.moe.top_k == 1 and model.moe.router == "topk_softmax":
+        model = model.model_copy(update={"moe": model.moe.model_copy(update={"router": "softmax_topk"})})  # the same with one gate
+    kind = (original or {}).get("model_type")
+    for family in sorted(FAMILIES, key=lambda f: f.model_type != kind):
+        found = _as_family(model, seq_len, family, original if family.model_type == kind else None)
+        if found is None:
+            continue
+        other, _ = model_section(found, "the export")
+        changed = differences(model, other)
+        if not changed:
+            return found
+        if nearest is None or len(changed) < len(nearest[1]):
+            nearest = (family, changed)
+    if nearest is None:
+        raise UsageError(f"model.family is {model.family}, and no Hugging Face family here is of that kind: export text models")
+    family, changed = nearest
+    said = ", ".join(f"model.{k} is {mine!r} (it has {theirs!r})" for k, (mine, theirs) in changed.items())
+    raise UsageError(f"no Hugging Face family has what this model has; {family.model_type} comes nearest, but {said}")
+
+
+def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The model's values under the family's keys; None where it is not even of its kind."""
+    flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
+    if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
+        return None
+    if model.moe is not None and model.moe.top_k == 1 < model.moe.num_experts and family.ours.get("moe.router") == "topk_softmax":
+        return None  # its only gate is 1
+    config: dict[str, Any] = {k: v for k, v in (original or {}).items() if harmless(k)}
+    config |= {"architectures": [family.architecture], "model_type": family.model_type}
+    for key in family.keys:
+        value = flat.get(key.ours)
+        if key.values is not None:
+            value = next((t for t, o in key.values.items() if o == value), key.default)
+        config[key.theirs] = value
+    if config.get("head_dim") is None or (family.model_type == "olmo2" and model.head_dim == model.hidden_size // model.num_heads):
+        config.pop("head_dim", None)
+    config |= {key: allowed[0] for key, allowed in family.fixed.items()}
+    config[family.length] = seq_len
+    if family.model_type == "t5":
+        config |= t5.keys(model)
+    if family.segments is not None:
+        rows = config.get("type_vocab_size")
+        config["type_vocab_size"] = rows if type(rows) is int and 0 < rows < LONGEST else 2
+    if family.theta is not None:
+        known = (original or {}).get(family.length)
+        config |= rope_keys(model, max(seq_len, known) if type(known) is int else seq_len, family.length)
+    if family.window != "never":
+        config["sliding_window"] = model.sliding_window
+    if family.window == "asked":
+        kind = "full_attention" if model.sliding_window is None else "sliding_attention"
+        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0, "layer_types": [kind] * model.num_layers}
+    return config

@@ -1,0 +1,289 @@
+"""Hugging Face folders as models: read as ours, and written from ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.checkpoint.streaming import Block, FilePlan, Progress, Target, write_files
+from megascale.config.schema import Model
+from megascale.errors import UsageError
+from megascale.files import atomic_folder, write_durably
+from megascale.formats.hf import t5
+from megascale.formats.hf.config import differences, family_of, hf_config, model_section
+from megascale.formats.hf.families import BY_TYPE, Family
+from megascale.formats.hf.folder import CONFIG, INDEX, SINGLE, as_json, open_hf
+from megascale.formats.hf.tensor_names import links_of
+from megascale.formats.json_file import read_object
+from megascale.formats.shapes import check_depth, check_floating
+from megascale.formats.sources import Checkpoint, Stored
+from megascale.formats.tensor_maps import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
+
+# Buffers that older versions of transformers saved with the weights.
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(bert\.)?embeddings\.position_ids")
+# What the first BERTs, which came from TensorFlow, call the weight and the bias of a norm.
+OLD_NORMS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+# What wraps a model, and what it puts before every name.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "PEFT",
+}
+FILE_BYTES = 5 * 10**9  # of one file, as transformers has it
+COMPARED = 1 << 24  # elements of tables compared at once
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model in another format, checked: `model` as ours, its longest sequence, how to make our weights, and `notes` to be told."""
+
+    model: Model
+    seq_len: int
+    targets: list[Target]
+    produce: Rearranged
+    config: dict[str, Any]
+    stamp: str
+    notes: tuple[str, ...] = ()
+
+
+def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None) -> Foreign:
+    """The model in a Hugging Face folder.
+
+    model    what it must be, where that is known: Raises UsageError with the differences
+    seq_len  learned positions that are wanted, the first ones of theirs
+    dtype    of our weights; the stored one if absent
+
+    Raises UsageError for anything in the folder that is not understood, missing or damaged. Reads headers only.
+    """
+    folder = Path(folder)
+    config = read_object(folder / CONFIG)
+    where = str(folder / CONFIG)
+    family = family_of(config, where)
+    source = open_hf(folder)
+    if family.model_type == "t5":
+        config = t5.with_ties(config, _has_own_head(family, source))
+    found, length = model_section(config, where)
+    if length is None:
+        raise UsageError(f"{where} has no {family.length}: add the longest sequence of the model")
+    if model is not None:
+        _must_agree(model, found, where)
+    wanted = seq_len or length
+    if found.position == "learned" and wanted > length:
+        raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
+    _check_counts(found, source, where)
+    links = links_of(family, model or found, wanted if found.position == "learned" else length)
+    unused = sorted(n for n in source.tensors if n.startswith(family.unused))
+    held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and n not in unused}
+    check_floating(held, str(folder))
+    links = _as_stored(family, links, held)
+    _drop_tied(family, found, held, source, folder)
+    expected = extents(steps_to_theirs(links))
+    short = frozenset(n for n in (_position(family), _position(family).removeprefix(family.prefix)) if n in expected and wanted < length)
+    if family.segments is not None:
+        expected[f"{family.segments}.weight"] = (config.get("type_vocab_size", 2), found.hidden_size)
+    compare_names(expected, held, str(folder), short)
+    steps = steps_to_ours(links)
+    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
+    read = source if family.segments is None else Segmented(source, _position(family), f"{family.segments}.weight")
+    notes = (f"left out, since no logit depends on them: {', '.join(unused)}",) if unused else ()
+    return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp, notes)
+
+
+def _check_counts(model: Model, source: Stored, where: str) -> None:
+    """Raises UsageError for more layers or experts than there are tensors, before each is looked for, and for names with a prefix that
+    all have.
+    """
+    count = len(source.tensors)
+    check_depth(model, count, where)
+    experts = 0 if model.moe is None else model.moe.num_experts * (model.num_layers // model.moe.every)
+    if experts > count:
+        raise UsageError(f"{where} describes {experts} experts in all layers, and {count} tensors are stored: get the files again")
+    for prefix, of in WRAPPERS.items():
+        if source.tensors and all(n.startswith(prefix) for n in source.tensors):
+            raise UsageError(
+                f"the tensors of {source.index.folder} are named {prefix}…, which is what {of} puts before a model's own names: save the "
+                "model inside it"
+            )
+
+
+def _position(family: Family) -> str:
+    """The table of learned positions; of a family without one a name that no tensor has."""
+    return f"{family.outer['position'].theirs}.weight" if "position" in family.outer else ""
+
+
+def _as_stored(family: Family, links: list[Link], held: Mapping[str, Target]) -> list[Link]:
+    """The links, spelled as the files at hand spell them."""
+    if not any(n.startswith(family.prefix) for n in held):  # GPT-2's own files are of the model without its head
+        links = [replace(link, theirs=link.theirs.removeprefix(family.prefix)) for link in links]
+    for new, old in OLD_NORMS.items():
+        if any(n.endswith(old) for n in held):
+            links = [
+                replace(link, theirs=f"{link.theirs.removesuffix(new)}{old}" if link.theirs.endswith(new) else link.theirs)
+                for link in links
+            ]
+    # Until transformers 5 an untied head shared what it holds twice now, and it was stored once.
+    twice = {f"{place.untied}.bias" for place in family.outer.values() if place.untied is not None} - held.keys()
+    return [link for link in links if link.theirs not in twice]
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A `Source` whose positions are those of the first segment: its vector, the first row of `segments`, is added to each row of
+    `positions`, and rounded only to what they become.
+    """
+
+    source: Stored
+    positions: str
+    segments: str
+
+    @property
+    def tensors(self) -> Mapping[str, Target]:
+        return self.source.tensors
+
+    @property
+    def stamp(self) -> str:
+        return self.source.stamp
+
+    def read(self, name: str, offset: Sizes, shape: Sizes) -> torch.Tensor:
+        found = self.source.read(name, offset, shape)
+        if name != self.positions:
+            return found
+        first = self.source.read(self.segments, (0, offset[1]), (1, shape[1]))
+        exact = torch.promote_types(found.dtype, torch.float32)
+        return found.to(exact) + first.to(exact)
+
+
+def _must_agree(model: Model, found: Model, where: str) -> None:
+    changed = differences(model, found)
+    if changed:
+        lines = [f"model.{key}: {mine!r} in the config, {theirs!r} in the file" for key, (mine, theirs) in changed.items()]
+        raise UsageError("\n  ".join([f"the model section is not that of {where}:", *lines]) + "\nset them as the file has them")
+
+
+def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: Stored, folder: Path) -> None:
+    """Copies of the embedding, as a stored head of a tied model, must equal it, and so with a bias that it has twice; they are then left
+    out of `held`.
+    """
+    table = family.outer["embedding"].theirs + ".weight"
+    copies = {f"{module}.weight": table for module in family.copies}
+    if model.tie_embeddings:
+        copies[family.outer["head"].theirs + ".weight"] = table if table in held else table.removeprefix(family.prefix)
+        copies |= {f"{p.untied}.bias": f"{p.theirs}.bias" for p in family.outer.values() if p.untied is not None}
+    for copy, of in copies.items():
+        if copy not in held:
+            continue
+        if not _equal(source, held[copy], held.get(of)):
+            what = "it is always tied" if copy.removesuffix(".weight") in family.copies else "its config says tie_word_embeddings"
+            fix = "get the files again" if copy.removesuffix(".weight") in family.copies else f"set that to false in {CONFIG}"
+            raise UsageError(f"{folder} has a {copy} of its own, and {what}: {fix}")
+        del held[copy]
+
+
+def _has_own_head(family: Family, source: Stored) -> bool:
+    """Whether a head is stored that is not the embedding."""
+    head, table = (source.tensors.get(family.outer[n].theirs + ".weight") for n in ("head", "embedding"))
+    return head is not None and not _equal(source, head, table)
+
+
+def _equal(source: Stored, one: Target, other: Target | None) -> bool:
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
+    for first in range(0, one.shape[0] if one.shape else 0, rows):
+        size = (min(rows, one.shape[0] - first), *one.shape[1:])
+        at = (first, *[0] * (len(size) - 1))
+        if not torch.equal(source.read(one.name, at, size), source.read(other.name, at, size)):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint of ours as a Hugging Face model, checked and not yet written. `notes`: what is to be told."""
+
+    config: dict[str, Any]
+    files: list[FilePlan]
+    targets: dict[str, Target]
+    produce: Rearranged
+    stamp: str
+    notes: tuple[str, ...] = ()
+
+
+def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Export:
+    """Raises UsageError where no Hugging Face family has what the model has.
+
+    dtype  of the weights; the stored one if absent
+    """
+    original = checkpoint.trainer.get("hf_config")
+    config = hf_config(checkpoint.model, checkpoint.seq_len, original if isinstance(original, dict) else None)
+    family = BY_TYPE[config["model_type"]]
+    steps = steps_to_theirs(links_of(family, checkpoint.model, checkpoint.seq_len))
+    held = checkpoint.source.tensors
+    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+    config.pop("dtype", None)  # the newer name of the same
+    targets = {name: Target(name, dtypes[name], shape) for name, shape in extents(steps).items()}
+    if family.segments is not None:  # no step makes it: zeros
+        name = f"{family.segments}.weight"
+        dtypes[name], steps[name] = dtypes[_position(family)], ()
+        targets[name] = Target(name, dtypes[name], (config["type_vocab_size"], checkpoint.model.hidden_size))
+    stamp = json.dumps([checkpoint.source.stamp, config], sort_keys=True, default=str)
+    notes = _length_note(family, config, checkpoint.seq_len)
+    return Export(config, _files(list(targets.values())), targets, Rearranged(checkpoint.source, steps, dtypes), stamp, notes)
+
+
+def _length_note(family: Family, config: Mapping[str, Any], seq_len: int) -> tuple[str, ...]:
+    """What to say where a config names another longest sequence for the sake of YaRN (`rope_keys`)."""
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or scaling["rope_type"] != "yarn" or config[family.length] == seq_len:
+        return ()
+    return (f"{family.length} is {config[family.length]}, since older versions of transformers take YaRN's factor from it",)
+
+
+def _files(targets: list[Target]) -> list[FilePlan]:
+    """Whole tensors over files, named as transformers names them."""
+    groups: list[list[Target]] = [[]]
+    for t in targets:
+        if groups[-1] and sum(x.nbytes for x in groups[-1]) + t.nbytes > FILE_BYTES:
+            groups.append([])
+        groups[-1].append(t)
+    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))] if len(groups) > 1 else [SINGLE]
+    return [
+        FilePlan(name, tuple(Block(t.name, t.name, t.dtype, (0,) * len(t.shape), t.shape) for t in group), (("format", "pt"),))
+        for name, group in zip(names, groups)
+    ]
+
+
+def write_hf(
+    export: Export,
+    folder: str | Path,
+    *,
+    others: Mapping[str, bytes],
+    workers: int = 1,
+    slab_bytes: int = 64 << 20,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the folder, which must not exist; it appears only when whole. What a killed run with the same source left is finished.
+
+    others  further files: name → content
+
+    Raises UsageError where it cannot be; then nothing is left of it.
+    """
+    with atomic_folder(Path(folder)) as temporary:
+        write_files(temporary, export.files, export.produce, stamp=export.stamp, workers=workers, slab_bytes=slab_bytes, progress=progress)
+        if len(export.files) > 1:
+            weights = {b.name: f.name for f in export.files for b in f.blocks}
+            total = sum(t.nbytes for t in export.targets.values())
+            write_durably(temporary / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": weights}))
+        for name, content in {**others, CONFIG: as_json(export.config)}.items():
+            write_durably(temporary / name, content)
+    return Path(folder)

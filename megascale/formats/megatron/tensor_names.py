@@ -1,0 +1,240 @@
+"""How a GPT model of megatron-core holds our weights, whole or cut over tensor and pipeline ranks, as links.
+
+Rows of linear_qkv stand by KV head: its queries, its key, its value. linear_fc1 of a gated model has the gate above the other. Embedding
+and head have rows of padding at the end, so that ranks hold equal parts. Experts are modules of their own (sequential) or numbered weights
+of one (grouped), and one more dimension in distributed checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megascale.config.schema import Model
+from megascale.config.stages import has_experts
+from megascale.errors import UsageError
+from megascale.formats.shapes import MODEL
+from megascale.formats.tensor_maps import Link, Sizes
+
+# Where norms stand: fused into the product behind them with Transformer Engine, modules of their own without; before experts always, but
+# that a distributed checkpoint from a model without it (dist_local) names it as if it were fused.
+FUSED = {"attention_norm": "self_attention.linear_qkv.layer_norm_", "ffn_norm": "mlp.linear_fc1.layer_norm_"}
+NORMS = {
+    "te": {**FUSED, "sparse": "pre_mlp_layernorm."},
+    "local": {"attention_norm": "input_layernorm.", "ffn_norm": "pre_mlp_layernorm.", "sparse": "pre_mlp_layernorm."},
+    "dist_local": {**FUSED, "sparse": FUSED["ffn_norm"]},
+}
+EXPERT = {"sequential": "mlp.experts.local_experts.{expert}.{product}.weight", "grouped": "mlp.experts.{product}.weight{expert}"}
+OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+ROUTERS = ("topk_softmax", "softmax_topk", "sigmoid")
+TIED_COPY = "output_layer.weight"  # of the embedding, on the last of several pipeline ranks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The ranks that a model is cut over; `spec` says where norms stand; `rows` of the padded vocabulary, all ranks together; `experts`:
+    sequential or grouped.
+    """
+
+    tp: int
+    pp: int
+    spec: str
+    rows: int
+    experts: str = "sequential"
+
+
+def rank_name(tp: int, pp: int, cut: Cut) -> str:
+    """The folder of a rank."""
+    return f"mp_rank_{tp:02d}" if cut.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+
+
+def check_model(model: Model, cut: Cut) -> None:
+    """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
+    wanted: dict[str, tuple[Any, ...]] = {
+        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"),
+        "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
+        "attention_scale": (None,), "head_scale": (None,),
+        "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
+    }  # fmt: skip
+    for key, allowed in wanted.items():
+        value = getattr(model, key)
+        if value not in allowed:
+            said = " or ".join(map(str, allowed))
+            raise UsageError(
+                f"model.{key} is {value!r}, and weights of megatron-core's GPT model are exchanged with {said}: use Hugging Face's format"
+            )
+    if model.bias != (model.norm == "layernorm"):
+        raise UsageError(
+            f"model.norm is {model.norm} and model.bias is {model.bias}, and megatron-core's LayerNorm has a bias and its RMSNorm none: "
+            "exchange models with both or neither"
+        )
+    if model.moe is not None and model.moe.router not in ROUTERS:
+        raise UsageError(
+            f"model.moe.router is {model.moe.router}, and megatron-core's have the weights of {', '.join(ROUTERS)}: use one of them"
+        )
+    assert model.num_kv_heads is not None and model.ffn_size is not None
+    sizes = {"num_kv_heads": model.num_kv_heads}
+    if model.moe is not None:
+        sizes["moe.ffn_size"] = model.moe.ffn_size or 0
+    if model.moe is None or model.moe.every > 1:
+        sizes["ffn_size"] = model.ffn_size
+    for key, size in sizes.items():
+        if size % cut.tp:
+            raise UsageError(f"model.{key} is {size} and the weights are cut over {cut.tp} tensor ranks: choose a divisor")
+    if model.num_layers % cut.pp:
+        raise UsageError(f"model.num_layers is {model.num_layers} and the weights are cut over {cut.pp} pipeline ranks: choose a divisor")
+
+
+def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[Link], list[Link]]:
+    """Links to the tensors of all ranks, named `mp_rank_…/name`; and links of what further ranks hold once more."""
+    links: list[Link] = []
+    copies: list[Link] = []
+    per_stage = model.num_layers // cut.pp
+    d = model.hidden_size
+
+    def everywhere(ours: str, shape: Sizes, theirs: str, pp: int) -> None:
+        for tp in range(cut.tp):
+            link = Link(
+                MODEL + ours, (0,) * len(shape), shape, f"{rank_name(tp, pp, cut)}/{theirs}", (0,) * len(shape), tuple(range(len(shape)))
+            )
+            (copies if tp else links).append(link)
+
+    def table(ours: str, theirs: str, pp: int, into: list[Link]) -> None:
+        assert model.vocab_size is not None
+        part = cut.rows // cut.tp
+        for tp in range(cut.tp):
+            rows = min(part, model.vocab_size - tp * part)
+            if rows > 0:
+                into.append(Link(MODEL + ours, (tp * part, 0), (rows, d), f"{rank_name(tp, pp, cut)}/{theirs}", (0, 0), (0, 1)))
+
+    table("embedding.weight", "embedding.word_embeddings.weight", 0, links)
+    if model.position == "learned":
+        everywhere("position.weight", (seq_len, d), "embedding.position_embeddings.weight", 0)
+    leaves = ("weight", "bias") if model.bias else ("weight",)
+    for layer in range(model.num_layers):
+        pp, at, sparse = layer // per_stage, f"decoder.layers.{layer % per_stage}.", has_experts(model, layer)
+        for leaf in leaves:
+            for ours, theirs in (("attention_norm", "attention_norm"), ("ffn_norm", "sparse" if sparse else "ffn_norm")):
+                everywhere(f"blocks.{layer}.{ours}.{leaf}", (d,), f"{at}{NORMS[cut.spec][theirs]}{leaf}", pp)
+            for tp in range(cut.tp):
+                rank = rank_name(tp, pp, cut)
+                for link in [*_products(model, cut, tp, leaf, sparse), *(_experts(model, cut, tp) if sparse else [])]:
+                    links.append(replace(link, ours=f"{MODEL}blocks.{layer}.{link.ours}", theirs=f"{rank}/{at}{link.theirs}"))
+        if sparse and model.moe is not None:
+            everywhere(f"blocks.{layer}.ffn.router.weight", (model.moe.num_experts, d), f"{at}mlp.router.weight", pp)
+            if model.moe.balance == "bias":
+                everywhere(f"blocks.{layer}.ffn.router.bias", (model.moe.num_experts,), f"{at}mlp.router.expert_bias", pp)
+        if model.qk_norm:
+            assert model.head_dim is not None
+            for n in "qk":
+                for leaf in leaves:
+                    name = f"{at}self_attention.{n}_layernorm.{leaf}"
+                    everywhere(f"blocks.{layer}.attention.{n}_norm.{leaf}", (model.head_dim,), name, pp)
+        if model.bias:
+            everywhere(f"blocks.{layer}.attention.o.bias", (d,), f"{at}self_attention.linear_proj.bias", pp)
+            everywhere(f"blocks.{layer}.ffn.down.bias", (d,), f"{at}mlp.linear_fc2.bias", pp)
+    last = cut.pp - 1
+    for leaf in leaves:
+        everywhere(f"final_norm.{leaf}", (d,), f"decoder.final_layernorm.{leaf}", last)
+    if not model.tie_embeddings:
+        table("head.weight", "output_layer.weight", last, links)
+    elif cut.pp > 1:
+        table("embedding.weight", TIED_COPY, last, copies)
+    return links, copies
+
+
+def _experts(model: Model, cut: Cut, tp: int) -> list[Link]:
+    """The experts of one layer on one tensor rank, and those that every token meets. Names are below the layer."""
+    assert model.moe is not None and model.moe.ffn_size is not None
+    d, n = model.hidden_size, model.moe.ffn_size // cut.tp
+    parts = (("gate", 0), ("up", n)) if model.gated else (("up", 0),)
+    found: list[Link] = []
+    for e in range(model.moe.num_experts):
+        first, second = (EXPERT[cut.experts].format(expert=e, product=p) for p in ("linear_fc1", "linear_fc2"))
+        for part, to in parts:
+            found.append(Link(f"ffn.experts.{part}.weight", (e, tp * n, 0), (1, n, d), first, (to, 0), (None, 0, 1)))
+        found.append(Link("ffn.experts.down.weight", (e, 0, tp * n), (1, d, n), second, (0, 0), (None, 0, 1)))
+    if model.moe.num_shared:
+        wide = n * model.moe.num_shared
+        for part, to in parts:
+            at = to * model.moe.num_shared
+            found.append(
+                Link(f"ffn.shared.{part}.weight", (tp * wide, 0), (wide, d), "mlp.shared_experts.linear_fc1.weight", (at, 0), (0, 1))
+            )
+        found.append(Link("ffn.shared.down.weight", (0, tp * wide), (d, wide), "mlp.shared_experts.linear_fc2.weight", (0, 0), (0, 1)))
+    return found
+
+
+def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[Link]:
+    """The products of one layer on one tensor rank, cut along rows; the output products, which are cut along columns, where `leaf` is
+    weight. Names are below the layer. `sparse`: experts stand for the feed-forward.
+    """
+    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
+    d, e, f = model.hidden_size, model.head_dim, model.ffn_size // cut.tp
+    group, kv = model.num_heads // model.num_kv_heads, model.num_kv_heads // cut.tp
+    found: list[Link] = []
+
+    def rows(ours: str, first: int, count: int, theirs: str, to: int) -> None:
+        wide = leaf == "weight"
+        size = (count, d) if wide else (count,)
+        rest = (0,) if wide else ()
+        found.append(Link(f"{ours}.{leaf}", (first, *rest), size, f"{theirs}.{leaf}", (to, *rest), (0, 1) if wide else (0,)))
+
+    for j in range(kv):
+        g, to = tp * kv + j, j * (group + 2) * e
+        rows("attention.q", g * group * e, group * e, "self_attention.linear_qkv", to)
+        rows("attention.k", g * e, e, "self_attention.linear_qkv", to + group * e)
+        rows("attention.v", g * e, e, "self_attention.linear_qkv", to + (group + 1) * e)
+    gated = model.gated
+    if gated and not sparse:
+        rows("ffn.gate", tp * f, f, "mlp.linear_fc1", 0)
+    if not sparse:
+        rows("ffn.up", tp * f, f, "mlp.linear_fc1", f if gated else 0)
+    if leaf == "weight":
+        wide = model.num_heads * e // cut.tp
+        found.append(Link("attention.o.weight", (0, tp * wide), (d, wide), "self_attention.linear_proj.weight", (0, 0), (0, 1)))
+        if not sparse:
+            found.append(Link("ffn.down.weight", (0, tp * f), (d, f), "mlp.linear_fc2.weight", (0, 0), (0, 1)))
+    return found
+
+
+def stacked(link: Link, layered: bool) -> Link:
+    """A link to a rank alone → to the tensor of a distributed checkpoint, where all experts of a layer are one tensor, and all layers of a
+    kind if `layered`.
+    """
+    name = link.theirs.partition("/")[2]
+    if not name.startswith("decoder.layers."):
+        return replace(link, theirs=name)
+    number, _, inner = name.removeprefix("decoder.layers.").partition(".")
+    front = [int(number)] if layered else []
+    expert = OF_EXPERT.fullmatch(inner)
+    if expert is not None:
+        inner, front = f"mlp.experts.experts.{expert[2]}", [*front, int(expert[1])]
+    axes = tuple(None if a is None else a + len(front) for a in link.axes)
+    return replace(link, theirs=f"decoder.layers.{'' if layered else number + '.'}{inner}", to=(*front, *link.to), axes=axes)
+
+
+def empty_states(model: Model) -> list[str]:
+    """Objects that megatron-core asks for beside the weights of a distributed checkpoint, one a layer and product: what FP8 would keep."""
+    found, n, layered = [], model.num_layers, homogeneous(model)
+    for layer in range(n):
+        names = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+        experts = 0
+        if not has_experts(model, layer) or model.moe is None:
+            names += ["mlp.linear_fc1", "mlp.linear_fc2"]
+        else:
+            experts = model.moe.num_experts
+            names += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"] if model.moe.num_shared else []
+        prefix = "decoder.layers." if layered else f"decoder.layers.{layer}."
+        found += [f"{prefix}{name}._extra_state/shard_{f'{layer}_{n}' if layered else '0_1'}" for name in names]
+        for e, product in itertools.product(range(experts), ("linear_fc1", "linear_fc2")):
+            at = f"{layer}.{e}_{n}.{experts}" if layered else f"{e}_{experts}"
+            found.append(f"{prefix}mlp.experts.experts.{product}._extra_state/shard_{at}")
+    return found
+
+
+def homogeneous(model: Model) -> bool:
+    """All layers have the same tensors, so that a distributed checkpoint stacks them."""
+    return model.moe is None or model.moe.every == 1

@@ -1,0 +1,93 @@
+"""Attention inside documents, windows and under ALiBi on one rank, without a mask of [s, s]: tile by tile over what is seen.
+
+Nothing but the result and each query's log Σ exp is kept; the backward pass computes probabilities again, as FlashAttention does (arXiv
+2205.14135). It is an operator of its own, so that torch.compile and selective recomputation take it as a whole.
+
+Shapes: b micro-batch, h heads, g KV heads dividing h, s sequence, e head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale.model.ops.attention_tiles import Seen, add_block, add_block_gradients
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """softmax(q·kᵀ/√e + bias)·v over what is seen: q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]."""
+    return _attention(q, k, v, seen.documents, seen.slopes, seen.window, seen.causal)[0]  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op(
+    "megascale::masked_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? slopes, int? window, bool causal) -> (Tensor, Tensor)",
+)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, slopes: Tensor | None, window: int | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=wide, device=q.device)
+    lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
+    everything = [range(q.shape[2])]
+    # Sample by sample: each has its own documents, and so its own tiles.
+    for i in range(q.shape[0]):
+        one = slice(i, i + 1)
+        seen = Seen(causal, None if documents is None else documents[one], window, slopes)
+        add_block(out[one], lse[one], q[one], k[one], v[one], everything, everything, seen)
+    return out.to(q.dtype), lse
+
+
+@torch.library.custom_op(
+    "megascale::masked_attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, Tensor? slopes, int? window, "
+    "bool causal) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    everything = [range(q.shape[2])]
+    delta = (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
+    for i in range(q.shape[0]):
+        one = slice(i, i + 1)
+        seen = Seen(causal, None if documents is None else documents[one], window, slopes)
+        grads = (d_q[one], d_k[one], d_v[one])
+        add_block_gradients(grads, d_out[one], delta[one], lse[one], q[one], k[one], v[one], everything, everything, seen)
+    return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+@_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((*q.shape[:3], 1), dtype=wide)
+
+
+@_attention_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, documents, slopes, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, documents, slopes)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_attention_backward(d_out, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+
+
+_attention.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,196 @@
+"""Attention over parts of a sequence, tile by tile: what a ring of ranks needs, and any length needs that must not keep its scores.
+
+A rank has queries of some positions and meets keys of others, block after block. Results of the blocks are merged by their logarithmic
+sums (online softmax, arXiv 1805.02867), so the order of blocks does not matter beyond rounding. Scores exist for one tile at a time.
+
+Shapes: b micro-batch, g KV heads, r query heads for each, h = g·r, n queries here, t keys of a block, e head size, S whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megascale.model.ops.matmul import widens
+
+SCORES = 1 << 21  # of a tile, all heads together: 8 MiB in fp32
+ROWS = 16  # least queries of a tile, so that products stay products
+TALL = 128  # most of them, so that a tile reaches little beyond what they see
+
+Ranges = Sequence[range]  # consecutive positions each, ascending: where a rank's tokens stand in the whole sequence
+
+
+class Seen(NamedTuple):
+    """What a query sees, said by positions: keys up to its own (`causal`), the last `window` of them, of its own document
+    (`documents` [b, S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same for torch's
+    FlexAttention, where that runs. `valid` [b, t] says which keys there are, where samples have different lengths and order plays no part.
+    `bias` [1 or b, h, s, t] is all of it, added to scores: learned biases, −∞ where a query does not see.
+    """
+
+    causal: bool = True
+    documents: Tensor | None = None
+    window: int | None = None
+    slopes: Tensor | None = None
+    blocks: Any = None
+    valid: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Tile(NamedTuple):
+    """Queries `rows` against `keys`, numbered as they lie here; `row` and `key` are the positions of the first. `partly`: some pairs are
+    hidden by order or window.
+    """
+
+    rows: slice
+    keys: slice
+    row: int
+    key: int
+    partly: bool
+
+
+def document_starts(documents: Tensor) -> Tensor:
+    """[b, S] numbers → [b, S] int64: for each token the first position of its run of equal numbers."""
+    changed = torch.zeros_like(documents, dtype=torch.int64)
+    place = torch.arange(documents.shape[1], device=documents.device)
+    changed[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], place[1:], 0)
+    return changed.cummax(1).values
+
+
+def tiles(
+    queries: Ranges, keys: Ranges, height: int, causal: bool, window: int | None, starts: Sequence[int] | None = None
+) -> Iterator[Tile]:
+    """Covers every visible pair once, and no tile without one. `starts`: for each position the first one of its document."""
+    above = 0
+    for part in queries:
+        for row in range(part.start, part.stop, height):
+            last = min(row + height, part.stop) - 1
+            rows = slice(above + row - part.start, above + last + 1 - part.start)
+            left = 0
+            for block in keys:
+                first = block.start if window is None else max(block.start, row - window + 1)
+                first = first if starts is None else max(first, starts[row])
+                stop = min(block.stop, last + 1) if causal else block.stop
+                if first < stop:
+                    hidden = causal and (stop - 1 > row or (window is not None and first <= last - window))
+                    yield Tile(rows, slice(left + first - block.start, left + stop - block.start), row, first, hidden)
+                left += len(block)
+        above += len(part)
+
+
+def visible_pairs(queries: Ranges, keys: Ranges, causal: bool = True, window: int | None = None) -> int:
+    """How many (query, key) pairs a rank computes: its work, whatever the tiles."""
+    pairs = 0
+    for tile in tiles(queries, keys, 1, causal, window):
+        pairs += tile.keys.stop - tile.keys.start
+    return pairs
+
+
+@torch.no_grad()
+def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, seen: Seen) -> None:
+    """Merges the attention of q [b, h, n, e] over one block k, v [b, g, t, e] into `out` [b, h, n, e] and `lse` [b, h, n, 1].
+
+    They begin as 0 and −∞, are of at least fp32, and after all blocks hold the result and log Σ exp of the scores.
+    """
+    for tile in _tiles(q, k, queries, keys, seen):
+        scores = _scores(q, k, tile, seen)
+        top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # −∞ − −∞ where a row sees nothing
+        scores.sub_(top).exp_()
+        total = scores.sum(-1, keepdim=True)
+        part = _ungroup(_product(scores.to(v.dtype), _keys(v, tile)), q)
+        new = _ungroup(top + total.log(), q)
+        old = lse[:, :, tile.rows]
+        both = torch.logaddexp(old, new)
+        shift = both.clamp_min(torch.finfo(both.dtype).min)
+        # `part` is not yet divided by its sum: exp(top) is its scale, where exp(new) would be that of an average.
+        out[:, :, tile.rows] *= (old - shift).exp()
+        out[:, :, tile.rows] += part * (_ungroup(top, q) - shift).exp()
+        lse[:, :, tile.rows] = both
+
+
+@torch.no_grad()
+def add_block_gradients(
+    grads: tuple[Tensor, Tensor, Tensor],
+    d_out: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Ranges,
+    keys: Ranges,
+    seen: Seen,
+) -> None:
+    """Adds to `grads` (of q, k, v, in at least fp32) what one block contributes. delta [b, h, n, 1] is Σ d_out·out over the channels."""
+    d_q, d_k, d_v = grads
+    scale = q.shape[-1] ** -0.5
+    for tile in _tiles(q, k, queries, keys, seen):
+        p = _scores(q, k, tile, seen).sub_(_group(lse, k, tile)).exp_()
+        d_rows = _group(d_out, k, tile)
+        d_scores = _product(_wide(d_rows), _wide(_keys(v, tile)).transpose(1, 2)).sub_(_group(delta, k, tile)).mul_(p).to(q.dtype)
+        d_q[:, :, tile.rows] += _ungroup(_product(d_scores, _keys(k, tile)), q) * scale
+        d_k[:, :, tile.keys] += _product(d_scores.transpose(1, 2), _group(q, k, tile)).view_as(d_k[:, :, tile.keys]) * scale
+        d_v[:, :, tile.keys] += _product(p.to(q.dtype).transpose(1, 2), d_rows).view_as(d_v[:, :, tile.keys])
+
+
+def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, seen: Seen) -> Iterator[Tile]:
+    """Of a height at which a tile has about SCORES entries. Other documents' keys are left out where all samples can."""
+    starts, reach = None, k.shape[2]
+    if seen.documents is not None and seen.causal:
+        starts = document_starts(seen.documents).amin(0).tolist()
+        reach = min(reach, max(here - start for here, start in enumerate(starts)) + TALL)
+    if seen.window is not None:
+        reach = min(reach, seen.window + TALL)
+    height = max(ROWS, min(TALL, SCORES // max(1, q.shape[0] * q.shape[1] * reach)))
+    return tiles(queries, keys, height, seen.causal, seen.window, starts)
+
+
+def _scores(q: Tensor, k: Tensor, tile: Tile, seen: Seen) -> Tensor:
+    """[b·g, r·n, t] of one tile in at least fp32, −∞ where hidden."""
+    scores = _product(_wide(_group(q, k, tile)), _wide(_keys(k, tile)).transpose(1, 2), q.shape[-1] ** -0.5)
+    n, t = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
+    grid = scores.view(q.shape[0], k.shape[1], -1, n, t)
+    back: Tensor | None = None
+    if tile.partly or seen.slopes is not None:
+        row = torch.arange(tile.row, tile.row + n, device=q.device)
+        back = row[:, None] - torch.arange(tile.key, tile.key + t, device=q.device)
+    if back is not None and seen.slopes is not None:
+        grid -= seen.slopes.to(scores.dtype).view(1, k.shape[1], -1, 1, 1) * back.to(scores.dtype)
+    if back is not None and tile.partly:
+        grid.masked_fill_(back < 0 if seen.window is None else (back < 0) | (back >= seen.window), float("-inf"))
+    if seen.documents is not None:
+        of_row, of_key = seen.documents[:, tile.row : tile.row + n], seen.documents[:, tile.key : tile.key + t]
+        grid.masked_fill_((of_row[:, :, None] != of_key[:, None, :])[:, None, None], float("-inf"))
+    if seen.valid is not None:
+        grid.masked_fill_(~seen.valid[:, None, None, None, tile.key : tile.key + t], float("-inf"))
+    return scores
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Batched a·b times `scale`. Not `bmm`, whose results selective recomputation keeps: scores must not be kept."""
+    if widens(a, b):
+        return _product(a.float(), b.float(), scale).to(a.dtype)
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+def _group(x: Tensor, k: Tensor, tile: Tile) -> Tensor:
+    """Rows of x [b, h, n, c] with the query heads of one KV head in one matrix: [b·g, r·n, c]."""
+    rows = x[:, :, tile.rows]
+    return rows.reshape(x.shape[0] * k.shape[1], -1, x.shape[3])
+
+
+def _ungroup(x: Tensor, q: Tensor) -> Tensor:
+    """[b·g, r·n, c] → [b, h, n, c]"""
+    return x.view(q.shape[0], q.shape[1], -1, x.shape[2])
+
+
+def _keys(x: Tensor, tile: Tile) -> Tensor:
+    """[b, g, t, e] → the tile's [b·g, t, e]"""
+    return x[:, :, tile.keys].flatten(0, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,195 @@
+"""Rows, the assignments of tokens to experts: sorted by expert, multiplied block by block with each expert's matrix, and put back.
+
+Shapes: n tokens or rows, k chosen experts a token, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megascale.model.ops import matmul, matmul_cpu
+
+
+class _Permute(torch.autograd.Function):
+    """x[order] for a permutation. Its gradient is another gather, where indexing's own would be a slow scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _, inverse = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x [n, …] in the order `order` [n]; `inverse` undoes it."""
+    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens [T, d] → rows [T·k, d] in the order `order`; gradients are summed over a token's rows in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (inverse,) = ctx.saved_tensors
+        return sum_of_rows(grads[0], inverse.view(-1, ctx.top_k)), None, None, None
+
+
+def sum_of_rows(rows: Tensor, places: Tensor) -> Tensor:
+    """Σᵢ rows[places[:, i]] for places [T, k] → [T, d], added up in at least fp32 and rounded once."""
+    if rows.device.type != "cpu":
+        return F.embedding_bag(places, rows, mode="sum")
+    # There `embedding_bag` rounds halves away from zero, which sums of two bf16 numbers often are: gradients would grow by 7e-4.
+    wide = rows.dtype if places.shape[1] <= 2 else torch.promote_types(rows.dtype, torch.float32)
+    total = rows.index_select(0, places[:, 0]).to(wide)
+    for i in range(1, places.shape[1]):
+        total.add_(rows.index_select(0, places[:, i]))
+    return total.to(rows.dtype)
+
+
+class _Combine(torch.autograd.Function):
+    """Rows [T·k, d] in the order `order` and gates [T, k] → each token's sum [T, d]. Its gradient needs no rows in the tokens' order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, order, inverse)
+        return F.embedding_bag(inverse.view_as(gates), rows, mode="sum", per_sample_weights=gates)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, gates, order, inverse = ctx.saved_tensors
+        g = grads[0].index_select(0, order // gates.shape[1])
+        into_gates = (rows * g).sum(-1).index_select(0, inverse).view_as(gates)
+        return g * gates.flatten().index_select(0, order).unsqueeze(1), into_gates, None, None
+
+
+class Sort(NamedTuple):
+    """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and what undoes it."""
+
+    order: Tensor
+    inverse: Tensor
+    top_k: int
+
+    @classmethod
+    def of(cls, experts: Tensor) -> Sort:
+        order = experts.flatten().argsort(stable=True)
+        return cls(order, inverse_of(order), experts.shape[1])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Tokens [n, d] → rows [n·k, d]."""
+        return _Spread.apply(x, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [n·k, d] → the results [n, k, d] of each token's experts."""
+        return permute(rows, self.inverse, self.order).unflatten(0, (-1, self.top_k))
+
+    def combine(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Rows [n·k, d], each times its gate [n, k], summed over a token's experts → [n, d]."""
+        return _Combine.apply(rows, gates, self.order, self.inverse)  # type: ignore[no-any-return]
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """The permutation that undoes `order` [n]."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+def adds_in_place(weight: Tensor) -> bool:
+    """Whether products may add to `weight.grad` themselves: on CPUs, where no hook wants to see what they add."""
+    return weight.is_leaf and weight.device.type == "cpu" and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
+
+
+def add_by_expert(total: Tensor, x: Tensor, g: Tensor, sizes: list[int]) -> None:
+    """The weights' gradient from the rows' x [n, in] and g [n, out], added to `total` [E, out, in]."""
+    rest = x.shape[0] - sum(sizes)
+    part = total.new_empty(total.shape[1:], dtype=g.dtype)
+    for into, a, b in zip(total, x.split([*sizes, rest]), g.split([*sizes, rest])):
+        if len(a):
+            into.add_(matmul.product(b.t(), a) if matmul.widens(a, b) else torch.mm(b.t(), a, out=part))
+
+
+@torch.library.custom_op("megascale::product_by_expert", mutates_args=())
+def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
+    """Rows x [n, in] sorted by expert through weight [E, out, in], or [n, out] through its transpose; `sizes` [E] rows of each.
+
+    One operator, so that recomputation can keep its result, and one buffer for a rounded matrix: memory that is handed out anew costs more
+    than rounding.
+    """
+    _, out_dim, in_dim = weight.shape
+    y = x.new_empty((x.shape[0], in_dim if transposed else out_dim))
+    rounded = weight.new_empty((out_dim, in_dim), dtype=x.dtype) if weight.dtype != x.dtype else None
+    rest = x.shape[0] - sum(sizes)
+    for w, rows, out in zip(weight, x.split([*sizes, rest]), y.split([*sizes, rest])):
+        if len(rows):
+            w = w if rounded is None else rounded.copy_(w)
+            w = w.t() if transposed else w
+            if matmul_cpu.takes(rows, w):
+                out.copy_(matmul_cpu.product(rows, w))
+            elif matmul.widens(rows, w):
+                out.copy_(matmul.linear(rows, w))
+            else:
+                torch.mm(rows, w.t(), out=out)
+    return y
+
+
+class _ByExpert(torch.autograd.Function):
+    """`grouped_product` one expert after the other, for CPUs and for what the grouped product does not take.
+
+    Weights are rounded to x's dtype when their expert's rows meet them, and their gradient is added to what earlier micro-batches left. A
+    rounded bank, its gradient and the widened gradient would be 8 bytes a weight of new memory every micro-batch, of which a CPU spends
+    longer on handing out the pages than on the copies; here one matrix at a time stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.sizes = weight, sizes
+        return product_by_expert(x, weight, sizes, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,), (g,), weight, sizes = ctx.saved_tensors, grads, ctx.weight, ctx.sizes
+        into_x = product_by_expert(g, weight, sizes, True) if ctx.needs_input_grad[0] else None
+        into_weight = None
+        if ctx.needs_input_grad[1]:
+            total = weight.grad if adds_in_place(weight) else None
+            if total is None:
+                total = into_weight = torch.zeros_like(weight)
+            add_by_expert(total, x, g, sizes)
+        return into_x, into_weight, None
+
+
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x [n, in] sorted by expert, weight [E, out, in], counts [E] rows of each expert → [n, out].
+
+    Rows beyond the sum of the counts are undefined, and so are their gradients.
+    """
+    if by_expert(x, weight):
+        return _ByExpert.apply(x, weight, counts.tolist())  # type: ignore[no-any-return]
+    return in_one(x, weight, counts)
+
+
+def by_expert(x: Tensor, weight: Tensor) -> bool:
+    """PyTorch's grouped product knows fp32 and bf16 and rows of a multiple of 16 bytes; on CPUs it is the same loop, but in new memory."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    known = hasattr(torch, "_grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
+    return x.device.type == "cpu" or not known
+
+
+def in_one(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_product` as one kernel, without waiting for the counts."""
+    return torch._grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))

@@ -1,0 +1,167 @@
+"""What a run would be, without allocating anything: the resolved config, exact bytes of the largest rank, and the schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.config.dsp import describe_plan, plan_cuts
+from megascale.config.layout import axis_sizes, describe, micro_batches
+from megascale.config.load import to_yaml
+from megascale.config.schema import Config
+from megascale.config.stages import stage_parts
+from megascale.config.support import check, padding_note
+from megascale.data.samples import resolve_vocabulary
+from megascale.errors import UsageError
+from megascale.measure.compute import flops_per_token
+from megascale.model.families import build_part
+from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.spec import active_parameters, specs_of
+from megascale.optim.learning_rate import schedule_note
+from megascale.schedule.orders import compute_order, layered_order, with_weights
+from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
+from megascale.train.estimate.memory import host_bytes, largest_rank, shape_of
+from megascale.train.growing import phases_of
+
+
+def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
+    """Prints the report; with `json_file` also writes it, with `picture` draws the pipeline. Raises UsageError as the run would."""
+    if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
+        config = resolve_vocabulary(config)
+    config = check(config, ranks)
+    report = describe_run(config, ranks)
+    if config.grow:
+        report["growths"] = describe_growths(config, ranks)
+    print(to_yaml(config.plain()), end="")
+    size, active = report["parameters"], report["parameters_active"]
+    of_these = f", {active:,} of them a token" if active < size else ""
+    print(f"---\n{report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}: {size:,} parameters{of_these}")
+    largest = report["bytes_per_rank"]
+    for kind in ("parameters", "gradients", "optimizer"):
+        print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
+    for kind, size in report.get("host_bytes_per_rank", {}).items():
+        where = f"in {config.parallel.offload_dir}" if kind == "state" and config.parallel.offload_dir else "in host memory"
+        print(f"  {kind:<11}{size:>18,} bytes {'of it ' if kind == 'state' else ''}{where}")
+    schedule = report["schedule"]
+    print(
+        f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "
+        f"{schedule['data_ranks']} data ranks, {report['flops_per_step']:.3e} FLOPs; {config.train.total_steps} steps"
+    )
+    for growth in report.get("growths", ()):
+        size, work = f"{growth['parameters']:,} parameters", f"{growth['flops_per_step']:.3e} FLOPs a step"
+        print(f"after step {growth['after_step']}: {growth['layout']}: {size}, {work}")
+        print("  " + ", ".join(f"{kind} {size:,} bytes" for kind, size in growth["bytes_per_rank"].items()) + " on the largest rank")
+    for note in (padding_note(config), schedule_note(config.optim, config.train.total_steps)):
+        if note:
+            print(f"note: {note}")
+    if "dsp" in schedule:
+        print(f"dsp: layers as attended:cut dimension, a bar for each switch: {schedule['dsp']}")
+    timeline = pipeline_timeline(config, ranks)
+    if timeline is not None:
+        pipeline = schedule["pipeline"]
+        if config.parallel.accumulation == "layered":
+            print("layered: embedding, every layer and head take all micro-batches in turn")
+        else:
+            print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
+        if sum(pipeline["gathers"]):
+            print(f"  by rank: weights gathered {pipeline['gathers']} times a step, gradients reduced {pipeline['reductions']} times")
+        for line, live, sends in zip(text_lanes(timeline), timeline.live, timeline.sends):
+            print(f"  {line}  live {live}, sends {sends}")
+    if picture:
+        draw_pipeline(config, timeline, picture)
+    if json_file:
+        try:
+            Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--json {json_file} cannot be written: {error.strerror}") from None
+
+
+def describe_run(config: Config, ranks: int) -> dict[str, Any]:
+    """The numbers of a checked config as plain data."""
+    sizes = axis_sizes(config.parallel, ranks)
+    totals = largest_rank(config, sizes)
+    timeline = pipeline_timeline(config, ranks)
+    shape = shape_of(config)
+    model = build_part(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    specs = specs_of(model)
+    parameters = sum(s.numel for s in specs.values())
+    train, parts = config.train, sizes["dp_replicate"] * sizes["dp_shard"]
+    tokens = train.global_batch_size * train.seq_len
+    return {
+        "parameters": parameters,
+        "parameters_active": active_parameters(specs),
+        "ranks": ranks,
+        "layout": describe(config.parallel),
+        "bytes_per_rank": totals,
+        **({"host_bytes_per_rank": host_bytes(config, ranks)} if config.parallel.offload else {}),
+        "flops_per_step": flops_per_token(config.model, specs, train.seq_len, train.source_length) * tokens,
+        "schedule": {
+            "data_ranks": parts,
+            "micro_batches": -(-train.global_batch_size // (train.micro_batch_size * parts)),
+            "steps": train.total_steps,
+            "tokens_per_step": tokens,
+            **({} if timeline is None else {"pipeline": pipeline_facts(config, timeline)}),
+            **dsp_facts(config),
+        },
+        "config": config.plain(),
+    }
+
+
+def describe_growths(config: Config, ranks: int) -> list[dict[str, Any]]:
+    """What the run is from each growth on. Raises UsageError for one that the run would refuse."""
+    phases = phases_of(config, ranks)
+    keys = ("parameters", "parameters_active", "layout", "bytes_per_rank", "flops_per_step")
+    grown = [describe_run(p.config, ranks) for p in phases[1:]]
+    return [{"after_step": p.until, **{k: found[k] for k in keys}} for p, found in zip(phases, grown)]
+
+
+def dsp_facts(config: Config) -> dict[str, str]:
+    """Along which dimension every layer's stream is cut, where that changes from layer to layer."""
+    model, p = config.model, config.parallel
+    if model.spacetime is None or p.cp == 1 or p.cp_method != "dsp":
+        return {}
+    attended = [model.attended(i) for i in range(model.num_layers)]
+    plan = plan_cuts(attended, model.spacetime.grid, p.cp)
+    return {} if plan is None else {"dsp": describe_plan(attended, plan)}
+
+
+def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
+    """The schedule of a checked config in model time, with the exchanges of weights where they are sharded; None where micro-batches just
+    follow each other.
+    """
+    p, m = config.parallel, micro_batches(config, ranks)
+    if p.accumulation == "layered":
+        return simulate({0: layered_order(config.model.total_layers + 2, m, p.breadth_first or m)})
+    if p.pp == 1:
+        return None
+    order = compute_order(p.pp_schedule, p.pp, p.pp_virtual, m)
+    return simulate(with_weights(order, m) if p.engine == "fsdp2" and p.dp_shard > 1 else order)
+
+
+def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
+    p = config.parallel
+    return {
+        "schedule": "layered" if p.accumulation == "layered" else p.pp_schedule,
+        "stages": len({s.step.stage for lane in timeline.lanes for s in lane}),
+        "gathers": [sum(mark.kind == "G" for mark in marks) for marks in timeline.marks],
+        "reductions": [sum(mark.kind == "R" for mark in marks) for marks in timeline.marks],
+        "layers": [len(part.layers) for part in stage_parts(config.model, p, config.train.seq_len, config.train.source_length)],
+        "bubble": timeline.bubble,
+        "live_activations": timeline.live,
+        "sends": timeline.sends,
+        "order": [[f"{s.step.kind}{s.step.stage}.{s.step.micro_batch}" for s in lane] for lane in timeline.lanes],
+    }
+
+
+def draw_pipeline(config: Config, timeline: Timeline | None, picture: str) -> None:
+    if timeline is None:
+        raise UsageError(f"--draw {picture} draws the order of a pipeline or of layered accumulation: set parallel.pp or accumulation")
+    if Path(picture).suffix not in (".png", ".svg"):
+        raise UsageError(f"--draw {picture} has no known ending: name it .png or .svg")
+    try:
+        draw(timeline, f"{describe(config.parallel)}, {config.train.global_batch_size} sequences a step", Path(picture))
+    except OSError as error:
+        raise UsageError(f"--draw {picture} cannot be written: {error.strerror}") from None

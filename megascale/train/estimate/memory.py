@@ -1,0 +1,175 @@
+"""What a run keeps in memory, on the device and on the host: stored state exactly, activations by the published estimate.
+
+Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks with fused attention, in two-byte numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import psutil
+import torch
+
+from megascale.comm.mesh import AXES, EXPERT_AXES, Axis, Traffic, coordinates
+from megascale.comm.piece import chunk_bounds
+from megascale.config.layout import axis_sizes, micro_batches
+from megascale.config.schema import Config
+from megascale.errors import UsageError
+from megascale.launch.ranks import RankInfo, node_name
+from megascale.limits import memory_free
+from megascale.model.decoder import Shape
+from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.optim.rates import MATRICES
+from megascale.parallel.apply import build_stages, cut_stage
+from megascale.parallel.recompute import group_size
+from megascale.parallel.tensor import Placement
+from megascale.schedule.orders import compute_order
+from megascale.schedule.timeline import simulate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+GB = 1e9
+
+
+def shape_of(config: Config) -> Shape:
+    """What a model needs to know of the other sections."""
+    t, p = config.train, config.precision
+    return Shape(t.seq_len, DTYPES[p.storage], DTYPES[p.compute], t.source_length if config.model.encoder_layers else 0)
+
+
+def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
+    """`rank_bytes` of the rank that holds most."""
+    # Of the tensor and shard coordinates the first has the largest part, as torch.chunk leaves the rest for last; stages differ freely.
+    first = coordinates(0, sizes)
+    return max((rank_bytes(config, {**first, "pp": r}, sizes) for r in range(sizes["pp"])), key=lambda b: sum(b.values()))
+
+
+def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes of stored weights, their gradients and the optimizer's state on the rank at `place`. Gathered copies come and go and are not
+    counted.
+    """
+    shape = shape_of(config)
+    storage = shape.storage
+    kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
+    traffic = Traffic()
+    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
+    axes["shard"] = Axis("dp_shard", sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"], None, traffic)
+    weights = optimizer = 0
+    for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
+        for name, p in cut_stage(stage, axes, config.parallel).items():
+            held = _held(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
+            weights += held * storage.itemsize
+            # A tied embedding's copy beside the head is optimized where the embedding is.
+            if name != "embedding.weight" or stage.part.first:
+                optimizer += optimizer_bytes(config.optim.name, p, held, storage.itemsize)
+    if config.parallel.engine == "deepspeed":
+        return _zero_bytes(config, weights // storage.itemsize, sizes["dp_shard"])
+    return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+
+
+def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
+    """The same under DeepSpeed, but for the padding of its flat buffers: optimizer state with fp32 masters is cut over the data ranks, from
+    stage 2 on gradients, from stage 3 on weights, which are kept in the compute dtype (Rajbhandari et al., arXiv 1910.02054, section 5).
+    """
+    stage, cut = config.parallel.zero_stage, -(-elements // ranks)
+    return {
+        "parameters": (cut if stage == 3 else elements) * DTYPES[config.precision.compute].itemsize,
+        "gradients": (cut if stage >= 2 else elements) * 4,
+        "optimizer": 12 * cut,
+    }
+
+
+def _held(placement: Placement, shard: Axis | None) -> int:
+    """Elements on this rank, padding included."""
+    local = placement.shape
+    if shard is not None:
+        first, last = chunk_bounds(local[placement.shard_dim], shard.size, shard.rank)
+        local[placement.shard_dim] = last - first
+    return math.prod(local)
+
+
+def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:
+    """State of one weight: one tensor like it for Lion and for Muon's matrices, two and a step count for AdamW."""
+    if name == "lion" or (name == "muon" and placement.spec.role in MATRICES):
+        return elements * itemsize
+    return 2 * elements * itemsize + (4 if elements else 0)
+
+
+def activation_bytes(config: Config, ranks: int) -> float:
+    """Estimated bytes of activations on the fullest rank, micro-batches in flight included; those of embedding and head left out."""
+    p, t = config.parallel, config.parallel.tp
+    cut = 1.0 / t if p.tp_sequence else 1.0
+    # Per token and unit of width: 24 bytes live inside the products that tp cuts, 10 outside. Selective recomputation keeps the results of
+    # products and attention, about 16 and 2; full only a block's input, nested that of some blocks.
+    per_unit = {"none": 24 / t + 10 * cut, "selective": 16 / t + 2 * cut}.get(p.recompute, 2 * cut)
+    return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
+
+
+def stashed_bytes(config: Config, ranks: int) -> float:
+    """Bytes of block inputs that wait in host memory on the fullest rank."""
+    cut = 1.0 / config.parallel.tp if config.parallel.tp_sequence else 1.0
+    return 2 * cut * _two_byte_units(config) * _blocks_in_flight(config, ranks)
+
+
+def _two_byte_units(config: Config) -> float:
+    """Tokens × width of this rank's part of a micro-batch, counted in two-byte numbers."""
+    # A decoder's block has its stack's tokens alone; the longer ones stand for both stacks.
+    length = max(config.train.seq_len, config.train.source_length if config.model.encoder_layers else 0)
+    tokens = config.train.micro_batch_size * length / config.parallel.cp
+    return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
+
+
+def _blocks_in_flight(config: Config, ranks: int) -> float:
+    """How often a block's activations are alive at once: blocks of this rank × micro-batches between forward and backward."""
+    p, blocks = config.parallel, float(config.model.total_layers)
+    if p.accumulation == "layered":
+        return blocks * (p.breadth_first or micro_batches(config, ranks))
+    passes = 1
+    if p.pp > 1:
+        timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
+        blocks, passes = blocks / (p.pp * p.stages_per_rank), max(timeline.live)
+    if p.recompute == "nested":  # an input of each group in flight, and those of the blocks of one, whose first is the group's own
+        size = group_size(math.ceil(blocks))
+        return blocks / size * passes + size - 1
+    return blocks * passes
+
+
+def needed(config: Config, ranks: int) -> tuple[int, float]:
+    """(bytes of stored state, estimated bytes of activations) on the device of the fullest rank."""
+    kept = largest_rank(config, axis_sizes(config.parallel, ranks))
+    offload = config.parallel.offload
+    if "parameters" in offload:
+        kept = {}
+    elif "optimizer" in offload:
+        kept = {**kept, "optimizer": 0}
+    live = activation_bytes(config, ranks)
+    if "activations" in offload:
+        live -= stashed_bytes(config, ranks)
+    return sum(kept.values()), live
+
+
+def host_bytes(config: Config, ranks: int) -> dict[str, int]:
+    """What `parallel.offload` keeps in the host memory of the fullest rank: `state` (weights, gradients, the optimizer's) and `inputs`."""
+    offload = config.parallel.offload
+    state = {"optimizer", "parameters"} & set(offload)
+    return {
+        "state": sum(largest_rank(config, axis_sizes(config.parallel, ranks)).values()) if state else 0,
+        "inputs": int(stashed_bytes(config, ranks)) if "activations" in offload else 0,
+    }
+
+
+def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) -> None:
+    """Raises UsageError where this node, or the job's share of it, has too little memory for what its ranks would offload. `free` in
+    bytes; absent: what there is.
+    """
+    if not config.parallel.offload:
+        return
+    need = host_bytes(config, ranks.size)
+    free = memory_free(float(psutil.virtual_memory().available)) if free is None else free
+    total = sum(need.values()) * ranks.local_size
+    if total > free:
+        raise UsageError(
+            f"parallel.offload is {', '.join(config.parallel.offload)}: the {ranks.local_size} ranks of {node_name()} would keep "
+            f"{total / GB:.2f} GB there (state {need['state'] / GB:.2f}, block inputs {need['inputs'] / GB:.2f} a rank) and "
+            f"{free / GB:.2f} GB are free; offload less, cut the state over more dp_shard ranks, or let fewer micro-batches go together "
+            "(parallel.breadth_first)"
+        )

@@ -1,0 +1,89 @@
+"""What would fit, after an out-of-memory: what there is, what the run needs, and the smallest changes that need less."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+
+import psutil
+import torch
+
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Config, Parallel, Train
+from megascale.config.support import check
+from megascale.data.samples import resolve_vocabulary
+from megascale.errors import MegascaleError
+from megascale.launch.ranks import RankInfo, node_name
+from megascale.limits import memory_limit
+from megascale.train.estimate.memory import GB, needed
+from megascale.train.process_group import choose_device
+
+
+def limit_of(device: torch.device, ranks: RankInfo) -> float:
+    """Bytes that this rank may use: its device's, or its share of what the node, its job or container there, or the process is allowed."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    total = memory_limit(float(psutil.virtual_memory().total))
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(total / ranks.local_size, float(own) if own != resource.RLIM_INFINITY else total)
+
+
+def out_of_memory(reason: str, config: Config, ranks: RankInfo) -> str:
+    """`reason` with the arithmetic behind it, where that can still be done."""
+    with suppress(Exception):  # the process is short of memory: what was known before must not get lost for an estimate
+        return f"{reason}; {what_fits(config, choose_device(config, ranks), ranks)}"
+    return f"{reason}; halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks"
+
+
+def what_fits(config: Config, device: torch.device, ranks: RankInfo) -> str:
+    """The arithmetic after an out-of-memory: what there is, what the run needs, and the smallest changes that would fit."""
+    limit = limit_of(device, ranks)
+    config = check(resolve_vocabulary(config), ranks.size)
+    state, live = needed(config, ranks.size)
+    text = (
+        f"this rank has {limit / GB:.2f} GB on {node_name()}; weights, gradients and optimizer take {state / GB:.2f} GB and the "
+        f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {live / GB:.2f} GB"
+    )
+    groups = ([f"{words} ({need / GB:.2f} GB)" for words, need in group if need < 0.9 * limit] for group in options(config, ranks.size))
+    *cheap, spread = [fitting[:1] for fitting in groups]
+    found = [words for fitting in cheap for words in fitting] or spread
+    if found:
+        return f"{text}; by this estimate would fit: {', or '.join(found)}"
+    return f"{text}; no micro-batch, recomputation or up to 64 times the ranks would fit: choose a smaller model.hidden_size or num_layers"
+
+
+def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
+    """Changes of one kind a list, from mild to strong, each with the bytes that the fullest rank would need: smaller micro-batches,
+    recomputation, both, more shards beside both.
+    """
+    train, p = config.train, config.parallel
+    batches: list[tuple[str, Train]] = []
+    while (size := (batches[-1][1] if batches else train).micro_batch_size // 2) > 0:
+        batches.append((f"train.micro_batch_size={size}", train.model_copy(update={"micro_batch_size": size})))
+    modes = ["selective", "full", "nested"][["none", "selective", "full", "nested"].index(p.recompute) :]
+    recomputed = [(f"parallel.recompute={mode}", p.model_copy(update={"recompute": mode})) for mode in modes]
+    shards = axis_sizes(p, ranks)["dp_shard"]
+    small, least = (batches or [("", train)])[-1], (recomputed or [("", p)])[-1]
+    spread = [
+        (
+            " ".join(w for w in (small[0], least[0], f"parallel.dp_shard={shards * n} on {ranks * n} ranks") if w),
+            least[1].model_copy(update={"dp_shard": shards * n}),
+            ranks * n,
+        )
+        for n in (2, 4, 8, 16, 32, 64)
+    ]
+    return [
+        [option for words, t in batches for option in _option(words, config, t, p, ranks)],
+        [option for words, q in recomputed for option in _option(words, config, train, q, ranks)],
+        [option for w, t in batches for v, q in recomputed for option in _option(f"{w} {v}", config, t, q, ranks)],
+        [option for words, q, n in spread for option in _option(words, config, small[1], q, n)],
+    ]
+
+
+def _option(words: str, config: Config, train: Train, parallel: Parallel, ranks: int) -> list[tuple[str, float]]:
+    """One change with its bytes; nothing where it is refused, since then it is no advice."""
+    try:
+        changed = check(config.model_copy(update={"train": train, "parallel": parallel}), ranks)
+    except MegascaleError:
+        return []
+    return [(words, float(sum(needed(changed, ranks))))]

@@ -1,0 +1,108 @@
+"""What starts here, for the reader of the screen and of events.jsonl."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megascale.config.layout import describe
+from megascale.config.schema import Config
+from megascale.config.support import padding_note
+from megascale.data.samples import first_facts
+from megascale.launch.ranks import RankInfo, node_name
+from megascale.optim.learning_rate import schedule_note
+from megascale.train.log.console import Console
+from megascale.train.log.run_log import RunLog
+from megascale.train.start.branch import Note
+from megascale.train.start.resume import Start
+from megascale.train.state import Progress
+
+GPU = "/dev/nvidia0"
+
+
+def announce(
+    config: Config,
+    ranks: RankInfo,
+    facts: dict[str, Any],
+    start: Start,
+    progress: Progress,
+    data_notes: Sequence[str | None],
+    notes: Sequence[Note],
+    log: RunLog,
+    console: Console,
+) -> None:
+    """What starts here, for the reader of the screen and of events.jsonl."""
+    layout = describe(config.parallel)
+    entropy = first_facts(config).get("unigram_entropy")
+    details: dict[str, Any] = {
+        "layout": layout,
+        "ranks": ranks.size,
+        **facts,
+        "torch": torch.__version__,
+        "node": node_name(),
+        "unigram_entropy": entropy,
+        "began": round(psutil.Process().create_time(), 3),
+        **log.past,
+    }
+    if start.folder is not None:
+        details["from"] = str(start.folder)
+    log.event("resume" if progress.step else "start", progress.step, **details)
+    if start.changes:
+        lr = {} if start.rates is None else {"lr": [start.rates.before, start.rates.after]}
+        log.event("change", progress.step, changes={k: list(v) for k, v in start.changes.items()}, **lr)
+    for note in notes:
+        if note.event:
+            log.event(note.event, progress.step, message=note.sentence, **note.details)
+    size, active = facts["parameters"], facts["parameters_active"]
+    many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
+    fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
+    way = " (products in fp32: this CPU has no bf16 instructions)" if facts.get("products") == "fp32" else ""
+    threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
+    precision = f"{config.precision.compute}{way}{fp8}"
+    console.say(f"{config.run.name}: {many} on {layout} ({facts['device']}), {precision}{threads}, norm kernel {facts['norm_kernel']}")
+    if entropy is not None:
+        console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
+    if start.folder is not None:
+        total = config.train.total_steps
+        there = f"already at step {progress.step} of {total}: nothing is left to do, unless train.steps or train.tokens is raised"
+        following = there if progress.step >= total else f"next is step {progress.step + 1}"
+        console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; {following}")
+    if log.notes:
+        log.event("mended", progress.step, notes=log.notes)
+    schedule = schedule_note(config.optim, config.train.total_steps)
+    unused = unused_gpu_note(config, facts["device"], os.environ, Path(GPU).exists())
+    about = (unused, padding_note(config), schedule, *data_notes, cast_note(config, facts["device"]), facts.get("immovable"))
+    for sentence in (*(note.sentence for note in notes), *log.notes, *about):
+        if sentence:
+            console.warn(sentence)
+
+
+def unused_gpu_note(config: Config, device: str, env: Mapping[str, str], present: bool) -> str | None:
+    """A sentence when training is on CPUs though a GPU seems to be there; who hides GPUs with an empty list, or -1, means CPUs.
+
+    present  whether the driver's device file is there
+    """
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles", "none", "void")
+    if device != "cpu" or config.run.device != "auto" or hidden or (visible is None and not present):
+        return None
+    sign = GPU if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
+    return (
+        f"training is on CPUs: there seems to be a GPU ({sign}), and torch {torch.__version__} finds none that it can use; look at the "
+        "driver (nvidia-smi) and at torch's build, or set run.device=cpu"
+    )
+
+
+def cast_note(config: Config, device: str) -> str | None:
+    """A sentence when FP8 on a GPU is left uncompiled (docs/gpu.md has the numbers)."""
+    if config.precision.fp8 == "false" or config.parallel.compile or device == "cpu":
+        return None
+    return (
+        f"precision.fp8 is {config.precision.fp8} and parallel.compile is false: casts that are not compiled cost more than FP8 saves; "
+        "set parallel.compile true"
+    )

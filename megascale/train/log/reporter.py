@@ -1,0 +1,240 @@
+"""From step results on the device to rows, events and a live line; reads a result only when the device has it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale.checkpoint.saver import Event
+from megascale.comm.mesh import Mesh
+from megascale.config.schema import Train
+from megascale.errors import PeerLostError
+from megascale.model.observe import Raw
+from megascale.precision.watch import warnings as cast_warnings
+from megascale.train.log.console import Console
+from megascale.train.log.module_metrics import Observed, Source
+from megascale.train.log.run_log import RunLog
+from megascale.train.state import Progress
+
+
+@dataclass
+class StepResult:
+    """One step's numbers, 0-dim tensors on the device where the host does not know them yet."""
+
+    step: int
+    loss: Tensor
+    norm: Tensor
+    finite: Tensor
+    valid: Tensor  # targets in the global batch, times a constant
+    stop: Tensor
+    lr: float
+    clock: StepClock
+    sent: dict[str, int]  # bytes by axis, of this rank
+    seen: dict[Source, Raw]  # what modules here told
+    sampled: bool = False  # those too that tell on a few steps only
+    valid_loss: dict[str, float] | None = None
+    valid_seconds: float = 0.0
+    waited: float = 0.0  # seconds for the batch, on this rank
+    stalled: float = 0.0  # seconds of evaluation and saving between the step before and this one
+    tokens: int = 0
+
+
+class StepClock:
+    """Seconds of a step, on the device's own clock where it runs ahead of the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+        self._start = self._end = time.perf_counter()
+
+    def stop(self) -> StepClock:
+        if self._events:
+            self._events[1].record()
+        self._end = time.perf_counter()
+        return self
+
+    def seconds(self) -> float:
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._end - self._start
+
+    def after(self, before: StepClock) -> float:
+        """Seconds from the end of an earlier step to the end of this one."""
+        if self._events:
+            return before._events[1].elapsed_time(self._events[1]) / 1000
+        return self._end - before._end
+
+
+@dataclass
+class Since:
+    """What has been since the last row: a row speaks for all steps since the one before it."""
+
+    steps: int = 0
+    seconds: float = 0.0  # from step to step, without evaluation and saving
+    waited: float = 0.0
+
+    def add(self, result: StepResult, before: StepClock | None) -> None:
+        own = result.clock.seconds()
+        self.steps, self.waited = self.steps + 1, self.waited + result.waited
+        self.seconds += own + result.waited if before is None else max(own, result.clock.after(before) - result.stalled)
+
+
+@dataclass
+class Reporter:
+    """`log` and `console` are None on every rank but the first.
+
+    On CUDA results are read one step late, when the next step is already queued, so that the device never waits for the host.
+    """
+
+    mesh: Mesh
+    device: torch.device
+    cfg: Train
+    last_step: int
+    flops_per_token: float
+    peak: float | None  # FLOP/s of one rank
+    observed: Observed
+    log: RunLog | None
+    console: Console | None
+    provenance: dict[str, Any]  # what every checkpoint records beside the progress
+    profile_step: int | None = None
+    profile_path: str = ""
+    last_good: str = "none"
+    _waiting: deque[tuple[StepResult, Progress]] = field(default_factory=deque)
+    _stop: bool = False
+    _before: StepClock | None = None  # of the step before, in this attempt
+    _since: Since = field(default_factory=Since)
+
+    def step(self, result: StepResult, progress: Progress) -> None:
+        result.tokens = progress.tokens
+        self._waiting.append((result, progress))
+        lag = 1 if self.device.type == "cuda" and result.step < self.last_step and result.valid_loss is None else 0
+        while len(self._waiting) > lag:
+            self._read(*self._waiting.popleft())
+
+    def flush(self) -> None:
+        """Reads the results that are left, on all ranks alike."""
+        while self._waiting:
+            self._read(*self._waiting.popleft())
+
+    def stop_agreed(self) -> bool:
+        """True on all ranks alike once any rank's request is in a result that has been read."""
+        return self._stop
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        if self.log is not None:
+            self.log.event(event, step, **details)
+
+    def warn_once(self, what: str, sentence: str) -> None:
+        if self.log is not None:
+            self.log.warn_once(what, sentence)
+
+    def frozen(self, step: int, seconds: float) -> None:
+        """The process, and as a rule the whole job, stood still for a while."""
+        self.event("frozen", step, seconds=round(seconds, 1))
+        if self.console is not None:
+            self.console.warn(f"this job was frozen for {seconds:.0f} s (suspended, or its machine was), and goes on")
+
+    def checkpoints(self, events: list[Event], step: int) -> None:
+        for e in events:
+            if e.kind == "saved":
+                self.last_good = f"step {e.step}"
+            if self.log is not None:
+                kind = "save_failed" if e.kind == "failed" else e.kind
+                self.log.event(kind, e.step, seconds=round(e.seconds, 3), message=e.message)
+            if self.console is not None and e.kind in ("failed", "export_failed") and e.code != PeerLostError.code:  # that ends the run
+                what = "the checkpoint" if e.kind == "failed" else "the export"
+                self.console.warn(f"{what} of step {e.step} was not written, and training goes on: {e.message}")
+
+    @contextmanager
+    def profile(self, step: int) -> Iterator[None]:
+        """A profiler trace of one step, for chrome://tracing or Perfetto, when `run.profile_step` asks for it."""
+        if step != self.profile_step:
+            yield
+            return
+        with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+            yield
+        try:
+            profiler.export_chrome_trace(self.profile_path)
+        except (OSError, RuntimeError) as error:
+            self.warn_once("trace", f"the trace {self.profile_path} was not written, and training goes on: {error}")
+
+    def _read(self, result: StepResult, progress: Progress) -> None:
+        self._judge(result, progress)
+        self._since.add(result, self._before)
+        self._before = result.clock
+        if not (result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None):
+            return
+        since, self._since = self._since, Since()
+        sent, waited = self._largest(result.sent, since.waited)
+        seen = self.observed.row(result.seen, self.device, result.sampled)
+        if self.log is None or self.console is None:
+            return
+        rate = since.steps * self.cfg.global_batch_size * self.cfg.seq_len / max(since.seconds, 1e-9)
+        mfu = None if self.peak is None else rate * self.flops_per_token / (self.peak * self.mesh.size)
+        row: dict[str, Any] = {
+            "step": result.step,
+            "time": round(time.time(), 3),
+            "loss": float(result.loss),
+            "grad_norm": float(result.norm),
+            "lr": result.lr,
+            "tokens": result.tokens,
+            "tokens_per_second": rate,
+            "step_seconds": result.clock.seconds(),
+            "data_seconds": waited / since.steps,
+            "mfu": mfu,
+            "memory_bytes": memory_bytes(self.device),
+            "sent_bytes": sent,
+            **seen,
+        }
+        if result.valid_loss is not None:
+            row["valid_loss"] = result.valid_loss
+            row["valid_seconds"] = result.valid_seconds
+        self.log.metrics(row)
+        self.console.step(row)
+        for kind, sentence in (cast_warnings(seen["fp8"]) if "fp8" in seen else {}).items():
+            if self.log.warn_once(kind, sentence):
+                self.log.event("fp8_warning", result.step, message=sentence)
+
+    def _judge(self, result: StepResult, progress: Progress) -> None:
+        """Whether a step counted. One without any target is no bad gradient: it changes nothing, and its loss is null."""
+        finite, valid = bool(result.finite), float(result.valid)
+        self._stop = self._stop or float(result.stop) > 0
+        if valid == 0:
+            self.event("empty_step", result.step)
+            self.warn_once(
+                "empty step",
+                f"no token of step {result.step} is a target (data.packing, or what a sample masks, leaves none): its loss is null and "
+                "nothing is updated; events.jsonl has an empty_step for every such step",
+            )
+            return
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        if not finite:
+            self.event("skip", result.step, loss=float(result.loss), grad_norm=float(result.norm))
+
+    def _largest(self, traffic: dict[str, int], waited: float) -> tuple[dict[str, int], float]:
+        """Bytes of the step by axis, and seconds of waiting for data, the largest of all ranks."""
+        axes = list(dict.fromkeys(axis.name for axis in self.mesh.axes.values() if axis.size > 1))
+        if not axes:
+            return {}, waited
+        here = [*(traffic.get(a, 0) for a in axes), round(waited * 1e9)]
+        numbers = torch.tensor(here, dtype=torch.int64, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        *most, longest = numbers.tolist()
+        return {axis: sent for axis, sent in zip(axes, most) if sent or self.mesh[axis].size > 1}, longest / 1e9
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: allocated on CUDA, resident on CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

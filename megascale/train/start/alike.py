@@ -1,0 +1,51 @@
+"""All ranks train the same run: their configs, versions and data are compared before anything is built."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from megascale.comm.agreement import Agreement
+from megascale.config.identity import PATHS, SOURCES
+from megascale.config.load import flatten
+from megascale.config.rules.pairs import spans_asked
+from megascale.config.schema import Config
+from megascale.data.samples import end_token, translates
+from megascale.train.process_group import agreed
+from megascale.train.start.changes import Prints, sources_of
+
+# What nodes may have of their own. Where data lie may differ, too: what they are is compared.
+OF_A_NODE = ("run.device", "run.threads", "run.peak_tflops", "parallel.offload_dir", *SOURCES, *PATHS)
+
+
+def check_config(config: Config) -> None:
+    """Collective. Raises UsageError on all ranks where one was started with another config, or has another version installed."""
+    Agreement().alike(agreed(lambda: shared_values(config)), "the same config file, arguments and versions are needed on every node")
+
+
+def shared_values(config: Config) -> dict[str, Any]:
+    """{key: value} of what must be the same on every rank."""
+    flat = {k: v for k, v in flatten(config.plain()).items() if k not in OF_A_NODE}
+    mixture = [[name, weight] for name, _, weight in sources_of(config)]
+    return {**flat, "data.train": mixture, "torch": torch.__version__, "megascale": own_version()}
+
+
+def own_version() -> str:
+    try:
+        return version("megascale")
+    except PackageNotFoundError:  # it is run from where it lies
+        return "uninstalled"
+
+
+def check_data(config: Config, prints: Prints) -> None:
+    """Collective. Raises UsageError on all ranks where one reads other data, or makes another vocabulary of its tokenizer."""
+    model = {k: v for k, v in flatten(config.plain()).items() if k.startswith("model.")}
+    files = {f"data.{part}[{name}].{end}": told for part in prints for name, its in prints[part].items() for end, told in its.items()}
+    Agreement().alike({**files, **model, **agreed(lambda: special_tokens(config))}, "copy the same data and tokenizers to every node")
+
+
+def special_tokens(config: Config) -> dict[str, int]:
+    """Those that enter samples and that a tokenizer says."""
+    return {"the token that ends a text": end_token(config)} if spans_asked(config) or translates(config) else {}

@@ -1,0 +1,228 @@
+"""What changes the curve at a resume: the keys that are no identity of a run, the learning rate, and the places in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megascale.config.identity import check_identity, covered, defaults_of, real_path, same_value
+from megascale.config.load import flatten
+from megascale.config.schema import Config, DataSource, Optim, Precision, Train
+from megascale.data.dataset import read_sources
+from megascale.data.fingerprint import Print
+from megascale.data.moved import moved, sentence
+from megascale.errors import UsageError
+from megascale.optim.learning_rate import learning_rate
+from megascale.train.start.branch import Note
+
+# No identity of a run, since what was learned stays what it is; but the curve goes on otherwise than it would have.
+CURVE = (
+    "train.steps",
+    "train.tokens",
+    "train.clip",
+    "train.max_skipped_steps",
+    "precision.compute",
+    "precision.master",
+    "precision.fp8",
+    "precision.fp8_recipe",
+    "precision.loss_scale",
+)
+LENGTH = ("train.steps", "train.tokens")
+Changes = dict[str, tuple[Any, Any]]
+Prints = dict[str, dict[str, Print]]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate at `step`, the first one to come, as it would have been and as it is; `differs`: from which step on."""
+
+    step: int
+    before: float
+    after: float
+    differs: int | None
+
+
+def curve_changes(config: Config, saved: Mapping[str, Any]) -> Changes:
+    """{key: (then, now)} of what enters the curve and is no identity. `saved`: the config in the checkpoint, empty where there is none.
+
+    Raises UsageError where the length of a run changes the order of its data and `run.allow_change` does not name it.
+    """
+    if not saved:
+        return {}
+    flat = flatten(dict(saved))
+    then, now = {**defaults_of(flat), **flat}, flatten(config.plain())
+    found = {k: (then.get(k), now.get(k)) for k in CURVE if then.get(k) != now.get(k)}
+    before = _steps(saved)
+    if before is not None and before == config.train.total_steps:
+        found = {k: v for k, v in found.items() if k not in LENGTH}
+    if "precision.master" in found and _storage(saved) == config.precision.storage:
+        del found["precision.master"]
+    longer = [k for k in found if k in LENGTH]
+    if config.data.order == "megatron" and longer and not covered(longer, config.run.allow_change):
+        key = longer[0]
+        raise UsageError(
+            f"{key} was {found[key][0]} and is {found[key][1]}, and under data.order megatron the order of all samples depends on their "
+            f"number: set it back, or allow another order with run.allow_change='[{key}]'"
+        )
+    return found
+
+
+def rates_at(config: Config, saved: Mapping[str, Any], step: int) -> Rates | None:
+    """Of the first step after `step`. None where the checkpoint does not say how its run would have gone on."""
+    total, now = _steps(saved), config.train.total_steps
+    try:
+        optim = Optim.model_validate(saved["optim"])
+    except (KeyError, ValidationError):
+        return None
+    if total is None:
+        return None
+
+    def both(at: int) -> tuple[float, float]:
+        return learning_rate(optim, at, total), learning_rate(config.optim, at, now)
+
+    first, last = step + 1, min(total, now)
+    differs = first if both(first)[0] != both(first)[1] else None
+    if differs is None and last > first and both(last)[0] != both(last)[1]:
+        low, high = first, last  # equal up to some step, where one of the two begins to fall
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if both(middle)[0] != both(middle)[1] else (middle, high)
+        differs = high
+    return Rates(first, *both(first), differs)
+
+
+def told(changes: Mapping[str, tuple[Any, Any]], rates: Rates | None) -> list[Note]:
+    """The sentence for who resumes; none where nothing changes from here on."""
+    matters = {k: v for k, v in changes.items() if k not in LENGTH or rates is None or rates.differs is not None}
+    if not matters:
+        return []
+    keys = ", ".join(f"{key} was {_short(then)} and is {_short(now)}" for key, (then, now) in matters.items())
+    lr = ""
+    if rates is not None and rates.differs is not None:
+        lr = f"; the learning rate of step {rates.step} would have been {rates.before:.4g} and is {rates.after:.4g}"
+        if rates.differs > rates.step:
+            lr += f", and it differs from step {rates.differs} on"
+    return [Note(f"the curve goes on otherwise than it would have: {keys}{lr}")]
+
+
+def sources_of(config: Config) -> list[list[Any]]:
+    """[[name, path, weight], …] of the training mixture, as checkpoints record it: a file that `data.train` names may change."""
+    return [[s.name, s.path, s.weight] for s in read_sources(config.data.train, "data.train")]
+
+
+def changes_since(config: Config, saved: dict[str, Any], folder: Path, prints: Prints) -> tuple[Changes, list[Note]]:
+    """What has changed since the checkpoint `folder` and is allowed, and what is to be told of it. `saved`: its trainer.json.
+
+    Raises UsageError where it is of another run, or of this one with other data.
+    """
+    moved = moved_data(config, saved, prints)
+    other = check_identity(config, saved["identity"], str(folder), moved)
+    mixture, told_of_it = mixture_changes(config, saved, "data.train" in moved)
+    return {**other, **mixture, **content_changes(config, saved, prints)}, told_of_it
+
+
+def moved_data(config: Config, saved: Mapping[str, Any], prints: Prints) -> list[str]:
+    """Of data.train and data.valid those whose files have kept names, weights and content: where they lie is no matter then. `saved`:
+    trainer.json, whose older versions do not say what the data were.
+    """
+    before, found = saved.get("fingerprints", {}), []
+    then, now = _named(saved.get("sources") or _listed(saved)), _named(sources_of(config))
+    if prints["train"] and before.get("train") == prints["train"] and then == now:
+        found.append("data.train")
+    if prints["valid"] and before.get("valid") == prints["valid"]:
+        found.append("data.valid")
+    return found
+
+
+def content_changes(config: Config, saved: Mapping[str, Any], prints: Prints) -> Changes:
+    """{"data.train[source]": (then, now)} of sources that have other content under their old names, where `run.allow_change` lets them.
+
+    Raises UsageError where it does not.
+    """
+    found: Changes = {}
+    for part, sources in prints.items():
+        before = saved.get("fingerprints", {}).get(part, {})
+        other = {name: (before[name], now) for name, now in sources.items() if name in before and before[name] != now}
+        if other and not covered([key := f"data.{part}"], config.run.allow_change):
+            name, (then, now) = next(iter(other.items()))
+            ends = ", ".join(f"{end} was {then.get(end)} and is {now.get(end)}" for end in now if then.get(end) != now[end])
+            raise UsageError(
+                f"{key}: the files of {name} are not those that the run was trained on ({ends}), and its samples would be others: put the "
+                f"old ones back, choose another run.name, or allow it with run.allow_change='[{key}]'"
+            )
+        found |= {f"data.{part}[{name}]": ("; ".join(map(str, a.values())), "; ".join(b.values())) for name, (a, b) in other.items()}
+    return found
+
+
+def mixture_changes(config: Config, saved: Mapping[str, Any], moved_only: bool = False) -> tuple[Changes, list[Note]]:
+    """A change of the mixture that no key shows, and what any change of it does to the sources' places. `saved`: trainer.json;
+    `moved_only`: the sources are known to be the same in other places.
+
+    Raises UsageError for one in a file that `data.train` names, unless `run.allow_change` has data.train.
+    """
+    now = sources_of(config)
+    then = saved.get("sources") or _listed(saved)
+    if not then or _shares(then) == _shares(now) or moved_only:
+        return {}, []
+    changed: Changes = {}
+    if same_value("data.train", saved.get("identity", {}).get("data.train"), config.plain()["data"]["train"]):
+        if not covered(["data.train"], config.run.allow_change):
+            raise UsageError(
+                f"the mixture in {config.data.train} has changed: it was {_mixture(then)} and is {_mixture(now)}; set it back, choose "
+                "another run.name, or allow it with run.allow_change='[data.train]'"
+            )
+        changed["data.train"] = (_mixture(then), _mixture(now))
+    if config.data.order == "megatron":
+        return changed, [Note("the mixture has changed, and under data.order megatron all samples come in another order from here on")]
+    found = moved({n: w for n, _, w in then}, {n: w for n, _, w in now}, config.run.seed, saved["samples"])
+    words = sentence(found)
+    details = {"samples": {m.name: {"repeated": m.repeated, "skipped": m.skipped} for m in found}}
+    return changed, [] if words is None else [Note(words, "mixture", details)]
+
+
+def _named(sources: list[list[Any]]) -> list[tuple[str, float]]:
+    return [(name, share) for name, _, share in _shares(sources)] if sources else []
+
+
+def _shares(sources: list[list[Any]]) -> list[tuple[str, str, float]]:
+    total = sum(weight for _, _, weight in sources)
+    return [(name, real_path(path), round(weight / total, 12)) for name, path, weight in sources]
+
+
+def _mixture(sources: list[list[Any]]) -> str:
+    return ", ".join(f"{name} {weight:g}" for name, _, weight in sources)
+
+
+def _listed(saved: Mapping[str, Any]) -> list[list[Any]]:
+    """The sources as the saved config lists them; nothing where it names a file, which may be another by now."""
+    value = saved.get("config", {}).get("data", {}).get("train")
+    if not isinstance(value, str | list) or (isinstance(value, str) and value.endswith((".yaml", ".yml"))):
+        return []
+    try:
+        entries = value if isinstance(value, str) else [e if isinstance(e, str) else DataSource.model_validate(e) for e in value]
+        return [[s.name, s.path, s.weight] for s in read_sources(entries, "data.train")]
+    except (ValidationError, UsageError):
+        return []
+
+
+def _steps(saved: Mapping[str, Any]) -> int | None:
+    try:
+        return Train.model_validate(saved["train"]).total_steps
+    except (KeyError, ValidationError):
+        return None
+
+
+def _storage(saved: Mapping[str, Any]) -> str | None:
+    try:
+        return Precision.model_validate(saved.get("precision", {})).storage
+    except ValidationError:
+        return None
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

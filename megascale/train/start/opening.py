@@ -1,0 +1,225 @@
+"""A run directory is opened: it becomes this job's own, what was left in it is cleared, and it is known where the run goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megascale.checkpoint.choose import confirm
+from megascale.checkpoint.storage import LATEST, aside_in, named_as_steps, set_aside
+from megascale.checkpoint.trainer import read_progress
+from megascale.comm.agreement import Agreement
+from megascale.config.identity import SOURCES, check_identity, identity, only_moved
+from megascale.config.load import build_config, read_yaml, to_yaml
+from megascale.config.schema import Config
+from megascale.data.samples import prints_of
+from megascale.errors import UsageError
+from megascale.expand.write import CONFIG
+from megascale.files import discard, write_atomic
+from megascale.formats.export import FOLDER
+from megascale.train.log.past import last_saved
+from megascale.train.start.branch import Note, Wish, forget, go_back, remember, wish_of
+from megascale.train.start.changes import changes_since
+from megascale.train.start.lock import LOCK, STALE, RunLock
+
+OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", LOCK)
+STOP = "STOP"  # the file by which a person asks a run to stop
+BESIDE = ("exit.json", STOP, "launch", "heartbeat.json", "stacks")  # what a job may leave before it becomes a run
+# Files of ours that a kill left half written.
+LEFT_OVER = re.compile(r"\.writable|\.(config\.yaml|metrics\.jsonl|events\.jsonl|heartbeat\.json|exit\.json|run\.lock)\..+")
+
+
+@dataclass
+class Opening:
+    """A run directory that is this job's. `elsewhere`: the checkpoint of another run that this one begins from. The rest is the first
+    rank's: its lock, what it has to tell, and whether config.yaml cannot be read.
+    """
+
+    lock: RunLock | None
+    elsewhere: Path | None = None
+    notes: list[Note] = field(default_factory=list)
+    damaged_config: str = ""
+
+    def guard(self) -> None:
+        """Raises UsageError where the directory is not this job's any more."""
+        if self.lock is not None:
+            self.lock.check()
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Opening]:
+    """Collective. `config` is the one that the run was begun with. Raises UsageError where the directory is another's, or cannot be used;
+    then nothing has been written.
+    """
+    team, run_dir = Agreement(), Path(config.run_dir)
+    opening = Opening(None)
+    try:
+        wish = team.first(lambda: _take(config, run_dir, opening))
+        if wish.folder is not None:
+            confirm(wish.folder)
+        if wish.kind == "back":
+            team.first(lambda: opening.notes.append(_back(config, run_dir, wish)))
+        opening.elsewhere = wish.folder if wish.kind == "elsewhere" else None
+        yield opening
+    finally:
+        if opening.lock is not None:
+            opening.lock.release()
+
+
+def _take(config: Config, run_dir: Path, opening: Opening) -> Wish:
+    check_directory(run_dir)
+    lock = RunLock(run_dir, _leave)
+    lock.take(lambda text: print(text, file=sys.stderr, flush=True))
+    opening.lock = lock
+    if lock.note is not None:
+        opening.notes.append(Note(lock.note, "lock_broken"))
+    wish = wish_of(config.checkpoint.resume, run_dir)
+    # Gone back, a run is that of the checkpoint, which is compared later; config.yaml may be another branch's. Of one that grows, only
+    # config.yaml has all phases.
+    judge = bool(config.grow) or (wish.kind != "back" and wish.note is None)
+    opening.damaged_config = check_saved_config(config, run_dir, judge) or ""
+    check_folders(config, run_dir)
+    if wish.note is not None:
+        opening.notes.append(wish.note)
+    if config.checkpoint.resume != "never":
+        check_still_there(run_dir)
+    return wish
+
+
+def check_still_there(run_dir: Path) -> None:
+    """Raises UsageError where the run has saved checkpoints and none is there: its disk may be missing, and step 1 would come again."""
+    root = run_dir / "checkpoints"
+    saved = None if named_as_steps(root) else last_saved(run_dir)
+    if saved is not None:
+        raise UsageError(
+            f"{run_dir / 'events.jsonl'} says that the checkpoint of step {saved} was saved, and there is none in {root}: is its disk "
+            "mounted? If they were deleted, checkpoint.resume=never begins anew and keeps the old rows; or choose another run.name"
+        )
+
+
+def _back(config: Config, run_dir: Path, wish: Wish) -> Note:
+    assert wish.folder is not None
+    saved = read_progress(wish.folder)
+    if not config.grow:  # of a run that grows, the phase says what the model is
+        changes_since(config, saved, wish.folder, prints_of(config))
+    return go_back(run_dir, wish.folder, config.checkpoint.resume)
+
+
+def _leave(why: str) -> None:
+    """From the lock's thread: the directory is another job's, and nothing that this one does may reach it."""
+    print(f"\nerror: {why}", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+def check_directory(run_dir: Path) -> None:
+    """Raises UsageError for a directory with other files in it than a run's."""
+    try:
+        with suppress(FileNotFoundError):
+            run_dir.lstat()  # unlike exists() it says of a name that cannot be
+        if not run_dir.exists():
+            if run_dir.is_symlink():
+                raise UsageError(f"run.dir {run_dir} is a link to {os.readlink(run_dir)}, and nothing is there: is its disk mounted?")
+            return
+        if not run_dir.is_dir():
+            raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
+        names = set(os.listdir(run_dir))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"run.dir {str(run_dir)[:200]!r} cannot be looked at ({error}): choose another one") from None
+    foreign = {n for n in names - set(BESIDE) if not LEFT_OVER.fullmatch(n)}
+    if foreign and not names & set(OWN_FILES):
+        raise UsageError(
+            f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(foreign)[:3])}): choose another run.name or run.dir"
+        )
+
+
+def check_folders(config: Config, run_dir: Path) -> None:
+    """Raises UsageError where a folder that the run will write into is there and does not let it: the first save would be too late."""
+    growths = (run_dir / f"grown-{n + 1}" for n in range(len(config.grow)))
+    unfinished = (folder for folder in growths if not os.path.lexists(folder / CONFIG))
+    for folder in (run_dir / "checkpoints", *((run_dir / FOLDER,) if config.checkpoint.export == "hf" else ()), *unfinished):
+        trial = folder / f".tmp-{os.getpid()}"
+        try:
+            if os.path.lexists(folder):
+                trial.touch()
+                trial.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot be written ({error.strerror or error}), and the run would be lost at its first save: see to the folder's "
+                "owner, its rights and its disk, or choose another run.dir"
+            ) from None
+
+
+def check_saved_config(config: Config, run_dir: Path, judge: bool = True) -> str | None:
+    """Raises UsageError where the directory's config.yaml is of another run, unless `judge` is False, or the disk does not let it be read.
+    What is wrong with it where it is damaged: then the config in the checkpoint stands for it.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        if not os.path.lexists(path):
+            return None
+        if not path.is_file():
+            return f"{path}, which the run wrote, is no file"
+        path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}, which the run wrote, cannot be read ({error.strerror or error}): look at the disk") from None
+    try:
+        there = build_config(read_yaml(path))
+    except UsageError as error:
+        return f"{path}, which the run wrote, is damaged ({' '.join(str(error).split())[:300]})"
+    if not judge:
+        return None
+    then, now = identity(there), identity(config)
+    # Whether data in another place are the same data, the checkpoint tells: it knows what they were.
+    moved = [k for k in SOURCES if only_moved(k, then.get(k), now.get(k))]
+    check_identity(config, then, str(path), moved)
+    return None
+
+
+def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]:
+    """The first rank's last act before training: clears what an earlier attempt left, and writes config.yaml. What it found is returned.
+
+    config  as the run was begun
+    """
+    try:
+        _sweep(run_dir)
+        notes = _clear_names(run_dir / "checkpoints")
+        discard(run_dir / "exit.json")  # it told of another attempt
+        if opening.damaged_config:
+            kept = set_aside(run_dir / "config.yaml", aside_in(run_dir))
+            notes.append(Note(f"{opening.damaged_config}; it is written anew, and the old one is {kept}", "config_replaced"))
+        if opening.elsewhere is not None:
+            remember(run_dir / "checkpoints", config.checkpoint.resume, opening.elsewhere)
+        elif config.checkpoint.resume in ("auto", "never"):
+            forget(run_dir)
+        write_atomic(run_dir / "config.yaml", to_yaml(config.plain()))
+        if (run_dir / STOP).is_file():  # it may have been put there for this very start, so it counts
+            notes.append(Note(f"{run_dir / STOP} exists: this start stops at its first step, and removes the file; delete it now to go on"))
+    except OSError as error:
+        raise UsageError(
+            f"the run directory {run_dir} cannot be written ({error.strerror or error}: {error.filename}): make room there, or choose "
+            "another run.dir"
+        ) from None
+    return notes
+
+
+def _sweep(run_dir: Path) -> None:
+    """Deletes what a kill left half written: it has names that nobody else gives."""
+    root, now = run_dir / "checkpoints", time.time()
+    for path in (*run_dir.iterdir(), *root.glob(".tmp-*"), *root.glob(".*.tmp")):
+        ours = path.parent == root or LEFT_OVER.fullmatch(path.name)
+        if ours and not (LOCK in path.name and now - path.lstat().st_mtime < 3 * STALE):  # somebody may be asking for the lock
+            discard(path)
+
+
+def _clear_names(root: Path) -> list[Note]:
+    """Names that checkpoints will need and that something else bears are set aside."""
+    wrong = [path for _, path in named_as_steps(root) if not path.is_dir()]
+    if (root / LATEST).is_dir():
+        wrong.append(root / LATEST)
+    return [Note(f"{p} is no checkpoint, and its name is needed: it is now {set_aside(p, aside_in(root))}", "set_aside") for p in wrong]
