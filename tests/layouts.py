@@ -14,13 +14,14 @@ from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel, Spacetime
 from megascale.data.loader import Batch, sample_numbers
-from megascale.model.decoder import Shape
 from megascale.model.layers import Fp8
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import ParallelModel, Weight, build_stages, parallelize
+from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.expert import settle_routers
+from megascale.parallel.model import ParallelModel, Weight
 from megascale.train.build import build_schedule
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from megascale.optim import optimizers
 from megascale.optim.clip import global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import MATRICES
-from megascale.parallel.apply import Weight
+from megascale.parallel.model import Weight
 from megascale.parallel.tensor import Placement
 from megascale.train.estimate.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train

@@ -22,7 +22,7 @@ from megascale.generate import cache
 from megascale.generate.open import ends_of
 from megascale.generate.run import Sampling, generate
 from megascale.generate.sample import choose
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from tests.formats.models import DECODERS, PLAIN, save
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks

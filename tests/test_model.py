@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from megascale.comm.piece import Piece
 from megascale.config.schema import Optim, RopeScaling
 from megascale.model import loss
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.init import initialize
 from megascale.model.ops import norm_kernels
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary, rotate
+from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, specs_of
 from megascale.optim.learning_rate import learning_rate, schedule_note
 from megascale.optim.optimizers import Muon, orthogonalize

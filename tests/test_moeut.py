@@ -13,8 +13,9 @@ from torch import Tensor
 from megascale.config.load import load_config
 from megascale.config.schema import Model, Parallel
 from megascale.config.support import check
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.ops.norm_kernels import torch_layernorm
+from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
 from megascale.train.estimate.dry_run import describe_run
 from tests.layouts import Case, build, fake_batch, tiny

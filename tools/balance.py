@@ -20,13 +20,13 @@ from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.config.stages import Part, estimated_costs, split_layers
 from megascale.config.support import check
-from megascale.data.samples import resolve_vocabulary
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.ops.norm_kernels import choose_kernels
-from megascale.train.estimate.memory import DTYPES
-from megascale.train.process_group import choose_device
+from megascale.model.shape import DTYPES, Shape
+from megascale.train.device import choose_device
 
 app = new_app(__doc__ or "")
 WARM, ROUNDS = 1, 7

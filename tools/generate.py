@@ -23,7 +23,8 @@ from megascale.formats.tokenizer_build import open_tokenizer
 from megascale.generate.open import Opened, layout, open_model
 from megascale.generate.run import Sampling, beyond, check_not_empty, generate
 from megascale.launch.ranks import find_ranks
-from megascale.train.process_group import agreed, choose_device, process_group
+from megascale.train.device import choose_device
+from megascale.train.process_group import agreed, process_group
 
 app = new_app(__doc__ or "")
 

@@ -24,13 +24,15 @@ from megascale.config.layout import axis_sizes, data_parts, describe
 from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.config.support import check
-from megascale.data.samples import micro_batches, open_data, resolve_vocabulary
+from megascale.data.samples import micro_batches, open_data
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.model.residual import Stack
 from megascale.precision.loss_scale import loss_scale
 from megascale.train.build import build_model, build_schedule
-from megascale.train.process_group import agreed, choose_device, process_group
+from megascale.train.device import choose_device
+from megascale.train.process_group import agreed, process_group
 
 app = new_app(__doc__ or "")
 PANELS = {

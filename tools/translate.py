@@ -18,8 +18,8 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
-from megascale.data.samples import end_token, first_prefix
 from megascale.data.tokenizer import Tokenizer, beside, load_tokenizer
+from megascale.data.vocabulary import end_token, first_prefix
 from megascale.errors import UsageError
 from megascale.formats.hf.folder import CONFIG, is_hf_folder
 from megascale.formats.json_file import read_object
@@ -30,7 +30,7 @@ from megascale.generate.open import layout, open_any
 from megascale.launch.ranks import RankInfo
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.train.build import build_model
-from megascale.train.process_group import choose_device
+from megascale.train.device import choose_device
 from megascale.train.state import model_pieces
 
 app = new_app(__doc__ or "")

@@ -21,9 +21,10 @@ from benchmarks.common import machine, write
 from megascale.comm.mesh import AXES, build_mesh
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.ops.compiled import compile_static
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import Shape
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer

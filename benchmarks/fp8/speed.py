@@ -20,7 +20,7 @@ from benchmarks.one_process.throughput import our_step
 from megascale.config.schema import Model
 from megascale.measure.compute import peak_flops
 from megascale.model.layers import Fp8
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import multiply_in_fp8
 
 SEQ, BATCH, VOCAB = 4096, 4, 32768

@@ -18,8 +18,9 @@ from benchmarks.layered import hosts
 from benchmarks.layered.worker import MODEL, SEQ, M, settings
 from megascale.config.schema import Parallel
 from megascale.measure.compute import flops_per_token, gemm_rate
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
 
 COLORS = {"layered": "#2a7f62", "depth-first": "#b5304f", "HSDP": "#4c78a8", "layered in HSDP": "#54a24b", "DeepSpeed ZeRO-3": "#f58518"}

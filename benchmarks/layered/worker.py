@@ -18,8 +18,8 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
-from megascale.model.decoder import Shape
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.train.build import build_engine
 

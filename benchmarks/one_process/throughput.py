@@ -20,15 +20,17 @@ from megascale.config.load import load_config
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.measure.compute import flops_per_token, peak_flops
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.layers import Fp8
 from megascale.model.ops.compiled import compile_static
 from megascale.model.ops.matmul import way_of
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import ParallelModel, parallelize
+from megascale.parallel.apply import parallelize
+from megascale.parallel.model import ParallelModel
 from megascale.schedule.accumulate import Accumulation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

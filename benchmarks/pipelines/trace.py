@@ -21,8 +21,8 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
 from megascale.data.loader import Batch
-from megascale.model.decoder import Shape
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.schedule.orders import Step, compute_order
 from megascale.schedule.pipeline import Pipeline, Stage

@@ -18,8 +18,8 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.config.stages import stage_parts
 from megascale.data.loader import Batch
-from megascale.model.decoder import Shape
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import build_stages, parallelize

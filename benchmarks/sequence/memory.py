@@ -22,9 +22,9 @@ from benchmarks.common import Allocations, machine, write
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
-from megascale.model.decoder import Shape
 from megascale.model.ops.attention_tiles import visible_pairs
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.context import places
 

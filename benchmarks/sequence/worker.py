@@ -17,8 +17,8 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
-from megascale.model.decoder import Shape
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.grid import ulysses_everywhere

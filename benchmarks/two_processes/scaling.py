@@ -20,8 +20,9 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.ops.norm_kernels import torch_rmsnorm
+from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import parallelize

@@ -21,7 +21,7 @@ from megascale.comm.collectives import all_reduce
 from megascale.data.loader import Batch
 from megascale.model.block import Block
 from megascale.optim.rates import MATRICES
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.schedule.accumulate import Schedule
 
 COUNT, SUM, SQUARES, GRADIENT, PAIRS, CORR, GRADIENT_CORR, CHANGE, WEIGHT_GRADIENT = range(9)

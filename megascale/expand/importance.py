@@ -18,11 +18,11 @@ from megascale.config.stages import Part, layered_parts
 from megascale.expand.apply import Read
 from megascale.expand.verify import LATE, fill
 from megascale.model.block import Block
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Linear
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import Shape
 
 
 @dataclass(frozen=True)

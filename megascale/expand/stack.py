@@ -12,10 +12,10 @@ from megascale.errors import UsageError
 from megascale.expand.depth import EXACT, Layer, grow_layers
 from megascale.expand.options import Options
 from megascale.formats.shapes import our_specs
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.residual import Residual, Stack, residual
+from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, states_of
 
 WHY_LOSSY = {

@@ -18,9 +18,9 @@ from megascale.config.schema import Model
 from megascale.config.stages import layered_parts
 from megascale.expand.apply import Read
 from megascale.expand.plan import Growth
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import Shape
 
 LATE = 1 << 40  # a step at which every scheme that follows the step has arrived
 EXACT = 1e-10  # on logits, in fp64, before anything is stored: of their size, where that is above 1

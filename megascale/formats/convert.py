@@ -21,10 +21,10 @@ from megascale.files import atomic_folder, check_absent, write_durably
 from megascale.formats.fp8 import plan_inference
 from megascale.formats.hf.compare_logits import check_comparable, largest_difference
 from megascale.formats.hf.folder import GENERATION, encoders, tokenizer_files
-from megascale.formats.hf.model import Foreign, plan_export, read_hf, write_hf
+from megascale.formats.hf.model import plan_export, read_hf, write_hf
 from megascale.formats.json_file import read_object
 from megascale.formats.megatron.checkpoint import read_megatron, write_megatron, write_torch_dist
-from megascale.formats.sources import Checkpoint, open_checkpoint
+from megascale.formats.sources import Checkpoint, Foreign, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer, gather
 
 NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}

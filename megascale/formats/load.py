@@ -11,10 +11,11 @@ from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Parallel
 from megascale.formats.shapes import MODEL
-from megascale.model.decoder import Shape
 from megascale.model.layers import Fp8
 from megascale.model.ops.norm_kernels import choose_kernels
-from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.model.shape import Shape
+from megascale.parallel.apply import build_stages, parallelize
+from megascale.parallel.model import ParallelModel
 
 SLAB = 1 << 26  # elements asked for at once
 

@@ -11,9 +11,9 @@ from megascale.config.load import flatten
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.tensor_maps import Sizes
-from megascale.model.decoder import Shape
 from megascale.model.families import build_part
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, specs_of, states_of
 
 LARGEST = 1 << 48  # of a size

@@ -19,7 +19,7 @@ from megascale.checkpoint.trainer import read_trainer
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
-from megascale.formats.tensor_maps import Sizes, compare_names
+from megascale.formats.tensor_maps import Rearranged, Sizes, compare_names
 
 LAST_STEP = 10**15
 
@@ -84,3 +84,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     check_depth(model, len(held), str(folder / TRAINER))
     compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))
     return Checkpoint(folder, model, seq_len, trainer, source)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model in another format, checked: `model` as ours, its longest sequence, how to make our weights, and `notes` to be told."""
+
+    model: Model
+    seq_len: int
+    targets: list[Target]
+    produce: Rearranged
+    config: dict[str, Any]
+    stamp: str
+    notes: tuple[str, ...] = ()

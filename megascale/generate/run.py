@@ -19,7 +19,7 @@ from megascale.measure.health import free_memory
 from megascale.model.decoder import Decoder
 from megascale.model.position import alibi_slopes
 from megascale.model.relative import bias_by_distance
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 
 SEEDS = range(-(1 << 63), 1 << 64)  # that torch's generators take
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,17 +30,8 @@ from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
+from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, declare
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model needs to know beside its config section."""
-
-    seq_len: int
-    storage: torch.dtype  # of the weights
-    compute: torch.dtype  # of the activations
-    source_len: int = 0  # of an encoder–decoder's sources
 
 
 class Table(nn.Module):

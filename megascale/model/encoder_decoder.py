@@ -18,11 +18,12 @@ from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import Part, has_experts
 from megascale.model.block import Block, Memory, only
-from megascale.model.decoder import Decoder, Shape, Table
+from megascale.model.decoder import Decoder, Table
 from megascale.model.layers import Norm
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.relative import attach, biased
 from megascale.model.residual import Stack, ends, residual
+from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
 
 

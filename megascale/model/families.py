@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from megascale.config.schema import Model
 from megascale.config.stages import Part
-from megascale.model.decoder import Decoder, Shape
+from megascale.model.decoder import Decoder
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.model.ops.norm_kernels import NormKernel
+from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
 
 Family = Decoder | Spacetime  # an EncoderDecoder is a Decoder, with an encoder beside it

@@ -24,12 +24,13 @@ from megascale.config.schema import Model
 from megascale.config.stages import Part
 from megascale.model.attention import Attend, attend, attend_all, identity
 from megascale.model.block import Block, Context, Memory, only
-from megascale.model.decoder import Shape, Table, rows_of
+from megascale.model.decoder import Table, rows_of
 from megascale.model.layers import Norm, linear, mix64
 from megascale.model.ops.attention_tiles import Seen
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Stack, ends, residual
+from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
 
 Grid = Sequence[Sequence[range]]  # for every dimension the positions that are here

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.config.schema import Optim
-from megascale.parallel.apply import Weight
+from megascale.parallel.model import Weight
 
 
 def global_norm(weights: list[Weight], size: int, factors: Mapping[str, float] | None = None) -> Tensor:

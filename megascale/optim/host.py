@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megascale.parallel.apply import Weight
+from megascale.parallel.model import Weight
 
 if TYPE_CHECKING:
-    from megascale.optim.optimizers import Optimizer
+    from megascale.optim.optimizer import Optimizer
 
 HOST = torch.device("cpu")
 

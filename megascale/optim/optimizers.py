@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +16,10 @@ from megascale.comm.mesh import Mesh
 from megascale.config.schema import Optim
 from megascale.model.ops.matmul import product
 from megascale.optim.host import Mirror, OnHost
+from megascale.optim.optimizer import Optimizer
 from megascale.optim.owners import take_turns, work_shared
 from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
-from megascale.parallel.apply import ParallelModel, Weight
-
-
-class Optimizer(Protocol):
-    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
-        """One update with gradients × `factor`; nothing moves where `finite` (0-dim, bool) is false."""
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """state key → weight name → this rank's tensor: shaped like the weight's local part, or 0-dim. Live, to be saved and loaded."""
+from megascale.parallel.model import ParallelModel, Weight
 
 
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megascale.comm.collectives import all_to_all
 from megascale.comm.mesh import Axis, Mesh
 from megascale.comm.piece import chunk_bounds
-from megascale.parallel.apply import Weight
+from megascale.parallel.model import Weight
 
 
 @dataclass(frozen=True)

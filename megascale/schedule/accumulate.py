@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megascale.data.loader import Batch
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 
 
 class Schedule(Protocol):

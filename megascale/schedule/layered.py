@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megascale.data.loader import Batch
 from megascale.model.families import Family
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.schedule.orders import Step, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding
 

@@ -25,7 +25,7 @@ from megascale.data.loader import Batch
 from megascale.model.experts import Bank
 from megascale.model.families import Family
 from megascale.model.layers import Deferred, Linear
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.schedule.orders import compute_order, forward_order, splits_backward
 from megascale.schedule.tied import TiedEmbedding
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.comm.mesh import Axis
-from megascale.parallel.apply import ParallelModel, Weight
+from megascale.parallel.model import ParallelModel, Weight
 
 
 class TiedEmbedding:

@@ -18,18 +18,19 @@ from megascale.model.families import build_part
 from megascale.model.layers import Fp8
 from megascale.model.ops.matmul import way_of
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import shape_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
 from megascale.optim.masters import immovable_note
 from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import ParallelModel, build_stages, parallelize
+from megascale.parallel.apply import build_stages, parallelize
+from megascale.parallel.model import ParallelModel
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.schedule.layered import Layered
 from megascale.schedule.pipeline import Pipeline
 from megascale.train.engines.engine import Engine, Native
 from megascale.train.engines.in_backward import InBackward
-from megascale.train.estimate.memory import shape_of
 
 
 def check_torch(config: Config) -> None:

@@ -10,52 +10,21 @@ from megascale.checkpoint.index import Damaged
 from megascale.checkpoint.loader import newest
 from megascale.checkpoint.storage import step_name
 from megascale.comm.agreement import Agreement
-from megascale.config.schema import Config, GrowAt
+from megascale.config.schema import Config
 from megascale.config.support import check
-from megascale.data.samples import resolve_vocabulary
-from megascale.expand.grow import grow, grown_config, refuse_nothing
-from megascale.expand.options import Options, Sizes
-from megascale.expand.plan import plan_growth
+from megascale.data.vocabulary import resolve_vocabulary
+from megascale.expand.grow import grow
 from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Pulse
-from megascale.train.phases import Phase
+from megascale.train.phases import Phase, asked, phases_of
 from megascale.train.process_group import agreed
 from megascale.train.setup import build_trainer
 from megascale.train.start.alike import check_config
 from megascale.train.start.opening import open_run
 from megascale.train.start.resume import step_of
 from megascale.train.trainer import Trainer
-
-
-def asked(entry: GrowAt, seed: int) -> tuple[Sizes, Options]:
-    """An entry of the config as the tool's sizes and options."""
-    sizes = Sizes(
-        entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.head_dim, entry.ffn_size, entry.expert_ffn_size, entry.num_layers,
-        entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size,
-    )  # fmt: skip
-    options = Options(
-        entry.width_method, entry.ffn_method, entry.heads_method, entry.depth_method, entry.placement, entry.symmetry, entry.split,
-        entry.optimizer, entry.router, lossless=entry.lossless, seed=seed,
-    )  # fmt: skip
-    return sizes, options
-
-
-def phases_of(config: Config, ranks: int) -> list[Phase]:
-    """All phases, each with its own model. Raises UsageError for a growth that is refused, before the first step."""
-    whole = config
-    found, origin = [], None
-    for number, entry in enumerate(config.grow):
-        found.append(Phase(config, whole, entry.step, entry, origin))
-        sizes, options = asked(entry, config.run.seed)
-        growth = plan_growth(config.model, config.train.seq_len, sizes, options)
-        refuse_nothing(growth, options)
-        grown = grown_config(config, growth, options)[0]
-        config = grown.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel})
-        check(config, ranks)
-        origin = Path(config.run_dir) / f"grown-{number + 1}" / step_name(entry.step)
-    return [*found, Phase(config, whole, config.train.total_steps, None, origin)]
 
 
 @contextmanager

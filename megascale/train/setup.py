@@ -20,25 +20,17 @@ from megascale.config.layout import axis_sizes, describe
 from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.data.loader import Batch, Prefetcher
-from megascale.data.samples import (
-    Samples,
-    document_lengths,
-    micro_batches,
-    note,
-    open_data,
-    overlap_note,
-    prints_of,
-    resolve_vocabulary,
-    valid_notes,
-)
+from megascale.data.samples import Samples, document_lengths, micro_batches, note, open_data, overlap_note, prints_of, valid_notes
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import peak_flops
 from megascale.optim.learning_rate import begun_again
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
+from megascale.train.device import choose_device
 from megascale.train.engines.engine import Engine
 from megascale.train.estimate.memory import check_host_room
 from megascale.train.faults.stop import StopFlag
@@ -49,7 +41,7 @@ from megascale.train.log.module_metrics import Observed
 from megascale.train.log.reporter import Reporter
 from megascale.train.log.run_log import RunLog
 from megascale.train.phases import Phase
-from megascale.train.process_group import agreed, choose_device
+from megascale.train.process_group import agreed
 from megascale.train.start.alike import check_config, check_data
 from megascale.train.start.changes import Prints, sources_of
 from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megascale.comm.piece import Piece
 from megascale.errors import UsageError
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 
 
 @dataclass

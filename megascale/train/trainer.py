@@ -15,7 +15,7 @@ from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
 from megascale.optim.learning_rate import learning_rate
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import sampled_step

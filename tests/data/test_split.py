@@ -12,8 +12,9 @@ from megascale.config.load import load_config
 from megascale.data.dataset import Mixture, Source
 from megascale.data.indexed import TokenWriter
 from megascale.data.order import split_documents
-from megascale.data.samples import note, open_data, resolve_vocabulary
+from megascale.data.samples import note, open_data
 from megascale.data.split import split_source
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from tools import prepare_data
 

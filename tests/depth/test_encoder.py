@@ -12,7 +12,7 @@ from megascale.config.load import build_config
 from megascale.data.dataset import Mixture, Source
 from megascale.data.loader import make_batch
 from megascale.data.masking import Masking
-from megascale.data.samples import resolve_vocabulary
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.model.attention import attend_all
 from megascale.model.ops.attention_tiles import Seen

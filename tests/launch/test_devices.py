@@ -15,7 +15,7 @@ from megascale.errors import UsageError
 from megascale.launch.devices import device_index, shared_device
 from megascale.launch.ranks import RankInfo
 from megascale.limits import own_cores
-from megascale.train.process_group import checked_threads, choose_device
+from megascale.train.device import checked_threads, choose_device
 from tests.config.test_config import config
 
 

@@ -14,7 +14,7 @@ import torch
 from megascale.errors import UsageError
 from megascale.launch import ranks, rendezvous
 from megascale.launch.ranks import UNKNOWN, RankInfo, find_ranks, read_ranks, tasks_per_node
-from megascale.train.process_group import Seat, default_threads, share_of_cores
+from megascale.train.device import Seat, default_threads, share_of_cores
 
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **MEET}

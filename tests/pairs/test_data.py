@@ -18,9 +18,10 @@ from megascale.data.aligned import read_pairs
 from megascale.data.dataset import Mixture, Source
 from megascale.data.indexed import TokenFile, TokenWriter
 from megascale.data.pairs import PairMixture, SpanMixture, pair_batch
-from megascale.data.samples import end_token, note, open_data, resolve_vocabulary
+from megascale.data.samples import note, open_data
 from megascale.data.spans import Corruption, cut_up
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
+from megascale.data.vocabulary import end_token, resolve_vocabulary
 from megascale.errors import UsageError
 from tests.layouts import CPU
 from tests.pairs.files import END, VOCAB, make_pairs, pair_settings

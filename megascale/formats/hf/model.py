@@ -23,7 +23,7 @@ from megascale.formats.hf.folder import CONFIG, INDEX, SINGLE, as_json, open_hf
 from megascale.formats.hf.tensor_names import links_of
 from megascale.formats.json_file import read_object
 from megascale.formats.shapes import check_depth, check_floating
-from megascale.formats.sources import Checkpoint, Stored
+from megascale.formats.sources import Checkpoint, Foreign, Stored
 from megascale.formats.tensor_maps import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
 
 # Buffers that older versions of transformers saved with the weights.
@@ -39,19 +39,6 @@ WRAPPERS = {
 }
 FILE_BYTES = 5 * 10**9  # of one file, as transformers has it
 COMPARED = 1 << 24  # elements of tables compared at once
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """A model in another format, checked: `model` as ours, its longest sequence, how to make our weights, and `notes` to be told."""
-
-    model: Model
-    seq_len: int
-    targets: list[Target]
-    produce: Rearranged
-    config: dict[str, Any]
-    stamp: str
-    notes: tuple[str, ...] = ()
 
 
 def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None) -> Foreign:

@@ -21,12 +21,11 @@ from megascale.checkpoint.streaming import Target
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.files import atomic_folder
-from megascale.formats.hf.model import Foreign
 from megascale.formats.megatron.distributed import open_distributed, stamp_of, write_distributed
 from megascale.formats.megatron.pickles import read_torch
 from megascale.formats.megatron.tensor_names import Cut, check_model, empty_states, homogeneous, rank_links, rank_name, stacked
 from megascale.formats.shapes import check_depth, check_floating
-from megascale.formats.sources import Checkpoint
+from megascale.formats.sources import Checkpoint, Foreign
 from megascale.formats.tensor_maps import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
 
 LATEST = "latest_checkpointed_iteration.txt"

@@ -23,9 +23,10 @@ from megascale.comm.piece import Piece
 from megascale.config.schema import Config
 from megascale.data.loader import Batch
 from megascale.errors import UsageError
-from megascale.optim.optimizers import Optimizer, build_optimizer
+from megascale.optim.optimizer import Optimizer
+from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import grouped_by_rate, rate_of
-from megascale.parallel.apply import ParallelModel, Weight
+from megascale.parallel.model import ParallelModel, Weight
 from megascale.train.engines.in_backward import valid_share
 from megascale.train.state import state_pieces
 

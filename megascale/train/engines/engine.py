@@ -12,9 +12,9 @@ from torch import Tensor
 from megascale.comm.piece import Piece
 from megascale.data.loader import Batch
 from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import Optimizer
-from megascale.parallel.apply import ParallelModel
+from megascale.optim.optimizer import Optimizer
 from megascale.parallel.expert import settle_routers
+from megascale.parallel.model import ParallelModel
 from megascale.schedule.accumulate import Schedule
 from megascale.train.state import state_pieces
 

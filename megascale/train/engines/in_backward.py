@@ -15,9 +15,10 @@ from megascale.comm.piece import Piece
 from megascale.config.schema import Optim
 from megascale.data.loader import Batch
 from megascale.optim.clip import global_norm, norm_factors
-from megascale.optim.optimizers import Optimizer, optimizer_over
-from megascale.parallel.apply import ParallelModel, Weight
+from megascale.optim.optimizer import Optimizer
+from megascale.optim.optimizers import optimizer_over
 from megascale.parallel.expert import settle_routers
+from megascale.parallel.model import ParallelModel, Weight
 from megascale.schedule.layered import Layered
 from megascale.train.state import state_pieces
 

@@ -14,17 +14,18 @@ from megascale.config.load import to_yaml
 from megascale.config.schema import Config
 from megascale.config.stages import stage_parts
 from megascale.config.support import check, padding_note
-from megascale.data.samples import resolve_vocabulary
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import shape_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.learning_rate import schedule_note
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
-from megascale.train.estimate.memory import host_bytes, largest_rank, shape_of
-from megascale.train.growing import phases_of
+from megascale.train.estimate.memory import host_bytes, largest_rank
+from megascale.train.phases import phases_of
 
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:

@@ -17,8 +17,8 @@ from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_free
-from megascale.model.decoder import Shape
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.shape import DTYPES, shape_of
 from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
 from megascale.parallel.recompute import group_size
@@ -26,14 +26,7 @@ from megascale.parallel.tensor import Placement
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 GB = 1e9
-
-
-def shape_of(config: Config) -> Shape:
-    """What a model needs to know of the other sections."""
-    t, p = config.train, config.precision
-    return Shape(t.seq_len, DTYPES[p.storage], DTYPES[p.compute], t.source_length if config.model.encoder_layers else 0)
 
 
 def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:

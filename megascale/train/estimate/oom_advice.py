@@ -11,12 +11,12 @@ import torch
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Config, Parallel, Train
 from megascale.config.support import check
-from megascale.data.samples import resolve_vocabulary
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_limit
+from megascale.train.device import choose_device
 from megascale.train.estimate.memory import GB, needed
-from megascale.train.process_group import choose_device
 
 
 def limit_of(device: torch.device, ranks: RankInfo) -> float:

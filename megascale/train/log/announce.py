@@ -13,7 +13,7 @@ import torch
 from megascale.config.layout import describe
 from megascale.config.schema import Config
 from megascale.config.support import padding_note
-from megascale.data.samples import first_facts
+from megascale.data.vocabulary import first_facts
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.optim.learning_rate import schedule_note
 from megascale.train.log.console import Console

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megascale.comm.mesh import Mesh
 from megascale.model.observe import Observations, Raw
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 
 
 @dataclass(frozen=True)

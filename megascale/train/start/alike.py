@@ -12,7 +12,7 @@ from megascale.config.identity import PATHS, SOURCES
 from megascale.config.load import flatten
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.schema import Config
-from megascale.data.samples import end_token, translates
+from megascale.data.vocabulary import end_token, translates
 from megascale.train.process_group import agreed
 from megascale.train.start.changes import Prints, sources_of
 

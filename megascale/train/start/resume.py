@@ -18,9 +18,10 @@ from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
 from megascale.formats.hf.config import differences, hf_config
 from megascale.formats.hf.folder import is_hf_folder
-from megascale.formats.hf.model import Foreign, read_hf
+from megascale.formats.hf.model import read_hf
+from megascale.formats.sources import Foreign
 from megascale.formats.tokenizer_files import POSITION
-from megascale.parallel.apply import ParallelModel
+from megascale.parallel.model import ParallelModel
 from megascale.train.process_group import agreed
 from megascale.train.start.branch import Note
 from megascale.train.start.changes import Changes, Prints, Rates, changes_since, content_changes, curve_changes, moved_data, rates_at, told

@@ -1,0 +1,28 @@
+"""How long a model's sequences are, and in which types it stores and computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megascale.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model needs to know beside its config section."""
+
+    seq_len: int
+    storage: torch.dtype  # of the weights
+    compute: torch.dtype  # of the activations
+    source_len: int = 0  # of an encoder–decoder's sources
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def shape_of(config: Config) -> Shape:
+    """What a model needs to know of the other sections."""
+    t, p = config.train, config.precision
+    return Shape(t.seq_len, DTYPES[p.storage], DTYPES[p.compute], t.source_length if config.model.encoder_layers else 0)
