@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from megascale.cli import new_app, run_tool
+from megascale.comm.agreement import on_all_ranks
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.data.facts import source_facts
@@ -24,7 +25,7 @@ from megascale.generate.open import Opened, layout, open_model
 from megascale.generate.run import Sampling, beyond, check_not_empty, generate
 from megascale.launch.ranks import find_ranks
 from megascale.train.device import choose_device
-from megascale.train.process_group import agreed, process_group
+from megascale.train.process_group import process_group
 
 app = new_app(__doc__ or "")
 
@@ -67,7 +68,7 @@ def main(
     how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends)
     with process_group(config, ranks):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
-        model = agreed(
+        model = on_all_ranks(
             lambda: load_model(
                 config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype, opened.fp8
             )

@@ -19,6 +19,7 @@ from megascale.analysis.moments import Gradient, Signal
 from megascale.analysis.probe import Point, probe, warnings
 from megascale.analysis.theory import stack_points
 from megascale.cli import new_app, run_tool
+from megascale.comm.agreement import on_all_ranks
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes, data_parts, describe
 from megascale.config.load import load_config
@@ -32,7 +33,7 @@ from megascale.model.residual import Stack
 from megascale.precision.loss_scale import loss_scale
 from megascale.train.build import build_model, build_schedule
 from megascale.train.device import choose_device
-from megascale.train.process_group import agreed, process_group
+from megascale.train.process_group import process_group
 
 app = new_app(__doc__ or "")
 PANELS = {
@@ -68,7 +69,7 @@ def main(
 
 def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
     """What OUT.json holds."""
-    config = check(agreed(lambda: resolve_vocabulary(config)), ranks.size)
+    config = check(on_all_ranks(lambda: resolve_vocabulary(config)), ranks.size)
     if config.model.moeut is not None or config.model.family == "spacetime" or config.parallel.engine == "deepspeed":
         raise UsageError(
             "the probe looks at stacks of attention and feed-forward blocks that our own engines run: probe a config without "
@@ -79,9 +80,9 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
     filling = 2 * p.pp * p.stages_per_rank if p.pp > 1 else 1
     batch = t.micro_batch_size * data_parts(p) * filling
     config = config.model_copy(update={"train": t.model_copy(update={"global_batch_size": batch, "eval_every": 0})})
-    mixture, _ = agreed(lambda: open_data(config))
+    mixture, _ = on_all_ranks(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(p, ranks.size), device.type)
-    model, facts, _ = agreed(lambda: build_model(config, mesh, device))
+    model, facts, _ = on_all_ranks(lambda: build_model(config, mesh, device))
     for _ in model.draw_weights(config.run.seed):
         pass
     batches = micro_batches(config, mixture, 0, mesh, device)

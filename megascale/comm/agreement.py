@@ -13,6 +13,7 @@ from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import node_name
 
 T = TypeVar("T")
+Outcome = tuple[type[MegascaleError] | None, str | None, Any]  # of one rank: the class and the message of its error, or what it shares
 SHOWN = 4  # keys or ranks that a message names
 
 
@@ -26,34 +27,45 @@ class Agreement:
     def all(self, work: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Any]]:
         """Runs `work` on every rank; returns its result here and what every rank shares of its own.
 
-        Where it fails on some, the lowest of them is blamed on all, with its own MegascaleError if it was one; a failure that is none, a
-        bug, is raised as it is where it happened.
+        Where it fails on some, the error of the lowest of them is raised on all, with its rank where the others did not fail. A failure
+        that is no MegascaleError, a bug, is raised as it is where it happened.
         """
-        if self.size == 1:
-            result = work()
-            return result, [share(result)]
-        mine: tuple[type[MegascaleError] | None, str | None, Any]
-        failure: BaseException | None = None
-        try:
-            result = work()
-            mine = (None, None, share(result))
-        except Exception as error:
-            failure = error
-            known = isinstance(error, MegascaleError)
-            mine = (type(error) if known else None, str(error) if known else f"{type(error).__name__}: {error}", None)  # type: ignore[assignment]
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, mine, group=self.group)
-        for rank, (kind, message, _) in enumerate(everyone):
-            if message is not None:
-                if failure is not None and not isinstance(failure, MegascaleError):
-                    raise failure
-                raise kind(message) if kind is not None else RuntimeError(f"rank {rank} failed: {message}")
+        result, everyone = self._everywhere(work, share)
+        failed = [rank for rank, (_, message, _) in enumerate(everyone) if message is not None]
+        if failed:
+            kind, message, _ = everyone[failed[0]]
+            raise (kind or RuntimeError)(message if len(failed) == self.size else f"rank {failed[0]}: {message}")
         return result, [shared for _, _, shared in everyone]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the first rank, told to all; it is run nowhere else. Errors are raised on all."""
-        _, everyone = self.all(lambda: work() if self.rank == 0 else None, lambda result: result)
-        return everyone[0]  # type: ignore[no-any-return]
+        """What `work` gives on the first rank, on all; it is run nowhere else. Its error is raised on all."""
+        _, everyone = self._everywhere(lambda: work() if self.rank == 0 else None, lambda result: result)
+        kind, message, result = everyone[0]
+        if message is not None:
+            raise (kind or RuntimeError)(message)
+        return result  # type: ignore[no-any-return]
+
+    def _everywhere(self, work: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Outcome]]:
+        """The result here, and (error's class, message, shared) of every rank. A bug is raised here, once the others know of it."""
+        result, bug = None, None
+        mine: Outcome
+        try:
+            result = work()
+            mine = (None, None, share(result))
+        except MegascaleError as error:
+            if self.size == 1:
+                raise
+            mine = (type(error), str(error), None)
+        except Exception as error:
+            bug = error
+            mine = (None, f"{type(error).__name__}: {error}", None)
+        everyone = [mine]
+        if self.size > 1:
+            everyone = [mine] * self.size
+            dist.all_gather_object(everyone, mine, group=self.group)
+        if bug is not None:
+            raise bug
+        return result, everyone  # type: ignore[return-value]
 
     def same(self, value: Any, what: str) -> None:
         """Raises UsageError on all ranks where one has another `value` than the first."""
@@ -108,3 +120,8 @@ def _more(ranks: list[int]) -> str:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank and returns its result; an error of one rank is raised on all, so that none waits for another."""
+    return Agreement().all(action, lambda _: None)[0]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.data.order import scramble
+from megascale.splitmix import GOLDEN, mix64
 
 Tokens = NDArray[np.int64]
 HIDDEN, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
-ODD = np.uint64(0x9E3779B97F4A7C15)
+ODD = np.uint64(GOLDEN)
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Masking:
         the same on every layout and at every resume; another epoch, which has other sample numbers, hides other tokens.
         """
         place = np.arange(len(tokens), dtype=np.uint64) * ODD + seed_of(self.seed, "mask", sample)
-        chosen = _uniform(scramble(place)) < self.fraction
-        kind = _uniform(scramble(place ^ ODD))
-        other = (scramble(place + np.uint64(1)) % np.uint64(self.vocabulary)).astype(np.int64)
+        chosen = _uniform(mix64(place)) < self.fraction
+        kind = _uniform(mix64(place ^ ODD))
+        other = (mix64(place + np.uint64(1)) % np.uint64(self.vocabulary)).astype(np.int64)
         seen = np.where(chosen & (kind < HIDDEN), self.mask_token, tokens)
         return np.where(chosen & (kind >= HIDDEN) & (kind < HIDDEN + RANDOM), other, seen), chosen
 

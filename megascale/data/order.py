@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UsageError
+from megascale.splitmix import FIRST, GOLDEN, SECOND, mix64
 
 BLOCK = 65536  # samples in which the mixture has exactly its weights
 ROUNDS = 4
@@ -49,15 +50,8 @@ def _feistel(x: Any, half: int, keys: list[int]) -> Any:
     mask = (1 << half) - 1
     left, right = x >> half, x & mask
     for k in keys:
-        left, right = right, left ^ (scramble(right ^ k) & mask)
+        left, right = right, left ^ (mix64(right ^ k) & mask)
     return left << half | right
-
-
-def scramble(x: Any) -> Any:
-    """A bijective scrambling of 64-bit numbers, one (int) or many (uint64 array): splitmix64's finalizer."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
 
 
 @dataclass(frozen=True)
@@ -99,9 +93,10 @@ def plan_mixture(weights: list[float], names: list[str], seed: int) -> MixPlan:
 
 def split_documents(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Documents 0…count−1 → (train, valid). The choice is a fixed hash of the number, so every run holds out the same documents."""
+    # A hash of its own, older than mix64: it stays, since what is held out must stay held out.
     numbers = np.arange(count, dtype=np.uint64)
-    mixed = (numbers + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+    mixed = (numbers + np.uint64(GOLDEN)) * np.uint64(FIRST)
+    mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(SECOND)
     rank = (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     held = rank < fraction
     if fraction > 0 and count >= 2:

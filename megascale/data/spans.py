@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megascale.config.spans import Spans
 from megascale.data.masking import ODD, seed_of
-from megascale.data.order import scramble
+from megascale.splitmix import mix64
 
 Tokens = NDArray[np.int64]
 
@@ -41,6 +41,6 @@ class Corruption:
 
 def cut_up(length: int, parts: int, seed: np.uint64) -> NDArray[np.int64]:
     """Random lengths [parts], each at least 1, with the sum `length`: every such list is equally likely."""
-    order = np.argsort(scramble(np.arange(1, length, dtype=np.uint64) * ODD + seed), kind="stable")
+    order = np.argsort(mix64(np.arange(1, length, dtype=np.uint64) * ODD + seed), kind="stable")
     borders = np.sort(order[: parts - 1]) + 1
     return np.diff(np.concatenate(([0], borders, [length])))

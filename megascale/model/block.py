@@ -15,12 +15,13 @@ from megascale.config.schema import Model
 from megascale.model.attention import Attention
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
-from megascale.model.layers import Norm, dropout, mix64
+from megascale.model.layers import Norm, dropout
 from megascale.model.ops.attention_tiles import Seen
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary
 from megascale.model.residual import Residual, Stack
 from megascale.model.spec import ParamSpec, declare, declare_state
+from megascale.splitmix import mix64_signed
 
 
 class Memory(NamedTuple):
@@ -109,7 +110,7 @@ class Block(nn.Module):
     def _told(self, h: Tensor, context: Context) -> Tensor:
         """The branch that attends to the memory: no positions, since those of two sequences have nothing to do with each other."""
         assert self.cross is not None and context.memory is not None
-        keys = None if context.keys is None else mix64(context.keys)
+        keys = None if context.keys is None else mix64_signed(context.keys)
         return self._scaled(self.cross(h, None, context.memory.seen, context.memory.tokens), self.cross_scale, keys)
 
     def _join(self, x: Tensor, norm: Norm, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:

@@ -21,7 +21,7 @@ from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
 from megascale.model.feedforward import FeedForward, activate
-from megascale.model.layers import Linear, Norm, linear, mix64
+from megascale.model.layers import Linear, Norm, linear
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.ops.attention_flex import with_blocks
@@ -32,6 +32,7 @@ from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, declare
+from megascale.splitmix import mix64_signed
 
 
 class Table(nn.Module):
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
         """
         if self.cfg.matformer is not None and self.cfg.matformer.train == "sample":
             sizes = self.cfg.nested_sizes
-            self.width = sizes[int(mix64(torch.tensor(step))) % len(sizes)]
+            self.width = sizes[int(mix64_signed(torch.tensor(step))) % len(sizes)]
         if self.warm is not None and self.cfg.branchnorm_period is not None:
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
@@ -367,7 +368,7 @@ class Decoder(nn.Module):
             angles = rotary(self.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
-            keys = mix64(samples)[:, None] + torch.arange(seq_len, device=device)
+            keys = mix64_signed(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
         for layer in layers:
-            yield Context(angles, seen, None if keys is None else mix64(keys + (layer << 32)), self.warm, counted, memory)
+            yield Context(angles, seen, None if keys is None else mix64_signed(keys + (layer << 32)), self.warm, counted, memory)

@@ -16,6 +16,7 @@ from megascale.model.ops.norm_kernels import NormKernel, dyt
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.dynamic import dynamic_linear
 from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_linear, to_fp8, weight_gradient
+from megascale.splitmix import mix64_signed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -211,13 +212,6 @@ def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:
     if p == 0.0 or keys is None:
         return x
     channel = torch.arange(x.shape[-1], device=x.device, dtype=torch.int64)
-    h = mix64(keys.unsqueeze(-1) ^ mix64(channel))
+    h = mix64_signed(keys.unsqueeze(-1) ^ mix64_signed(channel))
     keep = (h & 0xFFFFFF) >= int(p * (1 << 24))
     return torch.where(keep, x / (1.0 - p), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def mix64(x: Tensor) -> Tensor:
-    """A bijective scrambling of int64 (splitmix64's finalizer, shifts made logical by masks): nearby inputs become unrelated."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -25,13 +25,14 @@ from megascale.config.stages import Part
 from megascale.model.attention import Attend, attend, attend_all, identity
 from megascale.model.block import Block, Context, Memory, only
 from megascale.model.decoder import Table, rows_of
-from megascale.model.layers import Norm, linear, mix64
+from megascale.model.layers import Norm, linear
 from megascale.model.ops.attention_tiles import Seen
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
+from megascale.splitmix import mix64_signed
 
 Grid = Sequence[Sequence[range]]  # for every dimension the positions that are here
 
@@ -203,7 +204,7 @@ class Spacetime(nn.Module):
                 place = torch.zeros((), dtype=torch.int64, device=device)
                 for dim, length in enumerate(self.fields.grid):
                     place = place * length + coordinate(grid, dim, device)
-                keys = mix64(self.tokens_here(mix64(samples)[:, None] + place) + (layer << 32))
+                keys = mix64_signed(self.tokens_here(mix64_signed(samples)[:, None] + place) + (layer << 32))
             yield Context(angles, None, keys, None, None, memory)
 
     def _values(self, fields: Tensor, grid: Grid, width: int) -> Tensor:

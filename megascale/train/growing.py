@@ -9,7 +9,7 @@ from pathlib import Path
 from megascale.checkpoint.index import Damaged
 from megascale.checkpoint.loader import newest
 from megascale.checkpoint.storage import step_name
-from megascale.comm.agreement import Agreement
+from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.config.schema import Config
 from megascale.config.support import check
 from megascale.data.vocabulary import resolve_vocabulary
@@ -19,7 +19,6 @@ from megascale.launch.ranks import RankInfo
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Pulse
 from megascale.train.phases import Phase, asked, phases_of
-from megascale.train.process_group import agreed
 from megascale.train.setup import build_trainer
 from megascale.train.start.alike import check_config
 from megascale.train.start.opening import open_run
@@ -39,8 +38,8 @@ def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, whole_r
         yield open_one.enter_context(build_trainer(config, ranks, stop, pulse))
         return
     check_config(config)  # some ranks may not know that the model grows: they come to the same comparison in build_trainer
-    resolved = agreed(lambda: check(resolve_vocabulary(config), ranks.size))
-    phases = agreed(lambda: phases_of(resolved, ranks.size))
+    resolved = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks.size))
+    phases = on_all_ranks(lambda: phases_of(resolved, ranks.size))
     opening = whole_run.enter_context(open_run(resolved))
     for phase in phases:
         if Agreement().first(lambda: _over(phase)):  # noqa: B023
@@ -49,7 +48,7 @@ def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, whole_r
         yield trainer
         if phase.growth is not None:
             pulse.at(phase.until, SAVING)  # as long as a save may take
-            report = agreed(lambda: _grow(phase, ranks))  # noqa: B023
+            report = on_all_ranks(lambda: _grow(phase, ranks))  # noqa: B023
             if report is not None:
                 trainer.reporter.event("grow", phase.until, **report)
         open_one.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megascale.comm.group import check_own_device, interface_mistake, join, open_store
 from megascale.comm.roll import roll_call
 from megascale.config.schema import Config
-from megascale.errors import MegascaleError, PeerLostError, UsageError
+from megascale.errors import PeerLostError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.launch.rendezvous import own_addresses
 from megascale.train.device import checked_threads, choose_device, default_threads
@@ -70,22 +70,3 @@ def leave_together() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):  # a peer that dies now takes nothing with it: the run's state is whole
             dist.barrier()
-
-
-def agreed(action: Callable[[], T]) -> T:
-    """Runs `action` on every rank; an error of one rank is raised on all, so that none waits for another for ever."""
-    result, error = None, None
-    try:
-        result = action()
-    except MegascaleError as caught:
-        error = caught
-    if dist.is_initialized():
-        everyone: list[tuple[type[MegascaleError], str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, None if error is None else (type(error), str(error)))
-        failed = [(rank, e) for rank, e in enumerate(everyone) if e is not None]
-        if failed:
-            rank, (kind, text) = failed[0]
-            raise kind(text if len(failed) == len(everyone) else f"rank {rank}: {text}") from None
-    elif error is not None:
-        raise error
-    return result  # type: ignore[return-value]

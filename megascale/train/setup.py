@@ -13,7 +13,7 @@ import torch
 
 from megascale.checkpoint.loader import load
 from megascale.checkpoint.saver import Checkpointer
-from megascale.comm.agreement import Agreement
+from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
@@ -41,7 +41,6 @@ from megascale.train.log.module_metrics import Observed
 from megascale.train.log.reporter import Reporter
 from megascale.train.log.run_log import RunLog
 from megascale.train.phases import Phase
-from megascale.train.process_group import agreed
 from megascale.train.start.alike import check_config, check_data
 from megascale.train.start.changes import Prints, sources_of
 from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run
@@ -83,37 +82,37 @@ def _built(
     whole = config if phase is None else phase.whole
     if phase is None:
         check_config(config)
-    config = agreed(lambda: check(resolve_vocabulary(config), ranks.size))
+    config = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks.size))
     if config.checkpoint.init_schedule == "lemon":
         config = config.model_copy(update={"optim": begun_again(config.optim, config.train.total_steps)})
     if phase is None:
         whole = config
     until = config.train.total_steps if phase is None else phase.until
-    agreed(lambda: check_torch(config))
-    device = agreed(lambda: choose_device(config, ranks))
-    agreed(lambda: check_offload_dir(config))
-    agreed(lambda: check_host_room(config, ranks))
+    on_all_ranks(lambda: check_torch(config))
+    device = on_all_ranks(lambda: choose_device(config, ranks))
+    on_all_ranks(lambda: check_offload_dir(config))
+    on_all_ranks(lambda: check_host_room(config, ranks))
     run_dir = Path(config.run_dir)
     first = ranks.rank == 0
     if opening is None:
         opening = until_the_end.enter_context(open_run(whole))
-    mixture, valid_sets = agreed(lambda: open_data(config))
-    prints = agreed(lambda: prints_of(config))
+    mixture, valid_sets = on_all_ranks(lambda: open_data(config))
+    prints = on_all_ranks(lambda: prints_of(config))
     check_data(config, prints)
     start = find_start(config, run_dir, prints, opening.elsewhere, None if phase is None else phase.origin)
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
-    model, facts, flops = agreed(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
+    model, facts, flops = on_all_ranks(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
     for _ in model.draw_weights(config.run.seed):
         pass
     engine = build_engine(model, config, device)
     progress = load_start(config, start, engine)
-    agreed(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
+    on_all_ranks(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
-    found = agreed(lambda: claim_run_dir(whole, run_dir, opening) if first else [])
+    found = on_all_ranks(lambda: claim_run_dir(whole, run_dir, opening) if first else [])
     pulse = pulse or Pulse()
     pulse.run_dir = run_dir  # from here on it is this attempt whose end is written there
     console = Console(config.train.total_steps, progress.step) if first else None
-    log = agreed(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
+    log = on_all_ranks(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
         room = room_for(config, run_dir, start, progress.step, until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
@@ -121,10 +120,10 @@ def _built(
         announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
     reporter = build_reporter(config, ranks, mesh, device, model, flops, start, prints, log, console)
     if config.run.tensorboard:
-        agreed(lambda: log.add_tensorboard(progress.step) if log is not None else None)
+        on_all_ranks(lambda: log.add_tensorboard(progress.step) if log is not None else None)
     if config.run.wandb:
         known = progress.logger_ids.get("wandb", "")
-        progress.logger_ids["wandb"] = agreed(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
+        progress.logger_ids["wandb"] = on_all_ranks(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
     batch = config.train.global_batch_size
     origin = progress.samples - progress.step * batch
     batches = Prefetcher(
@@ -133,7 +132,7 @@ def _built(
         until,
     )
     valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
-    agreed(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
+    on_all_ranks(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
     checkpointer = build_checkpointer(config, model, opening)
     pulse.traffic = mesh.traffic
     stop = stop or StopFlag()
@@ -165,13 +164,13 @@ def load_start(config: Config, start: Start, engine: Engine) -> Progress:
     saved: dict[str, Any] = {}
     if start.foreign is not None:
         produce = start.foreign.produce
-        agreed(lambda: fill(state, produce))
+        on_all_ranks(lambda: fill(state, produce))
     else:
         try:
             saved = load(start.folder, state, prefix="model." if start.weights_only else None, checked=start.checked)
         except UsageError as error:
             raise UsageError(f"{error}{model_changes(config, start.folder)}") from None
-    agreed(lambda: check_finite(state, start.folder))
+    on_all_ranks(lambda: check_finite(state, start.folder))
     engine.loaded(state)
     if start.weights_only:
         return Progress(samples=start.samples)

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from megascale.comm.agreement import Agreement
+from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.config.identity import PATHS, SOURCES
 from megascale.config.load import flatten
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.schema import Config
 from megascale.data.vocabulary import end_token, translates
-from megascale.train.process_group import agreed
 from megascale.train.start.changes import Prints, sources_of
 
 # What nodes may have of their own. Where data lie may differ, too: what they are is compared.
@@ -22,7 +21,7 @@ OF_A_NODE = ("run.device", "run.threads", "run.peak_tflops", "parallel.offload_d
 
 def check_config(config: Config) -> None:
     """Collective. Raises UsageError on all ranks where one was started with another config, or has another version installed."""
-    Agreement().alike(agreed(lambda: shared_values(config)), "the same config file, arguments and versions are needed on every node")
+    Agreement().alike(on_all_ranks(lambda: shared_values(config)), "the same config file, arguments and versions are needed on every node")
 
 
 def shared_values(config: Config) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def check_data(config: Config, prints: Prints) -> None:
     """Collective. Raises UsageError on all ranks where one reads other data, or makes another vocabulary of its tokenizer."""
     model = {k: v for k, v in flatten(config.plain()).items() if k.startswith("model.")}
     files = {f"data.{part}[{name}].{end}": told for part in prints for name, its in prints[part].items() for end, told in its.items()}
-    Agreement().alike({**files, **model, **agreed(lambda: special_tokens(config))}, "copy the same data and tokenizers to every node")
+    Agreement().alike({**files, **model, **on_all_ranks(lambda: special_tokens(config))}, "copy the same data and tokenizers to every node")
 
 
 def special_tokens(config: Config) -> dict[str, int]:

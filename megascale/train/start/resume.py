@@ -13,6 +13,7 @@ from megascale.checkpoint.choose import Skipped, choose
 from megascale.checkpoint.index import TRAINER, read_json
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.trainer import read_progress, read_trainer
+from megascale.comm.agreement import on_all_ranks
 from megascale.config.identity import check_allow_change, identity, same_value
 from megascale.config.schema import Config, Model
 from megascale.errors import UsageError
@@ -22,7 +23,6 @@ from megascale.formats.hf.model import read_hf
 from megascale.formats.sources import Foreign
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.model import ParallelModel
-from megascale.train.process_group import agreed
 from megascale.train.start.branch import Note
 from megascale.train.start.changes import Changes, Prints, Rates, changes_since, content_changes, curve_changes, moved_data, rates_at, told
 
@@ -58,14 +58,14 @@ def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | 
 
     Collective: the first rank chooses, and all see the same. Raises UsageError where a checkpoint belongs to another run or none is whole.
     """
-    agreed(lambda: _check_asked(config))
+    on_all_ranks(lambda: _check_asked(config))
     folder, skipped = choose(run_dir / "checkpoints", origin)
     if folder is None and elsewhere is not None:
         folder = elsewhere
     if folder is None:
         source = config.checkpoint.init_from
-        return Start() if source is None else agreed(lambda: _weights_from(config, Path(source), prints))
-    return agreed(lambda: _from_run(config, folder, skipped, prints))
+        return Start() if source is None else on_all_ranks(lambda: _weights_from(config, Path(source), prints))
+    return on_all_ranks(lambda: _from_run(config, folder, skipped, prints))
 
 
 def _check_asked(config: Config) -> None:
