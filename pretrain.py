@@ -20,7 +20,7 @@ from megascale.screen import take_any_letter
 from megascale.train.faults.stop import StopFlag
 
 if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
-    from megascale.train.faults.watchdog import Watch
+    from megascale.train.faults.watchdog import Watchdog
     from megascale.train.trainer import Trainer
 
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     take_any_letter()
     ranks, stop = RankInfo(), StopFlag()
     config: Config | None = None
-    watch: Watch | None = None
+    watch: Watchdog | None = None
     trainer: Trainer | None = None
     with ExitStack() as group:  # closed last: the ranks part when exit.json is written
         try:
@@ -65,10 +65,10 @@ def main(argv: list[str]) -> int:
             stop.listen()
             raise_open_files()
             from megascale.train.growing import trainers
-            from megascale.train.process_group import leave_together, process_group
+            from megascale.train.process_group import final_barrier, process_group
 
             watch = group.enter_context(process_group(config, ranks))
-            with trainers(config, ranks, stop, watch.pulse) as phases:  # one, unless the model grows
+            with trainers(config, ranks, stop, watch.activity) as phases:  # one, unless the model grows
                 for trainer in phases:
                     trainer.train()
             ending = Exit(0, "done")
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
             with suppress(OSError):  # the terminal may be gone
                 print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
         if ending.code in (0, 75):
-            leave_together()
+            final_barrier()
     return ending.code
 
 
@@ -103,11 +103,11 @@ def judged(error: Exception, trainer: Trainer | None) -> Exit | None:
     return Exit(3, f"training cannot go on: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
 
 
-def leave(config: Config | None, ranks: RankInfo, watch: Watch | None, trainer: Trainer | None, ending: Exit) -> None:
+def leave(config: Config | None, ranks: RankInfo, watch: Watchdog | None, trainer: Trainer | None, ending: Exit) -> None:
     """Tells the peers and exit.json. Before the run has claimed its directory, only what its earlier attempt left there is replaced."""
     if watch is not None:
         watch.leaves(ending)
-    run_dir = None if watch is None else watch.pulse.run_dir
+    run_dir = None if watch is None else watch.activity.run_dir
     if run_dir is None and config is not None and of_this_run(config, Path(config.run_dir)):
         run_dir = Path(config.run_dir)
     write_exit(run_dir, ending, ranks, 0 if trainer is None else trainer.progress.step)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tools.balance
 from megascale.config.load import load_config, to_yaml
 from megascale.config.schema import Config
-from megascale.config.stages import Part
+from megascale.config.stages import StagePart
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def offered(printed: str) -> str:
 
 
 def layers_by(costs: dict[str, float], file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...] | None:
-    def seconds(config: Config, part: Part, device: torch.device) -> float:
+    def seconds(config: Config, part: StagePart, device: torch.device) -> float:
         return costs["embedding" if part.first else "head" if part.last else "layer"]
 
     monkeypatch.setattr(tools.balance, "seconds", seconds)

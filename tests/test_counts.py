@@ -109,7 +109,7 @@ def live_bytes(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
     state = build_optimizer(model, case.optim).state()
-    weights = sum(w.local.nbytes for w in [*model.weights, *([model.guest] if model.guest else [])])
+    weights = sum(w.local.nbytes for w in [*model.weights, *([model.tied_copy] if model.tied_copy else [])])
     held = {"parameters": weights, "gradients": weights, "optimizer": sum(t.nbytes for ts in state.values() for t in ts.values())}
     config = build_config({"model": case.model.model_dump(), "train": {"steps": 1, "seq_len": case.seq_len}, "data": {"train": "x"}})
     config = config.model_copy(

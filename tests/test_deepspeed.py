@@ -14,7 +14,7 @@ import pytest
 from megascale.config.load import build_config, read_yaml
 from megascale.errors import UsageError
 from megascale.expand.grow import grow
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.write import Effort
 from tests.pairs.files import make_pairs, pair_settings
 from tests.ranks import run_ranks
@@ -167,8 +167,8 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grown_checkpoints(folder: Path, tmp_path: Path) -> None:
     """Catches grown moments that DeepSpeed loses, and inserted layers, whose count of updates starts at 0, given the others' count."""
     source = folder / "single" / "run" / "checkpoints" / "step-00000003"
-    grow(source, tmp_path / "wide", Sizes(ffn_size=48), Options(ffn="zero", optimizer="transform"), Effort(tokens=32))
-    grow(source, tmp_path / "deep", Sizes(num_layers=3), Options(optimizer="transform"), Effort(tokens=32))
+    grow(source, tmp_path / "wide", Sizes(ffn_size=48), GrowthOptions(ffn="zero", optimizer="transform"), Effort(tokens=32))
+    grow(source, tmp_path / "deep", Sizes(num_layers=3), GrowthOptions(optimizer="transform"), Effort(tokens=32))
 
     def go_on(name: str, place: str, function: Callable[..., Any], ranks: int, **parallel: Any) -> list[tuple[int, str]]:
         config = read_yaml(tmp_path / name / "config.yaml")

@@ -347,7 +347,7 @@ def test_observations_do_not_double() -> None:
         batch = fake_batch(case, [0, 1])
         model.module(batch.tokens, batch.targets, scale=0.5).backward()
         for moe in (m for m in model.model.modules() if isinstance(m, MixtureOfExperts)):
-            seen = moe.observations.take()
+            seen = moe.metrics.flush()
             assert int(seen["counts"].sum()) == 2 * case.seq_len * 2
             assert float(seen["counted"]) == pytest.approx(0.5 * 2 * case.seq_len)
 

@@ -161,7 +161,7 @@ def said(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, An
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run whose tokenizer is not found, a difference between formats or ranks, and wrong use that is no sentence."""
     from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
-    from megascale.formats.convert import Options, megascale_to_hf
+    from megascale.formats.convert import ConvertOptions, megascale_to_hf
     from tests.runs import make_tokens, run, settings
 
     train_sentencepiece(["abc cab bac " * 20], 264, tmp_path / "tokens.model")
@@ -170,7 +170,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, tmp_path / "run", "--prompt", "cab c", "--prompt", "b")
     assert [line["prompt"] for line in lines] == ["cab c", "b"] and all(len(line["tokens"]) == 9 for line in lines)
     assert lines[0]["text"] == load_tokenizer(tmp_path / "tokens.model").decode(lines[0]["tokens"])
-    megascale_to_hf(tmp_path / "run", tmp_path / "hf", Options())
+    megascale_to_hf(tmp_path / "run", tmp_path / "hf", ConvertOptions())
     assert said(capsys, tmp_path / "hf", "--prompt", "cab c", "--prompt", "b") == lines
     app([str(tmp_path / "run"), "--tokens", "1,2,3,4", "--max-new-tokens", "13"], standalone_mode=False)
     assert "has 4 tokens and up to 13 more are wanted, and the model was trained on 16" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import torch
 from megascale.config.schema import Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.schedule import layered
-from megascale.schedule.orders import Step, layered_forward_order, layered_order
+from megascale.schedule.orders import Action, layered_forward_order, layered_order
 from megascale.train.engines.in_backward import InBackward
 from tests.layouts import CPU, Case, build, tiny, train
 from tests.ranks import run_ranks
@@ -170,7 +170,7 @@ def test_what_runs_is_the_order() -> None:
     case = Case(MODELS["llama"], Parallel(accumulation="layered", breadth_first=2), Optim(lr=1e-3), batch=4, steps=1)
     ran = run_ranks(1, recorded, case)[0]
     wanted = [s for s in layered_order(MODELS["llama"].num_layers + 2, 4, 2) if s.kind in "FB"]
-    assert [Step(*s) for s in ran] == wanted
+    assert [Action(*s) for s in ran] == wanted
 
 
 def test_updates_during_backward(tmp_path: Path) -> None:

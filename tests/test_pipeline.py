@@ -17,7 +17,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.config.stages import estimated_costs, split_layers, stage_parts, stages_of_rank
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block
-from megascale.schedule.orders import Step, compute_order, layered_order, steps, with_weights
+from megascale.schedule.orders import Action, compute_order, layered_order, steps, with_weights
 from megascale.schedule.pipeline import Stage
 from megascale.schedule.timeline import draw, simulate, text_lanes
 from tests import runs
@@ -151,15 +151,15 @@ def test_bytes_between_stages(schedule: str) -> None:
             assert result["calls"]["dp_shard", operation] == 2 + ends
 
 
-def recorded(case: Case) -> list[Step]:
+def recorded(case: Case) -> list[Action]:
     """What this rank's runtime did in the last step."""
-    done: list[Step] = []
+    done: list[Action] = []
 
     def watch(name: str, kind: str) -> None:
         real = getattr(Stage, name)
 
         def spy(self: Stage, chunk: int, *args: Any, **keys: Any) -> Any:
-            done.append(Step("I" if kind == "B" and not keys["full_backward"] else kind, self.stage_index, chunk))
+            done.append(Action("I" if kind == "B" and not keys["full_backward"] else kind, self.stage_index, chunk))
             return real(self, chunk, *args, **keys)
 
         setattr(Stage, name, spy)

@@ -24,7 +24,7 @@ from megascale.launch.ranks import RankInfo
 from megascale.train.setup import build_trainer
 from megascale.train.start import branch
 from megascale.train.start.lock import LOCK
-from megascale.train.start.resume import Start
+from megascale.train.start.resume import RunStart
 from megascale.train.start.room import checkpoint_bytes
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
 
@@ -399,8 +399,8 @@ def test_room_is_looked_at_before_the_first_step(
     """Catches a disk that is found too small when the second checkpoint is written, and a count of bytes that is not the checkpoint's."""
     index = read_index(step_folder(done, 6))
     config = build_config(values_of(done))
-    assert checkpoint_bytes(config, Start()) == sum(t.nbytes for t in index.tensors.values())
-    assert checkpoint_bytes(config, Start(index.folder)) == sum(f.bytes for f in index.files.values())
+    assert checkpoint_bytes(config, RunStart()) == sum(t.nbytes for t in index.tensors.values())
+    assert checkpoint_bytes(config, RunStart(index.folder)) == sum(f.bytes for f in index.files.values())
     monkeypatch.setattr(room, "_free", lambda root: 0.0)
     assert run(values_of(folder, train__steps=7, checkpoint__keep_last=3)) == (0, "done")
     assert not events(folder, "disk_room")  # older ones will go

@@ -15,7 +15,7 @@ from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, readings
 from megascale.model.init import initialize, orthogonal
-from megascale.model.ops.grouped_matmul import Sort, grouped_product, in_one, sum_of_rows
+from megascale.model.ops.grouped_matmul import Permutation, grouped_product, in_one, sum_of_rows
 from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
@@ -308,7 +308,7 @@ def test_dropped_tokens_pass_by(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     assert (y[0, :room].abs().amax(-1) > 0).all() and torch.all(y[0, room:] == 0)
     y.sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
-    assert float(moe.observations.now["dropped"]) == 20 - room
+    assert float(moe.metrics.totals["dropped"]) == 20 - room
 
 
 def with_garbage(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -340,13 +340,15 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, sizes: tuple[in
 def test_combined_by_gates(top_k: int) -> None:
     """Catches gates of other rows, forward or backward."""
     generator = torch.Generator().manual_seed(3)
-    sort = Sort.of(torch.randint(0, E, (7, top_k), generator=generator))
+    sort = Permutation.of(torch.randint(0, E, (7, top_k), generator=generator))
     rows = torch.randn(7 * top_k, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     gates = torch.rand(7, top_k, dtype=torch.float64, generator=generator, requires_grad=True)
     want = torch.einsum("tk,tkd->td", gates, sort.gather(rows))
     g = torch.randn(want.shape, dtype=torch.float64, generator=generator)
-    torch.testing.assert_close(sort.combine(rows, gates), want, rtol=0, atol=1e-14)
-    for ours, theirs in zip(torch.autograd.grad(sort.combine(rows, gates), (rows, gates), g), torch.autograd.grad(want, (rows, gates), g)):
+    torch.testing.assert_close(sort.unpermute(rows, gates), want, rtol=0, atol=1e-14)
+    for ours, theirs in zip(
+        torch.autograd.grad(sort.unpermute(rows, gates), (rows, gates), g), torch.autograd.grad(want, (rows, gates), g)
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
 
 

@@ -16,7 +16,7 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
 from megascale.model.ops import attention_tiles
-from megascale.model.ops.attention_tiles import Seen, add_block, add_block_gradients, tiles, visible_pairs
+from megascale.model.ops.attention_tiles import AttentionMask, add_block, add_block_gradients, tiles, visible_pairs
 from megascale.parallel.context import Spread, places, ring_attention, take, total
 from megascale.parallel.recompute import KEPT
 from tests.layouts import CPU, Case, build, fake_batch, tiny, train, worst
@@ -112,7 +112,7 @@ def test_single_and_mixed_precision(precision: str, bound: float, method: str) -
 # Tiles and blocks, on one process
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, seen: AttentionMask) -> Tensor:
     """softmax(q·kᵀ/√e − slope·distance)·v with every pair at once."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -137,12 +137,12 @@ def inputs(length: int, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> tu
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
 
-SEEN: dict[str, Seen] = {
-    "causal": Seen(),
-    "full": Seen(causal=False),
-    "window": Seen(window=4),
-    "documents": Seen(documents=torch.tensor([[0] * 9 + [1] * 3 + [2] * 11, [4] * 1 + [6] * 22])),
-    "alibi": Seen(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]), window=17),
+SEEN: dict[str, AttentionMask] = {
+    "causal": AttentionMask(),
+    "full": AttentionMask(causal=False),
+    "window": AttentionMask(window=4),
+    "documents": AttentionMask(documents=torch.tensor([[0] * 9 + [1] * 3 + [2] * 11, [4] * 1 + [6] * 22])),
+    "alibi": AttentionMask(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]), window=17),
 }
 
 
@@ -173,7 +173,7 @@ def test_blocks_in_any_order_are_plain_attention(seen: str, monkeypatch: pytest.
     assert (d_q - wanted[0]).abs().max() <= 1e-12
 
 
-def ring_errors(seen: Seen, length: int) -> list[float]:
+def ring_errors(seen: AttentionMask, length: int) -> list[float]:
     """Largest differences of this rank's part from plain attention: result, then gradients of q, k, v."""
     mesh = build_mesh(axis_sizes(Parallel(cp=dist.get_world_size()), dist.get_world_size()), "cpu")
     axis = mesh["cp_ring"]
@@ -305,7 +305,7 @@ def test_selective_recomputation_keeps_no_scores() -> None:
     q, k, v, _ = inputs(32)
     whole = [range(32)]
     with Operations() as operations:
-        add_block(torch.zeros_like(q), torch.zeros(2, 4, 32, 1, dtype=q.dtype), q, k, v, whole, whole, Seen())
+        add_block(torch.zeros_like(q), torch.zeros(2, 4, 32, 1, dtype=q.dtype), q, k, v, whole, whole, AttentionMask())
     assert operations.seen and not operations.seen & KEPT
 
 

@@ -15,7 +15,7 @@ from megascale.config.schema import Parallel
 from megascale.model.ops import attention_tiles
 from megascale.model.ops.attention_flex import flex_attention, with_blocks
 from megascale.model.ops.attention_masked import masked_attention
-from megascale.model.ops.attention_tiles import Seen, document_starts, tiles
+from megascale.model.ops.attention_tiles import AttentionMask, document_starts, tiles
 from megascale.model.position import alibi_slopes
 from tests.layouts import Case, build, fake_batch, tiny
 
@@ -29,14 +29,14 @@ CASES: dict[str, tuple[bool, int | None, bool]] = {
 }
 
 
-def made(case: str, length: int = LENGTH) -> Seen:
+def made(case: str, length: int = LENGTH) -> AttentionMask:
     packed, window, biased = CASES[case]
     torch.manual_seed(0)
     documents = (torch.rand(2, length) < 0.05).cumsum(1) if packed else None
-    return Seen(True, documents, window, torch.tensor(alibi_slopes(HEADS)) if biased else None)
+    return AttentionMask(True, documents, window, torch.tensor(alibi_slopes(HEADS)) if biased else None)
 
 
-def hidden(seen: Seen, length: int) -> Tensor:
+def hidden(seen: AttentionMask, length: int) -> Tensor:
     """[1 or b, 1, s, s]"""
     away = torch.arange(length)[:, None] - torch.arange(length)
     result = ((away < 0) if seen.window is None else (away < 0) | (away >= seen.window))[None, None]
@@ -44,7 +44,7 @@ def hidden(seen: Seen, length: int) -> Tensor:
     return result if d is None else result | (d[:, None, :, None] != d[:, None, None, :])
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, seen: AttentionMask) -> Tensor:
     """The same with the whole mask."""
     place = torch.arange(q.shape[2])
     away = (place[:, None] - place).to(q.dtype)

@@ -433,9 +433,9 @@ def missing_on_rank_one(values: dict[str, Any]) -> tuple[int, str]:
 
 def test_batches_come_from_the_sampler_alone(folder: Path) -> None:
     """Catches a loader with a memory: batch 5 is the same whether or not 0 to 4 were made."""
-    from megascale.data.dataset import Mixture, Source
+    from megascale.data.dataset import Corpus, Mixture
 
-    mixture = Mixture([Source(str(folder / "tokens"), 1.0, "t")], 16, 1, 40, "all", 0.0, shuffled=True)
+    mixture = Mixture([Corpus(str(folder / "tokens"), 1.0, "t")], 16, 1, 40, "all", 0.0, shuffled=True)
     late = loader.make_batch(mixture, [20, 21], "concat", torch.device("cpu"))
     for n in range(20):
         mixture.sample(n)

@@ -18,7 +18,7 @@ from torch import Tensor
 from megascale.cli import new_app, run_tool
 from megascale.config.load import load_config
 from megascale.config.schema import Config
-from megascale.config.stages import Part, estimated_costs, split_layers
+from megascale.config.stages import StagePart, estimated_costs, split_layers
 from megascale.config.support import check
 from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
@@ -47,7 +47,7 @@ def main(
     config = check(resolve_vocabulary(config), p.pp * p.tp * p.cp)
     device = choose_device(config, RankInfo())
     names = ("a layer", "embedding", "head and loss")
-    parts = (Part(range(1), False, False), Part(range(0), True, False), Part(range(0), False, True))
+    parts = (StagePart(range(1), False, False), StagePart(range(0), True, False), StagePart(range(0), False, True))
     costs: list[float] = []
     for name, part in zip(names, parts):
         costs.append(seconds(config, part, device))
@@ -63,7 +63,7 @@ def main(
         print(f"by {name} cost: parallel.pp_layers=[{words}], dearest stage {max(loads) / statistics.mean(loads):.2f} of the mean")
 
 
-def seconds(config: Config, part: Part, device: torch.device) -> float:
+def seconds(config: Config, part: StagePart, device: torch.device) -> float:
     """Least seconds of one micro-batch through a stage that holds `part`, whole tensors (tp cuts all parts alike).
 
     The least of the rounds: whatever else the machine does only adds to a round.

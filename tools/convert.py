@@ -14,8 +14,8 @@ from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
 from megascale.formats.convert import (
     FP8,
+    ConvertOptions,
     MegatronCut,
-    Options,
     Report,
     hf_to_megascale,
     megascale_to_fp8,
@@ -103,7 +103,7 @@ def main(
         )
     if experts not in ("sequential", "grouped"):
         raise UsageError(f"--experts is {experts}: give sequential or grouped")
-    options = Options(
+    options = ConvertOptions(
         parse_dtype(dtype),
         workers,
         tokenizer=tokenizer,

@@ -12,7 +12,7 @@ import typer
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
 from megascale.expand.grow import grow
-from megascale.expand.options import Options, Sizes, parse_split
+from megascale.expand.options import GrowthOptions, Sizes, parse_split
 from megascale.expand.tool import (
     From,
     Report,
@@ -75,7 +75,7 @@ def main(
         hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, expert_ffn_size, num_layers, num_experts, top_k, granularity, vocab_size,
         seq_len, tokenformer_size,
     )  # fmt: skip
-    options = Options(
+    options = GrowthOptions(
         width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary),
         enable_vocabulary, lossless, seed,
     )  # fmt: skip

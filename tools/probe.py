@@ -16,7 +16,7 @@ import torch
 import typer
 
 from megascale.analysis.moments import Gradient, Signal
-from megascale.analysis.probe import Point, probe, warnings
+from megascale.analysis.probe import MeasuredMoments, probe, warnings
 from megascale.analysis.theory import stack_points
 from megascale.cli import new_app, run_tool
 from megascale.comm.agreement import on_all_ranks
@@ -101,7 +101,7 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
     }
 
 
-def expected(config: Config, points: list[Point]) -> list[dict[str, Any]]:
+def expected(config: Config, points: list[MeasuredMoments]) -> list[dict[str, Any]]:
     """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts, no GEGLU and no
     stack that attends to another.
     """

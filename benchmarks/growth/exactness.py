@@ -22,7 +22,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.apply import Read, element_block
 from megascale.expand.axes import FRESH, AxisMap
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import Growth, TensorPlan, plan_growth
 from megascale.expand.stack import specs
 from megascale.expand.verify import compare, run
@@ -93,7 +93,7 @@ class Row:
     family: str
     model: Model
     sizes: Sizes
-    options: Options = Options()
+    options: GrowthOptions = GrowthOptions()
     wrong: dict[str, Change] = field(default_factory=dict)
 
 
@@ -213,7 +213,7 @@ def rows() -> list[Row]:
             if "split" in options:
                 options["split"] = tuple(map(float, options["split"]))
             model, sizes = toy(**changes), Sizes(**given["sizes"])
-            found.append(Row(given["axis"], family, model, sizes, Options(**options), {n: NAIVE[n] for n in names}))
+            found.append(Row(given["axis"], family, model, sizes, GrowthOptions(**options), {n: NAIVE[n] for n in names}))
     return found
 
 

@@ -39,7 +39,7 @@ from megascale.config.identity import identity
 from megascale.config.load import load_config
 from megascale.config.schema import Config, Model
 from megascale.expand.grow import grow, grown_config
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.source import open_source
 from megascale.expand.stack import specs
@@ -60,23 +60,23 @@ class Arm:
     """How the large model is begun. `width` and `depth`: whether the small model is smaller in it."""
 
     name: str
-    options: Options | None = None  # None: overlaid on a fresh start
+    options: GrowthOptions | None = None  # None: overlaid on a fresh start
     width: bool = True
     depth: bool = True
 
 
 ARMS = {
     2.0: (
-        Arm("LEMON", Options()),
-        Arm("HyperCloning", Options(symmetry="snr:20"), depth=False),
-        Arm("G_stack", Options(depth="stack"), width=False),
-        Arm("identity depth", Options(), width=False),
+        Arm("LEMON", GrowthOptions()),
+        Arm("HyperCloning", GrowthOptions(symmetry="snr:20"), depth=False),
+        Arm("G_stack", GrowthOptions(depth="stack"), width=False),
+        Arm("identity depth", GrowthOptions(), width=False),
         Arm("random"),
     ),
     1.25: (
-        Arm("LEMON", Options()),
-        Arm("G_stack", Options(depth="stack"), width=False),
-        Arm("identity depth", Options(), width=False),
+        Arm("LEMON", GrowthOptions()),
+        Arm("G_stack", GrowthOptions(depth="stack"), width=False),
+        Arm("identity depth", GrowthOptions(), width=False),
         Arm("random"),
     ),
 }

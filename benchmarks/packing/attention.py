@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from benchmarks.common import machine, write
 from megascale.model.ops.attention_flex import flex_attention, with_blocks
 from megascale.model.ops.attention_masked import masked_attention
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 
 HEADS, HEAD_DIM, MEAN_DOCUMENT = 8, 64, 700
 LENGTHS = (512, 2048, 8192, 32768)
@@ -32,7 +32,7 @@ def one(way: str, length: int, device: torch.device) -> dict[str, float]:
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
     documents = (torch.rand(1, length) < 1 / MEAN_DOCUMENT).cumsum(1).to(device)
-    seen = Seen(documents=documents)
+    seen = AttentionMask(documents=documents)
     size, dtype = (1, HEADS, length, HEAD_DIM), torch.bfloat16 if on_gpu else torch.float32
     q, k, v = (torch.randn(size, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(size, device=device, dtype=dtype)

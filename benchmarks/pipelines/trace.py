@@ -24,7 +24,7 @@ from megascale.data.loader import Batch
 from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
-from megascale.schedule.orders import Step, compute_order
+from megascale.schedule.orders import Action, compute_order
 from megascale.schedule.pipeline import Pipeline, Stage
 from megascale.schedule.timeline import Span, Timeline, draw, simulate
 from tests.ranks import run_ranks
@@ -77,7 +77,7 @@ def main() -> None:
     cfg = Parallel(pp=2, pp_schedule=schedule, pp_virtual=virtual)  # type: ignore[arg-type]
     lanes = run_ranks(2, spans, cfg, timeout=300)
     unit = statistics.median(end - start for lane in lanes for kind, _, _, start, end in lane if kind == "F")
-    drawn = [[Span(Step(kind, stage, m), start / unit, end / unit) for kind, stage, m, start, end in lane] for lane in lanes]
+    drawn = [[Span(Action(kind, stage, m), start / unit, end / unit) for kind, stage, m, start, end in lane] for lane in lanes]
     model = simulate(compute_order(schedule, 2, virtual, M))
     busy = sum(s.end - s.start for lane in drawn for s in lane)
     bubble = 1 - busy / (2 * max(s.end for lane in drawn for s in lane))

@@ -23,7 +23,7 @@ from benchmarks.common import machine, write
 from megascale.config.load import to_yaml
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port
-from megascale.train.faults.watchdog import BEAT, Watch
+from megascale.train.faults.watchdog import HEARTBEAT, Watchdog
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,9 +126,9 @@ def beat_seconds(peers: int) -> float:
     """Seconds of one beat on rank 0, which reads all: posting, the heartbeat file aside, reading `peers` beats and judging them."""
     port = free_port("beats")
     store = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    watch = Watch(RankInfo(0, peers), store, 600.0)
+    watch = Watchdog(RankInfo(0, peers), store, 600.0)
     watch._closed.set()
-    time.sleep(1.5 * BEAT)
+    time.sleep(1.5 * HEARTBEAT)
     assert watch.store is not None
     text = watch.store.get("0").decode() if watch.store.check(["0"]) else None
     watch._post()
@@ -155,7 +155,7 @@ def main() -> None:
         result[name] = seconds
         print(name, seconds, flush=True)
     beats = {peers: beat_seconds(peers) for peers in (2, 64, 512)}
-    shares = {str(p): {"milliseconds_a_beat": round(s * 1e3, 3), "share_of_a_core": round(s / BEAT, 5)} for p, s in beats.items()}
+    shares = {str(p): {"milliseconds_a_beat": round(s * 1e3, 3), "share_of_a_core": round(s / HEARTBEAT, 5)} for p, s in beats.items()}
     facts = {"machine": machine(), "seconds_from_kill_to_next_step": result, "watch_on_rank_0_by_ranks": shares}
     write(__file__, "restart", facts)
 

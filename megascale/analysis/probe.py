@@ -28,7 +28,7 @@ COUNT, SUM, SQUARES, GRADIENT, PAIRS, CORR, GRADIENT_CORR, CHANGE, WEIGHT_GRADIE
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredMoments:
     """The stream behind one sublayer; layer −1 is the embedding, "source" that of an encoder–decoder's sources. Its layers are numbered
     through both stacks, the encoder's first.
 
@@ -65,7 +65,7 @@ def point_names(model: ParallelModel) -> list[tuple[int, str]]:
     return [*read, (-1, "embedding"), *behind(range(encoder, cfg.total_layers), "attention", "cross", "ffn")]
 
 
-def stacks(points: Sequence[Point]) -> list[list[Point]]:
+def stacks(points: Sequence[MeasuredMoments]) -> list[list[MeasuredMoments]]:
     """The points of each stack, its embedding first."""
     starts = [i for i, p in enumerate(points) if p.layer < 0]
     return [list(points[a:b]) for a, b in pairwise([*starts, len(points)])]
@@ -151,7 +151,7 @@ class Taps:
         """The number through all stacks of the block whose name begins with these parts."""
         return int(parts[1]) + (self.model.model.cfg.encoder_layers or 0) * (parts[0] == "blocks")
 
-    def points(self, loss_scale: float, lr: float) -> list[Point]:
+    def points(self, loss_scale: float, lr: float) -> list[MeasuredMoments]:
         """Of all ranks together. `loss_scale` is what gradients must be divided by to be those of the mean loss of a token."""
         for (row, kind), found in self.directions.items():
             whole = torch.cat(found)  # [sequences, d]
@@ -190,10 +190,10 @@ def _directions(x: Tensor) -> Tensor:
     return (y / y.norm(dim=-1, keepdim=True).clamp(min=1e-300)).sum(1)
 
 
-def _point(name: tuple[int, str], s: list[float], loss_scale: float, lr: float) -> Point:
+def _point(name: tuple[int, str], s: list[float], loss_scale: float, lr: float) -> MeasuredMoments:
     count, sequences = max(s[COUNT], 1.0), max(s[PAIRS], 1.0)
     mean = s[SUM] / count
-    return Point(
+    return MeasuredMoments(
         *name,
         mean=mean,
         variance=s[SQUARES] / count - mean**2,
@@ -214,7 +214,7 @@ def probe(
     tokens_cut: bool,
     all_weights: bool = False,
     loss_scale: float = 1.0,
-) -> list[Point]:
+) -> list[MeasuredMoments]:
     """One pass forward and back, one step of plain gradient descent at `lr`, and one pass more for what that changed.
 
     places       tokens of the batches of all ranks
@@ -241,7 +241,7 @@ def probe(
     return taps.points(loss_scale, lr)
 
 
-def warnings(points: list[Point]) -> list[str]:
+def warnings(points: list[MeasuredMoments]) -> list[str]:
     """What looks wrong, in words. The thresholds are a factor of ten between the ends, and tokens within 25 degrees of one another."""
     every = stacks(points)
     if len(every) == 1:
@@ -249,7 +249,7 @@ def warnings(points: list[Point]) -> list[str]:
     return [f"{side}: {words}" for side, of_stack in zip(("encoder", "decoder"), every) for words in _warnings(of_stack)]
 
 
-def _warnings(points: list[Point]) -> list[str]:
+def _warnings(points: list[MeasuredMoments]) -> list[str]:
     """Of one stack."""
     found: list[str] = []
     stack = points[1:]

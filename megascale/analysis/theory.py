@@ -40,7 +40,7 @@ Pull = Callable[[Gradient], Gradient]
 TERNARY = math.erfc(0.5 * math.sqrt(2 / math.pi) / math.sqrt(2)) * 2 / math.pi
 
 
-class Point(NamedTuple):
+class PredictedMoments(NamedTuple):
     """The stream behind one sublayer."""
 
     layer: int
@@ -50,7 +50,7 @@ class Point(NamedTuple):
     gradient: float
 
 
-def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Signal, last: Gradient) -> list[Point]:
+def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Signal, last: Gradient) -> list[PredictedMoments]:
     """All points of a stack in order, from the signal that enters it and the gradient behind its last block.
 
     warm  the factor that BranchNorm's branches have at this step
@@ -72,7 +72,7 @@ def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Sig
     gradients = [last]
     for pull in pulls[:0:-1]:
         gradients.append(pull(gradients[-1]))
-    return [Point(*name, s.square, s.corr, math.sqrt(g.var)) for name, s, g in zip(names, signals, gradients[::-1])]
+    return [PredictedMoments(*name, s.square, s.corr, math.sqrt(g.var)) for name, s, g in zip(names, signals, gradients[::-1])]
 
 
 Sublayer = Callable[[Model, Residual, Signal, int, bool], tuple[Signal, Pull]]

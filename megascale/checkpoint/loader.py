@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megascale.checkpoint.choose import none_whole, propose
 from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Damaged, Index, file_problem, read_index
 from megascale.checkpoint.planning import LoadPlanner, some, views
-from megascale.checkpoint.shards import Part, check_parts
+from megascale.checkpoint.shards import FilePart, check_parts
 from megascale.checkpoint.storage import ShardReader
 from megascale.checkpoint.trainer import read_trainer
 from megascale.comm.agreement import Agreement
@@ -63,10 +63,10 @@ def verify(path: str | Path | Index) -> list[str]:
         return [str(error)]
     if problems:
         return problems
-    by_file: dict[str, list[Part]] = {}
+    by_file: dict[str, list[FilePart]] = {}
     for name, entry in index.tensors.items():
         for c in entry.chunks:
-            part = Part(entry.key(name, c), DTYPES[entry.dtype], c.sizes, (0,) * len(c.sizes), c.sizes)
+            part = FilePart(entry.key(name, c), DTYPES[entry.dtype], c.sizes, (0,) * len(c.sizes), c.sizes)
             by_file.setdefault(c.file, []).append(part)
     checks: list[Callable[[], object]] = [
         functools.partial(check_parts, index.folder / file, parts) for file, parts in sorted(by_file.items())

@@ -27,7 +27,7 @@ HELD = 1 << 30  # bytes read through one handle: mapped pages count as resident 
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredShard:
     """One tensor to write: its key in the shard, and its data, as tensors that follow one another in memory and are asked for in turn."""
 
     key: str
@@ -40,7 +40,7 @@ def shard_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: list[Stored], metadata: dict[str, str] | None = None) -> FileEntry:
+def write_shard(path: Path, tensors: list[StoredShard], metadata: dict[str, str] | None = None) -> FileEntry:
     """Writes tensors as one safetensors file, on disk when this returns, `metadata` in its header. Raises OSError naming the file.
 
     A second thread sums the block that is being written, and the disk begins early: together they keep up with `dd`.
@@ -67,7 +67,7 @@ def write_shard(path: Path, tensors: list[Stored], metadata: dict[str, str] | No
     return FileEntry(size, crc)
 
 
-def _header(tensors: list[Stored], metadata: dict[str, str] | None) -> bytes:
+def _header(tensors: list[StoredShard], metadata: dict[str, str] | None) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for t in tensors:
@@ -79,7 +79,7 @@ def _header(tensors: list[Stored], metadata: dict[str, str] | None) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _blocks(head: bytes, tensors: Iterable[Stored]) -> Iterator[memoryview]:
+def _blocks(head: bytes, tensors: Iterable[StoredShard]) -> Iterator[memoryview]:
     gathered = bytearray(head)
     for piece in (piece for t in tensors for piece in t.data):
         # Tensors on a device come over one by one: a whole copy of the state may not fit into this machine's memory.
@@ -97,7 +97,7 @@ def _blocks(head: bytes, tensors: Iterable[Stored]) -> Iterator[memoryview]:
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """A rectangle of a stored chunk: `begin` and `sizes` count from the chunk's own corner."""
 
     key: str
@@ -111,7 +111,7 @@ class Part:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
-def read_parts(path: Path, wanted: list[tuple[Part, Tensor]]) -> None:
+def read_parts(path: Path, wanted: list[tuple[FilePart, Tensor]]) -> None:
     """Copies parts of a shard into tensors of their sizes. Raises UsageError where the shard is not what its index says."""
     start = 0
     while start < len(wanted):
@@ -127,7 +127,7 @@ def read_parts(path: Path, wanted: list[tuple[Part, Tensor]]) -> None:
             raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
 
 
-def check_parts(path: Path, parts: Iterable[Part]) -> None:
+def check_parts(path: Path, parts: Iterable[FilePart]) -> None:
     """Compares a shard's own header with what the index says of its chunks, so that nothing is read from one that differs."""
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -137,7 +137,7 @@ def check_parts(path: Path, parts: Iterable[Part]) -> None:
         raise UsageError(f"{path} cannot be read ({error}): the checkpoint is damaged, use an older one") from None
 
 
-def _stored(file: Any, path: Path, part: Part) -> Any:
+def _stored(file: Any, path: Path, part: FilePart) -> Any:
     """safetensors' lazy view of a chunk. Raises UsageError where its dtype or sizes are not the index's."""
     stored = file.get_slice(part.key)
     found = (stored.get_dtype(), list(stored.get_shape()))
@@ -150,7 +150,7 @@ def _stored(file: Any, path: Path, part: Part) -> Any:
     return stored
 
 
-def _read_part(file: Any, path: Path, part: Part) -> Tensor:
+def _read_part(file: Any, path: Path, part: FilePart) -> Tensor:
     stored = _stored(file, path, part)
     if not part.sizes:
         return file.get_tensor(part.key)  # type: ignore[no-any-return]
@@ -183,7 +183,7 @@ def read_slice(source: str | Path | Index, name: str, offset: tuple[int, ...], s
         sizes = tuple(y - x for x, y in zip(low, high))
         begin = tuple(x - b for x, b in zip(low, chunk.offsets))
         target = out[tuple(slice(x - a, y - a) for x, y, a in zip(low, high, offset))]
-        read_parts(index.folder / chunk.file, [(Part(entry.key(name, chunk), dtype, chunk.sizes, begin, sizes), target)])
+        read_parts(index.folder / chunk.file, [(FilePart(entry.key(name, chunk), dtype, chunk.sizes, begin, sizes), target)])
         filled += math.prod(sizes)
     if filled != out.numel():
         raise UsageError(

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
-from megascale.checkpoint.shards import Part, Stored, check_parts, read_parts, shard_name, write_shard
+from megascale.checkpoint.shards import FilePart, StoredShard, check_parts, read_parts, shard_name, write_shard
 from megascale.errors import UsageError
 from megascale.files import discard, sync_folder, write_durably
 
@@ -146,7 +146,7 @@ class ShardWriter(StorageWriter):
             sizes = tuple(meta.chunk.sizes)
             if 0 not in sizes:
                 key = chunk_key(item.index.fqn, tuple(meta.size), tuple(meta.chunk.offsets), sizes)
-                tensors.append(Stored(key, meta.properties.dtype, sizes, (planner.resolve_data(item),)))  # type: ignore[arg-type]
+                tensors.append(StoredShard(key, meta.properties.dtype, sizes, (planner.resolve_data(item),)))  # type: ignore[arg-type]
         results: list[WriteResult] = []
         if tensors:
             rank, self.nbytes = plan.storage_data
@@ -248,7 +248,7 @@ class ShardReader(StorageReader):
 
     def check(self, plan: LoadPlan) -> None:
         """Compares the shards' headers with the index, for what `plan` reads. Raises UsageError."""
-        by_file: dict[str, list[Part]] = {}
+        by_file: dict[str, list[FilePart]] = {}
         for item in plan.items:
             file, part = self._part(item)
             by_file.setdefault(file, []).append(part)
@@ -256,7 +256,7 @@ class ShardReader(StorageReader):
             check_parts(self.index.folder / file, parts)
 
     def read_data(self, plan: LoadPlan, planner: AnyLoadPlanner) -> Future[None]:
-        by_file: dict[str, list[tuple[Part, torch.Tensor]]] = {}
+        by_file: dict[str, list[tuple[FilePart, torch.Tensor]]] = {}
         for item in plan.items:
             file, part = self._part(item)
             by_file.setdefault(file, []).append((part, planner.resolve_tensor(item)))
@@ -264,14 +264,14 @@ class ShardReader(StorageReader):
             read_parts(self.index.folder / file, wanted)
         return _done(None)
 
-    def _part(self, item: ReadItem) -> tuple[str, Part]:
+    def _part(self, item: ReadItem) -> tuple[str, FilePart]:
         """Where an item lies: the file, and the part of its chunk. DCP numbers a tensor's chunks as `read_metadata` lists them."""
         name, number = item.storage_index.fqn, item.storage_index.index
         assert number is not None
         entry = self.index.tensors[name]
         chunk = entry.chunks[number]
         begin, sizes = tuple(item.storage_offsets), tuple(item.lengths)
-        return chunk.file, Part(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, begin, sizes)
+        return chunk.file, FilePart(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, begin, sizes)
 
 
 def _done(value: Any) -> Future[Any]:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from megascale.checkpoint.index import DTYPE_NAMES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
-from megascale.checkpoint.shards import Stored, write_shard
+from megascale.checkpoint.shards import StoredShard, write_shard
 from megascale.checkpoint.storage import publish, step_name
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
 from megascale.sizes import byte_words
 
-Produce = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
+ReadSlice = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
 """(name, offset, shape) → that rectangle of the tensor. With several workers it goes to other processes: module-level, on plain data."""
 
 Progress = Callable[[int, int], None]
@@ -54,7 +54,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Block:
+class SliceOfTensor:
     """A rectangle of the tensor `name`, stored as `key`; it is asked for in slabs."""
 
     key: str
@@ -73,7 +73,7 @@ class FilePlan:
     """One safetensors file: its name, what it holds in order, and texts for its header."""
 
     name: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[SliceOfTensor, ...]
     metadata: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -85,7 +85,7 @@ def write_streamed(
     root: str | Path,
     step: int,
     targets: list[Target],
-    produce: Produce,
+    produce: ReadSlice,
     trainer: dict[str, Any],
     *,
     stamp: str,
@@ -131,13 +131,13 @@ def write_streamed(
 
 def pack(targets: list[Target], file_bytes: int) -> list[FilePlan]:
     """Targets in their order over files of at most `file_bytes`, except where a single row is larger."""
-    files: list[list[Block]] = []
+    files: list[list[SliceOfTensor]] = []
     room = 0
     for target in targets:
         if 0 in target.shape:
             continue
         for offset, sizes in slabs((0,) * len(target.shape), target.shape, max(1, file_bytes // target.dtype.itemsize)):
-            block = Block(chunk_key(target.name, target.shape, offset, sizes), target.name, target.dtype, offset, sizes)
+            block = SliceOfTensor(chunk_key(target.name, target.shape, offset, sizes), target.name, target.dtype, offset, sizes)
             if not files or block.nbytes > room:
                 files.append([])
                 room = file_bytes
@@ -164,7 +164,7 @@ def slabs(offset: tuple[int, ...], sizes: tuple[int, ...], most: int) -> Iterato
 def write_files(
     folder: Path,
     files: list[FilePlan],
-    produce: Produce,
+    produce: ReadSlice,
     *,
     stamp: str,
     workers: int = 1,
@@ -234,17 +234,17 @@ def _written(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def _write_file(folder: Path, file: FilePlan, produce: Produce, slab_bytes: int, mark: str) -> FileEntry:
+def _write_file(folder: Path, file: FilePlan, produce: ReadSlice, slab_bytes: int, mark: str) -> FileEntry:
     kept = _finished(folder, file.name, mark)
     if kept is not None:
         return kept
-    tensors = [Stored(b.key, b.dtype, b.sizes, _produced(b, produce, slab_bytes)) for b in file.blocks]
+    tensors = [StoredShard(b.key, b.dtype, b.sizes, _produced(b, produce, slab_bytes)) for b in file.blocks]
     entry = write_shard(folder / file.name, tensors, dict(file.metadata))
     write_durably(folder / (file.name + MARK), json.dumps({"mark": mark, "bytes": entry.bytes, "crc32": entry.crc32}).encode())
     return entry
 
 
-def _produced(block: Block, produce: Produce, slab_bytes: int) -> Iterator[Tensor]:
+def _produced(block: SliceOfTensor, produce: ReadSlice, slab_bytes: int) -> Iterator[Tensor]:
     for offset, sizes in slabs(block.offset, block.sizes, max(1, slab_bytes // block.dtype.itemsize)):
         slab = produce(block.name, offset, sizes)
         if tuple(slab.shape) != sizes or slab.dtype != block.dtype:

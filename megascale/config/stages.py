@@ -15,7 +15,7 @@ V_SHAPED = ("zbv", "dualpipev")
 
 
 @dataclass(frozen=True)
-class Part:
+class StagePart:
     """What one stage holds: global layer numbers, and whether the embedding (`first`) and the head (`last`) belong to it."""
 
     layers: range
@@ -127,13 +127,13 @@ def _products(model: Model) -> float:
     return d * (2 * heads + 2 * kv) + d * width * (3 if model.gated else 2)
 
 
-def layered_parts(layers: int) -> list[Part]:
+def layered_parts(layers: int) -> list[StagePart]:
     """The finest stages: the embedding, every layer, and the final norm with the head. All lie on one rank."""
-    blocks = [Part(range(i, i + 1), False, False) for i in range(layers)]
-    return [Part(range(0), True, False), *blocks, Part(range(layers, layers), False, True)]
+    blocks = [StagePart(range(i, i + 1), False, False) for i in range(layers)]
+    return [StagePart(range(0), True, False), *blocks, StagePart(range(layers, layers), False, True)]
 
 
-def stage_parts(model: Model, parallel: Parallel, seq_len: int, source_len: int = 0) -> list[Part]:
+def stage_parts(model: Model, parallel: Parallel, seq_len: int, source_len: int = 0) -> list[StagePart]:
     """The part of every stage, in stage order. One whole part where neither a pipeline nor layered accumulation cuts the model."""
     if parallel.accumulation == "layered":
         return layered_parts(model.total_layers)
@@ -147,4 +147,4 @@ def stage_parts(model: Model, parallel: Parallel, seq_len: int, source_len: int 
     else:
         layer, before, after = estimated_costs(model, seq_len)
         ranges = split_layers(model.num_layers, stages, layer, before, after)
-    return [Part(layers, i == 0, i == stages - 1) for i, layers in enumerate(ranges)]
+    return [StagePart(layers, i == 0, i == stages - 1) for i, layers in enumerate(ranges)]

@@ -7,12 +7,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 from megascale.data.forms import Form, form_of
-from megascale.data.readers import LONGEST, MARK, Block, Tally, decode, json_lines, lines_of
+from megascale.data.readers import LONGEST, MARK, Tally, TextBlock, decode, json_lines, lines_of
 from megascale.data.unpack import UNREADABLE, Input
 from megascale.errors import UsageError
 
 
-def read_pairs(inputs: list[Path], side: int, keys: tuple[str, str], longest: int = LONGEST, tally: Tally | None = None) -> Iterator[Block]:
+def read_pairs(
+    inputs: list[Path], side: int, keys: tuple[str, str], longest: int = LONGEST, tally: Tally | None = None
+) -> Iterator[TextBlock]:
     """One side, 0 sources and 1 targets, of aligned text: lines of two text files, or two keys of JSON lines. Each is a document.
 
     A pair with a side that is empty or null is left out on both. Raises UsageError where there are more lines in one file than in the
@@ -44,7 +46,7 @@ def pair_files(files: list[Path], keys: tuple[str, str]) -> tuple[list[Path], li
     return (files[:1], files[1:]) if len(files) == 2 and form_of(files[0], keys).kind == "text" else (files, files)
 
 
-def _line_pairs(inputs: list[Path], forms: dict[Path, Form], side: int, longest: int, tally: Tally) -> Iterator[Block]:
+def _line_pairs(inputs: list[Path], forms: dict[Path, Form], side: int, longest: int, tally: Tally) -> Iterator[TextBlock]:
     with Input(inputs[0], forms[inputs[0]].packing) as first, Input(inputs[1], forms[inputs[1]].packing) as second:
         sources = (first, second)
         streams = [lines_of(s.bytes, f"{path}, line", longest) for s, path in zip(sources, inputs)]
@@ -57,10 +59,10 @@ def _line_pairs(inputs: list[Path], forms: dict[Path, Form], side: int, longest:
             texts = [decode(line) for line in lines]
             if all(text.removeprefix(MARK).strip() for text, _ in texts):
                 text, damaged = texts[side]
-                yield Block(inputs[side], tally.unmarked(text).rstrip("\r\n"), True, sources[side].taken(), damaged)
+                yield TextBlock(inputs[side], tally.unmarked(text).rstrip("\r\n"), True, sources[side].taken(), damaged)
 
 
-def _json_pairs(path: Path, form: Form, side: int, keys: tuple[str, str], longest: int, tally: Tally) -> Iterator[Block]:
+def _json_pairs(path: Path, form: Form, side: int, keys: tuple[str, str], longest: int, tally: Tally) -> Iterator[TextBlock]:
     counts = [tally if i == side else Tally() for i in range(2)]
     both = [json_lines(path, form.packing, key, 0, longest, count, empty=True) for key, count in zip(keys, counts)]
     for blocks in zip(*both):

@@ -21,7 +21,7 @@ from megascale.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Source:
+class Corpus:
     """One prefix of token files with its share of the mixture and its name in logs."""
 
     path: str
@@ -29,7 +29,7 @@ class Source:
     name: str
 
 
-def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Source]:
+def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Corpus]:
     """The config's `data.train` or `data.valid`: a prefix, a list, or a YAML file with a list `sources`, whose paths are relative to it."""
     if isinstance(value, str) and value.endswith((".yaml", ".yml")):
         path = Path(value)
@@ -43,7 +43,7 @@ def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Sour
         items = [e if isinstance(e, DataSource) else DataSource(path=e) for e in listed]
     if not items:
         raise UsageError(f"{key} is an empty list: name at least one prefix of token files")
-    sources = [Source(s.path, s.weight, s.name or Path(s.path).name) for s in items]
+    sources = [Corpus(s.path, s.weight, s.name or Path(s.path).name) for s in items]
     names = [s.name for s in sources]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
@@ -63,7 +63,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: list[Source],
+        sources: list[Corpus],
         seq_len: int,
         seed: int,
         vocab_size: int,
@@ -117,7 +117,7 @@ class Mixture:
         return tokens, documents
 
 
-def check_tokens(tokens: Tokens, source: Source, vocab_size: int, key: str = "model.vocab_size") -> None:
+def check_tokens(tokens: Tokens, source: Corpus, vocab_size: int, key: str = "model.vocab_size") -> None:
     """Raises UsageError for a token that the model has no row for."""
     smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
     if smallest < 0:
@@ -128,7 +128,7 @@ def check_tokens(tokens: Tokens, source: Source, vocab_size: int, key: str = "mo
         )
 
 
-def check_source(source: Source, vocab_size: int) -> None:
+def check_source(source: Corpus, vocab_size: int) -> None:
     """Raises UsageError where a source was made with a larger vocabulary."""
     used = source_facts(source.path).get("vocab_size")
     if used is not None and used > vocab_size:
@@ -138,7 +138,7 @@ def check_source(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_tokenizers(sources: list[Source]) -> None:
+def check_tokenizers(sources: list[Corpus]) -> None:
     """Raises UsageError where two sources were made with different tokenizers; files from elsewhere record none and pass."""
     made_with = [(s.path, source_facts(s.path).get("tokenizer_fingerprint")) for s in sources]
     known = [(path, mark) for path, mark in made_with if mark is not None]

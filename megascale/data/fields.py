@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from megascale.config.schema import Spacetime
-from megascale.data.dataset import Source, check_tokens
+from megascale.data.dataset import Corpus, check_tokens
 from megascale.data.facts import is_file, source_facts
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
@@ -26,7 +26,7 @@ from megascale.errors import UsageError
 class FieldFile:
     """One array and the runs of it that may be used: `part` "train" or "valid" of a split of whole runs, or "all"."""
 
-    def __init__(self, source: Source, fields: Spacetime, part: str, valid_fraction: float) -> None:
+    def __init__(self, source: Corpus, fields: Spacetime, part: str, valid_fraction: float) -> None:
         path = Path(source.path + ".npy")
         if not is_file(path):
             raise UsageError(f"data: there is no {str(path)[:300]}: name a prefix of .npy and .json files")
@@ -75,7 +75,7 @@ class FieldFile:
         """The text of the window's run."""
         assert self.text is not None
         tokens = self.text.read(int(self.runs[window // self.starts])).astype(np.int64)
-        check_tokens(tokens, Source(self.text.prefix, 1.0, ""), vocab_size, "model.spacetime.text_vocab_size")
+        check_tokens(tokens, Corpus(self.text.prefix, 1.0, ""), vocab_size, "model.spacetime.text_vocab_size")
         return tokens
 
     def _channels(self, facts: dict[str, Any], name: str, default: float, channels: int) -> NDArray[np.float64]:
@@ -88,7 +88,7 @@ class FieldFile:
 class FieldMixture:
     """Windows of `fields.frames` frames for sample numbers n ≥ 0, from one or several arrays, in an order of their own every epoch."""
 
-    def __init__(self, sources: list[Source], fields: Spacetime, seed: int, part: str, valid_fraction: float, shuffled: bool) -> None:
+    def __init__(self, sources: list[Corpus], fields: Spacetime, seed: int, part: str, valid_fraction: float, shuffled: bool) -> None:
         self.fields, self.seed, self.shuffled, self.sources = fields, seed, shuffled, sources
         self.files = [FieldFile(s, fields, part, valid_fraction) for s in sources]
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)

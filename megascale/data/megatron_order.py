@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.data.dataset import Source, check_source, check_tokens
+from megascale.data.dataset import Corpus, check_source, check_tokens
 from megascale.data.indexed import TokenFile
 from megascale.data.stream import Tokens, TokenStream
 from megascale.errors import UsageError
@@ -26,7 +26,7 @@ class MegatronMixture:
     """
 
     def __init__(
-        self, sources: list[Source], seq_len: int, seed: int, vocab_size: int, part: str, valid_fraction: float, samples: int
+        self, sources: list[Corpus], seq_len: int, seed: int, vocab_size: int, part: str, valid_fraction: float, samples: int
     ) -> None:
         """`part`: "train" or "valid", the last `valid_fraction` of each source's documents, or "all".
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megascale.data.dataset import Mixture, Source, check_source, check_tokenizers, check_tokens
+from megascale.data.dataset import Corpus, Mixture, check_source, check_tokenizers, check_tokens
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, plan_mixture, split_documents
@@ -22,9 +22,9 @@ SIDES = ("source", "target")
 Tokens = NDArray[np.int64]
 
 
-def side_of(source: Source, side: str) -> Source:
+def side_of(source: Corpus, side: str) -> Corpus:
     """The token files of one side of a prefix of pairs."""
-    return Source(f"{source.path}.{side}", source.weight, source.name)
+    return Corpus(f"{source.path}.{side}", source.weight, source.name)
 
 
 class PairFile:
@@ -32,7 +32,7 @@ class PairFile:
     for half a sentence is no translation of a whole one: `left_out` pairs were too long.
     """
 
-    def __init__(self, source: Source, lengths: tuple[int, int], vocab_sizes: tuple[int, int], part: str, valid_fraction: float) -> None:
+    def __init__(self, source: Corpus, lengths: tuple[int, int], vocab_sizes: tuple[int, int], part: str, valid_fraction: float) -> None:
         sides = [side_of(source, side) for side in SIDES]
         self.files = [TokenFile(s.path) for s in sides]
         self.sides, self.vocab_sizes = sides, vocab_sizes
@@ -71,7 +71,7 @@ class PairMixture:
 
     def __init__(
         self,
-        sources: list[Source],
+        sources: list[Corpus],
         lengths: tuple[int, int],
         seed: int,
         vocab_sizes: tuple[int, int],

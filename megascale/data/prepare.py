@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megascale.data.aligned import read_pairs
 from megascale.data.indexed import TokenWriter, token_dtype
 from megascale.data.publish import Publication, publication
-from megascale.data.readers import BLOCK_BYTES, LONGEST, Block, Tally, can_enter, read_blocks
+from megascale.data.readers import BLOCK_BYTES, LONGEST, Tally, TextBlock, can_enter, read_blocks
 from megascale.data.tokenizer import Tokenizer, keep_beside, load_tokenizer
 from megascale.data.workers import end_with_parent
 from megascale.errors import UsageError
@@ -132,7 +132,7 @@ def prepare_pairs(
     return found[0], found[1]
 
 
-def _blocks_of(files: list[Path], text_key: str, longest: int, tally: Tally) -> Iterator[Block]:
+def _blocks_of(files: list[Path], text_key: str, longest: int, tally: Tally) -> Iterator[TextBlock]:
     """The documents of all files, and in `tally` how many files have none."""
     for path in files:
         empty = True
@@ -153,7 +153,7 @@ def publishing(prefix: str) -> Iterator[Publication]:
 
 
 def write_tokens(
-    blocks: Iterable[Block],
+    blocks: Iterable[TextBlock],
     tally: Tally,
     prefix: str,
     tokenizer: Tokenizer,
@@ -216,9 +216,9 @@ def write_tokens(
     return facts
 
 
-def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+def _batches(blocks: Iterable[TextBlock]) -> Iterator[list[TextBlock]]:
     """Blocks grouped to about BLOCK_BYTES characters, so that small documents do not travel one by one."""
-    batch: list[Block] = []
+    batch: list[TextBlock] = []
     size = 0
     for block in blocks:
         batch.append(block)
@@ -230,7 +230,7 @@ def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def _encode_in_order(batches: Iterable[list[Block]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[list[Block], Encoded]]:
+def _encode_in_order(batches: Iterable[list[TextBlock]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[list[TextBlock], Encoded]]:
     """Encodes in `workers` processes with a bounded number of batches under way; results keep the order of the input."""
     if workers == 1:
         for batch in batches:
@@ -238,7 +238,7 @@ def _encode_in_order(batches: Iterable[list[Block]], tokenizer: Tokenizer, worke
         return
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,))
-    under_way: list[tuple[list[Block], Future[Encoded]]] = []
+    under_way: list[tuple[list[TextBlock], Future[Encoded]]] = []
     try:
         for batch in batches:
             under_way.append((batch, pool.submit(_encode, [b.text for b in batch])))

@@ -31,7 +31,7 @@ SAID = {
 
 
 @dataclass(frozen=True)
-class Block:
+class TextBlock:
     """Part of a document of `path`; `last` marks its end.
 
     `read`: stored bytes of the file (packed, where it is packed) that were read since the block before, for progress.
@@ -71,7 +71,7 @@ def can_enter(path: Path) -> bool:
 
 def read_blocks(
     path: Path, text_key: str, start: int = 0, size: int = BLOCK_BYTES, longest: int = LONGEST, tally: Tally | None = None
-) -> Iterator[Block]:
+) -> Iterator[TextBlock]:
     """The documents of one file in order, long ones in blocks: of text files about `size` bytes.
 
     `start`: for a file that can be entered, the byte after which to begin, at the next line or from the row group that lies there.
@@ -94,7 +94,7 @@ def read_blocks(
         raise UsageError(f"{path} cannot be read: {why_unreadable(path, form.packing, error)}") from None
 
 
-def _plain(path: Path, packing: str, start: int, size: int, tally: Tally) -> Iterator[Block]:
+def _plain(path: Path, packing: str, start: int, size: int, tally: Tally) -> Iterator[TextBlock]:
     with Input(path, packing, start) as source:
         data = source.bytes.read(size)
         first = start == 0
@@ -106,7 +106,7 @@ def _plain(path: Path, packing: str, start: int, size: int, tally: Tally) -> Ite
             if first:
                 text, first = tally.unmarked(text), False
             if text or data:
-                yield Block(path, text, not data, source.taken(), damaged)
+                yield TextBlock(path, text, not data, source.taken(), damaged)
 
 
 def _cut(data: bytes) -> int:
@@ -132,7 +132,7 @@ def lines_of(bytes_: IO[bytes], where: str, longest: int) -> Iterator[bytes]:
         yield line
 
 
-def json_lines(path: Path, packing: str, text_key: str, start: int, longest: int, tally: Tally, empty: bool = False) -> Iterator[Block]:
+def json_lines(path: Path, packing: str, text_key: str, start: int, longest: int, tally: Tally, empty: bool = False) -> Iterator[TextBlock]:
     """Each document as one block. `empty`: those without a character too, and nulls as such."""
     place = f"{path}, line" if start == 0 else f"{path}, after byte {start}, line"
     with Input(path, packing, start) as source:
@@ -148,7 +148,7 @@ def json_lines(path: Path, packing: str, text_key: str, start: int, longest: int
             text = tally.unmarked(text or "")
             if text or empty:
                 whole = _without_surrogates(text)
-                yield Block(path, whole, True, source.taken(), damaged or whole is not text)
+                yield TextBlock(path, whole, True, source.taken(), damaged or whole is not text)
 
 
 def parse_line(line: str, key: str, where: str) -> str | None:
@@ -177,7 +177,7 @@ def parse_line(line: str, key: str, where: str) -> str | None:
     return text
 
 
-def _rows(path: Path, text_key: str, start: int, longest: int, tally: Tally) -> Iterator[Block]:
+def _rows(path: Path, text_key: str, start: int, longest: int, tally: Tally) -> Iterator[TextBlock]:
     read = 0
     for row in read_values(path, text_key, start):
         read += row.read
@@ -192,11 +192,11 @@ def _rows(path: Path, text_key: str, start: int, longest: int, tally: Tally) -> 
         text, damaged = decode(row.value)
         text = tally.unmarked(text)
         if text:
-            yield Block(path, text, True, read, damaged)
+            yield TextBlock(path, text, True, read, damaged)
             read = 0
 
 
-def _in_blocks(block: Block) -> Iterator[Block]:
+def _in_blocks(block: TextBlock) -> Iterator[TextBlock]:
     """A document as one block up to WHOLE characters, a longer one cut as text files are: after a line, else in front of a space."""
     text = block.text
     if len(text) <= WHOLE:
@@ -208,7 +208,7 @@ def _in_blocks(block: Block) -> Iterator[Block]:
         if end < len(text):
             line, space = text.rfind("\n", start, end) + 1, text.rfind(" ", start + 1, end)
             end = line or (space if space > 0 else end)
-        yield Block(block.path, text[start:end], end >= len(text), block.read if start == 0 else 0, block.damaged)
+        yield TextBlock(block.path, text[start:end], end >= len(text), block.read if start == 0 else 0, block.damaged)
         start = end
 
 

@@ -11,7 +11,7 @@ import torch
 from megascale.comm.mesh import Mesh
 from megascale.config.rules.pairs import spans_asked, spans_in
 from megascale.config.schema import Config
-from megascale.data.dataset import Mixture, Source, check_tokenizers, read_sources
+from megascale.data.dataset import Corpus, Mixture, check_tokenizers, read_sources
 from megascale.data.fields import FieldMixture
 from megascale.data.fingerprint import Print, print_of
 from megascale.data.loader import Batch, make_batch, sample_numbers
@@ -53,7 +53,7 @@ def prints_of(config: Config) -> dict[str, dict[str, Print]]:
     elif fields is not None:
         ends = ["npy", *(f"text.{end}" for end in ends if fields.text_len)]
 
-    def each(sources: list[Source]) -> dict[str, Print]:
+    def each(sources: list[Corpus]) -> dict[str, Print]:
         return {s.name: print_of(s.path, ends, fields is not None) for s in sources}
 
     return {"train": each(train), "valid": each(valid)}
@@ -72,7 +72,7 @@ def overlap_note(prints: Mapping[str, Mapping[str, Print]]) -> str | None:
     )
 
 
-def open_samples(config: Config, sources: list[Source], part: str, shuffled: bool) -> Samples:
+def open_samples(config: Config, sources: list[Corpus], part: str, shuffled: bool) -> Samples:
     """`part` and `shuffled` as in `Mixture`."""
     model, seed, t, fraction = config.model, config.run.seed, config.train, config.data.valid_fraction
     if model.spacetime is not None:

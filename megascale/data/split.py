@@ -11,7 +11,7 @@ from megascale.data.order import split_documents
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """Of a token file: documents `documents` (None: all of them) end to end, and of that stream the tokens from `first` up to `end`
     (None: to its end).
     """
@@ -25,12 +25,12 @@ class Part:
 class Split:
     """`by_tokens`: a document may be cut at the border, since whole ones could not be held out."""
 
-    train: Part
-    valid: Part
+    train: SplitPart
+    valid: SplitPart
     by_tokens: bool = False
 
-    def part(self, name: str) -> Part:
-        return {"train": self.train, "valid": self.valid, "all": Part()}[name]
+    def part(self, name: str) -> SplitPart:
+        return {"train": self.train, "valid": self.valid, "all": SplitPart()}[name]
 
 
 def split_source(lengths: NDArray[np.integer], fraction: float, sample: int) -> Split:
@@ -43,10 +43,10 @@ def split_source(lengths: NDArray[np.integer], fraction: float, sample: int) -> 
     is there, the split is that of documents, and one part is too short.
     """
     train, valid = split_documents(len(lengths), fraction)
-    by_documents = Split(Part(train), Part(valid))
+    by_documents = Split(SplitPart(train), SplitPart(valid))
     total = int(lengths.sum(dtype=np.int64))
     held = int(lengths[valid].sum(dtype=np.int64))
     if fraction <= 0 or min(held, total - held) >= sample or total < 2 * sample:
         return by_documents
     border = total - min(max(round(fraction * total), sample), total - sample)
-    return Split(Part(end=border), Part(first=border), by_tokens=True)
+    return Split(SplitPart(end=border), SplitPart(first=border), by_tokens=True)

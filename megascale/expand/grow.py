@@ -16,9 +16,9 @@ from megascale.checkpoint.streaming import Progress
 from megascale.config.schema import Config, Multiplier, Parallel
 from megascale.config.support import refusals
 from megascale.errors import UsageError
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import Growth, plan_growth
-from megascale.expand.produce import Grown
+from megascale.expand.produce import GrownTensors
 from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
 from megascale.expand.source import open_source, renamed
@@ -30,7 +30,7 @@ from megascale.optim.rates import MATRICES
 
 
 def grow(
-    source: str | Path, target: Path, sizes: Sizes, options: Options, effort: Effort, progress: Progress | None = None
+    source: str | Path, target: Path, sizes: Sizes, options: GrowthOptions, effort: Effort, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Writes the grown checkpoint into `target` and returns the report. Raises UsageError before anything is written, and TrainingError
     where the source turns out damaged on the way; nothing is left of it then.
@@ -39,14 +39,14 @@ def grow(
     opened = open_source(source, effort.check)
     growth = plan_growth(opened.model, opened.seq_len, sizes, options)
     refuse_nothing(growth, options)
-    made = Grown(growth, opened.index, options.optimizer)
+    made = GrownTensors(growth, opened.index, options.optimizer)
     written = check_target(target, opened, made)
     config, factors, uneven = grown_config(opened.config, growth, options)
     growth = replace(growth, notes=(*growth.notes, *precision_notes(opened.config, config)))
     tokens = some_tokens(opened, effort) if effort.tokens else None
     proof: dict[str, Any] = {"tokens": None if tokens is None else tokens[1], "exact": f"fp64, before storing, at most {EXACT:g}"}
     if tokens is not None:
-        proof["transform"] = prove(opened, growth, Grown(growth, opened.index, dtype=torch.float64), tokens[0])
+        proof["transform"] = prove(opened, growth, GrownTensors(growth, opened.index, dtype=torch.float64), tokens[0])
         if not math.isfinite(proof["transform"]["logits_max"]):
             raise UsageError(
                 f"the logits of {source} or of what it would become are not finite in fp64, so nothing can be proven: use an older "
@@ -88,14 +88,14 @@ def grow(
     }
 
 
-def refuse_nothing(growth: Growth, options: Options) -> None:
+def refuse_nothing(growth: Growth, options: GrowthOptions) -> None:
     """Raises UsageError for a growth to what the source is already."""
     same = (growth.target, growth.seq_lens[1]) == (growth.source, growth.seq_lens[0])
     if same and options.vocabulary is None:
         raise UsageError("nothing grows: name a size that is larger than the source's, such as --num-layers or --hidden-size")
 
 
-def grown_config(config: Config, growth: Growth, options: Options) -> tuple[Config, dict[str, Multiplier], list[str]]:
+def grown_config(config: Config, growth: Growth, options: GrowthOptions) -> tuple[Config, dict[str, Multiplier], list[str]]:
     """The target's config, the multipliers by weight, and the names for which these are means. The config has them with transformed
     optimizer state only: fresh state has no steps to keep.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.config.stages import Part, layered_parts
+from megascale.config.stages import StagePart, layered_parts
 from megascale.expand.apply import Read
 from megascale.expand.verify import LATE, fill
 from megascale.model.block import Block
@@ -77,7 +77,7 @@ def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, blocks: bool
     return Importance(channels, neurons, heads, whole, without)
 
 
-def _load(model: Model, seq_len: int, read: Read, part: Part) -> Any:
+def _load(model: Model, seq_len: int, read: Read, part: StagePart) -> Any:
     kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
     module = build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel, part)
     module.to_empty(device="cpu")

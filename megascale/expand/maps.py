@@ -9,7 +9,7 @@ from megascale.errors import UsageError
 from megascale.expand.axes import FRESH, MEAN, ZERO, AxisMap, axis, cancelling, circular, inside, repeated, same, shared
 from megascale.expand.depth import Layer
 from megascale.expand.heads import Channels, Heads, cancelling_heads, channel_rows, grow_channels, grow_heads
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.stack import row_of
 from megascale.model.position import alibi_slopes
 from megascale.model.residual import ends
@@ -42,7 +42,9 @@ class Maps:
     notes: list[str] = field(default_factory=list)
 
 
-def build_maps(source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: Options, layers: tuple[Layer, ...]) -> Maps:
+def build_maps(
+    source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: GrowthOptions, layers: tuple[Layer, ...]
+) -> Maps:
     """All maps between two configs. Raises UsageError for rows that no map exists for; what is merely lossy is told in `lossy`."""
     row = row_of(source, 0)
     maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
@@ -72,7 +74,7 @@ def build_maps(source: Model, target: Model, seq_lens: tuple[int, int], sizes: S
     return maps
 
 
-def _stream(maps: Maps, source: Model, options: Options, position: str) -> None:
+def _stream(maps: Maps, source: Model, options: GrowthOptions, position: str) -> None:
     """The residual stream, its norms and the last norm's further factor."""
     old, new = source.hidden_size, maps.target.hidden_size
     copies = new // old if options.width == "duplicate" else 1
@@ -109,7 +111,7 @@ def _stream(maps: Maps, source: Model, options: Options, position: str) -> None:
         maps.fold /= copies
 
 
-def _heads(maps: Maps, source: Model, options: Options, silent: bool, normed: bool) -> tuple[Heads, Channels]:
+def _heads(maps: Maps, source: Model, options: GrowthOptions, silent: bool, normed: bool) -> tuple[Heads, Channels]:
     target = maps.target
     assert source.num_kv_heads and source.head_dim and target.num_kv_heads and target.head_dim
     old, new = (source.num_heads, source.num_kv_heads), (target.num_heads, target.num_kv_heads)
@@ -163,7 +165,7 @@ def _check_head_size(source: Model, new: int) -> None:
         raise UsageError(f"--head-dim is {new} and model.rope_scaling is yarn, whose ramp counts channels; grow num_heads instead")
 
 
-def _widths(maps: Maps, source: Model, options: Options, silent: bool) -> None:
+def _widths(maps: Maps, source: Model, options: GrowthOptions, silent: bool) -> None:
     """Feed-forward, experts and shared experts: what goes in by rows, what comes out by columns."""
     target = maps.target
     assert source.ffn_size and target.ffn_size
@@ -285,7 +287,7 @@ def _upcycled(maps: Maps, experts: int, chosen: int, parts: int) -> None:
     maps.notes.append(f"the router starts at zero: under {moe.router} equal gates are the only exact ones")
 
 
-def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: Options) -> None:
+def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: GrowthOptions) -> None:
     """Vocabulary and positions."""
     if source.spacetime is not None:
         maps.axes |= {f"positions.{dim}": same(n) for dim, n in enumerate(source.spacetime.grid)}
@@ -322,7 +324,7 @@ def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: Options
     maps.axes["positions"] = axis([i if i < seq_lens[0] else FRESH for i in range(seq_lens[1])], seq_lens[0])
 
 
-def _quantized(maps: Maps, options: Options) -> None:
+def _quantized(maps: Maps, options: GrowthOptions) -> None:
     """BitLinear rounds a weight by its mean size and an input by its largest: whole, equal copies keep both, nothing else does."""
     uneven = [name for name, a in maps.axes.items() if not a.is_identity and (a.uniform_copies is None or not a.known.all())]
     uneven = [n for n in uneven if n not in ("vocabulary", "positions")]

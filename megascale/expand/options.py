@@ -33,7 +33,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Options:
+class GrowthOptions:
     """How. Every field is a flag of tools/grow.py.
 
     width      new channels of the stream: duplicate (the rest as the norm allows), zero, or average (the mean of the others)
@@ -75,7 +75,7 @@ MOST_TIMES = 4096
 LARGEST_RATIO = 60  # dB: noise that much above the weights leaves few of their digits, that much below is none
 
 
-def check_options(options: Options) -> Options:
+def check_options(options: GrowthOptions) -> GrowthOptions:
     """Raises UsageError naming the flag, its value and what there is."""
     for name, choices in CHOICES.items():
         value = getattr(options, name)

@@ -14,7 +14,7 @@ from megascale.errors import UsageError
 from megascale.expand.axes import AxisMap
 from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
-from megascale.expand.options import Options, Sizes, check_options, check_times, target_model
+from megascale.expand.options import GrowthOptions, Sizes, check_options, check_times, target_model
 from megascale.expand.stack import plan_layers, row_of, specs
 from megascale.model.residual import ends
 from megascale.model.spec import ParamSpec
@@ -156,7 +156,7 @@ class Growth:
         return tuple(self.axes[name] for name in tensor.axes)
 
 
-def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: Options) -> Growth:
+def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: GrowthOptions) -> Growth:
     """The plan that grows `source`, trained at `seq_len`. Raises UsageError for what is impossible or refused under `options.lossless`."""
     check_options(options)
     if source.moeut is not None:
@@ -204,7 +204,7 @@ def refuse_unknown_parts(source: Model) -> None:
         raise UsageError("model.position is relative: sizes cannot be changed of a model with biases by distance; use another position")
 
 
-def _refuse(growth: Growth, options: Options, asked: tuple[str, ...]) -> None:
+def _refuse(growth: Growth, options: GrowthOptions, asked: tuple[str, ...]) -> None:
     """Under `require` nothing lossy passes; under `prefer` only what was asked for by its own name (a depth method) does."""
     refused = growth.lossy if options.lossless == "require" else tuple(x for x in growth.lossy if x not in asked)
     if refused and options.lossless != "off":

@@ -22,7 +22,7 @@ from megascale.optim.rates import MATRICES
 
 
 @dataclass(frozen=True)
-class Grown:
+class GrownTensors:
     """Picklable, so that any number of processes can make the same rectangles. `dtype` of the weights; None: as they are stored."""
 
     growth: Growth

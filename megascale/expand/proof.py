@@ -15,15 +15,15 @@ from megascale.data.dataset import Mixture, read_sources
 from megascale.errors import UsageError
 from megascale.expand.apply import Read
 from megascale.expand.plan import Growth
-from megascale.expand.produce import Grown
-from megascale.expand.source import Source
+from megascale.expand.produce import GrownTensors
+from megascale.expand.source import GrowthSource
 from megascale.expand.verify import Measured, compare, run, slack, typical, verdict
 from megascale.expand.write import Effort
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def some_tokens(source: Source, effort: Effort) -> tuple[Tensor, str]:
+def some_tokens(source: GrowthSource, effort: Effort) -> tuple[Tensor, str]:
     """Tokens [b, s] to compare the models on, and what they are: of the given data, of the source's own, or random where that is gone."""
     if source.model.spacetime is not None:
         fields = source.model.spacetime
@@ -45,7 +45,7 @@ def some_tokens(source: Source, effort: Effort) -> tuple[Tensor, str]:
     return drawn, f"{count} × {length} random tokens, the source's data not being here"
 
 
-def prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[str, Any]:
+def prove(opened: GrowthSource, growth: Growth, made: GrownTensors, tokens: Tensor) -> dict[str, Any]:
     """Both models in fp64, the grown one straight from the transform."""
 
     def new(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -55,11 +55,11 @@ def prove(opened: Source, growth: Growth, made: Grown, tokens: Tensor) -> dict[s
     return compare(growth, small, run(growth.target, growth.seq_lens[1], new, torch.float64, tokens), tokens)
 
 
-def prove_stored(opened: Source, growth: Growth, index: Index, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
+def prove_stored(opened: GrowthSource, growth: Growth, index: Index, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
     """Both models in the run's dtype, the grown one as it is stored, against the small one in fp64; and what is stored against the
     transform, number by number.
     """
-    made = Grown(growth, opened.index, dtype=torch.float64)
+    made = GrownTensors(growth, opened.index, dtype=torch.float64)
 
     def exact(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         return made(f"model.{name}", offset, shape)

@@ -11,10 +11,10 @@ from megascale.checkpoint.index import Index
 from megascale.config.load import flatten
 from megascale.config.schema import Config
 from megascale.expand.plan import Growth, TensorPlan
-from megascale.expand.source import Source
+from megascale.expand.source import GrowthSource
 
 
-def describe(growth: Growth, source: Source, config: Config, index: Index) -> dict[str, Any]:
+def describe(growth: Growth, source: GrowthSource, config: Config, index: Index) -> dict[str, Any]:
     """The part of the report that follows from the plan, and from the `index` of what was written."""
     was, now = flatten({"model": source.model.model_dump(mode="json")}), flatten({"model": config.model.model_dump(mode="json")})
     changed = {k: [was.get(k), now.get(k)] for k in sorted({*was, *now}) if was.get(k) != now.get(k)}
@@ -38,7 +38,7 @@ def _specs(growth: Growth, which: str) -> list[Any]:
     return [s for s in specs(model, seq_len).values() if s.role != "coefficient"]
 
 
-def coverage(growth: Growth, source: Source, index: Index) -> dict[str, Any]:
+def coverage(growth: Growth, source: GrowthSource, index: Index) -> dict[str, Any]:
     """Of the target: elements that were written (an index is read only where its chunks fill every tensor once). Of the source: the share
     of every tensor that the plan takes nowhere.
     """

@@ -20,7 +20,7 @@ from megascale.expand.heads import channel_rows
 from megascale.expand.importance import Importance, measure, ranked
 from megascale.expand.maps import Maps
 from megascale.expand.plan import Growth, plan_tensors, refuse_unknown_parts, with_epsilons
-from megascale.expand.produce import Grown
+from megascale.expand.produce import GrownTensors
 from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
 from megascale.expand.source import open_source, renamed
@@ -222,10 +222,10 @@ def shrink(
     importance = None if by_prefix else measure(opened.model, opened.seq_len, opened.read, tokens, fewer_layers)
     kept = choose(opened.model, model, importance, ranking, seed)
     plan = plan_shrink(opened.model, opened.seq_len, model, kept)
-    made = Grown(plan, opened.index)
+    made = GrownTensors(plan, opened.index)
     written = check_target(target, opened, made)
     config = renamed(opened.config, "shrunk").model_copy(update={"model": plan.target})
-    transform = prove(opened, plan, Grown(plan, opened.index, dtype=torch.float64), tokens)
+    transform = prove(opened, plan, GrownTensors(plan, opened.index, dtype=torch.float64), tokens)
     how = {"by": "shrink", "ranking": ranking}
     index = write(opened, target, made, config, how, effort, progress) if written is None else read_index(written)
     stored = prove_stored(opened, plan, index, tokens, transform)

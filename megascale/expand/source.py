@@ -21,7 +21,7 @@ from megascale.formats.shapes import check_depth
 
 
 @dataclass(frozen=True)
-class Source:
+class GrowthSource:
     """An opened checkpoint; `trainer` is its trainer.json."""
 
     index: Index
@@ -51,7 +51,7 @@ class Source:
         return read_slice(self.index, f"model.{name}", offset, shape)
 
 
-def open_source(path: str | Path, check: bool = True) -> Source:
+def open_source(path: str | Path, check: bool = True) -> GrowthSource:
     """A step folder or a run. Raises UsageError where it is no whole checkpoint of a model; `check` reads all files for their checksums."""
     folder = find(path)
     index = read_index(folder)
@@ -73,7 +73,7 @@ def open_source(path: str | Path, check: bool = True) -> Source:
     values = {**trainer["config"], "train": {"steps": 1, **train}}
     if train.get("tokens") is not None:
         del values["train"]["steps"]
-    source = Source(index, _without_runs(build_config({"data": {"train": "-"}, **values})), trainer)
+    source = GrowthSource(index, _without_runs(build_config({"data": {"train": "-"}, **values})), trainer)
     if source.model.vocab_size is None and source.model.spacetime is None:
         raise UsageError(f"{folder / TRAINER} does not say model.vocab_size: the checkpoint is damaged, use an older one")
     check_depth(source.model, len(source.shapes), str(folder / TRAINER))

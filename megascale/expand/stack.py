@@ -10,7 +10,7 @@ from torch import nn
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.depth import EXACT, Layer, grow_layers
-from megascale.expand.options import Options
+from megascale.expand.options import GrowthOptions
 from megascale.formats.shapes import our_specs
 from megascale.model.families import build_part
 from megascale.model.ops.norm_kernels import choose_kernels
@@ -49,7 +49,7 @@ def _whole(model: Model, seq_len: int) -> nn.Module:
     return build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
 
 
-def plan_layers(source: Model, target: Model, options: Options) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:
+def plan_layers(source: Model, target: Model, options: GrowthOptions) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:
     """Layers, the target with their coefficients where these are not its scheme's own, and what is lossy about them."""
     period = _period(source, target)
     layers = grow_layers(source.num_layers, target.num_layers, options.depth, options.placement, period)

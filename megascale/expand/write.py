@@ -16,8 +16,8 @@ from megascale.config.identity import identity
 from megascale.config.load import to_yaml
 from megascale.config.schema import Config
 from megascale.errors import TrainingError, UsageError
-from megascale.expand.produce import Grown
-from megascale.expand.source import Source
+from megascale.expand.produce import GrownTensors
+from megascale.expand.source import GrowthSource
 from megascale.files import write_durably
 
 CONFIG = "config.yaml"
@@ -39,7 +39,7 @@ class Effort:
     data: str | None = None
 
 
-def check_target(target: Path, opened: Source, made: Grown) -> Path | None:
+def check_target(target: Path, opened: GrowthSource, made: GrownTensors) -> Path | None:
     """The checkpoint that this very growth had written before it was killed, None where it is still to be written.
 
     Raises UsageError where the target holds something else, lies in the source, or has no room. A killed growth's folder is welcome.
@@ -71,14 +71,14 @@ def _written(target: Path, step: int, stamp: str) -> Path | None:
     return folder if isinstance(made_by, dict) and made_by.get("stamp") == stamp else None
 
 
-def step_of(opened: Source) -> int:
+def step_of(opened: GrowthSource) -> int:
     """At which the source stood; a converted checkpoint has none."""
     step = opened.trainer.get("step")
     return step if isinstance(step, int) else 0
 
 
 def write(
-    opened: Source, target: Path, made: Grown, config: Config, how: dict[str, Any], effort: Effort, progress: Progress | None
+    opened: GrowthSource, target: Path, made: GrownTensors, config: Config, how: dict[str, Any], effort: Effort, progress: Progress | None
 ) -> Index:
     """Streams the checkpoint into `target` and returns its index, whose chunks fill every tensor once. `how` goes into its trainer.json.
 

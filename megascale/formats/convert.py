@@ -24,7 +24,7 @@ from megascale.formats.hf.folder import GENERATION, encoders, tokenizer_files
 from megascale.formats.hf.model import plan_export, read_hf, write_hf
 from megascale.formats.json_file import read_object
 from megascale.formats.megatron.checkpoint import read_megatron, write_megatron, write_torch_dist
-from megascale.formats.sources import Checkpoint, Foreign, open_checkpoint
+from megascale.formats.sources import Foreign, OpenCheckpoint, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer, gather
 
 NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
@@ -46,7 +46,7 @@ class MegatronCut:
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """How a conversion is done, whatever the formats.
 
     dtype      of the weights; the stored one if None
@@ -97,7 +97,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[NAMES[name]]
 
 
-def hf_to_megascale(source: Path, target: Path, options: Options) -> Report:
+def hf_to_megascale(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A Hugging Face folder → `target`/step-00000000, with model.yaml, the tokenizer's files and the generation config beside it."""
     foreign = read_hf(source, dtype=options.dtype)
     check_comparable(foreign.model, foreign.seq_len, options.tokens)
@@ -112,7 +112,13 @@ def hf_to_megascale(source: Path, target: Path, options: Options) -> Report:
 
 
 def write_ours(
-    foreign: Foreign, target: Path, options: Options, origin: dict[str, Any], keep: Mapping[str, Any], extra: dict[str, bytes], source: Path
+    foreign: Foreign,
+    target: Path,
+    options: ConvertOptions,
+    origin: dict[str, Any],
+    keep: Mapping[str, Any],
+    extra: dict[str, bytes],
+    source: Path,
 ) -> Path:
     """The checkpoint of a foreign model, and the files beside it. Raises UsageError, and leaves nothing."""
     trainer: dict[str, Any] = {
@@ -142,7 +148,7 @@ def write_ours(
     return target / step.name
 
 
-def whole_checkpoint(path: Path) -> Checkpoint:
+def whole_checkpoint(path: Path) -> OpenCheckpoint:
     """A checkpoint of ours whose files have their checksums. Raises UsageError: nothing damaged goes on into another format."""
     checkpoint = open_checkpoint(path)
     problems = verify(checkpoint.source.index)
@@ -151,7 +157,7 @@ def whole_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
+def megascale_to_hf(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A checkpoint of ours → a Hugging Face folder."""
     check_absent(target)
     checkpoint = whole_checkpoint(source)
@@ -170,7 +176,7 @@ def megascale_to_hf(source: Path, target: Path, options: Options) -> Report:
     return _report(checkpoint.folder, target, export.config["model_type"], export, held, delta, (*export.notes, *tokenizer.notes))
 
 
-def megascale_to_fp8(source: Path, target: Path, options: Options) -> Report:
+def megascale_to_fp8(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A checkpoint of ours → `target`/step-…, for inference with weights in e4m3."""
     checkpoint = whole_checkpoint(source)
     plan = plan_inference(checkpoint)
@@ -207,7 +213,7 @@ def _report(
     )
 
 
-def megatron_to_megascale(source: Path, target: Path, options: Options) -> Report:
+def megatron_to_megascale(source: Path, target: Path, options: ConvertOptions) -> Report:
     """Weights of megatron-core, of the model that `options.config` describes → `target`/step-00000000."""
     model, seq_len = model_of(options.config)
     foreign = read_megatron(source, model, seq_len, options.dtype)
@@ -215,7 +221,7 @@ def megatron_to_megascale(source: Path, target: Path, options: Options) -> Repor
     return _report(source, written, "GPT model of megatron-core, weights only", foreign, [], None)
 
 
-def megascale_to_megatron(source: Path, target: Path, options: Options) -> Report:
+def megascale_to_megatron(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A checkpoint of ours → `target`/iter_… with mp_rank_… folders or a distributed checkpoint in it, weights only."""
     check_absent(target)
     checkpoint = whole_checkpoint(source)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megascale.checkpoint.streaming import Target
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, our_specs
-from megascale.formats.sources import Checkpoint, Stored
+from megascale.formats.sources import OpenCheckpoint, StoredTensors
 from megascale.formats.tensor_maps import Sizes
 from megascale.optim.rates import MATRICES
 from megascale.precision.fp8 import E4M3, weight_to_fp8
@@ -21,7 +21,7 @@ from megascale.precision.fp8 import E4M3, weight_to_fp8
 class Narrowed:
     """A `Produce` of weights as a forward pass sees them: `matrices` in e4m3, the rest in the compute dtype, states as they are."""
 
-    source: Stored
+    source: StoredTensors
     dtypes: dict[str, torch.dtype]
     compute: torch.dtype
 
@@ -39,7 +39,7 @@ class Inference:
     trainer: dict[str, Any]
 
 
-def plan_inference(checkpoint: Checkpoint) -> Inference:
+def plan_inference(checkpoint: OpenCheckpoint) -> Inference:
     """Raises UsageError for a model that was not trained with static FP8, whose products would not be the trainer's."""
     section = checkpoint.config.get("precision")
     precision = section if isinstance(section, dict) else {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megascale.checkpoint.streaming import Produce, slabs
+from megascale.checkpoint.streaming import ReadSlice, slabs
 from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Parallel
@@ -21,7 +21,7 @@ SLAB = 1 << 26  # elements asked for at once
 
 
 @torch.no_grad()
-def fill(pieces: Mapping[str, Piece], produce: Produce) -> None:
+def fill(pieces: Mapping[str, Piece], produce: ReadSlice) -> None:
     """Copies into every piece its rectangle, rounded to the dtype that it has. Raises UsageError of the source."""
     for name, piece in pieces.items():
         if not piece.local.numel():
@@ -34,7 +34,7 @@ def fill(pieces: Mapping[str, Piece], produce: Produce) -> None:
 def load_model(
     model: Model,
     seq_len: int,
-    produce: Produce,
+    produce: ReadSlice,
     mesh: Mesh,
     parallel: Parallel,
     device: torch.device,

@@ -25,7 +25,7 @@ LAST_STEP = 10**15
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensors:
     """Tensors in safetensors files, as a `Source`; `index` says which file holds which part."""
 
     index: Index
@@ -40,14 +40,14 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class OpenCheckpoint:
     """One of our checkpoints: the model that its trainer.json describes, and its weights."""
 
     folder: Path
     model: Model
     seq_len: int
     trainer: dict[str, Any]
-    source: Stored
+    source: StoredTensors
 
     @property
     def config(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Checkpoint:
         return step if type(step) is int and 0 <= step < LAST_STEP else 0
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> OpenCheckpoint:
     """A step folder or a run. Raises UsageError where it does not say what model it is, or holds other weights."""
     folder = find(path)
     index, trainer = read_index(folder), read_trainer(folder)
@@ -79,11 +79,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder / TRAINER} does not say train.seq_len ({error}): use an older checkpoint") from None
-    source = Stored(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())
+    source = StoredTensors(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())
     held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
     check_depth(model, len(held), str(folder / TRAINER))
     compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))
-    return Checkpoint(folder, model, seq_len, trainer, source)
+    return OpenCheckpoint(folder, model, seq_len, trainer, source)
 
 
 @dataclass(frozen=True)

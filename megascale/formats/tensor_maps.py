@@ -20,7 +20,7 @@ Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Link:
+class TensorMap:
     """The rectangle `size` at `at` of our tensor is one of theirs, at `to`.
 
     axes  for each dimension of ours the dimension of theirs; None where theirs has none, our size being 1 there. Dimensions of theirs that
@@ -43,13 +43,13 @@ class Link:
         return tuple(sizes)
 
 
-def whole(ours: str, shape: Sizes, theirs: str, *, transposed: bool = False, to: Sizes | None = None) -> Link:
+def whole(ours: str, shape: Sizes, theirs: str, *, transposed: bool = False, to: Sizes | None = None) -> TensorMap:
     """All of our tensor, at `to` of theirs (its beginning if absent)."""
     axes = tuple(reversed(range(len(shape)))) if transposed and len(shape) == 2 else tuple(range(len(shape)))
-    return Link(ours, (0,) * len(shape), shape, theirs, to or (0,) * len(shape), axes)
+    return TensorMap(ours, (0,) * len(shape), shape, theirs, to or (0,) * len(shape), axes)
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Stored tensors of any format. Plain data, so that it can go to other processes."""
 
     @property
@@ -65,7 +65,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class Copy:
     """One copy into a target tensor: the rectangle `size` at `at` from one of `source`, at `begin`. `axes`: the source's dimension for each
     of the target's, None where it has none.
     """
@@ -77,23 +77,23 @@ class Step:
     axes: tuple[int | None, ...]
 
 
-def steps_to_ours(links: Iterable[Link]) -> dict[str, tuple[Step, ...]]:
+def copies_to_ours(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
     """Our names → what they are made of."""
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[Copy]] = {}
     for link in links:
-        steps.setdefault(link.ours, []).append(Step(link.at, link.size, link.theirs, link.to, link.axes))
+        steps.setdefault(link.ours, []).append(Copy(link.at, link.size, link.theirs, link.to, link.axes))
     return {name: tuple(found) for name, found in steps.items()}
 
 
-def steps_to_theirs(links: Iterable[Link]) -> dict[str, tuple[Step, ...]]:
+def copies_to_theirs(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
     """Their names → what they are made of."""
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[Copy]] = {}
     for link in links:
         axes: list[int | None] = [None] * len(link.to)
         for d, axis in enumerate(link.axes):
             if axis is not None:
                 axes[axis] = d
-        steps.setdefault(link.theirs, []).append(Step(link.to, link.size_there, link.ours, link.at, tuple(axes)))
+        steps.setdefault(link.theirs, []).append(Copy(link.to, link.size_there, link.ours, link.at, tuple(axes)))
     return {name: tuple(found) for name, found in steps.items()}
 
 
@@ -104,8 +104,8 @@ class Rearranged:
     dtypes  of the targets
     """
 
-    source: Source
-    steps: Mapping[str, tuple[Step, ...]]
+    source: TensorSource
+    steps: Mapping[str, tuple[Copy, ...]]
     dtypes: Mapping[str, torch.dtype]
 
     def __call__(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
@@ -124,7 +124,7 @@ class Rearranged:
             out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))] = part
         return torch.zeros(shape, dtype=self.dtypes[name]) if out is None else out
 
-    def _read(self, step: Step, low: Sizes, sizes: Sizes) -> Tensor:
+    def _read(self, step: Copy, low: Sizes, sizes: Sizes) -> Tensor:
         begin, wanted = list(step.begin), [1] * len(step.begin)
         for a, n, o, axis in zip(low, sizes, step.at, step.axes):
             if axis is not None:
@@ -136,7 +136,7 @@ class Rearranged:
         return part.permute(used + rest).reshape(sizes)
 
 
-def extents(steps: Mapping[str, tuple[Step, ...]]) -> dict[str, Sizes]:
+def extents(steps: Mapping[str, tuple[Copy, ...]]) -> dict[str, Sizes]:
     """The shapes that targets must have at least."""
     return {name: tuple(max(s.at[d] + s.size[d] for s in parts) for d in range(len(parts[0].at))) for name, parts in steps.items()}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import attention
 
 GROWTH = 256  # tokens by which a cache grows at least
@@ -23,7 +23,7 @@ MASKED = 1 << 24  # elements of a mask [b, 1 or h, n, t] made at once: longer pr
 
 
 @dataclass
-class Place:
+class CacheLayer:
     """Where the tokens of a batch stand: `positions` [b, t] of all so far, of which `new` are in the pass under way, the `passes`-th.
     `expected`: how many tokens there will be at least.
     """
@@ -68,14 +68,14 @@ class Remembering:
     bias  of distances (query − key) [b, n, t] what is added to scores [b, h here, n, t], where positions do that
     """
 
-    place: Place
+    place: CacheLayer
     window: int | None
     bias: Callable[[Tensor], Tensor] | None
     rows: list[tuple[Rows, Rows]] = field(default_factory=list)
     calls: int = 0
     passes: int = 0
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q [b, h, n, e], k and v [b, g, n, e] → [b, h, n, e]; what is seen follows from positions."""
         self.calls = 0 if self.passes != self.place.passes else self.calls + 1
         self.passes = self.place.passes
@@ -85,8 +85,8 @@ class Remembering:
         if q.shape[1] != k.shape[1] and q.device.type == "cpu":
             repeat = q.shape[1] // k.shape[1]
             keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
-        mask = self._mask(q.dtype)
-        return attention(q, keys, values, mask, grouped=q.shape[1] != keys.shape[1])
+        dense_mask = self._mask(q.dtype)
+        return attention(q, keys, values, dense_mask, grouped=q.shape[1] != keys.shape[1])
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
         """[b, 1 or h, n, t] to add to scores."""
@@ -95,8 +95,8 @@ class Remembering:
         if self.window is not None:
             hidden |= query - key >= self.window
         hidden &= query >= 0  # padding sees anything, so that its softmax is a number; nobody reads it
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
-        return mask if self.bias is None else mask + self.bias((query - key)[:, 0]).to(dtype)
+        dense_mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
+        return dense_mask if self.bias is None else dense_mask + self.bias((query - key)[:, 0]).to(dtype)
 
 
 def part_length(batch: int, heads: int, total: int) -> int:
@@ -105,7 +105,7 @@ def part_length(batch: int, heads: int, total: int) -> int:
 
 
 @contextmanager
-def remembering(stage: nn.Module, place: Place, window: int | None, bias: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+def remembering(stage: nn.Module, place: CacheLayer, window: int | None, bias: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
     """Every attention of a stage has a cache inside; behind it all are as they were, whatever was raised."""
     before: list[tuple[Any, Any]] = [(m, m.attend) for m in stage.modules() if hasattr(m, "attend")]
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.streaming import Produce
+from megascale.checkpoint.streaming import ReadSlice
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Model
 from megascale.config.support import check
@@ -31,7 +31,7 @@ class Opened:
 
     model: Model
     seq_len: int
-    produce: Produce
+    produce: ReadSlice
     dtype: torch.dtype
     tokenizer: Path | None
     ends: frozenset[int]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megascale.comm.collectives import all_gather
 from megascale.errors import UsageError
-from megascale.generate.cache import Place, part_length, remembering
+from megascale.generate.cache import CacheLayer, part_length, remembering
 from megascale.generate.sample import choose
 from megascale.measure.health import free_memory
 from megascale.model.decoder import Decoder
@@ -52,7 +52,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
     bias = distance_bias(stage, device)
     heads = 1 if bias is None else stage.heads_here[1] - stage.heads_here[0]
-    place = Place(positions[:, :0], length)
+    place = CacheLayer(positions[:, :0], length)
     generator = torch.Generator().manual_seed(how.seed)
     found: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)

@@ -14,16 +14,16 @@ from megascale.model.layers import Norm
 from megascale.model.ops.attention_cpu import LONGEST, CausalAttention
 from megascale.model.ops.attention_flex import flex_attention
 from megascale.model.ops.attention_masked import masked_attention
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import attention
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, rotate
 from megascale.model.products import Product, product_of
-from megascale.model.residual import Residual, Starts
+from megascale.model.residual import InitStd, Residual
 from megascale.model.spec import Cut, Role
 
 # (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
-Attend = Callable[[Tensor, Tensor, Tensor, Seen | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionMask | None], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, causal: bool, starts: Starts | None = None
+        self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, causal: bool, starts: InitStd | None = None
     ) -> None:
         """`starts`: of the matrices, where not the row's."""
         super().__init__()
@@ -70,13 +70,13 @@ class Attention(nn.Module):
         self.attend: Attend = attend if causal else attend_all
         self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
 
-    def forward(self, x: Tensor, rotary: Rotary | None, seen: Seen | None, memory: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: AttentionMask | None, memory: Tensor | None = None) -> Tensor:
         """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only. Keys and values are those of the `memory`
         [b, t, d] where there is one; all ranks have the whole of it.
         """
         x = self.enter(x)
-        told = x if memory is None else memory
-        q, k, v = self.q(x), self.k(told), self.v(told)
+        source = x if memory is None else memory
+        q, k, v = self.q(x), self.k(source), self.v(source)
         if self.norm_width:
             q, k = self._normed(q, k)
         q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in (q, k, v))
@@ -89,7 +89,7 @@ class Attention(nn.Module):
             q = q * self.query_factor
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
-        y = self.attend(q, k, v, seen)
+        y = self.attend(q, k, v, mask)
         y = y.transpose(1, 2).flatten(2)
         y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
@@ -98,13 +98,13 @@ class Attention(nn.Module):
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `seen` a token sees itself and all before it."""
     cpu = q.device.type == "cpu"
-    if seen is not None and seen.bias is not None:
-        return attend_masked(q, k, v, seen.bias)
-    if seen is not None:
-        return masked_attention(q, k, v, seen) if cpu else flex_attention(q, k, v, seen)
+    if mask is not None and mask.bias is not None:
+        return attend_masked(q, k, v, mask.bias)
+    if mask is not None:
+        return masked_attention(q, k, v, mask) if cpu else flex_attention(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
     if grouped and cpu:
         # The CPU's flash kernel takes equal head counts only; the grouped path would fall back to materialized scores.
@@ -126,25 +126,25 @@ def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
     return kv, None if even else [h - kv[0] for h in needed]
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
     """`attend` of tokens that see all of k and v [b, g, t, e], which may be others; `seen`, not causal, keeps them inside their documents
     or to the keys that are valid, one at least.
     """
-    mask = None
-    if seen is not None and seen.bias is not None:
-        mask = seen.bias
-    elif seen is not None and seen.valid is not None:
-        mask = seen.valid[:, None, None, :]
-    elif seen is not None and q.device.type == "cpu":
-        return masked_attention(q, k, v, seen)
-    elif seen is not None and seen.documents is not None:
-        mask = seen.documents[:, None, :, None] == seen.documents[:, None, None, :]
-    return attend_masked(q, k, v, mask)
+    dense_mask = None
+    if mask is not None and mask.bias is not None:
+        dense_mask = mask.bias
+    elif mask is not None and mask.valid is not None:
+        dense_mask = mask.valid[:, None, None, :]
+    elif mask is not None and q.device.type == "cpu":
+        return masked_attention(q, k, v, mask)
+    elif mask is not None and mask.documents is not None:
+        dense_mask = mask.documents[:, None, :, None] == mask.documents[:, None, None, :]
+    return attend_masked(q, k, v, dense_mask)
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor | None) -> Tensor:
     """`attend` of all that a mask, for torch's attention, leaves to be seen or adds to scores."""
     if q.shape[1] != k.shape[1] and q.device.type == "cpu":
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    return attention(q, k, v, mask, grouped=q.shape[1] != k.shape[1])
+    return attention(q, k, v, dense_mask, grouped=q.shape[1] != k.shape[1])

@@ -16,7 +16,7 @@ from megascale.model.attention import Attention
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Norm, dropout
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary
 from megascale.model.residual import Residual, Stack
@@ -28,14 +28,14 @@ class Memory(NamedTuple):
     """What blocks attend to beside their own stream: tokens [b, t, d], and which of them there are (None: all)."""
 
     tokens: Tensor
-    seen: Seen | None
+    mask: AttentionMask | None
 
 
-def only(valid: Tensor) -> Seen:
+def key_padding_mask(valid: Tensor) -> AttentionMask:
     """All keys that are `valid` [b, t] are seen. An empty place of a batch has none, and sees its first rather than divide by nothing."""
     valid = valid.clone()
     valid[:, 0] = True
-    return Seen(causal=False, valid=valid)
+    return AttentionMask(causal=False, valid=valid)
 
 
 class Context(NamedTuple):
@@ -45,10 +45,10 @@ class Context(NamedTuple):
     """
 
     rotary: Rotary | None
-    seen: Seen | None
+    mask: AttentionMask | None
     keys: Tensor | None
     branch: Tensor | None
-    counted: Tensor | None
+    loss_weights: Tensor | None
     memory: Memory | None = None
 
 
@@ -91,27 +91,27 @@ class Block(nn.Module):
         """x [b, s, d] → [b, s, d]"""
         keys = context.keys
         other_keys = None if keys is None else ~keys
-        attention = lambda h: self._scaled(self.attention(h, context.rotary, context.seen), self.attention_scale, keys)  # noqa: E731
-        inner = partial(self.ffn, counted=context.counted) if isinstance(self.ffn, MixtureOfExperts) else self.ffn
+        attention = lambda h: self._scaled(self.attention(h, context.rotary, context.mask), self.attention_scale, keys)  # noqa: E731
+        inner = partial(self.ffn, loss_weights=context.loss_weights) if isinstance(self.ffn, MixtureOfExperts) else self.ffn
         ffn = lambda h: self._scaled(inner(h), self.ffn_scale, other_keys)  # noqa: E731
         if self.ffn_norm is None:
             h = self.attention_norm(x)
             y = attention(h) + ffn(h)
-            return self._add(x, y if self.cross is None else y + self._told(h, context), context)
+            return self._add(x, y if self.cross is None else y + self._cross_attend(h, context), context)
         x = self._join(x, self.attention_norm, attention, context)
         if self.cross_norm is not None:
-            x = self._join(x, self.cross_norm, partial(self._told, context=context), context)
+            x = self._join(x, self.cross_norm, partial(self._cross_attend, context=context), context)
         return self._join(x, self.ffn_norm, ffn, context)
 
     @property
     def attentions(self) -> list[Attention]:
         return [self.attention] if self.cross is None else [self.attention, self.cross]
 
-    def _told(self, h: Tensor, context: Context) -> Tensor:
+    def _cross_attend(self, h: Tensor, context: Context) -> Tensor:
         """The branch that attends to the memory: no positions, since those of two sequences have nothing to do with each other."""
         assert self.cross is not None and context.memory is not None
         keys = None if context.keys is None else mix64_signed(context.keys)
-        return self._scaled(self.cross(h, None, context.memory.seen, context.memory.tokens), self.cross_scale, keys)
+        return self._scaled(self.cross(h, None, context.memory.mask, context.memory.tokens), self.cross_scale, keys)
 
     def _join(self, x: Tensor, norm: Norm, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:
         if self.row.norm == "before":

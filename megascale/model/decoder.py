@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
-from megascale.config.stages import Part, has_experts
+from megascale.config.stages import StagePart, has_experts
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
@@ -25,7 +25,7 @@ from megascale.model.layers import Linear, Norm, linear
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.ops.attention_flex import with_blocks
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
@@ -99,9 +99,9 @@ class Decoder(nn.Module):
 
     warm: Tensor | None
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> None:
         super().__init__()
-        part = part or Part(range(cfg.total_layers))
+        part = part or StagePart(range(cfg.total_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
         self.cfg, self.shape, self.part = cfg, shape, part
         at_ends, dtype, d = ends(cfg), shape.storage, cfg.hidden_size
@@ -248,8 +248,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """`forward` at the present width."""
         x, tables = (self.embed(tokens, positions), self.tables()) if stream is None else self.taken(stream)
-        seen = self.seen(documents, tokens.shape[1], tokens.device, tables)
-        contexts = self.contexts(self.part.layers, tokens, seen, positions, samples, self.counted(targets, scale))
+        mask = self.attention_mask(documents, tokens.shape[1], tokens.device, tables)
+        contexts = self.contexts(self.part.layers, tokens, mask, positions, samples, self.loss_weights(targets, scale))
         if self.cfg.moeut is None:
             x = self.pass_blocks(x, zip(self.blocks.values(), contexts))
         else:
@@ -327,12 +327,14 @@ class Decoder(nn.Module):
             return None
         return (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
 
-    def counted(self, targets: Tensor | None, scale: float) -> Tensor | None:
+    def loss_weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
         """`weights` of the tokens here [b, s]."""
         weights = self.weights(targets, scale)
         return None if weights is None else self.sequence_here(weights)
 
-    def seen(self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()) -> Seen | None:
+    def attention_mask(
+        self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()
+    ) -> AttentionMask | None:
         """What tokens see; None where a kernel knows it without being told. `tables` of biases by distance: the stack's own comes last."""
         cfg, slopes = self.cfg, None
         if tables:
@@ -341,17 +343,17 @@ class Decoder(nn.Module):
             slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.heads_here)], device=device)
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
-        seen = Seen(cfg.causal, documents, cfg.sliding_window, slopes)
-        return with_blocks(seen, seq_len, device) if cfg.causal and device.type == "cuda" else seen
+        mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
+        return with_blocks(mask, seq_len, device) if cfg.causal and device.type == "cuda" else mask
 
     def contexts(
         self,
         layers: range,
         tokens: Tensor,
-        seen: Seen | None,
+        mask: AttentionMask | None,
         positions: Tensor | None,
         samples: Tensor | None,
-        counted: Tensor | None,
+        loss_weights: Tensor | None,
         memory: Memory | None = None,
     ) -> Iterator[Context]:
         """The context of each of `layers`, by global numbers, for tokens [b, S]; they differ in their dropout keys only."""
@@ -371,4 +373,4 @@ class Decoder(nn.Module):
             keys = mix64_signed(samples)[:, None] + torch.arange(seq_len, device=device)
             keys = self.tokens_here(self.sequence_here(keys))
         for layer in layers:
-            yield Context(angles, seen, None if keys is None else mix64_signed(keys + (layer << 32)), self.warm, counted, memory)
+            yield Context(angles, mask, None if keys is None else mix64_signed(keys + (layer << 32)), self.warm, loss_weights, memory)

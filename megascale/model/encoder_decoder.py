@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
-from megascale.config.stages import Part, has_experts
-from megascale.model.block import Block, Memory, only
+from megascale.config.stages import StagePart, has_experts
+from megascale.model.block import Block, Memory, key_padding_mask
 from megascale.model.decoder import Decoder, Table
 from megascale.model.layers import Norm
 from megascale.model.ops.norm_kernels import NormKernel
@@ -33,7 +33,7 @@ class EncoderDecoder(Decoder):
     `share_embeddings` says whether sources are looked up in the targets' table or in one of their own, for a vocabulary of their own.
     """
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> None:
         super().__init__(cfg, shape, norm_kernel, part)
         assert cfg.encoder_layers is not None
         dtype, d, at_ends = shape.storage, cfg.hidden_size, ends(cfg)
@@ -110,7 +110,7 @@ class EncoderDecoder(Decoder):
             length = self.held(source)
             read, written = stream.split([length, stream.shape[1] - length], 1)
         read = self.encode(read, source, valid, samples, self.counted_sources(targets, valid, scale), tables)
-        written = self.decode(written, tokens, self.memory(read, valid), positions, samples, self.counted(targets, scale), tables)
+        written = self.decode(written, tokens, self.memory(read, valid), positions, samples, self.loss_weights(targets, scale), tables)
         return self.finish(written, targets, scale) if self.part.last else attach(torch.cat((read, written), 1), tables)
 
     def embed_source(self, source: Tensor) -> Tensor:
@@ -125,22 +125,22 @@ class EncoderDecoder(Decoder):
         source: Tensor,
         valid: Tensor,
         samples: Tensor | None,
-        counted: Tensor | None,
+        loss_weights: Tensor | None,
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
         """The stream of the source's tokens [b, t_here, d] through the encoder's blocks that are here, and the norm behind the last."""
         assert self.cfg.encoder_layers is not None
         layers = self.part.of_stack(0, self.cfg.encoder_layers)
-        seen = only(valid)
+        mask = key_padding_mask(valid)
         if tables and layers:
-            seen = biased(self.cfg, tables[0], source.shape[1], False, valid=seen.valid)
-        contexts = self.contexts(layers, source, seen, None, samples, counted)
+            mask = biased(self.cfg, tables[0], source.shape[1], False, valid=mask.valid)
+        contexts = self.contexts(layers, source, mask, None, samples, loss_weights)
         x = self.pass_blocks(x, zip(self.encoder.values(), contexts))
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
     def memory(self, read: Tensor, valid: Tensor) -> Memory | None:
         """What the decoder's blocks here attend to, whole on every tensor and context rank; gathered once for all of them."""
-        return Memory(self.enter_memory(read), only(valid)) if self.blocks else None
+        return Memory(self.enter_memory(read), key_padding_mask(valid)) if self.blocks else None
 
     def decode(
         self,
@@ -149,14 +149,14 @@ class EncoderDecoder(Decoder):
         memory: Memory | None,
         positions: Tensor | None = None,
         samples: Tensor | None = None,
-        counted: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
         """The stream of the target's tokens [b, s_here, d] through the decoder's blocks that are here."""
         before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
         layers = range(before + mine.start, before + mine.stop)
-        seen = self.seen(None, tokens.shape[1], tokens.device, tables if layers else ())
-        return self.pass_blocks(x, zip(self.blocks.values(), self.contexts(layers, tokens, seen, positions, samples, counted, memory)))
+        mask = self.attention_mask(None, tokens.shape[1], tokens.device, tables if layers else ())
+        return self.pass_blocks(x, zip(self.blocks.values(), self.contexts(layers, tokens, mask, positions, samples, loss_weights, memory)))
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
         """The weight [b, t_here] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""

@@ -22,8 +22,8 @@ from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
 from megascale.model.feedforward import FeedForward, activate
 from megascale.model.layers import Deferred, deferred_product
-from megascale.model.observe import Observations, Raw
-from megascale.model.ops.grouped_matmul import Sort, add_by_expert, by_expert, grouped_product
+from megascale.model.module_metrics import ModuleMetrics, Totals
+from megascale.model.ops.grouped_matmul import Permutation, add_by_expert, by_expert, grouped_product
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
@@ -58,7 +58,7 @@ class Bank(nn.Module):
         self.deferred: Deferred | None = None
         self.fp8 = False
         self.watch: Watch | None = None
-        self.observations: Observations | None = None
+        self.metrics: ModuleMetrics | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         if self.deferred is None or not torch.is_grad_enabled():
@@ -93,7 +93,7 @@ def unscaled(in_dim: int) -> float:
     return 1.0
 
 
-class Start(NamedTuple):
+class ExpertInit(NamedTuple):
     """How the weights of a mixture start: the deviation of each role, and whether it is truncated; `product_scale` as in `Residual`."""
 
     std: dict[Role, float]
@@ -103,14 +103,14 @@ class Start(NamedTuple):
 
 def spread_through(bank: Bank, x: Tensor, experts: Tensor) -> Tensor:
     """Each token x [n, in] through the matrices `experts` [n, k] of a bank → [n, k, out]."""
-    sort = Sort.of(experts)
-    return sort.gather(bank(sort.spread(x), load(experts, bank.weight.shape[0])))
+    sort = Permutation.of(experts)
+    return sort.gather(bank(sort.permute(x), load(experts, bank.weight.shape[0])))
 
 
 class Experts(nn.Module):
     """The feed-forward sublayers of the experts here, each on its own block of rows."""
 
-    def __init__(self, cfg: Model, moe: Moe, start: Start, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Model, moe: Moe, start: ExpertInit, dtype: torch.dtype) -> None:
         super().__init__()
         assert moe.ffn_size
         d, f, uses = cfg.hidden_size, moe.ffn_size, moe.top_k / moe.num_experts
@@ -139,7 +139,7 @@ class MixtureOfExperts(nn.Module):
     `over_sequence` sums over the ranks that hold the others.
     """
 
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, start: Start | None = None) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, start: ExpertInit | None = None) -> None:
         super().__init__()
         moe = cfg.moe
         assert moe is not None and moe.ffn_size is not None
@@ -153,36 +153,36 @@ class MixtureOfExperts(nn.Module):
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.over_sequence: Callable[[Tensor], Tensor] = identity
-        self.counted_here: Callable[[Tensor], Tensor] = identity
+        self.loss_weights_here: Callable[[Tensor], Tensor] = identity
         self.dispatch: Dispatch = stay
         self.copies = 1
-        self.observations = Observations(
+        self.metrics = ModuleMetrics(
             "experts", {"counts": moe.num_experts, "dropped": 1, "counted": 1, "balance": 1, "z": 1}, {"logits": 1}, readings
         )
 
     @torch.compiler.disable
-    def forward(self, x: Tensor, counted: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, loss_weights: Tensor | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; `counted` [b, s]: see router.py, None where no auxiliary loss is wanted."""
         x = self.enter(x)
-        return self.leave(self.chosen_by(x, x, counted)[0])
+        return self.leave(self.chosen_by(x, x, loss_weights)[0])
 
     @torch.compiler.disable
-    def chosen_by(self, h: Tensor, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Choice]:
+    def chosen_by(self, h: Tensor, x: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Choice]:
         """What the experts that h [b, s, d] chooses make of x [b, s, d], and the choice."""
         logits, choice = self.router(h)
         kept = None
         if self.moe.capacity_factor is not None:
             factor = self.moe.capacity_factor if self.training else self.moe.eval_capacity_factor
             kept = within_capacity(choice.experts, self.num_experts, factor)
-        if counted is not None and torch.is_grad_enabled():
-            x = self._with_losses(x, logits, choice, kept, counted)
+        if loss_weights is not None and torch.is_grad_enabled():
+            x = self._with_losses(x, logits, choice, kept, loss_weights)
         return self._mix(x, choice, kept), choice
 
     def _mix(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
         # What found no room belongs to no expert and is sorted behind all others.
         experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
-        sort, counts = Sort.of(experts), load(experts, self.num_experts)
-        rows = sort.spread(x.flatten(0, 1))
+        sort, counts = Permutation.of(experts), load(experts, self.num_experts)
+        rows = sort.permute(x.flatten(0, 1))
         # The products leave rows of no expert and their gradients undefined.
         exists = None if kept is None else (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1)
         rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
@@ -191,7 +191,7 @@ class MixtureOfExperts(nn.Module):
         rows_here, counts_here = arrival.wait()
         results = arrival.back(self.experts(rows_here, counts_here))
         results = results if exists is None else results.where(exists, results.new_zeros(()))
-        y = sort.combine(results, choice.gates.flatten(0, 1).to(x.dtype)).view_as(x)
+        y = sort.unpermute(results, choice.gates.flatten(0, 1).to(x.dtype)).view_as(x)
         y = y if shared is None else y + shared
         if not self.unit_gates:
             return y
@@ -202,27 +202,27 @@ class MixtureOfExperts(nn.Module):
             size = size.detach()  # a gate over itself is 1 and teaches the router nothing; a gate over its value is 1, too
         return y / size.to(y.dtype)
 
-    def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, counted: Tensor) -> Tensor:
-        moe, counted = self.moe, self.counted_here(counted).to(logits.dtype)
+    def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, loss_weights: Tensor) -> Tensor:
+        moe, loss_weights = self.moe, self.loss_weights_here(loss_weights).to(logits.dtype)
         form = entropy_loss if moe.balance == "entropy" else balance_loss
-        balance, z = form(choice, counted, self.over_sequence), z_loss(logits, counted)
+        balance, z = form(choice, loss_weights, self.over_sequence), z_loss(logits, loss_weights)
         loss = moe.z_loss * z + self.balance_weight * balance
         with torch.no_grad():
-            here = (counted > 0).unsqueeze(-1)
-            seen = {
+            here = (loss_weights > 0).unsqueeze(-1)
+            totals = {
                 "counts": load(choice.experts.where(here, self.num_experts), self.num_experts),
-                "counted": counted.sum(),
+                "counted": loss_weights.sum(),
                 "balance": balance.detach(),
                 "z": z.detach(),
             }
             if kept is not None:
-                seen["dropped"] = (here & ~kept).sum()
+                totals["dropped"] = (here & ~kept).sum()
             largest = logits.abs().amax()
 
         def report(_: Tensor) -> None:
-            for name, value in seen.items():
-                self.observations.add(name, value)
-            self.observations.top("logits", largest)
+            for name, value in totals.items():
+                self.metrics.add(name, value)
+            self.metrics.maximum("logits", largest)
 
         return ride_on(x, loss, 1.0 / self.copies, report)
 
@@ -233,7 +233,7 @@ def load(experts: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:num_experts]
 
 
-def start_of(cfg: Model, moe: Moe, row: Residual) -> Start:
+def start_of(cfg: Model, moe: Moe, row: Residual) -> ExpertInit:
     """Each expert as the scheme starts a feed-forward sublayer and the router as `init_std` says; or all √(0.1/fan_in), truncated at two
     deviations (ST-MoE, arXiv 2202.08906, section 3).
     """
@@ -244,14 +244,14 @@ def start_of(cfg: Model, moe: Moe, row: Residual) -> Start:
         # A router is no FP8 product, but unit scaling makes its start and its rate fit every width like the others'.
         router = 1.0 if row.unit_scaled else cfg.init_std
         stds: dict[Role, float] = {"router": router, **{role: row.starts.std(role, out, into) for role, out, into in roles}}
-        return Start(stds, product_scale=row.product_scale)
+        return ExpertInit(stds, product_scale=row.product_scale)
     wide, narrow = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
-    return Start({"router": wide, "up": wide, "gate": wide, "down": narrow}, truncated=True)
+    return ExpertInit({"router": wide, "up": wide, "gate": wide, "down": narrow}, truncated=True)
 
 
-def readings(raw: Raw) -> dict[str, float]:
+def readings(raw: Totals) -> dict[str, float]:
     """One layer's totals over all ranks → how even its load is (entropy as a share of log E), what was dropped, losses a token, logits."""
-    counts, counted = raw["counts"], float(raw["counted"])
+    counts, loss_weights = raw["counts"], float(raw["counted"])
     total = float(counts.sum())
     if total == 0.0:
         return dict.fromkeys(("load_max_over_mean", "load_entropy", "dropped_share", "aux_loss", "z_loss", "router_logits"), float("nan"))
@@ -261,7 +261,7 @@ def readings(raw: Raw) -> dict[str, float]:
         "load_max_over_mean": float(share.max()) * counts.numel(),
         "load_entropy": entropy,
         "dropped_share": float(raw["dropped"]) / total,
-        "aux_loss": float(raw["balance"]) / counted,
-        "z_loss": float(raw["z"]) / counted,
+        "aux_loss": float(raw["balance"]) / loss_weights,
+        "z_loss": float(raw["z"]) / loss_weights,
         "router_logits": float(raw["logits"]),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megascale.config.schema import Model
-from megascale.config.stages import Part
+from megascale.config.stages import StagePart
 from megascale.model.decoder import Decoder
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.model.ops.norm_kernels import NormKernel
@@ -13,7 +13,7 @@ from megascale.model.spacetime import Spacetime
 Family = Decoder | Spacetime  # an EncoderDecoder is a Decoder, with an encoder beside it
 
 
-def build_part(cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> Family:
+def build_part(cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> Family:
     """The meta module of `cfg.family`, or of one stage of it."""
     match cfg.family:
         case "spacetime":

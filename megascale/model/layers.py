@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from megascale.model.observe import Observations
+from megascale.model.module_metrics import ModuleMetrics
 from megascale.model.ops import matmul, matmul_cpu
 from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
 from megascale.model.ops.norm_kernels import NormKernel, dyt
@@ -101,7 +101,7 @@ class Linear(nn.Module):
         self.role, self.scale = role, scale
         self.fp8: Fp8 = "false"
         self.watch: Watch | None = None
-        self.observations: Observations | None = None
+        self.metrics: ModuleMetrics | None = None
         self.weight = declare(ParamSpec((out_dim, in_dim), role, cut, std), dtype)
         # A bias is cut with the output dimension; the bias of an input-cut weight is added once, after the sum over ranks.
         bias_cut: Cut = "tokens" if cut == 1 else cut

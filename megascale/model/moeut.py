@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.model.attention import Attend, attend, identity
 from megascale.model.block import Context
-from megascale.model.experts import Bank, MixtureOfExperts, Start, spread_through
+from megascale.model.experts import Bank, ExpertInit, MixtureOfExperts, spread_through
 from megascale.model.layers import Linear, Norm, dropout
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import weighted_sum
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, rotate
-from megascale.model.residual import Residual, Starts
+from megascale.model.residual import InitStd, Residual
 from megascale.model.router import Choice, choose, entropy_of, mass_of
 from megascale.model.spec import ParamSpec, declare, declare_repeated
 
@@ -62,7 +62,7 @@ class SwitchHead(nn.Module):
         self.leave: Callable[[Tensor], Tensor] = identity
         self.over_sequence: Callable[[Tensor], Tensor] = identity
 
-    def forward(self, x: Tensor, norm: Norm, rotary: Rotary | None, seen: Seen | None) -> tuple[Tensor, Choice, Choice]:
+    def forward(self, x: Tensor, norm: Norm, rotary: Rotary | None, mask: AttentionMask | None) -> tuple[Tensor, Choice, Choice]:
         """x [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs, of the heads and tokens met here."""
         x = self.enter(x)
         normed = norm(x)
@@ -72,7 +72,7 @@ class SwitchHead(nn.Module):
             q, k = self._rotate(q, rotary.q_cos, rotary.q_sin), self._rotate(k, rotary.k_cos, rotary.k_sin)
         into, out = self._choose(normed, self.value_selector), self._choose(normed, self.out_selector)
         v = self._values(x, into).transpose(1, 2)
-        return self.leave(self._outputs(self.attend(q, k, v, seen).transpose(1, 2), out)), into, out
+        return self.leave(self._outputs(self.attend(q, k, v, mask).transpose(1, 2), out)), into, out
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1)
@@ -117,8 +117,8 @@ class RepeatedBlock(nn.Module):
         self.attention = SwitchHead(cfg, std, dtype)
         self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
         wide = std / math.sqrt(d)
-        start = Start({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
-        self.ffn = MixtureOfExperts(cfg, Residual("before", Starts("constant", cfg.init_std)), dtype, norm_kernel, start)
+        start = ExpertInit({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
+        self.ffn = MixtureOfExperts(cfg, Residual("before", InitStd("constant", cfg.init_std)), dtype, norm_kernel, start)
         if moe.balance == "entropy":
             self.ffn.balance_weight = 0.0  # the entropy is one of all repeats
         assert cfg.moeut is not None
@@ -126,17 +126,17 @@ class RepeatedBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
         """x [b, s, d] → [b, s, d], and what its experts got, where that counts."""
-        keys, counted = context.keys, context.counted
-        y, into, out = self.attention(x, self.attention_norm, context.rotary, context.seen)
+        keys, loss_weights = context.keys, context.loss_weights
+        y, into, out = self.attention(x, self.attention_norm, context.rotary, context.mask)
         x = x + dropout(y, self.dropout, keys)
         entered = self.ffn.enter(x)
-        y, choice = self.ffn.chosen_by(self.ffn_norm(entered), entered, counted)
+        y, choice = self.ffn.chosen_by(self.ffn_norm(entered), entered, loss_weights)
         x = x + dropout(self.ffn.leave(y), self.dropout, None if keys is None else ~keys)
-        if counted is None:
+        if loss_weights is None:
             return x, None
         ffn, value, out_mass = (
             mass_of(c.probabilities, of.to(c.probabilities.dtype))
-            for c, of in ((choice, self.ffn.counted_here(counted)), (into, counted), (out, counted))
+            for c, of in ((choice, self.ffn.loss_weights_here(loss_weights)), (into, loss_weights), (out, loss_weights))
         )
         return x, Masses(ffn, value, out_mass)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megascale.config.schema import Model, Tokenformer
 from megascale.model.layers import Linear
 from megascale.model.ops.matmul import linear, matmul
-from megascale.model.residual import SECOND_MOMENT, Residual, Starts
+from megascale.model.residual import SECOND_MOMENT, InitStd, Residual
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 
 SMALLEST = 1e-12  # length below which scores count as none at all
@@ -58,7 +58,7 @@ def product_of(
     cut: Cut,
     dtype: torch.dtype,
     bias: bool,
-    starts: Starts | None = None,
+    starts: InitStd | None = None,
 ) -> Product:
     """The product that `cfg.linear` says, started as the layer's row does, or as `starts`."""
     std = (starts or row.starts).std(role, out_dim, in_dim)

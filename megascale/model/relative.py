@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megascale.config.schema import Model
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 
 
 def buckets(back: Tensor, number: int, furthest: int, causal: bool) -> Tensor:
@@ -41,7 +41,9 @@ def bias_by_distance(table: Tensor, back: Tensor, furthest: int, causal: bool) -
     return table[buckets(back, table.shape[0], furthest, causal)].movedim(-1, -3)
 
 
-def biased(cfg: Model, table: Tensor, length: int, causal: bool, documents: Tensor | None = None, valid: Tensor | None = None) -> Seen:
+def biased(
+    cfg: Model, table: Tensor, length: int, causal: bool, documents: Tensor | None = None, valid: Tensor | None = None
+) -> AttentionMask:
     """What `length` tokens see of themselves, with the biases of table [n, h]: of their own document, of `valid` [b, s] keys, and of what
     is before them if `causal`. One tensor [1 or b, h, s, s] for all layers of a stack.
     """
@@ -55,7 +57,7 @@ def biased(cfg: Model, table: Tensor, length: int, causal: bool, documents: Tens
     if valid is not None:
         hidden = hidden | ~valid[:, None, :]
     bias = bias_by_distance(table, back, cfg.relative_distance, causal)
-    return Seen(causal, bias=bias.masked_fill(hidden[:, None], float("-inf")))
+    return AttentionMask(causal, bias=bias.masked_fill(hidden[:, None], float("-inf")))
 
 
 def rows_for(cfg: Model, heads: int) -> int:

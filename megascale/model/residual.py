@@ -26,6 +26,9 @@ SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356
 GRADIENT_MOMENT = {"relu": 0.5, "gelu": 0.456, "gelu_tanh": 0.456, "swiglu": 0.735, "geglu_tanh": 0.882}
 
 
+Side = Literal["encoder", "decoder"]
+
+
 @dataclass(frozen=True)
 class Stack:
     """A stack of blocks as the schemes see it: its `layers`, and those of the `partner` stack of an encoder–decoder (0: it is alone).
@@ -33,19 +36,19 @@ class Stack:
     told  its blocks attend to something that is given beside the stream and comes from no partner
     """
 
-    side: Literal["encoder", "decoder"]
+    side: Side
     layers: int
     partner: int = 0
-    told: bool = False
+    cross_input: bool = False
 
     @property
     def sublayers(self) -> tuple[str, ...]:
         """Of one block, in order; a decoder with an encoder beside it also attends to that."""
-        return ("attention", "cross", "ffn") if self.told or (self.side == "decoder" and self.partner) else ("attention", "ffn")
+        return ("attention", "cross", "ffn") if self.cross_input or (self.side == "decoder" and self.partner) else ("attention", "ffn")
 
 
 @dataclass(frozen=True)
-class Starts:
+class InitStd:
     """The normal start of a block's matrices: a unit by `rule`, times a gain by role (1 where none stands).
 
     constant  `unit` for every matrix
@@ -87,8 +90,8 @@ class Residual:
     """
 
     norm: Literal["before", "after", "within"]
-    starts: Starts
-    cross: Starts | None = None
+    starts: InitStd
+    cross: InitStd | None = None
     skip: float = 1.0
     branch: float = 1.0
     branch_period: int | None = None
@@ -130,10 +133,10 @@ def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
 
 def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
     """The row of `cfg.residual` for block `layer` (from 0) of a stack of this depth."""
-    constant = Starts("constant", cfg.init_std)
+    constant = InitStd("constant", cfg.init_std)
     # Each write into a pre-norm stream is scaled so that the sum of all keeps the size of one (GPT-2, section 2.3).
     writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)
-    writers = Starts("constant", cfg.init_std, {"attention_out": writer, "down": writer})
+    writers = InitStd("constant", cfg.init_std, {"attention_out": writer, "down": writer})
     match cfg.residual:
         case "pre":
             return Residual("before", writers)
@@ -143,23 +146,23 @@ def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
             return Residual("within", constant)
         case "deepnorm":
             alpha, beta = deepnorm(stack)
-            return Residual("after", Starts("xavier", gains=dict.fromkeys(BRANCH, beta)), skip=alpha)
+            return Residual("after", InitStd("xavier", gains=dict.fromkeys(BRANCH, beta)), skip=alpha)
         case "branchnorm":
-            return Residual("after", Starts("xavier"), branch_period=cfg.branchnorm_period)
+            return Residual("after", InitStd("xavier"), branch_period=cfg.branchnorm_period)
         case "deepscale" | "deepscale_post":
             skip, branch = deepscale(stack)
-            starts = Starts("fan_in", gains=deepscale_gains(cfg, stack, layer))
-            cross = Starts("fan_in", gains=deepscale_memory_gains(cfg, stack)) if "cross" in stack.sublayers else None
+            starts = InitStd("fan_in", gains=deepscale_gains(cfg, stack, layer))
+            cross = InitStd("fan_in", gains=deepscale_memory_gains(cfg, stack)) if "cross" in stack.sublayers else None
             return Residual("before" if cfg.residual == "deepscale" else "after", starts, cross, skip=skip, branch=branch, unit_gates=True)
         case "subln":
-            return Residual("before", Starts("xavier", gains=dict.fromkeys(BRANCH, subln(stack))), inner_norms=True)
+            return Residual("before", InitStd("xavier", gains=dict.fromkeys(BRANCH, subln(stack))), inner_norms=True)
         case "layerscale":
             return Residual("before", constant, channel_scale=layerscale(stack.layers))
         case "parallel":
             return Residual("before", writers, one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm"))
         case "mus":
             tau = mus_tau(cfg, stack)
-            return Residual("within", Starts("constant", 1.0), skip=math.sqrt(1 - tau), branch=math.sqrt(tau), unit_scaled=True)
+            return Residual("within", InitStd("constant", 1.0), skip=math.sqrt(1 - tau), branch=math.sqrt(tau), unit_scaled=True)
         case _:
             raise ValueError(f"no residual scheme {cfg.residual}")
 

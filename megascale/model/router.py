@@ -68,29 +68,29 @@ def _divided(scores: Tensor, logits: Tensor) -> Tensor:
     return torch.where(total < smallest, torch.softmax(F.logsigmoid(logits), -1), scores / total.clamp(min=smallest))
 
 
-def balance_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+def balance_loss(choice: Choice, loss_weights: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
     """E·Σᵢ fᵢ·Pᵢ of each sequence, weighted by its counted tokens: 1 a token when all experts are equally busy (Switch, equation 4).
 
     fᵢ is the share of the sequence's assignments that expert i got, Pᵢ the mean probability it was given.
     """
     num_experts, top_k = choice.probabilities.shape[-1], choice.experts.shape[-1]
     with torch.no_grad():
-        chosen = F.one_hot(choice.experts, num_experts).sum(2).to(counted.dtype)
-        share = _shares(mass_of(chosen, counted) / top_k, over_sequence)
+        chosen = F.one_hot(choice.experts, num_experts).sum(2).to(loss_weights.dtype)
+        share = _shares(mass_of(chosen, loss_weights) / top_k, over_sequence)
     # The share carries no gradient, and what is left is linear in the tokens: ranks may add their parts.
-    return num_experts * (share * mass_of(choice.probabilities, counted)).sum()
+    return num_experts * (share * mass_of(choice.probabilities, loss_weights)).sum()
 
 
-def entropy_loss(choice: Choice, counted: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
+def entropy_loss(choice: Choice, loss_weights: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
     """Σᵢ Pᵢ·log Pᵢ of each sequence, weighted by its counted tokens: −log E a token when all experts are equally likely (MoEUT, arXiv
     2405.16039, section 2.1).
     """
-    return entropy_of(mass_of(choice.probabilities, counted), over_sequence)
+    return entropy_of(mass_of(choice.probabilities, loss_weights), over_sequence)
 
 
-def mass_of(probabilities: Tensor, counted: Tensor) -> Tensor:
+def mass_of(probabilities: Tensor, loss_weights: Tensor) -> Tensor:
     """[b, s, …, E] weighted by [b, s] and summed over the tokens here: [b, …, E]."""
-    return (counted.view(*counted.shape, *[1] * (probabilities.ndim - 2)) * probabilities).sum(1)
+    return (loss_weights.view(*loss_weights.shape, *[1] * (probabilities.ndim - 2)) * probabilities).sum(1)
 
 
 def entropy_of(mass: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
@@ -109,9 +109,9 @@ def _shares(mass: Tensor, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
     return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def z_loss(logits: Tensor, counted: Tensor) -> Tensor:
+def z_loss(logits: Tensor, loss_weights: Tensor) -> Tensor:
     """Σ over counted tokens of logsumexp(logits)², which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return (counted * torch.logsumexp(logits, -1).square()).sum()
+    return (loss_weights * torch.logsumexp(logits, -1).square()).sum()
 
 
 def within_capacity(experts: Tensor, num_experts: int, factor: float) -> Tensor:

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from megascale.comm.collectives import sum_over_ranks
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
-from megascale.config.stages import Part
+from megascale.config.stages import StagePart
 from megascale.model.attention import Attend, attend, attend_all, identity
-from megascale.model.block import Block, Context, Memory, only
+from megascale.model.block import Block, Context, Memory, key_padding_mask
 from megascale.model.decoder import Table, rows_of
 from megascale.model.layers import Norm, linear
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
-from megascale.model.residual import Stack, ends, residual
+from megascale.model.residual import Side, Stack, ends, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
 from megascale.splitmix import mix64_signed
@@ -42,13 +42,14 @@ class Spacetime(nn.Module):
     with the same hooks for passes; embedding and head are cut over tensor ranks along the numbers of a patch.
     """
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: Part | None = None) -> None:
+    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> None:
         super().__init__()
-        part = part or Part(range(cfg.num_layers))
+        part = part or StagePart(range(cfg.num_layers))
         assert cfg.spacetime is not None
         self.cfg, self.shape, self.part, self.fields = cfg, shape, part, cfg.spacetime
         at_ends, dtype, d, std = ends(cfg), shape.storage, cfg.hidden_size, cfg.init_std
-        stack = Stack("decoder" if self.fields.objective == "next_step" else "encoder", cfg.num_layers, told=bool(self.fields.text_len))
+        side: Side = "decoder" if self.fields.objective == "next_step" else "encoder"
+        stack = Stack(side, cfg.num_layers, cross_input=bool(self.fields.text_len))
         if part.first and self.fields.text_len:
             assert self.fields.text_vocab_size is not None
             self.text = Table(ParamSpec((self.fields.text_vocab_size, d), "embedding", 0, std), dtype)
@@ -135,7 +136,7 @@ class Spacetime(nn.Module):
         x, text = (self.embed(tokens, targets), self.embed_text(source)) if stream is None else self._apart(stream, source)
         memory = None
         if text is not None and source is not None and self.blocks:
-            memory = Memory(self.enter_memory(text), only(source >= 0))
+            memory = Memory(self.enter_memory(text), key_padding_mask(source >= 0))
         for (number, block), context in zip(self.blocks.items(), self.contexts(tokens.device, samples, memory)):
             if stream is not None or int(number) > self.part.layers.start:
                 x = self.moves[int(number)](x)
@@ -220,10 +221,10 @@ class Spacetime(nn.Module):
 
     def _counted(self, targets: Tensor, grid: Grid) -> Tensor:
         """[b, S₁·…·S_K] → true where counted [b, n]"""
-        counted = (targets >= 0).view(-1, *self.fields.grid)
+        loss_weights = (targets >= 0).view(-1, *self.fields.grid)
         for dim, ranges in enumerate(grid):
-            counted = torch.cat([counted.narrow(1 + dim, r.start, len(r)) for r in ranges], 1 + dim)
-        return counted.flatten(1)
+            loss_weights = torch.cat([loss_weights.narrow(1 + dim, r.start, len(r)) for r in ranges], 1 + dim)
+        return loss_weights.flatten(1)
 
 
 def sizes(grid: Grid) -> tuple[int, ...]:
@@ -237,10 +238,10 @@ def coordinate(grid: Grid, dim: int, device: torch.device) -> Tensor:
     return place.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape).flatten()
 
 
-def along(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, dim: int, shape: Sequence[int], inner: Attend) -> Tensor:
+def along(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dim: int, shape: Sequence[int], inner: Attend) -> Tensor:
     """Attention of tokens [b, heads, n, e] of a grid of `shape` with those that differ from them along `dim` only; the others are batch."""
     q, k, v = (to_lines(x, shape, dim) for x in (q, k, v))
-    return from_lines(inner(q, k, v, seen), shape, dim)
+    return from_lines(inner(q, k, v, mask), shape, dim)
 
 
 def to_lines(x: Tensor, shape: Sequence[int], dim: int) -> Tensor:

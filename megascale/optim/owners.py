@@ -22,7 +22,7 @@ from megascale.parallel.model import Weight
 
 
 @dataclass(frozen=True)
-class Step:
+class GatherStep:
     """One axis on the way from a rank's piece to the whole: cut along `dim`, which then has `length`; or None, held alike by all ranks."""
 
     axis: Axis
@@ -53,23 +53,23 @@ class Matrix:
     """A weight, the steps from its piece to the whole, and the owner's rank at each of them."""
 
     weight: Weight
-    steps: tuple[Step, ...]
+    steps: tuple[GatherStep, ...]
     owner: tuple[int, ...] = ()
 
 
-def steps_to_whole(w: Weight, mesh: Mesh) -> tuple[Step, ...]:
+def steps_to_whole(w: Weight, mesh: Mesh) -> tuple[GatherStep, ...]:
     """Copies first, for what only one of them works on need not be brought together by the others. Axes of one rank are left out.
 
     Experts are matrices of their own and stay where ep has dealt them; on axes of their own they have copies over dp_replicate alone.
     """
     p, tp, own_axes = w.placement, mesh["tp"], w.placement.shard == "edp"
-    steps = [Step(mesh["dp_replicate"] if w.sharded or own_axes else mesh["replicas"])]
+    steps = [GatherStep(mesh["dp_replicate"] if w.sharded or own_axes else mesh["replicas"])]
     cuts = [cut for cut in p.cuts if cut.axis == "tp"]
     if not cuts and not own_axes:
-        steps.append(Step(tp))
+        steps.append(GatherStep(tp))
     if w.sharded:
-        steps.append(Step(mesh[p.shard], p.shard_dim, p.shape[p.shard_dim]))
-    steps += [Step(tp, cut.dim, cut.part * tp.size) for cut in cuts]
+        steps.append(GatherStep(mesh[p.shard], p.shard_dim, p.shape[p.shard_dim]))
+    steps += [GatherStep(tp, cut.dim, cut.part * tp.size) for cut in cuts]
     return tuple(step for step in steps if step.axis.size > 1)
 
 

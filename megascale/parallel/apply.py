@@ -47,7 +47,7 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
     """Meta modules → this rank's part of them, in memory but not yet drawn. `fp8`: how hidden products are computed."""
     weights: list[Weight] = []
     states: list[State] = []
-    modules, guest = [], None
+    modules, tied_copy = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
     pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
     # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
@@ -83,11 +83,11 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
             parts = shards * math.prod(mesh[c.axis].size for c in placement.cuts)
             weight = Weight(name, parameter, placement, mesh.size // (parts * mesh["pp"].size))
             if name == "embedding.weight" and not stage.part.first:
-                guest = weight
+                tied_copy = weight
             else:
                 weights.append(weight)
         states += [State(name, spec, stage.get_buffer(name)) for name, spec in state_specs.items()]
-    return ParallelModel(stages, modules, weights, states, guest, mesh, micro_batch)
+    return ParallelModel(stages, modules, weights, states, tied_copy, mesh, micro_batch)
 
 
 def allocate(stage: Family, device: torch.device, on_host: bool) -> None:

@@ -24,7 +24,7 @@ from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
 from megascale.model.decoder import Decoder
-from megascale.model.ops.attention_tiles import Ranges, Seen, add_block, add_block_gradients
+from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
 
 HEADS, SEQUENCE = 1, 2  # dimensions of [b, h, s, e]
 
@@ -144,7 +144,7 @@ def take(x: Tensor, ranges: Ranges) -> Tensor:
 
 
 @torch.compiler.disable
-def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]: tokens for heads, attention of this rank's heads, heads for tokens.
 
     lengths  positions that each rank of the axis holds
@@ -162,17 +162,19 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: 
     kv, expand = served[axis.rank]
     whole = switch(packed, axis, HEADS, parts, SEQUENCE, lengths).split([heads[axis.rank], len(kv), len(kv)], HEADS)
     k, v = (x if expand is None else x[:, expand] for x in whole[1:])
-    return switch(inner(whole[0], k, v, seen), axis, SEQUENCE, lengths, HEADS, heads)
+    return switch(inner(whole[0], k, v, mask), axis, SEQUENCE, lengths, HEADS, heads)
 
 
 @torch.compiler.disable
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, axis: Axis, met: list[list[range]], causal: bool = True) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, met: list[list[range]], causal: bool = True
+) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] of this ring place's positions → [b, h, s, e].
 
     met     the positions of every place of the ring
     causal  where `seen` is None: a token sees itself and what is before it, else everything
     """
-    return _Ring.apply(q, k, v, seen or Seen(causal), axis, met)  # type: ignore[no-any-return]
+    return _Ring.apply(q, k, v, mask or AttentionMask(causal), axis, met)  # type: ignore[no-any-return]
 
 
 class _Ring(torch.autograd.Function):
@@ -183,21 +185,21 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Seen, axis: Axis, met: list[list[range]]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, axis: Axis, met: list[list[range]]) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
         for block, owner, _ in _around(torch.stack((k, v)), axis, met):
-            add_block(out, lse, q, block[0], block[1], met[axis.rank], met[owner], seen)
+            add_block(out, lse, q, block[0], block[1], met[axis.rank], met[owner], mask)
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.arguments = seen, axis, met
+        ctx.arguments = mask, axis, met
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
-        seen, axis, met = ctx.arguments
+        mask, axis, met = ctx.arguments
         d_out = grads[0]
         delta = (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
         d_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
@@ -205,7 +207,7 @@ class _Ring(torch.autograd.Function):
         on_the_road: Passing | None = None
         for block, owner, step in _around(torch.stack((k, v)), axis, met):
             part = torch.zeros(block.shape, dtype=lse.dtype, device=q.device) if step else home
-            add_block_gradients((d_q, part[0], part[1]), d_out, delta, lse, q, block[0], block[1], met[axis.rank], met[owner], seen)
+            add_block_gradients((d_q, part[0], part[1]), d_out, delta, lse, q, block[0], block[1], met[axis.rank], met[owner], mask)
             if step:
                 if on_the_road is not None:
                     part += on_the_road.wait()

@@ -46,7 +46,7 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
             if moe.shared is not None:
                 moe.shared.enter, moe.shared.leave = moe.enter, moe.leave
             moe.enter = moe.leave = _as_it_is
-            moe.counted_here = model.tokens_here
+            moe.loss_weights_here = model.tokens_here
         cut = [axis for axis in (axes["cp"], *(() if whole else (tp,))) if axis.size > 1]
         if cut:
             moe.over_sequence = partial(_sum_over, axes=cut)
@@ -123,7 +123,7 @@ def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tenso
     balanced = [(moe.router.bias, moe) for moe in layers if moe.router.bias is not None]
     if balanced:
         # Ranks with the same tokens count them all: only the signs of differences matter.
-        counts = torch.stack([moe.observations.now["counts"] for _, moe in balanced])
+        counts = torch.stack([moe.metrics.totals["counts"] for _, moe in balanced])
         for name in ("dp_replicate", "dp_shard", "cp", "tp"):
             counts = all_reduce(counts, axes[name])
         for (bias, moe), count in zip(balanced, counts):

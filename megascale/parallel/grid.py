@@ -18,7 +18,7 @@ from megascale.config.dsp import plan_cuts
 from megascale.config.schema import Model, Parallel
 from megascale.model.attention import Attend
 from megascale.model.block import Block
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.spacetime import Grid, Spacetime, along, from_lines, sizes, to_lines
 from megascale.parallel.context import cut_evenly, places, ring_attention, total, ulysses_attention
 
@@ -106,7 +106,7 @@ def ulysses_everywhere(model: Spacetime, axis: Axis) -> None:
             block.attention.attend = partial(along, dim=dim, shape=shape, inner=exchange)
 
 
-def _turned(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, dim: int, shape: list[int], inner: Attend) -> Tensor:
+def _turned(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dim: int, shape: list[int], inner: Attend) -> Tensor:
     """`inner` of tokens that come as lines along `dim`."""
     q, k, v = (from_lines(x, shape, dim) for x in (q, k, v))
-    return to_lines(inner(q, k, v, seen), shape, dim)
+    return to_lines(inner(q, k, v, mask), shape, dim)

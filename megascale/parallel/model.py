@@ -80,7 +80,7 @@ class ParallelModel:
     modules: list[nn.Module]
     weights: list[Weight]
     states: list[State]
-    guest: Weight | None
+    tied_copy: Weight | None
     mesh: Mesh
     micro_batch: MicroBatchScope  # entered around each forward and backward with "is it the last?", without a pipeline
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from megascale.model.experts import Bank
 from megascale.model.families import Family
 from megascale.model.layers import Fp8, Linear
-from megascale.model.observe import Observations
+from megascale.model.module_metrics import ModuleMetrics
 from megascale.parallel.tensor import Placement, local_tensor
 from megascale.precision.fp8 import E4M3, HeldFp8, weight_to_fp8
 from megascale.precision.watch import SUMS, cast_losses, shares
@@ -30,7 +30,7 @@ def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
             elif isinstance(module, Bank):
                 module.fp8 = mode == "static"
             if mode == "static" and isinstance(module, Linear | Bank):
-                module.observations = Observations("fp8", SUMS, {}, shares, sampled=True)
+                module.metrics = ModuleMetrics("fp8", SUMS, {}, shares, sampled=True)
 
 
 @contextmanager
@@ -42,11 +42,11 @@ def watched_casts(stages: list[Family], on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    products = [(m, m.observations) for s in stages for m in s.modules() if isinstance(m, Linear | Bank) and m.observations is not None]
-    for module, observations in products:
+    products = [(m, m.metrics) for s in stages for m in s.modules() if isinstance(m, Linear | Bank) and m.metrics is not None]
+    for module, metrics in products:
         weight = local_tensor(module.weight)
-        _tell(observations, "weight", weight, weight_to_fp8(weight, torch.float32))
-        module.watch = partial(_tell, observations)
+        _tell(metrics, "weight", weight, weight_to_fp8(weight, torch.float32))
+        module.watch = partial(_tell, metrics)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -55,9 +55,9 @@ def watched_casts(stages: list[Family], on: bool) -> Iterator[None]:
             module.watch = None
 
 
-def _tell(observations: Observations, what: str, before: Tensor, after: Tensor) -> None:
+def _tell(metrics: ModuleMetrics, what: str, before: Tensor, after: Tensor) -> None:
     for name, count in cast_losses(what, before, after).items():
-        observations.add(name, count)
+        metrics.add(name, count)
 
 
 def gather_in_fp8(stage: Family, placements: dict[str, Placement]) -> None:

@@ -86,7 +86,7 @@ def traffic_figure(run: RunData, titled: bool = False) -> Figure | None:
 
 
 def heat_figure(run: RunData, group: str, reading: str, title: str, limit: int = 240) -> Figure | None:
-    """A reading that every layer of a group has (model/observe.py), as colour over steps and layers; None where the run has none.
+    """A reading that every layer of a group has (model/module_metrics.py), as colour over steps and layers; None where the run has none.
 
     A row stands for the steps since the row before; neighbours are averaged into at most `limit` columns.
     """

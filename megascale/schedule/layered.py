@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from megascale.data.loader import Batch
 from megascale.model.families import Family
 from megascale.parallel.model import ParallelModel
-from megascale.schedule.orders import Step, layered_forward_order, layered_order
+from megascale.schedule.orders import Action, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding
 
 
@@ -41,7 +41,7 @@ class Layered:
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
         self.model.mesh.traffic.micro_batch()  # weights may move within a step: it is made whole
-        self.tied.lend()
+        self.tied.broadcast_value()
         pass_ = _Pass(self.model, batches, scale)
         for step in layered_order(len(self.model.stages), len(batches), self.breadth or len(batches)):
             pass_.do(step)
@@ -49,14 +49,14 @@ class Layered:
                 self._hand_over(step.stage)
         if self.after_stage is None:
             self._finish(self.model.stages)
-            self.tied.give_back()
+            self.tied.reduce_grad()
             self.model.finish_gradients()
         return torch.stack(pass_.losses).sum()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         self.model.mesh.traffic.micro_batch()
-        self.tied.lend()
+        self.tied.broadcast_value()
         pass_ = _Pass(self.model, batches, 1.0)
         for step in layered_forward_order(len(self.model.stages), len(batches)):
             pass_.do(step)
@@ -66,7 +66,7 @@ class Layered:
         assert self.after_stage is not None
         self._finish([self.model.stages[number]])
         if number == 0:
-            self.tied.give_back()
+            self.tied.reduce_grad()
         self.after_stage(number)
 
     def _finish(self, stages: list[Family]) -> None:
@@ -91,7 +91,7 @@ class _Pass:
         self.reduced: set[int] = set()  # stages whose last backward has been announced
         self.anchor = torch.zeros((), requires_grad=True)
 
-    def do(self, step: Step) -> None:
+    def do(self, step: Action) -> None:
         stage = self.model.stages[step.stage]
         sharded = isinstance(stage, FSDPModule)
         if step.kind == "R":

@@ -20,7 +20,7 @@ Order = dict[int, list[Any]]  # rank → torch's actions, or steps; None is a st
 
 
 @dataclass(frozen=True)
-class Step:
+class Action:
     """One computation. kind: F forward, B full backward, I gradient of the input only, W gradients of the weights.
 
     Or what happens to a stage's weights, of no micro-batch (−1): G their gathering is started, R the backward that follows reduces their
@@ -63,7 +63,7 @@ def forward_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
     return {r: _breadth_first(schedule, ranks, virtual, micro_batches, r, backward=False) for r in range(ranks)}
 
 
-def layered_order(stages: int, micro_batches: int, breadth: int) -> list[Step]:
+def layered_order(stages: int, micro_batches: int, breadth: int) -> list[Action]:
     """Layered accumulation on one rank (Lamy-Poirier, arXiv 2106.02679): each stage takes `breadth` micro-batches before the next stage
     starts, so that its weights are gathered once a direction and its gradients reduced once, for all of them.
 
@@ -71,50 +71,50 @@ def layered_order(stages: int, micro_batches: int, breadth: int) -> list[Step]:
     The stage before the head stays gathered from forward to backward. Going back, micro-batches come in opposite order, so that what was
     put away last is needed first. One stage ahead is gathered while the present one computes.
     """
-    order: list[Step] = []
+    order: list[Action] = []
     head = stages - 1
     for start in range(0, micro_batches, breadth):
         group = range(start, min(start + breadth, micro_batches))
         order += _layers_forward(range(head), head, group, keep=head - 1)
-        turns = [Step(kind, head, i) for i in group for kind in "FB"]
-        order += [*turns[:-1], Step("R", head, -1), turns[-1], Step("U", head, -1)]
+        turns = [Action(kind, head, i) for i in group for kind in "FB"]
+        order += [*turns[:-1], Action("R", head, -1), turns[-1], Action("U", head, -1)]
         for stage in reversed(range(head)):
-            backwards = [Step("B", stage, i) for i in reversed(group)]
-            ahead = [Step("G", stage - 1, -1)] if stage > 1 else []
-            order += [*ahead, *backwards[:-1], Step("R", stage, -1), backwards[-1], Step("U", stage, -1)]
+            backwards = [Action("B", stage, i) for i in reversed(group)]
+            ahead = [Action("G", stage - 1, -1)] if stage > 1 else []
+            order += [*ahead, *backwards[:-1], Action("R", stage, -1), backwards[-1], Action("U", stage, -1)]
     return order
 
 
-def layered_forward_order(stages: int, micro_batches: int) -> list[Step]:
+def layered_forward_order(stages: int, micro_batches: int) -> list[Action]:
     """Evaluation: all micro-batches through each stage in turn."""
     return _layers_forward(range(stages), stages - 1, range(micro_batches), keep=None)
 
 
-def _layers_forward(stages: range, last: int, group: range, keep: int | None) -> list[Step]:
-    order = [Step("G", stages[0], -1)]
+def _layers_forward(stages: range, last: int, group: range, keep: int | None) -> list[Action]:
+    order = [Action("G", stages[0], -1)]
     for stage in stages:
-        ahead = [Step("G", stage + 1, -1)] if stage < last else []
-        order += [*ahead, *(Step("F", stage, i) for i in group), *([] if stage == keep else [Step("U", stage, -1)])]
+        ahead = [Action("G", stage + 1, -1)] if stage < last else []
+        order += [*ahead, *(Action("F", stage, i) for i in group), *([] if stage == keep else [Action("U", stage, -1)])]
     return order
 
 
-def steps(actions: list[Any]) -> list[Step]:
+def steps(actions: list[Any]) -> list[Action]:
     """A rank's computations without waiting: what is drawn and what is compared with what ran."""
     return [s for s in as_steps(actions) if s.micro_batch >= 0]
 
 
-def as_steps(actions: list[Any]) -> list[Step]:
+def as_steps(actions: list[Any]) -> list[Action]:
     """Torch's actions (or steps already) as steps: computations, and what happens to weights. Messages and waiting are left out."""
     return [step for action in actions if (step := _as_step(action)) is not None]
 
 
-def _as_step(action: Any) -> Step | None:
-    if isinstance(action, Step):
+def _as_step(action: Any) -> Action | None:
+    if isinstance(action, Action):
         return action
     kind = "" if action is None else action.computation_type.value
     if kind in WEIGHTS:
-        return Step(WEIGHTS[kind], action.stage_index, -1)
-    return Step(kind, action.stage_index, action.microbatch_index) if kind in ("F", "B", "I", "W") else None
+        return Action(WEIGHTS[kind], action.stage_index, -1)
+    return Action(kind, action.stage_index, action.microbatch_index) if kind in ("F", "B", "I", "W") else None
 
 
 def with_weights(order: Order, micro_batches: int) -> Order:

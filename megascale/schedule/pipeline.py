@@ -41,18 +41,18 @@ class Pipeline:
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
         self.model.mesh.traffic.micro_batch()  # stages are in the midst of different micro-batches: a step is made whole
-        self.tied.lend()
+        self.tied.broadcast_value()
         total = self._runtime(batches).step(batches, scale, "train")
         if self.cfg.engine == "ddp":
             self._sum_replicas()
-        self.tied.give_back()
+        self.tied.reduce_grad()
         self.model.finish_gradients()
         return total
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         self.model.mesh.traffic.micro_batch()
-        self.tied.lend()
+        self.tied.broadcast_value()
         return self._runtime(batches).step(batches, 1.0, "evaluate")
 
     def _runtime(self, batches: Sequence[Batch]) -> Runtime:
@@ -65,7 +65,7 @@ class Pipeline:
 
     def _sum_replicas(self) -> None:
         """The gradients of plain replicas, in one message a step."""
-        everyone = [*self.model.weights, *([self.model.guest] if self.model.guest else [])]
+        everyone = [*self.model.weights, *([self.model.tied_copy] if self.model.tied_copy else [])]
         grads = [g for w in everyone if (g := w.local_grad) is not None]
         if grads:
             flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.model.mesh["replicas"])

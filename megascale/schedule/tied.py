@@ -16,25 +16,25 @@ class TiedEmbedding:
     """
 
     def __init__(self, model: ParallelModel) -> None:
-        self.guest = model.guest
+        self.tied_copy = model.tied_copy
         self.axis: Axis = model.mesh["pp"]
         tied = model.stages[0].cfg.tie_embeddings
         self.owner: Weight | None = next((w for w in model.weights if tied and w.name == "embedding.weight"), None)
 
     @torch.no_grad()
-    def lend(self) -> None:
-        owner, guest = self.owner, self.guest
-        if owner is not None and guest is not None:
-            guest.local.copy_(owner.local)
+    def broadcast_value(self) -> None:
+        owner, tied_copy = self.owner, self.tied_copy
+        if owner is not None and tied_copy is not None:
+            tied_copy.local.copy_(owner.local)
         elif owner is not None:
             self._send(owner.local, self.axis.size - 1)
-        elif guest is not None:
-            self._receive(guest.local, 0)
+        elif tied_copy is not None:
+            self._receive(tied_copy.local, 0)
 
     @torch.no_grad()
-    def give_back(self) -> None:
-        owner, guest = self.owner, self.guest
-        extra = None if guest is None else guest.local_grad
+    def reduce_grad(self) -> None:
+        owner, tied_copy = self.owner, self.tied_copy
+        extra = None if tied_copy is None else tied_copy.local_grad
         if owner is not None:
             grad = owner.local_grad
             assert grad is not None
@@ -44,8 +44,8 @@ class TiedEmbedding:
             grad += extra
         elif extra is not None:
             self._send(extra, 0)
-        if guest is not None:
-            guest.parameter.grad = None
+        if tied_copy is not None:
+            tied_copy.parameter.grad = None
 
     def _send(self, x: Tensor, to: int) -> None:
         assert self.axis.group is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megascale.schedule.orders import Order, Step, as_steps, steps
+from megascale.schedule.orders import Action, Order, as_steps, steps
 
 # In units of a forward. A full backward is two products for one: the input's gradient and the weights'.
 DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
@@ -16,7 +16,7 @@ MARKS = {"G": ("^", "#2a7f62", "weights gathered"), "R": ("v", "#b5304f", "gradi
 
 @dataclass(frozen=True)
 class Span:
-    step: Step
+    step: Action
     start: float
     end: float
 
@@ -129,7 +129,7 @@ def _key(kind: str, stage: int, micro_batch: int) -> tuple[str, int, int]:
     return ("I" if kind == "B" else kind, stage, micro_batch)
 
 
-def _needs(step: Step, stages: int) -> list[tuple[str, int, int]]:
+def _needs(step: Action, stages: int) -> list[tuple[str, int, int]]:
     stage, m = step.stage, step.micro_batch
     match step.kind:
         case "F":
@@ -140,7 +140,7 @@ def _needs(step: Step, stages: int) -> list[tuple[str, int, int]]:
             return [("F", stage, m), *([("I", stage + 1, m)] if stage < stages - 1 else [])]
 
 
-def _marks(queue: list[Step], lane: list[Span]) -> list[Mark]:
+def _marks(queue: list[Action], lane: list[Span]) -> list[Mark]:
     """When the exchanges of `queue` happen, given when its computations ran."""
     marks, ran = [], 0
     for i, step in enumerate(queue):

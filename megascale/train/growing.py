@@ -17,7 +17,7 @@ from megascale.expand.grow import grow
 from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.faults.stop import StopFlag
-from megascale.train.faults.watchdog import SAVING, Pulse
+from megascale.train.faults.watchdog import SAVING, Activity
 from megascale.train.phases import Phase, asked, phases_of
 from megascale.train.setup import build_trainer
 from megascale.train.start.alike import check_config
@@ -27,15 +27,17 @@ from megascale.train.trainer import Trainer
 
 
 @contextmanager
-def trainers(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse) -> Iterator[Iterator[Trainer]]:
+def trainers(config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity) -> Iterator[Iterator[Trainer]]:
     """The trainers of a run one after another: each is to be trained before the next is asked for. Leaving the context closes the last."""
     with ExitStack() as whole_run, ExitStack() as open_one:
-        yield _each(config, ranks, stop, pulse, whole_run, open_one)
+        yield _each(config, ranks, stop, activity, whole_run, open_one)
 
 
-def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, whole_run: ExitStack, open_one: ExitStack) -> Iterator[Trainer]:
+def _each(
+    config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity, whole_run: ExitStack, open_one: ExitStack
+) -> Iterator[Trainer]:
     if not config.grow:
-        yield open_one.enter_context(build_trainer(config, ranks, stop, pulse))
+        yield open_one.enter_context(build_trainer(config, ranks, stop, activity))
         return
     check_config(config)  # some ranks may not know that the model grows: they come to the same comparison in build_trainer
     resolved = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks.size))
@@ -44,10 +46,10 @@ def _each(config: Config, ranks: RankInfo, stop: StopFlag, pulse: Pulse, whole_r
     for phase in phases:
         if Agreement().first(lambda: _over(phase)):  # noqa: B023
             continue
-        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, pulse, phase, opening))
+        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, activity, phase, opening))
         yield trainer
         if phase.growth is not None:
-            pulse.at(phase.until, SAVING)  # as long as a save may take
+            activity.at(phase.until, SAVING)  # as long as a save may take
             report = on_all_ranks(lambda: _grow(phase, ranks))  # noqa: B023
             if report is not None:
                 trainer.reporter.event("grow", phase.until, **report)

@@ -9,7 +9,7 @@ from megascale.checkpoint.storage import step_name
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
 from megascale.expand.grow import grown_config, refuse_nothing
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
 
 
@@ -26,13 +26,13 @@ class Phase:
     origin: Path | None = None
 
 
-def asked(entry: GrowAt, seed: int) -> tuple[Sizes, Options]:
+def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
     """An entry of the config as the tool's sizes and options."""
     sizes = Sizes(
         entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.head_dim, entry.ffn_size, entry.expert_ffn_size, entry.num_layers,
         entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size,
     )  # fmt: skip
-    options = Options(
+    options = GrowthOptions(
         entry.width_method, entry.ffn_method, entry.heads_method, entry.depth_method, entry.placement, entry.symmetry, entry.split,
         entry.optimizer, entry.router, lossless=entry.lossless, seed=seed,
     )  # fmt: skip

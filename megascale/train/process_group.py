@@ -17,21 +17,21 @@ from megascale.errors import PeerLostError, UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.launch.rendezvous import own_addresses
 from megascale.train.device import checked_threads, choose_device, default_threads
-from megascale.train.faults.watchdog import Watch
+from megascale.train.faults.watchdog import Watchdog
 
 WATCH_FIRST = 30.0  # seconds
 T = TypeVar("T")
 
 
 @contextmanager
-def process_group(config: Config, ranks: RankInfo) -> Iterator[Watch]:
+def process_group(config: Config, ranks: RankInfo) -> Iterator[Watchdog]:
     """Ranks met (nothing for a process alone) and watched; threads set. Raises UsageError where a rank has no device, or another kind."""
     wanted = checked_threads(config.run.threads)
     limit = config.run.collective_timeout
     if ranks.size == 1:
         choose_device(config, ranks)
         torch.set_num_threads(wanted or default_threads(ranks))
-        yield Watch(ranks, None, limit)
+        yield Watchdog(ranks, None, limit)
         return
     device, problem = None, interface_mistake(os.environ, own_addresses().values()) or ""
     try:
@@ -57,7 +57,7 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watch]:
         check_own_device(store, ranks, str(torch.cuda.get_device_properties(device).uuid))
     join(store, ranks, backend, limit + WATCH_FIRST)
     try:
-        watch = Watch(ranks, store, limit)
+        watch = Watchdog(ranks, store, limit)
         share = default_threads(ranks)  # asked of all, since a node may have run.threads of its own
         torch.set_num_threads(wanted or share)
         yield watch
@@ -65,7 +65,7 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watch]:
         dist.destroy_process_group()
 
 
-def leave_together() -> None:
+def final_barrier() -> None:
     """Waits for all ranks: launchers that kill what is left when one rank ends must not find anybody still writing."""
     if dist.is_initialized():
         with suppress(RuntimeError):  # a peer that dies now takes nothing with it: the run's state is whole

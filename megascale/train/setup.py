@@ -34,17 +34,17 @@ from megascale.train.device import choose_device
 from megascale.train.engines.engine import Engine
 from megascale.train.estimate.memory import check_host_room
 from megascale.train.faults.stop import StopFlag
-from megascale.train.faults.watchdog import Pulse
+from megascale.train.faults.watchdog import Activity
 from megascale.train.log.announce import announce
 from megascale.train.log.console import Console
-from megascale.train.log.module_metrics import Observed
+from megascale.train.log.module_metrics import MetricsOverRanks
 from megascale.train.log.reporter import Reporter
 from megascale.train.log.run_log import RunLog
 from megascale.train.phases import Phase
 from megascale.train.start.alike import check_config, check_data
 from megascale.train.start.changes import Prints, sources_of
 from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run
-from megascale.train.start.resume import Start, check_coefficients, find_start, is_own, model_changes
+from megascale.train.start.resume import RunStart, check_coefficients, find_start, is_own, model_changes
 from megascale.train.start.room import room_for
 from megascale.train.state import Progress, check_finite
 from megascale.train.trainer import Trainer
@@ -55,7 +55,7 @@ def build_trainer(
     config: Config,
     ranks: RankInfo,
     stop: StopFlag | None = None,
-    pulse: Pulse | None = None,
+    activity: Activity | None = None,
     phase: Phase | None = None,
     opening: Opening | None = None,
 ) -> Iterator[Trainer]:
@@ -67,14 +67,14 @@ def build_trainer(
     opening  the run's directory, where it is this job's already
     """
     with ExitStack() as until_the_end:
-        yield from _built(config, ranks, stop, pulse, phase, opening, until_the_end)
+        yield from _built(config, ranks, stop, activity, phase, opening, until_the_end)
 
 
 def _built(
     config: Config,
     ranks: RankInfo,
     stop: StopFlag | None,
-    pulse: Pulse | None,
+    activity: Activity | None,
     phase: Phase | None,
     opening: Opening | None,
     until_the_end: ExitStack,
@@ -109,8 +109,8 @@ def _built(
     on_all_ranks(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
     found = on_all_ranks(lambda: claim_run_dir(whole, run_dir, opening) if first else [])
-    pulse = pulse or Pulse()
-    pulse.run_dir = run_dir  # from here on it is this attempt whose end is written there
+    activity = activity or Activity()
+    activity.run_dir = run_dir  # from here on it is this attempt whose end is written there
     console = Console(config.train.total_steps, progress.step) if first else None
     log = on_all_ranks(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
@@ -134,15 +134,15 @@ def _built(
     valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
     on_all_ranks(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
     checkpointer = build_checkpointer(config, model, opening)
-    pulse.traffic = mesh.traffic
+    activity.traffic = mesh.traffic
     stop = stop or StopFlag()
     stop.file = run_dir / STOP if first else None
-    pulse.stop = stop
+    activity.stop = stop
     if mesh.size == 1:
-        pulse.gate.asked = stop.heard_of
+        activity.gate.asked = stop.heard_of
     own = start.folder is not None and not start.weights_only and start.folder.resolve().parent == (run_dir / "checkpoints").resolve()
     saved = progress.step if own else None
-    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, pulse, progress, device, until, saved)
+    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, activity, progress, device, until, saved)
     try:
         yield trainer
     finally:
@@ -154,7 +154,7 @@ def _built(
             log.close()
 
 
-def load_start(config: Config, start: Start, engine: Engine) -> Progress:
+def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
     """Fills the engine's state from where the run starts, and says how far that run had come; a new run has come nowhere."""
     if start.folder is None:
         return Progress()
@@ -191,7 +191,7 @@ def build_reporter(
     device: torch.device,
     model: ParallelModel,
     flops: float,
-    start: Start,
+    start: RunStart,
     prints: Prints,
     log: RunLog | None,
     console: Console | None,
@@ -213,7 +213,7 @@ def build_reporter(
         config.train.total_steps,
         flops,
         peak,
-        Observed(model),
+        MetricsOverRanks(model),
         log,
         console,
         kept,

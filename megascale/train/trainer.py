@@ -21,7 +21,7 @@ from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import sampled_step
 from megascale.train.engines.engine import Engine
 from megascale.train.faults.stop import StopFlag
-from megascale.train.faults.watchdog import SAVING, Pulse
+from megascale.train.faults.watchdog import SAVING, Activity
 from megascale.train.log.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress
 
@@ -43,7 +43,7 @@ class Trainer:
         checkpointer: Checkpointer,
         reporter: Reporter,
         stop: StopFlag,
-        pulse: Pulse,
+        activity: Activity,
         progress: Progress,
         device: torch.device,
         until: int,
@@ -51,7 +51,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
-        self.reporter, self.stop, self.pulse, self.progress, self.device = reporter, stop, pulse, progress, device
+        self.reporter, self.stop, self.activity, self.progress, self.device = reporter, stop, activity, progress, device
         self.until = until  # a growth may come before the run's last step
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
@@ -65,9 +65,9 @@ class Trainer:
         while self.progress.step < last_step:
             step = self.progress.step + 1
             if step > self.first_step:
-                self.pulse.at(step, "training")
+                self.activity.at(step, "training")
             # A run's first step is made whole: before it there is nothing to save.
-            self.model.mesh.traffic.gate = self.pulse.gate.enter if self.progress.step else None
+            self.model.mesh.traffic.gate = self.activity.gate.enter if self.progress.step else None
             try:
                 with self.reporter.profile(step):
                     result = self.next_step(step)
@@ -79,7 +79,7 @@ class Trainer:
             if train.eval_every and (step % train.eval_every == 0 or step == last_step):
                 halted = not self.evaluated(result)
             self.reporter.step(result, self.progress)
-            if frozen := self.pulse.thawed():
+            if frozen := self.activity.thawed():
                 self.reporter.frozen(step, frozen)
             if self.progress.skipped_in_a_row > train.max_skipped_steps:
                 self.give_up(step)
@@ -115,12 +115,12 @@ class Trainer:
         total_loss, total_valid, stop = self.sum_over_ranks(loss, valid * self.scale, float(self.stop.requested()))
         # Without any valid target this is 0 ÷ 0, hence not finite, and nothing moves: the reporter tells the two apart.
         norm, finite = self.engine.update(total_valid)
-        sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.take()
+        sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.flush()
         return StepResult(step, total_loss / total_valid, norm, finite, total_valid, stop, lr, clock.stop(), sent, seen, sampled)
 
     def evaluated(self, result: StepResult) -> bool:
         """Adds the validation losses to a step's result. False where all ranks left it before its end: it has no number then."""
-        self.pulse.at(result.step, "evaluating")
+        self.activity.at(result.step, "evaluating")
         begin = time.perf_counter()
         try:
             result.valid_loss = self.evaluate()
@@ -183,7 +183,7 @@ class Trainer:
         self.reporter.flush()
         for weight in self.model.weights:
             weight.forget_gradient()  # of a step that is left
-        self.pulse.at(step, SAVING)
+        self.activity.at(step, SAVING)
         self.told(self.checkpointer.finish())
         if self.saved != step:
             self.save(wait=True)
@@ -195,7 +195,7 @@ class Trainer:
     def save(self, wait: bool) -> None:
         """Starts a checkpoint of the present state; `wait` until it is whole."""
         step = self.progress.step
-        self.pulse.at(step, SAVING)
+        self.activity.at(step, SAVING)
         begin = time.perf_counter()
         trainer = {**self.progress.plain(), **self.reporter.provenance}
         self.checkpointer.save(step, self.engine.pieces(), trainer)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megascale.data import indexed
-from megascale.data.dataset import Mixture, Source, check_source
+from megascale.data.dataset import Corpus, Mixture, check_source
 from megascale.data.facts import source_facts
 from megascale.data.indexed import HEADER, MAGIC, TokenFile, TokenWriter
 from megascale.data.megatron_order import draw
@@ -86,7 +86,7 @@ def test_tokens_below_zero_are_refused(tmp_path: Path) -> None:
     with TokenWriter(tmp_path / "x", np.int32) as writer:
         writer.add(np.array([1, 2, -3, 4, 5]))
     with pytest.raises(UsageError, match="holds token -3, and tokens count from 0"):
-        Mixture([Source(str(tmp_path / "x"), 1.0, "x")], 4, 1, 10, "all", 0.0, shuffled=False).sample(0)
+        Mixture([Corpus(str(tmp_path / "x"), 1.0, "x")], 4, 1, 10, "all", 0.0, shuffled=False).sample(0)
 
 
 def test_an_order_of_megatron_is_bounded() -> None:
@@ -120,7 +120,7 @@ def test_facts_that_cannot_be_used_are_named(tmp_path: Path, content: str, words
     """Catches tracebacks in the middle of a start for a PREFIX.json written by hand or by something else."""
     (tmp_path / "x.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UsageError, match=words):
-        check_source(Source(str(tmp_path / "x"), 1.0, "x"), 100)
+        check_source(Corpus(str(tmp_path / "x"), 1.0, "x"), 100)
 
 
 def test_facts_that_are_absent_are_no_mistake(tmp_path: Path) -> None:

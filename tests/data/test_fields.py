@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megascale.config.schema import Spacetime
-from megascale.data.dataset import Source
+from megascale.data.dataset import Corpus
 from megascale.data.fields import FieldMixture
 from megascale.data.indexed import TokenWriter
 from megascale.errors import UsageError
@@ -25,13 +25,13 @@ CPU = torch.device("cpu")
 FIELDS = Spacetime(shape=(4, 6, 8), patch=(1, 3, 2), channels=2, objective="next_step")
 
 
-def write(prefix: Path, runs: int = 5, frames: int = 9, **facts: Any) -> Source:
+def write(prefix: Path, runs: int = 5, frames: int = 9, **facts: Any) -> Corpus:
     """Frame f of run r is 100·r + f everywhere, plus the channel's number."""
     values = np.arange(runs)[:, None] * 100 + np.arange(frames)[None]
     array = np.broadcast_to(values.reshape(-1, 1, 1, 1), (runs * frames, 6, 8, 2)) + np.arange(2)
     np.save(f"{prefix}.npy", array.astype(np.float32))
     Path(f"{prefix}.json").write_text(json.dumps({"run_length": frames, **facts}))
-    return Source(str(prefix), 1.0, prefix.name)
+    return Corpus(str(prefix), 1.0, prefix.name)
 
 
 def test_every_window_comes_once_and_within_a_run(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_broken_arrays_and_statistics(tmp_path: Path) -> None:
     (tmp_path / "folder.npy").mkdir()
     for name in ("b", "nowhere", "empty", "many", "folder"):
         with pytest.raises(UsageError, match=name):
-            FieldMixture([Source(str(tmp_path / name), 1.0, name)], FIELDS, 7, "all", 0.0, shuffled=True)
+            FieldMixture([Corpus(str(tmp_path / name), 1.0, name)], FIELDS, 7, "all", 0.0, shuffled=True)
 
 
 def test_water_keeps_its_mass_and_its_waves_their_speed() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megascale.data.dataset import Source
+from megascale.data.dataset import Corpus
 from megascale.data.indexed import TokenWriter
 from megascale.data.megatron_order import MegatronMixture, blend
 from megascale.errors import UsageError
@@ -20,12 +20,12 @@ needs_megatron = pytest.mark.skipif(
 )
 
 
-def write(prefix: Path, documents: int, seed: int) -> Source:
+def write(prefix: Path, documents: int, seed: int) -> Corpus:
     random = np.random.default_rng(seed)
     with TokenWriter(prefix, np.uint16) as writer:
         for _ in range(documents):
             writer.add(random.integers(0, 100, random.integers(1, 60)))
-    return Source(str(prefix), 1.0, prefix.name)
+    return Corpus(str(prefix), 1.0, prefix.name)
 
 
 @needs_megatron
@@ -43,11 +43,11 @@ def test_one_source_is_in_gpt_datasets_order(samples: int, part: str, tmp_path: 
 def test_blends_are_in_blended_datasets_order(tmp_path: Path) -> None:
     """Catches weights that are not normalized, ties that go the other way, and a source drawn for another number of samples."""
     sources = [write(tmp_path / n, 30 + 20 * i, i) for i, n in enumerate("abc")]
-    weighted = [Source(s.path, w, s.name) for s, w in zip(sources, (0.3, 1.1, 0.6))]
+    weighted = [Corpus(s.path, w, s.name) for s, w in zip(sources, (0.3, 1.1, 0.6))]
     compare(weighted, 300, "all", tmp_path)
 
 
-def compare(sources: list[Source], samples: int, part: str, folder: Path) -> None:
+def compare(sources: list[Corpus], samples: int, part: str, folder: Path) -> None:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -93,7 +93,7 @@ def test_runs_take_it(tmp_path: Path) -> None:
     assert rows(tmp_path)[-1]["valid_loss"]
     other = settings(tmp_path / "b", data__train=str(tmp_path / "tokens"), data__valid_fraction=0.2)
     assert run(other) == (0, "done") and losses(tmp_path / "b")[0] != losses(tmp_path)[0]
-    source = Source(str(tmp_path / "tokens"), 1.0, "t")
+    source = Corpus(str(tmp_path / "tokens"), 1.0, "t")
     train = MegatronMixture([source], 16, 1, 40, "train", 0.2, 24)
     with pytest.raises(UsageError, match="an order drawn for 24"):
         train.sample(24)

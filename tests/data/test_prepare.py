@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import zstandard
 
-from megascale.data.dataset import Mixture, Source, read_sources
+from megascale.data.dataset import Corpus, Mixture, read_sources
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Prefetcher, make_batch
 from megascale.data.prepare import prepare
@@ -260,11 +260,11 @@ def test_stream_reads_across_documents(prepared: str) -> None:
 
 def test_samples_cover_an_epoch_and_depend_on_the_seed_only(prepared: str) -> None:
     """Catches windows that are lost or doubled in an epoch, and an order that has a memory."""
-    mixtures = [Mixture([Source(prepared, 1.0, "p")], 16, seed, 305, "train", 0.2, shuffled=True) for seed in (1, 1, 2)]
+    mixtures = [Mixture([Corpus(prepared, 1.0, "p")], 16, seed, 305, "train", 0.2, shuffled=True) for seed in (1, 1, 2)]
     windows = (len(mixtures[0].streams[0]) - 1) // 16
     first = [tuple(mixtures[0].sample(n)[0]) for n in range(windows)]
     assert [tuple(mixtures[1].sample(n)[0]) for n in reversed(range(windows))] == first[::-1]
-    in_order = Mixture([Source(prepared, 1.0, "p")], 16, 1, 305, "train", 0.2, shuffled=False)
+    in_order = Mixture([Corpus(prepared, 1.0, "p")], 16, 1, 305, "train", 0.2, shuffled=False)
     flat = in_order.streams[0].read(0, len(in_order.streams[0]))[0]
     for n in range(windows):
         assert in_order.sample(n)[0].tolist() == flat[n * 16 : n * 16 + 17].tolist()
@@ -275,7 +275,7 @@ def test_samples_cover_an_epoch_and_depend_on_the_seed_only(prepared: str) -> No
 
 def test_packing_keeps_documents_apart(prepared: str) -> None:
     """Catches positions that do not restart and targets in another document."""
-    mixture = Mixture([Source(prepared, 1.0, "p")], 64, 1, 305, "all", 0.0, shuffled=True)
+    mixture = Mixture([Corpus(prepared, 1.0, "p")], 64, 1, 305, "all", 0.0, shuffled=True)
     batch = make_batch(mixture, [0, 3, -1], "documents", torch.device("cpu"))
     assert batch.documents is not None and batch.positions is not None
     for row in range(2):
@@ -291,11 +291,11 @@ def test_packing_keeps_documents_apart(prepared: str) -> None:
 def test_tokens_beyond_the_vocabulary_and_short_data(prepared: str) -> None:
     """Catches an index error deep in the embedding instead of a word about the tokenizer."""
     with pytest.raises(UsageError, match=r"made with a vocabulary of 305, and model\.vocab_size is 290"):
-        Mixture([Source(prepared, 1.0, "p")], 16, 1, 290, "all", 0.0, shuffled=True)
+        Mixture([Corpus(prepared, 1.0, "p")], 16, 1, 290, "all", 0.0, shuffled=True)
     with pytest.raises(UsageError, match=r"needs 1000001"):
-        Mixture([Source(prepared, 1.0, "p")], 1_000_000, 1, 305, "all", 0.0, shuffled=True)
+        Mixture([Corpus(prepared, 1.0, "p")], 1_000_000, 1, 305, "all", 0.0, shuffled=True)
     Path(prepared + ".json").unlink()
-    mixture = Mixture([Source(prepared, 1.0, "p")], 16, 1, 5, "all", 0.0, shuffled=True)
+    mixture = Mixture([Corpus(prepared, 1.0, "p")], 16, 1, 5, "all", 0.0, shuffled=True)
     with pytest.raises(UsageError, match=r"holds token \d+, and model.vocab_size is 5"):
         mixture.sample(0)
 
@@ -305,7 +305,7 @@ def test_sources_of_different_tokenizers_are_not_mixed(prepared: str) -> None:
     other = prepared + "2"
     for end in (".bin", ".idx"):
         Path(other + end).write_bytes(Path(prepared + end).read_bytes())
-    sources = [Source(prepared, 1.0, "p"), Source(other, 1.0, "q")]
+    sources = [Corpus(prepared, 1.0, "p"), Corpus(other, 1.0, "q")]
     Mixture(sources, 16, 1, 305, "all", 0.0, shuffled=True)
     facts = json.loads(Path(prepared + ".json").read_text())
     Path(other + ".json").write_text(json.dumps({**facts, "tokenizer_fingerprint": "0123"}))
@@ -317,8 +317,8 @@ def test_source_lists(tmp_path: Path) -> None:
     """Catches paths taken relative to the wrong folder, and names that would share one curve."""
     (tmp_path / "mix.yaml").write_text("sources:\n  - {path: a, weight: 2}\n  - sub/b\n")
     assert read_sources(str(tmp_path / "mix.yaml"), "data.train") == [
-        Source(str(tmp_path / "a"), 2.0, "a"),
-        Source(str(tmp_path / "sub/b"), 1.0, "b"),
+        Corpus(str(tmp_path / "a"), 2.0, "a"),
+        Corpus(str(tmp_path / "sub/b"), 1.0, "b"),
     ]
     with pytest.raises(UsageError, match="stands twice"):
         read_sources(["x/a", "y/a"], "data.valid")

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from megascale.config.load import load_config
-from megascale.data.dataset import Mixture, Source
+from megascale.data.dataset import Corpus, Mixture
 from megascale.data.indexed import TokenWriter
 from megascale.data.order import split_documents
 from megascale.data.samples import note, open_data
@@ -19,17 +19,17 @@ from megascale.errors import UsageError
 from tools import prepare_data
 
 
-def write(prefix: Path, lengths: list[int]) -> Source:
+def write(prefix: Path, lengths: list[int]) -> Corpus:
     """Documents whose tokens count up over the whole file."""
     with TokenWriter(prefix, np.uint16) as writer:
         at = 0
         for length in lengths:
             writer.add(np.arange(at, at + length))
             at += length
-    return Source(str(prefix), 1.0, prefix.name)
+    return Corpus(str(prefix), 1.0, prefix.name)
 
 
-def opened(source: Source, part: str, fraction: float = 0.05, seq_len: int = 16) -> Mixture:
+def opened(source: Corpus, part: str, fraction: float = 0.05, seq_len: int = 16) -> Mixture:
     return Mixture([source], seq_len, 1, 65000, part, fraction, shuffled=False)
 
 

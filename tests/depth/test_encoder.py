@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megascale.config.load import build_config
-from megascale.data.dataset import Mixture, Source
+from megascale.data.dataset import Corpus, Mixture
 from megascale.data.loader import make_batch
 from megascale.data.masking import Masking
 from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.model.attention import attend_all
-from megascale.model.ops.attention_tiles import Seen
+from megascale.model.ops.attention_tiles import AttentionMask
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
 from tests.runs import VOCAB, losses, make_tokens, rows, run, settings
@@ -39,7 +39,7 @@ def test_what_is_asked() -> None:
 
 def test_batches_ask_for_hidden_tokens(tmp_path: Path) -> None:
     """Catches targets that are the next token, and a target that attention may not reach dropped although it is its own."""
-    mixture = Mixture([Source(make_tokens(tmp_path / "tokens"), 1.0, "t")], 16, 1, VOCAB, "all", 0.0, shuffled=True)
+    mixture = Mixture([Corpus(make_tokens(tmp_path / "tokens"), 1.0, "t")], 16, 1, VOCAB, "all", 0.0, shuffled=True)
     for packing in ("concat", "documents"):
         numbers, masking = [*range(20), -1], Masking(1, 0.5, VOCAB, VOCAB)
         plain, batch = make_batch(mixture, numbers, packing, CPU), make_batch(mixture, numbers, packing, CPU, masking)
@@ -55,7 +55,7 @@ def test_documents_keep_to_themselves() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    got = attend_all(q, k, v, Seen(False, documents))
+    got = attend_all(q, k, v, AttentionMask(False, documents))
     for part in (slice(0, 3), slice(3, 6)):
         torch.testing.assert_close(got[:, :, part], attend_all(q[:, :, part], k[:, :, part], v[:, :, part], None))
     weights = (q[0, 1, 1] @ k[0, 1, :3].t() / 2).softmax(-1)

@@ -8,7 +8,7 @@ import pytest
 
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import Smaller, smaller_model
 from tests.layouts import Case, tiny
@@ -50,6 +50,6 @@ def test_other_sizes_are_refused(key: str) -> None:
     """Catches a growth that copies ends whose dimensions it does not know."""
     model = tiny(**{key: True})
     with pytest.raises(UsageError, match=f"model.{key} is set"):
-        plan_growth(model, 12, Sizes(hidden_size=48), Options())
+        plan_growth(model, 12, Sizes(hidden_size=48), GrowthOptions())
     with pytest.raises(UsageError, match=f"model.{key} is set"):
         smaller_model(model, Smaller(num_layers=1))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megascale.analysis import moments
 from megascale.analysis.moments import Gradient, Signal
-from megascale.analysis.probe import Point, probe, warnings
+from megascale.analysis.probe import MeasuredMoments, probe, warnings
 from megascale.analysis.theory import feed_forward, stack_points
 from megascale.config.load import build_config
 from megascale.config.schema import Parallel
@@ -176,7 +176,7 @@ def test_theory_is_what_is_measured(name: str) -> None:
     cosine, gradient = (0.3, 0.5) if name == "res_post" else (0.2, 0.25)
     sizes = {"num_layers": 8, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 4, "ffn_size": 256, "vocab_size": 200, "init_std": 0.08}
     case = Case(scheme(name.split()[0], **{**sizes, **STACKS[name]}), precision="fp32", seq_len=64, batch=8, micro_batch=8)
-    points = [Point(*p) for p in measured(case)]
+    points = [MeasuredMoments(*p) for p in measured(case)]
     first, last = points[0], points[-1]
     warm = 0.2 if name == "branchnorm" else 1.0
     start, end = Signal(first.mean, first.variance, first.correlation), Gradient(last.gradient**2, last.gradient_correlation)
@@ -216,7 +216,7 @@ def test_weight_gradients_make_up_the_norm(name: str) -> None:
     from megascale.optim.clip import global_norm
 
     case = Case(scheme(name, tie_embeddings=True))
-    points = [Point(*p) for p in measured(case)]
+    points = [MeasuredMoments(*p) for p in measured(case)]
     model = build(case, 1)
     batches = [fake_batch(case, [n]) for n in range(case.batch)]
     build_schedule(model, case.parallel, CPU).run(batches, 1 / (case.batch * case.seq_len))
@@ -231,11 +231,11 @@ def test_weight_gradients_make_up_the_norm(name: str) -> None:
 def test_warnings_in_words() -> None:
     """Catches a warning that never comes, and one that cries at a healthy stack."""
 
-    def points(**by_layer: Any) -> list[Point]:
+    def points(**by_layer: Any) -> list[MeasuredMoments]:
         healthy = {"mean": 0.0, "variance": 1.0, "correlation": 0.1, "gradient": 1.0, "gradient_correlation": 0.0, "weight_gradient": 1.0}
-        start = Point(-1, "embedding", update=1.0, **healthy)
+        start = MeasuredMoments(-1, "embedding", update=1.0, **healthy)
         return [start] + [
-            Point(layer, kind, update=1.0, **{**healthy, **{k: f(layer) for k, f in by_layer.items()}})
+            MeasuredMoments(layer, kind, update=1.0, **{**healthy, **{k: f(layer) for k, f in by_layer.items()}})
             for layer in range(10)
             for kind in ("attention", "ffn")
         ]

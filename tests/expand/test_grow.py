@@ -19,7 +19,7 @@ from megascale.checkpoint.loader import verify
 from megascale.config.load import load_config, read_yaml
 from megascale.errors import TrainingError, UsageError
 from megascale.expand.grow import grow
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.write import Effort
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, run, settings
@@ -69,7 +69,7 @@ def test_a_grown_run_is_the_same_run(small: Path, tmp_path: Path) -> None:
     """Catches moments, rates, decays, epsilons or norms that are not scaled as the weights are: AdamW runs of the small model and of its
     double, without noise, stay equal over 10 steps, clipping included.
     """
-    grow(step(small, 3), tmp_path / "grown", DOUBLE, Options(symmetry="none", optimizer="transform", lossless="require"), QUICK)
+    grow(step(small, 3), tmp_path / "grown", DOUBLE, GrowthOptions(symmetry="none", optimizer="transform", lossless="require"), QUICK)
     grown, alone = go_on(tmp_path / "grown", tmp_path / "run"), losses_of(small / "run")
     assert sorted(grown) == list(range(4, STEPS + 1))
     gap = max(abs(grown[s] - alone[s]) / alone[s] for s in grown)
@@ -82,7 +82,7 @@ def test_a_grown_run_is_the_same_run(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["copied", "reset", "one rate"])
 def test_naive_state_is_another_run(small: Path, tmp_path: Path, what: str) -> None:
     """Catches a test above that would pass whatever the state is."""
-    options = Options(symmetry="none", optimizer="reset" if what == "reset" else "transform")
+    options = GrowthOptions(symmetry="none", optimizer="reset" if what == "reset" else "transform")
     grow(step(small, 3), tmp_path / "grown", DOUBLE, options, QUICK)
     if what == "copied":
         unscale(tmp_path / "grown")
@@ -117,7 +117,7 @@ def unscale(folder: Path) -> None:
 def test_workers_and_slabs_change_no_bit(small: Path, tmp_path: Path) -> None:
     """Catches noise, means or starts that depend on who makes them."""
     sizes = Sizes(54, 8, 4, 8, 40, num_layers=3, vocab_size=50)
-    options = Options(optimizer="transform", symmetry="snr:20", split=(2.0, 1.0))
+    options = GrowthOptions(optimizer="transform", symmetry="snr:20", split=(2.0, 1.0))
     found = []
     for name, effort in (("one", Effort(tokens=0)), ("slabs", Effort(slab_bytes=1 << 10, tokens=0)), ("three", Effort(3, 1 << 11, 0))):
         grow(step(small, 12), tmp_path / name, sizes, options, effort)
@@ -187,27 +187,27 @@ def test_the_command_line(small: Path, tmp_path: Path) -> None:
     )
     assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
     with pytest.raises(UsageError, match="growth does not shrink"):
-        grow(step(small, 12), tmp_path / "other", Sizes(8), Options(), QUICK)
+        grow(step(small, 12), tmp_path / "other", Sizes(8), GrowthOptions(), QUICK)
     with pytest.raises(UsageError, match="nothing grows"):
-        grow(step(small, 12), tmp_path / "other", Sizes(24), Options(), QUICK)
+        grow(step(small, 12), tmp_path / "other", Sizes(24), GrowthOptions(), QUICK)
     with pytest.raises(UsageError, match="identity and cancel are exact"):
-        grow(step(small, 12), tmp_path / "other", Sizes(num_layers=4), Options(depth="stack", lossless="require"), QUICK)
+        grow(step(small, 12), tmp_path / "other", Sizes(num_layers=4), GrowthOptions(depth="stack", lossless="require"), QUICK)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_kill_after_the_last_shard(small: Path, tmp_path: Path) -> None:
     """Catches a checkpoint that was published and not proven, which no rerun finishes, and another growth that takes it for its own."""
     target = tmp_path / "grown"
-    first = grow(step(small, 12), target, DOUBLE, Options(), QUICK)
+    first = grow(step(small, 12), target, DOUBLE, GrowthOptions(), QUICK)
     (target / "config.yaml").unlink()
     (target / "latest").unlink()
     with pytest.raises(UsageError, match="exists already"):
-        grow(step(small, 12), target, DOUBLE, Options(seed=2), QUICK)
-    again = grow(step(small, 12), target, DOUBLE, Options(), QUICK)
+        grow(step(small, 12), target, DOUBLE, GrowthOptions(seed=2), QUICK)
+    again = grow(step(small, 12), target, DOUBLE, GrowthOptions(), QUICK)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
     assert load_config(target / "config.yaml").model.hidden_size == 48
     with pytest.raises(UsageError, match="exists already"):
-        grow(step(small, 12), target, DOUBLE, Options(), QUICK)
+        grow(step(small, 12), target, DOUBLE, GrowthOptions(), QUICK)
 
 
 def test_a_disk_that_fills_on_the_way(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_disk_that_fills_on_the_way(small: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(streaming, "write_shard", full)
     with pytest.raises(UsageError, match="No space left on device"):
-        grow(step(small, 12), tmp_path / "grown", DOUBLE, Options(), QUICK)
+        grow(step(small, 12), tmp_path / "grown", DOUBLE, GrowthOptions(), QUICK)
     assert not (tmp_path / "grown").exists()
 
 
@@ -236,13 +236,13 @@ def test_damaged_sources(small: Path, tmp_path: Path) -> None:
     good = shard.read_bytes()
     shard.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
     with pytest.raises(UsageError, match="checksum"):
-        grow(source, tmp_path / "grown", DOUBLE, Options(), QUICK)
+        grow(source, tmp_path / "grown", DOUBLE, GrowthOptions(), QUICK)
     shard.write_bytes(b"\xff" * 8 + good[8:])
     with pytest.raises(TrainingError, match="damaged on the way"):
-        grow(source, tmp_path / "grown", DOUBLE, Options(), Effort(tokens=0, check=False))
+        grow(source, tmp_path / "grown", DOUBLE, GrowthOptions(), Effort(tokens=0, check=False))
     shard.unlink()
     with pytest.raises(UsageError, match="is missing"):
-        grow(source, tmp_path / "grown", DOUBLE, Options(), QUICK)
+        grow(source, tmp_path / "grown", DOUBLE, GrowthOptions(), QUICK)
     assert not (tmp_path / "grown").exists()
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_is_told_before_anything_is_written(small: Path, tmp_path: P
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(1, 1, 10))
     with pytest.raises(UsageError, match=r"needs [0-9.,]+ MB and its disk has"):
-        grow(step(small, 12), tmp_path / "grown", DOUBLE, Options(), QUICK)
+        grow(step(small, 12), tmp_path / "grown", DOUBLE, GrowthOptions(), QUICK)
     assert not (tmp_path / "grown").exists()
 
 
@@ -278,7 +278,7 @@ def deeper(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     """Grown from step 9 with its optimizer state, and the rest of the run on one process beside it."""
     folder = tmp_path_factory.mktemp("deeper")
     for name, sizes in DEEPER.items():
-        grow(step(small, 9), folder / name, sizes, Options(optimizer="transform"), QUICK)
+        grow(step(small, 9), folder / name, sizes, GrowthOptions(optimizer="transform"), QUICK)
         go_on(folder / name, folder / f"{name}-alone")
     return {name: folder / name for name in DEEPER}
 
@@ -301,7 +301,9 @@ def test_coefficients_and_epsilons_travel_with_the_config(tmp_path: Path) -> Non
     folder.mkdir()
     make_tokens(folder / "tokens")
     assert run(values(folder, model__residual="deepnorm", model__norm="layernorm", model__bias=True, train__steps=3))[0] == 0
-    report = grow(step(folder, 3), tmp_path / "grown", Sizes(48, num_layers=4), Options(optimizer="transform", lossless="require"), QUICK)
+    report = grow(
+        step(folder, 3), tmp_path / "grown", Sizes(48, num_layers=4), GrowthOptions(optimizer="transform", lossless="require"), QUICK
+    )
     assert report["verdict"] == "exact" and "model.layer_coefficients" in report["config"]
     assert sorted(go_on(tmp_path / "grown", tmp_path / "resumed", train__steps=5)) == [4, 5]
     config = read_yaml(tmp_path / "grown" / "config.yaml")

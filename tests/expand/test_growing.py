@@ -16,7 +16,7 @@ from megascale.launch.ranks import RankInfo
 from megascale.optim.learning_rate import begun_again, learning_rate
 from megascale.train.estimate.dry_run import dry_run
 from megascale.train.faults.stop import StopFlag
-from megascale.train.faults.watchdog import Pulse
+from megascale.train.faults.watchdog import Activity
 from megascale.train.growing import trainers
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, settings
@@ -38,7 +38,7 @@ def train(values: dict[str, Any], stop_at: int | None = None) -> tuple[int, str]
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if size > 1 else 0
     try:
-        with trainers(build_config(values), RankInfo(rank, size, rank, size), StopFlag(), Pulse()) as phases:
+        with trainers(build_config(values), RankInfo(rank, size, rank, size), StopFlag(), Activity()) as phases:
             for trainer in phases:
                 if stop_at is not None and rank == 0 and trainer.reporter.log is not None:
                     log, write = trainer.reporter.log, trainer.reporter.log.metrics

@@ -15,7 +15,7 @@ from benchmarks.growth.exactness import MOE, SEQ, Row, grown_reader, markdown, m
 from megascale.config.schema import Config, Model
 from megascale.config.support import refusals
 from megascale.errors import UsageError
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.stack import specs
 
@@ -87,7 +87,7 @@ WAYS = change(
 
 
 @st.composite
-def any_growth(draw: st.DrawFn) -> tuple[Model, Sizes, Options]:
+def any_growth(draw: st.DrawFn) -> tuple[Model, Sizes, GrowthOptions]:
     """Any model that trains, any sizes, any way."""
 
     def some(values: dict[str, list[Any]], most: int, least: int = 0) -> dict[str, Any]:
@@ -99,12 +99,12 @@ def any_growth(draw: st.DrawFn) -> tuple[Model, Sizes, Options]:
         changes["branchnorm_period"] = 5
     if changes.get("residual") == "mus":
         changes["init_std"] = 0.02
-    return toy(**changes), Sizes(**some(GROWN, 4, 1)), Options(**some(WAYS, 4))
+    return toy(**changes), Sizes(**some(GROWN, 4, 1)), GrowthOptions(**some(WAYS, 4))
 
 
 @given(any_growth())
 @hypothesis_settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_any_composition_is_exact_or_refused(drawn: tuple[Model, Sizes, Options]) -> None:
+def test_any_composition_is_exact_or_refused(drawn: tuple[Model, Sizes, GrowthOptions]) -> None:
     """Catches rules that hold alone and not together, and a combination that is let through and is another function."""
     model, sizes, options = drawn
     if refusals(config_of(model, SEQ), 1):
@@ -130,37 +130,37 @@ def config_of(model: Model, seq_len: int) -> Config:
 @pytest.mark.parametrize(
     ("changes", "sizes", "options", "words"),
     [
-        ({"position": "relative"}, Sizes(hidden_size=30), Options(), "model.position is relative"),
-        ({}, Sizes(hidden_size=16), Options(), "--hidden-size is 16 and the source has 24: growth does not shrink"),
-        ({}, Sizes(num_layers=1), Options(), "growth does not shrink"),
-        ({"norm": "layernorm", "residual": "post"}, Sizes(hidden_size=30), Options(), "choose a multiple of 24"),
-        ({"norm": "layernorm"}, Sizes(hidden_size=30), Options(width="zero"), "average and duplicate are exact"),
-        ({"norm": "dyt", "residual": "post"}, Sizes(num_layers=3), Options(), "tanh of tanh"),
-        ({"qk_norm": True, "norm": "layernorm"}, Sizes(head_dim=8), Options(), "choose a multiple of 6"),
-        ({}, Sizes(num_heads=5), Options(), "num_heads"),
-        ({"num_heads": 8, "head_dim": 6}, Sizes(num_kv_heads=3, num_heads=9), Options(), "choose num_heads of at least 12"),
-        ({"moe": MOE}, Sizes(experts=6), Options(), "give a multiple"),
-        ({"moe": MOE}, Sizes(experts=8, top_k=2), Options(), "top_k 4 is exact"),
-        ({}, Sizes(experts=4, top_k=1), Options(router="xmoe"), "directions have no zero"),
-        ({"moe": {**MOE, "top_k": 1}}, Sizes(experts=8), Options(), "its gate is not divided by a sum"),
-        ({}, Sizes(granularity=2), Options(), "are for experts: give --num-experts"),
-        ({}, Sizes(experts=4, granularity=2), Options(router="softmax_topk"), "topk_softmax does"),
-        ({}, Sizes(vocab_size=50), Options(enable_vocabulary=True), "new tokens enter the normalizer"),
-        ({}, Sizes(num_layers=4), Options(depth="stack", lossless="require"), "identity and cancel are exact"),
-        ({}, Sizes(num_layers=5), Options(depth="dus"), "must be even and at most 4"),
-        ({"linear": "bitlinear"}, Sizes(hidden_size=48), Options(), "--symmetry none"),
-        ({"residual": "subln"}, Sizes(ffn_size=40), Options(), "--ffn-method zero"),
-        ({"moe": {**MOE, "every": 2}}, Sizes(num_layers=3), Options(), "grow by a multiple of 2"),
-        ({}, Sizes(hidden_size=48), Options(symmetry="loud"), "--symmetry is loud"),
-        ({}, Sizes(hidden_size=48), Options(depth="up"), "--depth-method is up: choose one of"),
-        ({}, Sizes(hidden_size=10**9), Options(), "more than 4096 times as much is no growth"),
-        ({}, Sizes(hidden_size=48), Options(symmetry="snr:-400"), "at most 60 dB"),
-        ({}, Sizes(hidden_size=48), Options(split=(float("inf"), 1.0)), "--split is inf:1: both parts must be finite"),
-        ({}, Sizes(hidden_size=48), Options(split=(float("nan"), 1.0)), "--split is nan:1: both parts must be finite"),
-        ({}, Sizes(vocab_size=20), Options(), "the source has 37: growth does not shrink"),
+        ({"position": "relative"}, Sizes(hidden_size=30), GrowthOptions(), "model.position is relative"),
+        ({}, Sizes(hidden_size=16), GrowthOptions(), "--hidden-size is 16 and the source has 24: growth does not shrink"),
+        ({}, Sizes(num_layers=1), GrowthOptions(), "growth does not shrink"),
+        ({"norm": "layernorm", "residual": "post"}, Sizes(hidden_size=30), GrowthOptions(), "choose a multiple of 24"),
+        ({"norm": "layernorm"}, Sizes(hidden_size=30), GrowthOptions(width="zero"), "average and duplicate are exact"),
+        ({"norm": "dyt", "residual": "post"}, Sizes(num_layers=3), GrowthOptions(), "tanh of tanh"),
+        ({"qk_norm": True, "norm": "layernorm"}, Sizes(head_dim=8), GrowthOptions(), "choose a multiple of 6"),
+        ({}, Sizes(num_heads=5), GrowthOptions(), "num_heads"),
+        ({"num_heads": 8, "head_dim": 6}, Sizes(num_kv_heads=3, num_heads=9), GrowthOptions(), "choose num_heads of at least 12"),
+        ({"moe": MOE}, Sizes(experts=6), GrowthOptions(), "give a multiple"),
+        ({"moe": MOE}, Sizes(experts=8, top_k=2), GrowthOptions(), "top_k 4 is exact"),
+        ({}, Sizes(experts=4, top_k=1), GrowthOptions(router="xmoe"), "directions have no zero"),
+        ({"moe": {**MOE, "top_k": 1}}, Sizes(experts=8), GrowthOptions(), "its gate is not divided by a sum"),
+        ({}, Sizes(granularity=2), GrowthOptions(), "are for experts: give --num-experts"),
+        ({}, Sizes(experts=4, granularity=2), GrowthOptions(router="softmax_topk"), "topk_softmax does"),
+        ({}, Sizes(vocab_size=50), GrowthOptions(enable_vocabulary=True), "new tokens enter the normalizer"),
+        ({}, Sizes(num_layers=4), GrowthOptions(depth="stack", lossless="require"), "identity and cancel are exact"),
+        ({}, Sizes(num_layers=5), GrowthOptions(depth="dus"), "must be even and at most 4"),
+        ({"linear": "bitlinear"}, Sizes(hidden_size=48), GrowthOptions(), "--symmetry none"),
+        ({"residual": "subln"}, Sizes(ffn_size=40), GrowthOptions(), "--ffn-method zero"),
+        ({"moe": {**MOE, "every": 2}}, Sizes(num_layers=3), GrowthOptions(), "grow by a multiple of 2"),
+        ({}, Sizes(hidden_size=48), GrowthOptions(symmetry="loud"), "--symmetry is loud"),
+        ({}, Sizes(hidden_size=48), GrowthOptions(depth="up"), "--depth-method is up: choose one of"),
+        ({}, Sizes(hidden_size=10**9), GrowthOptions(), "more than 4096 times as much is no growth"),
+        ({}, Sizes(hidden_size=48), GrowthOptions(symmetry="snr:-400"), "at most 60 dB"),
+        ({}, Sizes(hidden_size=48), GrowthOptions(split=(float("inf"), 1.0)), "--split is inf:1: both parts must be finite"),
+        ({}, Sizes(hidden_size=48), GrowthOptions(split=(float("nan"), 1.0)), "--split is nan:1: both parts must be finite"),
+        ({}, Sizes(vocab_size=20), GrowthOptions(), "the source has 37: growth does not shrink"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], sizes: Sizes, options: Options, words: str) -> None:
+def test_what_cannot_be_is_refused(changes: dict[str, Any], sizes: Sizes, options: GrowthOptions, words: str) -> None:
     """Catches an impossible row that is let through, and a refusal that does not say what would be exact."""
     with pytest.raises(UsageError) as error:
         plan_growth(toy(**changes), SEQ, sizes, options)
@@ -178,14 +178,16 @@ def test_stored_coefficients_stay_as_they_are_stored(residual: str, depth: str) 
     state = {n: t.to(torch.float32).to(t.dtype) if roles[n] == "coefficient" else t for n, t in random_state(model).items()}
     assert any(role == "coefficient" for role in roles.values())
     way = "identity" if residual == "mus" else depth  # what cancels would be divided by its own size
-    growth = plan_growth(model, SEQ, Sizes(hidden_size=36, num_layers=4), Options(depth=way))
+    growth = plan_growth(model, SEQ, Sizes(hidden_size=36, num_layers=4), GrowthOptions(depth=way))
     assert measure(growth, state)["logits_max"] < 1e-12
 
 
 def test_elements_do_not_depend_on_how_they_are_asked_for() -> None:
     """Catches noise, means and starts that differ with the cut into slabs."""
     model = toy(norm="layernorm", bias=True, moe=None)
-    growth = plan_growth(model, SEQ, Sizes(54, 8, 4, 8, 40, num_layers=3, vocab_size=50), Options(symmetry="snr:10", split=(2.0, 1.0)))
+    growth = plan_growth(
+        model, SEQ, Sizes(54, 8, 4, 8, 40, num_layers=3, vocab_size=50), GrowthOptions(symmetry="snr:10", split=(2.0, 1.0))
+    )
     state = random_state(model)
     read = grown_reader(growth, state)
     random = np.random.default_rng(0)
@@ -200,7 +202,7 @@ def test_elements_do_not_depend_on_how_they_are_asked_for() -> None:
 
 def test_what_is_copied_keeps_its_bits() -> None:
     """Catches a rounding on the way through fp64: a ×2 growth without noise is a copy, or a half."""
-    growth = plan_growth(toy(), SEQ, Sizes(hidden_size=48), Options(symmetry="none"))
+    growth = plan_growth(toy(), SEQ, Sizes(hidden_size=48), GrowthOptions(symmetry="none"))
     state = {n: t.to(torch.bfloat16) for n, t in random_state(toy()).items()}
     read = grown_reader(growth, state, torch.bfloat16)
     up, name = state["blocks.0.ffn.up.weight"], "blocks.0.ffn.up.weight"
@@ -218,7 +220,7 @@ def test_grids_grow_too() -> None:
     for changes in ({}, {"position": "learned", "norm": "layernorm", "bias": True}):
         model = toy(family="spacetime", spacetime=fields, vocab_size=None, **changes)
         state = random_state(model, seq_len=fields.tokens)
-        growth = plan_growth(model, fields.tokens, Sizes(36, 8, 4, ffn_size=40, num_layers=4), Options())
+        growth = plan_growth(model, fields.tokens, Sizes(36, 8, 4, ffn_size=40, num_layers=4), GrowthOptions())
         grid = torch.randn(2, 5, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         small = run(model, fields.tokens, reader(state), torch.float64, grid)
         grown = run(growth.target, fields.tokens, grown_reader(growth, state), torch.float64, grid)

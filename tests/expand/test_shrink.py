@@ -15,7 +15,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.grow import grow
 from megascale.expand.importance import measure, ranked
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import Smaller, choose, plan_shrink, shrink, smaller_model
 from megascale.expand.verify import run as run_model
@@ -45,7 +45,7 @@ def test_what_growth_added_comes_off_again(changes: dict[str, Any]) -> None:
     """
     model = toy(**changes)
     state = random_state(model)
-    zero = Options(width="zero", ffn="zero", heads="zero")
+    zero = GrowthOptions(width="zero", ffn="zero", heads="zero")
     sizes = Sizes(36, ffn_size=48) if changes.get("num_kv_heads") != 4 else Sizes(36, num_heads=6, ffn_size=48)
     growth = plan_growth(model, SEQ, sizes, zero)
     read = grown_reader(growth, state)
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], sizes: Smaller, word
 
 def test_grown_and_shrunk_on_disk(trained: Path, tmp_path: Path) -> None:
     """Catches a command line that works in tests only."""
-    grow(trained / "run", tmp_path / "grown", Sizes(36), Options(width="zero"), QUICK)
+    grow(trained / "run", tmp_path / "grown", Sizes(36), GrowthOptions(width="zero"), QUICK)
     command = [sys.executable, "tools/shrink.py", str(tmp_path / "grown"), str(tmp_path / "back"), "--hidden-size", "24", "--tokens", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "exact" in done.stdout, done.stderr

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.growth.exactness import MOE, SEQ, grown_reader, random_state, reader, toy
 from megascale.config.schema import Model
 from megascale.expand.apply import Read
-from megascale.expand.options import Options, Sizes
+from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import Growth, plan_growth
 from megascale.expand.proof import judge, units_apart
 from megascale.expand.verify import compare, run
@@ -28,7 +28,7 @@ Change = Callable[[str, Tensor], Tensor]
 
 def grown(name: str, seed: int) -> tuple[Growth, dict[str, Tensor], Tensor]:
     model: Model = toy(**MODELS[name][0])
-    growth = plan_growth(model, SEQ, MODELS[name][1], Options(seed=seed))
+    growth = plan_growth(model, SEQ, MODELS[name][1], GrowthOptions(seed=seed))
     tokens = torch.randint(0, 37, (4, SEQ), generator=torch.Generator().manual_seed(seed))
     return growth, random_state(model, seed), tokens
 

@@ -17,7 +17,7 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
-from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
+from megascale.formats.convert import ConvertOptions, hf_to_megascale, megascale_to_hf
 from megascale.formats.hf.compare_logits import our_logits
 from megascale.formats.hf.model import read_hf
 from megascale.formats.load import load_model
@@ -71,11 +71,11 @@ def test_every_family_both_ways(family: str, data: st.DataObject) -> None:
         tokens = tokens_of(values["vocab_size"])
         with torch.no_grad():
             want = logits(model, tokens)
-        hf_to_megascale(folder / "hf", folder / "ours", Options(slab_bytes=1000))
+        hf_to_megascale(folder / "hf", folder / "ours", ConvertOptions(slab_bytes=1000))
         ours = open_checkpoint(folder / "ours")
         got = our_logits(ours.model, ours.seq_len, ours.source.read, tokens)
         assert (got - want).abs().max() <= 1e-4
-        megascale_to_hf(folder / "ours", folder / "back", Options(slab_bytes=1000))
+        megascale_to_hf(folder / "ours", folder / "back", ConvertOptions(slab_bytes=1000))
         same_bits(folder / "hf", folder / "back")
         again = auto(family).from_pretrained(folder / "back").eval()
         with torch.no_grad():
@@ -109,8 +109,8 @@ def test_the_config_survives_a_round_trip(family: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     save(family, PLAIN[family], tmp_path / "hf")
-    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
-    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", ConvertOptions())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", ConvertOptions())
     before, after = (AutoConfig.from_pretrained(tmp_path / n).to_dict() for n in ("hf", "back"))
     for values in (before, after):
         for key in ("_name_or_path", "max_window_layers"):  # where it came from; and what matters with windows only
@@ -128,12 +128,12 @@ def test_files_are_cut_and_written_alike_by_any_number_of_workers(tmp_path: Path
     save("mixtral", PLAIN["mixtral"], tmp_path / "whole")
     save("mixtral", PLAIN["mixtral"], tmp_path / "cut", max_shard_size="20KB")
     assert (tmp_path / "cut/model.safetensors.index.json").exists()
-    hf_to_megascale(tmp_path / "whole", tmp_path / "a", Options())
-    hf_to_megascale(tmp_path / "cut", tmp_path / "b", Options(slab_bytes=777, workers=2))
+    hf_to_megascale(tmp_path / "whole", tmp_path / "a", ConvertOptions())
+    hf_to_megascale(tmp_path / "cut", tmp_path / "b", ConvertOptions(slab_bytes=777, workers=2))
     for path in (tmp_path / "a").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     monkeypatch.setattr("megascale.formats.hf.model.FILE_BYTES", 30000)
-    megascale_to_hf(tmp_path / "a", tmp_path / "back", Options(workers=2))
+    megascale_to_hf(tmp_path / "a", tmp_path / "back", ConvertOptions(workers=2))
     index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     same_bits(tmp_path / "whole", tmp_path / "back")
@@ -171,11 +171,11 @@ def test_older_spellings_are_read(tmp_path: Path) -> None:
 def test_dtypes_are_as_asked(tmp_path: Path) -> None:
     """Catches a cast that is not asked for, and one that is forgotten."""
     save("llama", PLAIN["llama"], tmp_path / "hf", torch.bfloat16)
-    hf_to_megascale(tmp_path / "hf", tmp_path / "kept", Options())
-    hf_to_megascale(tmp_path / "hf", tmp_path / "wide", Options(dtype=torch.float32))
+    hf_to_megascale(tmp_path / "hf", tmp_path / "kept", ConvertOptions())
+    hf_to_megascale(tmp_path / "hf", tmp_path / "wide", ConvertOptions(dtype=torch.float32))
     kept, wide = open_checkpoint(tmp_path / "kept").source, open_checkpoint(tmp_path / "wide").source
     assert {t.dtype for t in kept.tensors.values()} == {torch.bfloat16} and {t.dtype for t in wide.tensors.values()} == {torch.float32}
-    megascale_to_hf(tmp_path / "wide", tmp_path / "back", Options(dtype=torch.bfloat16))
+    megascale_to_hf(tmp_path / "wide", tmp_path / "back", ConvertOptions(dtype=torch.bfloat16))
     same_bits(tmp_path / "hf", tmp_path / "back")
     assert json.loads((tmp_path / "back/config.json").read_text())["torch_dtype"] == "bfloat16"
 

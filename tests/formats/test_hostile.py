@@ -21,7 +21,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.source import open_source
 from megascale.files import atomic_folder
-from megascale.formats.convert import Options, hf_to_megascale
+from megascale.formats.convert import ConvertOptions, hf_to_megascale
 from megascale.formats.megatron.checkpoint import find_iteration, read_megatron, write_megatron, write_torch_dist
 from megascale.formats.megatron.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.sources import open_checkpoint
@@ -118,7 +118,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({n: torch.ones(s) for n, s in shapes.items()}, folder / "hf/model.safetensors")
     (folder / "hf/config.json").write_text(json.dumps(LLAMA))
     (folder / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
-    hf_to_megascale(folder / "hf", folder / "ours", Options())
+    hf_to_megascale(folder / "hf", folder / "ours", ConvertOptions())
     ours = checkpoint(MODELS["llama"], folder / "small")
     write_megatron(ours, folder / "ranks", 2, 1, "te", 1, None)
     write_torch_dist(ours, folder / "dist", "te", 1, None)
@@ -160,7 +160,7 @@ def test_folders_of_others(case: str, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "hf", tmp_path / "hf")
     FOLDERS[case][0](tmp_path / "hf")
     with pytest.raises(UsageError) as error:
-        hf_to_megascale(tmp_path / "hf", tmp_path / "out", Options())
+        hf_to_megascale(tmp_path / "hf", tmp_path / "out", ConvertOptions())
     assert FOLDERS[case][1] in str(error.value), str(error.value)
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
 
@@ -237,7 +237,10 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 READERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "hf": (lambda p: hf_to_megascale(p, p.parent / "out", Options()), ["config.json", "generation_config.json", "model.safetensors"]),
+    "hf": (
+        lambda p: hf_to_megascale(p, p.parent / "out", ConvertOptions()),
+        ["config.json", "generation_config.json", "model.safetensors"],
+    ),
     "generate": (open_any, ["config.json", "generation_config.json", "model.safetensors"]),
     "ours": (open_any, ["step-00000000/trainer.json", "step-00000000/index.json"]),
     "grow": (open_source, ["step-00000000/trainer.json", "step-00000000/index.json"]),

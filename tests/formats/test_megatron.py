@@ -26,7 +26,7 @@ from megascale.formats.hf.compare_logits import our_logits
 from megascale.formats.megatron.checkpoint import read_megatron, write_megatron, write_torch_dist
 from megascale.formats.megatron.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.shapes import MODEL, our_shapes
-from megascale.formats.sources import Checkpoint, open_checkpoint
+from megascale.formats.sources import OpenCheckpoint, open_checkpoint
 from tests.layouts import tiny
 from tools.convert import app
 
@@ -51,14 +51,14 @@ class Random:
         return 0.3 * torch.randn(shape, generator=generator)
 
 
-def checkpoint(model: Model, folder: Path) -> Checkpoint:
+def checkpoint(model: Model, folder: Path) -> OpenCheckpoint:
     targets = [Target(MODEL + n, torch.float32, s) for n, s in our_shapes(model, SEQ).items()]
     config = {"model": model.model_dump(mode="json"), "train": {"seq_len": SEQ}}
     write_streamed(folder, 7, targets, Random(), {"step": 7, "config": config}, stamp="x")
     return open_checkpoint(folder)
 
 
-def assert_same(a: Any, b: Checkpoint) -> None:
+def assert_same(a: Any, b: OpenCheckpoint) -> None:
     for name, target in b.source.tensors.items():
         zero = (0,) * len(target.shape)
         assert torch.equal(a.produce(name, zero, target.shape), b.source.read(name, zero, target.shape)), name

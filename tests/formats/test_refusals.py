@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megascale.errors import UsageError
-from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
+from megascale.formats.convert import ConvertOptions, hf_to_megascale, megascale_to_hf
 from megascale.formats.hf.model import read_hf
 from tests.formats.models import PLAIN, save
 from tools.convert import app
@@ -134,7 +134,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     save("llama", PLAIN["llama"], folder / "hf")
-    hf_to_megascale(folder / "hf", folder / "ours", Options())
+    hf_to_megascale(folder / "hf", folder / "ours", ConvertOptions())
     return folder
 
 
@@ -147,7 +147,7 @@ def test_tampered_folders(damage: str, whole: Path, tmp_path: Path) -> None:
     change, words = DAMAGE[damage]
     change(tmp_path / "hf")
     with pytest.raises(UsageError) as error:
-        hf_to_megascale(tmp_path / "hf", tmp_path / "out", Options())
+        hf_to_megascale(tmp_path / "hf", tmp_path / "out", ConvertOptions())
     assert words in str(error.value), str(error.value)
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
 
@@ -159,11 +159,11 @@ def test_a_disk_without_room_leaves_nothing(whole: Path, tmp_path: Path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr("shutil.disk_usage", usage)
             with pytest.raises(UsageError, match="make room there"):
-                convert(whole / source, tmp_path / "out", Options())
+                convert(whole / source, tmp_path / "out", ConvertOptions())
         with monkeypatch.context() as patch:
             patch.setattr("megascale.checkpoint.streaming.write_shard", full)
             with pytest.raises(UsageError, match=r"out could not be written \(No space left on device: .*nothing is left of it"):
-                convert(whole / source, tmp_path / "out", Options())
+                convert(whole / source, tmp_path / "out", ConvertOptions())
         assert list(tmp_path.iterdir()) == []
 
 
@@ -177,7 +177,7 @@ def test_nothing_is_written_over(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "mine/letter").write_text("dear")
     for convert, source in ((hf_to_megascale, "hf"), (megascale_to_hf, "ours")):
         with pytest.raises(UsageError, match="is not empty, and nothing is written over"):
-            convert(whole / source, tmp_path / "mine", Options())
+            convert(whole / source, tmp_path / "mine", ConvertOptions())
     assert (tmp_path / "mine/letter").read_text() == "dear" and [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -197,9 +197,9 @@ def test_a_killed_conversion_is_finished(whole: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("megascale.formats.hf.model.FILE_BYTES", 20000)
     monkeypatch.setattr("megascale.checkpoint.streaming.write_shard", write)
     with pytest.raises(KeyboardInterrupt):
-        megascale_to_hf(whole / "ours", tmp_path / "out", Options())
+        megascale_to_hf(whole / "ours", tmp_path / "out", ConvertOptions())
     assert not (tmp_path / "out").exists()
-    megascale_to_hf(whole / "ours", tmp_path / "out", Options())
+    megascale_to_hf(whole / "ours", tmp_path / "out", ConvertOptions())
     assert len(written) == len(set(written)) + 1, "two whole files are kept"
     assert read_hf(tmp_path / "out").model == read_hf(whole / "hf").model
 

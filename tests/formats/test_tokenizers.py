@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megascale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
-from megascale.formats.convert import Options, hf_to_megascale, megascale_to_hf
+from megascale.formats.convert import ConvertOptions, hf_to_megascale, megascale_to_hf
 from megascale.formats.tokenizer_build import build, open_tokenizer
 from megascale.formats.tokenizer_files import PROBES, as_tokenizers, tokenizer_content
 from megascale.generate.open import open_any
@@ -117,14 +117,14 @@ def test_files_travel_with_the_model(tmp_path: Path) -> None:
     save("llama", PLAIN["llama"] | {"vocab_size": 410}, tmp_path / "hf")
     byte_level(tmp_path / "hf/tokenizer.json")
     (tmp_path / "hf/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}')
-    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
-    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", ConvertOptions())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", ConvertOptions())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     save("llama", PLAIN["llama"], tmp_path / "small")
-    hf_to_megascale(tmp_path / "small", tmp_path / "small-ours", Options())
+    hf_to_megascale(tmp_path / "small", tmp_path / "small-ours", ConvertOptions())
     with pytest.raises(UsageError, match="has 400 pieces and the model 50 rows"):
-        megascale_to_hf(tmp_path / "small-ours", tmp_path / "no", Options(tokenizer=tmp_path / "hf/tokenizer.json"))
+        megascale_to_hf(tmp_path / "small-ours", tmp_path / "no", ConvertOptions(tokenizer=tmp_path / "hf/tokenizer.json"))
     assert not (tmp_path / "no").exists()
 
 
@@ -134,8 +134,8 @@ def test_generation_of_an_export_needs_nothing_else(tmp_path: Path) -> None:
 
     train_sentencepiece(TEXTS, 400, tmp_path / "t.model")
     save("qwen3", PLAIN["qwen3"] | {"vocab_size": 400}, tmp_path / "hf")
-    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
-    megascale_to_hf(tmp_path / "ours", tmp_path / "out", Options(tokenizer=tmp_path / "t.model"))
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", ConvertOptions())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "out", ConvertOptions(tokenizer=tmp_path / "t.model"))
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     out = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert isinstance(out, torch.Tensor) and tokenizer.decode(out[0]).startswith("def ")
@@ -201,19 +201,20 @@ def test_tokenizers_of_every_kind_travel(tmp_path: Path) -> None:
     (tmp_path / "hf/qwen.tiktoken").write_text("IQ== 0\n")
     names = {"vocab.json", "merges.txt", "spiece.model", "tekken.json", "qwen.tiktoken"}
     assert (
-        hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options()).tokenizer == "spiece.model, vocab.json, tekken.json, qwen.tiktoken"
+        hf_to_megascale(tmp_path / "hf", tmp_path / "ours", ConvertOptions()).tokenizer
+        == "spiece.model, vocab.json, tekken.json, qwen.tiktoken"
     )
-    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", ConvertOptions())
     for name in names:
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     for name in ("spiece.model", "vocab.json", "merges.txt", "qwen.tiktoken"):
         (tmp_path / "ours" / name).unlink()
-    report = megascale_to_hf(tmp_path / "ours", tmp_path / "again", Options())
+    report = megascale_to_hf(tmp_path / "ours", tmp_path / "again", ConvertOptions())
     assert (tmp_path / "again/tekken.json").exists() and "which is not read" in report.notes[0] and "copied" in report.notes[0]
-    bare = megascale_to_hf(tmp_path / "ours", tmp_path / "bare", Options(with_tokenizer=False))
+    bare = megascale_to_hf(tmp_path / "ours", tmp_path / "bare", ConvertOptions(with_tokenizer=False))
     assert bare.tokenizer is None and not (tmp_path / "bare/tekken.json").exists() and bare.notes == []
     with pytest.raises(UsageError, match=r"make a tokenizer\.json with transformers"):
-        megascale_to_hf(tmp_path / "ours", tmp_path / "no", Options(tokenizer=tmp_path / "ours"))
+        megascale_to_hf(tmp_path / "ours", tmp_path / "no", ConvertOptions(tokenizer=tmp_path / "ours"))
 
 
 def test_the_end_of_a_config_goes_back(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_the_end_of_a_config_goes_back(tmp_path: Path) -> None:
     save("llama", PLAIN["llama"] | {"vocab_size": 410, "eos_token_id": [3, 5]}, tmp_path / "hf")
     (tmp_path / "hf/generation_config.json").unlink()
     byte_level(tmp_path / "hf/tokenizer.json")
-    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", Options())
+    hf_to_megascale(tmp_path / "hf", tmp_path / "ours", ConvertOptions())
     assert open_any(tmp_path / "hf").ends == open_any(tmp_path / "ours").ends == {3, 5}
-    megascale_to_hf(tmp_path / "ours", tmp_path / "back", Options())
+    megascale_to_hf(tmp_path / "ours", tmp_path / "back", ConvertOptions())
     assert json.loads((tmp_path / "back/generation_config.json").read_text())["eos_token_id"] == [3, 5]

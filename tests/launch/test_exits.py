@@ -158,7 +158,7 @@ def test_a_disk_that_fails_in_training(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_a_failed_last_save_comes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str) -> None:
     """Catches a node lost in the last save that scripts take for a training that cannot go on, and a watch that is not asked."""
     from megascale.checkpoint import saver
-    from megascale.train.faults.watchdog import Watch
+    from megascale.train.faults.watchdog import Watchdog
 
     make_tokens(tmp_path / "tokens")
     real, asked = saver.write_checkpoint, []
@@ -168,12 +168,12 @@ def test_what_a_failed_last_save_comes_to(tmp_path: Path, monkeypatch: pytest.Mo
             raise error
         return real(root, step, *args, **more)
 
-    def explain(self: Watch, error: BaseException, reason: str) -> str:
+    def explain(self: Watchdog, error: BaseException, reason: str) -> str:
         asked.append(reason)
         return reason
 
     monkeypatch.setattr(saver, "write_checkpoint", failing)
-    monkeypatch.setattr(Watch, "explain", explain)
+    monkeypatch.setattr(Watchdog, "explain", explain)
     assert start(tmp_path, settings(tmp_path, checkpoint__every=2, train__steps=4, model__num_layers=1)) == code
     found = told(tmp_path / "run")
     assert found["code"] == code and words in found["reason"] and "last good one is step 2" in found["reason"]

@@ -26,7 +26,7 @@ from megascale.schedule.accumulate import Accumulation
 from megascale.train import setup
 from megascale.train.faults.gate import Leaving
 from megascale.train.faults.stop import ECHO, StopFlag
-from megascale.train.faults.watchdog import Pulse
+from megascale.train.faults.watchdog import Activity
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 
@@ -98,7 +98,7 @@ def test_a_signal_in_any_phase(tmp_path: Path, phase: str, number: int) -> None:
         assert losses(tmp_path) == losses(tmp_path / "straight")
 
 
-class Agreeing(Pulse):
+class Agreeing(Activity):
     """What the watch does in a run of its own: looks into a store, here a file, for where to leave."""
 
     def __init__(self, file: Path, rank: int, size: int) -> None:
@@ -118,8 +118,8 @@ def left(values: dict[str, Any], point: int) -> tuple[int, str]:
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stop = StopFlag()
     stop.listen()
-    pulse = Agreeing(Path(values["run"]["dir"]).parent / "store", rank, size) if size > 1 else Pulse()
-    gate, enter, calls = pulse.gate, pulse.gate.enter, [0]
+    activity = Agreeing(Path(values["run"]["dir"]).parent / "store", rank, size) if size > 1 else Activity()
+    gate, enter, calls = activity.gate, activity.gate.enter, [0]
 
     def struck() -> None:
         calls[0] += 1
@@ -131,7 +131,7 @@ def left(values: dict[str, Any], point: int) -> tuple[int, str]:
 
     gate.enter = struck  # type: ignore[method-assign]
     try:
-        with setup.build_trainer(build_config(values), RankInfo(rank, size, rank, size), stop, pulse) as trainer:
+        with setup.build_trainer(build_config(values), RankInfo(rank, size, rank, size), stop, activity) as trainer:
             trainer.train()
     except MegascaleError as error:
         return error.code, str(error)

@@ -23,60 +23,71 @@ from megascale.launch.exits import Exit
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port
 from megascale.train.faults.lived import LivedClock
-from megascale.train.faults.watchdog import BEAT, GONE, SAVING, STARTING, Beat, Sight, Watch, blame, judge, words_of
+from megascale.train.faults.watchdog import (
+    GONE,
+    HEARTBEAT,
+    SAVING,
+    STARTING,
+    Heartbeat,
+    PeerView,
+    Watchdog,
+    find_hang,
+    find_lost_peer,
+    words_of,
+)
 from tests.runs import make_tokens, rows, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def sights(*beats: Beat, heard: float = 100.0, moved: float = 100.0) -> list[Sight]:
-    return [Sight(b, heard, moved) for b in beats]
+def views(*heartbeats: Heartbeat, heard: float = 100.0, moved: float = 100.0) -> list[PeerView]:
+    return [PeerView(b, heard, moved) for b in heartbeats]
 
 
-A = Beat(0, "n1", 7, 41, "training", 310, "all_reduce over dp_shard")
-B = Beat(1, "n2", 7, 41, "training", 309, "all_gather over tp")
+A = Heartbeat(0, "n1", 7, 41, "training", 310, "all_reduce over dp_shard")
+B = Heartbeat(1, "n2", 7, 41, "training", 309, "all_gather over tp")
 
 
 def test_all_is_well() -> None:
     """Catches alarms while anything moves, while kernels compile, while a slow disk is written, and when a rank has left as it should."""
-    assert judge(sights(A, B), 105, silence=10, limit=10) is None
-    one_moves = [Sight(A, 200, 100), Sight(B, 200, 195)]
-    assert judge(one_moves, 200, silence=10, limit=10) is None
+    assert find_hang(views(A, B), 105, silence=10, limit=10) is None
+    one_moves = [PeerView(A, 200, 100), PeerView(B, 200, 195)]
+    assert find_hang(one_moves, 200, silence=10, limit=10) is None
     for phase in (STARTING, SAVING):
-        still = sights(replace(A, phase=phase), replace(B, phase=phase), heard=200)
-        assert judge(still, 200, silence=10, limit=10) is None
-    assert judge(sights(replace(A, phase=GONE), moved=200), 200, silence=10, limit=10) is None
+        still = views(replace(A, phase=phase), replace(B, phase=phase), heard=200)
+        assert find_hang(still, 200, silence=10, limit=10) is None
+    assert find_hang(views(replace(A, phase=GONE), moved=200), 200, silence=10, limit=10) is None
 
 
 def test_a_silent_rank_is_named() -> None:
     """Catches a lost node that goes unnoticed because nobody's library sees its connection close."""
-    text = judge([Sight(A, 130, 130), Sight(B, 100, 100)], 130, silence=20, limit=600)
+    text = find_hang([PeerView(A, 130, 130), PeerView(B, 100, 100)], 130, silence=20, limit=600)
     assert text == "rank 1 on n2 is silent for 30 s (step 41, training, last collective all_gather over tp)"
 
 
 def test_the_rank_behind_is_named() -> None:
     """Catches a verdict that names one of those that wait instead of the one that they wait for."""
-    text = judge(sights(A, B, heard=130), 130, silence=20, limit=20)
+    text = find_hang(views(A, B, heard=130), 130, silence=20, limit=20)
     assert text is not None and "rank 1 on n2 is behind (step 41, training, last collective all_gather over tp)" in text
     assert "rank 0 on n1 waits (step 41, training, last collective all_reduce over dp_shard)" in text
-    equal = judge(sights(A, replace(A, rank=1), heard=130), 130, silence=20, limit=20)
+    equal = find_hang(views(A, replace(A, rank=1), heard=130), 130, silence=20, limit=20)
     assert equal is not None and "network" in equal and "run.collective_timeout" in equal
 
 
 def test_a_hung_save_ends_at_last() -> None:
     """Catches a dead file system that holds the nodes for ever."""
-    saving = sights(replace(A, phase=SAVING), replace(B, phase=SAVING), heard=1000)
-    assert judge(saving, 1000, silence=20, limit=100) is None
-    assert judge(saving, 1400, silence=1000, limit=100) is not None
+    saving = views(replace(A, phase=SAVING), replace(B, phase=SAVING), heard=1000)
+    assert find_hang(saving, 1000, silence=20, limit=100) is None
+    assert find_hang(saving, 1400, silence=1000, limit=100) is not None
 
 
 def test_blame() -> None:
     """Catches a report of a closed connection that does not say whose, or accuses one that left because of another."""
     later = replace(B, count=9)
-    assert blame([A, B], [replace(A, count=9), later]) is None
-    assert blame([A, B], [A, later]) == f"rank 0 on n1 is gone ({A.place})"
-    assert blame([A, B], [replace(A, phase=GONE), later]) is None
-    told = blame([A, B], [A, replace(later, ending="code 1, ValueError: odd")])
+    assert find_lost_peer([A, B], [replace(A, count=9), later]) is None
+    assert find_lost_peer([A, B], [A, later]) == f"rank 0 on n1 is gone ({A.place})"
+    assert find_lost_peer([A, B], [replace(A, phase=GONE), later]) is None
+    told = find_lost_peer([A, B], [A, replace(later, ending="code 1, ValueError: odd")])
     assert told == f"rank 1 on n2 left ({B.place}): code 1, ValueError: odd"
 
 
@@ -84,16 +95,16 @@ def test_frozen_time_is_no_time() -> None:
     """Catches a job that was suspended as a whole and calls its peers lost when it wakes, and a freeze that nobody is told of."""
     real = [1000.0]
     clock = LivedClock(lambda: real[0])
-    seen = sights(A, B, heard=clock.now(), moved=clock.now())
+    seen = views(A, B, heard=clock.now(), moved=clock.now())
     for step in (1.0, 2.0, 83.0, 1.0):
         real[0] += step
         now = clock.now()
-        assert judge(seen, now, silence=10, limit=10) is None
+        assert find_hang(seen, now, silence=10, limit=10) is None
     assert now == 5.0 and clock.frozen() == 83.0 == clock.last_frozen and clock.frozen() == 0.0
     real[0] += 4.0
     clock.now()
     real[0] += 4.0
-    assert judge(seen, clock.now(), silence=10, limit=10) is not None, "a peer that is silent while this rank lives is lost"
+    assert find_hang(seen, clock.now(), silence=10, limit=10) is not None, "a peer that is silent while this rank lives is lost"
 
 
 GARBAGE = [
@@ -112,19 +123,19 @@ GARBAGE = [
 def test_garbage_in_the_store() -> None:
     """Catches a watch that dies of what a stranger writes: the job would end, or hang unseen."""
     store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
-    watch = Watch(RankInfo(0, 2, 0, 2), store, 500.0)
+    watch = Watchdog(RankInfo(0, 2, 0, 2), store, 500.0)
     try:
         inside = dist.PrefixStore("watch", store)
         inside.set("1", json.dumps(asdict(B)))
-        assert watch._beats()[1] == B
+        assert watch._heartbeats()[1] == B
         for text in GARBAGE:
             inside.set("1", text.decode("latin-1"))
             inside.set("0", text.decode("latin-1"))
-            assert watch._beats()[1] == B
+            assert watch._heartbeats()[1] == B
         inside.set("stop", "")
         inside.set("passed/1", "many")
-        time.sleep(3 * BEAT)
-        assert {"beats", "watch"} <= {t.name for t in threading.enumerate()} and watch._beats()[0].count > 2
+        time.sleep(3 * HEARTBEAT)
+        assert {"beats", "watch"} <= {t.name for t in threading.enumerate()} and watch._heartbeats()[0].count > 2
     finally:
         watch.leaves(Exit(0, "done"))
 
@@ -189,7 +200,7 @@ def test_a_lost_rank(tmp_path: Path, jobs: list[Job], victim: int, number: signa
     job = Job(tmp_path, ["pretrain.py"])
     jobs.append(job)
     job.wait_for_step(3)
-    time.sleep(2 * BEAT)
+    time.sleep(2 * HEARTBEAT)
     os.kill(job.ranks[victim].pid, number)
     start = time.monotonic()
     code, ending, errors = job.ending(1 - victim)

@@ -15,7 +15,7 @@ import typer
 from megascale.config.load import build_config
 from megascale.config.spans import SENTINELS, longest_window, spans_of
 from megascale.data.aligned import read_pairs
-from megascale.data.dataset import Mixture, Source
+from megascale.data.dataset import Corpus, Mixture
 from megascale.data.indexed import TokenFile, TokenWriter
 from megascale.data.pairs import PairMixture, SpanMixture, pair_batch
 from megascale.data.samples import note, open_data
@@ -101,7 +101,7 @@ def mixture(prefix: str, part: str = "all", **changes: Any) -> PairMixture:
         "valid_fraction": 0.0,
         "shuffled": True,
     }
-    return PairMixture([Source(prefix, 1.0, "p")], part=part, **{**values, **changes})
+    return PairMixture([Corpus(prefix, 1.0, "p")], part=part, **{**values, **changes})
 
 
 def test_what_a_sample_is(tmp_path: Path) -> None:

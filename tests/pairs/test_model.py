@@ -14,7 +14,7 @@ from megascale.config.schema import Model, Parallel
 from megascale.config.stages import pair_costs, split_unequal, stage_parts
 from megascale.generate.beam import beam_search
 from megascale.measure.compute import flops_per_token
-from megascale.model.block import only
+from megascale.model.block import key_padding_mask
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.model.relative import buckets
 from megascale.model.residual import Stack, residual, token_correlations
@@ -114,7 +114,7 @@ def test_what_is_seen(name: str) -> None:
 
 def test_an_empty_place_is_no_number_and_counts_nowhere() -> None:
     """Catches a softmax over no keys, which not every kernel of torch makes zero: it would poison every gradient of the batch."""
-    seen = only(torch.tensor([[True, False], [False, False]])).valid
+    seen = key_padding_mask(torch.tensor([[True, False], [False, False]])).valid
     assert seen is not None and seen.tolist() == [[True, False], [True, False]]
     model, batch = made(MODELS["llama"]), fake_batch(Case(MODELS["llama"]), [3, -1])
     alone = fake_batch(Case(MODELS["llama"]), [3])

@@ -14,7 +14,7 @@ from megascale.config.load import load_config
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.expand.source import open_source
-from megascale.formats.convert import Options, megascale_to_fp8
+from megascale.formats.convert import ConvertOptions, megascale_to_fp8
 from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
 from megascale.generate.open import layout, open_model
@@ -44,7 +44,7 @@ def logits(path: Path, fp8: Fp8 | None = None) -> torch.Tensor:
 def test_exported_logits_are_the_trainers(tmp_path: Path) -> None:
     """Catches weights that are rounded otherwise than in training, and products that are computed in another precision afterwards."""
     source = trained(tmp_path)
-    report = megascale_to_fp8(source, tmp_path / "small", Options(workers=2))
+    report = megascale_to_fp8(source, tmp_path / "small", ConvertOptions(workers=2))
     tensors = read_index(Path(report.written)).tensors
     narrow = {n for n, t in tensors.items() if t.dtype == "F8_E4M3"}
     assert len(narrow) == 2 * (4 + 3) and all(".router." not in n and "embedding" not in n for n in narrow)
@@ -56,7 +56,7 @@ def test_exported_logits_are_the_trainers(tmp_path: Path) -> None:
 def test_what_reads_and_what_refuses_an_export(tmp_path: Path) -> None:
     """Catches a generator that asks a unit-scaled model for a decay, and growth from weights without masters."""
     source = trained(tmp_path)
-    megascale_to_fp8(source, tmp_path / "small", Options())
+    megascale_to_fp8(source, tmp_path / "small", ConvertOptions())
     for path in (source, tmp_path / "small"):
         assert layout(open_model(path), 1, "cpu").precision.fp8 == "static"
     with pytest.raises(UsageError, match="masters are gone"):
@@ -72,6 +72,6 @@ def test_other_models_are_not_narrowed(tmp_path: Path) -> None:
     """Catches a bf16 model whose weights lose five bits without a word, and leftovers."""
     source = trained(tmp_path, precision__fp8="false")
     with pytest.raises(UsageError, match=r"trained with precision.fp8 false"):
-        megascale_to_fp8(source, tmp_path / "small", Options())
+        megascale_to_fp8(source, tmp_path / "small", ConvertOptions())
     assert not (tmp_path / "small").exists()
     assert open_checkpoint(source).model.residual == "mus"

@@ -19,7 +19,7 @@ from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.parallel.precision import watched_casts
 from megascale.train.build import build_engine, build_model
-from megascale.train.log.module_metrics import Observed
+from megascale.train.log.module_metrics import MetricsOverRanks
 from tests.layouts import CPU, Case, fake_batch
 from tests.ranks import run_ranks
 
@@ -92,11 +92,11 @@ def one_step(names: list[str]) -> dict[str, str | float]:
         batch = fake_batch(case, [dist.get_rank()])
         try:
             model.train(True)
-            engine, observed = build_engine(model, config, CPU), Observed(model)
+            engine, observed = build_engine(model, config, CPU), MetricsOverRanks(model)
             with watched_casts(model.stages, True):
                 engine.run([batch], 1 / 32, 1e-3)
             norm, finite = engine.update(torch.ones((), dtype=torch.float64))
-            observed.row(observed.take(), CPU, sampled=True)
+            observed.row(observed.flush(), CPU, sampled=True)
             outcome[name] = norm.item() if finite else "not finite"
         except Exception as error:
             outcome[name] = f"{type(error).__name__}: {error}"

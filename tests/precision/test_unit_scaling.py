@@ -229,8 +229,8 @@ def vanished(scale: float) -> float:
     with watched_casts(model.stages, True):
         model.module(batch.tokens, batch.targets, scale=scale / batch.valid).backward()
     down = model.model.get_submodule("blocks.1.ffn.down")
-    assert isinstance(down, Linear) and down.observations is not None
-    found = shares(down.observations.take())
+    assert isinstance(down, Linear) and down.metrics is not None
+    found = shares(down.metrics.flush())
     assert found["weight_vanished"] < 0.01 and found["input_vanished"] < 0.4 and found["gradient_clamped"] == 0
     return found["gradient_vanished"]
 

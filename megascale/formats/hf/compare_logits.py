@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megascale.checkpoint.streaming import Produce
+from megascale.checkpoint.streaming import ReadSlice
 from megascale.comm.mesh import AXES, EXPERT_AXES, build_mesh
 from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
@@ -15,7 +15,7 @@ from megascale.formats.load import load_model
 
 
 @torch.no_grad()
-def our_logits(model: Model, seq_len: int, produce: Produce, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def our_logits(model: Model, seq_len: int, produce: ReadSlice, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """tokens [b, s] → logits [b, s, V] of this process alone. An encoder–decoder reads them as source and as target."""
     mesh = build_mesh(dict.fromkeys((*AXES, *EXPERT_AXES), 1), "cpu")
     built = load_model(model, seq_len, produce, mesh, Parallel(), torch.device("cpu"), dtype)
@@ -50,7 +50,7 @@ def hf_logits(folder: str | Path, tokens: torch.Tensor, family: str, dtype: torc
     return model(tokens, **pair).logits  # type: ignore[no-any-return]
 
 
-def largest_difference(model: Model, seq_len: int, produce: Produce, folder: str | Path, tokens: list[int]) -> float:
+def largest_difference(model: Model, seq_len: int, produce: ReadSlice, folder: str | Path, tokens: list[int]) -> float:
     """max |Δlogit| in fp32 on tokens that `check_comparable` has seen. Both models are in memory, one after the other."""
     row = torch.tensor([tokens])
     theirs = hf_logits(folder, row, model.family)

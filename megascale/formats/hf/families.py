@@ -25,7 +25,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleMap:
     """The module of theirs that holds one of ours, below a layer; `{expert}` where each expert has its own.
 
     transposed  weights are [in, out]
@@ -63,8 +63,8 @@ class Family:
     keys: tuple[Key, ...]
     fixed: Mapping[str, tuple[Any, ...]]
     layer: str
-    inner: Mapping[str, Place]
-    outer: Mapping[str, Place]
+    inner: Mapping[str, ModuleMap]
+    outer: Mapping[str, ModuleMap]
     prefix: str = "model."
     theta: float | None = 10000.0
     window: str = "never"
@@ -73,30 +73,35 @@ class Family:
     default_length: int | None = None
     copies: tuple[str, ...] = ()
     encoder: str = ""
-    encoder_inner: Mapping[str, Place] = field(default_factory=dict)
+    encoder_inner: Mapping[str, ModuleMap] = field(default_factory=dict)
     segments: str | None = None
     unused: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
 
 
-def _places(**theirs: str) -> dict[str, Place]:
-    return {ours.replace("__", "."): Place(name) for ours, name in theirs.items()}
+def _places(**theirs: str) -> dict[str, ModuleMap]:
+    return {ours.replace("__", "."): ModuleMap(name) for ours, name in theirs.items()}
 
 
-def _attention(*norms: str) -> dict[str, Place]:
-    found = {f"attention.{n}": Place(f"self_attn.{n}_proj") for n in "qkvo"}
-    return {**found, **{f"attention.{n}": Place(f"self_attn.{n}") for n in norms}}
+def _attention(*norms: str) -> dict[str, ModuleMap]:
+    found = {f"attention.{n}": ModuleMap(f"self_attn.{n}_proj") for n in "qkvo"}
+    return {**found, **{f"attention.{n}": ModuleMap(f"self_attn.{n}") for n in norms}}
 
 
-def _t5_ffn(layer: str) -> dict[str, Place]:
+def _t5_ffn(layer: str) -> dict[str, ModuleMap]:
     dense = f"{layer}.DenseReluDense"
-    up = Place(f"{dense}.wi", gated=f"{dense}.wi_1")
-    return {"ffn_norm": Place(f"{layer}.layer_norm"), "ffn.up": up, "ffn.gate": Place(f"{dense}.wi_0"), "ffn.down": Place(f"{dense}.wo")}
+    up = ModuleMap(f"{dense}.wi", gated=f"{dense}.wi_1")
+    return {
+        "ffn_norm": ModuleMap(f"{layer}.layer_norm"),
+        "ffn.up": up,
+        "ffn.gate": ModuleMap(f"{dense}.wi_0"),
+        "ffn.down": ModuleMap(f"{dense}.wo"),
+    }
 
 
-def _t5_attention(ours: str, theirs: str) -> dict[str, Place]:
+def _t5_attention(ours: str, theirs: str) -> dict[str, ModuleMap]:
     layer = theirs.rpartition(".")[0]
-    return {f"{ours}_norm": Place(f"{layer}.layer_norm"), **{f"{ours}.{n}": Place(f"{theirs}.{n}") for n in "qkvo"}}
+    return {f"{ours}_norm": ModuleMap(f"{layer}.layer_norm"), **{f"{ours}.{n}": ModuleMap(f"{theirs}.{n}") for n in "qkvo"}}
 
 
 PRE = _places(attention_norm="input_layernorm", ffn_norm="post_attention_layernorm")
@@ -253,10 +258,10 @@ FAMILIES: tuple[Family, ...] = (
         "transformer.h.",
         {
             **_places(attention_norm="ln_1", ffn_norm="ln_2"),
-            **{f"attention.{n}": Place("attn.c_attn", True, part) for part, n in enumerate("qkv")},
-            "attention.o": Place("attn.c_proj", True),
-            "ffn.up": Place("mlp.c_fc", True),
-            "ffn.down": Place("mlp.c_proj", True),
+            **{f"attention.{n}": ModuleMap("attn.c_attn", True, part) for part, n in enumerate("qkv")},
+            "attention.o": ModuleMap("attn.c_proj", True),
+            "ffn.up": ModuleMap("mlp.c_fc", True),
+            "ffn.down": ModuleMap("mlp.c_proj", True),
         },
         _places(embedding="transformer.wte", position="transformer.wpe", final_norm="transformer.ln_f", head="lm_head"),
         prefix="transformer.",
@@ -281,7 +286,7 @@ FAMILIES: tuple[Family, ...] = (
         {"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",)},
         "bert.encoder.layer.",
         {
-            **{f"attention.{n[0]}": Place(f"attention.self.{n}") for n in ("query", "key", "value")},
+            **{f"attention.{n[0]}": ModuleMap(f"attention.self.{n}") for n in ("query", "key", "value")},
             **_places(attention__o="attention.output.dense", attention_norm="attention.output.LayerNorm", ffn_norm="output.LayerNorm"),
             **_places(ffn__up="intermediate.dense", ffn__down="output.dense"),
         },
@@ -289,7 +294,7 @@ FAMILIES: tuple[Family, ...] = (
             **_places(embedding="bert.embeddings.word_embeddings", position="bert.embeddings.position_embeddings"),
             **_places(embedding_norm="bert.embeddings.LayerNorm", head="cls.predictions.decoder"),
             **_places(mlm__dense="cls.predictions.transform.dense", mlm__norm="cls.predictions.transform.LayerNorm"),
-            "mlm": Place("cls.predictions", untied="cls.predictions.decoder"),
+            "mlm": ModuleMap("cls.predictions", untied="cls.predictions.decoder"),
         },
         prefix="bert.",
         theta=None,

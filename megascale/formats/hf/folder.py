@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from megascale.checkpoint.index import DTYPES, SHARD_NAME, Chunk, Index, TensorEntry
 from megascale.errors import UsageError
 from megascale.formats.json_file import read_object
-from megascale.formats.sources import Stored
+from megascale.formats.sources import StoredTensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +39,7 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def open_hf(folder: Path) -> Stored:
+def open_hf(folder: Path) -> StoredTensors:
     """Reads the headers of all weight files. Raises UsageError for files that are missing, foreign, damaged or named outside the folder."""
     config = folder / CONFIG
     read_object(config)
@@ -69,7 +69,7 @@ def open_hf(folder: Path) -> Stored:
         tensors |= found
         stat = (folder / name).stat()
         digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns, sorted((k, t.shape) for k, t in found.items())]).encode())
-    return Stored(Index(folder, 0, {}, tensors), digest.hexdigest())
+    return StoredTensors(Index(folder, 0, {}, tensors), digest.hexdigest())
 
 
 def _files_of_index(folder: Path) -> dict[str, set[str] | None]:

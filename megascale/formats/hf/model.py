@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.streaming import Block, FilePlan, Progress, Target, write_files
+from megascale.checkpoint.streaming import FilePlan, Progress, SliceOfTensor, Target, write_files
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.files import atomic_folder, write_durably
@@ -23,8 +23,8 @@ from megascale.formats.hf.folder import CONFIG, INDEX, SINGLE, as_json, open_hf
 from megascale.formats.hf.tensor_names import links_of
 from megascale.formats.json_file import read_object
 from megascale.formats.shapes import check_depth, check_floating
-from megascale.formats.sources import Checkpoint, Foreign, Stored
-from megascale.formats.tensor_maps import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
+from megascale.formats.sources import Foreign, OpenCheckpoint, StoredTensors
+from megascale.formats.tensor_maps import Rearranged, Sizes, TensorMap, compare_names, copies_to_ours, copies_to_theirs, extents
 
 # Buffers that older versions of transformers saved with the weights.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(bert\.)?embeddings\.position_ids")
@@ -72,12 +72,12 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     check_floating(held, str(folder))
     links = _as_stored(family, links, held)
     _drop_tied(family, found, held, source, folder)
-    expected = extents(steps_to_theirs(links))
+    expected = extents(copies_to_theirs(links))
     short = frozenset(n for n in (_position(family), _position(family).removeprefix(family.prefix)) if n in expected and wanted < length)
     if family.segments is not None:
         expected[f"{family.segments}.weight"] = (config.get("type_vocab_size", 2), found.hidden_size)
     compare_names(expected, held, str(folder), short)
-    steps = steps_to_ours(links)
+    steps = copies_to_ours(links)
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
     read = source if family.segments is None else Segmented(source, _position(family), f"{family.segments}.weight")
@@ -85,7 +85,7 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp, notes)
 
 
-def _check_counts(model: Model, source: Stored, where: str) -> None:
+def _check_counts(model: Model, source: StoredTensors, where: str) -> None:
     """Raises UsageError for more layers or experts than there are tensors, before each is looked for, and for names with a prefix that
     all have.
     """
@@ -107,7 +107,7 @@ def _position(family: Family) -> str:
     return f"{family.outer['position'].theirs}.weight" if "position" in family.outer else ""
 
 
-def _as_stored(family: Family, links: list[Link], held: Mapping[str, Target]) -> list[Link]:
+def _as_stored(family: Family, links: list[TensorMap], held: Mapping[str, Target]) -> list[TensorMap]:
     """The links, spelled as the files at hand spell them."""
     if not any(n.startswith(family.prefix) for n in held):  # GPT-2's own files are of the model without its head
         links = [replace(link, theirs=link.theirs.removeprefix(family.prefix)) for link in links]
@@ -128,7 +128,7 @@ class Segmented:
     `positions`, and rounded only to what they become.
     """
 
-    source: Stored
+    source: StoredTensors
     positions: str
     segments: str
 
@@ -156,7 +156,7 @@ def _must_agree(model: Model, found: Model, where: str) -> None:
         raise UsageError("\n  ".join([f"the model section is not that of {where}:", *lines]) + "\nset them as the file has them")
 
 
-def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: Stored, folder: Path) -> None:
+def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: StoredTensors, folder: Path) -> None:
     """Copies of the embedding, as a stored head of a tied model, must equal it, and so with a bias that it has twice; they are then left
     out of `held`.
     """
@@ -175,13 +175,13 @@ def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: St
         del held[copy]
 
 
-def _has_own_head(family: Family, source: Stored) -> bool:
+def _has_own_head(family: Family, source: StoredTensors) -> bool:
     """Whether a head is stored that is not the embedding."""
     head, table = (source.tensors.get(family.outer[n].theirs + ".weight") for n in ("head", "embedding"))
     return head is not None and not _equal(source, head, table)
 
 
-def _equal(source: Stored, one: Target, other: Target | None) -> bool:
+def _equal(source: StoredTensors, one: Target, other: Target | None) -> bool:
     if other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False
     rows = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
@@ -205,7 +205,7 @@ class Export:
     notes: tuple[str, ...] = ()
 
 
-def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Export:
+def plan_export(checkpoint: OpenCheckpoint, dtype: torch.dtype | None = None) -> Export:
     """Raises UsageError where no Hugging Face family has what the model has.
 
     dtype  of the weights; the stored one if absent
@@ -213,7 +213,7 @@ def plan_export(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Exp
     original = checkpoint.trainer.get("hf_config")
     config = hf_config(checkpoint.model, checkpoint.seq_len, original if isinstance(original, dict) else None)
     family = BY_TYPE[config["model_type"]]
-    steps = steps_to_theirs(links_of(family, checkpoint.model, checkpoint.seq_len))
+    steps = copies_to_theirs(links_of(family, checkpoint.model, checkpoint.seq_len))
     held = checkpoint.source.tensors
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
@@ -245,7 +245,7 @@ def _files(targets: list[Target]) -> list[FilePlan]:
         groups[-1].append(t)
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))] if len(groups) > 1 else [SINGLE]
     return [
-        FilePlan(name, tuple(Block(t.name, t.name, t.dtype, (0,) * len(t.shape), t.shape) for t in group), (("format", "pt"),))
+        FilePlan(name, tuple(SliceOfTensor(t.name, t.name, t.dtype, (0,) * len(t.shape), t.shape) for t in group), (("format", "pt"),))
         for name, group in zip(names, groups)
     ]
 

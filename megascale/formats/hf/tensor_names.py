@@ -6,14 +6,14 @@ import re
 
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.formats.hf.families import Family, Place
+from megascale.formats.hf.families import Family, ModuleMap
 from megascale.formats.shapes import MODEL, our_shapes
-from megascale.formats.tensor_maps import Link, Sizes, whole
+from megascale.formats.tensor_maps import Sizes, TensorMap, whole
 
 BLOCK = re.compile(r"(blocks|encoder)\.(\d+)\.(.+)")
 
 
-def links_of(family: Family, model: Model, seq_len: int) -> list[Link]:
+def links_of(family: Family, model: Model, seq_len: int) -> list[TensorMap]:
     """One link for each weight, or for each expert of a bank. Ours are named as in checkpoints.
 
     Raises UsageError for a weight that the family has no place for.
@@ -34,9 +34,9 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[Link]:
     return links
 
 
-def _links(ours: str, shape: Sizes, theirs: str, place: Place) -> list[Link]:
+def _links(ours: str, shape: Sizes, theirs: str, place: ModuleMap) -> list[TensorMap]:
     if "{expert}" in theirs:
-        return [Link(ours, (e, 0, 0), (1, *shape[1:]), theirs.format(expert=e), (0, 0), (None, 0, 1)) for e in range(shape[0])]
+        return [TensorMap(ours, (e, 0, 0), (1, *shape[1:]), theirs.format(expert=e), (0, 0), (None, 0, 1)) for e in range(shape[0])]
     if not place.transposed:
         return [whole(ours, shape, theirs)]
     to = (0, place.part * shape[0]) if len(shape) == 2 else (place.part * shape[0],)

@@ -25,8 +25,8 @@ from megascale.formats.megatron.distributed import open_distributed, stamp_of, w
 from megascale.formats.megatron.pickles import read_torch
 from megascale.formats.megatron.tensor_names import Cut, check_model, empty_states, homogeneous, rank_links, rank_name, stacked
 from megascale.formats.shapes import check_depth, check_floating
-from megascale.formats.sources import Checkpoint, Foreign
-from megascale.formats.tensor_maps import Link, Rearranged, Sizes, compare_names, extents, steps_to_ours, steps_to_theirs
+from megascale.formats.sources import Foreign, OpenCheckpoint
+from megascale.formats.tensor_maps import Rearranged, Sizes, TensorMap, compare_names, copies_to_ours, copies_to_theirs, extents
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -97,14 +97,14 @@ def read_megatron(folder: str | Path, model: Model, seq_len: int, dtype: torch.d
 
 
 def _foreign(
-    model: Model, seq_len: int, links: list[Link], copies: list[Link], source: Any, where: str, dtype: torch.dtype | None
+    model: Model, seq_len: int, links: list[TensorMap], copies: list[TensorMap], source: Any, where: str, dtype: torch.dtype | None
 ) -> Foreign:
     held = source.tensors
     assert model.vocab_size is not None
     check_floating(held, where)
     padded = frozenset(n for n in held if n.endswith(("word_embeddings.weight", "output_layer.weight")))
-    compare_names(extents(steps_to_theirs([*links, *copies])), held, where, padded)
-    steps = steps_to_ours(links)
+    compare_names(extents(copies_to_theirs([*links, *copies])), held, where, padded)
+    steps = copies_to_ours(links)
     for copy in copies:
         _same(copy, links, source)
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
@@ -115,7 +115,7 @@ def _foreign(
     return Foreign(model, seq_len, targets, Rearranged(source, steps, dtypes), {}, source.stamp)
 
 
-def _same(copy: Link, links: list[Link], source: Any) -> None:
+def _same(copy: TensorMap, links: list[TensorMap], source: Any) -> None:
     """Raises UsageError where a rank's copy of a tensor is not that of the rank it was read from."""
     first = next(k for k in links if k.ours == copy.ours and k.at == copy.at)
     rows = max(1, ELEMENTS // max(1, math.prod(copy.size[1:])))
@@ -151,7 +151,7 @@ def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
 
 
 def write_megatron(
-    checkpoint: Checkpoint,
+    checkpoint: OpenCheckpoint,
     folder: Path,
     tp: int,
     pp: int,
@@ -174,7 +174,7 @@ def write_megatron(
     cut = Cut(tp, pp, spec, -(-model.vocab_size // unit) * unit, experts)
     check_model(model, cut)
     links, copies = rank_links(model, checkpoint.seq_len, cut)
-    steps = steps_to_theirs([*links, *copies])
+    steps = copies_to_theirs([*links, *copies])
     shapes = extents(steps)
     tables = {n for n in shapes if n.endswith(("word_embeddings.weight", "output_layer.weight"))}
     shapes |= {n: (cut.rows // tp, shapes[n][1]) for n in tables}
@@ -198,7 +198,7 @@ def write_megatron(
     return Foreign(model, checkpoint.seq_len, targets, produce, {}, checkpoint.source.stamp)
 
 
-def write_torch_dist(checkpoint: Checkpoint, folder: Path, spec: str, divisible: int, dtype: torch.dtype | None) -> Foreign:
+def write_torch_dist(checkpoint: OpenCheckpoint, folder: Path, spec: str, divisible: int, dtype: torch.dtype | None) -> Foreign:
     """Writes `folder`/iter_…, a distributed checkpoint that loads on any ranks; memory is that of a few rectangles, whatever the model's.
 
     spec       te or local, which differ where there are experts
@@ -210,7 +210,7 @@ def write_torch_dist(checkpoint: Checkpoint, folder: Path, spec: str, divisible:
     assert model.vocab_size is not None
     cut = Cut(1, 1, "te" if spec == "te" else "dist_local", -(-model.vocab_size // divisible) * divisible)
     check_model(model, cut)
-    steps = steps_to_theirs([stacked(link, homogeneous(model)) for link in rank_links(model, checkpoint.seq_len, cut)[0]])
+    steps = copies_to_theirs([stacked(link, homogeneous(model)) for link in rank_links(model, checkpoint.seq_len, cut)[0]])
     shapes = extents(steps)
     shapes |= {n: (cut.rows, *s[1:]) for n, s in shapes.items() if n.endswith(("word_embeddings.weight", "output_layer.weight"))}
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}

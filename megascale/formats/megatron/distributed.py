@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megascale.checkpoint.streaming import Produce, Target, slabs
+from megascale.checkpoint.streaming import ReadSlice, Target, slabs
 from megascale.errors import UsageError
 from megascale.files import write_durably
 from megascale.formats.json_file import read_object
@@ -48,7 +48,7 @@ FILE_BYTES = 4 * 10**9  # after which another file begins
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """A rectangle of a tensor in a .distcp file, as torch.save wrote it."""
 
     offset: Sizes
@@ -63,7 +63,7 @@ class Distributed:
     """The tensors of a torch_dist checkpoint. A chunk is read whole, the last few are kept: memory is theirs."""
 
     folder: Path
-    chunks: Mapping[str, tuple[Chunk, ...]]
+    chunks: Mapping[str, tuple[StoredChunk, ...]]
     dtypes: Mapping[str, torch.dtype]
 
     @cached_property
@@ -144,7 +144,7 @@ def open_distributed(folder: Path) -> tuple[Distributed, Cut]:
 def _read_metadata(folder: Path) -> Distributed:
     """The chunks of every model tensor. Optimizer state and objects are left where they are."""
     state = read_pickle(folder / ".metadata").state
-    chunks: dict[str, list[Chunk]] = {}
+    chunks: dict[str, list[StoredChunk]] = {}
     dtypes: dict[str, torch.dtype] = {}
     places = {}
     for index, info in state["storage_data"].items():
@@ -169,11 +169,11 @@ def _read_metadata(folder: Path) -> Distributed:
                 raise ValueError(f"a rectangle of {name} has size {size} at {offset}")
             if any(type(n) is not int or n < 0 for n in (begin, length)):
                 raise ValueError(f"{name} lies at {begin}, {length} bytes long")
-            chunks.setdefault(name, []).append(Chunk(offset, size, place["relative_path"], begin, length))
+            chunks.setdefault(name, []).append(StoredChunk(offset, size, place["relative_path"], begin, length))
     return Distributed(folder, {n: tuple(parts) for n, parts in chunks.items()}, dtypes)
 
 
-def write_distributed(folder: Path, targets: list[Target], produce: Produce, states: list[str], iteration: int) -> None:
+def write_distributed(folder: Path, targets: list[Target], produce: ReadSlice, states: list[str], iteration: int) -> None:
     """Writes an iteration's folder: `targets`, and for `states` the empty objects that modules ask for beside their weights.
 
     Memory is that of a rectangle of CHUNK elements. A layer's part is never in one rectangle with another's.

@@ -16,7 +16,7 @@ from megascale.config.schema import Model
 from megascale.config.stages import has_experts
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL
-from megascale.formats.tensor_maps import Link, Sizes
+from megascale.formats.tensor_maps import Sizes, TensorMap
 
 # Where norms stand: fused into the product behind them with Transformer Engine, modules of their own without; before experts always, but
 # that a distributed checkpoint from a model without it (dist_local) names it as if it were fused.
@@ -87,27 +87,27 @@ def check_model(model: Model, cut: Cut) -> None:
         raise UsageError(f"model.num_layers is {model.num_layers} and the weights are cut over {cut.pp} pipeline ranks: choose a divisor")
 
 
-def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[Link], list[Link]]:
+def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[TensorMap], list[TensorMap]]:
     """Links to the tensors of all ranks, named `mp_rank_…/name`; and links of what further ranks hold once more."""
-    links: list[Link] = []
-    copies: list[Link] = []
+    links: list[TensorMap] = []
+    copies: list[TensorMap] = []
     per_stage = model.num_layers // cut.pp
     d = model.hidden_size
 
     def everywhere(ours: str, shape: Sizes, theirs: str, pp: int) -> None:
         for tp in range(cut.tp):
-            link = Link(
+            link = TensorMap(
                 MODEL + ours, (0,) * len(shape), shape, f"{rank_name(tp, pp, cut)}/{theirs}", (0,) * len(shape), tuple(range(len(shape)))
             )
             (copies if tp else links).append(link)
 
-    def table(ours: str, theirs: str, pp: int, into: list[Link]) -> None:
+    def table(ours: str, theirs: str, pp: int, into: list[TensorMap]) -> None:
         assert model.vocab_size is not None
         part = cut.rows // cut.tp
         for tp in range(cut.tp):
             rows = min(part, model.vocab_size - tp * part)
             if rows > 0:
-                into.append(Link(MODEL + ours, (tp * part, 0), (rows, d), f"{rank_name(tp, pp, cut)}/{theirs}", (0, 0), (0, 1)))
+                into.append(TensorMap(MODEL + ours, (tp * part, 0), (rows, d), f"{rank_name(tp, pp, cut)}/{theirs}", (0, 0), (0, 1)))
 
     table("embedding.weight", "embedding.word_embeddings.weight", 0, links)
     if model.position == "learned":
@@ -145,42 +145,42 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[Link], list[L
     return links, copies
 
 
-def _experts(model: Model, cut: Cut, tp: int) -> list[Link]:
+def _experts(model: Model, cut: Cut, tp: int) -> list[TensorMap]:
     """The experts of one layer on one tensor rank, and those that every token meets. Names are below the layer."""
     assert model.moe is not None and model.moe.ffn_size is not None
     d, n = model.hidden_size, model.moe.ffn_size // cut.tp
     parts = (("gate", 0), ("up", n)) if model.gated else (("up", 0),)
-    found: list[Link] = []
+    found: list[TensorMap] = []
     for e in range(model.moe.num_experts):
         first, second = (EXPERT[cut.experts].format(expert=e, product=p) for p in ("linear_fc1", "linear_fc2"))
         for part, to in parts:
-            found.append(Link(f"ffn.experts.{part}.weight", (e, tp * n, 0), (1, n, d), first, (to, 0), (None, 0, 1)))
-        found.append(Link("ffn.experts.down.weight", (e, 0, tp * n), (1, d, n), second, (0, 0), (None, 0, 1)))
+            found.append(TensorMap(f"ffn.experts.{part}.weight", (e, tp * n, 0), (1, n, d), first, (to, 0), (None, 0, 1)))
+        found.append(TensorMap("ffn.experts.down.weight", (e, 0, tp * n), (1, d, n), second, (0, 0), (None, 0, 1)))
     if model.moe.num_shared:
         wide = n * model.moe.num_shared
         for part, to in parts:
             at = to * model.moe.num_shared
             found.append(
-                Link(f"ffn.shared.{part}.weight", (tp * wide, 0), (wide, d), "mlp.shared_experts.linear_fc1.weight", (at, 0), (0, 1))
+                TensorMap(f"ffn.shared.{part}.weight", (tp * wide, 0), (wide, d), "mlp.shared_experts.linear_fc1.weight", (at, 0), (0, 1))
             )
-        found.append(Link("ffn.shared.down.weight", (0, tp * wide), (d, wide), "mlp.shared_experts.linear_fc2.weight", (0, 0), (0, 1)))
+        found.append(TensorMap("ffn.shared.down.weight", (0, tp * wide), (d, wide), "mlp.shared_experts.linear_fc2.weight", (0, 0), (0, 1)))
     return found
 
 
-def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[Link]:
+def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[TensorMap]:
     """The products of one layer on one tensor rank, cut along rows; the output products, which are cut along columns, where `leaf` is
     weight. Names are below the layer. `sparse`: experts stand for the feed-forward.
     """
     assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
     d, e, f = model.hidden_size, model.head_dim, model.ffn_size // cut.tp
     group, kv = model.num_heads // model.num_kv_heads, model.num_kv_heads // cut.tp
-    found: list[Link] = []
+    found: list[TensorMap] = []
 
     def rows(ours: str, first: int, count: int, theirs: str, to: int) -> None:
         wide = leaf == "weight"
         size = (count, d) if wide else (count,)
         rest = (0,) if wide else ()
-        found.append(Link(f"{ours}.{leaf}", (first, *rest), size, f"{theirs}.{leaf}", (to, *rest), (0, 1) if wide else (0,)))
+        found.append(TensorMap(f"{ours}.{leaf}", (first, *rest), size, f"{theirs}.{leaf}", (to, *rest), (0, 1) if wide else (0,)))
 
     for j in range(kv):
         g, to = tp * kv + j, j * (group + 2) * e
@@ -194,13 +194,13 @@ def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[
         rows("ffn.up", tp * f, f, "mlp.linear_fc1", f if gated else 0)
     if leaf == "weight":
         wide = model.num_heads * e // cut.tp
-        found.append(Link("attention.o.weight", (0, tp * wide), (d, wide), "self_attention.linear_proj.weight", (0, 0), (0, 1)))
+        found.append(TensorMap("attention.o.weight", (0, tp * wide), (d, wide), "self_attention.linear_proj.weight", (0, 0), (0, 1)))
         if not sparse:
-            found.append(Link("ffn.down.weight", (0, tp * f), (d, f), "mlp.linear_fc2.weight", (0, 0), (0, 1)))
+            found.append(TensorMap("ffn.down.weight", (0, tp * f), (d, f), "mlp.linear_fc2.weight", (0, 0), (0, 1)))
     return found
 
 
-def stacked(link: Link, layered: bool) -> Link:
+def stacked(link: TensorMap, layered: bool) -> TensorMap:
     """A link to a rank alone → to the tensor of a distributed checkpoint, where all experts of a layer are one tensor, and all layers of a
     kind if `layered`.
     """

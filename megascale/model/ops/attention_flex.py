@@ -15,37 +15,37 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from megascale.model.ops.attention_tiles import Seen, document_starts
+from megascale.model.ops.attention_tiles import AttentionMask, document_starts
 from megascale.model.ops.compiled import compile_static
 
 TILE = 128  # queries and keys of a tile
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]; `seen` must have its blocks."""
-    assert seen.blocks is not None
-    bias = None if seen.slopes is None else _bias(seen.slopes)
-    return _kernel(q.device.type)(q, k, v, score_mod=bias, block_mask=seen.blocks, enable_gqa=q.shape[1] != k.shape[1])
+    assert mask.blocks is not None
+    bias = None if mask.slopes is None else _bias(mask.slopes)
+    return _kernel(q.device.type)(q, k, v, score_mod=bias, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def with_blocks(seen: Seen, seq_len: int, device: torch.device) -> Seen:
+def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> AttentionMask:
     """`seen`, which must be causal, with torch's BlockMask for it.
 
     A tile counts as whole where its last query sees its first key: then all see all. It takes part where its last key is not before what
     its first query sees. In between the rule is asked for each pair.
     """
-    assert seen.causal
-    starts = None if seen.documents is None else document_starts(seen.documents)
+    assert mask.causal
+    starts = None if mask.documents is None else document_starts(mask.documents)
     first = torch.arange(0, seq_len, TILE, device=device)
     last = (first + TILE - 1).clamp(max=seq_len - 1)
-    lowest, highest = (_furthest(starts, seen.window, queries)[:, None, :, None] for queries in (first, last))  # [1 or b, 1, n, 1]
+    lowest, highest = (_furthest(starts, mask.window, queries)[:, None, :, None] for queries in (first, last))  # [1 or b, 1, n, 1]
     whole = (first >= highest) & (last < first[:, None])
     partial = (last >= lowest) & (first <= last[:, None]) & ~whole
-    rule = _rule(starts, seen.window)
+    rule = _rule(starts, mask.window)
     blocks = flex.BlockMask.from_kv_blocks(
         *_ordered(partial), *_ordered(whole), BLOCK_SIZE=TILE, mask_mod=rule, seq_lengths=(seq_len, seq_len)
     )
-    return seen._replace(blocks=blocks)
+    return mask._replace(blocks=blocks)
 
 
 def _furthest(starts: Tensor | None, window: int | None, queries: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rule(starts: Tensor | None, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def mask(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         result = key <= query
         if window is not None:
             result = result & (query - key < window)
         return result if starts is None else result & (key >= starts[b, query])
 
-    return seen
+    return mask
 
 
 def _bias(slopes: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale.model.ops.attention_tiles import Seen, add_block, add_block_gradients
+from megascale.model.ops.attention_tiles import AttentionMask, add_block, add_block_gradients
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q·kᵀ/√e + bias)·v over what is seen: q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]."""
-    return _attention(q, k, v, seen.documents, seen.slopes, seen.window, seen.causal)[0]  # type: ignore[no-any-return]
+    return _attention(q, k, v, mask.documents, mask.slopes, mask.window, mask.causal)[0]  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op(
@@ -36,8 +36,8 @@ def _attention(
     # Sample by sample: each has its own documents, and so its own tiles.
     for i in range(q.shape[0]):
         one = slice(i, i + 1)
-        seen = Seen(causal, None if documents is None else documents[one], window, slopes)
-        add_block(out[one], lse[one], q[one], k[one], v[one], everything, everything, seen)
+        mask = AttentionMask(causal, None if documents is None else documents[one], window, slopes)
+        add_block(out[one], lse[one], q[one], k[one], v[one], everything, everything, mask)
     return out.to(q.dtype), lse
 
 
@@ -64,9 +64,9 @@ def _attention_backward(
     delta = (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
     for i in range(q.shape[0]):
         one = slice(i, i + 1)
-        seen = Seen(causal, None if documents is None else documents[one], window, slopes)
+        mask = AttentionMask(causal, None if documents is None else documents[one], window, slopes)
         grads = (d_q[one], d_k[one], d_v[one])
-        add_block_gradients(grads, d_out[one], delta[one], lse[one], q[one], k[one], v[one], everything, everything, seen)
+        add_block_gradients(grads, d_out[one], delta[one], lse[one], q[one], k[one], v[one], everything, everything, mask)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
 

@@ -23,7 +23,7 @@ TALL = 128  # most of them, so that a tile reaches little beyond what they see
 Ranges = Sequence[range]  # consecutive positions each, ascending: where a rank's tokens stand in the whole sequence
 
 
-class Seen(NamedTuple):
+class AttentionMask(NamedTuple):
     """What a query sees, said by positions: keys up to its own (`causal`), the last `window` of them, of its own document
     (`documents` [b, S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same for torch's
     FlexAttention, where that runs. `valid` [b, t] says which keys there are, where samples have different lengths and order plays no part.
@@ -89,13 +89,13 @@ def visible_pairs(queries: Ranges, keys: Ranges, causal: bool = True, window: in
 
 
 @torch.no_grad()
-def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, seen: Seen) -> None:
+def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, mask: AttentionMask) -> None:
     """Merges the attention of q [b, h, n, e] over one block k, v [b, g, t, e] into `out` [b, h, n, e] and `lse` [b, h, n, 1].
 
     They begin as 0 and −∞, are of at least fp32, and after all blocks hold the result and log Σ exp of the scores.
     """
-    for tile in _tiles(q, k, queries, keys, seen):
-        scores = _scores(q, k, tile, seen)
+    for tile in _tiles(q, k, queries, keys, mask):
+        scores = _scores(q, k, tile, mask)
         top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # −∞ − −∞ where a row sees nothing
         scores.sub_(top).exp_()
         total = scores.sum(-1, keepdim=True)
@@ -121,13 +121,13 @@ def add_block_gradients(
     v: Tensor,
     queries: Ranges,
     keys: Ranges,
-    seen: Seen,
+    mask: AttentionMask,
 ) -> None:
     """Adds to `grads` (of q, k, v, in at least fp32) what one block contributes. delta [b, h, n, 1] is Σ d_out·out over the channels."""
     d_q, d_k, d_v = grads
     scale = q.shape[-1] ** -0.5
-    for tile in _tiles(q, k, queries, keys, seen):
-        p = _scores(q, k, tile, seen).sub_(_group(lse, k, tile)).exp_()
+    for tile in _tiles(q, k, queries, keys, mask):
+        p = _scores(q, k, tile, mask).sub_(_group(lse, k, tile)).exp_()
         d_rows = _group(d_out, k, tile)
         d_scores = _product(_wide(d_rows), _wide(_keys(v, tile)).transpose(1, 2)).sub_(_group(delta, k, tile)).mul_(p).to(q.dtype)
         d_q[:, :, tile.rows] += _ungroup(_product(d_scores, _keys(k, tile)), q) * scale
@@ -135,36 +135,36 @@ def add_block_gradients(
         d_v[:, :, tile.keys] += _product(p.to(q.dtype).transpose(1, 2), d_rows).view_as(d_v[:, :, tile.keys])
 
 
-def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, seen: Seen) -> Iterator[Tile]:
+def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, mask: AttentionMask) -> Iterator[Tile]:
     """Of a height at which a tile has about SCORES entries. Other documents' keys are left out where all samples can."""
     starts, reach = None, k.shape[2]
-    if seen.documents is not None and seen.causal:
-        starts = document_starts(seen.documents).amin(0).tolist()
+    if mask.documents is not None and mask.causal:
+        starts = document_starts(mask.documents).amin(0).tolist()
         reach = min(reach, max(here - start for here, start in enumerate(starts)) + TALL)
-    if seen.window is not None:
-        reach = min(reach, seen.window + TALL)
+    if mask.window is not None:
+        reach = min(reach, mask.window + TALL)
     height = max(ROWS, min(TALL, SCORES // max(1, q.shape[0] * q.shape[1] * reach)))
-    return tiles(queries, keys, height, seen.causal, seen.window, starts)
+    return tiles(queries, keys, height, mask.causal, mask.window, starts)
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile, seen: Seen) -> Tensor:
+def _scores(q: Tensor, k: Tensor, tile: Tile, mask: AttentionMask) -> Tensor:
     """[b·g, r·n, t] of one tile in at least fp32, −∞ where hidden."""
     scores = _product(_wide(_group(q, k, tile)), _wide(_keys(k, tile)).transpose(1, 2), q.shape[-1] ** -0.5)
     n, t = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
     grid = scores.view(q.shape[0], k.shape[1], -1, n, t)
     back: Tensor | None = None
-    if tile.partly or seen.slopes is not None:
+    if tile.partly or mask.slopes is not None:
         row = torch.arange(tile.row, tile.row + n, device=q.device)
         back = row[:, None] - torch.arange(tile.key, tile.key + t, device=q.device)
-    if back is not None and seen.slopes is not None:
-        grid -= seen.slopes.to(scores.dtype).view(1, k.shape[1], -1, 1, 1) * back.to(scores.dtype)
+    if back is not None and mask.slopes is not None:
+        grid -= mask.slopes.to(scores.dtype).view(1, k.shape[1], -1, 1, 1) * back.to(scores.dtype)
     if back is not None and tile.partly:
-        grid.masked_fill_(back < 0 if seen.window is None else (back < 0) | (back >= seen.window), float("-inf"))
-    if seen.documents is not None:
-        of_row, of_key = seen.documents[:, tile.row : tile.row + n], seen.documents[:, tile.key : tile.key + t]
+        grid.masked_fill_(back < 0 if mask.window is None else (back < 0) | (back >= mask.window), float("-inf"))
+    if mask.documents is not None:
+        of_row, of_key = mask.documents[:, tile.row : tile.row + n], mask.documents[:, tile.key : tile.key + t]
         grid.masked_fill_((of_row[:, :, None] != of_key[:, None, :])[:, None, None], float("-inf"))
-    if seen.valid is not None:
-        grid.masked_fill_(~seen.valid[:, None, None, None, tile.key : tile.key + t], float("-inf"))
+    if mask.valid is not None:
+        grid.masked_fill_(~mask.valid[:, None, None, None, tile.key : tile.key + t], float("-inf"))
     return scores
 
 

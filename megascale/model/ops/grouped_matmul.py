@@ -33,7 +33,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
 
 
-class _Spread(torch.autograd.Function):
+class _PermuteTokens(torch.autograd.Function):
     """Tokens [T, d] → rows [T·k, d] in the order `order`; gradients are summed over a token's rows in a fixed order."""
 
     @staticmethod
@@ -60,7 +60,7 @@ def sum_of_rows(rows: Tensor, places: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-class _Combine(torch.autograd.Function):
+class _UnpermuteTokens(torch.autograd.Function):
     """Rows [T·k, d] in the order `order` and gates [T, k] → each token's sum [T, d]. Its gradient needs no rows in the tokens' order."""
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Combine(torch.autograd.Function):
         return g * gates.flatten().index_select(0, order).unsqueeze(1), into_gates, None, None
 
 
-class Sort(NamedTuple):
+class Permutation(NamedTuple):
     """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and what undoes it."""
 
     order: Tensor
@@ -84,21 +84,21 @@ class Sort(NamedTuple):
     top_k: int
 
     @classmethod
-    def of(cls, experts: Tensor) -> Sort:
+    def of(cls, experts: Tensor) -> Permutation:
         order = experts.flatten().argsort(stable=True)
         return cls(order, inverse_of(order), experts.shape[1])
 
-    def spread(self, x: Tensor) -> Tensor:
+    def permute(self, x: Tensor) -> Tensor:
         """Tokens [n, d] → rows [n·k, d]."""
-        return _Spread.apply(x, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return]
+        return _PermuteTokens.apply(x, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return]
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows [n·k, d] → the results [n, k, d] of each token's experts."""
         return permute(rows, self.inverse, self.order).unflatten(0, (-1, self.top_k))
 
-    def combine(self, rows: Tensor, gates: Tensor) -> Tensor:
+    def unpermute(self, rows: Tensor, gates: Tensor) -> Tensor:
         """Rows [n·k, d], each times its gate [n, k], summed over a token's experts → [n, d]."""
-        return _Combine.apply(rows, gates, self.order, self.inverse)  # type: ignore[no-any-return]
+        return _UnpermuteTokens.apply(rows, gates, self.order, self.inverse)  # type: ignore[no-any-return]
 
 
 def inverse_of(order: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from megascale.config.schema import Config
 from megascale.launch.exits import Exit
 from megascale.launch.ranks import RankInfo
 from megascale.train.estimate.oom_advice import out_of_memory
-from megascale.train.faults.watchdog import Watch
+from megascale.train.faults.watchdog import Watchdog
 
 
-def explain(ending: Exit, error: BaseException, watch: Watch | None, config: Config | None, ranks: RankInfo) -> Exit:
+def explain(ending: Exit, error: BaseException, watch: Watchdog | None, config: Config | None, ranks: RankInfo) -> Exit:
     """`ending` of `error` with its reason made complete. For a lost peer this takes some seconds."""
     if ending.code == 5 and watch is not None:
         return Exit(5, watch.explain(error, ending.reason))

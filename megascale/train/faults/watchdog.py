@@ -32,7 +32,7 @@ from megascale.train.faults.gate import Gate, Leaving
 from megascale.train.faults.lived import STILL, LivedClock
 from megascale.train.faults.stop import StopFlag
 
-BEAT = 1.0  # seconds between two beats
+HEARTBEAT = 1.0  # seconds between two beats
 FILE_EVERY = 10.0  # seconds between two heartbeat files
 LOOK = 2.5  # beats that it takes to see whether a peer still has new ones
 SILENCE = 120.0  # seconds without a beat after which a rank is lost, unless run.collective_timeout is shorter
@@ -42,7 +42,7 @@ GONE = "has left"
 NO_STORE = "rank 0 is gone, or torchrun's agent on its node: the store in which the ranks met does not answer"
 
 
-class Pulse:
+class Activity:
     """What the main thread is doing. It writes, the watch reads; the other way go where to leave, and for how long time stood still."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Pulse:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """One rank's word. `moved` counts collectives and micro-batches; `ending` is the reason for which it left."""
 
     rank: int
@@ -84,65 +84,66 @@ class Beat:
         return self.step, self.phase, self.moved
 
     @staticmethod
-    def read(text: bytes, last: Beat) -> Beat:
+    def read(text: bytes, last: Heartbeat) -> Heartbeat:
         """What a rank has written; its `last` beat where that is none: everybody who reaches the store can write into it."""
         try:
-            beat = Beat(**json.loads(text))
+            heartbeat = Heartbeat(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return last
-        same_kinds = all(type(mine) is type(its) for mine, its in zip(astuple(last), astuple(beat)))
-        return beat if same_kinds and beat.rank == last.rank else last
+        same_kinds = all(type(mine) is type(its) for mine, its in zip(astuple(last), astuple(heartbeat)))
+        return heartbeat if same_kinds and heartbeat.rank == last.rank else last
 
 
 @dataclass
-class Sight:
+class PeerView:
     """The last beat of a rank, and when, on the observer's clock, it and its progress were new."""
 
-    beat: Beat
+    heartbeat: Heartbeat
     heard: float
     moved: float
 
-    def see(self, beat: Beat, now: float) -> None:
-        if beat.count != self.beat.count:
+    def see(self, heartbeat: Heartbeat, now: float) -> None:
+        if heartbeat.count != self.heartbeat.count:
             self.heard = now
-        if beat.progress != self.beat.progress:
+        if heartbeat.progress != self.heartbeat.progress:
             self.moved = now
-        self.beat = beat
+        self.heartbeat = heartbeat
 
 
-def judge(sights: Sequence[Sight], now: float, silence: float, limit: float) -> str | None:
+def find_hang(views: Sequence[PeerView], now: float, silence: float, limit: float) -> str | None:
     """Why the job must end, naming rank, node, step and last collective; None while all is well.
 
     silence  seconds without a beat after which a rank is lost
     limit    seconds after which a step that does not move hangs
     """
-    lost = [s for s in sights if now - s.heard > silence and s.beat.phase != GONE]
+    lost = [s for s in views if now - s.heard > silence and s.heartbeat.phase != GONE]
     if lost:
         return _names(lost, f"silent for {now - lost[0].heard:.0f} s")
-    running = [s for s in sights if s.beat.phase != GONE]
+    running = [s for s in views if s.heartbeat.phase != GONE]
     patience = {STARTING: math.inf, SAVING: SAVING_PATIENCE * limit}
-    if any(now - s.moved <= limit for s in running) or not any(now - s.moved > patience.get(s.beat.phase, limit) for s in running):
+    if any(now - s.moved <= limit for s in running) or not any(now - s.moved > patience.get(s.heartbeat.phase, limit) for s in running):
         return None
     # Who waits in a collective has started it; who is missing has started fewer, or is still in an earlier step.
-    behind = min(running, key=lambda s: (s.beat.step, s.beat.moved))
-    others = [s for s in running if s.beat.progress != behind.beat.progress]
+    behind = min(running, key=lambda s: (s.heartbeat.step, s.heartbeat.moved))
+    others = [s for s in running if s.heartbeat.progress != behind.heartbeat.progress]
     if not others:
         return (
-            f"nothing has moved for {limit:.0f} s: all {len(running)} ranks are at the same place ({behind.beat.place}), so look at the "
-            "network between them, or raise run.collective_timeout if a micro-batch takes that long"
+            f"nothing has moved for {limit:.0f} s: all {len(running)} ranks are at the same place ({behind.heartbeat.place}), so look at "
+            "the network between them, or raise run.collective_timeout if a micro-batch takes that long"
         )
     return (
-        f"nothing has moved for {limit:.0f} s: rank {behind.beat.rank} on {behind.beat.node} is behind ({behind.beat.place}), "
-        f"while rank {others[0].beat.rank} on {others[0].beat.node} waits ({others[0].beat.place})"
+        f"nothing has moved for {limit:.0f} s: rank {behind.heartbeat.rank} on {behind.heartbeat.node} is behind "
+        f"({behind.heartbeat.place}), while rank {others[0].heartbeat.rank} on {others[0].heartbeat.node} waits "
+        f"({others[0].heartbeat.place})"
     )
 
 
-def blame(before: Sequence[Beat], after: Sequence[Beat]) -> str | None:
+def find_lost_peer(before: Sequence[Heartbeat], after: Sequence[Heartbeat]) -> str | None:
     """Which peers are gone, by two looks some beats apart: those that left with a reason of their own, else those without a new beat."""
     first = [b for b in after if b.ending]
     if first:
         return f"rank {first[0].rank} on {first[0].node} left ({first[0].place}): {first[0].ending}"
-    silent = [Sight(b, 0.0, 0.0) for a, b in zip(before, after) if a.count == b.count and b.phase != GONE]
+    silent = [PeerView(b, 0.0, 0.0) for a, b in zip(before, after) if a.count == b.count and b.phase != GONE]
     return _names(silent, "gone") if silent else None
 
 
@@ -151,12 +152,12 @@ def words_of(text: bytes) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:4000].decode(errors="replace"))
 
 
-def _names(sights: Sequence[Sight], what: str) -> str:
-    shown = "; ".join(f"rank {s.beat.rank} on {s.beat.node} is {what} ({s.beat.place})" for s in sights[:4])
-    return shown + (f"; and {len(sights) - 4} more" if len(sights) > 4 else "")
+def _names(views: Sequence[PeerView], what: str) -> str:
+    shown = "; ".join(f"rank {s.heartbeat.rank} on {s.heartbeat.node} is {what} ({s.heartbeat.place})" for s in views[:4])
+    return shown + (f"; and {len(views) - 4} more" if len(views) > 4 else "")
 
 
-class Watch:
+class Watchdog:
     """A thread beside the main one. `store` None: a process alone, whose beats go to the heartbeat file only."""
 
     def __init__(self, ranks: RankInfo, store: dist.Store | None, limit: float) -> None:
@@ -167,25 +168,25 @@ class Watch:
             own: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch does not declare it
             own.set_timeout(timedelta(seconds=min(self.silence, 30.0)))
             self.store = dist.PrefixStore("watch", own)
-        self.pulse = Pulse()
+        self.activity = Activity()
         self._count, self._file_due = 0, 0.0
         self._ending, self._kept = "", False
-        self._sights: list[Sight] = []
+        self._views: list[PeerView] = []
         self._closed = threading.Event()
-        self._clock = self.pulse.clock = LivedClock()
-        self._known: dict[int, Beat] = {}  # the last whole beat of every rank
-        self._leaving = None if self.store is None else Leaving(self.pulse.gate, self.store, ranks.rank, ranks.size)
+        self._clock = self.activity.clock = LivedClock()
+        self._known: dict[int, Heartbeat] = {}  # the last whole beat of every rank
+        self._leaving = None if self.store is None else Leaving(self.activity.gate, self.store, ranks.rank, ranks.size)
         self._answered = self._clock.now()
-        for name, work in (("beats", self._watch), ("watch", self._watch_the_watch)):
+        for name, work in (("beats", self._watch), ("watch", self._check_store_answers)):
             threading.Thread(target=work, name=name, daemon=True).start()
 
     @property
     def run_dir(self) -> Path | None:
-        return self.pulse.run_dir
+        return self.activity.run_dir
 
     def leaves(self, ending: Exit) -> None:
         """This rank goes: its silence is no alarm from now on, and the peers need not guess why."""
-        self.pulse.phase = GONE
+        self.activity.phase = GONE
         if ending.code not in (0, 5, 75):  # a lost peer or a wish is not this rank's fault
             self._ending = f"code {ending.code}, {ending.reason.splitlines()[0][:300]}"
         self._closed.set()
@@ -198,14 +199,14 @@ class Watch:
             return reason
         self._keep_stacks("".join(traceback.format_exception(error)))
         try:
-            before = self._beats()
-            time.sleep(LOOK * BEAT)
-            text = blame(before, self._beats())
+            before = self._heartbeats()
+            time.sleep(LOOK * HEARTBEAT)
+            text = find_lost_peer(before, self._heartbeats())
             if text is None:
                 return self._after_a_freeze(reason)
             text = self._agree(text)
             if self.ranks.rank == 0:
-                time.sleep(LOOK * BEAT)  # the store may live in this process: the others must read the verdict first
+                time.sleep(LOOK * HEARTBEAT)  # the store may live in this process: the others must read the verdict first
         except RuntimeError:
             text = self._no_store()
         return f"{text}; run the same command again"
@@ -219,16 +220,16 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            pause = BEAT
+            pause = HEARTBEAT
             try:
                 self._post()
                 self._write_file()
                 verdict = self._verdict()
-                asked = self.pulse.stop.requested()
+                asked = self.activity.stop.requested()
                 if self._leaving is not None and self._leaving.look(asked):
-                    pause = BEAT / 4  # gates are closed meanwhile
+                    pause = HEARTBEAT / 4  # gates are closed meanwhile
             except RuntimeError:
-                self._closed.wait(BEAT)  # for the case that all ranks leave, and rank 0 was first
+                self._closed.wait(HEARTBEAT)  # for the case that all ranks leave, and rank 0 was first
                 verdict = self._no_store()
             except Exception:
                 verdict = None  # what strangers write into the store is no reason for this thread to die
@@ -237,11 +238,11 @@ class Watch:
                 self._leave(verdict)
             self._closed.wait(pause)
 
-    def _watch_the_watch(self) -> None:
+    def _check_store_answers(self) -> None:
         """A request to a frozen node is never answered, and torch's store has no time-out of its own for some of them."""
-        while not self._closed.wait(BEAT):
+        while not self._closed.wait(HEARTBEAT):
             waited = self._clock.now() - self._answered
-            if self.store is not None and waited > self.silence + LOOK * BEAT:
+            if self.store is not None and waited > self.silence + LOOK * HEARTBEAT:
                 self._leave(self._no_store(f" for {waited:.0f} s"))
 
     def _verdict(self) -> str | None:
@@ -250,8 +251,8 @@ class Watch:
             return None
         if self.store.check(["verdict"]):
             return words_of(self.store.get("verdict"))
-        seen = self._beats() if self.ranks.rank == 0 else self._beats(1)
-        found = judge(self._look(seen), self._clock.now(), self.silence, self.limit if self.ranks.rank == 0 else math.inf)
+        seen = self._heartbeats() if self.ranks.rank == 0 else self._heartbeats(1)
+        found = find_hang(self._look(seen), self._clock.now(), self.silence, self.limit if self.ranks.rank == 0 else math.inf)
         return None if found is None else self._agree(found)
 
     def _agree(self, verdict: str) -> str:
@@ -259,25 +260,25 @@ class Watch:
         assert self.store is not None
         return words_of(self.store.compare_set("verdict", "", verdict)) or verdict
 
-    def _look(self, beats: Sequence[Beat]) -> list[Sight]:
+    def _look(self, heartbeats: Sequence[Heartbeat]) -> list[PeerView]:
         now = self._clock.now()
-        if not self._sights:
-            self._sights = [Sight(b, now, now) for b in beats]
-        for sight, beat in zip(self._sights, beats):
-            sight.see(beat, now)
-        return self._sights
+        if not self._views:
+            self._views = [PeerView(b, now, now) for b in heartbeats]
+        for view, heartbeat in zip(self._views, heartbeats):
+            view.see(heartbeat, now)
+        return self._views
 
-    def _beat(self) -> Beat:
-        traffic = self.pulse.traffic
+    def _heartbeat(self) -> Heartbeat:
+        traffic = self.activity.traffic
         moved, last = (0, "") if traffic is None else (traffic.moved, traffic.last)
-        return Beat(self.ranks.rank, node_name(), self._count, self.pulse.step, self.pulse.phase, moved, last, self._ending)
+        return Heartbeat(self.ranks.rank, node_name(), self._count, self.activity.step, self.activity.phase, moved, last, self._ending)
 
     def _post(self) -> None:
         self._count += 1
         if self.store is not None:
-            self.store.set(str(self.ranks.rank), json.dumps(asdict(self._beat())))
+            self.store.set(str(self.ranks.rank), json.dumps(asdict(self._heartbeat())))
 
-    def _beats(self, ranks: int | None = None) -> list[Beat]:
+    def _heartbeats(self, ranks: int | None = None) -> list[Heartbeat]:
         """The beats of the first `ranks` ranks, all by default. A rank that has not begun yet stands at zero."""
         assert self.store is not None
         keys = [str(r) for r in range(self.ranks.size if ranks is None else ranks)]
@@ -286,8 +287,8 @@ class Watch:
         else:
             texts = {int(k): self.store.get(k) for k in keys if self.store.check([k])}
         for rank, text in texts.items():
-            self._known[rank] = Beat.read(text, self._known.get(rank, Beat(rank, "?")))
-        return [self._known.get(int(k), Beat(int(k), "?")) for k in keys]
+            self._known[rank] = Heartbeat.read(text, self._known.get(rank, Heartbeat(rank, "?")))
+        return [self._known.get(int(k), Heartbeat(int(k), "?")) for k in keys]
 
     def _write_file(self) -> None:
         """heartbeat.json of the run, for whoever watches from outside."""
@@ -295,17 +296,17 @@ class Watch:
         if self.ranks.rank != 0 or self.run_dir is None or now < self._file_due:
             return
         self._file_due = now + FILE_EVERY
-        beat = self._beat()
+        heartbeat = self._heartbeat()
         quiet: dict[str, Any] = {}
-        if self._sights:
-            worst = min(self._sights, key=lambda s: s.heard)
-            quiet = {"quietest_rank": worst.beat.rank, "quiet_seconds": round(now - worst.heard, 1)}
-        record = {"time": round(time.time(), 3), "step": beat.step, "phase": beat.phase, "ranks": self.ranks.size, **quiet}
+        if self._views:
+            worst = min(self._views, key=lambda s: s.heard)
+            quiet = {"quietest_rank": worst.heartbeat.rank, "quiet_seconds": round(now - worst.heard, 1)}
+        record = {"time": round(time.time(), 3), "step": heartbeat.step, "phase": heartbeat.phase, "ranks": self.ranks.size, **quiet}
         with suppress(OSError):  # a full disk is reported where it matters
             write_atomic(self.run_dir / "heartbeat.json", json.dumps(record) + "\n")
 
     def _no_store(self, how_long: str = "") -> str:
-        return f"{NO_STORE}{how_long}; rank {self.ranks.rank} was at {self._beat().place}"
+        return f"{NO_STORE}{how_long}; rank {self.ranks.rank} was at {self._heartbeat().place}"
 
     def _keep_stacks(self, why: str) -> None:
         if self.run_dir is None or not self.run_dir.is_dir():
@@ -315,7 +316,7 @@ class Watch:
             path = self.run_dir / "stacks" / f"rank-{self.ranks.rank:05d}.txt"
             with open(path, "a" if self._kept else "w", encoding="utf-8") as file:
                 self._kept = True
-                file.write(f"{why}\nrank {self.ranks.rank} on {node_name()}: {self._beat().place}\n\n")
+                file.write(f"{why}\nrank {self.ranks.rank} on {node_name()}: {self._heartbeat().place}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
@@ -323,8 +324,8 @@ class Watch:
         """Ends this process from beside its main thread, which may never come back."""
         self._keep_stacks(verdict)
         stacks = "" if self.run_dir is None else f"; stacks of all ranks that live are in {self.run_dir / 'stacks'}"
-        write_exit(self.run_dir, Exit(5, f"{verdict}; run the same command again"), self.ranks, self.pulse.step)
+        write_exit(self.run_dir, Exit(5, f"{verdict}; run the same command again"), self.ranks, self.activity.step)
         print(f"\nerror: {verdict}{stacks}; run the same command again", file=sys.stderr, flush=True)
         if self.ranks.rank == 0:
-            time.sleep(LOOK * BEAT)  # the store may live in this process: the others must read the verdict first
+            time.sleep(LOOK * HEARTBEAT)  # the store may live in this process: the others must read the verdict first
         os._exit(5)

@@ -19,7 +19,7 @@ from megascale.optim.learning_rate import schedule_note
 from megascale.train.log.console import Console
 from megascale.train.log.run_log import RunLog
 from megascale.train.start.branch import Note
-from megascale.train.start.resume import Start
+from megascale.train.start.resume import RunStart
 from megascale.train.state import Progress
 
 GPU = "/dev/nvidia0"
@@ -29,7 +29,7 @@ def announce(
     config: Config,
     ranks: RankInfo,
     facts: dict[str, Any],
-    start: Start,
+    start: RunStart,
     progress: Progress,
     data_notes: Sequence[str | None],
     notes: Sequence[Note],

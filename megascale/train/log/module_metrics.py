@@ -1,5 +1,5 @@
-"""What the modules of all ranks told of a step (model/observe.py), as one row: {group: {"layers", "parts", reading, …}}, lists with one
-number a module.
+"""The metrics of the modules of all ranks for one step (model/module_metrics.py), as one row: {group: {"layers", "parts", reading, …}}, the
+lists with one number per module.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.comm.mesh import Mesh
-from megascale.model.observe import Observations, Raw
+from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.parallel.model import ParallelModel
 
 
 @dataclass(frozen=True)
-class Source:
+class MetricSource:
     """A module that tells something: its place in the model, which orders a row, and how long its numbers are."""
 
     group: str
@@ -26,32 +26,32 @@ class Source:
     path: str
     sums: tuple[tuple[str, int], ...]
     maxima: tuple[tuple[str, int], ...]
-    read: Callable[[Raw], dict[str, float]]
+    read: Callable[[Totals], dict[str, float]]
     sampled: bool
 
 
-class Observed:
-    """Built once by all ranks together; `take` after every step costs nothing, `row` is for steps that are logged."""
+class MetricsOverRanks:
+    """Built once by all ranks together; `flush` after every step costs nothing, `row` is for steps that are logged."""
 
     def __init__(self, model: ParallelModel) -> None:
         self.mesh: Mesh = model.mesh
-        self.here: dict[Source, Observations] = dict(_sources(model))
+        self.here: dict[MetricSource, ModuleMetrics] = dict(_sources(model))
         known = [list(self.here)]
         if self.mesh["pp"].size > 1:
             known = [[] for _ in range(self.mesh["pp"].size)]
             dist.all_gather_object(known, list(self.here), group=self.mesh["pp"].group)
         self.all = sorted({s for part in known for s in part}, key=lambda s: (s.group, s.layer, s.path))
 
-    def take(self) -> dict[Source, Raw]:
-        return {source: seen.take() for source, seen in self.here.items()}
+    def flush(self) -> dict[MetricSource, Totals]:
+        return {source: metrics.flush() for source, metrics in self.here.items()}
 
-    def row(self, taken: dict[Source, Raw], device: torch.device, sampled: bool = False) -> dict[str, dict[str, list[Any]]]:
+    def row(self, taken: dict[MetricSource, Totals], device: torch.device, sampled: bool = False) -> dict[str, dict[str, list[Any]]]:
         """Collective over all ranks, two messages. `sampled`: the step was one on which everybody told."""
-        told = [s for s in self.all if sampled or not s.sampled]
-        sums = self._over_ranks([(s, s.sums) for s in told], taken, device, dist.ReduceOp.SUM)
-        maxima = self._over_ranks([(s, s.maxima) for s in told], taken, device, dist.ReduceOp.MAX)
+        sources = [s for s in self.all if sampled or not s.sampled]
+        sums = self._over_ranks([(s, s.sums) for s in sources], taken, device, dist.ReduceOp.SUM)
+        maxima = self._over_ranks([(s, s.maxima) for s in sources], taken, device, dist.ReduceOp.MAX)
         row: dict[str, dict[str, list[Any]]] = {}
-        for source in told:
+        for source in sources:
             group = row.setdefault(source.group, {"layers": [], "parts": []})
             group["layers"].append(source.layer)
             group["parts"].append(source.path)
@@ -60,10 +60,14 @@ class Observed:
         return row
 
     def _over_ranks(
-        self, parts: list[tuple[Source, tuple[tuple[str, int], ...]]], taken: dict[Source, Raw], device: torch.device, operation: Any
-    ) -> dict[Source, Raw]:
+        self,
+        parts: list[tuple[MetricSource, tuple[tuple[str, int], ...]]],
+        taken: dict[MetricSource, Totals],
+        device: torch.device,
+        operation: Any,
+    ) -> dict[MetricSource, Totals]:
         """One vector of all modules' numbers, zero where they live elsewhere, reduced and cut up again on the host."""
-        empty: Raw = {}
+        empty: Totals = {}
         flat_names = [(source, name, n) for source, names in parts for name, n in names]
         pieces = [taken.get(s, empty).get(name, torch.zeros(n)).to(device, torch.float64).reshape(n) for s, name, n in flat_names]
         if not pieces:
@@ -75,13 +79,21 @@ class Observed:
         return {source: {name: next(split) for name, _ in names} for source, names in parts}
 
 
-def _sources(model: ParallelModel) -> Iterable[tuple[Source, Observations]]:
+def _sources(model: ParallelModel) -> Iterable[tuple[MetricSource, ModuleMetrics]]:
     for stage in model.stages:
         for layer, (_, block) in zip(stage.part.layers, stage.units()):
             for path, module in block.named_modules():
-                seen = getattr(module, "observations", None)
-                if isinstance(seen, Observations):
+                metrics = getattr(module, "metrics", None)
+                if isinstance(metrics, ModuleMetrics):
                     yield (
-                        Source(seen.group, layer, path, tuple(seen.sums.items()), tuple(seen.maxima.items()), seen.read, seen.sampled),
-                        seen,
+                        MetricSource(
+                            metrics.group,
+                            layer,
+                            path,
+                            tuple(metrics.sums.items()),
+                            tuple(metrics.maxima.items()),
+                            metrics.read,
+                            metrics.sampled,
+                        ),
+                        metrics,
                     )

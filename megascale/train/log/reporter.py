@@ -18,10 +18,10 @@ from megascale.checkpoint.saver import Event
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Train
 from megascale.errors import PeerLostError
-from megascale.model.observe import Raw
+from megascale.model.module_metrics import Totals
 from megascale.precision.watch import warnings as cast_warnings
 from megascale.train.log.console import Console
-from megascale.train.log.module_metrics import Observed, Source
+from megascale.train.log.module_metrics import MetricSource, MetricsOverRanks
 from megascale.train.log.run_log import RunLog
 from megascale.train.state import Progress
 
@@ -39,7 +39,7 @@ class StepResult:
     lr: float
     clock: StepClock
     sent: dict[str, int]  # bytes by axis, of this rank
-    seen: dict[Source, Raw]  # what modules here told
+    seen: dict[MetricSource, Totals]  # what modules here told
     sampled: bool = False  # those too that tell on a few steps only
     valid_loss: dict[str, float] | None = None
     valid_seconds: float = 0.0
@@ -102,7 +102,7 @@ class Reporter:
     last_step: int
     flops_per_token: float
     peak: float | None  # FLOP/s of one rank
-    observed: Observed
+    observed: MetricsOverRanks
     log: RunLog | None
     console: Console | None
     provenance: dict[str, Any]  # what every checkpoint records beside the progress

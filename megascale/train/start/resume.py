@@ -30,7 +30,7 @@ ORDER = ("run.seed", "train.seq_len")  # beside the data itself, what sample num
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """`folder` None: from fresh weights. `changes`: differences from the checkpoint's run that are allowed, {key: (then, now)}; `rates`:
     what they make of the learning rate. `checked`: all files have been read.
 
@@ -49,7 +49,7 @@ class Start:
     notes: tuple[Note, ...] = ()
 
 
-def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> Start:
+def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> RunStart:
     """The run's own newest whole checkpoint, so that a requeued job goes on; then `elsewhere`, then `init_from`, then nothing.
 
     prints     what the data are
@@ -64,7 +64,7 @@ def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | 
         folder = elsewhere
     if folder is None:
         source = config.checkpoint.init_from
-        return Start() if source is None else on_all_ranks(lambda: _weights_from(config, Path(source), prints))
+        return RunStart() if source is None else on_all_ranks(lambda: _weights_from(config, Path(source), prints))
     return on_all_ranks(lambda: _from_run(config, folder, skipped, prints))
 
 
@@ -74,7 +74,7 @@ def _check_asked(config: Config) -> None:
         hf_config(config.model, config.train.seq_len)  # refuses what could not be exported later
 
 
-def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prints) -> Start:
+def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prints) -> RunStart:
     """All of a checkpoint, `folder`, which is whole. Raises UsageError where it is of another run."""
     saved = read_progress(folder)
     then = saved.get("config", {})
@@ -84,10 +84,10 @@ def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prin
     left_out = [
         Note(f"{s.folder.name} is left out: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
     ]
-    return Start(folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *told(changes, rates)))
+    return RunStart(folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *told(changes, rates)))
 
 
-def _weights_from(config: Config, folder: Path, prints: Prints) -> Start:
+def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
     """A run that takes its weights from elsewhere, checked as far as headers tell. Raises UsageError."""
     foreign = None
     try:
@@ -101,7 +101,7 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> Start:
         folder = find(folder)
         past = folder / TRAINER
     if config.checkpoint.init_data == "restart":
-        return Start(folder, True, foreign=foreign)
+        return RunStart(folder, True, foreign=foreign)
     if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
         raise UsageError(f"checkpoint.init_data is continue, and {folder} does not say where in its data it stood: use restart")
     then, now = _position(past).get("identity", {}), identity(config)
@@ -116,7 +116,7 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> Start:
         raise UsageError(
             f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart"
         )
-    return Start(folder, True, foreign=foreign, samples=samples)
+    return RunStart(folder, True, foreign=foreign, samples=samples)
 
 
 def _position(path: Path) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from megascale.config.schema import Checkpoint, Config, Parallel
 from megascale.errors import MegascaleError
 from megascale.train.estimate.memory import largest_rank
 from megascale.train.start.branch import Note
-from megascale.train.start.resume import Start
+from megascale.train.start.resume import RunStart
 
 
-def room_for(config: Config, run_dir: Path, start: Start, step: int, until: int) -> list[Note]:
+def room_for(config: Config, run_dir: Path, start: RunStart, step: int, until: int) -> list[Note]:
     """A warning where the disk has less room than the run will ask for. On the first rank."""
     try:
         nbytes = checkpoint_bytes(config, start)
@@ -26,7 +26,7 @@ def room_for(config: Config, run_dir: Path, start: Start, step: int, until: int)
     return [] if found is None else [Note(found[0], "disk_room", found[1])]
 
 
-def checkpoint_bytes(config: Config, start: Start) -> int:
+def checkpoint_bytes(config: Config, start: RunStart) -> int:
     """Of one checkpoint: as large as the one before, else what one rank would hold that held all."""
     if start.folder is not None and not start.weights_only and start.foreign is None:
         return sum(entry.bytes for entry in read_index(start.folder).files.values())

@@ -1,7 +1,7 @@
 """Numbers that modules tell of a step, for metrics.jsonl: how busy experts are, how often a precision underflows.
 
-A module keeps an `Observations` of its own and adds 0- and 1-dim tensors to it by name; nothing is read until a step is logged, so the host
-never waits. train/log/module_metrics.py finds them, sums them over ranks and turns them into a row.
+A module keeps a `ModuleMetrics` of its own and adds 0- and 1-dim tensors to it by name. Nothing is read until a step is logged, so the
+host never waits. train/log/module_metrics.py finds them, sums them over ranks and turns them into a row.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Raw = dict[str, Tensor]
+Totals = dict[str, Tensor]
 
 
 @dataclass
-class Observations:
+class ModuleMetrics:
     """What one module tells.
 
     group    under which its readings stand in a row; the modules of a group give one number each
@@ -29,9 +29,9 @@ class Observations:
     group: str
     sums: Mapping[str, int]
     maxima: Mapping[str, int]
-    read: Callable[[Raw], dict[str, float]]
+    read: Callable[[Totals], dict[str, float]]
     sampled: bool = False
-    now: Raw = field(default_factory=dict)
+    totals: Totals = field(default_factory=dict)
 
     @torch.no_grad()
     def add(self, name: str, value: Tensor) -> None:
@@ -40,14 +40,14 @@ class Observations:
         The first time is the same operation as any other, with 0: selective recomputation refuses to run more of them than it saw.
         """
         assert name in self.sums
-        self.now[name] = value + self.now.get(name, 0)
+        self.totals[name] = value + self.totals.get(name, 0)
 
     @torch.no_grad()
-    def top(self, name: str, value: Tensor) -> None:
+    def maximum(self, name: str, value: Tensor) -> None:
         assert name in self.maxima
-        self.now[name] = torch.maximum(self.now.get(name, value), value)
+        self.totals[name] = torch.maximum(self.totals.get(name, value), value)
 
-    def take(self) -> Raw:
-        """What was told since the last call."""
-        taken, self.now = self.now, {}
+    def flush(self) -> Totals:
+        """The totals since the last call."""
+        taken, self.totals = self.totals, {}
         return taken
