@@ -15,7 +15,6 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel, Spacetime
 from megascale.data.loader import Batch, sample_numbers
 from megascale.model.layers import Fp8
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
@@ -120,10 +119,9 @@ def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
 
 def build(case: Case, ranks: int, device: torch.device = CPU) -> ParallelModel:
     mesh = build_mesh(axis_sizes(case.parallel, ranks), device.type, case.parallel.heads_over)
-    kernels = choose_kernels("torch", case.model.norm, device)
     storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
     shape = Shape(case.seq_len, storage, DTYPES[case.precision], case.source_len if case.model.encoder_layers else 0)
-    stages = build_stages(case.model, shape, kernels.norm, case.parallel, mesh["pp"].rank)
+    stages = build_stages(case.model, shape, case.parallel, mesh["pp"].rank)
     model = parallelize(stages, mesh, case.parallel, device, case.fp8)
     for _ in model.draw_weights(7):
         pass

@@ -11,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Moe, Moeut
 from megascale.errors import UsageError
+from megascale.model.layers import Norm
 from megascale.model.ops import norm_kernels
+from megascale.model.shape import Shape
+from megascale.parallel.apply import build_stages, parallelize
+from tests.layouts import Case, fake_batch, tiny
 
 CPU = torch.device("cpu")
 
@@ -47,6 +54,33 @@ def test_kernels_are_chosen_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(3, 4), torch.ones(4)
     torch.testing.assert_close(choice.norm(x, w, None, 1e-5), norm_kernels.torch_rmsnorm(x, w, None, 1e-5))
     assert (choice.source, calls) == ("apex", ["fused"])
+
+
+def test_every_norm_of_a_model_calls_the_chosen_kernel() -> None:
+    """Catches a norm that the pass misses: of queries and keys, of a feed-forward, after the embedding, before the head, in a repeated
+    group.
+    """
+    called: list[int] = []
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        called.append(weight.numel())
+        return norm_kernels.torch_rmsnorm(x, weight, bias, eps)
+
+    moe = Moe(num_experts=2, top_k=1, ffn_size=8, router="sigma", balance="entropy")
+    for cfg in (
+        tiny(residual="subln", qk_norm=True, embedding_norm=True, num_layers=1),
+        tiny(moe=moe, moeut=Moeut(attention_experts=2), num_kv_heads=4),
+    ):
+        case = Case(cfg)
+        mesh = build_mesh(axis_sizes(case.parallel, 1), "cpu")
+        stages = build_stages(cfg, Shape(case.seq_len, torch.float64, torch.float64), case.parallel, 0)
+        model = parallelize(stages, mesh, case.parallel, CPU, norm_kernel=kernel)
+        for _ in model.draw_weights(7):
+            pass
+        called.clear()
+        model.module(fake_batch(case, [1]).tokens)
+        norms = [m for m in model.module.modules() if isinstance(m, Norm)]
+        assert norms and set(called) == {n.dim for n in norms} and len(called) >= len(norms)
 
 
 class StandInNorm(nn.Module):

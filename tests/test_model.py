@@ -15,7 +15,6 @@ from megascale.config.schema import Optim, RopeScaling
 from megascale.model import loss
 from megascale.model.decoder import Decoder
 from megascale.model.init import initialize
-from megascale.model.ops import norm_kernels
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary, rotate
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, specs_of
@@ -115,7 +114,7 @@ def test_building_costs_nothing() -> None:
     from megascale.config.load import load_config
 
     cfg = load_config("configs/llama-405b.yaml").model
-    model = Decoder(cfg, Shape(8192, torch.bfloat16, torch.bfloat16), norm_kernels.torch_rmsnorm)
+    model = Decoder(cfg, Shape(8192, torch.bfloat16, torch.bfloat16))
     assert all(p.is_meta for p in model.parameters())
     assert abs(sum(s.numel for s in specs_of(model).values()) / 405.85e9 - 1) < 0.001
 

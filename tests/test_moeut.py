@@ -14,7 +14,6 @@ from megascale.config.load import load_config
 from megascale.config.schema import Model, Parallel
 from megascale.config.support import check
 from megascale.model.decoder import Decoder
-from megascale.model.ops.norm_kernels import torch_layernorm
 from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
 from megascale.train.estimate.dry_run import describe_run
@@ -168,7 +167,7 @@ def test_published_sizes(name: str, size: float) -> None:
     config = check(load_config(f"configs/moeut-{name}.yaml"), 1)
     report = describe_run(config, 1)
     assert report["parameters"] == pytest.approx(size, rel=0.01)
-    model = Decoder(config.model, Shape(8, torch.float32, torch.float32), torch_layernorm)
+    model = Decoder(config.model, Shape(8, torch.float32, torch.float32))
     used = specs_of(model)["blocks.0.ffn.experts.up.weight"].uses
     assert config.model.moe is not None and config.model.moeut is not None
     layers = config.model.num_layers / config.model.moeut.group_size

@@ -16,7 +16,6 @@ from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, readings
 from megascale.model.init import initialize, orthogonal
 from megascale.model.ops.grouped_matmul import Permutation, grouped_product, in_one, sum_of_rows
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, specs_of
@@ -42,7 +41,7 @@ def filled(module: torch.nn.Module) -> Any:
 
 def declared(cfg: Model) -> MixtureOfExperts:
     """The mixture of the first of two pre-norm blocks, on the meta device."""
-    return MixtureOfExperts(cfg, residual(cfg, Stack("decoder", 2), 0), torch.float64, torch_rmsnorm)
+    return MixtureOfExperts(cfg, residual(cfg, Stack("decoder", 2), 0), torch.float64)
 
 
 def mixture(**keys: Any) -> MixtureOfExperts:

@@ -26,6 +26,7 @@ from megascale.launch.ranks import RankInfo
 from megascale.model.decoder import Decoder
 from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import DTYPES, Shape
+from megascale.parallel.kernels import call_norm_kernel
 from megascale.train.device import choose_device
 
 app = new_app(__doc__ or "")
@@ -72,7 +73,8 @@ def seconds(config: Config, part: StagePart, device: torch.device) -> float:
     compute = DTYPES[config.precision.compute]
     shape = Shape(t.seq_len, compute, compute)
     with torch.device(device):
-        stage = Decoder(cfg, shape, choose_kernels(config.run.kernels, cfg.norm, device).norm, part)
+        stage = Decoder(cfg, shape, part)
+        call_norm_kernel(stage, choose_kernels(config.run.kernels, cfg.norm, device).norm)
         stage = stage.to_empty(device=device)
         for parameter in stage.parameters():
             torch.nn.init.normal_(parameter, std=0.02)

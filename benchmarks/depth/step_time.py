@@ -20,7 +20,6 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
@@ -48,8 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def step_of(variant: str, tokens: torch.Tensor, compiled: bool) -> Callable[[], object]:
     cfg = Model.model_validate({**BASE, **VARIANTS[variant]})
     layout = Parallel(compile=compiled)
-    kernels = choose_kernels("torch", cfg.norm, tokens.device)
-    meta = Decoder(cfg, Shape(tokens.shape[1] - 1, torch.float32, torch.float32), kernels.norm)
+    meta = Decoder(cfg, Shape(tokens.shape[1] - 1, torch.float32, torch.float32))
     model = parallelize([meta], build_mesh(axis_sizes(layout, 1), "cpu"), layout, tokens.device)
     for _ in model.draw_weights(1):
         pass

@@ -23,7 +23,6 @@ from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder
 from megascale.model.ops.compiled import compile_static
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import clip_factor, global_norm
@@ -46,7 +45,7 @@ def our_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, compil
     """One training step of ours, and how many parameters it has and a token meets."""
     device = batches[0].device
     mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
-    meta = Decoder(cfg, Shape(SEQ_LEN, torch.float32, dtype), choose_kernels("auto", cfg.norm, device).norm)
+    meta = Decoder(cfg, Shape(SEQ_LEN, torch.float32, dtype))
     specs = specs_of(meta)
     model = parallelize([meta], mesh, Parallel(compile=compiled), device)
     for _ in model.draw_weights(1):

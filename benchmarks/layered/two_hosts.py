@@ -19,7 +19,6 @@ from benchmarks.layered.worker import MODEL, SEQ, M, settings
 from megascale.config.schema import Parallel
 from megascale.measure.compute import flops_per_token, gemm_rate
 from megascale.model.decoder import Decoder
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
 
@@ -45,7 +44,7 @@ def predicted(per_host: int, micro_batch: int, compute_seconds: float) -> dict[s
     a host, from every rank (parameters in fp32, ring exchanges, one ring edge leaves a host).
     """
     config = settings(Parallel(), 1, micro_batch)
-    specs = specs_of(Decoder(config.model, Shape(SEQ, torch.float32, torch.float32), torch_rmsnorm))
+    specs = specs_of(Decoder(config.model, Shape(SEQ, torch.float32, torch.float32)))
     weights, ranks = 4 * sum(s.numel for s in specs.values()), 2 * per_host
     once = 3 * weights * (ranks - 1) / ranks
     sent = {"layered": once, "depth-first": M * once, "HSDP": weights, "layered in HSDP": weights, "DeepSpeed ZeRO-3": M * once}
@@ -87,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     measured = measure(args.per_host, args.micro_batch, args.steps, args.mbit)
     config = settings(Parallel(), 1, args.micro_batch)
-    specs = specs_of(Decoder(config.model, Shape(SEQ, torch.float32, torch.float32), torch_rmsnorm))
+    specs = specs_of(Decoder(config.model, Shape(SEQ, torch.float32, torch.float32)))
     tokens = args.micro_batch * M * 2 * args.per_host * SEQ
     median = {n: {b: statistics.median(s) for b, s in mode["seconds"].items()} for n, mode in measured.items()}
     needs = predicted(args.per_host, args.micro_batch, median["layered"]["unlimited"])

@@ -18,7 +18,6 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.train.build import build_engine
@@ -48,7 +47,7 @@ def stepper(config: Config, ranks: int, micro_batches: int = M) -> Callable[[], 
     """One training step; returns the bytes that this rank sent, by axis."""
     mesh = build_mesh(axis_sizes(config.parallel, ranks), "cpu")
     shape = Shape(SEQ, torch.float32, torch.float32)
-    model = parallelize(build_stages(config.model, shape, torch_rmsnorm, config.parallel, 0), mesh, config.parallel, CPU)
+    model = parallelize(build_stages(config.model, shape, config.parallel, 0), mesh, config.parallel, CPU)
     for _ in model.draw_weights(1):
         pass
     engine = build_engine(model, config, CPU)

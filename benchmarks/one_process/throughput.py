@@ -24,7 +24,6 @@ from megascale.model.decoder import Decoder
 from megascale.model.layers import Fp8
 from megascale.model.ops.compiled import compile_static
 from megascale.model.ops.matmul import way_of
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
 from megascale.optim.clip import clip_factor, global_norm
@@ -42,8 +41,7 @@ def our_step(
     """One training step of ours, its FLOPs, and the model."""
     device = tokens.device
     mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
-    kernels = choose_kernels("auto", cfg.norm, device)
-    meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype), kernels.norm)
+    meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype))
     flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
     model = parallelize([meta], mesh, Parallel(compile=compiled, recompute=recompute), device, fp8)  # type: ignore[arg-type]
     for _ in model.draw_weights(1):
@@ -160,9 +158,7 @@ def main() -> None:
         for _ in range(3):
             warm_up()
     measured = in_turn(steps, args.rounds, device, dtype)
-    parameters = sum(
-        s.numel for s in specs_of(Decoder(cfg, Shape(seq_len, dtype, dtype), choose_kernels("torch", cfg.norm, device).norm)).values()
-    )
+    parameters = sum(s.numel for s in specs_of(Decoder(cfg, Shape(seq_len, dtype, dtype))).values())
     result = {
         "machine": machine(),
         "parameters": parameters,

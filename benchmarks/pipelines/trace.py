@@ -21,7 +21,6 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
 from megascale.data.loader import Batch
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.schedule.orders import Action, compute_order
@@ -37,7 +36,7 @@ def spans(cfg: Parallel) -> list[tuple[str, int, int, float, float]]:
     cpu = torch.device("cpu")
     mesh = build_mesh(axis_sizes(cfg, cfg.pp), "cpu")
     shape = Shape(SEQ, torch.float32, torch.float32)
-    model = parallelize(build_stages(CFG, shape, torch_rmsnorm, cfg, mesh["pp"].rank), mesh, cfg, cpu)
+    model = parallelize(build_stages(CFG, shape, cfg, mesh["pp"].rank), mesh, cfg, cpu)
     for _ in model.draw_weights(1):
         pass
     schedule = Pipeline(model, cfg, cpu)

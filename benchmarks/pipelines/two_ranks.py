@@ -18,7 +18,6 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.config.stages import stage_parts
 from megascale.data.loader import Batch
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
@@ -45,7 +44,7 @@ def seconds(name: str) -> list[float]:
     ranks = cfg.pp
     mesh = build_mesh(axis_sizes(cfg, ranks), "cpu")
     shape = Shape(SEQ, torch.float32, torch.float32)
-    model = parallelize(build_stages(CFG, shape, torch_rmsnorm, cfg, mesh["pp"].rank), mesh, cfg, cpu)
+    model = parallelize(build_stages(CFG, shape, cfg, mesh["pp"].rank), mesh, cfg, cpu)
     for _ in model.draw_weights(1):
         pass
     schedule = Pipeline(model, cfg, cpu) if cfg.pp > 1 else Accumulation(model)

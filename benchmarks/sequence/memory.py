@@ -23,7 +23,6 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
 from megascale.model.ops.attention_tiles import visible_pairs
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.context import places
@@ -43,7 +42,7 @@ def rank_main(rank: int, n: int, method: str, length: int, store: str) -> None:
     cfg = Parallel(cp=n, cp_method=method, engine="ddp")  # type: ignore[arg-type]
     mesh = build_mesh(axis_sizes(cfg, n), "cpu", cfg.heads_over)
     shape = Shape(length, torch.float32, torch.float32)
-    model = parallelize(build_stages(Model(**SIZES), shape, torch_rmsnorm, cfg, 0), mesh, cfg, torch.device("cpu"))
+    model = parallelize(build_stages(Model(**SIZES), shape, cfg, 0), mesh, cfg, torch.device("cpu"))
     for _ in model.draw_weights(1):
         pass
     tokens = torch.randint(0, SIZES["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,6 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
 from megascale.parallel.apply import build_stages, parallelize
@@ -53,7 +52,7 @@ def stepper(name: str, n: int, layers: int) -> Callable[[], int]:
     p = config.parallel.model_copy(update={"dp_shard": 1})
     mesh = build_mesh(axis_sizes(p, n), "cpu", p.heads_over)
     shape = Shape(config.train.seq_len, torch.float32, torch.float32)
-    model = parallelize(build_stages(config.model, shape, torch_rmsnorm, p, 0), mesh, p, CPU)
+    model = parallelize(build_stages(config.model, shape, p, 0), mesh, p, CPU)
     if name == "Ulysses around all":
         assert isinstance(model.model, Spacetime)
         ulysses_everywhere(model.model, mesh["cp"])

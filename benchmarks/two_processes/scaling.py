@@ -21,7 +21,6 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder
-from megascale.model.ops.norm_kernels import torch_rmsnorm
 from megascale.model.shape import Shape
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizers import build_optimizer
@@ -64,7 +63,7 @@ def timed(step: Any) -> list[float]:
 def ours(axis: str) -> list[float]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     mesh = build_mesh(axis_sizes(LAYOUTS[axis], ranks), "cpu")
-    meta = Decoder(CFG, Shape(SEQ, torch.float32, torch.float32), torch_rmsnorm)
+    meta = Decoder(CFG, Shape(SEQ, torch.float32, torch.float32))
     model = parallelize([meta], mesh, LAYOUTS[axis].model_copy(update={"dp_shard": mesh["dp_shard"].size}), torch.device("cpu"))
     for _ in model.draw_weights(1):
         pass

@@ -21,7 +21,6 @@ from megascale.model.block import Block
 from megascale.model.families import build_part
 from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Linear
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 
 
@@ -78,8 +77,7 @@ def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, blocks: bool
 
 
 def _load(model: Model, seq_len: int, read: Read, part: StagePart) -> Any:
-    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
-    module = build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel, part)
+    module = build_part(model, Shape(seq_len, torch.float32, torch.float32), part)
     module.to_empty(device="cpu")
     module.eval()
     fill(module, read)

@@ -13,7 +13,6 @@ from megascale.expand.depth import EXACT, Layer, grow_layers
 from megascale.expand.options import GrowthOptions
 from megascale.formats.shapes import our_specs
 from megascale.model.families import build_part
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.residual import Residual, Stack, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, states_of
@@ -45,8 +44,7 @@ def unlearned(model: Model, seq_len: int) -> frozenset[str]:
 
 
 def _whole(model: Model, seq_len: int) -> nn.Module:
-    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
-    return build_part(model, Shape(seq_len, torch.float32, torch.float32), kernel)
+    return build_part(model, Shape(seq_len, torch.float32, torch.float32))
 
 
 def plan_layers(source: Model, target: Model, options: GrowthOptions) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:

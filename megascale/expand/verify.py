@@ -19,7 +19,6 @@ from megascale.config.stages import layered_parts
 from megascale.expand.apply import Read
 from megascale.expand.plan import Growth
 from megascale.model.families import build_part
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 
 LATE = 1 << 40  # a step at which every scheme that follows the step has arrived
@@ -40,10 +39,9 @@ def run(
     model: Model, seq_len: int, read: Read, dtype: torch.dtype, tokens: Tensor, keep: Callable[[int], bool] = lambda layer: True
 ) -> Passed:
     """One part of the model at a time is built, filled by `read`, asked and let go. `keep`: layers whose stream is wanted."""
-    kernel = choose_kernels("torch", model.norm, torch.device("cpu")).norm
     shape, stream, streams = Shape(seq_len, dtype, dtype), None, []
     for number, part in enumerate(layered_parts(model.num_layers)):
-        module = build_part(model, shape, kernel, part)
+        module = build_part(model, shape, part)
         module.to_empty(device="cpu")
         module.eval()
         fill(module, read)

@@ -12,7 +12,6 @@ from megascale.comm.piece import Piece
 from megascale.config.schema import Model, Parallel
 from megascale.formats.shapes import MODEL
 from megascale.model.layers import Fp8
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.model import ParallelModel
@@ -46,8 +45,7 @@ def load_model(
     seq_len  the longest sequence, where positions are learned
     fp8      how hidden products are computed
     """
-    norm = choose_kernels("auto", model.norm, device).norm
-    built = parallelize(build_stages(model, Shape(seq_len, dtype, dtype), norm, parallel, 0), mesh, parallel, device, fp8)
+    built = parallelize(build_stages(model, Shape(seq_len, dtype, dtype), parallel, 0), mesh, parallel, device, fp8)
     for w in built.weights:
         with torch.no_grad():
             w.local.zero_()  # padding of a cut vocabulary

@@ -12,7 +12,6 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.tensor_maps import Sizes
 from megascale.model.families import build_part
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, specs_of, states_of
 
@@ -58,7 +57,7 @@ def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     """
     shape = Shape(seq_len, torch.float32, torch.float32)
     try:
-        built = build_part(model, shape, choose_kernels("torch", model.norm, torch.device("cpu")).norm)
+        built = build_part(model, shape)
     except (RuntimeError, OverflowError) as error:
         raise UsageError(f"a model of these sizes cannot be ({str(error).splitlines()[0]}): correct the file that describes it") from None
     return {**specs_of(built), **states_of(built)}

@@ -16,7 +16,6 @@ from megascale.model.ops.attention_flex import flex_attention
 from megascale.model.ops.attention_masked import masked_attention
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import attention
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, rotate
 from megascale.model.products import Product, product_of
 from megascale.model.residual import InitStd, Residual
@@ -37,9 +36,7 @@ class Attention(nn.Module):
     how tokens meet: `attend`, or `attend_all` where they also see what comes after them; those of other ranks too, where a pass says so.
     """
 
-    def __init__(
-        self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, causal: bool, starts: InitStd | None = None
-    ) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, causal: bool, starts: InitStd | None = None) -> None:
         """`starts`: of the matrices, where not the row's."""
         super().__init__()
         starts = starts or row.starts
@@ -52,7 +49,7 @@ class Attention(nn.Module):
 
         def norm(dim: int, cut: Cut, name: str) -> Norm:
             bias = cfg.bias and "norm" not in row.unbiased
-            return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, norm_kernel, bias, cfg.dyt_alpha[1])
+            return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, bias, cfg.dyt_alpha[1])
 
         self.head_dim = e
         # Every kernel divides by √e. What queries are multiplied with is exact in any dtype where it is a power of two (√64 = 8).

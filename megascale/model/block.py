@@ -17,7 +17,6 @@ from megascale.model.experts import MixtureOfExperts
 from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Norm, dropout
 from megascale.model.ops.attention_tiles import AttentionMask
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary
 from megascale.model.residual import Residual, Stack
 from megascale.model.spec import ParamSpec, declare, declare_state
@@ -58,25 +57,25 @@ class Block(nn.Module):
     skip: Tensor | None
     branch: Tensor | None
 
-    def __init__(self, cfg: Model, row: Residual, stack: Stack, dtype: torch.dtype, norm_kernel: NormKernel, sparse: bool) -> None:
+    def __init__(self, cfg: Model, row: Residual, stack: Stack, dtype: torch.dtype, sparse: bool) -> None:
         super().__init__()
         self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
         bias = cfg.bias and "norm" not in row.unbiased
 
         def norm(name: str, alpha: float) -> Norm:
-            return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, norm_kernel, bias, alpha)
+            return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, bias, alpha)
 
         self.attention_norm = norm("attention_norm", cfg.dyt_alpha[0])
-        self.attention = Attention(cfg, row, dtype, norm_kernel, stack.side == "decoder")
+        self.attention = Attention(cfg, row, dtype, stack.side == "decoder")
         self.cross_norm: Norm | None = None
         self.cross: Attention | None = None
         self.cross_scale: nn.Parameter | None = None
         if "cross" in stack.sublayers:
             self.cross_norm = None if row.one_norm else norm("cross_norm", cfg.dyt_alpha[0])
-            self.cross = Attention(cfg, row, dtype, norm_kernel, False, row.cross)
+            self.cross = Attention(cfg, row, dtype, False, row.cross)
             self.cross_scale = self._channel_scale(d, dtype)
         self.ffn_norm = None if row.one_norm else norm("ffn_norm", cfg.dyt_alpha[1])
-        self.ffn = MixtureOfExperts(cfg, row, dtype, norm_kernel) if sparse else FeedForward(cfg, row, dtype, norm_kernel)
+        self.ffn = MixtureOfExperts(cfg, row, dtype) if sparse else FeedForward(cfg, row, dtype)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)
         # In bf16 a λ of 0.9995 would round to 1, and a thousand layers would not notice their own factor.

@@ -26,7 +26,6 @@ from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.ops.attention_flex import with_blocks
 from megascale.model.ops.attention_tiles import AttentionMask
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
@@ -62,12 +61,12 @@ class MaskedHead(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, cfg: Model, std: float, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, std: float, dtype: torch.dtype) -> None:
         super().__init__()
         assert cfg.vocab_size is not None
         d, self.kind = cfg.hidden_size, "gelu" if cfg.gated else cfg.ffn
         self.dense = Linear(d, d, "head", "tokens", std, dtype, cfg.bias)
-        self.norm = Norm(d, cfg.norm, cfg.eps_of("mlm_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+        self.norm = Norm(d, cfg.norm, cfg.eps_of("mlm_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
         self.bias = declare(ParamSpec((cfg.vocab_size,), "bias", 0), dtype) if cfg.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class Decoder(nn.Module):
 
     warm: Tensor | None
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> None:
+    def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
         super().__init__()
         part = part or StagePart(range(cfg.total_layers))
         assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
@@ -123,18 +122,18 @@ class Decoder(nn.Module):
         for i in layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
                 row = residual(cfg, stack, i)
-                self.blocks[str(i)] = Block(cfg.at_layer(i), row, stack, dtype, norm_kernel, has_experts(cfg, i))
+                self.blocks[str(i)] = Block(cfg.at_layer(i), row, stack, dtype, has_experts(cfg, i))
             else:
-                self.blocks[str(i)] = RepeatedBlock(cfg, dtype, norm_kernel)
+                self.blocks[str(i)] = RepeatedBlock(cfg, dtype)
         self.embedding_norm: Norm | None = None
         if part.first and cfg.embedding_norm:
-            self.embedding_norm = Norm(d, cfg.norm, cfg.eps_of("embedding_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.embedding_norm = Norm(d, cfg.norm, cfg.eps_of("embedding_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
             # Layered accumulation has no weights of the embedding at hand in backward, and its table needs none.
             self.embedding_norm.copied = True
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
-        self.mlm = MaskedHead(cfg, at_ends.head, dtype, norm_kernel) if part.last and cfg.mlm_head else None
+            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
+        self.mlm = MaskedHead(cfg, at_ends.head, dtype) if part.last and cfg.mlm_head else None
         if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
         self.hidden_factor = at_ends.hidden_factor

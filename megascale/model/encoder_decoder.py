@@ -20,7 +20,6 @@ from megascale.config.stages import StagePart, has_experts
 from megascale.model.block import Block, Memory, key_padding_mask
 from megascale.model.decoder import Decoder, Table
 from megascale.model.layers import Norm
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.relative import attach, biased
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.shape import Shape
@@ -33,8 +32,8 @@ class EncoderDecoder(Decoder):
     `share_embeddings` says whether sources are looked up in the targets' table or in one of their own, for a vocabulary of their own.
     """
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> None:
-        super().__init__(cfg, shape, norm_kernel, part)
+    def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
+        super().__init__(cfg, shape, part)
         assert cfg.encoder_layers is not None
         dtype, d, at_ends = shape.storage, cfg.hidden_size, ends(cfg)
         stack, count = Stack("encoder", cfg.encoder_layers, cfg.num_layers), cfg.encoder_layers
@@ -47,14 +46,11 @@ class EncoderDecoder(Decoder):
         if self.part.first and cfg.position == "relative":
             self.source_relative = Table(ParamSpec((cfg.relative_buckets, cfg.num_heads), "relative", 1, cfg.init_std), dtype)
         self.encoder = nn.ModuleDict(
-            {
-                str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, has_experts(cfg, i))
-                for i in self.part.of_stack(0, count)
-            }
+            {str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, has_experts(cfg, i)) for i in self.part.of_stack(0, count)}
         )
         self.encoder_norm: Norm | None = None
         if count - 1 in self.part.layers and at_ends.final_norm:
-            self.encoder_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.encoder_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
         self.source_first = 0  # row of the sources' table, as `vocab_first`
 
     def cut_ends(self, axis: Axis) -> None:

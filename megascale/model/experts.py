@@ -24,7 +24,6 @@ from megascale.model.feedforward import FeedForward, activate
 from megascale.model.layers import Deferred, deferred_product
 from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.model.ops.grouped_matmul import Permutation, add_by_expert, by_expert, grouped_product
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, Role, declare
@@ -139,7 +138,7 @@ class MixtureOfExperts(nn.Module):
     `over_sequence` sums over the ranks that hold the others.
     """
 
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, start: ExpertInit | None = None) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, start: ExpertInit | None = None) -> None:
         super().__init__()
         moe = cfg.moe
         assert moe is not None and moe.ffn_size is not None
@@ -149,7 +148,7 @@ class MixtureOfExperts(nn.Module):
         router_scale = start.product_scale(cfg.hidden_size)
         self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype, router_scale)
         self.experts = Experts(cfg, moe, start, dtype)
-        self.shared = FeedForward(cfg, row, dtype, norm_kernel, moe.num_shared * moe.ffn_size) if moe.num_shared else None
+        self.shared = FeedForward(cfg, row, dtype, moe.num_shared * moe.ffn_size) if moe.num_shared else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.over_sequence: Callable[[Tensor], Tensor] = identity

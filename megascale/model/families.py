@@ -6,19 +6,18 @@ from megascale.config.schema import Model
 from megascale.config.stages import StagePart
 from megascale.model.decoder import Decoder
 from megascale.model.encoder_decoder import EncoderDecoder
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
 
 Family = Decoder | Spacetime  # an EncoderDecoder is a Decoder, with an encoder beside it
 
 
-def build_part(cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> Family:
+def build_part(cfg: Model, shape: Shape, part: StagePart | None = None) -> Family:
     """The meta module of `cfg.family`, or of one stage of it."""
     match cfg.family:
         case "spacetime":
-            return Spacetime(cfg, shape, norm_kernel, part)
+            return Spacetime(cfg, shape, part)
         case "encoder_decoder":
-            return EncoderDecoder(cfg, shape, norm_kernel, part)
+            return EncoderDecoder(cfg, shape, part)
         case _:
-            return Decoder(cfg, shape, norm_kernel, part)
+            return Decoder(cfg, shape, part)

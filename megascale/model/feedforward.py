@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.model.attention import identity
 from megascale.model.layers import Linear, Norm
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual
 from megascale.model.spec import Cut, Role
@@ -29,7 +28,7 @@ def activate(kind: str, y: Tensor, gate: Tensor | None) -> Tensor:
 class FeedForward(nn.Module):
     """down(φ(up·x)), or down(φ(gate·x) ⊙ up·x) for SwiGLU and GEGLU (arXiv 2002.05202); the row may put a norm before `down`."""
 
-    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, norm_kernel: NormKernel, width: int | None = None) -> None:
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, width: int | None = None) -> None:
         super().__init__()
         assert cfg.ffn_size
         d, f = cfg.hidden_size, width or cfg.ffn_size
@@ -43,7 +42,7 @@ class FeedForward(nn.Module):
         self.down = product(d, f, "down", 1)
         self.inner_norm: Norm | None = None
         if row.inner_norms:
-            self.inner_norm = Norm(f, cfg.norm, row.norm_eps["ffn_inner_norm"], 0, dtype, norm_kernel, cfg.bias, cfg.dyt_alpha[1])
+            self.inner_norm = Norm(f, cfg.norm, row.norm_eps["ffn_inner_norm"], 0, dtype, cfg.bias, cfg.dyt_alpha[1])
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megascale.model.module_metrics import ModuleMetrics
 from megascale.model.ops import matmul, matmul_cpu
 from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
-from megascale.model.ops.norm_kernels import NormKernel, dyt
+from megascale.model.ops.norm_kernels import NormKernel, dyt, own_kernel
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.dynamic import dynamic_linear
 from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_linear, to_fp8, weight_gradient
@@ -174,11 +174,10 @@ class Norm(nn.Module):
     bias: Tensor | None
     alpha: Tensor | None
 
-    def __init__(
-        self, dim: int, kind: str, eps: float, cut: Cut, dtype: torch.dtype, kernel: NormKernel, bias: bool, alpha: float = 0.5
-    ) -> None:
+    def __init__(self, dim: int, kind: str, eps: float, cut: Cut, dtype: torch.dtype, bias: bool, alpha: float = 0.5) -> None:
         super().__init__()
-        self.dim, self.kind, self.eps, self.kernel = dim, kind, eps, kernel
+        self.dim, self.kind, self.eps = dim, kind, eps
+        self.kernel: NormKernel = own_kernel(kind)  # a pass may set another
         self.weight = declare(ParamSpec((dim,), "norm", cut, mean=1.0), dtype)
         self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if kind != "rmsnorm" and bias else None
         # One number for all channels: where these are cut, each rank's gradient of it is a share of a sum.

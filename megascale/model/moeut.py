@@ -23,7 +23,6 @@ from megascale.model.experts import Bank, ExpertInit, MixtureOfExperts, spread_t
 from megascale.model.layers import Linear, Norm, dropout
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import weighted_sum
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import InitStd, Residual
 from megascale.model.router import Choice, choose, entropy_of, mass_of
@@ -105,7 +104,7 @@ class SwitchHead(nn.Module):
 class RepeatedBlock(nn.Module):
     """One layer of the group: SwitchHead attention, then σ-MoE, each added to the stream."""
 
-    def __init__(self, cfg: Model, dtype: torch.dtype, norm_kernel: NormKernel) -> None:
+    def __init__(self, cfg: Model, dtype: torch.dtype) -> None:
         super().__init__()
         assert cfg.moe is not None
         d, moe, self.dropout = cfg.hidden_size, cfg.moe, cfg.dropout
@@ -113,12 +112,12 @@ class RepeatedBlock(nn.Module):
         assert moe.ffn_size is not None
         # Norms stand behind the exchange that brings tensor ranks the stream, since values and experts need it without them: one exchange
         # then serves both, and each rank's gradient of a norm is that of its own heads and experts.
-        self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
+        self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, cfg.bias)
         self.attention = SwitchHead(cfg, std, dtype)
-        self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, norm_kernel, cfg.bias)
+        self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, cfg.bias)
         wide = std / math.sqrt(d)
         start = ExpertInit({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
-        self.ffn = MixtureOfExperts(cfg, Residual("before", InitStd("constant", cfg.init_std)), dtype, norm_kernel, start)
+        self.ffn = MixtureOfExperts(cfg, Residual("before", InitStd("constant", cfg.init_std)), dtype, start)
         if moe.balance == "entropy":
             self.ffn.balance_weight = 0.0  # the entropy is one of all repeats
         assert cfg.moeut is not None

@@ -27,7 +27,6 @@ from megascale.model.block import Block, Context, Memory, key_padding_mask
 from megascale.model.decoder import Table, rows_of
 from megascale.model.layers import Norm, linear
 from megascale.model.ops.attention_tiles import AttentionMask
-from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Side, Stack, ends, residual
 from megascale.model.shape import Shape
@@ -42,7 +41,7 @@ class Spacetime(nn.Module):
     with the same hooks for passes; embedding and head are cut over tensor ranks along the numbers of a patch.
     """
 
-    def __init__(self, cfg: Model, shape: Shape, norm_kernel: NormKernel, part: StagePart | None = None) -> None:
+    def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
         super().__init__()
         part = part or StagePart(range(cfg.num_layers))
         assert cfg.spacetime is not None
@@ -60,10 +59,10 @@ class Spacetime(nn.Module):
                 self.mask_token = Table(ParamSpec((d,), "position", "tokens", std), dtype)
             if cfg.position == "learned":
                 self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, norm_kernel, False) for i in part.layers})
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, False) for i in part.layers})
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
-            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, norm_kernel, cfg.bias)
+            self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias)
         if part.last:
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
         self.enter_head: Callable[[Tensor], Tensor] = identity

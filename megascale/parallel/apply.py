@@ -23,6 +23,7 @@ from megascale.parallel.context import spread_sequence
 from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
+from megascale.parallel.kernels import call_norm_kernel
 from megascale.parallel.model import ParallelModel, State, Weight
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
@@ -30,11 +31,11 @@ from megascale.parallel.recompute import compile_blocks, recompute_blocks
 from megascale.parallel.tensor import Placement, cut_model
 
 
-def build_stages(cfg: Model, shape: Shape, norm_kernel: NormKernel, parallel: Parallel, pp_rank: int) -> list[Family]:
+def build_stages(cfg: Model, shape: Shape, parallel: Parallel, pp_rank: int) -> list[Family]:
     """The meta modules of one pipeline rank, in stage order; the whole model where there is no pipeline."""
     parts = stage_parts(cfg, parallel, shape.seq_len, shape.source_len)
     mine = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.pp_virtual, pp_rank) if parallel.pp > 1 else range(len(parts))
-    return [build_part(cfg, shape, norm_kernel, parts[i]) for i in mine]
+    return [build_part(cfg, shape, parts[i]) for i in mine]
 
 
 def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
@@ -43,8 +44,14 @@ def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[st
     return placements if stage.cfg.moe is None else cut_experts(stage, placements, axes, cfg)
 
 
-def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device, fp8: Fp8 = "false") -> ParallelModel:
-    """Meta modules → this rank's part of them, in memory but not yet drawn. `fp8`: how hidden products are computed."""
+def parallelize(
+    stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device, fp8: Fp8 = "false", norm_kernel: NormKernel | None = None
+) -> ParallelModel:
+    """Meta modules → this rank's part of them, in memory but not yet drawn.
+
+    fp8          how hidden products are computed
+    norm_kernel  what norms call, where not torch's own
+    """
     weights: list[Weight] = []
     states: list[State] = []
     modules, tied_copy = [], None
@@ -62,6 +69,8 @@ def parallelize(stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.d
             spread_grid(stage, mesh, cfg)
         state_specs = states_of(stage)
         multiply_in_fp8(stage, fp8)
+        if norm_kernel is not None:
+            call_norm_kernel(stage, norm_kernel)
         recompute_blocks(stage, cfg.recompute)
         if cfg.compile:
             compile_blocks(stage)

@@ -54,7 +54,7 @@ def build_model(
     """The cut model in memory, facts for the log, and its training FLOPs per token, in which `documents` are as in `keys_met`."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = shape_of(config)
-    specs = specs_of(build_part(config.model, shape, kernels.norm))
+    specs = specs_of(build_part(config.model, shape))
     for key in config.optim.multipliers:
         if not any(key in (name, any_layer(name)) for name in specs):
             near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
@@ -71,8 +71,8 @@ def build_model(
     note = immovable_note(config, specs)
     if note is not None:
         facts["immovable"] = note
-    stages = build_stages(config.model, shape, kernels.norm, config.parallel, mesh["pp"].rank)
-    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision)), facts, flops
+    stages = build_stages(config.model, shape, config.parallel, mesh["pp"].rank)
+    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), kernels.norm), facts, flops
 
 
 def products_of(precision: Precision) -> Fp8:

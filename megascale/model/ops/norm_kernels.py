@@ -42,6 +42,11 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return y * weight if bias is None else torch.addcmul(bias, y, weight)
 
 
+def own_kernel(norm: str) -> NormKernel:
+    """The kernel with which a norm is built. DyT is written out where it stands (`dyt`): nothing calls a kernel for it."""
+    return torch_rmsnorm if norm == "rmsnorm" else torch_layernorm
+
+
 # (module, function) of NVIDIA's packages. apex: `fused_rms_norm_affine(x, weight, normalized_shape, eps)` and
 # `fused_layer_norm_affine(x, weight, bias, normalized_shape, eps)`; Transformer Engine has modules only, so its functional form is used.
 SYMBOLS = {
@@ -54,8 +59,7 @@ SYMBOLS = {
 
 def choose_kernels(wanted: str, norm: str, device: torch.device) -> KernelChoice:
     """`wanted`: auto | torch | apex | te. Raises UsageError when an explicit choice is not installed or not for this device."""
-    # DyT is written out where it stands (`dyt`): nothing calls a kernel for it.
-    own = KernelChoice(torch_rmsnorm if norm == "rmsnorm" else torch_layernorm, "torch", "torch's own")
+    own = KernelChoice(own_kernel(norm), "torch", "torch's own")
     if norm == "dyt":
         if wanted not in ("auto", "torch"):
             raise UsageError(f"run.kernels is {wanted} and model.norm is dyt, which {wanted} does not have: use auto or torch")

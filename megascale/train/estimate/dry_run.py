@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megascale.config.dsp import describe_plan, plan_cuts
 from megascale.config.layout import axis_sizes, describe, micro_batches
 from megascale.config.load import to_yaml
@@ -18,7 +16,6 @@ from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import shape_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.learning_rate import schedule_note
@@ -86,7 +83,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     totals = largest_rank(config, sizes)
     timeline = pipeline_timeline(config, ranks)
     shape = shape_of(config)
-    model = build_part(config.model, shape, choose_kernels("torch", config.model.norm, torch.device("cpu")).norm)
+    model = build_part(config.model, shape)
     specs = specs_of(model)
     parameters = sum(s.numel for s in specs.values())
     train, parts = config.train, sizes["dp_replicate"] * sizes["dp_shard"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import psutil
-import torch
 
 from megascale.comm.mesh import AXES, EXPERT_AXES, Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
@@ -17,7 +16,6 @@ from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_free
-from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.shape import DTYPES, shape_of
 from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
@@ -42,12 +40,11 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     """
     shape = shape_of(config)
     storage = shape.storage
-    kernel = choose_kernels("torch", config.model.norm, torch.device("cpu")).norm
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
     axes["shard"] = Axis("dp_shard", sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"], None, traffic)
     weights = optimizer = 0
-    for stage in build_stages(config.model, shape, kernel, config.parallel, place["pp"]):
+    for stage in build_stages(config.model, shape, config.parallel, place["pp"]):
         for name, p in cut_stage(stage, axes, config.parallel).items():
             held = _held(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
             weights += held * storage.itemsize
