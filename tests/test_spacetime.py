@@ -11,12 +11,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.sequence.everywhere import ulysses_everywhere
 from megascale.comm.mesh import build_mesh
 from megascale.config.dsp import describe_plan, plan_cuts, switches
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
 from megascale.model.spacetime import Spacetime, from_lines, to_lines
-from megascale.parallel.grid import move, ulysses_everywhere
+from megascale.parallel.grid import move
 from tests.layouts import CPU, Case, build, fake_batch, tiny
 from tests.ranks import run_ranks
 from tests.test_layouts import assert_equal

@@ -23,7 +23,7 @@ from benchmarks.common import Allocations, machine, write
 from benchmarks.layered.worker import stepper
 from megascale.config.load import build_config
 from megascale.config.schema import Parallel
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.parallel import apply
 from megascale.parallel.offload import HostStash, offload_block_inputs
 

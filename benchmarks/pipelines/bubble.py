@@ -55,10 +55,10 @@ class SleepingStage(nn.Module):
         self.joint = Linear(1, 1, "up", 0, 0.0, torch.float32)  # for its queue
         self.cfg, self.shape = SimpleNamespace(hidden_size=1), SimpleNamespace(compute=torch.float32)
 
-    def tokens_here(self, x: Tensor) -> Tensor:
-        return x
+    def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        return (*batch, 1), (*batch, 1)  # type: ignore[return-value]
 
-    def forward(self, tokens: Tensor, *_: Any, stream: Tensor | None, scale: float) -> Tensor:
+    def forward(self, tokens: Tensor, *, stream: Tensor | None, scale: float, **_: Any) -> Tensor:
         x = torch.zeros(*tokens.shape, 1, requires_grad=True) if stream is None else stream
         y: Tensor = Nap.apply(x, self.unit, self.joint)
         return y.sum() * scale if self.last else y

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.layered.hosts import ADDRESSES, CABLE, timed
+from benchmarks.sequence.everywhere import ulysses_everywhere
 from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
@@ -20,7 +21,6 @@ from megascale.data.loader import Batch
 from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
 from megascale.parallel.apply import build_stages, parallelize
-from megascale.parallel.grid import ulysses_everywhere
 from megascale.train.build import build_engine
 
 CPU = torch.device("cpu")

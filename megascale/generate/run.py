@@ -51,7 +51,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
     bias = distance_bias(stage, device)
-    heads = 1 if bias is None else stage.heads_here[1] - stage.heads_here[0]
+    heads = 1 if bias is None else stage.exchanges.num_heads
     place = CacheLayer(positions[:, :0], length)
     generator = torch.Generator().manual_seed(how.seed)
     found: list[list[int]] = [[] for _ in prompts]
@@ -76,14 +76,14 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
 @contextmanager
 def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
     """The model in evaluation, its head asked about the last token only, XPos of all passes counted from one place; behind it as it was."""
-    middle, head = stage.xpos_middle, stage.enter_head
+    middle, head = stage.xpos_middle, stage.exchanges.enter_head
     modes = [(m, m.training) for module in model.modules for m in module.modules()]
     try:
         model.train(False)
-        stage.xpos_middle, stage.enter_head = 0, partial(_last, then=head)
+        stage.xpos_middle, stage.exchanges.enter_head = 0, partial(_last, then=head)
         yield
     finally:
-        stage.xpos_middle, stage.enter_head = middle, head
+        stage.xpos_middle, stage.exchanges.enter_head = middle, head
         for m, training in modes:
             m.training = training
 
@@ -92,7 +92,7 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
     """Raises UsageError where what prompts of `length` and `most` new tokens leave in the caches does not fit into memory."""
     cfg = stage.cfg
     assert cfg.num_kv_heads is not None and cfg.head_dim is not None
-    share = (stage.heads_here[1] - stage.heads_here[0]) / cfg.num_heads
+    share = (stage.exchanges.num_heads) / cfg.num_heads
     needed = 2 * cfg.num_layers * batch * (length + most) * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
     free = free_memory(device)
     if needed > free:
@@ -109,7 +109,7 @@ def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Te
         return partial(bias_by_distance, stage.relative.weight, furthest=cfg.relative_distance, causal=True)
     if cfg.position != "alibi":
         return None
-    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.heads_here)], device=device)
+    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.exchanges.heads)], device=device)
     return lambda back: -slopes[:, None, None] * back[:, None]
 
 
@@ -132,8 +132,8 @@ def _last(x: Tensor, then: Any) -> Tensor:
 def _whole(stage: Decoder, logits: Tensor) -> Tensor:
     """[b, V here] → [b, V]"""
     assert stage.cfg.vocab_size is not None
-    if stage.vocab_axis is not None:
-        logits = all_gather(logits, stage.vocab_axis, 1)
+    if stage.exchanges.rows is not None:
+        logits = all_gather(logits, stage.exchanges.rows, 1)
     return logits[:, : stage.cfg.vocab_size]
 
 

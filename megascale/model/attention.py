@@ -91,6 +91,11 @@ class Attention(nn.Module):
         y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
 
+    def take_kv_heads(self, kv: range, of_query: list[int] | None) -> None:
+        """Only the KV heads `kv` are used here. `of_query`: the KV head of each query head here, among them, where groups are uneven."""
+        self.k.rows = self.v.rows = (kv.start * self.head_dim, kv.stop * self.head_dim)
+        self.kv_of_query = of_query
+
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 

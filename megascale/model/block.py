@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.model.attention import Attention
 from megascale.model.experts import MixtureOfExperts
+from megascale.model.family import Unit
 from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Norm, dropout
 from megascale.model.ops.attention_tiles import AttentionMask
@@ -51,7 +52,7 @@ class Context(NamedTuple):
     memory: Memory | None = None
 
 
-class Block(nn.Module):
+class Block(Unit):
     """Coefficients of the row are checkpoint state, one pair a layer, so that a layer keeps its own when the stack grows."""
 
     skip: Tensor | None
@@ -103,8 +104,8 @@ class Block(nn.Module):
         return self._join(x, self.ffn_norm, ffn, context)
 
     @property
-    def attentions(self) -> list[Attention]:
-        return [self.attention] if self.cross is None else [self.attention, self.cross]
+    def sublayers(self) -> list[Any]:
+        return [self.attention, self.ffn] if self.cross is None else [self.attention, self.cross, self.ffn]
 
     def _cross_attend(self, h: Tensor, context: Context) -> Tensor:
         """The branch that attends to the memory: no positions, since those of two sequences have nothing to do with each other."""

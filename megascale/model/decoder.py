@@ -7,7 +7,7 @@ Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
-from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
+from megascale.model.exchanges import Exchanges
+from megascale.model.family import Family, Unit
 from megascale.model.feedforward import FeedForward, activate
 from megascale.model.layers import Linear, Norm, linear
 from megascale.model.loss import cross_entropy_sum
@@ -40,6 +41,7 @@ class Table(nn.Module):
     def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = declare(spec, dtype)
+        self.rows = spec.shape[0]  # of the whole table
 
 
 def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Tensor:
@@ -74,28 +76,10 @@ class MaskedHead(nn.Module):
         return self.norm(activate(self.kind, self.dense(x), None))  # type: ignore[no-any-return]
 
 
-Pass = tuple[nn.Module, Context]  # a block and what it is told
+class Decoder(Family):
+    """Embedding, blocks, final norm, head, or the `part` of them that makes a pipeline stage."""
 
-
-def in_turn(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
-    """The stream [b, s, d] through blocks, one after the other."""
-    for block, context in blocks:
-        x = block(x, context)
-    return x
-
-
-class Decoder(nn.Module):
-    """Embedding, blocks, final norm, head, or the `part` of them that makes a pipeline stage. Built on the meta device with unsharded
-    shapes; passes cut it before it gets memory.
-
-    The tensor pass sets `enter_head` (tokens back together before the head), `leave_embedding` (partial embeddings summed), `enter_memory`
-    (where blocks attend to another stack's tokens: these back together), `tokens_here` (a [b, s] tensor cut to this rank's tokens),
-    `vocab_axis`, `vocab_first` and `heads_here` (global numbers, for ALiBi). Compilation sets `compiled_loss`.
-    The sequence pass sets `sequence_here` (a [b, S] tensor of the whole sequence cut to the positions that this rank holds; also of
-    a source, by its own length), nested
-    recomputation `pass_blocks` (the stream through some blocks).
-    """
-
+    sequence = "tokens"
     warm: Tensor | None
 
     def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
@@ -140,18 +124,10 @@ class Decoder(nn.Module):
         # BranchNorm's factor is a function of the step, hence no state of checkpoints: `at_step` sets it.
         warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
-        self.enter_head: Callable[[Tensor], Tensor] = identity
-        self.leave_embedding: Callable[[Tensor], Tensor] = identity
-        self.enter_memory: Callable[[Tensor], Tensor] = identity
-        self.tokens_here: Callable[[Tensor], Tensor] = identity
-        self.sequence_here: Callable[[Tensor], Tensor] = identity
-        self.pass_blocks: Callable[[Tensor, Iterable[Pass]], Tensor] = in_turn
+        self.exchanges = Exchanges((0, cfg.num_heads))
+        self.shared_weight = "embedding.weight" if cfg.tie_embeddings else None
         self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
-        self.vocab_axis: Axis | None = None
-        self.vocab_first = 0
-        self.compiled_loss = False
         self.xpos_middle: int | None = None  # the position that XPos counts from, where passes over parts of a text must agree on it
-        self.heads_here: tuple[int, int] = (0, cfg.num_heads)
 
     @torch.no_grad()
     def at_step(self, step: int) -> None:
@@ -164,21 +140,16 @@ class Decoder(nn.Module):
         if self.warm is not None and self.cfg.branchnorm_period is not None:
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
-    def cut_ends(self, axis: Axis) -> None:
-        """Told by the tensor pass which rows of the vocabulary are here."""
-        assert self.cfg.vocab_size is not None
-        self.vocab_axis, self.vocab_first = axis, axis.rank * -(-self.cfg.vocab_size // axis.size)
-
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Of the stream [b, s, d] as this stage takes it and as it gives it on, for a batch of tokens of this shape."""
-        here = self.tokens_here(self.sequence_here(torch.empty(batch, device="meta")))
+        here = self.here(torch.empty(batch, device="meta"))
         shape = here.shape[0], here.shape[1] + self.rows_behind, self.cfg.hidden_size
         return shape, shape
 
     @property
     def rows_behind(self) -> int:
         """Rows of a stream between stages that hold tables of biases by distance."""
-        return self.tables_behind * rows_for(self.cfg, self.heads_here[1] - self.heads_here[0])
+        return self.tables_behind * rows_for(self.cfg, self.exchanges.num_heads)
 
     @property
     def tables_behind(self) -> int:
@@ -190,12 +161,15 @@ class Decoder(nn.Module):
 
     def taken(self, stream: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What another stage gave: the stream [b, s_here, d] and the tables behind it."""
-        return detach(self.cfg, stream, self.tables_behind, self.heads_here[1] - self.heads_here[0])
+        return detach(self.cfg, stream, self.tables_behind, self.exchanges.num_heads)
 
-    def units(self) -> Iterator[tuple[str, nn.Module]]:
-        """The blocks with their names: what passes wrap, recompute and compile one by one."""
+    def units(self) -> Iterator[tuple[str, Unit]]:
         for number, block in self.blocks.items():
-            yield f"blocks.{number}", block
+            yield f"blocks.{number}", block  # type: ignore[misc]  # a ModuleDict's values are modules
+
+    def here(self, x: Tensor) -> Tensor:
+        """A [b, S] tensor of whole sequences cut to this rank's tokens [b, s]."""
+        return self.exchanges.tokens_here(self.exchanges.sequence_here(x))
 
     @property
     def head_weight(self) -> Tensor:
@@ -250,7 +224,7 @@ class Decoder(nn.Module):
         mask = self.attention_mask(documents, tokens.shape[1], tokens.device, tables)
         contexts = self.contexts(self.part.layers, tokens, mask, positions, samples, self.loss_weights(targets, scale))
         if self.cfg.moeut is None:
-            x = self.pass_blocks(x, zip(self.blocks.values(), contexts))
+            x = self.exchanges.pass_blocks(x, zip(self.blocks.values(), contexts))
         else:
             x = self.repeat(x, contexts)
         return self.finish(x, targets, scale) if self.part.last else attach(x, tables)
@@ -264,23 +238,24 @@ class Decoder(nn.Module):
         bias = None
         if self.mlm is not None:
             x, bias = self.mlm(x), self.mlm.bias
-        x = self.enter_head(x)
+        x = self.exchanges.enter_head(x)
         vocabulary = self.cfg.vocab_enabled or self.cfg.vocab_size
         assert vocabulary is not None
+        first = self.exchanges.first_row(self.cfg.vocab_size)
         if targets is None:
             logits = linear(x, self.head_weight, bias)
             if self.cfg.vocab_enabled is not None:
-                logits[..., max(0, vocabulary - self.vocab_first) :] = float("-inf")
+                logits[..., max(0, vocabulary - first) :] = float("-inf")
             return logits
         return cross_entropy_sum(
             x.flatten(0, 1),
             self.head_weight,
-            self.sequence_here(targets).flatten(),
+            self.exchanges.sequence_here(targets).flatten(),
             scale,
-            self.vocab_first,
+            first,
             vocabulary,
-            self.vocab_axis,
-            self.compiled_loss,
+            self.exchanges.rows,
+            self.exchanges.compiled_loss,
             bias,
         )
 
@@ -288,37 +263,39 @@ class Decoder(nn.Module):
         """The group of blocks as often as there are layers. What their experts got is judged over all repeats, at the end."""
         moe, moeut = self.cfg.moe, self.cfg.moeut
         assert moe is not None and moeut is not None
-        told: dict[str, list[Masses]] = {name: [] for name in self.blocks}
+        masses_of: dict[str, list[Masses]] = {name: [] for name in self.blocks}
         for (name, block), context in zip(itertools.cycle(self.blocks.items()), contexts):
             x, masses = block(x, context)
             if masses is not None:
-                told[name].append(masses)
-        if not torch.is_grad_enabled() or not all(told.values()):
+                masses_of[name].append(masses)
+        if not torch.is_grad_enabled() or not all(masses_of.values()):
             return x
         weight = moe.aux_loss if moe.balance == "entropy" else 0.0
         losses = []
-        for name, masses_of in told.items():
+        for name, every in masses_of.items():
             block = self.blocks[name]
             assert isinstance(block, RepeatedBlock)
-            losses.append(repeats_loss(masses_of, block, weight, moeut.attention_aux_loss))
+            losses.append(repeats_loss(every, block, weight, moeut.attention_aux_loss))
         return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, S] → [b, s, d] in the compute dtype."""
-        x = self.look_up(tokens, positions, self.embedding, self.vocab_first, self.position if self.cfg.position == "learned" else None)
+        places = self.position if self.cfg.position == "learned" else None
+        x = self.look_up(tokens, positions, self.embedding, places)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def look_up(self, tokens: Tensor, positions: Tensor | None, table: Table, first: int, places: Table | None) -> Tensor:
-        """Tokens [b, S] in a table [V_here, d] whose first row is number `first`, plus their places' vectors, → [b, s, d]. Rows of the
-        vocabulary that live elsewhere count zero before the sum.
+    def look_up(self, tokens: Tensor, positions: Tensor | None, table: Table, places: Table | None) -> Tensor:
+        """Tokens [b, S] in a table [V_here, d], plus their places' vectors, → [b, s, d]. Rows of the vocabulary that live elsewhere count
+        zero before the sum.
         """
+        exchanges = self.exchanges
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        tokens, positions = self.sequence_here(tokens), self.sequence_here(positions)
-        x = self.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, first, self.vocab_axis))
+        tokens, positions = exchanges.sequence_here(tokens), exchanges.sequence_here(positions)
+        x = exchanges.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, exchanges.first_row(table.rows), exchanges.rows))
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype, copy=True)  # as embedding_norm's
-        return x if places is None else x + F.embedding(self.tokens_here(positions), places.weight.to(x.dtype))
+        return x if places is None else x + F.embedding(exchanges.tokens_here(positions), places.weight.to(x.dtype))
 
     def weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
         """The weight [b, S] of each token in auxiliary losses, where there are any."""
@@ -329,7 +306,7 @@ class Decoder(nn.Module):
     def loss_weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
         """`weights` of the tokens here [b, s]."""
         weights = self.weights(targets, scale)
-        return None if weights is None else self.sequence_here(weights)
+        return None if weights is None else self.exchanges.sequence_here(weights)
 
     def attention_mask(
         self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()
@@ -339,7 +316,7 @@ class Decoder(nn.Module):
         if tables:
             return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
         if cfg.position == "alibi":
-            slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.heads_here)], device=device)
+            slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.exchanges.heads)], device=device)
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
         mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
@@ -366,10 +343,10 @@ class Decoder(nn.Module):
             if cfg.position == "xpos":
                 xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
             amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
-            angles = rotary(self.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
+            angles = rotary(self.exchanges.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
         keys = None
         if samples is not None and cfg.dropout > 0.0 and self.training:
             keys = mix64_signed(samples)[:, None] + torch.arange(seq_len, device=device)
-            keys = self.tokens_here(self.sequence_here(keys))
+            keys = self.here(keys)
         for layer in layers:
             yield Context(angles, mask, None if keys is None else mix64_signed(keys + (layer << 32)), self.warm, loss_weights, memory)

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
 from megascale.model.block import Block, Memory, key_padding_mask
 from megascale.model.decoder import Decoder, Table
+from megascale.model.family import Unit
 from megascale.model.layers import Norm
 from megascale.model.relative import attach, biased
 from megascale.model.residual import Stack, ends, residual
@@ -51,13 +51,6 @@ class EncoderDecoder(Decoder):
         self.encoder_norm: Norm | None = None
         if count - 1 in self.part.layers and at_ends.final_norm:
             self.encoder_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
-        self.source_first = 0  # row of the sources' table, as `vocab_first`
-
-    def cut_ends(self, axis: Axis) -> None:
-        super().cut_ends(axis)
-        self.source_first = self.vocab_first
-        if self.cfg.source_vocab_size is not None:
-            self.source_first = axis.rank * -(-self.cfg.source_vocab_size // axis.size)
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         b = batch[0]
@@ -67,7 +60,7 @@ class EncoderDecoder(Decoder):
 
     def held(self, x: Tensor) -> int:
         """How many of the tokens x [b, t or s] are here."""
-        return self.tokens_here(self.sequence_here(x)).shape[1]
+        return self.here(x).shape[1]
 
     @property
     def tables_behind(self) -> int:
@@ -77,10 +70,13 @@ class EncoderDecoder(Decoder):
         own = super().tables()
         return own if self.source_relative is None else [self.source_relative.weight.to(self.shape.compute), *own]
 
-    def units(self) -> Iterator[tuple[str, nn.Module]]:
+    def units(self) -> Iterator[tuple[str, Unit]]:
         for number, block in self.encoder.items():
-            yield f"encoder.{number}", block
+            yield f"encoder.{number}", block  # type: ignore[misc]  # a ModuleDict's values are modules
         yield from super().units()
+
+    def length_of(self, unit: str) -> int:
+        return self.shape.source_len if unit.startswith("encoder.") else self.shape.seq_len
 
     def forward(
         self,
@@ -113,7 +109,7 @@ class EncoderDecoder(Decoder):
         """source [b, t] → [b, t_here, d] in the compute dtype; what lies beyond its end is nobody's key and may be any token."""
         places = self.source_position if self.cfg.position == "learned" else None
         table = self.embedding if self.cfg.share_embeddings else self.source_embedding
-        return self.look_up(source.clamp(min=0), None, table, self.source_first, places)
+        return self.look_up(source.clamp(min=0), None, table, places)
 
     def encode(
         self,
@@ -131,12 +127,12 @@ class EncoderDecoder(Decoder):
         if tables and layers:
             mask = biased(self.cfg, tables[0], source.shape[1], False, valid=mask.valid)
         contexts = self.contexts(layers, source, mask, None, samples, loss_weights)
-        x = self.pass_blocks(x, zip(self.encoder.values(), contexts))
+        x = self.exchanges.pass_blocks(x, zip(self.encoder.values(), contexts))
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
     def memory(self, read: Tensor, valid: Tensor) -> Memory | None:
         """What the decoder's blocks here attend to, whole on every tensor and context rank; gathered once for all of them."""
-        return Memory(self.enter_memory(read), key_padding_mask(valid)) if self.blocks else None
+        return Memory(self.exchanges.enter_memory(read), key_padding_mask(valid)) if self.blocks else None
 
     def decode(
         self,
@@ -152,11 +148,13 @@ class EncoderDecoder(Decoder):
         before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
         layers = range(before + mine.start, before + mine.stop)
         mask = self.attention_mask(None, tokens.shape[1], tokens.device, tables if layers else ())
-        return self.pass_blocks(x, zip(self.blocks.values(), self.contexts(layers, tokens, mask, positions, samples, loss_weights, memory)))
+        return self.exchanges.pass_blocks(
+            x, zip(self.blocks.values(), self.contexts(layers, tokens, mask, positions, samples, loss_weights, memory))
+        )
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
         """The weight [b, t_here] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""
         asked = self.weights(targets, scale)
         if asked is None:
             return None
-        return self.sequence_here(valid * (asked.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)))
+        return self.exchanges.sequence_here(valid * (asked.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)))

@@ -1,4 +1,4 @@
-"""The models that there are, as passes and tools see them: whatever the family, they work on `units()`, hooks and specs."""
+"""The models that there are, by the name of their family."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from megascale.config.schema import Model
 from megascale.config.stages import StagePart
 from megascale.model.decoder import Decoder
 from megascale.model.encoder_decoder import EncoderDecoder
+from megascale.model.family import Family
 from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
-
-Family = Decoder | Spacetime  # an EncoderDecoder is a Decoder, with an encoder beside it
 
 
 def build_part(cfg: Model, shape: Shape, part: StagePart | None = None) -> Family:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from megascale.config.schema import Model
 from megascale.model.attention import Attend, attend, identity
 from megascale.model.block import Context
 from megascale.model.experts import Bank, ExpertInit, MixtureOfExperts, spread_through
+from megascale.model.family import Unit
 from megascale.model.layers import Linear, Norm, dropout
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import weighted_sum
@@ -101,7 +102,7 @@ class SwitchHead(nn.Module):
         return choice.experts + first.unsqueeze(-1)
 
 
-class RepeatedBlock(nn.Module):
+class RepeatedBlock(Unit):
     """One layer of the group: SwitchHead attention, then σ-MoE, each added to the stream."""
 
     def __init__(self, cfg: Model, dtype: torch.dtype) -> None:
@@ -140,17 +141,17 @@ class RepeatedBlock(nn.Module):
         return x, Masses(ffn, value, out_mass)
 
     @property
-    def attentions(self) -> list[SwitchHead]:
-        return [self.attention]
+    def sublayers(self) -> list[Any]:
+        return [self.attention, self.ffn]
 
 
-def repeats_loss(told: list[Masses], block: RepeatedBlock, ffn_weight: float, attention_weight: float) -> Tensor:
+def repeats_loss(masses: list[Masses], block: RepeatedBlock, ffn_weight: float, attention_weight: float) -> Tensor:
     """One layer's entropy losses over all its repeats, 0-dim: of its feed-forward, of its values and outputs (the mean over heads).
 
     Ranks with the same tokens take equal shares of the first; of the others each has those of its own heads.
     """
-    ffn, value, out = (torch.stack(parts).sum(0) for parts in zip(*told))
+    ffn, value, out = (torch.stack(parts).sum(0) for parts in zip(*masses))
     attention = block.attention
     of_heads = entropy_of(value.flatten(0, 1), attention.over_sequence) + entropy_of(out.flatten(0, 1), attention.over_sequence)
     of_ffn = entropy_of(ffn, block.ffn.over_sequence) / block.ffn.copies
-    return (ffn_weight * of_ffn + attention_weight * of_heads / attention.heads) / len(told)
+    return (ffn_weight * of_ffn + attention_weight * of_heads / attention.heads) / len(masses)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from megascale.comm.collectives import sum_over_ranks
-from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart
 from megascale.model.attention import Attend, attend, attend_all, identity
 from megascale.model.block import Block, Context, Memory, key_padding_mask
 from megascale.model.decoder import Table, rows_of
+from megascale.model.exchanges import Exchanges
+from megascale.model.family import Family, Unit
 from megascale.model.layers import Norm, linear
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
@@ -36,10 +37,12 @@ from megascale.splitmix import mix64_signed
 Grid = Sequence[Sequence[range]]  # for every dimension the positions that are here
 
 
-class Spacetime(nn.Module):
-    """Patch embedding, blocks, final norm, patch head, or the `part` of them that makes a stage. Built on the meta device as `Decoder` is,
-    with the same hooks for passes; embedding and head are cut over tensor ranks along the numbers of a patch.
+class Spacetime(Family):
+    """Patch embedding, blocks, final norm, patch head, or the `part` of them that makes a stage. Embedding and head are cut over tensor
+    ranks along the numbers of a patch.
     """
+
+    sequence = "grid"
 
     def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
         super().__init__()
@@ -65,26 +68,16 @@ class Spacetime(nn.Module):
             self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias)
         if part.last:
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
-        self.enter_head: Callable[[Tensor], Tensor] = identity
-        self.leave_embedding: Callable[[Tensor], Tensor] = identity
-        self.enter_memory: Callable[[Tensor], Tensor] = identity
-        self.tokens_here: Callable[[Tensor], Tensor] = identity
-        self.heads_here: tuple[int, int] = (0, cfg.num_heads)
-        self.values_axis: Axis | None = None
-        self.values_first = self.text_first = 0
+        self.exchanges = Exchanges((0, cfg.num_heads))
         whole = [[range(n)] for n in self.fields.grid]
         # Of every layer of the whole model, by global number.
         self.grids: list[Grid] = [whole] * cfg.num_layers
         self.moves: list[Callable[[Tensor], Tensor]] = [identity] * cfg.num_layers
         self.meet_along([self.alone(i) for i in range(cfg.num_layers)])
 
-    def at_step(self, step: int) -> None:
-        """No scheme over grids follows the global step."""
-
-    def units(self) -> Iterator[tuple[str, nn.Module]]:
-        """The blocks with their names: what passes wrap, recompute and compile one by one."""
+    def units(self) -> Iterator[tuple[str, Unit]]:
         for number, block in self.blocks.items():
-            yield f"blocks.{number}", block
+            yield f"blocks.{number}", block  # type: ignore[misc]  # a ModuleDict's values are modules
 
     def alone(self, layer: int) -> Attend:
         """Attention along a layer's dimension where all of it is here."""
@@ -97,21 +90,17 @@ class Spacetime(nn.Module):
     def meet_along(self, attends: Sequence[Attend]) -> None:
         """Gives each layer what its tokens do with each other along its dimension, on the grid that it has here; one for every layer."""
         for number, block in self.blocks.items():
-            assert isinstance(block, Block)
             layer = int(number)
-            block.attention.attend = partial(along, dim=self.cfg.attended(layer), shape=sizes(self.grids[layer]), inner=attends[layer])
-
-    def cut_ends(self, axis: Axis) -> None:
-        """Told by the tensor pass which rows of the head and columns of the embedding are here."""
-        self.values_axis, self.values_first = axis, axis.rank * -(-self.fields.values // axis.size)
-        self.text_first = axis.rank * -(-(self.fields.text_vocab_size or 0) // axis.size)
+            block.attention.attend = partial(  # type: ignore[union-attr]
+                along, dim=self.cfg.attended(layer), shape=sizes(self.grids[layer]), inner=attends[layer]
+            )
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Of the stream [b, n, d] as this stage takes it and as it gives it on, for a batch of fields of this shape."""
         last = self.part.layers[-1] if len(self.part.layers) else self.part.layers.start - 1
         before, after = (math.prod(sizes(self.grids[max(0, i)])) for i in (self.part.layers.start - 1, last))
-        text = self.tokens_here(torch.empty(1, self.fields.text_len or 0, device="meta")).shape[1]
-        here = [self.tokens_here(torch.empty(1, n, device="meta")).shape[1] + text for n in (before, after)]
+        text = self.exchanges.tokens_here(torch.empty(1, self.fields.text_len or 0, device="meta")).shape[1]
+        here = [self.exchanges.tokens_here(torch.empty(1, n, device="meta")).shape[1] + text for n in (before, after)]
         return (batch[0], here[0], self.cfg.hidden_size), (batch[0], here[1], self.cfg.hidden_size)
 
     def forward(
@@ -135,7 +124,7 @@ class Spacetime(nn.Module):
         x, text = (self.embed(tokens, targets), self.embed_text(source)) if stream is None else self._apart(stream, source)
         memory = None
         if text is not None and source is not None and self.blocks:
-            memory = Memory(self.enter_memory(text), key_padding_mask(source >= 0))
+            memory = Memory(self.exchanges.enter_memory(text), key_padding_mask(source >= 0))
         for (number, block), context in zip(self.blocks.items(), self.contexts(tokens.device, samples, memory)):
             if stream is not None or int(number) > self.part.layers.start:
                 x = self.moves[int(number)](x)
@@ -144,20 +133,20 @@ class Spacetime(nn.Module):
             return x if text is None else torch.cat((x, text), 1)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        predicted = linear(self.enter_head(x), self.head.weight)
+        predicted = linear(self.exchanges.enter_head(x), self.head.weight)
         return predicted if targets is None else self.error(predicted, tokens, targets) * scale
 
     def embed(self, fields: Tensor, targets: Tensor | None) -> Tensor:
         """[b, n, d] in the compute dtype."""
         grid, weight = self.grids[self.part.layers.start], self.embedding.weight.to(self.shape.compute)
-        x = self.leave_embedding(linear(self._values(fields[:, : self.fields.shape[0]], grid, weight.shape[1]), weight))
+        x = self.exchanges.leave_embedding(linear(self._values(fields[:, : self.fields.shape[0]], grid, weight.shape[1]), weight))
         if self.fields.objective == "masked" and targets is not None:
-            hidden = self.tokens_here(self._counted(targets, grid)).unsqueeze(-1)
+            hidden = self.exchanges.tokens_here(self._counted(targets, grid)).unsqueeze(-1)
             x = torch.where(hidden, self.mask_token.weight.to(x.dtype), x)
         if self.cfg.position == "learned":
             for dim, table in enumerate(self.position):
                 assert isinstance(table, Table)
-                where = self.tokens_here(coordinate(grid, dim, fields.device)[None])
+                where = self.exchanges.tokens_here(coordinate(grid, dim, fields.device)[None])
                 x = x + nn.functional.embedding(where, table.weight.to(x.dtype))
         return x
 
@@ -166,15 +155,17 @@ class Spacetime(nn.Module):
         if source is None or not self.fields.text_len:
             return None
         weight = self.text.weight.to(self.shape.compute)
-        x = self.leave_embedding(rows_of(weight, source.clamp(min=0), self.text_first, self.values_axis))
-        where = self.tokens_here(torch.arange(source.shape[1], device=source.device)[None])
+        x = self.exchanges.leave_embedding(
+            rows_of(weight, source.clamp(min=0), self.exchanges.first_row(self.fields.text_vocab_size), self.exchanges.rows)
+        )
+        where = self.exchanges.tokens_here(torch.arange(source.shape[1], device=source.device)[None])
         return x + nn.functional.embedding(where, self.text_position.weight.to(x.dtype))
 
     def _apart(self, stream: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What a stage was given: the stream, and behind it the text's tokens."""
         if source is None or not self.fields.text_len:
             return stream, None
-        text = self.tokens_here(source).shape[1]
+        text = self.exchanges.tokens_here(source).shape[1]
         x, behind = stream.split([stream.shape[1] - text, text], 1)
         return x, behind
 
@@ -185,7 +176,7 @@ class Spacetime(nn.Module):
         wanted = self._values(fields[:, begin:], grid, predicted.shape[2])
         square = (predicted.to(exact) - wanted.to(exact)).square().sum(-1)
         loss = square.where(self._counted(targets, grid), square.new_zeros(())).sum() / self.fields.values
-        return loss if self.values_axis is None else sum_over_ranks(loss, self.values_axis)
+        return loss if self.exchanges.rows is None else sum_over_ranks(loss, self.exchanges.rows)
 
     def contexts(self, device: torch.device, samples: Tensor | None, memory: Memory | None = None) -> Iterator[Context]:
         """The context of each block: angles by the place along its dimension, dropout keys by the place in the whole grid."""
@@ -204,7 +195,7 @@ class Spacetime(nn.Module):
                 place = torch.zeros((), dtype=torch.int64, device=device)
                 for dim, length in enumerate(self.fields.grid):
                     place = place * length + coordinate(grid, dim, device)
-                keys = mix64_signed(self.tokens_here(mix64_signed(samples)[:, None] + place) + (layer << 32))
+                keys = mix64_signed(self.exchanges.tokens_here(mix64_signed(samples)[:, None] + place) + (layer << 32))
             yield Context(angles, None, keys, None, None, memory)
 
     def _values(self, fields: Tensor, grid: Grid, width: int) -> Tensor:
@@ -215,7 +206,8 @@ class Spacetime(nn.Module):
         k, b = len(patch), fields.shape[0]
         split = fields.reshape(b, *(x for n, p in zip(fields.shape[1:], patch) for x in (n // p, p)), fields.shape[-1])
         order = [0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2), 2 * k + 1]
-        values = split.permute(order).reshape(b, -1, self.fields.values)[:, :, self.values_first : self.values_first + width]
+        first = self.exchanges.first_row(self.fields.values)
+        values = split.permute(order).reshape(b, -1, self.fields.values)[:, :, first : first + width]
         return nn.functional.pad(values, (0, width - values.shape[2])).to(self.shape.compute)
 
     def _counted(self, targets: Tensor, grid: Grid) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import stage_parts, stages_of_rank
-from megascale.model.decoder import Decoder
-from megascale.model.families import Family, build_part
+from megascale.model.families import build_part
+from megascale.model.family import Family
 from megascale.model.layers import Fp8
 from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.shape import Shape
@@ -29,6 +30,9 @@ from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.recompute import compile_blocks, recompute_blocks
 from megascale.parallel.tensor import Placement, cut_model
+
+# How context parallelism cuts what a family says its sequence is.
+SPREAD: dict[str, Callable[[Any, Mesh, Parallel], None]] = {"tokens": spread_sequence, "grid": spread_grid}
 
 
 def build_stages(cfg: Model, shape: Shape, parallel: Parallel, pp_rank: int) -> list[Family]:
@@ -63,10 +67,7 @@ def parallelize(
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
-        if isinstance(stage, Decoder):
-            spread_sequence(stage, mesh, cfg)
-        else:
-            spread_grid(stage, mesh, cfg)
+        SPREAD[stage.sequence](stage, mesh, cfg)
         state_specs = states_of(stage)
         multiply_in_fp8(stage, fp8)
         if norm_kernel is not None:
@@ -91,7 +92,7 @@ def parallelize(
             shards = mesh[placement.shard].size if isinstance(parameter, DTensor) else 1
             parts = shards * math.prod(mesh[c.axis].size for c in placement.cuts)
             weight = Weight(name, parameter, placement, mesh.size // (parts * mesh["pp"].size))
-            if name == "embedding.weight" and not stage.part.first:
+            if name == stage.shared_weight and not stage.part.first:
                 tied_copy = weight
             else:
                 weights.append(weight)

@@ -23,7 +23,7 @@ from megascale.comm.collectives import Passing, copy_to_ranks, gather_unequal, p
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
-from megascale.model.decoder import Decoder
+from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
 
 HEADS, SEQUENCE = 1, 2  # dimensions of [b, h, s, e]
@@ -93,7 +93,7 @@ class Spread:
         return Spread(held, met)
 
 
-def spread_sequence(model: Decoder, mesh: Mesh, cfg: Parallel) -> None:
+def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
     """Cuts tokens over cp where they enter the model and hangs the exchange into its attentions. After the tensor pass, whose heads it cuts
     further. Identity at size one.
 
@@ -106,15 +106,14 @@ def spread_sequence(model: Decoder, mesh: Mesh, cfg: Parallel) -> None:
     length, source_len = model.shape.seq_len, model.shape.source_len or model.shape.seq_len
     grain = cfg.tp if cfg.tp_sequence else 1
     spreads = {n: Spread.of(n, ring.size, ulysses.size, grain) for n in (length, source_len)}
-    model.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
-    model.enter_memory = partial(whole, enter=model.enter_memory, held=spreads[source_len].held, axis=cp)
-    first, last = model.heads_here
+    exchanges = model.exchanges
+    exchanges.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
+    exchanges.enter_memory = partial(whole, enter=exchanges.enter_memory, held=spreads[source_len].held, axis=cp)
+    first, last = exchanges.heads
     ends = list(accumulate(cut_evenly(last - first, ulysses.size), initial=first))
-    model.heads_here = (ends[ulysses.rank], ends[ulysses.rank + 1])
+    exchanges.heads = (ends[ulysses.rank], ends[ulysses.rank + 1])
     for name, block in model.units():
-        spread = spreads[source_len if name.startswith("encoder.") else length]
-        attention = block.attention
-        attention.attend = meeting(attention.attend, spread, ring, ulysses)  # type: ignore[union-attr, arg-type]
+        block.attention.attend = meeting(block.attention.attend, spreads[model.length_of(name)], ring, ulysses)
 
 
 def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megascale.comm.collectives import gather_into, scatter_into
 from megascale.comm.mesh import Axis, Mesh
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.parallel.expert import banks
 from megascale.parallel.tensor import Placement
 

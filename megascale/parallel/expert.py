@@ -19,7 +19,7 @@ from megascale.comm.exchange import exchange_counts, finish_exchange, start_exch
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Parallel
 from megascale.model.experts import Arrival, Experts, MixtureOfExperts
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.model.moeut import SwitchHead
 from megascale.model.ops.grouped_matmul import inverse_of, permute
 from megascale.model.router import EXPERT_NORM, moved_bias
@@ -46,7 +46,7 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
             if moe.shared is not None:
                 moe.shared.enter, moe.shared.leave = moe.enter, moe.leave
             moe.enter = moe.leave = _as_it_is
-            moe.loss_weights_here = model.tokens_here
+            moe.loss_weights_here = model.exchanges.tokens_here
         cut = [axis for axis in (axes["cp"], *(() if whole else (tp,))) if axis.size > 1]
         if cut:
             moe.over_sequence = partial(_sum_over, axes=cut)

@@ -17,9 +17,7 @@ from megascale.comm.mesh import Axis, Mesh
 from megascale.config.dsp import plan_cuts
 from megascale.config.schema import Model, Parallel
 from megascale.model.attention import Attend
-from megascale.model.block import Block
-from megascale.model.ops.attention_tiles import AttentionMask
-from megascale.model.spacetime import Grid, Spacetime, along, from_lines, sizes, to_lines
+from megascale.model.spacetime import Grid, Spacetime
 from megascale.parallel.context import cut_evenly, places, ring_attention, total, ulysses_attention
 
 
@@ -89,24 +87,3 @@ def _across(model: Spacetime, layer: int, axis: Axis, met: list[list[range]], me
     if method == "ring":
         return partial(ring_attention, axis=axis, met=met, causal=model.causal(layer))
     return partial(ulysses_attention, axis=axis, lengths=[total(r) for r in met], inner=model.alone(layer))
-
-
-def ulysses_everywhere(model: Spacetime, axis: Axis) -> None:
-    """Ulysses as it is for a flat sequence, around every attention: also where the dimension attended over is whole. It costs twice what it
-    must; here to be measured against (benchmarks/sequence).
-    """
-    dim = cut_dimension(model.cfg, axis.size)
-    for layer, (_, block) in enumerate(model.units()):
-        assert isinstance(block, Block)
-        over, shape = model.cfg.attended(layer), sizes(model.grids[layer])
-        if over != dim:
-            whole = [model.fields.grid[i] if i == dim else n for i, n in enumerate(shape)]
-            inner = partial(_turned, dim=dim, shape=whole, inner=partial(along, dim=over, shape=whole, inner=model.alone(layer)))
-            exchange = partial(ulysses_attention, axis=axis, lengths=cut_evenly(model.fields.grid[dim], axis.size), inner=inner)
-            block.attention.attend = partial(along, dim=dim, shape=shape, inner=exchange)
-
-
-def _turned(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dim: int, shape: list[int], inner: Attend) -> Tensor:
-    """`inner` of tokens that come as lines along `dim`."""
-    q, k, v = (from_lines(x, shape, dim) for x in (q, k, v))
-    return to_lines(inner(q, k, v, mask), shape, dim)

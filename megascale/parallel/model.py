@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece, chunk_bounds
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.model.init import initialize
 from megascale.model.ops.grouped_matmul import adds_in_place
 from megascale.model.spec import ParamSpec

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megascale.model.families import Family
+from megascale.model.family import Family
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megascale.model.experts import Bank
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.model.layers import Fp8, Linear
 from megascale.model.module_metrics import ModuleMetrics
 from megascale.parallel.tensor import Placement, local_tensor

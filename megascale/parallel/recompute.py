@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megascale.model.decoder import Decoder, Pass, in_turn
-from megascale.model.families import Family
+from megascale.model.exchanges import Pass, in_turn
+from megascale.model.family import Family
 from megascale.model.ops.compiled import compile_static
 
 aten = torch.ops.aten
@@ -49,8 +49,7 @@ def recompute_blocks(model: Family, mode: str) -> None:
     for _, block in model.units():
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
     if mode == "nested":
-        assert isinstance(model, Decoder)
-        model.pass_blocks = in_groups
+        model.exchanges.pass_blocks = in_groups
 
 
 def in_groups(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
@@ -75,7 +74,6 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 def compile_blocks(model: Family) -> None:
     """Blocks share one compiled graph; exchanges between ranks stay outside it. A loss whose vocabulary is whole has one of its own."""
-    if isinstance(model, Decoder):
-        model.compiled_loss = True
+    model.exchanges.compiled_loss = True
     for _, block in model.units():
         block.forward = compile_static(block.forward)  # type: ignore[method-assign]

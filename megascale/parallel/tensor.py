@@ -24,11 +24,9 @@ from megascale.comm.collectives import (
     sum_over_ranks,
 )
 from megascale.comm.mesh import Axis
-from megascale.model.attention import kv_heads_of
-from megascale.model.block import Block
-from megascale.model.families import Family
+from megascale.model.attention import Attention, kv_heads_of
+from megascale.model.family import Family
 from megascale.model.layers import Linear, Norm
-from megascale.model.moeut import RepeatedBlock
 from megascale.model.spec import ParamSpec
 
 SEQUENCE = 1  # the dimension of [b, s, d] and [b, s] that is cut
@@ -79,18 +77,16 @@ def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequenc
         resize(model, name, p)
     if tp_sequence:
         enter, leave = partial(gather_parts, axis=axis, dim=SEQUENCE), partial(scatter_sum, axis=axis, dim=SEQUENCE)
-        model.tokens_here = partial(local_part, axis=axis, dim=SEQUENCE)
+        model.exchanges.tokens_here = partial(local_part, axis=axis, dim=SEQUENCE)
     else:
         enter, leave = partial(copy_to_ranks, axis=axis), partial(sum_over_ranks, axis=axis)
     for _, block in model.units():
-        assert isinstance(block, Block | RepeatedBlock)
-        for sublayer in (*block.attentions, block.ffn):
+        for sublayer in block.sublayers:
             sublayer.enter, sublayer.leave = enter, leave
     _share_statistics(model, placements, axis)
-    model.enter_head, model.leave_embedding, model.enter_memory = enter, leave, enter
-    model.cut_ends(axis)
-    heads = model.cfg.num_heads // axis.size
-    model.heads_here = (axis.rank * heads, (axis.rank + 1) * heads)
+    exchanges, heads = model.exchanges, model.cfg.num_heads // axis.size
+    exchanges.enter_head, exchanges.leave_embedding, exchanges.enter_memory = enter, leave, enter
+    exchanges.rows, exchanges.heads = axis, (axis.rank * heads, (axis.rank + 1) * heads)
     return placements
 
 
@@ -108,16 +104,13 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
 def _cut_kv_heads(model: Family, axis: Axis) -> bool:
     """True when the KV heads are cut like the query heads; otherwise gives each attention the rows that its query heads need."""
     cfg = model.cfg
-    assert cfg.num_kv_heads is not None and cfg.head_dim is not None
+    assert cfg.num_kv_heads is not None
     if cfg.num_kv_heads % axis.size == 0:
         return True
     per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads
     kv, of_query = kv_heads_of(range(axis.rank * per_rank, (axis.rank + 1) * per_rank), group)
-    for _, block in model.units():
-        assert isinstance(block, Block)
-        for attention in block.attentions:
-            attention.k.rows = attention.v.rows = (kv.start * cfg.head_dim, kv.stop * cfg.head_dim)
-            attention.kv_of_query = of_query
+    for attention in (m for m in model.modules() if isinstance(m, Attention)):
+        attention.take_kv_heads(kv, of_query)
     return False
 
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megascale.data.loader import Batch
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.orders import Action, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding

@@ -23,7 +23,7 @@ from megascale.config.schema import Parallel
 from megascale.config.stages import stages_of_rank
 from megascale.data.loader import Batch
 from megascale.model.experts import Bank
-from megascale.model.families import Family
+from megascale.model.family import Family
 from megascale.model.layers import Deferred, Linear
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.orders import compute_order, forward_order, splits_backward

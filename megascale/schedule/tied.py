@@ -18,8 +18,7 @@ class TiedEmbedding:
     def __init__(self, model: ParallelModel) -> None:
         self.tied_copy = model.tied_copy
         self.axis: Axis = model.mesh["pp"]
-        tied = model.stages[0].cfg.tie_embeddings
-        self.owner: Weight | None = next((w for w in model.weights if tied and w.name == "embedding.weight"), None)
+        self.owner: Weight | None = next((w for w in model.weights if w.name == model.model.shared_weight), None)
 
     @torch.no_grad()
     def broadcast_value(self) -> None:
