@@ -6,41 +6,55 @@ everything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes that scripts rely on."""
+
+    DONE = 0
+    BUG = 1  # an error that nobody foresaw: it keeps its traceback
+    USAGE = 2
+    TRAINING = 3
+    OUT_OF_MEMORY = 4
+    PEER_LOST = 5
+    STOPPED = 75
+
 
 class MegascaleError(Exception):
     """A condition the user can act on. `code` is the exit code of the process."""
 
-    code = 1
+    code = ExitCode.BUG
 
 
 class UsageError(MegascaleError):
     """Wrong use: a key, a file, a layout or an environment that cannot work. Nothing has been written."""
 
-    code = 2
+    code = ExitCode.USAGE
 
 
 class TrainingError(MegascaleError):
     """Training cannot go on; the message names the last good checkpoint."""
 
-    code = 3
+    code = ExitCode.TRAINING
 
 
 class OutOfMemoryError(MegascaleError):
     """The model does not fit; the message says what would."""
 
-    code = 4
+    code = ExitCode.OUT_OF_MEMORY
 
 
 class PeerLostError(MegascaleError):
     """A peer or node is gone, or a collective timed out: run the same command again."""
 
-    code = 5
+    code = ExitCode.PEER_LOST
 
 
 class StopRequested(MegascaleError):
     """Stopped on request after a whole checkpoint: run the same command again to continue."""
 
-    code = 75
+    code = ExitCode.STOPPED
 
 
 class Halted(Exception):

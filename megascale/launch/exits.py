@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megascale.config.load import build_config, flatten, read_yaml
 from megascale.config.schema import Config
-from megascale.errors import UsageError
+from megascale.errors import ExitCode, UsageError
 from megascale.files import write_atomic
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.rows import free_name
@@ -48,6 +48,9 @@ ADVICE = {
     errno.ESTALE: "the network's file system lost it: run the same command again",
 }
 
+# How all ranks end alike, so that rank 0 alone writes it down.
+TOLD_BY_ALL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.TRAINING, ExitCode.STOPPED)
+
 
 @dataclass(frozen=True)
 class Exit:
@@ -65,17 +68,17 @@ def as_exit(error: BaseException) -> Exit | None:
     text = f"{type(error).__name__}: {error}".lower()
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
-        return Exit(4, f"out of memory ({first})")
+        return Exit(ExitCode.OUT_OF_MEMORY, f"out of memory ({first})")
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & PEER_ERRORS and any(w in text for w in PORT_WORDS):
-        return Exit(2, f"the ranks' port is taken by another process ({first}): set MASTER_PORT to a free port")
+        return Exit(ExitCode.USAGE, f"the ranks' port is taken by another process ({first}): set MASTER_PORT to a free port")
     lost = isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and any(w in text for w in PEER_WORDS)
     if lost or names & PEER_ERRORS or (isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)):
-        return Exit(5, f"a peer is gone or silent ({first}); run the same command again")
+        return Exit(ExitCode.PEER_LOST, f"a peer is gone or silent ({first}); run the same command again")
     if isinstance(error, RecursionError):
-        return Exit(2, f"something that was read is nested too deeply ({first}): flatten it")
+        return Exit(ExitCode.USAGE, f"something that was read is nested too deeply ({first}): flatten it")
     if isinstance(error, OSError):
-        return Exit(2, of_system(error))
+        return Exit(ExitCode.USAGE, of_system(error))
     return None
 
 
@@ -111,12 +114,12 @@ def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -
     Who says first that a peer is lost is right: a rank that was frozen finds the others gone when it wakes, and did not see why. What an
     earlier attempt left is gone by then, since the run takes it away when it claims its directory.
     """
-    if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in (0, 2, 3, 75)):
+    if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in TOLD_BY_ALL):
         return
     path = run_dir / "exit.json"
     record = {"code": ending.code, "reason": ending.reason, "rank": ranks.rank, "node": node_name(), "step": step}
     with suppress(OSError):  # a full disk must not hide the reason, which is printed as well
-        if ending.code == 5 and path.is_file():
+        if ending.code == ExitCode.PEER_LOST and path.is_file():
             return
         if os.path.lexists(path) and not path.is_file():
             path.rename(free_name(path, "set-aside"))

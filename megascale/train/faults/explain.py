@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megascale.config.schema import Config
+from megascale.errors import ExitCode
 from megascale.launch.exits import Exit
 from megascale.launch.ranks import RankInfo
 from megascale.train.estimate.oom_advice import out_of_memory
@@ -11,8 +12,8 @@ from megascale.train.faults.watchdog import Watchdog
 
 def explain(ending: Exit, error: BaseException, watch: Watchdog | None, config: Config | None, ranks: RankInfo) -> Exit:
     """`ending` of `error` with its reason made complete. For a lost peer this takes some seconds."""
-    if ending.code == 5 and watch is not None:
-        return Exit(5, watch.explain(error, ending.reason))
-    if ending.code == 4 and config is not None:
-        return Exit(4, out_of_memory(ending.reason, config, ranks))
+    if ending.code == ExitCode.PEER_LOST and watch is not None:
+        return Exit(ending.code, watch.explain(error, ending.reason))
+    if ending.code == ExitCode.OUT_OF_MEMORY and config is not None:
+        return Exit(ending.code, out_of_memory(ending.reason, config, ranks))
     return ending

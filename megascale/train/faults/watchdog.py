@@ -25,6 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megascale.comm.mesh import Traffic
+from megascale.errors import ExitCode
 from megascale.files import write_atomic
 from megascale.launch.exits import Exit, write_exit
 from megascale.launch.ranks import RankInfo, node_name
@@ -187,7 +188,7 @@ class Watchdog:
     def leaves(self, ending: Exit) -> None:
         """This rank goes: its silence is no alarm from now on, and the peers need not guess why."""
         self.activity.phase = GONE
-        if ending.code not in (0, 5, 75):  # a lost peer or a wish is not this rank's fault
+        if ending.code not in (ExitCode.DONE, ExitCode.PEER_LOST, ExitCode.STOPPED):  # a lost peer or a wish is not this rank's fault
             self._ending = f"code {ending.code}, {ending.reason.splitlines()[0][:300]}"
         self._closed.set()
         with suppress(RuntimeError):  # the store's own process may have left before
@@ -324,8 +325,8 @@ class Watchdog:
         """Ends this process from beside its main thread, which may never come back."""
         self._keep_stacks(verdict)
         stacks = "" if self.run_dir is None else f"; stacks of all ranks that live are in {self.run_dir / 'stacks'}"
-        write_exit(self.run_dir, Exit(5, f"{verdict}; run the same command again"), self.ranks, self.activity.step)
+        write_exit(self.run_dir, Exit(ExitCode.PEER_LOST, f"{verdict}; run the same command again"), self.ranks, self.activity.step)
         print(f"\nerror: {verdict}{stacks}; run the same command again", file=sys.stderr, flush=True)
         if self.ranks.rank == 0:
             time.sleep(LOOK * HEARTBEAT)  # the store may live in this process: the others must read the verdict first
-        os._exit(5)
+        os._exit(ExitCode.PEER_LOST)
