@@ -78,7 +78,7 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
         )
     p, t = config.parallel, config.train
     filling = 2 * p.pp * p.stages_per_rank if p.pp > 1 else 1
-    batch = t.micro_batch_size * data_parts(p) * filling
+    batch = t.micro_batch_size * data_parts(dict(p)) * filling
     config = config.model_copy(update={"train": t.model_copy(update={"global_batch_size": batch, "eval_every": 0})})
     mixture, _ = on_all_ranks(lambda: open_data(config))
     mesh = build_mesh(axis_sizes(p, ranks.size), device.type)

@@ -18,7 +18,8 @@ import torch
 import typer
 
 from benchmarks.common import machine, write
-from megascale.comm.mesh import AXES, build_mesh
+from megascale.comm.mesh import build_mesh
+from megascale.config.axes import NAMES
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.model.decoder import Decoder
@@ -44,7 +45,7 @@ def shape(layers: int, experts: int, width: int) -> Model:
 def our_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, compiled: bool) -> tuple[Callable[[], object], dict[str, int]]:
     """One training step of ours, and how many parameters it has and a token meets."""
     device = batches[0].device
-    mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
+    mesh = build_mesh(dict.fromkeys(NAMES, 1), device.type)
     meta = Decoder(cfg, Shape(SEQ_LEN, torch.float32, dtype))
     specs = specs_of(meta)
     model = parallelize([meta], mesh, Parallel(compile=compiled), device)

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.common import in_turn, machine, write
 from benchmarks.two_processes.plain import Plain
-from megascale.comm.mesh import AXES, build_mesh
+from megascale.comm.mesh import build_mesh
+from megascale.config.axes import NAMES
 from megascale.config.load import load_config
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.data.loader import Batch
@@ -40,7 +41,7 @@ def our_step(
 ) -> tuple[Callable[[], object], float, ParallelModel]:
     """One training step of ours, its FLOPs, and the model."""
     device = tokens.device
-    mesh = build_mesh(dict.fromkeys(AXES, 1), device.type)
+    mesh = build_mesh(dict.fromkeys(NAMES, 1), device.type)
     meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype))
     flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
     model = parallelize([meta], mesh, Parallel(compile=compiled, recompute=recompute), device, fp8)  # type: ignore[arg-type]

@@ -9,11 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# Slowest link first: neighbouring ranks share the axis that talks most.
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-# The same ranks as experts see them: those of one stage and replica in another order, `ep` running faster than `edp`. Where experts are cut
-# like the dense weights, both have size one and nothing is different.
-EXPERT_AXES = ("edp", "ep")
+from megascale.config.axes import AXES, EXPERT_AXES, NAMES, data_part, data_parts
 
 
 @dataclass
@@ -83,17 +79,29 @@ class Mesh:
     @property
     def data_size(self) -> int:
         """How many different parts a global batch is cut into."""
-        return self["dp_replicate"].size * self["dp_shard"].size
+        return data_parts({name: axis.size for name, axis in self.axes.items()})
 
     @property
     def data_rank(self) -> int:
-        return self["dp_replicate"].rank * self["dp_shard"].size + self["dp_shard"].rank
+        """Which of these parts this rank has."""
+        sizes, place = ({n: getattr(a, what) for n, a in self.axes.items()} for what in ("size", "rank"))
+        return data_part(sizes, place)
+
+    @property
+    def tells_loss(self) -> bool:
+        """Of the ranks that know the same loss one tells it, so that a sum over all ranks has each loss once."""
+        return all(self[a.name].rank == 0 for a in AXES if a.whole_loss)
+
+    @property
+    def tells_batch(self) -> bool:
+        """Of the ranks that know the same samples one tells their number."""
+        return all(self[a.name].rank == 0 for a in AXES if not a.other_data)
 
 
 def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Global rank → its place on each axis, in the order of AXES, the last axis running fastest; then on EXPERT_AXES."""
+    """Global rank → its place on each axis, in the order of AXES, the last one running fastest; then on EXPERT_AXES."""
     place = {}
-    for name in reversed(AXES):
+    for name in reversed(NAMES):
         rank, place[name] = divmod(rank, sizes[name])
     place["edp"] = place["ep"] = 0
     if _own_axes(sizes):
@@ -107,8 +115,8 @@ def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mes
     and such groups pass blocks around. Collective over all ranks.
     """
     traffic = Traffic()
-    pp, replicate, shard, cp, tp = (sizes[n] for n in AXES)
-    grid, axes = _view(dict(zip(AXES, (pp, replicate, shard, cp, tp))), device_type, traffic)
+    pp, replicate, shard, cp, tp = (sizes[n] for n in NAMES)
+    grid, axes = _view({n: sizes[n] for n in NAMES}, device_type, traffic)
     seen = {"shard": axes["dp_shard"], "replicas": axes["dp_replicate"], "cp_ring": axes["cp"], "cp_ulysses": axes["cp"]}
     if cp > 1:
         grid, stored = _view({"pp": pp, "dp_replicate": replicate, "dp_shard": shard * cp, "tp": tp}, device_type, traffic)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from megascale.config.axes import NAMES, data_parts
 from megascale.config.schema import Config, Parallel
 from megascale.errors import UsageError
 
@@ -11,13 +14,7 @@ def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
 
     Raises UsageError when the product cannot be the number of ranks.
     """
-    sizes = {
-        "pp": parallel.pp,
-        "dp_replicate": parallel.dp_replicate,
-        "dp_shard": parallel.dp_shard,
-        "cp": parallel.cp,
-        "tp": parallel.tp,
-    }
+    sizes: dict[str, int] = {name: getattr(parallel, name) for name in NAMES}
     if parallel.dp_shard in (-1, 0):
         # DDP cannot shard, so the remaining ranks become replicas.
         free = "dp_replicate" if parallel.engine == "ddp" and parallel.dp_replicate == 1 else "dp_shard"
@@ -54,23 +51,18 @@ def expert_mesh_fits(parallel: Parallel, ranks: int) -> bool:
     return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] % (parallel.ep * parallel.expert_tp) == 0
 
 
-def data_parts(parallel: Parallel) -> int:
-    """How many different parts a global batch is cut into; `parallel` is resolved."""
-    return parallel.dp_replicate * parallel.dp_shard
-
-
 def micro_batches(config: Config, ranks: int) -> int:
     """Micro-batches of a step on every data rank; 1 where the axes do not fit the ranks, which is refused on its own."""
     try:
         sizes = axis_sizes(config.parallel, ranks)
     except UsageError:
         return 1
-    return -(-config.train.global_batch_size // (config.train.micro_batch_size * sizes["dp_replicate"] * sizes["dp_shard"]))
+    return -(-config.train.global_batch_size // (config.train.micro_batch_size * data_parts(sizes)))
 
 
 def describe(parallel: Parallel) -> str:
     """A resolved layout in a few words: "dp_shard2·tp2", "cp4 ring×ulysses2", or "1 process"."""
-    axes = [(n, getattr(parallel, n)) for n in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
+    axes = [(n, getattr(parallel, n)) for n in NAMES]
     words = "·".join(f"{n}{size}" for n, size in axes if size > 1)
     if parallel.pp > 1:
         words += f" {parallel.pp_schedule}" + (f"×{parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else "")
@@ -84,10 +76,7 @@ def describe(parallel: Parallel) -> str:
 
 
 def _product(sizes: dict[str, int]) -> int:
-    n = 1
-    for size in sizes.values():
-        n *= size
-    return n
+    return math.prod(sizes.values())
 
 
 def _words(sizes: dict[str, int]) -> str:

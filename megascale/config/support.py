@@ -51,14 +51,15 @@ def markdown_table() -> str:
 
 def padding_note(config: Config) -> str | None:
     """A sentence when a step's samples do not fill the micro-batches of all ranks; the empty places cost time and change nothing."""
-    batch, slots = config.train.global_batch_size, config.train.micro_batch_size * data_parts(config.parallel)
+    parts = data_parts(dict(config.parallel))
+    batch, slots = config.train.global_batch_size, config.train.micro_batch_size * parts
     places = -(-batch // slots) * slots
     if places == batch:
         return None
     return (
         f"global_batch_size {batch} does not fill {places} places (micro_batch_size {config.train.micro_batch_size} × "
-        f"{data_parts(config.parallel)} data ranks × {places // slots} micro-batches): {100 * (places - batch) / places:.0f} % of the "
-        "work is padding; the loss is not affected"
+        f"{parts} data ranks × {places // slots} micro-batches): {100 * (places - batch) / places:.0f} % of the work is "
+        "padding; the loss is not affected"
     )
 
 

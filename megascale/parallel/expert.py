@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megascale.comm.collectives import all_reduce
 from megascale.comm.exchange import exchange_counts, finish_exchange, start_exchange
 from megascale.comm.mesh import Axis
+from megascale.config.axes import AXES
 from megascale.config.schema import Parallel
 from megascale.model.experts import Arrival, Experts, MixtureOfExperts
 from megascale.model.family import Family
@@ -124,8 +125,9 @@ def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tenso
     if balanced:
         # Ranks with the same tokens count them all: only the signs of differences matter.
         counts = torch.stack([moe.metrics.totals["counts"] for _, moe in balanced])
-        for name in ("dp_replicate", "dp_shard", "cp", "tp"):
-            counts = all_reduce(counts, axes[name])
+        for axis in AXES:
+            if not axis.other_layers:
+                counts = all_reduce(counts, axes[axis.name])
         for (bias, moe), count in zip(balanced, counts):
             bias.copy_(moved_bias(bias, count, moe.moe.bias_rate).where(finite, bias))
     for moe in layers:

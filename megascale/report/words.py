@@ -7,17 +7,10 @@ import math
 import re
 from typing import Any
 
+from megascale.config.axes import AXES
 from megascale.sizes import NONE
 
-AXES = {
-    "pp": "pipeline",
-    "dp_replicate": "replicated data",
-    "dp_shard": "sharded data",
-    "cp": "context",
-    "tp": "tensor",
-    "ep": "expert",
-    "etp": "expert tensor",
-}
+WORDS = {**{axis.name: axis.words for axis in AXES}, "ep": "expert", "etp": "expert tensor"}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -27,9 +20,9 @@ def layout_words(layout: Any) -> str:
         return "layout not recorded"
     axes, _, extra = layout.partition(" ")
     parts = [re.fullmatch(r"([a-z_]+?)(\d+)", part) for part in axes.split("·")]
-    if not all(p and p[1] in AXES for p in parts):
+    if not all(p and p[1] in WORDS for p in parts):
         return layout
-    words = " × ".join(f"{p[2]}-way {AXES[p[1]]}" for p in parts if p)
+    words = " × ".join(f"{p[2]}-way {WORDS[p[1]]}" for p in parts if p)
     return f"{words} parallel" + (f" ({extra})" if extra else "")
 
 

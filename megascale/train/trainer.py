@@ -159,10 +159,11 @@ class Trainer:
     def sum_over_ranks(self, loss: Tensor, valid: float, stop: float) -> tuple[Tensor, Tensor, Tensor]:
         """Three numbers summed over the ranks in one message, ranks with the same data counted once."""
         mesh = self.model.mesh
-        share = 1.0 if mesh["tp"].rank == 0 else 0.0
         # All stages and all of cp know the whole batch. Their losses add up: zero but at the head, and of a rank's own positions.
-        counted = valid * share if mesh["pp"].rank == 0 and mesh["cp"].rank == 0 else 0.0
-        numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([counted, stop], dtype=torch.float64).to(self.device)])
+        counted = valid if mesh.tells_batch else 0.0
+        numbers = torch.stack(
+            [loss.to(torch.float64) * float(mesh.tells_loss), *torch.tensor([counted, stop], dtype=torch.float64).to(self.device)]
+        )
         if mesh.size > 1:
             dist.all_reduce(numbers)
         a, b, c = numbers.unbind()

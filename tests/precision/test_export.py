@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megascale.checkpoint.index import read_index
-from megascale.comm.mesh import AXES, build_mesh
+from megascale.comm.mesh import build_mesh
+from megascale.config.axes import NAMES
 from megascale.config.load import load_config
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
@@ -35,7 +36,7 @@ def trained(folder: Path, **changes: Any) -> Path:
 
 def logits(path: Path, fp8: Fp8 | None = None) -> torch.Tensor:
     opened = open_model(path)
-    mesh = build_mesh(dict.fromkeys(AXES, 1), "cpu")
+    mesh = build_mesh(dict.fromkeys(NAMES, 1), "cpu")
     model = load_model(opened.model, opened.seq_len, opened.produce, mesh, Parallel(), CPU, opened.dtype, fp8 or opened.fp8)
     with torch.no_grad():
         return model.module(torch.arange(12).view(2, 6))

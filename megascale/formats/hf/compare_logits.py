@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from megascale.checkpoint.streaming import ReadSlice
-from megascale.comm.mesh import AXES, EXPERT_AXES, build_mesh
+from megascale.comm.mesh import build_mesh
+from megascale.config.axes import EXPERT_AXES, NAMES
 from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
 from megascale.formats.load import load_model
@@ -17,7 +18,7 @@ from megascale.formats.load import load_model
 @torch.no_grad()
 def our_logits(model: Model, seq_len: int, produce: ReadSlice, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """tokens [b, s] → logits [b, s, V] of this process alone. An encoder–decoder reads them as source and as target."""
-    mesh = build_mesh(dict.fromkeys((*AXES, *EXPERT_AXES), 1), "cpu")
+    mesh = build_mesh(dict.fromkeys((*NAMES, *EXPERT_AXES), 1), "cpu")
     built = load_model(model, seq_len, produce, mesh, Parallel(), torch.device("cpu"), dtype)
     pair = {"source": tokens} if model.family == "encoder_decoder" else {}
     return built.module(tokens, **pair)  # type: ignore[no-any-return]

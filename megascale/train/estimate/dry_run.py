@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megascale.config.axes import data_parts
 from megascale.config.dsp import describe_plan, plan_cuts
 from megascale.config.layout import axis_sizes, describe, micro_batches
 from megascale.config.load import to_yaml
@@ -86,7 +87,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     model = build_part(config.model, shape)
     specs = specs_of(model)
     parameters = sum(s.numel for s in specs.values())
-    train, parts = config.train, sizes["dp_replicate"] * sizes["dp_shard"]
+    train, parts = config.train, data_parts(sizes)
     tokens = train.global_batch_size * train.seq_len
     return {
         "parameters": parameters,

@@ -9,8 +9,9 @@ import math
 
 import psutil
 
-from megascale.comm.mesh import AXES, EXPERT_AXES, Axis, Traffic, coordinates
+from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
+from megascale.config.axes import EXPERT_AXES, NAMES
 from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.schema import Config
 from megascale.errors import UsageError
@@ -41,7 +42,7 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
     shape = shape_of(config)
     storage = shape.storage
     traffic = Traffic()
-    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*AXES, *EXPERT_AXES)}
+    axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*NAMES, *EXPERT_AXES)}
     axes["shard"] = Axis("dp_shard", sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"], None, traffic)
     weights = optimizer = 0
     for stage in build_stages(config.model, shape, config.parallel, place["pp"]):
