@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from megascale.config.schema import Config, Data, Model, Parallel, Precision, Train
+from megascale.data.loader import Batch
 from megascale.measure.compute import gemm_rate
+from megascale.parallel.model import ParallelModel
+from megascale.train.build import build_engine, draw_model
+from megascale.train.engines.engine import Engine, backward, update
+
+LR = 1e-4  # of timed steps, whose losses nobody looks at
 
 
 def machine() -> dict[str, Any]:
@@ -28,6 +35,29 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
     return found
+
+
+def toy(model: Model, seq_len: int, parallel: Parallel | None = None, compute: str = "fp32", **more: Any) -> Config:
+    """A config around a model; `more` are other sections."""
+    sections: dict[str, Any] = {"train": Train(steps=1, seq_len=seq_len), "data": Data(train="none"), **more}
+    return Config(model=model, parallel=parallel or Parallel(), **{"precision": Precision(compute=compute), **sections})  # type: ignore[arg-type]
+
+
+def next_token_batch(tokens: torch.Tensor) -> Batch:
+    """tokens [b, s+1] → a micro-batch in which every token is a target."""
+    targets = tokens[:, 1:].contiguous()
+    return Batch(tokens[:, :-1].contiguous(), targets, None, None, torch.arange(len(tokens)), targets.numel())
+
+
+def trained(config: Config, ranks: int, device: torch.device) -> tuple[ParallelModel, Engine]:
+    """A drawn model and the engine that trains it, as a run has them."""
+    model = draw_model(config, ranks, device)
+    return model, build_engine(model, config, device)
+
+
+def one_step(engine: Engine, batches: Sequence[Batch], scale: float) -> None:
+    """The step that a run makes."""
+    update(engine, backward(engine, batches, scale, LR))
 
 
 def in_turn(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:

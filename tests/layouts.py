@@ -10,21 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.comm.collectives import all_gather
-from megascale.comm.mesh import Mesh, build_mesh
-from megascale.config.layout import axis_sizes
-from megascale.config.schema import Model, Optim, Parallel, Spacetime
+from megascale.comm.mesh import Mesh
+from megascale.config.schema import Config, Data, Model, Optim, Parallel, Precision, Run, Spacetime, Train
 from megascale.data.loader import Batch, sample_numbers
 from megascale.model.layers import Fp8
-from megascale.model.shape import Shape
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import build_stages, parallelize
-from megascale.parallel.expert import settle_routers
+from megascale.model.shape import DTYPES
 from megascale.parallel.model import ParallelModel, Weight
-from megascale.train.build import build_schedule
+from megascale.train.build import build_engine, draw_model
+from megascale.train.engines.engine import backward, update
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,22 @@ class Case:
     packed: bool = False
     clip: float = 0.5
     keep_tensors: bool = True
+
+    @property
+    def config(self) -> Config:
+        """The same as a run's config: what the core builds model and engine from."""
+        fp8 = {"fp8": "dynamic", "fp8_recipe": self.fp8} if self.fp8 in ("tensorwise", "rowwise") else {"fp8": self.fp8}
+        sizes = {"seq_len": self.seq_len, "source_len": self.source_len}
+        batch = {"global_batch_size": self.batch, "micro_batch_size": self.micro_batch}
+        return Config(
+            run=Run(seed=7, kernels="torch"),
+            model=self.model,
+            parallel=self.parallel,
+            train=Train(steps=self.steps, clip=self.clip, **sizes, **batch),
+            optim=self.optim,
+            data=Data(train="none"),
+            precision=Precision(compute=self.precision, **fp8),
+        )
 
 
 def tiny(**changes: Any) -> Model:
@@ -118,14 +129,7 @@ def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
 
 
 def build(case: Case, ranks: int, device: torch.device = CPU) -> ParallelModel:
-    mesh = build_mesh(axis_sizes(case.parallel, ranks), device.type, case.parallel.heads_over)
-    storage = torch.float32 if case.precision == "bf16" else DTYPES[case.precision]
-    shape = Shape(case.seq_len, storage, DTYPES[case.precision], case.source_len if case.model.encoder_layers else 0)
-    stages = build_stages(case.model, shape, case.parallel, mesh["pp"].rank)
-    model = parallelize(stages, mesh, case.parallel, device, case.fp8)
-    for _ in model.draw_weights(7):
-        pass
-    return model
+    return draw_model(case.config, ranks, device)
 
 
 def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
@@ -158,32 +162,21 @@ def train(case: Case) -> dict[str, Any]:
     """losses and norms by step, gradients of the first step, weights at the end, bytes and calls of the last step."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model = build(case, ranks)
-    optimizer = build_optimizer(model, case.optim, case.parallel.offload)
-    schedule = build_schedule(model, case.parallel, CPU)
-    places = case.batch * case.seq_len
+    engine = build_engine(model, case.config, CPU)
+    scale = case.loss_scale / (case.batch * case.seq_len)
     result: dict[str, Any] = {"loss": [], "norm": []}
     mesh = model.mesh
     for step in range(case.steps):
         rows = sample_numbers(step * case.batch, case.batch, case.micro_batch, mesh.data_rank, mesh.data_size)
         batches = [fake_batch(case, row) for row in rows]
         mesh.traffic.take()
-        scale = case.loss_scale / places
-        loss = schedule.run(batches, scale)
+        sums = backward(engine, batches, scale, case.optim.lr)
         result["sent"], result["calls"] = mesh.traffic.take()
-        share = 1.0 if mesh["tp"].rank == 0 else 0.0
-        counted = share if mesh["pp"].rank == 0 and mesh["cp"].rank == 0 else 0.0
-        sums = torch.tensor([loss.item() * share, counted * sum(b.valid for b in batches) * scale], dtype=torch.float64)
-        if ranks > 1:
-            dist.all_reduce(sums)
-        norm = global_norm(model.weights, ranks) / sums[1]
-        result["loss"].append((sums[0] / sums[1]).item())
-        result["norm"].append(norm.item())
         if step == 0 and case.keep_tensors:
             result["grad"] = whole(model, "local_grad")
-        optimizer.step(case.optim.lr, clip_factor(norm, case.clip) / sums[1], torch.isfinite(norm))
-        settle_routers(model.stages, mesh.axes, torch.isfinite(norm))
-        for w in model.weights:
-            w.forget_gradient()
+        done = update(engine, sums)
+        result["loss"].append(done.loss.item())
+        result["norm"].append(done.norm.item())
     if case.keep_tensors:
         result["weight"] = whole(model, "local")
     if ranks > 1 and dist.get_rank() > 0:

@@ -11,11 +11,9 @@ import torch
 
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.config.schema.model import Moe
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.expert import settle_routers
 from megascale.precision.fp8 import E4M3, E5M2, fp8_grouped, fp8_product, to_fp8
-from megascale.train.build import build_schedule
+from megascale.train.build import build_engine
+from megascale.train.engines.engine import backward, update
 from tests.layouts import CPU, Case, build, fake_batch, tiny
 from tests.runs import make_tokens, rows, run, settings
 
@@ -28,19 +26,14 @@ MOE = Moe(num_experts=4, top_k=2, ffn_size=64)
 
 def losses_on(device: torch.device, case: Case) -> list[float]:
     model = build(case, 1, device)
-    optimizer = build_optimizer(model, case.optim, case.parallel.offload)
-    schedule = build_schedule(model, case.parallel, device)
+    engine = build_engine(model, case.config, device)
     losses = []
     for step in range(case.steps):
         numbers = list(range(step * case.batch, (step + 1) * case.batch))
         batches = [fake_batch(case, numbers[i : i + case.micro_batch]) for i in range(0, case.batch, case.micro_batch)]
         batches = [b._replace(**{k: v.to(device) for k, v in b._asdict().items() if isinstance(v, torch.Tensor)}) for b in batches]
-        losses.append(schedule.run(batches, 1 / sum(b.valid for b in batches)).item())
-        norm = global_norm(model.weights, 1)
-        optimizer.step(case.optim.lr, clip_factor(norm, case.clip), torch.isfinite(norm))
-        settle_routers(model.stages, model.mesh.axes, torch.isfinite(norm))
-        for w in model.weights:
-            w.parameter.grad = None
+        sums = backward(engine, batches, 1 / (case.batch * case.seq_len), case.optim.lr)
+        losses.append(update(engine, sums).loss.item())
     return losses
 
 

@@ -10,21 +10,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.common import machine, write
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
-from megascale.config.schema import Model, Optim, Parallel
-from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder
-from megascale.model.shape import Shape
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import parallelize
-from megascale.schedule.accumulate import Accumulation
+from benchmarks.common import machine, next_token_batch, one_step, toy, trained, write
+from megascale.config.schema import Model, Parallel
 
 BASE: dict[str, Any] = {"num_layers": 6, "hidden_size": 512, "num_heads": 8, "vocab_size": 4096}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -46,24 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def step_of(variant: str, tokens: torch.Tensor, compiled: bool) -> Callable[[], object]:
     cfg = Model.model_validate({**BASE, **VARIANTS[variant]})
-    layout = Parallel(compile=compiled)
-    meta = Decoder(cfg, Shape(tokens.shape[1] - 1, torch.float32, torch.float32))
-    model = parallelize([meta], build_mesh(axis_sizes(layout, 1), "cpu"), layout, tokens.device)
-    for _ in model.draw_weights(1):
-        pass
-    optimizer = build_optimizer(model, Optim(lr=1e-4))
-    targets = tokens[:, 1:].contiguous()
-    batch = Batch(tokens[:, :-1].contiguous(), targets, None, None, torch.arange(len(tokens)), targets.numel())
-
-    def step() -> None:
-        model.at_step(1)
-        Accumulation(model).run([batch], 1 / batch.valid)
-        norm = global_norm(model.weights, 1)
-        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
-        for w in model.weights:
-            w.forget_gradient()
-
-    return step
+    batch = next_token_batch(tokens)
+    _, engine = trained(toy(cfg, tokens.shape[1] - 1, Parallel(compile=compiled)), 1, tokens.device)
+    return partial(one_step, engine, [batch], 1 / batch.valid)
 
 
 def main() -> None:

@@ -12,24 +12,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.common import machine, write
-from megascale.comm.mesh import build_mesh
-from megascale.config.axes import NAMES
-from megascale.config.schema import Model, Optim, Parallel
-from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder
+from benchmarks.common import machine, next_token_batch, one_step, toy, trained, write
+from megascale.config.schema import Model, Parallel
 from megascale.model.ops.compiled import compile_static
-from megascale.model.shape import Shape
-from megascale.model.spec import active_parameters, specs_of
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import parallelize
-from megascale.schedule.accumulate import Accumulation
+from megascale.model.spec import active_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SEQ_LEN, MICRO_BATCHES = 512, 2
@@ -44,23 +36,11 @@ def shape(layers: int, experts: int, width: int) -> Model:
 
 def our_step(cfg: Model, batches: list[torch.Tensor], dtype: torch.dtype, compiled: bool) -> tuple[Callable[[], object], dict[str, int]]:
     """One training step of ours, and how many parameters it has and a token meets."""
-    device = batches[0].device
-    mesh = build_mesh(dict.fromkeys(NAMES, 1), device.type)
-    meta = Decoder(cfg, Shape(SEQ_LEN, torch.float32, dtype))
-    specs = specs_of(meta)
-    model = parallelize([meta], mesh, Parallel(compile=compiled), device)
-    for _ in model.draw_weights(1):
-        pass
-    optimizer = build_optimizer(model, Optim(lr=1e-4))
-    micro_batches = [Batch(t[:, :-1], t[:, 1:], None, None, torch.arange(len(t)), t[:, 1:].numel()) for t in batches]
-
-    def step() -> None:
-        Accumulation(model).run(micro_batches, 1 / sum(b.valid for b in micro_batches))
-        norm = global_norm(model.weights, 1)
-        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
-        for w in model.weights:
-            w.forget_gradient()
-
+    compute = next(name for name, its in DTYPES.items() if its == dtype)
+    model, engine = trained(toy(cfg, SEQ_LEN, Parallel(compile=compiled), compute), 1, batches[0].device)
+    specs = {w.name: w.placement.spec for w in model.weights}
+    micro_batches = [next_token_batch(t) for t in batches]
+    step = partial(one_step, engine, micro_batches, 1 / sum(b.valid for b in micro_batches))
     return step, {"parameters": sum(s.numel for s in specs.values()), "active": active_parameters(specs)}
 
 

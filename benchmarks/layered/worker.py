@@ -12,15 +12,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import next_token_batch, one_step, trained
 from benchmarks.layered.hosts import ADDRESSES, CABLE, timed
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
-from megascale.data.loader import Batch
-from megascale.model.shape import Shape
-from megascale.parallel.apply import build_stages, parallelize
-from megascale.train.build import build_engine
 
 CPU = torch.device("cpu")
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "ffn_size": 704, "vocab_size": 2048}
@@ -45,23 +40,16 @@ def settings(parallel: Parallel, ranks: int, micro_batch: int) -> Config:
 
 def stepper(config: Config, ranks: int, micro_batches: int = M) -> Callable[[], dict[str, int]]:
     """One training step; returns the bytes that this rank sent, by axis."""
-    mesh = build_mesh(axis_sizes(config.parallel, ranks), "cpu")
-    shape = Shape(SEQ, torch.float32, torch.float32)
-    model = parallelize(build_stages(config.model, shape, config.parallel, 0), mesh, config.parallel, CPU)
-    for _ in model.draw_weights(1):
-        pass
-    engine = build_engine(model, config, CPU)
+    model, engine = trained(config, ranks, CPU)
     torch.manual_seed(dist.get_rank())
     assert config.model.vocab_size is not None
-    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, SEQ + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, torch.arange(len(tokens)), tokens[:, 1:].numel())
+    batch = next_token_batch(torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, SEQ + 1)))
     places = config.train.global_batch_size * SEQ
 
     def step() -> dict[str, int]:
-        mesh.traffic.take()
-        engine.run([batch] * micro_batches, 1 / places, 1e-4)
-        engine.update(torch.ones(()))
-        return mesh.traffic.take()[0]
+        model.mesh.traffic.take()
+        one_step(engine, [batch] * micro_batches, 1 / places)
+        return model.mesh.traffic.take()[0]
 
     return step
 

@@ -10,16 +10,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from benchmarks.common import in_turn, machine, write
+from benchmarks.common import in_turn, machine, next_token_batch, one_step, toy, trained, write
 from benchmarks.two_processes.plain import Plain
-from megascale.comm.mesh import build_mesh
-from megascale.config.axes import NAMES
 from megascale.config.load import load_config
-from megascale.config.schema import Model, Optim, Parallel
-from megascale.data.loader import Batch
+from megascale.config.schema import Model, Parallel, Precision
 from megascale.measure.compute import flops_per_token, peak_flops
 from megascale.model.decoder import Decoder
 from megascale.model.layers import Fp8
@@ -27,11 +25,7 @@ from megascale.model.ops.compiled import compile_static
 from megascale.model.ops.matmul import way_of
 from megascale.model.shape import Shape
 from megascale.model.spec import specs_of
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import parallelize
 from megascale.parallel.model import ParallelModel
-from megascale.schedule.accumulate import Accumulation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,25 +34,13 @@ def our_step(
     cfg: Model, seq_len: int, tokens: torch.Tensor, dtype: torch.dtype, recompute: str, fp8: Fp8 = "false", compiled: bool = True
 ) -> tuple[Callable[[], object], float, ParallelModel]:
     """One training step of ours, its FLOPs, and the model."""
-    device = tokens.device
-    mesh = build_mesh(dict.fromkeys(NAMES, 1), device.type)
-    meta = Decoder(cfg, Shape(seq_len, torch.float32, dtype))
-    flops = flops_per_token(cfg, specs_of(meta), seq_len) * tokens.shape[0] * seq_len
-    model = parallelize([meta], mesh, Parallel(compile=compiled, recompute=recompute), device, fp8)  # type: ignore[arg-type]
-    for _ in model.draw_weights(1):
-        pass
-    optimizer = build_optimizer(model, Optim(lr=1e-4))
-    numbers = torch.arange(tokens.shape[0])
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, numbers, tokens[:, 1:].numel())
-
-    def step() -> None:
-        Accumulation(model).run([batch], 1 / batch.valid)
-        norm = global_norm(model.weights, 1)
-        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
-        for w in model.weights:
-            w.forget_gradient()
-
-    return step, flops, model
+    compute = next(name for name, its in DTYPES.items() if its == dtype)
+    layout = Parallel(compile=compiled, recompute=recompute)  # type: ignore[arg-type]
+    config = toy(cfg, seq_len, layout, precision=Precision(compute=compute, fp8=fp8))  # type: ignore[arg-type]
+    model, engine = trained(config, 1, tokens.device)
+    flops = flops_per_token(cfg, {w.name: w.placement.spec for w in model.weights}, seq_len) * tokens.shape[0] * seq_len
+    batch = next_token_batch(tokens)
+    return partial(one_step, engine, [batch], 1 / batch.valid), flops, model
 
 
 def their_step(cfg: Model, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:

@@ -15,17 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import machine, write
+from benchmarks.common import machine, next_token_batch, toy, write
 from benchmarks.pipelines.two_ranks import CFG, SEQ, M
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
-from megascale.data.loader import Batch
-from megascale.model.shape import Shape
-from megascale.parallel.apply import build_stages, parallelize
 from megascale.schedule.orders import Action, compute_order
 from megascale.schedule.pipeline import Pipeline, Stage
 from megascale.schedule.timeline import Span, Timeline, draw, simulate
+from megascale.train.build import draw_model
 from tests.ranks import run_ranks
 
 METHODS = {"F": "forward_one_chunk", "B": "backward_one_chunk", "W": "backward_weight_one_chunk"}
@@ -34,18 +30,12 @@ METHODS = {"F": "forward_one_chunk", "B": "backward_one_chunk", "W": "backward_w
 def spans(cfg: Parallel) -> list[tuple[str, int, int, float, float]]:
     """(kind, stage, micro-batch, start, end) of this rank's third step, in seconds since all ranks began it."""
     cpu = torch.device("cpu")
-    mesh = build_mesh(axis_sizes(cfg, cfg.pp), "cpu")
-    shape = Shape(SEQ, torch.float32, torch.float32)
-    model = parallelize(build_stages(CFG, shape, cfg, mesh["pp"].rank), mesh, cfg, cpu)
-    for _ in model.draw_weights(1):
-        pass
-    schedule = Pipeline(model, cfg, cpu)
+    schedule = Pipeline(draw_model(toy(CFG, SEQ, cfg), cfg.pp, cpu), cfg, cpu)
     found: list[tuple[str, int, int, float, float]] = []
     for kind, name in METHODS.items():
         _record(kind, name, found)
     torch.manual_seed(0)
-    tokens = torch.randint(0, CFG.vocab_size or 0, (M, 1, SEQ + 1))
-    batches = [Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), None, None, torch.arange(1), SEQ) for t in tokens]
+    batches = [next_token_batch(t) for t in torch.randint(0, CFG.vocab_size or 0, (M, 1, SEQ + 1))]
     begin = 0.0
     for _ in range(3):
         found.clear()

@@ -12,18 +12,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import machine, write
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
-from megascale.config.schema import Model, Optim, Parallel
+from benchmarks.common import machine, next_token_batch, one_step, toy, trained, write
+from megascale.config.schema import Model, Parallel
 from megascale.config.stages import stage_parts
-from megascale.data.loader import Batch
-from megascale.model.shape import Shape
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import build_stages, parallelize
-from megascale.schedule.accumulate import Accumulation
-from megascale.schedule.pipeline import Pipeline
 from tests.ranks import run_ranks
 
 CFG = Model(num_layers=10, hidden_size=512, num_heads=8, vocab_size=8192, ffn="gelu", ffn_size=2048)
@@ -40,28 +31,17 @@ LAYOUTS = {
 
 
 def seconds(name: str) -> list[float]:
-    cfg, cpu = LAYOUTS[name], torch.device("cpu")
+    cfg = LAYOUTS[name]
     ranks = cfg.pp
-    mesh = build_mesh(axis_sizes(cfg, ranks), "cpu")
-    shape = Shape(SEQ, torch.float32, torch.float32)
-    model = parallelize(build_stages(CFG, shape, cfg, mesh["pp"].rank), mesh, cfg, cpu)
-    for _ in model.draw_weights(1):
-        pass
-    schedule = Pipeline(model, cfg, cpu) if cfg.pp > 1 else Accumulation(model)
-    optimizer = build_optimizer(model, Optim())
+    _, engine = trained(toy(CFG, SEQ, cfg), ranks, torch.device("cpu"))
     torch.manual_seed(0)
-    tokens = torch.randint(0, CFG.vocab_size or 0, (M, 1, SEQ + 1))
-    batches = [Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), None, None, torch.arange(1), SEQ) for t in tokens]
+    batches = [next_token_batch(t) for t in torch.randint(0, CFG.vocab_size or 0, (M, 1, SEQ + 1))]
     found = []
     for i in range(STEPS + 1):
         if ranks > 1:
             dist.barrier()
         start = time.perf_counter()
-        schedule.run(batches, 1 / (M * SEQ))
-        norm = global_norm(model.weights, ranks)
-        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
-        for w in model.weights:
-            w.forget_gradient()
+        one_step(engine, batches, 1 / (M * SEQ))
         if i:
             found.append(time.perf_counter() - start)
     return found

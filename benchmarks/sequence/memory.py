@@ -18,14 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import Allocations, machine, write
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
+from benchmarks.common import Allocations, machine, toy, write
 from megascale.config.schema import Model, Parallel
 from megascale.model.ops.attention_tiles import visible_pairs
-from megascale.model.shape import Shape
-from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.context import places
+from megascale.train.build import draw_model
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 192, "vocab_size": 256}
 
@@ -40,11 +37,7 @@ def rank_main(rank: int, n: int, method: str, length: int, store: str) -> None:
     if n > 1:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n)
     cfg = Parallel(cp=n, cp_method=method, engine="ddp")  # type: ignore[arg-type]
-    mesh = build_mesh(axis_sizes(cfg, n), "cpu", cfg.heads_over)
-    shape = Shape(length, torch.float32, torch.float32)
-    model = parallelize(build_stages(Model(**SIZES), shape, cfg, 0), mesh, cfg, torch.device("cpu"))
-    for _ in model.draw_weights(1):
-        pass
+    model = draw_model(toy(Model(**SIZES), length, cfg), n, torch.device("cpu"))
     tokens = torch.randint(0, SIZES["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(1))
     begin = time.perf_counter()
     with Allocations() as made:

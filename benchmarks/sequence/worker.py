@@ -11,17 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import one_step, trained
 from benchmarks.layered.hosts import ADDRESSES, CABLE, timed
 from benchmarks.sequence.everywhere import ulysses_everywhere
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
-from megascale.model.shape import Shape
 from megascale.model.spacetime import Spacetime
-from megascale.parallel.apply import build_stages, parallelize
-from megascale.train.build import build_engine
 
 CPU = torch.device("cpu")
 GRID, BATCH, LAYERS = (24, 48), 4, 4
@@ -49,25 +45,18 @@ def settings(parallel: Parallel, layers: int) -> Config:
 def stepper(name: str, n: int, layers: int) -> Callable[[], int]:
     """One training step; returns the bytes that this rank sent for the method, weights' gradients left out."""
     config = settings(methods(n)[name], layers)
-    p = config.parallel.model_copy(update={"dp_shard": 1})
-    mesh = build_mesh(axis_sizes(p, n), "cpu", p.heads_over)
-    shape = Shape(config.train.seq_len, torch.float32, torch.float32)
-    model = parallelize(build_stages(config.model, shape, p, 0), mesh, p, CPU)
+    model, engine = trained(config, n, CPU)
     if name == "Ulysses around all":
         assert isinstance(model.model, Spacetime)
-        ulysses_everywhere(model.model, mesh["cp"])
-    for _ in model.draw_weights(1):
-        pass
-    engine = build_engine(model, config.model_copy(update={"parallel": p}), CPU)
+        ulysses_everywhere(model.model, model.mesh["cp"])
     fields = torch.randn(BATCH, *GRID, 3, generator=torch.Generator().manual_seed(1))
     targets = (torch.rand(BATCH, GRID[0] * GRID[1], generator=torch.Generator().manual_seed(2)) < 0.5).to(torch.int64) - 1
     batch = Batch(fields, targets, None, None, torch.arange(BATCH), int((targets >= 0).sum()))
 
     def step() -> int:
-        mesh.traffic.take()
-        engine.run([batch], 1 / batch.valid, 1e-4)
-        engine.update(torch.ones(()))
-        sent = mesh.traffic.take()[0]
+        model.mesh.traffic.take()
+        one_step(engine, [batch], 1 / batch.valid)
+        sent = model.mesh.traffic.take()[0]
         return sent.get("cp", 0) + sent.get("tp", 0)
 
     return step

@@ -8,24 +8,17 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from benchmarks.common import machine, write
+from benchmarks.common import machine, next_token_batch, one_step, toy, trained, write
 from benchmarks.two_processes.plain import Plain, wrap
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
-from megascale.config.schema import Model, Optim, Parallel
+from megascale.config.schema import Model, Parallel
 from megascale.data.loader import Batch
-from megascale.model.decoder import Decoder
-from megascale.model.shape import Shape
-from megascale.optim.clip import clip_factor, global_norm
-from megascale.optim.optimizers import build_optimizer
-from megascale.parallel.apply import parallelize
-from megascale.schedule.accumulate import Accumulation
 from tests.ranks import run_ranks
 
 CFG = Model(num_layers=6, hidden_size=512, num_heads=8, vocab_size=8192, ffn="gelu", ffn_size=2048)
@@ -44,7 +37,7 @@ def share(axis: str) -> Batch:
     tokens = torch.randint(0, 8192, (BATCH, SEQ + 1))
     if axis in ("ddp", "fsdp2"):
         tokens = tokens.chunk(2)[dist.get_rank()]
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, torch.arange(len(tokens)), tokens[:, 1:].numel())
+    return next_token_batch(tokens)
 
 
 def timed(step: Any) -> list[float]:
@@ -62,21 +55,8 @@ def timed(step: Any) -> list[float]:
 
 def ours(axis: str) -> list[float]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    mesh = build_mesh(axis_sizes(LAYOUTS[axis], ranks), "cpu")
-    meta = Decoder(CFG, Shape(SEQ, torch.float32, torch.float32))
-    model = parallelize([meta], mesh, LAYOUTS[axis].model_copy(update={"dp_shard": mesh["dp_shard"].size}), torch.device("cpu"))
-    for _ in model.draw_weights(1):
-        pass
-    optimizer, batch = build_optimizer(model, Optim()), share(axis)
-
-    def step() -> None:
-        Accumulation(model).run([batch], 1 / (BATCH * SEQ))
-        norm = global_norm(model.weights, ranks)
-        optimizer.step(1e-4, clip_factor(norm, 1.0), torch.isfinite(norm))
-        for w in model.weights:
-            w.forget_gradient()
-
-    return timed(step)
+    _, engine = trained(toy(CFG, SEQ, LAYOUTS[axis]), ranks, torch.device("cpu"))
+    return timed(partial(one_step, engine, [share(axis)], 1 / (BATCH * SEQ)))
 
 
 def plain(axis: str) -> list[float]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megascale.comm.mesh import Mesh
+from megascale.comm.mesh import Mesh, build_mesh
+from megascale.config.layout import axis_sizes
 from megascale.config.schema import Config, Parallel, Precision, any_layer
 from megascale.errors import UsageError
 from megascale.launch.ranks import node_name
@@ -17,7 +18,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
 from megascale.model.layers import Fp8
 from megascale.model.ops.matmul import way_of
-from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.ops.norm_kernels import NormKernel, choose_kernels
 from megascale.model.shape import shape_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
@@ -71,8 +72,21 @@ def build_model(
     note = immovable_note(config, specs)
     if note is not None:
         facts["immovable"] = note
-    stages = build_stages(config.model, shape, config.parallel, mesh["pp"].rank)
-    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), kernels.norm), facts, flops
+    return _assemble(config, mesh, device, kernels.norm), facts, flops
+
+
+def draw_model(config: Config, ranks: int, device: torch.device) -> ParallelModel:
+    """A mesh over all `ranks`, the model of a config cut for it, and its weights drawn: what tests and benchmarks train."""
+    mesh = build_mesh(axis_sizes(config.parallel, ranks), device.type, config.parallel.heads_over)
+    model = _assemble(config, mesh, device, choose_kernels(config.run.kernels, config.model.norm, device).norm)
+    for _ in model.draw_weights(config.run.seed):
+        pass
+    return model
+
+
+def _assemble(config: Config, mesh: Mesh, device: torch.device, norm: NormKernel) -> ParallelModel:
+    stages = build_stages(config.model, shape_of(config), config.parallel, mesh["pp"].rank)
+    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), norm)
 
 
 def products_of(precision: Precision) -> Fp8:

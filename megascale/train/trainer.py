@@ -19,7 +19,7 @@ from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
 from megascale.precision.watch import sampled_step
-from megascale.train.engines.engine import Engine
+from megascale.train.engines.engine import Engine, backward, total_over_ranks, update
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Activity
 from megascale.train.log.reporter import Reporter, StepClock, StepResult
@@ -109,14 +109,10 @@ class Trainer:
         sampled = sampled_step(step, self.config)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
         with watched_casts(self.model.stages, sampled):
-            loss = self.engine.run(micro_batches, self.scale, lr)
-        valid = sum(b.valid for b in micro_batches)
-        # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
-        total_loss, total_valid, stop = self.sum_over_ranks(loss, valid * self.scale, float(self.stop.requested()))
-        # Without any valid target this is 0 ÷ 0, hence not finite, and nothing moves: the reporter tells the two apart.
-        norm, finite = self.engine.update(total_valid)
+            sums = backward(self.engine, micro_batches, self.scale, lr, float(self.stop.requested()))
+        done = update(self.engine, sums)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.flush()
-        return StepResult(step, total_loss / total_valid, norm, finite, total_valid, stop, lr, clock.stop(), sent, seen, sampled)
+        return StepResult(step, done.loss, done.norm, done.finite, sums.valid, sums.stop, lr, clock.stop(), sent, seen, sampled)
 
     def evaluated(self, result: StepResult) -> bool:
         """Adds the validation losses to a step's result. False where all ranks left it before its end: it has no number then."""
@@ -142,7 +138,7 @@ class Trainer:
                 total, valid = self.evaluate_all(batches)
             finally:
                 batches.close()
-            loss, count, _ = self.sum_over_ranks(total, float(valid), 0.0)
+            loss, count, _ = total_over_ranks(self.model.mesh, total, float(valid))
             if not count.item():
                 self.reporter.warn_once(f"no target in {name}", f"the validation set {name} has no target in its {steps} batches")
             losses[name] = (loss / count).item()
@@ -155,19 +151,6 @@ class Trainer:
             parts.append(self.engine.evaluate(step))
             valid += sum(b.valid for b in step)
         return torch.stack(parts).sum(), valid
-
-    def sum_over_ranks(self, loss: Tensor, valid: float, stop: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Three numbers summed over the ranks in one message, ranks with the same data counted once."""
-        mesh = self.model.mesh
-        # All stages and all of cp know the whole batch. Their losses add up: zero but at the head, and of a rank's own positions.
-        counted = valid if mesh.tells_batch else 0.0
-        numbers = torch.stack(
-            [loss.to(torch.float64) * float(mesh.tells_loss), *torch.tensor([counted, stop], dtype=torch.float64).to(self.device)]
-        )
-        if mesh.size > 1:
-            dist.all_reduce(numbers)
-        a, b, c = numbers.unbind()
-        return a, b, c
 
     def reason_to_stop(self) -> str:
         """What the first rank that was asked heard, told to all."""

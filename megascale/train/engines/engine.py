@@ -1,14 +1,20 @@
-"""What turns micro-batches into updated weights: our own schedules and optimizers, or an engine that owns both (DeepSpeed)."""
+"""What turns micro-batches into updated weights: our own schedules and optimizers, or an engine that owns both (DeepSpeed).
+
+A training step has two halves, `backward` and `update`; between them the gradients of the global batch lie on the weights. The trainer, the
+layout tests and the benchmarks all run these two functions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece
 from megascale.data.loader import Batch
 from megascale.optim.clip import clip_factor, global_norm
@@ -20,6 +26,10 @@ from megascale.train.state import state_pieces
 
 
 class Engine(Protocol):
+    """`backward` and `update` below make a step of it."""
+
+    model: ParallelModel
+
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
         """Forward and backward of a step, as `Schedule.run`; `lr` is the rate of its update."""
 
@@ -34,6 +44,55 @@ class Engine(Protocol):
 
     def loaded(self, pieces: dict[str, Piece]) -> None:
         """`pieces` have been loaded into: takes them over where they are not the live state itself. Collective."""
+
+
+class Sums(NamedTuple):
+    """Sums over all ranks, 0-dim, fp64, on the device: loss and number of valid targets of the global batch, both times `scale`, and how
+    many ranks ask to stop.
+    """
+
+    loss: Tensor
+    valid: Tensor
+    stop: Tensor
+
+
+class Outcome(NamedTuple):
+    """What a step did, 0-dim, on the device: loss per valid target, gradient norm before clipping, and whether it is finite. If not, no
+    weight has moved.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    finite: Tensor
+
+
+def backward(engine: Engine, batches: Sequence[Batch], scale: float, lr: float, stop: float = 0.0) -> Sums:
+    """The first half of a step: leaves the gradients of the global batch, times `scale`, on the weights.
+
+    stop  1 asks all ranks to stop
+    """
+    loss = engine.run(batches, scale, lr)
+    # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
+    return total_over_ranks(engine.model.mesh, loss, sum(b.valid for b in batches) * scale, stop)
+
+
+def update(engine: Engine, sums: Sums) -> Outcome:
+    """The second half: divides the gradients by the number of valid targets, clips and applies them.
+
+    Without any valid target this is 0 ÷ 0, hence not finite, and nothing moves.
+    """
+    norm, finite = engine.update(sums.valid)
+    return Outcome(sums.loss / sums.valid, norm, finite)
+
+
+def total_over_ranks(mesh: Mesh, loss: Tensor, valid: float, stop: float = 0.0) -> Sums:
+    """Three numbers summed over the ranks in one message; ranks with the same data count once."""
+    # All stages and all of cp know the whole batch. Their losses add up: zero but at the head, and of a rank's own positions.
+    counted, share = valid if mesh.tells_batch else 0.0, float(mesh.tells_loss)
+    numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([counted, stop], dtype=torch.float64).to(loss.device)])
+    if mesh.size > 1:
+        dist.all_reduce(numbers)
+    return Sums(*numbers.unbind())
 
 
 @dataclass
