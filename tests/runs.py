@@ -63,11 +63,12 @@ def run(values: dict[str, Any], stop_at: int | None = None) -> tuple[int, str]:
         with build_trainer(build_config(values), RankInfo(rank, size, rank, size)) as trainer:
             if stop_at is not None and rank == 0 and trainer.reporter.log is not None:
                 log, write = trainer.reporter.log, trainer.reporter.log.metrics
+                folder = Path(values["run"]["dir"])
 
                 def metrics(row: dict[str, Any]) -> None:
                     write(row)
                     if row["step"] == stop_at:
-                        (log.run_dir / "STOP").touch()
+                        (folder / "STOP").touch()
 
                 log.metrics = metrics  # type: ignore[method-assign]
             trainer.train()

@@ -18,10 +18,10 @@ from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
 from megascale.formats.hf.model import read_hf
 from megascale.formats.load import load_model
-from megascale.generate import cache
-from megascale.generate.open import ends_of
-from megascale.generate.run import Sampling, generate
-from megascale.generate.sample import choose
+from megascale.generation import cache
+from megascale.generation.open import ends_of
+from megascale.generation.run import Sampling, generate
+from megascale.generation.sample import choose
 from megascale.parallel.model import ParallelModel
 from tests.formats.models import DECODERS, PLAIN, save
 from tests.layouts import CPU, Case, build, tiny
@@ -62,7 +62,7 @@ def test_cache_and_batch_change_nothing(name: str, monkeypatch: pytest.MonkeyPat
         seen.append(logits)
         return choose(logits, *rest)
 
-    monkeypatch.setattr("megascale.generate.run.choose", watched)
+    monkeypatch.setattr("megascale.generation.run.choose", watched)
     case = Case(MODELS[name], seq_len=320 if name == "learned" else 12)
     most = 12 if name != "llama" else 270
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_the_model_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megascale.generate.run.choose", fail)
+    monkeypatch.setattr("megascale.generation.run.choose", fail)
     with pytest.raises(KeyboardInterrupt):
         generate(model, PROMPTS, Sampling(4))
     assert loss() == before and attends(model) == attend and all(m.training for m in model.model.modules())
@@ -238,7 +238,7 @@ def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
         model = build(Case(MODELS[name], seq_len=64), 1)
         whole = generate(model, PROMPTS, Sampling(6))
         with monkeypatch.context() as patch:
-            patch.setattr("megascale.generate.cache.MASKED", 4 * 9 * 2)
+            patch.setattr("megascale.generation.cache.MASKED", 4 * 9 * 2)
             real = cache.Remembering._mask
 
             def watched(self: Any, dtype: torch.dtype, real: Any = real) -> torch.Tensor:
@@ -253,7 +253,7 @@ def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_no_memory_holds_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a machine that is killed, or an allocator's traceback, where the room is known not to be there."""
     model = build(Case(MODELS["llama"], seq_len=64), 1)
-    monkeypatch.setattr("megascale.generate.run.free_memory", lambda device: 1000.0)
+    monkeypatch.setattr("megascale.generation.run.free_memory", lambda device: 1000.0)
     with pytest.raises(UsageError, match=r"keys and values of 4 prompts of 9 tokens and 2 new ones take .* GB are free"):
         generate(model, PROMPTS, Sampling(2))
     monkeypatch.undo()

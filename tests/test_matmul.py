@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.config.schema import Optim, Parallel
-from megascale.generate.run import Sampling, generate
+from megascale.generation.run import Sampling, generate
 from megascale.measure import compute
 from megascale.model.ops import matmul
 from tests.layouts import Case, build, tiny, train

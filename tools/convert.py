@@ -13,25 +13,17 @@ from rich.console import Console
 from megascale.cli import new_app, run_tool
 from megascale.errors import UsageError
 from megascale.formats.convert import (
-    FP8,
     ConvertOptions,
     MegatronCut,
     Report,
+    find_way,
     hf_to_megascale,
-    megascale_to_fp8,
     megascale_to_hf,
     megascale_to_megatron,
     megatron_to_megascale,
-    parse_dtype,
 )
 
 app = new_app(__doc__ or "")
-WAYS = {
-    ("hf", "megascale"): hf_to_megascale,
-    ("megascale", "hf"): megascale_to_hf,
-    ("megatron", "megascale"): megatron_to_megascale,
-    ("megascale", "megatron"): megascale_to_megatron,
-}
 # Options that only some ways read, with the value that says nothing.
 READ: dict[str, tuple[object, tuple[object, ...]]] = {
     "tokens": (None, (hf_to_megascale, megascale_to_hf)),
@@ -72,12 +64,7 @@ def main(
     report: Annotated[Path | None, typer.Option(help="write what is printed as JSON, too")] = None,
 ) -> None:
     """SRC → DST. Exit code 2, and nothing written, where anything in SRC is not understood."""
-    way = WAYS.get((origin, to))
-    if (origin, to, dtype) == ("megascale", "megascale", FP8):
-        way, dtype = megascale_to_fp8, None
-    if way is None:
-        ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
-        raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
+    way, kept = find_way(origin, to, dtype)
     given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
     given |= {"ckpt_format": ckpt_format, "experts": experts, "no_tokenizer": no_tokenizer}
     for name, (nothing, ways_of) in READ.items():
@@ -104,7 +91,7 @@ def main(
     if experts not in ("sequential", "grouped"):
         raise UsageError(f"--experts is {experts}: give sequential or grouped")
     options = ConvertOptions(
-        parse_dtype(dtype),
+        kept,
         workers,
         tokenizer=tokenizer,
         with_tokenizer=not no_tokenizer,

@@ -21,8 +21,8 @@ from megascale.errors import UsageError
 from megascale.formats.convert import parse_dtype
 from megascale.formats.load import load_model
 from megascale.formats.tokenizer_build import open_tokenizer
-from megascale.generate.open import Opened, layout, open_model
-from megascale.generate.run import Sampling, beyond, check_not_empty, generate
+from megascale.generation.open import Opened, layout, open_model
+from megascale.generation.run import Sampling, beyond, check_not_empty, generate
 from megascale.launch.ranks import find_ranks
 from megascale.train.device import choose_device
 from megascale.train.process_group import process_group

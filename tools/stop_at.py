@@ -20,7 +20,7 @@ def stop_at(step: int) -> None:
 
     def metrics(log: RunLog, row: dict[str, Any]) -> None:
         write(log, row)
-        if row["step"] == step:
+        if row["step"] == step and log.run_dir is not None:
             (log.run_dir / "STOP").touch()
 
     RunLog.metrics = metrics  # type: ignore[method-assign, assignment]

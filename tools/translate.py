@@ -25,8 +25,8 @@ from megascale.formats.hf.folder import CONFIG, is_hf_folder
 from megascale.formats.json_file import read_object
 from megascale.formats.load import load_model
 from megascale.formats.tokenizer_build import open_tokenizer
-from megascale.generate.beam import beam_search
-from megascale.generate.open import layout, open_any
+from megascale.generation.beam import beam_search
+from megascale.generation.open import layout, open_any
 from megascale.launch.ranks import RankInfo
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.train.build import build_model

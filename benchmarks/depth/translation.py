@@ -30,7 +30,7 @@ from megascale.data.prepare import prepare_pairs
 from megascale.data.samples import open_data
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import TrainingError
-from megascale.generate.beam import beam_search
+from megascale.generation.beam import beam_search
 from megascale.launch.ranks import RankInfo
 from megascale.model.encoder_decoder import EncoderDecoder
 from megascale.train.setup import build_trainer

@@ -119,6 +119,21 @@ def _first_cause(error: CheckpointException) -> BaseException:
     return next((c for c in causes if isinstance(c, MegascaleError)), causes[0])
 
 
+class NoCheckpoints:
+    """In the place of a `Checkpointer` where a run writes nothing."""
+
+    root: Path | None = None
+
+    def save(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
+        pass
+
+    def poll(self) -> list[Event]:
+        return []
+
+    def finish(self) -> list[Event]:
+        return []
+
+
 class Checkpointer:
     """Saves into `root`, keeping the last `keep_last` checkpoints and every one whose step `keep_every` divides.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,30 @@ from megascale.config.load import read_yaml
 from megascale.config.schema import DataSource
 from megascale.data.facts import source_facts
 from megascale.data.indexed import TokenFile
+from megascale.data.memory import PLACE, TokenLists
 from megascale.data.order import MixPlan, permute, plan_mixture
 from megascale.data.split import split_source
-from megascale.data.stream import Tokens, TokenStream
+from megascale.data.stream import Documents, Tokens, TokenStream
 from megascale.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One prefix of token files with its share of the mixture and its name in logs."""
+    """One prefix of token files with its share of the mixture and its name in logs; or the `lists` in memory that stand for files."""
 
     path: str
     weight: float
     name: str
+    lists: TokenLists | None = field(default=None, compare=False)
+
+    def open(self) -> Documents:
+        """Raises UsageError."""
+        if self.lists is None and self.path == PLACE:
+            raise UsageError(
+                f"data.train is {PLACE}, which stands for samples in memory, and none are given: train with "
+                "megascale.training(config, samples=…), or set data.train to a prefix of token files"
+            )
+        return TokenFile(self.path) if self.lists is None else self.lists
 
 
 def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Corpus]:
@@ -80,7 +91,7 @@ class Mixture:
         self.sources, self.streams = sources, []
         self.cut: list[str] = []  # sources of which no whole documents could be held out
         for source in sources:
-            file = TokenFile(source.path)
+            file = source.open()
             check_source(source, vocab_size)
             split = split_source(file.lengths, valid_fraction, seq_len + 1)
             chosen = split.part(part)
@@ -129,7 +140,12 @@ def check_tokens(tokens: Tokens, source: Corpus, vocab_size: int, key: str = "mo
 
 
 def check_source(source: Corpus, vocab_size: int) -> None:
-    """Raises UsageError where a source was made with a larger vocabulary."""
+    """Raises UsageError where a source was made with a larger vocabulary, or holds a token beyond this one."""
+    if source.lists is not None and source.lists.largest >= vocab_size:
+        raise UsageError(
+            f"samples hold token {source.lists.largest}, and the model knows {vocab_size}, counted from 0: set model.vocab_size to "
+            f"{source.lists.largest + 1} or more"
+        )
     used = source_facts(source.path).get("vocab_size")
     if used is not None and used > vocab_size:
         raise UsageError(

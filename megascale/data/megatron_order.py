@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.data.dataset import Corpus, check_source, check_tokens
-from megascale.data.indexed import TokenFile
 from megascale.data.stream import Tokens, TokenStream
 from megascale.errors import UsageError
 
@@ -39,7 +38,7 @@ class MegatronMixture:
         self.shuffles: list[NDArray[np.integer]] = []
         for source, weight in zip(sources, weights.tolist()):
             wanted = samples if len(sources) == 1 else math.ceil(math.ceil(samples * weight) * (1 + SURPLUS))
-            file = TokenFile(source.path)
+            file = source.open()
             check_source(source, vocab_size)
             documents, shuffle = draw(file.lengths, _documents(len(file), part, valid_fraction), seq_len, wanted, seed, source.path)
             self.streams.append(TokenStream(file, documents))

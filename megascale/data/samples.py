@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,17 +18,19 @@ from megascale.data.fingerprint import Print, print_of
 from megascale.data.loader import Batch, make_batch, sample_numbers
 from megascale.data.masking import Masking
 from megascale.data.megatron_order import MegatronMixture
+from megascale.data.memory import TokenLists
 from megascale.data.pairs import SIDES, PairMixture, SpanMixture, side_of
 from megascale.data.spans import Corruption
 from megascale.data.vocabulary import end_token, extra_pieces, start_token, translates
+from megascale.errors import UsageError
 
 Samples = Mixture | MegatronMixture | FieldMixture | PairMixture | SpanMixture
 
 
-def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
-    """The training mixture and the named validation sets."""
+def open_data(config: Config, lists: TokenLists | None = None) -> tuple[Samples, dict[str, Samples]]:
+    """The training mixture and the named validation sets. `lists`: what stands for the files of data.train where that is PLACE."""
     data, train = config.data, config.train
-    sources = read_sources(data.train, "data.train")
+    sources = train_sources(config, lists)
     part = "train" if data.valid_fraction > 0 else "all"
     samples = open_samples(config, sources, part, True)
     if not train.eval_every:
@@ -41,9 +44,22 @@ def open_data(config: Config) -> tuple[Samples, dict[str, Samples]]:
     return samples, {s.name: open_samples(config, [s], part, False) for s in held}
 
 
-def prints_of(config: Config) -> dict[str, dict[str, Print]]:
+def train_sources(config: Config, lists: TokenLists | None = None) -> list[Corpus]:
+    """The sources of data.train. Raises UsageError for lists in memory where samples are no documents of tokens."""
+    sources = read_sources(config.data.train, "data.train")
+    if lists is None:
+        return sources
+    if config.model.spacetime is not None or translates(config):
+        what = "fields" if config.model.spacetime is not None else "pairs of texts"
+        raise UsageError(
+            f"model.family is {config.model.family}, which trains on {what}, and samples are documents: name files in data.train"
+        )
+    return [replace(source, lists=lists) for source in sources]
+
+
+def prints_of(config: Config, lists: TokenLists | None = None) -> dict[str, dict[str, Print]]:
     """{"train": {source: fingerprint}, "valid": …} of the data that are read; `valid` is empty where it is held out of train."""
-    train = read_sources(config.data.train, "data.train")
+    train = train_sources(config, lists)
     asked = config.data.valid if config.train.eval_every else None
     valid = [] if asked is None else read_sources(asked, "data.valid")
     fields = config.model.spacetime
@@ -54,9 +70,13 @@ def prints_of(config: Config) -> dict[str, dict[str, Print]]:
         ends = ["npy", *(f"text.{end}" for end in ends if fields.text_len)]
 
     def each(sources: list[Corpus]) -> dict[str, Print]:
-        return {s.name: print_of(s.path, ends, fields is not None) for s in sources}
+        return {s.name: _print(s, ends, fields is not None) for s in sources}
 
     return {"train": each(train), "valid": each(valid)}
+
+
+def _print(source: Corpus, ends: Sequence[str], fields: bool) -> Print:
+    return print_of(source.path, ends, fields) if source.lists is None else {"documents": source.lists.fingerprint}
 
 
 def overlap_note(prints: Mapping[str, Mapping[str, Print]]) -> str | None:

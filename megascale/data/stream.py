@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.data.indexed import TokenFile
-
 Tokens = NDArray[np.int64]
+
+
+class Documents(Protocol):
+    """What a stream reads from: a `TokenFile`, or `TokenLists` in memory. `lengths` [documents]: tokens of each."""
+
+    lengths: NDArray[np.integer]
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int, start: int = 0, length: int | None = None) -> NDArray[np.generic]:
+        """Tokens [start, start+length) of one document."""
 
 
 class TokenStream:
@@ -15,7 +26,7 @@ class TokenStream:
     a document in memory.
     """
 
-    def __init__(self, file: TokenFile, documents: NDArray[np.int64] | None = None, first: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: Documents, documents: NDArray[np.int64] | None = None, first: int = 0, end: int | None = None) -> None:
         self.file = file
         self.documents: NDArray[np.int64] = np.arange(len(file)) if documents is None else documents
         self.ends: NDArray[np.int64] = np.cumsum(file.lengths[self.documents], dtype=np.int64)

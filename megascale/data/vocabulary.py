@@ -10,6 +10,7 @@ from megascale.config.spans import SENTINELS
 from megascale.data.dataset import read_sources
 from megascale.data.facts import source_facts
 from megascale.data.indexed import TokenFile
+from megascale.data.memory import PLACE
 from megascale.data.pairs import side_of
 from megascale.data.tokenizer import beside, load_tokenizer
 from megascale.errors import UsageError
@@ -80,6 +81,8 @@ def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str
     if path is None:
         known = source_facts(prefix).get("vocab_size")
         size = wanted or (known and known + more)
+        if size is None and prefix == PLACE:
+            raise UsageError("model.vocab_size is absent, and samples in memory have no tokenizer: set model.vocab_size or data.tokenizer")
         if size is None:
             TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
             raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,9 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Way = Callable[[Path, Path, ConvertOptions], Report]
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -249,3 +252,21 @@ def model_of(path: Path | None) -> tuple[Model, int]:
             "the number of tokens that the tokenizer has"
         )
     return config.model, config.train.seq_len
+
+
+WAYS: dict[tuple[str, str], Way] = {
+    ("hf", "megascale"): hf_to_megascale,
+    ("megascale", "hf"): megascale_to_hf,
+    ("megatron", "megascale"): megatron_to_megascale,
+    ("megascale", "megatron"): megascale_to_megatron,
+}
+
+
+def find_way(origin: str, to: str, dtype: str | None) -> tuple[Way, torch.dtype | None]:
+    """What converts from one format to another, and the dtype to store weights in, None for what is stored. Raises UsageError."""
+    if (origin, to, dtype) == ("megascale", "megascale", FP8):
+        return megascale_to_fp8, None
+    if (origin, to) not in WAYS:
+        ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
+        raise UsageError(f"--from is {origin} and --to is {to}: give one of {ways}, or --from megascale --to megascale --dtype fp8")
+    return WAYS[origin, to], parse_dtype(dtype)

@@ -11,42 +11,34 @@ from megascale.checkpoint.loader import newest
 from megascale.checkpoint.storage import step_name
 from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.config.schema import Config
-from megascale.config.support import check
-from megascale.data.vocabulary import resolve_vocabulary
 from megascale.expand.grow import grow
 from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Activity
-from megascale.train.phases import Phase, asked, phases_of
+from megascale.train.phases import FROM_FILES, Given, Phase, asked, run_phases
 from megascale.train.setup import build_trainer
-from megascale.train.start.alike import check_config
 from megascale.train.start.opening import open_run
 from megascale.train.start.resume import step_of
 from megascale.train.trainer import Trainer
 
 
 @contextmanager
-def trainers(config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity) -> Iterator[Iterator[Trainer]]:
+def trainers(config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity, given: Given = FROM_FILES) -> Iterator[Iterator[Trainer]]:
     """The trainers of a run one after another: each is to be trained before the next is asked for. Leaving the context closes the last."""
     with ExitStack() as whole_run, ExitStack() as open_one:
-        yield _each(config, ranks, stop, activity, whole_run, open_one)
+        yield _each(config, ranks, stop, activity, given, whole_run, open_one)
 
 
 def _each(
-    config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity, whole_run: ExitStack, open_one: ExitStack
+    config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity, given: Given, whole_run: ExitStack, open_one: ExitStack
 ) -> Iterator[Trainer]:
-    if not config.grow:
-        yield open_one.enter_context(build_trainer(config, ranks, stop, activity))
-        return
-    check_config(config)  # some ranks may not know that the model grows: they come to the same comparison in build_trainer
-    resolved = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks.size))
-    phases = on_all_ranks(lambda: phases_of(resolved, ranks.size))
-    opening = whole_run.enter_context(open_run(resolved))
+    phases = run_phases(config, ranks.size)
+    opening = whole_run.enter_context(open_run(phases[0].whole, given.samples)) if len(phases) > 1 else None
     for phase in phases:
-        if Agreement().first(lambda: _over(phase)):  # noqa: B023
+        if phase.growth is not None and Agreement().first(lambda: _over(phase)):  # noqa: B023
             continue
-        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, activity, phase, opening))
+        trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, activity, phase=phase, opening=opening, given=given))
         yield trainer
         if phase.growth is not None:
             activity.at(phase.until, SAVING)  # as long as a save may take

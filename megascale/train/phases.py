@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.checkpoint.storage import step_name
+from megascale.comm.agreement import on_all_ranks
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
+from megascale.data.memory import TokenLists
+from megascale.data.vocabulary import resolve_vocabulary
 from megascale.expand.grow import grown_config, refuse_nothing
 from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
+from megascale.optim.learning_rate import begun_again
+from megascale.train.start.alike import check_config
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,29 @@ class Phase:
     until: int
     growth: GrowAt | None = None
     origin: Path | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a Python program gives beside the config: `samples` in place of the files of data.train; `writes` False for a run without a
+    directory; `quiet` for warnings as all that the screen shows.
+    """
+
+    samples: TokenLists | None = None
+    writes: bool = True
+    quiet: bool = False
+
+
+FROM_FILES = Given()
+
+
+def run_phases(config: Config, ranks: int) -> list[Phase]:
+    """All phases of a run, one unless the model grows, with resolved configs. Collective: raises UsageError on all ranks alike."""
+    check_config(config)
+    resolved = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks))
+    if resolved.checkpoint.init_schedule == "lemon":
+        resolved = resolved.model_copy(update={"optim": begun_again(resolved.optim, resolved.train.total_steps)})
+    return on_all_ranks(lambda: phases_of(resolved, ranks))
 
 
 def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:

@@ -1,4 +1,4 @@
-"""From a config to a trainer, in the order of ARCHITECTURE: ranks, mesh, data, model, passes, optimizer, checkpoint."""
+"""From a config to a trainer, in this order: ranks, mesh, data, model, passes, optimizer, checkpoint."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ from typing import Any
 import torch
 
 from megascale.checkpoint.loader import load
-from megascale.checkpoint.saver import Checkpointer
+from megascale.checkpoint.saver import Checkpointer, NoCheckpoints
 from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.schema import Config
-from megascale.config.support import check
 from megascale.data.loader import Batch, Prefetcher
 from megascale.data.samples import Samples, document_lengths, micro_batches, note, open_data, overlap_note, prints_of, valid_notes
-from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import peak_flops
-from megascale.optim.learning_rate import begun_again
 from megascale.parallel.model import ParallelModel
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
 from megascale.train.device import choose_device
@@ -40,8 +37,8 @@ from megascale.train.log.console import Console
 from megascale.train.log.module_metrics import MetricsOverRanks
 from megascale.train.log.reporter import Reporter
 from megascale.train.log.run_log import RunLog
-from megascale.train.phases import Phase
-from megascale.train.start.alike import check_config, check_data
+from megascale.train.phases import FROM_FILES, Given, Phase, run_phases
+from megascale.train.start.alike import check_data
 from megascale.train.start.changes import Prints, sources_of
 from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run
 from megascale.train.start.resume import RunStart, check_coefficients, find_start, is_own, model_changes
@@ -56,50 +53,46 @@ def build_trainer(
     ranks: RankInfo,
     stop: StopFlag | None = None,
     activity: Activity | None = None,
+    *,
     phase: Phase | None = None,
     opening: Opening | None = None,
+    given: Given = FROM_FILES,
 ) -> Iterator[Trainer]:
     """Everything between a config and the first step. Nothing but the lock is written before all ranks agree that the run can start.
 
-    stop     what signals set, where somebody listens to them already
-    pulse    where the trainer says what it does, for a watch
-    phase    which part of a run that grows this is; the whole of it if absent
-    opening  the run's directory, where it is this job's already
+    stop      what signals set, where somebody listens to them already
+    activity  where the trainer says what it does, for a watchdog
+    phase     which part of a run this is, its config already resolved; the first one of `config` if absent
+    opening   the run's directory, where it is this job's already
+    given     what a Python program gives beside the config
     """
     with ExitStack() as until_the_end:
-        yield from _built(config, ranks, stop, activity, phase, opening, until_the_end)
+        phase = phase or run_phases(config, ranks.size)[0]
+        yield from _built(phase, ranks, stop or StopFlag(), activity or Activity(), opening, given, until_the_end)
 
 
 def _built(
-    config: Config,
+    phase: Phase,
     ranks: RankInfo,
-    stop: StopFlag | None,
-    activity: Activity | None,
-    phase: Phase | None,
+    stop: StopFlag,
+    activity: Activity,
     opening: Opening | None,
+    given: Given,
     until_the_end: ExitStack,
 ) -> Iterator[Trainer]:
-    whole = config if phase is None else phase.whole
-    if phase is None:
-        check_config(config)
-    config = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks.size))
-    if config.checkpoint.init_schedule == "lemon":
-        config = config.model_copy(update={"optim": begun_again(config.optim, config.train.total_steps)})
-    if phase is None:
-        whole = config
-    until = config.train.total_steps if phase is None else phase.until
+    config = phase.config
     on_all_ranks(lambda: check_torch(config))
     device = on_all_ranks(lambda: choose_device(config, ranks))
     on_all_ranks(lambda: check_offload_dir(config))
     on_all_ranks(lambda: check_host_room(config, ranks))
-    run_dir = Path(config.run_dir)
+    run_dir = Path(config.run_dir) if given.writes else None
     first = ranks.rank == 0
     if opening is None:
-        opening = until_the_end.enter_context(open_run(whole))
-    mixture, valid_sets = on_all_ranks(lambda: open_data(config))
-    prints = on_all_ranks(lambda: prints_of(config))
+        opening = until_the_end.enter_context(open_run(phase.whole, given.samples)) if given.writes else Opening(None)
+    mixture, valid_sets = on_all_ranks(lambda: open_data(config, given.samples))
+    prints = on_all_ranks(lambda: prints_of(config, given.samples))
     check_data(config, prints)
-    start = find_start(config, run_dir, prints, opening.elsewhere, None if phase is None else phase.origin)
+    start = find_start(config, run_dir, prints, opening.elsewhere, phase.origin)
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = on_all_ranks(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
     for _ in model.draw_weights(config.run.seed):
@@ -108,13 +101,12 @@ def _built(
     progress = load_start(config, start, engine)
     on_all_ranks(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
-    found = on_all_ranks(lambda: claim_run_dir(whole, run_dir, opening) if first else [])
-    activity = activity or Activity()
+    found = on_all_ranks(lambda: claim_run_dir(phase.whole, run_dir, opening) if first and run_dir is not None else [])
     activity.run_dir = run_dir  # from here on it is this attempt whose end is written there
-    console = Console(config.train.total_steps, progress.step) if first else None
+    console = Console(config.train.total_steps, progress.step, given.quiet) if first else None
     log = on_all_ranks(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
-        room = room_for(config, run_dir, start, progress.step, until)
+        room = [] if run_dir is None else room_for(config, run_dir, start, progress.step, phase.until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
         data_notes = (note(mixture), overlap_note(prints), *valid_notes(config, valid_sets))
         announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
@@ -129,20 +121,31 @@ def _built(
     batches = Prefetcher(
         lambda step: micro_batches(config, mixture, origin + (step - 1) * batch, mesh, device),
         progress.step + 1,
-        until,
+        phase.until,
     )
     valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
     on_all_ranks(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
-    checkpointer = build_checkpointer(config, model, opening)
+    checkpointer = NoCheckpoints() if run_dir is None else build_checkpointer(config, run_dir, model, opening)
     activity.traffic = mesh.traffic
-    stop = stop or StopFlag()
-    stop.file = run_dir / STOP if first else None
+    stop.file = run_dir / STOP if first and run_dir is not None else None
     activity.stop = stop
     if mesh.size == 1:
         activity.gate.asked = stop.heard_of
-    own = start.folder is not None and not start.weights_only and start.folder.resolve().parent == (run_dir / "checkpoints").resolve()
-    saved = progress.step if own else None
-    trainer = Trainer(config, model, engine, batches, valid, checkpointer, reporter, stop, activity, progress, device, until, saved)
+    trainer = Trainer(
+        config=config,
+        model=model,
+        engine=engine,
+        batches=batches,
+        valid=valid,
+        checkpointer=checkpointer,
+        reporter=reporter,
+        stop=stop,
+        activity=activity,
+        progress=progress,
+        device=device,
+        until=phase.until,
+        saved=progress.step if run_dir is not None and own_checkpoint(start, run_dir) else None,
+    )
     try:
         yield trainer
     finally:
@@ -152,6 +155,13 @@ def _built(
             console.close()
         if log is not None:
             log.close()
+
+
+def own_checkpoint(start: RunStart, run_dir: Path) -> bool:
+    """Whether a run goes on from a checkpoint in its own directory."""
+    if start.folder is None or start.weights_only:
+        return False
+    return start.folder.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
 def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
@@ -207,26 +217,26 @@ def build_reporter(
         "torch": torch.__version__,
     }
     return Reporter(
-        mesh,
-        device,
-        config.train,
-        config.train.total_steps,
-        flops,
-        peak,
-        MetricsOverRanks(model),
-        log,
-        console,
-        kept,
-        config.run.profile_step,
-        str(Path(config.run_dir) / f"trace-rank{ranks.rank}.json"),
-        f"{start.folder}" if start.folder is not None else "none",
+        mesh=mesh,
+        device=device,
+        cfg=config.train,
+        last_step=config.train.total_steps,
+        flops_per_token=flops,
+        peak=peak,
+        observed=MetricsOverRanks(model),
+        log=log,
+        console=console,
+        provenance=kept,
+        profile_step=config.run.profile_step,
+        profile_path=str(Path(config.run_dir) / f"trace-rank{ranks.rank}.json"),
+        last_good=f"{start.folder}" if start.folder is not None else "none",
     )
 
 
-def build_checkpointer(config: Config, model: ParallelModel, opening: Opening) -> Checkpointer:
+def build_checkpointer(config: Config, run_dir: Path, model: ParallelModel, opening: Opening) -> Checkpointer:
     keep = config.checkpoint
     return Checkpointer(
-        Path(config.run_dir) / "checkpoints",
+        run_dir / "checkpoints",
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         asynchronous=keep.asynchronous,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.checkpoint.saver import Checkpointer, Event
+from megascale.checkpoint.saver import Checkpointer, Event, NoCheckpoints
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
@@ -27,7 +27,7 @@ from megascale.train.state import Progress
 
 
 class Trainer:
-    """Everything a run consists of, built by `setup.py`; `train()` is the loop.
+    """Everything a run consists of, built by `setup.py`. Iterating over it trains: it yields the result of each step.
 
     valid  for every validation set, what makes its micro-batches of a step, counted from 0
     saved  the step of the run's own checkpoint that it goes on from, if any
@@ -35,12 +35,13 @@ class Trainer:
 
     def __init__(
         self,
+        *,
         config: Config,
         model: ParallelModel,
         engine: Engine,
         batches: Prefetcher,
         valid: Mapping[str, Callable[[int], list[Batch]]],
-        checkpointer: Checkpointer,
+        checkpointer: Checkpointer | NoCheckpoints,
         reporter: Reporter,
         stop: StopFlag,
         activity: Activity,
@@ -58,9 +59,15 @@ class Trainer:
         self.first_step, self.origin = progress.step + 1, reporter.last_good
         self.saved = saved  # the step whose checkpoint is there or under way
         self.stalled = 0.0  # seconds in evaluation and saving since the last step
+        self.done = False
 
     def train(self) -> None:
         """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
+        for _ in self:
+            pass
+
+    def __iter__(self) -> Iterator[StepResult]:
+        """As `train`, a step each time that one is asked for. Who leaves the loop may go on with another one."""
         train, last_step = self.config.train, self.until
         while self.progress.step < last_step:
             step = self.progress.step + 1
@@ -88,8 +95,10 @@ class Trainer:
             if step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 self.save(wait=step == last_step)
             self.told(self.checkpointer.poll())
+            yield result
 
-        if last_step == train.total_steps:
+        if last_step == train.total_steps and not self.done:
+            self.done = True
             self.reporter.event("done", self.progress.step)
 
     def next_step(self, step: int) -> StepResult:
@@ -174,7 +183,8 @@ class Trainer:
         why = self.reason_to_stop()
         self.reporter.event("stop", step, reason=why)
         last = self.config.train.total_steps
-        raise StopRequested(f"stopped on request ({why}) after step {step} of {last}: run the same command again to go on")
+        kept = "nothing of it is kept" if self.checkpointer.root is None else "run the same command again to go on"
+        raise StopRequested(f"stopped on request ({why}) after step {step} of {last}: {kept}")
 
     def save(self, wait: bool) -> None:
         """Starts a checkpoint of the present state; `wait` until it is whole."""

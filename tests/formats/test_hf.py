@@ -22,7 +22,7 @@ from megascale.formats.hf.compare_logits import our_logits
 from megascale.formats.hf.model import read_hf
 from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
-from megascale.generate.beam import beam_search
+from megascale.generation.beam import beam_search
 from megascale.model.encoder_decoder import EncoderDecoder
 from tests.formats.models import FAMILIES, LENGTH, PLAIN, auto, config_values, logits, save
 

@@ -25,7 +25,7 @@ from megascale.formats.convert import ConvertOptions, hf_to_megascale
 from megascale.formats.megatron.checkpoint import find_iteration, read_megatron, write_megatron, write_torch_dist
 from megascale.formats.megatron.pickles import read_pickle, read_torch, read_torch_bytes
 from megascale.formats.sources import open_checkpoint
-from megascale.generate.open import open_any
+from megascale.generation.open import open_any
 from tests.formats.test_megatron import MODELS, SEQ, checkpoint
 from tests.formats.test_real_configs import LLAMA
 

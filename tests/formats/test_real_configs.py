@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.hf.config import hf_config, model_section
-from megascale.generate.open import ends_of
+from megascale.generation.open import ends_of
 from megascale.model.position import inverse_frequencies, pair_exponents
 from tests.layouts import tiny
 

@@ -20,7 +20,7 @@ from megascale.errors import UsageError
 from megascale.formats.convert import ConvertOptions, hf_to_megascale, megascale_to_hf
 from megascale.formats.tokenizer_build import build, open_tokenizer
 from megascale.formats.tokenizer_files import PROBES, as_tokenizers, tokenizer_content
-from megascale.generate.open import open_any
+from megascale.generation.open import open_any
 from tests.formats.models import PLAIN, save
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import pair_costs, split_unequal, stage_parts
-from megascale.generate.beam import beam_search
+from megascale.generation.beam import beam_search
 from megascale.measure.compute import flops_per_token
 from megascale.model.block import key_padding_mask
 from megascale.model.encoder_decoder import EncoderDecoder

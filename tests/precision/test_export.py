@@ -18,7 +18,7 @@ from megascale.expand.source import open_source
 from megascale.formats.convert import ConvertOptions, megascale_to_fp8
 from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
-from megascale.generate.open import layout, open_model
+from megascale.generation.open import layout, open_model
 from megascale.model.layers import Fp8
 from tests.layouts import CPU
 from tests.runs import make_tokens, run, settings

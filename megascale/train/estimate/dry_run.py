@@ -28,12 +28,7 @@ from megascale.train.phases import phases_of
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
     """Prints the report; with `json_file` also writes it, with `picture` draws the pipeline. Raises UsageError as the run would."""
-    if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
-        config = resolve_vocabulary(config)
-    config = check(config, ranks)
-    report = describe_run(config, ranks)
-    if config.grow:
-        report["growths"] = describe_growths(config, ranks)
+    config, report = report_of(config, ranks)
     print(to_yaml(config.plain()), end="")
     size, active = report["parameters"], report["parameters_active"]
     of_these = f", {active:,} of them a token" if active < size else ""
@@ -76,6 +71,17 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
             Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--json {json_file} cannot be written: {error.strerror}") from None
+
+
+def report_of(config: Config, ranks: int) -> tuple[Config, dict[str, Any]]:
+    """The resolved config, and the report as plain data. Raises UsageError as the run would."""
+    if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
+        config = resolve_vocabulary(config)
+    config = check(config, ranks)
+    report = describe_run(config, ranks)
+    if config.grow:
+        report["growths"] = describe_growths(config, ranks)
+    return config, report
 
 
 def describe_run(config: Config, ranks: int) -> dict[str, Any]:

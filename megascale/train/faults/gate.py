@@ -41,6 +41,12 @@ class Gate:
             self._closed = True
             return self.passed
 
+    def await_agreement(self) -> None:
+        """Waits until all ranks have agreed where they leave, which somebody has asked for."""
+        with self._change:
+            while self._last is None:
+                self._change.wait()
+
     def leave_at(self, last: int) -> None:
         with self._change:
             self._last = last

@@ -15,14 +15,14 @@ PLAIN_SECONDS = 10.0  # between lines where no terminal listens
 
 
 class Console:
-    """Falls silent where its terminal or pipe is gone: nobody listens, and training goes on."""
+    """Falls silent where its terminal or pipe is gone: nobody listens, and training goes on. `quiet`: only warnings are shown."""
 
-    def __init__(self, last_step: int, step: int) -> None:
+    def __init__(self, last_step: int, step: int, quiet: bool = False) -> None:
         self.out = RichConsole(stderr=True, highlight=False)
-        self._last_step, self._next_line, self.silent = last_step, 0.0, False
+        self._last_step, self._next_line, self.silent, self.quiet = last_step, 0.0, False, quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),
@@ -34,7 +34,8 @@ class Console:
             self._progress.start()
 
     def say(self, text: str) -> None:
-        self._print(text)
+        if not self.quiet:
+            self._print(text)
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}", style="yellow")

@@ -28,11 +28,13 @@ from megascale.train.state import Progress
 
 @dataclass
 class StepResult:
-    """One step's numbers, 0-dim tensors on the device where the host does not know them yet."""
+    """One step's numbers, 0-dim tensors on the device where the host does not know them yet. Reading `loss` or `grad_norm` waits for the
+    device.
+    """
 
     step: int
-    loss: Tensor
-    norm: Tensor
+    loss_tensor: Tensor
+    norm_tensor: Tensor
     finite: Tensor
     valid: Tensor  # targets in the global batch, times a constant
     stop: Tensor
@@ -46,6 +48,21 @@ class StepResult:
     waited: float = 0.0  # seconds for the batch, on this rank
     stalled: float = 0.0  # seconds of evaluation and saving between the step before and this one
     tokens: int = 0
+
+    @property
+    def number(self) -> int:
+        """Of the step in the run, from 1."""
+        return self.step
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy per valid token over the global batch, before the update."""
+        return float(self.loss_tensor)
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the whole gradient, before clipping."""
+        return float(self.norm_tensor)
 
 
 class StepClock:
@@ -89,7 +106,7 @@ class Since:
         self.seconds += own + result.waited if before is None else max(own, result.clock.after(before) - result.stalled)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Reporter:
     """`log` and `console` are None on every rank but the first.
 
@@ -184,8 +201,8 @@ class Reporter:
         row: dict[str, Any] = {
             "step": result.step,
             "time": round(time.time(), 3),
-            "loss": float(result.loss),
-            "grad_norm": float(result.norm),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens": result.tokens,
             "tokens_per_second": rate,
@@ -219,7 +236,7 @@ class Reporter:
             return
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
         if not finite:
-            self.event("skip", result.step, loss=float(result.loss), grad_norm=float(result.norm))
+            self.event("skip", result.step, loss=result.loss, grad_norm=result.grad_norm)
 
     def _largest(self, traffic: dict[str, int], waited: float) -> tuple[dict[str, int], float]:
         """Bytes of the step by axis, and seconds of waiting for data, the largest of all ranks."""

@@ -90,16 +90,26 @@ def _open(path: Path) -> int:
 class RunLog:
     """Appends rows; a resume drops the metric rows after its checkpoint, so that one file holds one continuous curve.
 
-    say  how a person hears of what goes wrong with the logs
+    run_dir  None: nothing is written, and sentences are still said
+    say      how a person hears of what goes wrong with the logs
     """
 
-    def __init__(self, run_dir: Path, step: int, say: Say | None = None) -> None:
+    def __init__(self, run_dir: Path | None, step: int, say: Say | None = None) -> None:
         """Raises UsageError where the logs cannot be opened, such as on a full disk."""
         self.run_dir, self.notes = run_dir, list[str]()
         self._say, self._said = say, set[str]()
+        self._sinks: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._closers: list[Callable[[], None]] = []
+        self.past: Past = {}
+        self._metrics: RowFile | None = None
+        self._events: RowFile | None = None
+        if run_dir is not None:
+            self._open(run_dir, step)
+
+    def _open(self, run_dir: Path, step: int) -> None:
         metrics, events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
         try:
-            self.past: Past = past_of(run_dir, step)
+            self.past = past_of(run_dir, step)
             self.notes += mend_rows(metrics, metric_mistake, after=step)
             self.notes += mend_rows(events, event_mistake)
             self._metrics, self._events = RowFile(metrics), RowFile(events)
@@ -107,20 +117,18 @@ class RunLog:
             raise UsageError(
                 f"the logs in {run_dir} cannot be written ({error.strerror or error}): make room there, or choose another run.dir"
             ) from None
-        self._sinks: dict[str, Callable[[dict[str, Any]], None]] = {}
-        self._closers: list[Callable[[], None]] = []
 
     def add_tensorboard(self, step: int) -> None:
         """Raises UsageError where it is missing or cannot write."""
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+            writer = SummaryWriter(f"{self.run_dir}/tensorboard", purge_step=step + 1)
         except ImportError:
             raise UsageError("run.tensorboard is true and the package tensorboard is missing: pip install it, or set it to false") from None
         except OSError as error:
             raise UsageError(
-                f"run.tensorboard is true and {self.run_dir / 'tensorboard'} cannot be written ({error.strerror}): make room, or set it to "
+                f"run.tensorboard is true and {self.run_dir}/tensorboard cannot be written ({error.strerror}): make room, or set it to "
                 "false"
             ) from None
 
@@ -176,10 +184,12 @@ class RunLog:
             with suppress(Exception):
                 close()
         for file in (self._metrics, self._events):
-            if lost := file.close():
+            if file is not None and (lost := file.close()):
                 self.warn_once(f"closing {file.path.name}", f"{lost} rows of {file.path} were never written")
 
-    def _add(self, file: RowFile, row: dict[str, Any]) -> None:
+    def _add(self, file: RowFile | None, row: dict[str, Any]) -> None:
+        if file is None:
+            return
         error = file.add(row)
         if error is not None:
             why = error.strerror or str(error)

@@ -18,6 +18,7 @@ from megascale.comm.agreement import Agreement
 from megascale.config.identity import SOURCES, check_identity, identity, only_moved
 from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Config
+from megascale.data.memory import TokenLists
 from megascale.data.samples import prints_of
 from megascale.errors import UsageError
 from megascale.expand.write import CONFIG
@@ -53,9 +54,9 @@ class Opening:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Opening]:
-    """Collective. `config` is the one that the run was begun with. Raises UsageError where the directory is another's, or cannot be used;
-    then nothing has been written.
+def open_run(config: Config, lists: TokenLists | None = None) -> Iterator[Opening]:
+    """Collective. `config` is the one that the run was begun with, `lists` its samples in memory, if any. Raises UsageError where the
+    directory is another's, or cannot be used; then nothing has been written.
     """
     team, run_dir = Agreement(), Path(config.run_dir)
     opening = Opening(None)
@@ -64,7 +65,7 @@ def open_run(config: Config) -> Iterator[Opening]:
         if wish.folder is not None:
             confirm(wish.folder)
         if wish.kind == "back":
-            team.first(lambda: opening.notes.append(_back(config, run_dir, wish)))
+            team.first(lambda: opening.notes.append(_back(config, run_dir, wish, lists)))
         opening.elsewhere = wish.folder if wish.kind == "elsewhere" else None
         yield opening
     finally:
@@ -103,11 +104,11 @@ def check_still_there(run_dir: Path) -> None:
         )
 
 
-def _back(config: Config, run_dir: Path, wish: Wish) -> Note:
+def _back(config: Config, run_dir: Path, wish: Wish, lists: TokenLists | None) -> Note:
     assert wish.folder is not None
     saved = read_progress(wish.folder)
     if not config.grow:  # of a run that grows, the phase says what the model is
-        changes_since(config, saved, wish.folder, prints_of(config))
+        changes_since(config, saved, wish.folder, prints_of(config, lists))
     return go_back(run_dir, wish.folder, config.checkpoint.resume)
 
 

@@ -49,9 +49,10 @@ class RunStart:
     notes: tuple[Note, ...] = ()
 
 
-def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> RunStart:
+def find_start(config: Config, run_dir: Path | None, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> RunStart:
     """The run's own newest whole checkpoint, so that a requeued job goes on; then `elsewhere`, then `init_from`, then nothing.
 
+    run_dir    None: a run that writes nothing has no checkpoints of its own
     prints     what the data are
     elsewhere  a checkpoint of another run, which `resume` names and which has been read
     origin     the grown checkpoint that begins this phase, until there is a newer one
@@ -59,7 +60,7 @@ def find_start(config: Config, run_dir: Path, prints: Prints, elsewhere: Path | 
     Collective: the first rank chooses, and all see the same. Raises UsageError where a checkpoint belongs to another run or none is whole.
     """
     on_all_ranks(lambda: _check_asked(config))
-    folder, skipped = choose(run_dir / "checkpoints", origin)
+    folder, skipped = (None, []) if run_dir is None else choose(run_dir / "checkpoints", origin)
     if folder is None and elsewhere is not None:
         folder = elsewhere
     if folder is None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megascale.comm.collectives import all_gather
 from megascale.errors import UsageError
-from megascale.generate.cache import CacheLayer, part_length, remembering
-from megascale.generate.sample import choose
+from megascale.generation.cache import CacheLayer, part_length, remembering
+from megascale.generation.sample import choose
 from megascale.measure.health import free_memory
 from megascale.model.decoder import Decoder
 from megascale.model.position import alibi_slopes

@@ -1,0 +1,146 @@
+"""What `import megascale as ms` offers: thin functions over what the commands use, with plain data in and out.
+
+Wrong use raises UsageError with a sentence. Nothing here is imported with torch before it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+from megascale.config.load import apply_overrides, build_config, read_yaml
+from megascale.config.paths import check_paths
+from megascale.config.schema import Config
+from megascale.errors import UsageError
+
+if TYPE_CHECKING:
+    from megascale.data.memory import Samples
+    from megascale.generation.loaded import LoadedModel
+    from megascale.train.session import Session
+
+ConfigLike = Config | Mapping[str, Any] | str | Path
+
+
+def load_config(source: ConfigLike, *overrides: str) -> Config:
+    """A YAML file, or the same as nested dicts, with overrides such as "train.steps=10". Without `data.train` it is for samples in
+    memory.
+    """
+    from megascale.data.memory import NAME, PLACE
+
+    if isinstance(source, Config) and not overrides:
+        return source
+    values = read_yaml(Path(source)) if isinstance(source, str | Path) else _plain(source)
+    values = apply_overrides(values, overrides)
+    data = values.setdefault("data", {})
+    if isinstance(data, dict):
+        data.setdefault("train", [{"path": PLACE, "name": NAME}])
+    config = build_config(values)
+    check_paths(config)
+    return config
+
+
+@contextmanager
+def training(config: ConfigLike, samples: Samples | None = None, *, run_dir: str | Path | EllipsisType | None = ...) -> Iterator[Session]:
+    """A run whose loop is the program's: `with ms.training(config) as run: for step in run: …`. Under a launcher all ranks call.
+
+    samples  documents as lists of token numbers, in place of the files of data.train
+    run_dir  where the run writes, as the config says if left out; None writes nothing
+    """
+    from megascale.train.session import open_session
+
+    asked = load_config(config)
+    if isinstance(run_dir, str | Path):
+        asked = load_config({**asked.plain(), "run": {**asked.run.model_dump(mode="json"), "dir": str(run_dir)}})
+    with open_session(asked, samples, run_dir is not None) as session:
+        yield session
+
+
+def load_model(path: str | Path, *, device: str = "auto", dtype: str | None = None) -> LoadedModel:
+    """A run, a checkpoint or a Hugging Face folder → a module: `model(tokens [b, s])` → logits [b, s, V].
+
+    dtype  fp32, bf16, fp16 or fp64 of weights and activations; the one that it was trained in if None
+    """
+    from megascale.generation.loaded import load_whole
+
+    return load_whole(Path(path), device, dtype)
+
+
+def generate(
+    model: LoadedModel | Session | str | Path,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ignore_end: bool = False,
+    tokenizer: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """What follows each prompt: [{"prompt", "tokens", "text"}], the text None for prompts of token numbers without a `tokenizer`.
+
+    model  one that was loaded, the path of one, or a run under way in one process
+    """
+    from megascale.generation.prompts import Asked, answer
+
+    asked = Asked(max_new_tokens, temperature, top_p, seed, ignore_end, None if tokenizer is None else Path(tokenizer))
+    return answer(load_model(model) if isinstance(model, str | Path) else model, prompts, asked)
+
+
+def grow(source: str | Path, target: str | Path, *, data: str | None = None, workers: int = 1, **asked: Any) -> dict[str, Any]:
+    """Writes a larger checkpoint that starts where `source` stood and returns the report. `asked`: sizes such as hidden_size=128, and
+    methods such as depth="stack", named as in `Sizes` and `GrowthOptions` (expand/options.py).
+    """
+    from megascale.expand.grow import grow as grow_checkpoint
+    from megascale.expand.options import GrowthOptions, Sizes
+    from megascale.expand.write import Effort
+
+    sizes, options = _split("grow", asked, Sizes, GrowthOptions)
+    for key, value in vars(sizes).items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{key} is {value!r}: give a whole number, 1 or more")
+    return grow_checkpoint(source, Path(target), sizes, options, Effort(workers, data=data))
+
+
+def convert(source: str | Path, target: str | Path, *, origin: str, to: str, dtype: str | None = None, **asked: Any) -> dict[str, Any]:
+    """Converts between "megascale", "hf" and "megatron" and returns the report. `asked` are more of `ConvertOptions` and `MegatronCut`
+    (formats/convert.py).
+    """
+    from megascale.formats.convert import ConvertOptions, MegatronCut, find_way
+
+    way, stored = find_way(origin, to, dtype)
+    paths = {key: Path(asked[key]) for key in ("tokenizer", "config") if asked.get(key) is not None}
+    options, cut = _split("convert", {**asked, **paths}, ConvertOptions, MegatronCut)
+    return way(Path(source), Path(target), replace(options, dtype=stored, cut=cut)).plain()
+
+
+def dry_run(config: ConfigLike, ranks: int = 1) -> dict[str, Any]:
+    """What `--dry-run` knows of a run on so many ranks: parameters, bytes per rank, FLOPs, schedule, the resolved config."""
+    from megascale.train.estimate.dry_run import report_of
+
+    if ranks < 1:
+        raise UsageError(f"ranks is {ranks}: give the number of ranks, 1 or more")
+    return report_of(load_config(config), ranks)[1]
+
+
+def _plain(source: Any) -> dict[str, Any]:
+    """Nested dicts of plain values, paths as text."""
+    if isinstance(source, Config):
+        return source.plain()
+    if not isinstance(source, Mapping):
+        raise UsageError(f"the config is a {type(source).__name__}: give a YAML file, or a dict with sections such as model and train")
+    return {key: _plain(v) if isinstance(v, Mapping) else str(v) if isinstance(v, Path) else v for key, v in source.items()}
+
+
+def _split(call: str, asked: Mapping[str, Any], *kinds: Any) -> list[Any]:
+    """Keyword arguments dealt out to dataclasses by their fields. Raises UsageError for a name that none of them has."""
+    known = [f.name for kind in kinds for f in fields(kind)]
+    for key in asked:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UsageError(f"{call}() has no argument {key}{f'; did you mean {near[0]}?' if near else ''}: it knows {', '.join(known)}")
+    return [kind(**{f.name: asked[f.name] for f in fields(kind) if f.name in asked}) for kind in kinds]

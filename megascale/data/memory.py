@@ -1,0 +1,76 @@
+"""Samples in memory: lists of token numbers that a Python program gives in place of token files. Each is a document, as in a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.errors import UsageError
+
+PLACE = "<samples>"  # what data.train says of samples in memory; no file can be meant by it
+NAME = "samples"  # of the source, which orders its samples as the name of a token file orders those
+NEEDED = "give something with a length whose items are lists of token numbers, one a document"
+
+
+class Samples(Protocol):
+    """Anything with a length and an index whose items are lists of token numbers: a list, a dataset, an array [documents, tokens]."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class TokenLists:
+    """Documents in memory with the face of a `TokenFile`. All are read once, for their lengths and their fingerprint, and again when a
+    sample needs them, which may be in another thread. Raises UsageError for what is no list of tokens.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        if isinstance(samples, str | bytes | dict) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+            raise UsageError(f"samples is a {type(samples).__name__}: {NEEDED}")
+        self.samples = samples
+        digest, lengths, self.largest = hashlib.blake2b(digest_size=8), list[int](), -1
+        for tokens in self._each():
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+            lengths.append(len(tokens))
+            self.largest = max(self.largest, int(tokens.max(initial=-1)))
+        if not sum(lengths):
+            raise UsageError(f"samples has {len(lengths)} documents and no tokens: {NEEDED}")
+        self.lengths: NDArray[np.integer] = np.array(lengths, np.int64)
+        self.fingerprint = f"{len(lengths)} documents, {sum(lengths)} tokens, {digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, number: int, start: int = 0, length: int | None = None) -> NDArray[np.int64]:
+        """Tokens [start, start+length) of one document. Raises UsageError where it is not as long as it was."""
+        tokens = self._document(number)
+        if len(tokens) != self.lengths[number]:
+            had = f"had {self.lengths[number]} when training began"
+            raise UsageError(f"samples[{number}] has {len(tokens)} tokens and {had}: samples must stay as they are")
+        return tokens[start:] if length is None else tokens[start : start + length]
+
+    def _each(self) -> Iterator[NDArray[np.int64]]:
+        return (self._document(number) for number in range(len(self.samples)))
+
+    def _document(self, number: int) -> NDArray[np.int64]:
+        try:
+            item = self.samples[number]
+            tokens = np.asarray(item)
+        except (LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"samples[{number}] cannot be read as a list ({type(error).__name__}: {error}): {NEEDED}") from None
+        if tokens.ndim == 1 and not tokens.size:
+            return np.zeros(0, np.int64)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise UsageError(f"samples[{number}] is {_short(item)}, and no list of whole numbers: {NEEDED}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 62:
+            raise UsageError(f"samples[{number}] holds {tokens.min()} to {tokens.max()}: tokens count from 0 to the size of the vocabulary")
+        return tokens.astype(np.int64)
+
+
+def _short(item: Any) -> str:
+    text = " ".join(repr(item).split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,143 @@
+"""A run inside a Python program: the trainers, process group and checkpoints of `pretrain.py`, its loop in the program's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from megascale.comm.agreement import on_all_ranks
+from megascale.config.schema import Config, DataSource
+from megascale.data.memory import NAME, PLACE, Samples, TokenLists
+from megascale.errors import Halted, MegascaleError, StopRequested, UsageError
+from megascale.launch.exits import Exit, as_exit, write_exit
+from megascale.launch.ranks import RankInfo, find_ranks
+from megascale.parallel.model import ParallelModel
+from megascale.train.faults.stop import StopFlag
+from megascale.train.growing import trainers
+from megascale.train.log.reporter import StepResult
+from megascale.train.phases import Given
+from megascale.train.process_group import final_barrier, process_group
+from megascale.train.trainer import Trainer
+
+
+class Session:
+    """A run under way. Iterating over it trains it, through growths too, and yields the result of each step: `number`, `loss`,
+    `grad_norm`, `lr`, `valid_loss`. All ranks iterate alike.
+    """
+
+    def __init__(self, phases: Iterator[Trainer], ranks: RankInfo, stop: StopFlag, last_step: int) -> None:
+        self._phases, self._ranks, self._stop, self._last_step = phases, ranks, stop, last_step
+        self.trainer = next(phases)
+
+    @property
+    def config(self) -> Config:
+        """Resolved for the ranks that are there."""
+        return self.trainer.config
+
+    @property
+    def step(self) -> int:
+        """Steps done, those before a resume included."""
+        return self.trainer.progress.step
+
+    @property
+    def model(self) -> ParallelModel:
+        """What this rank holds of the model."""
+        return self.trainer.model
+
+    def __iter__(self) -> Iterator[StepResult]:
+        """Raises StopRequested where the run was asked to stop, its checkpoint being written."""
+        yield from self.trainer
+        for trainer in self._phases:
+            self.trainer = trainer
+            yield from trainer
+
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss per token of every validation set, now. All ranks call."""
+        if not self.trainer.valid:
+            raise UsageError("train.eval_every is 0, so no validation set is open: set it, and data.valid or data.valid_fraction")
+        self.model.at_step(max(1, self.step))
+        try:
+            return self.trainer.evaluate()
+        except Halted:
+            self.trainer.leave()
+
+    def leave(self) -> None:
+        """After the program has left its loop: the rest of a run that is done, else a stop on request, so that all ranks leave at the same
+        step, also where one of them left its loop alone, and the run can go on from there.
+        """
+        if not self.step:
+            return
+        if self.step < self._last_step:
+            self._stop.reason = self._stop.reason or "its loop was left"
+            if self._ranks.size > 1:
+                self.trainer.activity.gate.await_agreement()
+        try:
+            for _ in self:
+                pass
+        except StopRequested:
+            pass
+
+
+# What a config asks for that has nowhere to go without a run directory.
+WRITES: dict[str, Callable[[Config], bool]] = {
+    "run.tensorboard": lambda c: c.run.tensorboard,
+    "run.wandb": lambda c: c.run.wandb,
+    "run.profile_step": lambda c: c.run.profile_step is not None,
+    "checkpoint.export": lambda c: c.checkpoint.export != "none",
+    "checkpoint.resume": lambda c: c.checkpoint.resume not in ("auto", "never"),
+    "grow": lambda c: bool(c.grow),
+}
+
+
+def check_without_directory(config: Config) -> None:
+    """Raises UsageError for a config that asks for what only a run directory can hold."""
+    asked = [key for key, asks in WRITES.items() if asks(config)]
+    if asked:
+        keys = ", ".join(asked)
+        raise UsageError(f"run_dir is None, so that nothing is written, and the config sets {keys}: give run_dir, or leave those out")
+
+
+def with_samples(config: Config) -> Config:
+    """The config of a run on samples in memory, which stand in the place of the files of data.train."""
+    place = [DataSource(path=PLACE, name=NAME)]
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": place})})
+
+
+@contextmanager
+def open_session(config: Config, samples: Samples | None, writes: bool) -> Iterator[Session]:
+    """`writes` False: without a run directory. Collective."""
+    if not writes:
+        check_without_directory(config)
+    if samples is not None:
+        config = with_samples(config)
+    threads = torch.get_num_threads()
+    ranks, stop, ending = find_ranks(), StopFlag(), Exit(1, "the program left with an error")
+    with ExitStack() as group:
+        watch = group.enter_context(process_group(config, ranks))
+        try:
+            lists = on_all_ranks(lambda: None if samples is None else TokenLists(samples))
+            given = Given(lists, writes, quiet=True)
+            with trainers(config, ranks, stop, watch.activity, given) as phases:
+                session = Session(phases, ranks, stop, config.train.total_steps)
+                yield session
+                session.leave()
+            ending = Exit(0, "done") if session.step == config.train.total_steps else Exit(75, f"stopped on request ({stop.reason})")
+        except BaseException as error:
+            ending = ending_of(error)
+            raise
+        finally:
+            watch.leaves(ending)
+            write_exit(watch.run_dir, ending, ranks, watch.activity.step)
+            if ending.code in (0, 75):
+                final_barrier()
+            torch.set_num_threads(threads)
+
+
+def ending_of(error: BaseException) -> Exit:
+    """What an error that left the `with` comes to in exit.json."""
+    known = as_exit(error) if isinstance(error, Exception) else None
+    if isinstance(error, MegascaleError):
+        return Exit(error.code, str(error))
+    return known or Exit(1, f"{type(error).__name__}: {error}")
