@@ -12,66 +12,118 @@ from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.section import Layers, Positive, Seconds, Section, Seed, Threads
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
+NAME = r"(?=.*[^.])[A-Za-z0-9._-]{1,200}"  # of a folder; "." and ".." are none
+
 
 def _one_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or not value.strip("."):
+    if not re.fullmatch(NAME, value):
         raise ValueError(f"{value!r} is no name of a folder: give up to 200 letters, digits, '.', '_' and '-'")
     return value
 
 
 class Run(Section):
-    name: Annotated[str, AfterValidator(_one_name)] = Field(default="run", max_length=200)
-    dir: str | None = None  # runs/<name> if absent
+    name: Annotated[str, AfterValidator(_one_name)] = Field(default="run", max_length=200, json_schema_extra={"pattern": f"^{NAME}$"})
+    """Name of the run. It is also the folder under `runs/` if `run.dir` is absent."""
+    dir: str | None = None
+    """Folder for metrics, events, checkpoints and logs. Default: `runs/NAME`."""
     seed: Seed = 1234
+    """Seed of the initial weights, the sample order and dropout. With the same config, data and seed, every layout gives the same curve."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Threads | None = None  # CPU threads of a rank; its share of the cores that it may use if absent, alone also OMP_NUM_THREADS
+    """Where ranks compute. `auto` takes CUDA if a GPU is usable, otherwise the CPU."""
+    threads: Threads | None = None
+    """CPU threads per rank. Default: the rank's share of the cores it may use; a single process also respects `OMP_NUM_THREADS`."""
     kernels: Literal["auto", "torch", "apex", "te"] = "auto"
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one rank, for MFU; known for common GPUs, measured on CPUs
-    profile_step: Positive | None = None  # write a profiler trace of this step
-    collective_timeout: Seconds = 600.0  # seconds until a silent peer counts as lost
+    """Implementation of the norms: torch's own, NVIDIA Apex or Transformer Engine. `auto` is torch."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak rate of one rank in TFLOP/s, used for MFU. Default: the data sheet of known GPUs; measured at the start on CPUs."""
+    profile_step: Positive | None = None
+    """Step for which a profiler trace is written."""
+    collective_timeout: Seconds = 600.0
+    """Seconds after which a silent peer counts as lost and the job ends with exit code 5."""
     wandb: bool = False
+    """Log metrics to Weights & Biases as well (extra `wandb`)."""
     tensorboard: bool = False
+    """Log metrics to TensorBoard as well, under `run.dir`."""
     allow_change: list[str] = Field(default_factory=list)
+    """Keys of the run's identity (model, data, optimizer, seed, batch, sequence length) that may change at a resume, such as
+    `[data.train]`. Each change is logged.
+    """
 
 
 class GrowAt(Section):
     """A growth after step `step`; sizes and methods are the flags of tools/grow.py. `parallel`: the layout from then on."""
 
     step: Positive
+    """The model grows after this step."""
     hidden_size: Positive | None = None
+    """New width of the residual stream. Absent: unchanged, as for every size below."""
     num_heads: Positive | None = None
+    """New number of query heads."""
     num_kv_heads: Positive | None = None
+    """New number of key-value heads."""
     head_dim: Positive | None = None
+    """New channels per head."""
     ffn_size: Positive | None = None
+    """New width of the feed-forward."""
     expert_ffn_size: Positive | None = None
+    """New width of each expert."""
     num_layers: Layers | None = None
+    """New number of layers."""
     num_experts: Positive | None = None
+    """New number of experts per layer. A dense model becomes a mixture of experts."""
     top_k: Positive | None = None
+    """New number of experts per token."""
     granularity: Positive = 1
+    """Cut each expert into this many finer ones."""
     tokenformer_size: Positive | None = None
+    """New number of parameter tokens of `model.linear: tokenformer`."""
     width_method: Literal["duplicate", "zero", "average"] = "duplicate"
+    """How new channels of the stream start: as copies, as zeros, or as the mean of the others."""
     ffn_method: Literal["duplicate", "zero"] = "duplicate"
+    """How new neurons start: as copies that share their output, or with zero outputs."""
     heads_method: Literal["duplicate", "zero"] = "duplicate"
+    """How new heads start: as copies that share their output, or with zero outputs."""
     depth_method: Literal["identity", "cancel", "stack", "dus", "interleave", "inject"] = "identity"
+    """How new layers start. `identity` and `cancel` keep the function exactly; `stack`, `dus`, `interleave` and `inject` copy trained
+    layers and do not.
+    """
     placement: Literal["spread", "end"] = "spread"
+    """Where new layers go: spread through the depth, or at its end."""
     symmetry: str = "project"
+    """What makes copies differ without changing the function: a fresh projection, noise with a signal-to-noise ratio (`snr:DB`, in
+    decibels), or `none`.
+    """
     split: tuple[float, float] = (1.0, 1.0)
+    """Relative shares of the output for the first copy and for each other copy."""
     optimizer: Literal["transform", "reset"] = "transform"
+    """Transform the optimizer's state along with the weights, or reset it."""
     router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    """Router of experts that are made from dense layers."""
     lossless: Literal["require", "prefer", "off"] = "prefer"
+    """`require` refuses everything that cannot be exact; `prefer` refuses what has an exact alternative; `off` refuses nothing."""
     parallel: Parallel | None = None
+    """The layout from this step on, a whole section `parallel`. Absent: unchanged."""
 
 
 class Config(Section):
     run: Run = Run()
+    """The run itself: name, folder, seed, device and logging."""
     model: Model
+    """The model's architecture and sizes. Sizes are global, never per rank."""
     parallel: Parallel = Parallel()
+    """How the run is laid out over ranks. Nothing here changes the curve."""
     train: Train
+    """Length, batch, sequence length and evaluation."""
     optim: Optim = Optim()
+    """Optimizer and learning-rate schedule."""
     data: Data
+    """Training and validation data."""
     checkpoint: Checkpoint = Checkpoint()
+    """When checkpoints are written and what a run starts from."""
     precision: Precision = Precision()
-    grow: tuple[GrowAt, ...] = ()  # in the order of their steps
+    """Number formats of products and stored weights."""
+    grow: tuple[GrowAt, ...] = ()
+    """Growths during the run, in the order of their steps."""
 
     def plain(self) -> dict[str, Any]:
         """The resolved config as nested dicts of JSON values, with the keys that a YAML file uses."""

@@ -16,46 +16,68 @@ BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention
 
 class Moe(Section):
     num_experts: Positive = 8
+    """Routed experts per layer."""
     top_k: Positive = 2
-    num_shared: NonNegative = 0  # experts that every token meets, as one of num_shared times the width
-    ffn_size: Positive | None = None  # of one expert; the model's if absent
-    every: Positive = 1  # every n-th layer has experts, the others are dense
+    """Experts that each token is sent to."""
+    num_shared: NonNegative = 0
+    """Shared experts that every token passes through, built as one expert of `num_shared` times the width."""
+    ffn_size: Positive | None = None
+    """Width of one expert. Default: `model.ffn_size`."""
+    every: Positive = 1
+    """Every n-th layer has experts; the others are dense."""
     router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    """How scores become choices and weights: softmax over the chosen or over all experts, sigmoid scores, SIGMA, or X-MoE's cosine scores.
+    """
     balance: Literal["loss", "entropy", "bias", "none"] = "loss"
-    aux_loss: Annotated[float, Field(ge=0)] = 1e-2  # weight of the balance or entropy loss
+    """How load is balanced: an auxiliary loss, an entropy loss, router biases without a loss, or not at all."""
+    aux_loss: Annotated[float, Field(ge=0)] = 1e-2
+    """Weight of the balance or entropy loss."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    bias_rate: Annotated[float, Field(gt=0)] = 1e-3  # by which balance: bias moves a step
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # absent: no token is dropped
-    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0  # in evaluation, where capacity_factor is set
+    """Weight of the router's z-loss, the squared log-sum-exp of its scores."""
+    bias_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Change of a router bias per step under `balance: bias`."""
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """Largest load of an expert per sequence, as a multiple of an even load; tokens beyond it are dropped. Absent: no token is dropped."""
+    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0
+    """The same in evaluation, if `capacity_factor` is set."""
     init: Literal["model", "st_moe"] = "model"
+    """Initial weights of the experts: as the rest of the model, or ST-MoE's truncated normal of variance 0.1/fan_in."""
 
 
 class Moeut(Section):
     """Layers in groups whose weights repeat in depth, with experts in attention beside those of `moe` (arXiv 2405.16039)."""
 
-    group_size: Positive = 2  # layers with weights of their own
-    attention_experts: Positive = 8  # for the values and for the output of every head
+    group_size: Positive = 2
+    """Layers with weights of their own; the group repeats through the depth."""
+    attention_experts: Positive = 8
+    """Experts for the values and for the output of each head."""
     attention_top_k: Positive = 2
-    attention_aux_loss: Annotated[float, Field(ge=0)] = 1e-3  # weight of their entropy loss
+    """Attention experts that each token uses per head."""
+    attention_aux_loss: Annotated[float, Field(ge=0)] = 1e-3
+    """Weight of the attention experts' entropy loss."""
 
 
 class RopeScaling(Section):
-    """How rotary wavelengths are stretched by `factor` for a context longer than the model's first one, `original_seq_len`.
-
-    llama3  those longer than original/low_freq_factor, none shorter than original/high_freq_factor, blended between (Llama 3's)
-    linear  all of them (position interpolation, arXiv 2306.15595)
-    yarn    those that turn less than beta_slow times in the original context, none that turn more than beta_fast times, blended between;
-            cosines and sines are multiplied by `attention_factor`, 0.1·ln(factor) + 1 if absent (YaRN, arXiv 2309.00071)
-    """
+    """How rotary wavelengths are stretched by `factor` for a context longer than the model's first one, `original_seq_len`."""
 
     type: Literal["llama3", "linear", "yarn"] = "llama3"
+    """Which wavelengths are stretched: `llama3`, long ones alone; `linear`, all of them (position interpolation, arXiv 2306.15595); `yarn`,
+    those that turn seldom in the original context, and cosines and sines are multiplied by `attention_factor` (arXiv 2309.00071).
+    """
     factor: Annotated[float, Field(gt=0)]
+    """How much longer the context becomes: the new length divided by the original one."""
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """`llama3`: wavelengths longer than `original_seq_len / low_freq_factor` are stretched in full."""
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """`llama3`: wavelengths shorter than `original_seq_len / high_freq_factor` are kept."""
     original_seq_len: Positive = 8192
+    """Context length in tokens that the model was first trained with."""
     beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """`yarn`: frequencies that turn more often than this in the original context are kept."""
     beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """`yarn`: frequencies that turn less often than this in the original context are stretched in full."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """`yarn`: factor on cosines and sines. Default: 0.1·ln(factor) + 1."""
 
     @property
     def amplitude(self) -> float:
@@ -70,13 +92,20 @@ class RopeScaling(Section):
 class Spacetime(Section):
     """Fields of numbers on a grid, [s₁ … s_K, channels] a sample: video, weather, volumes. Each patch of the grid is a token."""
 
-    shape: Annotated[tuple[Positive, ...], Field(max_length=8)]  # of a sample; the first dimension is time where there is one
-    patch: Annotated[tuple[Positive, ...], Field(max_length=8)]  # of a token, along each dimension
+    shape: Annotated[tuple[Positive, ...], Field(max_length=8)]
+    """Lengths of a sample along each dimension; the first dimension is time if there is one."""
+    patch: Annotated[tuple[Positive, ...], Field(max_length=8)]
+    """Lengths of a patch, which becomes one token, along each dimension. They must divide `shape`."""
     channels: Positive
-    objective: Literal["masked", "next_step"] = "masked"  # fill in hidden patches, or see the past and tell the next patch in time
+    """Numbers per grid point."""
+    objective: Literal["masked", "next_step"] = "masked"
+    """Training objective: fill in hidden patches, or predict the next patch in time from the past."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    text_len: Positive | None = None  # places of a text that goes with each sample, which every block attends to; absent: no text
-    text_vocab_size: Positive | None = None  # of it; from the tokenizer beside PREFIX.text if absent
+    """Share of patches that `objective: masked` hides."""
+    text_len: Positive | None = None
+    """Tokens of a text that accompanies each sample and that every block attends to. Absent: no text."""
+    text_vocab_size: Positive | None = None
+    """Vocabulary size of that text. Default: from the tokenizer beside `PREFIX.text`."""
 
     @model_validator(mode="after")
     def _fits(self) -> Spacetime:
@@ -113,73 +142,119 @@ class Tokenformer(Section):
     """
 
     tokens: Positive
+    """Key-value pairs of each product."""
     scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor on the normalized scores. Default: √tokens. A model whose tokens grew keeps its old scale."""
 
 
 class Matformer(Section):
-    """Prefixes of the feed-forward that are models of their own (arXiv 2310.07707); the whole width is always one of them.
-
-    train  sample: a step trains one of the widths, drawn by its number; sum: every step trains all of them, each counting alike
-    """
+    """Prefixes of the feed-forward that are models of their own (arXiv 2310.07707); the whole width is always one of them."""
 
     sizes: tuple[Positive, ...]
+    """Nested feed-forward widths that are models of their own."""
     train: Literal["sample", "sum"] = "sample"
+    """`sample`: a step trains one of the widths, drawn by the step's number. `sum`: every step trains all of them, equally weighted."""
 
 
 class Model(Section):
     family: Literal["decoder", "encoder", "encoder_decoder", "spacetime"] = "decoder"
-    num_layers: Layers  # of an encoder_decoder those of its decoder
-    encoder_layers: Layers | None = None  # of an encoder_decoder; num_layers if absent
+    """Model family: a causal decoder, a bidirectional encoder, an encoder-decoder, or a transformer over grids (video, weather)."""
+    num_layers: Layers
+    """Number of layers; for `encoder_decoder`, those of the decoder."""
+    encoder_layers: Layers | None = None
+    """Layers of the encoder of an `encoder_decoder`. Default: `num_layers`."""
     hidden_size: Positive
+    """Width of the residual stream."""
     num_heads: Positive
+    """Query heads per layer."""
     num_kv_heads: Positive | None = None
+    """Key-value heads per layer (grouped-query attention). Default: `num_heads`."""
     head_dim: Positive | None = None
+    """Channels per head. Default: `hidden_size / num_heads`."""
     ffn_size: Positive | None = None
-    # gelu_tanh: GPT-2's approximation; geglu_tanh: a gate through it, as T5 1.1 has
+    """Width of the feed-forward. Default: 8/3 of `hidden_size` rounded up to a multiple of 64 for gated kinds, otherwise 4 times
+    `hidden_size`.
+    """
     ffn: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """Feed-forward kind. `geglu_tanh` and `gelu_tanh` use the tanh approximation of GELU (T5 1.1 and GPT-2)."""
     bias: bool = False
+    """Biases in the products and LayerNorms."""
     dropout: Probability = 0.0
+    """Dropout probability after attention and feed-forward."""
     norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
+    """Norm layers."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    # Of norms with another: qk_norm, or of one layer: blocks.3.ffn_norm
+    """Epsilon of the norms."""
     norm_eps_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Epsilons of norms that differ, by norm (`qk_norm`) or by layer (`blocks.3.ffn_norm`)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of initial weights."""
     residual: Literal[
         "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
     ] = "pre"
-    branchnorm_period: Positive | None = None  # steps until BranchNorm is post-norm; the paper's value is not certain (4000 is quoted)
-    token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221  # of DeepScaleLM's embeddings; tools/probe.py measures it on your data
-    # What a feed-forward of DeepScaleLM keeps at the start; for SwiGLU, a product, the two are a factor of two apart (docs/depth.md)
+    """Residual scheme: where norms stand in a block, how branches are scaled, and how weights start."""
+    branchnorm_period: Positive | None = None
+    """Steps over which BranchNorm turns into post-norm; needed for `residual: branchnorm`. 4000 is quoted from its paper."""
+    token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221
+    """Mean correlation of embedded tokens that DeepScaleLM's initialization assumes. `megascale probe` measures it on your data."""
     deepscale_unit: Literal["variance", "gradient"] = "variance"
-    dyt_alpha: tuple[float, float] = (0.5, 0.5)  # DyT's α at the start: before attention, elsewhere
-    # Of the blocks' products. bitlinear: weights −1, 0, 1 and 8-bit inputs; tokenformer: attention over tokens that are parameters
+    """What a DeepScaleLM feed-forward keeps at unit size at the start, the forward variance or the gradient. They differ by a factor of
+    two for SwiGLU.
+    """
+    dyt_alpha: tuple[float, float] = (0.5, 0.5)
+    """Initial α of DyT, tanh(αx): before attention, and elsewhere."""
     linear: Literal["dense", "bitlinear", "tokenformer"] = "dense"
-    tokenformer: Tokenformer | None = None  # with linear tokenformer
-    matformer: Matformer | None = None  # nested feed-forward widths that are trained together
-    ffn_sizes: tuple[Positive, ...] | None = None  # of each layer, where they differ
+    """Products of the blocks: dense, BitLinear (ternary weights and 8-bit inputs), or TokenFormer (attention over parameter tokens)."""
+    tokenformer: Tokenformer | None = None
+    """Settings of `linear: tokenformer` (arXiv 2410.23168)."""
+    matformer: Matformer | None = None
+    """Nested feed-forward widths that are trained together (MatFormer, arXiv 2310.07707); the whole width is always one of them."""
+    ffn_sizes: tuple[Positive, ...] | None = None
+    """Feed-forward width of each layer, if they differ."""
     mus_tau: Annotated[float, Field(gt=0, lt=1)] | None = None
-    layer_coefficients: tuple[tuple[float, float], ...] | None = None  # skip and branch of each layer, where it is not the scheme's own
-    # relative: T5's learned biases by distance, one table a stack
+    """τ of unit-scaled residuals, √(1−τ)·x + √τ·branch. Default: 0.8/√num_layers, kept between 0.1 and 0.4."""
+    layer_coefficients: tuple[tuple[float, float], ...] | None = None
+    """Skip and branch coefficients of each layer, if they differ from the residual scheme's own."""
     position: Literal["rope", "alibi", "learned", "xpos", "relative"] = "rope"
+    """Position encoding. `relative`: T5's learned biases by distance, one table per stack."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    rope_exponents: tuple[float, ...] | None = None  # u of each pair of a head, its frequency being rope_theta^−u; absent: 2i/head_dim
-    alibi_slopes: tuple[float, ...] | None = None  # of each head; absent: the geometric ones of their number
-    relative_buckets: Annotated[int, Field(ge=4)] = 32  # of position relative
-    relative_distance: Positive = 128  # from which on all are in the last bucket
-    attention_scale: Annotated[float, Field(gt=0)] | None = None  # of scores; 1/√head_dim if absent
-    head_scale: Annotated[float, Field(gt=0)] | None = None  # of what enters the head; the scheme's if absent
+    """Scaling of rotary frequencies for a longer context."""
+    rope_exponents: tuple[float, ...] | None = None
+    """Exponent u of each rotary pair, whose frequency is rope_theta^(−u). Default: 2i/head_dim."""
+    alibi_slopes: tuple[float, ...] | None = None
+    """ALiBi slope of each head. Default: the geometric series for the number of heads."""
+    relative_buckets: Annotated[int, Field(ge=4)] = 32
+    """Buckets of `position: relative`."""
+    relative_distance: Positive = 128
+    """Distance in tokens beyond which `position: relative` uses the last bucket."""
+    attention_scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor on attention scores. Default: 1/√head_dim."""
+    head_scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor on the input of the output head. Default: the residual scheme's."""
     sliding_window: Positive | None = None
-    tie_embeddings: bool = False  # the head is the table of the tokens that are predicted
-    share_embeddings: bool = True  # of an encoder_decoder: one vocabulary and one table for both sides
-    embedding_norm: bool = False  # a norm on the embedded tokens, before the first block, as BERT has it
-    mlm_head: bool = False  # BERT's: a dense layer, an activation and a norm before the head, with `bias` a bias for each token behind it
-    qk_norm: bool | Literal["width"] = False  # true: within each head; width: over all heads together, as OLMo 2 has it
-    vocab_size: Positive | None = None  # from the tokenizer if absent
-    vocab_enabled: Positive | None = None  # tokens from this one on cannot be predicted yet: a vocabulary that grew without a trace
-    source_vocab_size: Positive | None = None  # without share_embeddings, of the encoder's own table; from its tokenizer if absent
+    """Tokens that a token can attend to, itself included. Absent: all earlier ones."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output head."""
+    share_embeddings: bool = True
+    """`encoder_decoder`: one vocabulary and one embedding table for both sides."""
+    embedding_norm: bool = False
+    """A norm on the embedded tokens before the first block, as in BERT."""
+    mlm_head: bool = False
+    """BERT's head: a dense layer, an activation and a norm before the output head, and with `bias` a bias per token after it."""
+    qk_norm: bool | Literal["width"] = False
+    """Norm on queries and keys: within each head (`true`), or over all heads together (`width`, as in OLMo 2)."""
+    vocab_size: Positive | None = None
+    """Size of the vocabulary. Default: the tokenizer's."""
+    vocab_enabled: Positive | None = None
+    """Tokens with this id or a higher one cannot be predicted yet. Growth of the vocabulary sets it to stay exact."""
+    source_vocab_size: Positive | None = None
+    """Vocabulary size of the encoder without `share_embeddings`. Default: its tokenizer's."""
     moe: Moe | None = None
+    """Mixture of experts. Absent: dense."""
     moeut: Moeut | None = None
+    """Universal transformer with mixtures of experts (MoEUT, arXiv 2405.16039). Absent: every layer has weights of its own."""
 
     @property
     def rotary_dim(self) -> int:
@@ -202,7 +277,8 @@ class Model(Section):
         """Of both stacks where there are two: the encoder's come first."""
         return self.num_layers + (self.encoder_layers or 0)
 
-    spacetime: Spacetime | None = None  # with family spacetime
+    spacetime: Spacetime | None = None
+    """Grid of the `spacetime` family."""
 
     def eps_of(self, norm: str, layer: int | None = None) -> float:
         """The epsilon of a norm: that of its layer, of its kind, or of the model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from megascale.config.schema.section import NonNegative, Positive, Ranks, Section
 
@@ -15,31 +15,63 @@ def _words(value: Any) -> Any:
     return [w for i, w in enumerate(words) if w not in ("none", None, *words[:i])]
 
 
+_OFFLOADED: dict[str, Any] = {"enum": ["none", "optimizer", "parameters", "activations"]}
+_OFFLOAD: dict[str, Any] = {"anyOf": [_OFFLOADED, {"type": "array", "items": _OFFLOADED}]}
+
+
 class Parallel(Section):
     dp_replicate: Ranks = 1
-    dp_shard: Annotated[int, Field(ge=-1, le=2**20)] = -1  # -1: the ranks that the other axes leave
-    reshard_after_forward: bool = True  # True is ZeRO-3; False keeps the gathered weights until backward (ZeRO-2)
+    """Data-parallel replicas: groups of ranks that each hold all shards (HSDP)."""
+    dp_shard: Annotated[int, Field(ge=-1, le=2**20)] = -1
+    """Data-parallel ranks over which weights, gradients and optimizer state are sharded. -1: all ranks that the other axes leave."""
+    reshard_after_forward: bool = True
+    """Free gathered weights between forward and backward (ZeRO-3). `false` keeps them (ZeRO-2): less traffic, more memory."""
     tp: Ranks = 1
+    """Tensor-parallel ranks."""
     tp_sequence: bool = False
+    """Shard the residual stream over the tensor-parallel ranks between sublayers (Megatron's sequence parallelism)."""
     cp: Ranks = 1
+    """Context-parallel ranks, which share each sequence."""
     cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
-    cp_ulysses: Ranks = 1  # with ring: so many neighbours trade heads, and the groups of them pass blocks around
+    """How context-parallel ranks exchange: key-value blocks around a ring, heads by all-to-all (Ulysses), or grid dimensions (`dsp`,
+    `spacetime` only).
+    """
+    cp_ulysses: Ranks = 1
+    """With `cp_method: ring`: ranks that exchange heads inside each group; the groups form the ring."""
     pp: Ranks = 1
+    """Pipeline-parallel ranks."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
-    pp_virtual: Ranks = 1  # stages per rank; zbv and dualpipev always have two
-    pp_layers: tuple[NonNegative, ...] | None = None  # layers of each stage in order; absent: balanced by estimated cost
-    ep: Ranks = 1  # ranks over which the experts are dealt out
-    etp: Ranks | None = None  # ranks over which one expert is cut; tp if absent
+    """Order of forward and backward passes in the pipeline."""
+    pp_virtual: Ranks = 1
+    """Pipeline stages per rank. `zbv` and `dualpipev` always have two."""
+    pp_layers: tuple[NonNegative, ...] | None = None
+    """Layers of each stage, in order. Default: balanced by estimated cost; `megascale balance` measures it."""
+    ep: Ranks = 1
+    """Expert-parallel ranks, over which experts are distributed."""
+    etp: Ranks | None = None
+    """Tensor-parallel ranks within one expert. Default: `tp`."""
     accumulation: Literal["depth_first", "layered"] = "depth_first"
-    breadth_first: Positive | None = None  # micro-batches that pass a layer together under layered; all of the step if absent
+    """Order of micro-batches: all layers for one micro-batch after the other, or all micro-batches for one layer after the other."""
+    breadth_first: Positive | None = None
+    """Micro-batches that pass through a layer together under `accumulation: layered`. Default: all of a step."""
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
-    # What lives from forward to backward, of a block: all, results of products and attention, its input; nested: every √n-th block's input
+    """What shards or replicates: FSDP2, DDP, or DeepSpeed (extra `deepspeed`)."""
     recompute: Literal["none", "selective", "full", "nested"] = "none"
-    update_in_backward: bool = False  # under layered: a layer's weights move as soon as its gradient is there; needs train.clip 0
-    zero_stage: Literal[1, 2, 3] = 3  # of engine deepspeed: it cuts optimizer state, gradients too, weights too
-    offload: Annotated[tuple[Literal["optimizer", "parameters", "activations"], ...], BeforeValidator(_words)] = ()  # one or a list; none
-    offload_dir: str | None = None  # of engine deepspeed: a folder on NVMe instead of host memory
+    """What is recomputed in backward: nothing, all but the results of products and attention, whole blocks, or segments of √n blocks
+    (`nested`).
+    """
+    update_in_backward: bool = False
+    """Under `accumulation: layered`: update a layer as soon as its gradient is ready. Needs `train.clip: 0`."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """DeepSpeed only: shard optimizer state (1), gradients as well (2), or weights as well (3)."""
+    offload: Annotated[
+        tuple[Literal["optimizer", "parameters", "activations"], ...], BeforeValidator(_words), WithJsonSchema(_OFFLOAD)
+    ] = ()
+    """What is kept in host memory: one of the names, a list of them, or `none`."""
+    offload_dir: str | None = None
+    """DeepSpeed only: a folder on NVMe that takes the place of host memory."""
     compile: bool = False
+    """Compile the blocks with torch.compile."""
 
     @property
     def expert_tp(self) -> int:

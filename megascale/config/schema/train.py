@@ -6,24 +6,38 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from megascale.config.schema.section import NonNegative, Positive, Section, Share, Tokens
 
 
 class Train(Section):
     steps: Positive | None = None
+    """Length of the run in optimizer steps. Set exactly one of `steps` and `tokens`."""
     tokens: Tokens | None = None
+    """Length of the run in tokens, instead of `steps`."""
     global_batch_size: Positive = 8
+    """Sequences per step, over all ranks."""
     micro_batch_size: Positive = 1
-    seq_len: Positive = 512  # of an encoder_decoder the places of a target
-    source_len: Positive | None = None  # of an encoder_decoder the places of a source; seq_len if absent
-    clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 switches clipping off
+    """Sequences per data-parallel rank and micro-batch. The rest of the batch is gradient accumulation."""
+    seq_len: Positive = 512
+    """Tokens per sequence; for an `encoder_decoder`, of a target."""
+    source_len: Positive | None = None
+    """Tokens of a source of an `encoder_decoder`. Default: `seq_len`."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; larger gradients are scaled down. 0 switches clipping off."""
     log_every: Positive = 1
+    """Steps between rows of `metrics.jsonl`. The first, the last and every evaluated step are logged in any case."""
     eval_every: NonNegative = 0
+    """Steps between evaluations. 0: never."""
     eval_steps: Positive = 10
+    """Global batches per evaluation and validation set."""
     packing: Literal["concat", "documents"] = "concat"
-    max_skipped_steps: NonNegative = 10  # in a row
+    """How documents fill a sequence: `concat` lets attention cross documents; `documents` keeps attention, positions and targets inside
+    each.
+    """
+    max_skipped_steps: NonNegative = 10
+    """Steps in a row that may be skipped because a gradient is not finite; more of them end the run with exit code 3."""
 
     @model_validator(mode="after")
     def _length(self) -> Train:
@@ -52,6 +66,9 @@ def _fp8(value: Any) -> Any:
     return "static" if word in ("true", "yes", "on") else "false" if word in ("no", "off") else word
 
 
+_FP8: dict[str, Any] = {"enum": [False, True, "static", "dynamic", "false"]}  # a resolved config says "false"
+
+
 def _power_of_two(value: float) -> float:
     if math.frexp(value)[0] != 0.5:
         raise ValueError(f"{value:g} would round gradients: give a power of two, such as {2.0 ** round(math.log2(value)):g}")
@@ -60,12 +77,19 @@ def _power_of_two(value: float) -> float:
 
 class Precision(Section):
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
-    fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8)] = "false"
-    master: Literal["fp32", "bf16", "fp64"] | None = None  # of the stored weights; fp64 under fp64 compute, else fp32
-    fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"  # of fp8 dynamic: what shares a scale
-    fp8_watch: NonNegative = 100  # steps between two looks at what FP8 casts lose; 0 never looks
-    # Of fp8 static: the gradients' factor during backward, a power of two; from the shapes if absent.
+    """Number format of products, attention and the residual stream. Norm statistics, the loss and gradient sums stay at least fp32."""
+    fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8), WithJsonSchema(_FP8)] = "false"
+    """FP8 products: `static` scales (`true` means the same; for unit-scaled models) or `dynamic` scales from the largest value (extra
+    `fp8`).
+    """
+    master: Literal["fp32", "bf16", "fp64"] | None = None
+    """Number format of the stored weights. Default: fp64 under fp64 compute, otherwise fp32."""
+    fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """`fp8: dynamic`: one scale per tensor or one per row."""
+    fp8_watch: NonNegative = 100
+    """Steps between measurements of what FP8 casts lose. 0: never."""
     loss_scale: Annotated[float, Field(gt=0, le=2.0**64), AfterValidator(_power_of_two)] | None = None
+    """`fp8: static`: factor on gradients during backward, a power of two. Default: derived from the shapes."""
 
     @property
     def storage(self) -> str:
@@ -81,25 +105,41 @@ class Multiplier(Section):
     """What a weight's rate, decay, epsilon and part in the gradient norm are multiplied with."""
 
     lr: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the learning rate."""
     weight_decay: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the weight decay."""
     eps: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the optimizer's epsilon."""
     norm: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the weight's part of the gradient norm."""
 
 
 class Optim(Section):
     name: Literal["adamw", "lion", "muon"] = "adamw"
+    """Optimizer. Muon updates matrices and leaves embeddings, norms and biases to AdamW."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay rates of the first and second moment. Muon's momentum is the first."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Epsilon of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay. Norms and biases do not decay."""
     warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from zero."""
     decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    decay_steps: Positive | None = None  # cosine, linear: where the decay ends (the last step); wsd: length of the final decay
+    """Learning-rate schedule after the warm-up: `wsd` is constant, then linear over the last `decay_steps`."""
+    decay_steps: Positive | None = None
+    """Step at which cosine or linear decay ends (default: the last), or the length of the final decay under `wsd`."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    base_width: Positive | None = None  # hidden size for which lr was tuned: under unit scaling hidden matrices' rates follow the width
-    independent_decay: bool = False  # a step keeps 1 − weight_decay·lr/peak lr of a weight, whatever its rate
-    # By weight, head.weight or blocks.*.attention.q.weight: a grown run moves as its source's would.
+    """Final learning rate as a share of the peak."""
+    base_width: Positive | None = None
+    """`residual: mus` only: hidden size for which `lr` was tuned; rates of hidden matrices follow the width."""
+    independent_decay: bool = False
+    """A step keeps 1 − weight_decay·lr/peak_lr of a weight, so that the decay does not depend on the peak rate."""
     multipliers: dict[str, Multiplier] = Field(default_factory=dict)
+    """Factors by weight, such as `head.weight` or `blocks.*.attention.q.weight`. Growth writes them, so that grown weights move as before.
+    """
 
     def multiplier(self, weight: str) -> Multiplier:
         """By the weight's own name, or by its name in any layer."""
@@ -108,23 +148,38 @@ class Optim(Section):
 
 class DataSource(Section):
     path: str
+    """Prefix of the token files: PREFIX.bin and PREFIX.idx."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """Relative share of the samples."""
     name: str | None = None
+    """Name in metrics and checkpoints. Default: the last part of the path."""
 
 
 class Data(Section):
     train: str | list[DataSource | str]
+    """Training data: a prefix of token files, a list of them with weights, or a YAML file with such a list."""
     valid: str | list[DataSource | str] | None = None
+    """Validation data, in the same forms. Each source gets a loss of its own."""
     valid_fraction: Share = 0.0
-    order: Literal["megascale", "megatron"] = "megascale"  # megatron: the order of megatron-core's GPTDataset and blends
-    objective: Literal["translation", "span_corruption"] | None = None  # of an encoder_decoder; translation if absent
-    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens to be named by an encoder, or in spans; 0.15 if absent
-    mask_token: NonNegative | None = None  # what hides a token from an encoder; absent: a piece behind the tokenizer's, the last one
-    start_token: NonNegative | None = None  # that an encoder_decoder's targets begin behind; the end token if absent (T5: 0, its padding)
-    mark_token: NonNegative | None = None  # of the first span, the others' below it; absent: behind the tokenizer's (T5's own: 32099)
-    mean_span: Annotated[float, Field(ge=1)] | None = None  # tokens of a span under span_corruption; 3 if absent
+    """Share of the training documents that is held out for validation by a fixed hash. Set either this or `valid`."""
+    order: Literal["megascale", "megatron"] = "megascale"
+    """Sample order: megascale's own, or that of megatron-core's GPTDataset and blends."""
+    objective: Literal["translation", "span_corruption"] | None = None
+    """Training objective of an `encoder_decoder`. Default: translation."""
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of tokens that an encoder must predict, or that spans hide. Default: 0.15."""
+    mask_token: NonNegative | None = None
+    """Token that hides others from an encoder. Default: an extra one after the tokenizer's, the last of the vocabulary."""
+    start_token: NonNegative | None = None
+    """Token that starts the targets of an `encoder_decoder`. Default: the end token; T5 uses its padding, 0."""
+    mark_token: NonNegative | None = None
+    """Token that marks the first hidden span; the next spans count down from it. Default: after the tokenizer's own; T5 uses 32099."""
+    mean_span: Annotated[float, Field(ge=1)] | None = None
+    """Mean length of a hidden span in tokens. Default: 3."""
     tokenizer: str | None = None
-    source_tokenizer: str | None = None  # of translation without share_embeddings
+    """Tokenizer file. Default: the one beside the first prefix."""
+    source_tokenizer: str | None = None
+    """Tokenizer of the sources in a translation without `share_embeddings`."""
 
     @property
     def masked(self) -> float:
@@ -133,12 +188,21 @@ class Data(Section):
 
 
 class Checkpoint(Section):
-    every: NonNegative = 0  # steps; 0 saves at the end only
+    every: NonNegative = 0
+    """Steps between checkpoints. 0: only at the end."""
     keep_last: Positive = 3
+    """Number of newest checkpoints to keep."""
     keep_every: Positive | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
     asynchronous: bool = Field(default=True, alias="async")
-    resume: str = "auto"  # auto | never | a step folder or a run
-    init_from: str | None = None  # weights alone: of a checkpoint of ours, or of a Hugging Face folder
-    init_schedule: Literal["given", "lemon"] = "given"  # lemon: with init_from, warm up again and decay within 0.6 of the run
-    init_data: Literal["restart", "continue"] = "restart"  # where the data begins with init_from: anew, or where the other run stood
-    export: Literal["none", "hf"] = "none"  # beside every kept checkpoint, under hf/
+    """Write checkpoints in a background thread while training continues."""
+    resume: str = "auto"
+    """`auto` resumes from the newest whole checkpoint of the run, `never` starts anew; a folder names a checkpoint or another run."""
+    init_from: str | None = None
+    """Start a new run from these weights: a checkpoint or a Hugging Face folder."""
+    init_schedule: Literal["given", "lemon"] = "given"
+    """With `init_from`: the schedule as given, or LEMON's for grown models (warm up again, then decay within 0.6 of the run)."""
+    init_data: Literal["restart", "continue"] = "restart"
+    """With `init_from`: start the data anew, or continue where the other run stopped."""
+    export: Literal["none", "hf"] = "none"
+    """Also write a Hugging Face folder, `hf/`, beside every kept checkpoint."""
