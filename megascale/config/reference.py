@@ -52,7 +52,7 @@ def sections(schema: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             if name is None or (prefix and name in top):
                 continue
             path = f"{prefix}{key}{'[]' if 'array' in types(value) else '.*' if 'additionalProperties' in value else ''}"
-            yield path, value["description"], name
+            yield path, value.get("description", ""), name
             yield from inside(schema["$defs"][name]["properties"], path + ".")
 
     top = {is_section(value) for value in schema["properties"].values()}
@@ -66,7 +66,7 @@ def keys_of(schema: dict[str, Any], section: str) -> Iterator[Key]:
             name,
             type_of(value),
             default_of(value, name in found.get("required", ())),
-            cell(value["description"]),
+            cell(value.get("description", "")),
             value.get("since", FIRST),
         )
 

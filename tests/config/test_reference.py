@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -96,6 +96,13 @@ def cases(draw: st.DrawFn) -> tuple[tuple[str, ...], Any]:
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(cases())
+@example((("precision", "fp8"), True))
+@example((("parallel", "offload"), "optimizer"))
+@example((("parallel", "offload"), ["none"]))
+@example((("run", "name"), ".."))
+@example((("run", "name"), "a/b"))
+@example((("checkpoint", "async"), False))
+@example((("model", "qk_norm"), "width"))
 def test_schema_and_loader_agree(case: tuple[tuple[str, ...], Any]) -> None:
     """Catches a schema that marks what the loader takes, or lets through what it refuses, in one key. What is between keys, or a conversion
     of a value (such as "3" to 3), is the loader's alone.
