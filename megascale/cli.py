@@ -1,4 +1,4 @@
-"""What all tools do alike: print one message instead of a traceback for what the user can mend."""
+"""What all commands do alike: print one message instead of a traceback for what the user can mend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,19 +18,36 @@ from megascale.errors import MegascaleError, UsageError
 from megascale.launch.exits import Exit, as_exit
 from megascale.screen import take_any_letter
 
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="laid over what the file says; may be repeated")]
 CLOSED = 141  # what a shell tells of a program whose reader went away (128 + SIGPIPE)
 
 
-def new_app(help_text: str) -> typer.Typer:
-    return typer.Typer(help=help_text, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+def new_app(help_text: str, completion: bool = False) -> typer.Typer:
+    return typer.Typer(help=help_text, add_completion=completion, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def run_tool(app: typer.Typer) -> None:
-    """Runs a tool; what the user can mend becomes a message on standard error and an exit code. Other errors are bugs."""
-    take_any_letter()
+def examples(*lines: str) -> str:
+    """The end of a command's --help, one example a line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def command_of(app: typer.Typer) -> Any:
+    """The one command of an app, which is not begun with paths that were meant for a shell."""
+    check_paths_of(app)
+    return typer.main.get_command(app)
+
+
+def check_paths_of(app: typer.Typer) -> None:
     for command in app.registered_commands:
         if command.callback is not None:
             command.callback = with_checked_paths(command.callback)
+
+
+def run_tool(app: typer.Typer) -> None:
+    """Runs a command; what the user can mend becomes a message on standard error and an exit code. Other errors are bugs."""
+    take_any_letter()
+    check_paths_of(app)
     try:
         try:
             app()

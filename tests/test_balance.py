@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tools.balance
+from megascale.commands.balance import app
 from megascale.config.load import load_config, to_yaml
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart
+from megascale.measure import stage_costs
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +45,8 @@ def layers_by(costs: dict[str, float], file: Path, monkeypatch: pytest.MonkeyPat
     def seconds(config: Config, part: StagePart, device: torch.device) -> float:
         return costs["embedding" if part.first else "head" if part.last else "layer"]
 
-    monkeypatch.setattr(tools.balance, "seconds", seconds)
-    done = CliRunner().invoke(tools.balance.app, [str(file)])
+    monkeypatch.setattr(stage_costs, "seconds", seconds)
+    done = CliRunner().invoke(app, [str(file)])
     assert done.exit_code == 0, done.output
     return load_config(str(file), [offered(done.output)]).parallel.pp_layers
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megascale.comm.mesh import build_mesh
+from megascale.commands.generate import app
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
@@ -26,7 +27,6 @@ from megascale.parallel.model import ParallelModel
 from tests.formats.models import DECODERS, PLAIN, save
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
-from tools.generate import app
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
 MODELS: dict[str, Model] = {

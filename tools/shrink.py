@@ -1,74 +1,8 @@
 #!/usr/bin/env python3
-"""Cuts a smaller model out of a trained one: the channels, neurons, heads and blocks that matter most on given tokens, or a MatFormer's
-prefixes.
-"""
+"""Cuts a smaller model out of a trained one. The same as `megascale shrink`."""
 
-from __future__ import annotations
-
-from typing import Annotated
-
-import typer
-
-from megascale.cli import new_app, run_tool
-from megascale.errors import UsageError
-from megascale.expand.shrink import Smaller, shrink
-from megascale.expand.tool import (
-    From,
-    Report,
-    Size,
-    Slab,
-    To,
-    TokenFiles,
-    Trust,
-    Workers,
-    check_report,
-    print_next,
-    print_sizes,
-    progress_bar,
-    write_report,
-)  # fmt: skip
-from megascale.expand.write import Effort
-
-app = new_app(__doc__ or "")
-
-
-@app.command()
-def main(
-    source: From,
-    target: To,
-    hidden_size: Size = None,
-    num_heads: Size = None,
-    num_kv_heads: Size = None,
-    ffn_size: Size = None,
-    num_layers: Size = None,
-    ffn_sizes: Annotated[str | None, typer.Option(help="a MatFormer's width for each layer, as 64,32,32,64")] = None,
-    ranking: Annotated[str, typer.Option(help="importance, or random or reversed to compare with")] = "importance",
-    seed: int = 1234,
-    report: Report = None,
-    data: TokenFiles = None,
-    tokens: Annotated[int, typer.Option(min=1, help="to judge by")] = 2048,
-    workers: Workers = 1,
-    max_slab_mb: Slab = 256,
-    trust_source: Trust = False,
-) -> None:
-    """Makes TARGET from SOURCE. Exit code 2 for what is refused; nothing is left half-written."""
-    check_report(report)
-    try:
-        mixed = None if ffn_sizes is None else tuple(int(part) for part in ffn_sizes.split(","))
-    except ValueError:
-        raise UsageError(f"--ffn-sizes is {ffn_sizes!r}: write a width for each layer, as 64,32,32,64") from None
-    sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed)
-    effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
-    with progress_bar() as progress:
-        found = shrink(source, target, sizes, ranking, seed, effort, progress)
-    write_report(report, found)
-    proof = found["proof"]["transform"]
-    print_sizes(found)
-    print(f"{found['verdict']}: loss {proof['loss']:.4f} → {proof['loss'] + proof['loss_change']:.4f} on {found['proof']['tokens']}")
-    if found["without_block"] is not None:
-        print(f"layers kept: {', '.join(map(str, found['kept']['layers']))}, by the loss without each")
-    print_next(target)
-
+from megascale.cli import run_tool
+from megascale.commands.shrink import app
 
 if __name__ == "__main__":
     run_tool(app)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, write
+from megascale.analysis.first_step import measure
 from megascale.config.load import load_config
 from megascale.launch.ranks import RankInfo
-from tools.probe import measure
 
 SCHEMES: dict[str, list[str]] = {
     "deepnorm": ["model.residual=deepnorm"],

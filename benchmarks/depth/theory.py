@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.common import machine, write
 from benchmarks.depth.first_step import CONFIG, SCHEMES
+from megascale.analysis.first_step import measure
 from megascale.config.load import load_config
 from megascale.launch.ranks import RankInfo
-from tools.probe import measure
 
 MORE: dict[str, list[str]] = {
     "pre_dyt": ["model.residual=pre", "model.norm=dyt"],

@@ -14,7 +14,7 @@ from signal import SIGCONT, SIGKILL, Signals
 
 import psutil
 
-PRETRAIN = Path(__file__).parents[2] / "pretrain.py"
+PRETRAIN = ["-m", "megascale", "train"]
 LAUNCHERS = ("alone", "by hand", "torchrun")
 
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 def commands(launcher: str, ranks: int, arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
     """The command line and the additional environment of each process that an attempt starts."""
-    pretrain, port = [str(PRETRAIN), *arguments], str(free_port())
+    pretrain, port = [*PRETRAIN, *arguments], str(free_port())
     if launcher == "torchrun":
         meeting = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", port]
         return [([sys.executable, "-m", "torch.distributed.run", *meeting, *pretrain], {})]
@@ -56,7 +56,7 @@ class Job:
         """The process ids of the ranks that live, lowest rank first as far as that can be known."""
         if self.launcher != "torchrun":
             return [p.pid for p in self.processes if p.poll() is None]
-        return sorted(p.pid for p in self._family() if p.pid != self.processes[0].pid and "pretrain.py" in " ".join(_command(p)))
+        return sorted(p.pid for p in self._family() if p.pid != self.processes[0].pid and _trains(p))
 
     def signal(self, pids: Sequence[int], number: Signals) -> None:
         for pid in pids:
@@ -102,8 +102,10 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _command(process: psutil.Process) -> list[str]:
+def _trains(process: psutil.Process) -> bool:
+    """Whether this is a rank and not its launcher; torchrun starts python with -u."""
     try:
-        return process.cmdline()
+        words = [word for word in process.cmdline() if word != "-u"]
+        return words[1 : 1 + len(PRETRAIN)] == PRETRAIN
     except psutil.Error:
-        return []
+        return False

@@ -12,6 +12,7 @@ from megascale.launch.pools import Pool
 from megascale.launch.rendezvous import FIRST_PORT, PORTS
 from megascale.launch.words import check_line_words, check_mounts, check_sbatch_words, check_shell_words, quoted
 
+SCRIPTS = {"train": "pretrain.py", "preflight": "launchers/preflight.py"}
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SAVE_SECONDS = 600  # that torchrun gives its ranks between SIGTERM and SIGKILL; it would give 30
 
@@ -29,6 +30,7 @@ class Container:
 class Job:
     """Everything that a script says. Paths are absolute; overrides are section.key=value.
 
+    root      the project's folder; None where the package is installed for `python`
     variants  an array: (label, overrides) of every task, each with a run directory of its own
     chained   a link of a chain ends well at the time limit, so that the next one starts; otherwise the job requeues itself
     """
@@ -36,7 +38,7 @@ class Job:
     name: str
     config: str
     run_dir: str
-    root: str
+    root: str | None
     workdir: str
     python: str
     pools: tuple[Pool, ...]
@@ -91,7 +93,7 @@ def _check_words(job: Job) -> None:
     for directive in job.directives:
         if not directive.startswith("-"):
             raise UsageError(f"--sbatch is {directive!r}: give an option of sbatch, as --sbatch=--mem=0")
-    check_line_words([("the config's path", job.config), ("this project's folder", job.root), ("--python", job.python)])
+    check_line_words([("the config's path", job.config), ("this project's folder", job.root or ""), ("--python", job.python)])
     check_line_words([("this folder", job.workdir), *(("--export", key) for key, _ in job.exports)])
     check_shell_words([("--export", value) for _, value in job.exports] + [("--setup", line) for line in job.setup])
     check_shell_words([("an override", o) for o in (*job.overrides, *(o for _, words in job.variants for o in words))])
@@ -174,7 +176,7 @@ def _settings(job: Job) -> str:
         *job.setup,  # before `set -u`, which the scripts of many clusters do not bear
         "set -u -o pipefail",
         "",
-        f"root={shlex.quote(job.root)}",
+        *([f"root={shlex.quote(job.root)}"] if job.root is not None else []),
         f"python={shlex.quote(job.python)}",
         f"config={shlex.quote(job.config)}",
         f"run_dir={shlex.quote(job.run_dir)}",
@@ -256,7 +258,7 @@ code=75
 while [ -z "$asked" ]; do
   while taken; do next_port; done
   rm -f "$run_dir/exit.json"
-{_srun(job)} &
+{_srun(job, f'{_program(job, "train")} "$config" "${{overrides[@]}}"')} &
   step=$!
   [ -z "$asked" ] || kill -USR1 "$step"  # asked while it was being started
   # In the background, since bash runs traps only between commands; a trap ends the wait before srun has ended.
@@ -284,7 +286,7 @@ def _preflight(job: Job) -> str:
 # The nodes are examined first. Unfit ones are named, and the job goes back to the queue to come again without them.
 preflight_seconds=120  # until a rank that has not reported counts as lost
 while taken; do next_port; done
-{_srun(job, '"$root/launchers/preflight.py" --out "$run_dir/launch" --timeout "$preflight_seconds"', kill=False)} &
+{_srun(job, f'{_program(job, "preflight")} --out "$run_dir/launch" --timeout "$preflight_seconds"', kill=False)} &
 step=$!
 wait "$step"; code=$?
 step=""
@@ -301,7 +303,14 @@ next_port
 """
 
 
-def _srun(job: Job, program: str = '"$root/pretrain.py" "$config" "${overrides[@]}"', kill: bool = True) -> str:
+def _program(job: Job, command: str) -> str:
+    """What python runs: a script of the project, or a command of the installed package."""
+    if job.root is None:
+        return f"-m megascale {command}"
+    return f'"$root/{SCRIPTS[command]}"'
+
+
+def _srun(job: Job, program: str, kill: bool = True) -> str:
     """The line that starts the ranks, a block of neighbours on every node, without the end of the line.
 
     kill  whether one that fails ends the others, too

@@ -110,7 +110,7 @@ def test_signals_reach_the_ranks_and_nothing_stays(tmp_path: Path, monkeypatch: 
     """Catches ranks that outlive their attempt and would disturb the next one."""
     script = tmp_path / "pretrain.py"
     script.write_text("import sys, time\nprint('begun', flush=True)\ntime.sleep(600)\n")
-    monkeypatch.setattr(jobs, "PRETRAIN", script)
+    monkeypatch.setattr(jobs, "PRETRAIN", [str(script)])
     job = Job("by hand", 2, [], tmp_path, "attempt")
     pids = job.ranks()
     assert len(pids) == 2 and job.running() and job.wait(0.2) is None

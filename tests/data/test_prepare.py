@@ -16,6 +16,7 @@ import tokenizers
 import torch
 import zstandard
 
+from megascale.commands.prepare import warnings
 from megascale.data.dataset import Corpus, Mixture, read_sources
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import Prefetcher, make_batch
@@ -24,7 +25,6 @@ from megascale.data.readers import BLOCK_BYTES
 from megascale.data.stream import TokenStream
 from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
 from megascale.errors import UsageError
-from tools.prepare_data import warnings
 
 TEXT = [
     "def f(x):\n\treturn  x + 1  # ünïcode ∑ 🙂\n\n\nclass A:\n    pass\n" * 3,

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import typer
 
+from megascale.commands import prepare as prepare_data
 from megascale.data.prepare import prepare, prepare_pairs
 from megascale.data.publish import QUIET, UNSAID, Publication, _self, claim
 from megascale.data.tokenizer import load_tokenizer
@@ -23,7 +24,6 @@ from megascale.data.walk import OUTPUTS
 from megascale.data.workers import usable_cores
 from megascale.errors import UsageError
 from tests.disk import small_files
-from tools import prepare_data
 
 PLAIN = Path(__file__).parent / "inputs" / "plain.json"
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import typer
 
+from megascale.commands import prepare as prepare_data
 from megascale.config.load import load_config
 from megascale.data.dataset import Corpus, Mixture
 from megascale.data.indexed import TokenWriter
@@ -16,7 +17,6 @@ from megascale.data.samples import note, open_data
 from megascale.data.split import split_source
 from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
-from tools import prepare_data
 
 
 def write(prefix: Path, lengths: list[int]) -> Corpus:

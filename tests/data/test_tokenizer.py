@@ -13,11 +13,11 @@ import tokenizers
 import typer
 from tokenizers.processors import TemplateProcessing
 
+from megascale.commands import prepare as prepare_data
 from megascale.data.prepare import Facts, prepare
 from megascale.data.tokenizer import LONGEST_LINE, Tokenizer, cut_line, load_tokenizer, train_sentencepiece, training_lines
 from megascale.data.tokenizer_json import lengthening
 from megascale.errors import UsageError
-from tools import prepare_data
 
 INPUTS = Path(__file__).parent / "inputs"
 TEXTS = [json.loads(line)["text"] for line in (INPUTS / "docs.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megascale.analysis import moments
+from megascale.analysis.first_step import measure, write
 from megascale.analysis.moments import Gradient, Signal
 from megascale.analysis.probe import MeasuredMoments, probe, warnings
 from megascale.analysis.theory import feed_forward, stack_points
@@ -27,7 +28,6 @@ from tests.depth.test_table import scheme
 from tests.layouts import CPU, Case, build, fake_batch
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, settings
-from tools.probe import measure, write
 
 N = 400_000
 CLOSE = 0.02  # of N draws; the worst of the rules below deviates by 1 %

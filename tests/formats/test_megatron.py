@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megascale.checkpoint.streaming import Target, write_streamed
+from megascale.commands.convert import app
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.hf.compare_logits import our_logits
@@ -28,7 +29,6 @@ from megascale.formats.megatron.pickles import read_pickle, read_torch, read_tor
 from megascale.formats.shapes import MODEL, our_shapes
 from megascale.formats.sources import OpenCheckpoint, open_checkpoint
 from tests.layouts import tiny
-from tools.convert import app
 
 SEQ = 16
 needs_megatron = pytest.mark.skipif(

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megascale.commands.convert import app
 from megascale.errors import UsageError
 from megascale.formats.convert import ConvertOptions, hf_to_megascale, megascale_to_hf
 from megascale.formats.hf.model import read_hf
 from tests.formats.models import PLAIN, save
-from tools.convert import app
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import pretrain
+from megascale.commands import train as pretrain
 from megascale.config.load import build_config, to_yaml
 from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo
@@ -93,7 +93,8 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(folder: Path, values: dict[str, Any], *more: str) -> int:
     (folder / "now.yaml").write_text(to_yaml(values))
-    return pretrain.main([str(folder / "now.yaml"), *more])
+    dry = pretrain.DryRun() if "--dry-run" in more else None
+    return pretrain.run(str(folder / "now.yaml"), [item for item in more if "=" in item], dry)
 
 
 def test_a_refused_start_is_told_to_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

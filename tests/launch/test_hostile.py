@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from launchers import slurm
+from megascale.commands import slurm
 from megascale.config.load import load_config, read_yaml
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool, make_pool, read_pool

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from launchers import agent
 from megascale.comm.group import interface_mistake, open_store, stays_inside
 from megascale.errors import UsageError
+from megascale.launch import agent
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port, is_loopback, own_addresses
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launchers import slurm
+from megascale.commands import slurm
 from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.launch.pools import Pool, make_pool, read_pool, replicas_over_pools
@@ -262,8 +262,8 @@ def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
             )
         return subprocess.CompletedProcess(command, 0, "7\n", "")
 
-    monkeypatch.setattr("launchers.slurm.shutil.which", lambda name: name)
-    monkeypatch.setattr("launchers.slurm.subprocess.run", sbatch)
+    monkeypatch.setattr("megascale.commands.slurm.shutil.which", lambda name: name)
+    monkeypatch.setattr("megascale.commands.slurm.subprocess.run", sbatch)
     with pytest.raises(UsageError, match=r"sbatch refused .*error: invalid partition sbatch: error: Batch job"):
         slurm._submit(job, tmp_path / "run" / "launch", 2)
     left = [p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 
+from megascale.commands import prepare as prepare_data
 from megascale.config.load import build_config
 from megascale.config.spans import SENTINELS, longest_window, spans_of
 from megascale.data.aligned import read_pairs
@@ -25,7 +26,6 @@ from megascale.data.vocabulary import end_token, resolve_vocabulary
 from megascale.errors import UsageError
 from tests.layouts import CPU
 from tests.pairs.files import END, VOCAB, make_pairs, pair_settings
-from tools import prepare_data
 
 WORDS = [
     a + b + c for a in ("re", "un", "pre", "out") for b in ("read", "writ", "mark", "siz", "dat", "pag") for c in ("ing", "er", "able", "s")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import typer
 
+from megascale.commands import translate
 from megascale.config.load import build_config
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UsageError
@@ -17,7 +18,6 @@ from megascale.train.setup import build_trainer
 from tests.formats.models import PLAIN, save
 from tests.pairs.files import pair_settings
 from tests.pairs.test_data import SOURCES, TARGETS, prepared, write_lines
-from tools import translate
 
 
 def run_tool(*args: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from megascale.commands import report
 from megascale.errors import UsageError
 from megascale.report.canvas import label, legend, new_figure, pack
 from megascale.report.loss import NARROW, WIDE, Look, loss_figure
@@ -19,7 +20,6 @@ from megascale.report.panels import heat_figure, lines_figure, traffic_figure
 from megascale.report.read import RunData, read_run
 from tests.disk import small_files
 from tests.report.runs import curve, event, make_run, metric, start, steps, write_run
-from tools import report
 
 EVIL = "<script>alert('x')</script> $\\frac{$ \u202e\x07 日本 \"&\" _"
 

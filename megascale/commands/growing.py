@@ -1,4 +1,4 @@
-"""What tools/grow.py and tools/shrink.py have in common: where from and to, how much machine, and the report."""
+"""What `grow` and `shrink` have in common: where from and to, how much machine, and the report."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
 
-from megascale.checkpoint.streaming import Progress
 from megascale.errors import UsageError
+
+if TYPE_CHECKING:
+    from megascale.checkpoint.streaming import Progress
 
 From = Annotated[Path, typer.Argument(metavar="SOURCE", help="a folder step-…, or a run's directory")]
 To = Annotated[Path, typer.Argument(metavar="TARGET", help="a folder that does not exist yet")]
@@ -27,6 +27,9 @@ Trust = Annotated[bool, typer.Option("--trust-source", help="do not read its fil
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Bar(*columns, transient=True) as bar:
         task = bar.add_task("writing", total=None)

@@ -1,0 +1,138 @@
+"""Samples from a checkpoint or a Hugging Face folder; under torchrun the weights are cut over its ranks (tp)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megascale.cli import examples, new_app
+from megascale.errors import UsageError
+
+if TYPE_CHECKING:
+    from megascale.data.tokenizer import Tokenizer
+    from megascale.generation.open import Opened
+
+app = new_app(__doc__ or "")
+
+
+@app.command(
+    epilog=examples(
+        'megascale generate runs/llama-125m --prompt "Once upon"',
+        "megascale generate HF_FOLDER --tokens 1,5,9 --max-new-tokens 20 --temperature 0.8 --top-p 0.9 --json",
+        'torchrun --nproc-per-node 2 -m megascale generate runs/llama-125m --prompt "Once"',
+    )
+)
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="a folder step-…, a run, or a Hugging Face folder")],
+    prompt: Annotated[list[str] | None, typer.Option(help="text to go on from; several make a batch")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="a prompt as token numbers, such as 1,5,9; several make a batch")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 40, help="how many tokens may follow")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens with this probability together")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="go on behind the token that ends a document")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64; the one it was trained in if absent")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a prompt")] = False,
+) -> None:
+    """Prints what follows each prompt."""
+    from megascale.comm.agreement import on_all_ranks
+    from megascale.comm.mesh import build_mesh
+    from megascale.config.layout import axis_sizes
+    from megascale.formats.convert import parse_dtype
+    from megascale.formats.load import load_model
+    from megascale.generation.open import layout, open_model
+    from megascale.generation.run import Sampling, beyond, check_not_empty, generate
+    from megascale.launch.ranks import find_ranks
+    from megascale.train.device import choose_device
+    from megascale.train.process_group import process_group
+
+    if bool(prompt) == bool(tokens):
+        raise UsageError(both_or_none(bool(prompt)))
+    if top_p == 0.0:
+        raise UsageError("--top-p is 0, and no token has that little probability: give temperature 0 for the likeliest token")
+    for number, given in enumerate(prompt or []):
+        check_text(number + 1, given)
+    opened = open_model(checkpoint)
+    text = find(tokenizer or opened.tokenizer, opened.prefix) if prompt or tokenizer else None
+    prompts = [text.encode_prompt(p) for p in prompt or []] if text else [numbers(t) for t in tokens or []]
+    check_not_empty(prompts)
+    ranks = find_ranks()
+    notices = [beyond(opened.seq_len, prompts, max_new_tokens), text and of_another(text, opened)]
+    for notice in filter(None, notices if ranks.rank == 0 else []):
+        print(notice, file=sys.stderr)
+    config = layout(opened, ranks.size, device)
+    where = choose_device(config, ranks)
+    ends = opened.ends or (frozenset() if text is None else frozenset({text.eos_id}))
+    how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends)
+    with process_group(config, ranks):
+        mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
+        model = on_all_ranks(
+            lambda: load_model(
+                config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype, opened.fp8
+            )
+        )
+        found = generate(model, prompts, how)
+    for given, ids in zip(prompt or tokens or [], found):
+        said = None if text is None else text.decode(ids[:-1] if ids[-1] in how.ends else ids)
+        if ranks.rank == 0:
+            row = json.dumps({"prompt": given, "tokens": ids, "text": said}, ensure_ascii=False)
+            print(row if as_json else " ".join(map(str, ids)) if said is None else said)
+
+
+def both_or_none(both: bool) -> str:
+    if both:
+        return (
+            "--prompt and --tokens are both given, and --tokens is a prompt as token numbers: give one of them; how many tokens follow is "
+            "--max-new-tokens"
+        )
+    return "there is no prompt: give --prompt TEXT, or --tokens with token numbers"
+
+
+def of_another(given: Tokenizer, opened: Opened) -> str | None:
+    """What to say where text is encoded by another tokenizer than the model's own, as far as that is known."""
+    from megascale.data.facts import source_facts
+    from megascale.formats.tokenizer_build import open_tokenizer
+
+    own, name = None, f"{opened.prefix}.json"
+    with suppress(UsageError):  # what cannot be read says nothing
+        own = source_facts(opened.prefix).get("tokenizer_fingerprint") if opened.prefix else None
+        if own is None and opened.tokenizer is not None:
+            own, name = open_tokenizer(opened.tokenizer).fingerprint, str(opened.tokenizer)
+    if own in (None, given.fingerprint):
+        return None
+    return (
+        f"warning: the tokenizer {given.path} is {given.fingerprint}, and the model was trained with {own} ({name}): unless both number "
+        "words alike, what comes out makes no sense"
+    )
+
+
+def find(path: Path | None, prefix: str | None) -> Tokenizer:
+    from megascale.formats.tokenizer_build import open_tokenizer
+
+    if path is None:
+        raise UsageError("no tokenizer lies beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
+    return open_tokenizer(path, prefix)
+
+
+def check_text(number: int, prompt: str) -> None:
+    """Raises UsageError for bytes that are no UTF-8, which a shell hands on as they are."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"prompt {number} is not UTF-8: give it in that encoding, or as numbers with --tokens") from None
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise UsageError(f"--tokens is {text!r}: give token numbers such as 1,5,9") from None

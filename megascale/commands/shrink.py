@@ -1,0 +1,70 @@
+"""Cuts a smaller model out of a trained one: the channels, neurons, heads and blocks that matter most on given tokens, or a MatFormer's
+prefixes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from megascale.cli import examples, new_app
+from megascale.commands.growing import (
+    From,
+    Report,
+    Size,
+    Slab,
+    To,
+    TokenFiles,
+    Trust,
+    Workers,
+    check_report,
+    print_next,
+    print_sizes,
+    progress_bar,
+    write_report,
+)  # fmt: skip
+from megascale.errors import UsageError
+
+app = new_app(__doc__ or "")
+
+
+@app.command(epilog=examples("megascale shrink runs/large small --hidden-size 384 --num-layers 10 --data data/valid"))
+def main(
+    source: From,
+    target: To,
+    hidden_size: Size = None,
+    num_heads: Size = None,
+    num_kv_heads: Size = None,
+    ffn_size: Size = None,
+    num_layers: Size = None,
+    ffn_sizes: Annotated[str | None, typer.Option(help="a MatFormer's width for each layer, as 64,32,32,64")] = None,
+    ranking: Annotated[str, typer.Option(help="importance, or random or reversed to compare with")] = "importance",
+    seed: int = 1234,
+    report: Report = None,
+    data: TokenFiles = None,
+    tokens: Annotated[int, typer.Option(min=1, help="to judge by")] = 2048,
+    workers: Workers = 1,
+    max_slab_mb: Slab = 256,
+    trust_source: Trust = False,
+) -> None:
+    """Makes TARGET from SOURCE. Exit code 2 for what is refused; nothing is left half-written."""
+    from megascale.expand.shrink import Smaller, shrink
+    from megascale.expand.write import Effort
+
+    check_report(report)
+    try:
+        mixed = None if ffn_sizes is None else tuple(int(part) for part in ffn_sizes.split(","))
+    except ValueError:
+        raise UsageError(f"--ffn-sizes is {ffn_sizes!r}: write a width for each layer, as 64,32,32,64") from None
+    sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed)
+    effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
+    with progress_bar() as progress:
+        found = shrink(source, target, sizes, ranking, seed, effort, progress)
+    write_report(report, found)
+    proof = found["proof"]["transform"]
+    print_sizes(found)
+    print(f"{found['verdict']}: loss {proof['loss']:.4f} → {proof['loss'] + proof['loss_change']:.4f} on {found['proof']['tokens']}")
+    if found["without_block"] is not None:
+        print(f"layers kept: {', '.join(map(str, found['kept']['layers']))}, by the loss without each")
+    print_next(target)

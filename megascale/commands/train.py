@@ -1,0 +1,146 @@
+"""Pretrains the model of a config, alone or as one of many ranks under torchrun, srun or mpirun.
+
+Signals are heard and mistakes are told before anything slow, such as torch, is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from megascale.cli import Overrides, examples, new_app
+from megascale.config.load import load_config
+from megascale.config.schema import Config
+from megascale.errors import MegascaleError, UsageError
+from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
+from megascale.launch.ranks import RankInfo, find_ranks
+from megascale.limits import raise_open_files
+from megascale.train.faults.stop import StopFlag
+
+if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
+    from megascale.train.faults.watchdog import Watchdog
+    from megascale.train.trainer import Trainer
+
+app = new_app(__doc__ or "")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What to tell of a run that does not take place: as if started on `ranks`, also as JSON, and the pipeline's schedule drawn."""
+
+    ranks: int | None = None
+    json: str | None = None
+    draw: str | None = None
+
+
+@app.command(
+    epilog=examples(
+        "megascale train configs/llama-125m.yaml data.train=data/train",
+        "megascale train configs/llama-8b.yaml --dry-run --ranks 64 parallel.tp=2",
+        "torchrun --nproc-per-node 8 -m megascale train configs/llama-125m.yaml parallel.tp=2",
+    )
+)
+def main(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")],  # a str, so that rank 0 alone tells what is wrong with it
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved config and the exact bytes per rank, allocate nothing")
+    ] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="with --dry-run: as if started on this many ranks")] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: write the same as JSON")] = None,
+    draw: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")] = None,
+) -> None:
+    """Trains until the config's last step. Run the same command again to resume."""
+    if not dry_run and (ranks is not None or json or draw):
+        raise UsageError("--ranks, --json and --draw describe a run that does not take place: add --dry-run, or leave them out")
+    try:
+        code = run(config, overrides or [], DryRun(ranks, json, draw) if dry_run else None)
+    except Exception:  # a bug; what else there is, `run` has told
+        traceback.print_exc()
+        code = 1
+    end_process(code)
+
+
+def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
+    """Trains, or makes a dry run. Returns the exit code; a bug keeps its exception."""
+    ranks, stop = RankInfo(), StopFlag()
+    config: Config | None = None
+    watch: Watchdog | None = None
+    trainer: Trainer | None = None
+    with ExitStack() as group:  # closed last: the ranks part when exit.json is written
+        try:
+            ranks = find_ranks()
+            asked = load_config(file, overrides)
+            if dry is not None:
+                from megascale.train.estimate.dry_run import dry_run
+
+                dry_run(asked, dry.ranks or ranks.size, dry.json, dry.draw)
+                return 0
+            config = asked
+            stop.loud = ranks.rank == 0
+            stop.listen()
+            raise_open_files()
+            from megascale.train.growing import trainers
+            from megascale.train.process_group import final_barrier, process_group
+
+            watch = group.enter_context(process_group(config, ranks))
+            with trainers(config, ranks, stop, watch.activity) as phases:  # one, unless the model grows
+                for trainer in phases:
+                    trainer.train()
+            ending = Exit(0, "done")
+        except Exception as error:
+            known = judged(error, trainer)
+            if known is None:
+                leave(config, ranks, watch, trainer, Exit(1, f"{type(error).__name__}: {error}"))
+                raise
+            ending = known
+            if known.code in (4, 5):
+                from megascale.train.faults.explain import explain
+
+                ending = explain(known, error, watch, config, ranks)
+        leave(config, ranks, watch, trainer, ending)
+        if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
+            with suppress(OSError):  # the terminal may be gone
+                print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
+        if ending.code in (0, 75):
+            final_barrier()
+    return ending.code
+
+
+def judged(error: Exception, trainer: Trainer | None) -> Exit | None:
+    """What an error comes to; None for a bug, which keeps its traceback."""
+    if isinstance(error, MegascaleError):
+        return Exit(error.code, str(error))
+    known = as_exit(error)
+    if known is None or known.code != 2 or trainer is None:
+        return known
+    if not isinstance(error, OSError):
+        return None
+    return Exit(3, f"training cannot go on: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
+
+
+def leave(config: Config | None, ranks: RankInfo, watch: Watchdog | None, trainer: Trainer | None, ending: Exit) -> None:
+    """Tells the peers and exit.json. Before the run has claimed its directory, only what its earlier attempt left there is replaced."""
+    if watch is not None:
+        watch.leaves(ending)
+    run_dir = None if watch is None else watch.activity.run_dir
+    if run_dir is None and config is not None and of_this_run(config, Path(config.run_dir)):
+        run_dir = Path(config.run_dir)
+    write_exit(run_dir, ending, ranks, 0 if trainer is None else trainer.progress.step)
+
+
+def end_process(code: int) -> NoReturn:
+    """A lost peer must not hold this process in destructors, and ranks that stop must not drift apart in them."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code in (4, 5, 75):
+        os._exit(code)
+    raise SystemExit(code)
