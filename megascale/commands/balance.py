@@ -16,7 +16,7 @@ def main(
     overrides: Overrides = None,
 ) -> None:
     """Prints seconds of forward and backward of each part at the config's micro-batch, and the split by measured and by estimated cost."""
+    from megascale.analysis.stage_costs import balance
     from megascale.config.load import load_config
-    from megascale.measure.stage_costs import balance
 
     balance(load_config(str(file), overrides or []))
