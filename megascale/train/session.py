@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.distributed as dist
 
 from megascale.comm.agreement import on_all_ranks
 from megascale.config.schema import Config, DataSource
@@ -108,6 +109,8 @@ def with_samples(config: Config) -> Config:
 @contextmanager
 def open_session(config: Config, samples: Samples | None, writes: bool) -> Iterator[Session]:
     """`writes` False: without a run directory. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UsageError("torch.distributed has a process group already, and a run makes its own: leave it to megascale.training")
     if not writes:
         check_without_directory(config)
     if samples is not None:

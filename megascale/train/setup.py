@@ -110,7 +110,7 @@ def _built(
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
         data_notes = (note(mixture), overlap_note(prints), *valid_notes(config, valid_sets))
         announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
-    reporter = build_reporter(config, ranks, mesh, device, model, flops, start, prints, log, console)
+    reporter = build_reporter(config, ranks, mesh, device, model, flops, start, prints, log, console, given.writes or not given.quiet)
     if config.run.tensorboard:
         on_all_ranks(lambda: log.add_tensorboard(progress.step) if log is not None else None)
     if config.run.wandb:
@@ -205,9 +205,12 @@ def build_reporter(
     prints: Prints,
     log: RunLog | None,
     console: Console | None,
+    measured: bool,
 ) -> Reporter:
-    """`flops`: of a token in training. Log and console are the first rank's."""
-    peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else peak_flops(device, model.model.shape.compute)
+    """`flops`: of a token in training; `measured`: whether MFU is told to anybody. Log and console are the first rank's."""
+    peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else None
+    if peak is None and measured:
+        peak = peak_flops(device, model.model.shape.compute)
     kept = {
         "identity": identity(config),
         "config": config.plain(),

@@ -118,7 +118,7 @@ class Trainer:
         sampled = sampled_step(step, self.config)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
         with watched_casts(self.model.stages, sampled):
-            sums = backward(self.engine, micro_batches, self.scale, lr, float(self.stop.requested()))
+            sums = backward(self.engine, micro_batches, self.scale, lr, self.stop.requested)
         done = update(self.engine, sums)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.flush()
         return StepResult(step, done.loss, done.norm, done.finite, sums.valid, sums.stop, lr, clock.stop(), sent, seen, sampled)

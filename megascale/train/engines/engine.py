@@ -6,7 +6,7 @@ layout tests and the benchmarks all run these two functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -66,14 +66,14 @@ class Outcome(NamedTuple):
     finite: Tensor
 
 
-def backward(engine: Engine, batches: Sequence[Batch], scale: float, lr: float, stop: float = 0.0) -> Sums:
+def backward(engine: Engine, batches: Sequence[Batch], scale: float, lr: float, stop: Callable[[], bool] = lambda: False) -> Sums:
     """The first half of a step: leaves the gradients of the global batch, times `scale`, on the weights.
 
-    stop  1 asks all ranks to stop
+    stop  asked after the last micro-batch: whether this rank wants all to stop
     """
     loss = engine.run(batches, scale, lr)
     # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
-    return total_over_ranks(engine.model.mesh, loss, sum(b.valid for b in batches) * scale, stop)
+    return total_over_ranks(engine.model.mesh, loss, sum(b.valid for b in batches) * scale, float(stop()))
 
 
 def update(engine: Engine, sums: Sums) -> Outcome:
