@@ -78,6 +78,6 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
         refuse_nothing(growth, options)
         grown = grown_config(config, growth, options)[0]
         config = grown.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel})
-        check(config, ranks)
+        config = check(config, ranks)
         origin = Path(config.run_dir) / f"grown-{number + 1}" / step_name(entry.step)
     return [*found, Phase(config, whole, config.train.total_steps, None, origin)]

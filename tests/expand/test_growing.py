@@ -143,11 +143,14 @@ def test_a_dry_run_says_what_the_run_becomes(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.dist
 def test_every_phase_has_its_own_layout(whole: Path, tmp_path: Path) -> None:
-    """Catches a layout that is kept where the grown model has another."""
+    """Catches a layout that is kept where the grown model has another, or whose open sizes are left open."""
     make_tokens(tmp_path / "tokens")
     values = grown_settings(tmp_path, parallel__dp_shard=2)
-    values["grow"][0]["parallel"] = {"tp": 2, "dp_shard": 1}
+    values["grow"][0]["parallel"] = {"tp": 2}
     assert run_ranks(2, train, values, timeout=120)[0] == (0, "done")
+    assert [e["layout"] for e in (*events(tmp_path, "start"), *events(tmp_path, "resume"))] == ["dp_shard2", "tp2", "tp2"]
+    config = json.loads((tmp_path / "run" / "checkpoints" / "step-00000009" / "trainer.json").read_text())["config"]
+    assert config["parallel"]["dp_shard"] == 1
     assert max(abs(a - b) for a, b in zip(losses(tmp_path), losses(whole))) < 1e-12
 
 
