@@ -11,7 +11,7 @@ NUMERICS = tests/test_matmul.py tests/test_product_cpu.py tests/test_kernels.py 
 	tests/precision/test_fp8.py tests/precision/test_masters.py tests/depth/test_table.py
 BF16 = tests/test_layouts.py tests/test_sequence.py tests/test_experts.py tests/test_spacetime.py
 
-.PHONY: quickstart test test-narrow test-all check lint types clean
+.PHONY: quickstart test test-narrow test-all check lint types docs clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python tools/quickstart.py
@@ -27,7 +27,7 @@ test-all: $(VENV)/.ready
 	$(PYTEST) -m "not gpu and not multigpu and not slurm"
 	$(BIN)/python -m pytest -m slurm || [ $$? -eq 5 ] # 5: they were skipped
 
-check: lint types test
+check: lint types docs test
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -35,6 +35,14 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
+
+# The pages of docs/ as a site in build/site; a broken link is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --quiet --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
 
 # The constraints file pins every version; torch first, since a plain `torch` may bring several GB of CUDA packages.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -45,4 +53,4 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -7,11 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
 from megascale.cli import new_app, run_tool
+from megascale.commands.main import main
+from megascale.config.load import to_yaml
 from megascale.errors import TrainingError
+from megascale.train.faults.stop import StopFlag
+from tests.runs import make_tokens, settings
+
+PLAIN = Path(__file__).parent / "data" / "inputs" / "plain.json"
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -55,6 +62,37 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
     monkeypatch.setattr(sys, "argv", ["tool"])
     with pytest.raises(type(error)):
         run_tool(app)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, a folder in which nobody can make a file")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train {config}", "the run directory runs/run cannot be written"),
+        ("schema --out schema.json", "name a file in a folder that you may write to"),
+        ("prepare {config} --out text --tokenizer {tokenizer}", "choose another --out"),
+        ("chaos {config}", "name a folder that you may write to"),
+        ("report {config}", "run"),
+        ("nonsense", "there is no command 'nonsense'"),
+        ("shema", "did you mean schema?"),
+    ],
+)
+def test_a_folder_without_write_access(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    """Catches a traceback where a command is used in a folder that it cannot write to."""
+    make_tokens(tmp_path / "tokens")
+    values = settings(tmp_path)
+    values["run"].pop("dir")
+    (tmp_path / "config.yaml").write_text(to_yaml(values))
+    given = arguments.format(config=tmp_path / "config.yaml", tokenizer=PLAIN)
+    monkeypatch.chdir("/proc")
+    monkeypatch.setattr(sys, "argv", ["megascale", *given.split()])
+    monkeypatch.setattr(StopFlag, "listen", lambda self: None)
+    with pytest.raises(SystemExit) as ending:
+        main()
+    said = capsys.readouterr().err
+    assert ending.value.code == 2 and words in said and "error: " in said and "Traceback" not in said
 
 
 PRINTS = """

@@ -56,7 +56,10 @@ def main(
     calm, run = out.absolute() / "undisturbed", out.absolute() / "disturbed"
     for folder in (calm, run):
         remove(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made ({error.strerror}): name a folder that you may write to") from None
     console.print(f"the undisturbed run first: {plan.steps} steps, {layouts[0]}")
     begun = time.monotonic()
     reference = undisturbed(plan, calm)

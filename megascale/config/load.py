@@ -17,6 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megascale.config.bounds import NUMBER, TOO_DEEP, check_document, check_values, read_small_file
 from megascale.config.paths import check_paths
+from megascale.config.saved import hint_of_newer
 from megascale.config.schema import Config, DataSource
 from megascale.errors import UsageError
 
@@ -108,7 +109,14 @@ ONE_OF = (("train", "steps", "tokens"),)
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads `path`, applies overrides in order, validates. Raises UsageError naming the key, the value and the fix."""
-    config = build_config(apply_overrides(read_yaml(Path(path)), overrides))
+    values = apply_overrides(read_yaml(Path(path)), overrides)
+    try:
+        config = build_config(values)
+    except UsageError as error:
+        newer = hint_of_newer(Path(path))
+        if newer is None:
+            raise
+        raise UsageError(f"{error}\n  {newer}") from None
     check_paths(config)
     return config
 

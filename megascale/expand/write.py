@@ -14,6 +14,7 @@ from megascale.checkpoint.streaming import Progress, write_streamed
 from megascale.checkpoint.trainer import read_trainer
 from megascale.config.identity import identity
 from megascale.config.load import to_yaml
+from megascale.config.saved import stamped
 from megascale.config.schema import Config
 from megascale.errors import TrainingError, UsageError
 from megascale.expand.produce import GrownTensors
@@ -109,6 +110,6 @@ def write(
 def finish(target: Path, config: Config) -> None:
     """The config beside the checkpoint, by which a rerun knows that nothing is left to do."""
     try:
-        write_durably(target / CONFIG, to_yaml(config.plain()).encode())
+        write_durably(target / CONFIG, stamped(to_yaml(config.plain())).encode())
     except OSError as error:
         raise UsageError(f"{target / CONFIG} cannot be written: {error}; make room and run the same command again") from error

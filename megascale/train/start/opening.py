@@ -17,6 +17,7 @@ from megascale.checkpoint.trainer import read_progress
 from megascale.comm.agreement import Agreement
 from megascale.config.identity import SOURCES, check_identity, identity, only_moved
 from megascale.config.load import build_config, read_yaml, to_yaml
+from megascale.config.saved import hint_of_newer, stamped
 from megascale.config.schema import Config
 from megascale.data.memory import TokenLists
 from megascale.data.samples import prints_of
@@ -172,6 +173,8 @@ def check_saved_config(config: Config, run_dir: Path, judge: bool = True) -> str
     try:
         there = build_config(read_yaml(path))
     except UsageError as error:
+        if (newer := hint_of_newer(path)) is not None:
+            raise UsageError(f"{error}\n  {newer}") from None
         return f"{path}, which the run wrote, is damaged ({' '.join(str(error).split())[:300]})"
     if not judge:
         return None
@@ -198,7 +201,7 @@ def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]
             remember(run_dir / "checkpoints", config.checkpoint.resume, opening.elsewhere)
         elif config.checkpoint.resume in ("auto", "never"):
             forget(run_dir)
-        write_atomic(run_dir / "config.yaml", to_yaml(config.plain()))
+        write_atomic(run_dir / "config.yaml", stamped(to_yaml(config.plain())))
         if (run_dir / STOP).is_file():  # it may have been put there for this very start, so it counts
             notes.append(Note(f"{run_dir / STOP} exists: this start stops at its first step, and removes the file; delete it now to go on"))
     except OSError as error:

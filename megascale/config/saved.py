@@ -1,0 +1,34 @@
+"""The version that wrote a config: a comment at the top of every config.yaml that a run or a growth leaves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megascale.version import __version__
+
+STAMP = "# Written by megascale "
+
+
+def stamped(yaml: str) -> str:
+    return f"{STAMP}{__version__}\n{yaml}"
+
+
+def hint_of_newer(path: Path) -> str | None:
+    """What to do about a config that this version does not understand because a newer one wrote it; None where that is not the reason."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(200).decode("utf-8", "replace")
+    except OSError:
+        return None
+    found = re.search(rf"^{STAMP}([0-9]+(?:\.[0-9]+)+)", text, re.MULTILINE)
+    if found is None or numbers(found[1]) <= numbers(__version__):
+        return None
+    return (
+        f"{path} was written by megascale {found[1]}, and this is {__version__}: install a newer megascale "
+        "(pip install --upgrade megascale), or remove what this one does not know"
+    )
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall("[0-9]+", version)[:3]]
