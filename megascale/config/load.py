@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -20,6 +21,7 @@ from megascale.config.paths import check_paths
 from megascale.config.saved import hint_of_newer
 from megascale.config.schema import Config, DataSource
 from megascale.errors import UsageError
+from megascale.plugins import nearest
 
 # Other systems' names, written in lower case with underscores. A near miss in spelling would not find them.
 ELSEWHERE = {
@@ -327,12 +329,24 @@ def _sentence(error: Any) -> str:
         return f"{key} is required and absent"
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
+    if kind in ("literal_error", "row_name"):
+        return f"{key} is {_short(value)}: {_choice(error)}"
     text = error["msg"].replace("Input should be", "it should be").replace("a valid ", "").replace("should be tuple", "should be a list")
     if kind == "string_type" and isinstance(value, int | float):
         return f"{key} is {_short(value)}, and text is needed: put it in quotes"
     if kind == "model_type":
         return f"{key} is {_short(value)}: it should be a section with keys of its own"
     return f"{key} is {_short(value)}: {text}"
+
+
+def _choice(error: Any) -> str:
+    """What a key may be that is one of several words, and the word that was meant."""
+    expected, value = error["ctx"]["expected"], error["input"]
+    near = nearest(value, re.findall(r"'([^']*)'", expected)) if isinstance(value, str) else ""
+    asked = ""
+    if error["type"] == "row_name" and not near:
+        asked = f"; a plugin may bring others (installed: {error['ctx']['plugins']})"
+    return f"it should be {expected}{near}{asked}"
 
 
 def _short(value: Any) -> str:

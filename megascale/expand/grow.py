@@ -22,7 +22,7 @@ from megascale.expand.produce import GrownTensors
 from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
 from megascale.expand.source import open_source, renamed
-from megascale.expand.state import multipliers
+from megascale.expand.state import check_state_grows, multipliers
 from megascale.expand.verify import EXACT, limit
 from megascale.expand.write import Effort, check_target, finish, write
 from megascale.model.spec import Role
@@ -39,7 +39,8 @@ def grow(
     opened = open_source(source, effort.check)
     growth = plan_growth(opened.model, opened.seq_len, sizes, options)
     refuse_nothing(growth, options)
-    made = GrownTensors(growth, opened.index, options.optimizer)
+    check_state_grows(opened.config.optim.name, options.optimizer)
+    made = GrownTensors(growth, opened.index, options.optimizer, kept_by=opened.config.optim.name)
     written = check_target(target, opened, made)
     config, factors, uneven = grown_config(opened.config, growth, options)
     growth = replace(growth, notes=(*growth.notes, *precision_notes(opened.config, config)))

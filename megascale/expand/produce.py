@@ -17,28 +17,41 @@ from megascale.errors import UsageError
 from megascale.expand.apply import element_block
 from megascale.expand.plan import Growth, TensorPlan
 from megascale.expand.stack import unlearned
-from megascale.expand.state import POWERS, state_plan
+from megascale.expand.state import counts, powers, state_plan
 from megascale.optim.rates import MATRICES
 
 
 @dataclass(frozen=True)
 class GrownTensors:
-    """Picklable, so that any number of processes can make the same rectangles. `dtype` of the weights; None: as they are stored."""
+    """Picklable, so that any number of processes can make the same rectangles. `dtype` of the weights; None: as they are stored.
+
+    optimizer  what becomes of its state: transform, reset or drop
+    kept_by    the optimizer that kept it, by the name of its row
+    """
 
     growth: Growth
     index: Index
     optimizer: str = "drop"
     dtype: torch.dtype | None = None
+    kept_by: str = "adamw"
 
     @cached_property
     def plans(self) -> dict[str, TensorPlan]:
         return {t.name: t for t in self.growth.tensors}
 
     @cached_property
+    def powers(self) -> dict[str, int | None]:
+        return powers(self.kept_by)
+
+    @cached_property
+    def counts(self) -> set[str]:
+        return counts(self.kept_by)
+
+    @cached_property
     def moments(self) -> dict[int, tuple[Growth, dict[str, TensorPlan]]]:
         """By power of β."""
         found = {}
-        for power in sorted(set(POWERS.values())):
+        for power in sorted({power for power in self.powers.values() if power is not None}):
             growth = state_plan(self.growth, power)
             found[power] = (growth, {t.name: t for t in growth.tensors})
         return found
@@ -51,11 +64,13 @@ class GrownTensors:
         key, _, weight = rest.partition(".")
         if self.optimizer == "reset":
             return torch.zeros(shape, dtype=self.state_dtype(key, weight))
-        if key == "step":
+        if key in self.counts:
             plan = self.plans[weight]
             fresh = plan.inserted or plan.source is None
-            return torch.zeros((), dtype=torch.float32) if fresh else read_slice(self.index, f"optim.step.{plan.source}", (), ())
-        growth, plans = self.moments[POWERS[key]]
+            return torch.zeros((), dtype=torch.float32) if fresh else read_slice(self.index, f"optim.{key}.{plan.source}", (), ())
+        power = self.powers[key]
+        assert power is not None  # check_state_grows
+        growth, plans = self.moments[power]
         prefix = f"optim.{key}."
         dtype = self.state_dtype(key, weight)
         return element_block(growth, plans[weight], self.shapes(prefix), partial(self.read, prefix), dtype, offset, shape)
@@ -82,7 +97,7 @@ class GrownTensors:
         return torch.promote_types(self.storage, torch.float32) if plan.spec.role in ("coefficient", "bias") else self.storage
 
     def state_dtype(self, key: str, weight: str) -> torch.dtype:
-        if key == "step":
+        if key in self.counts:
             return torch.float32
         source = self.plans[weight].source
         entry = self.index.tensors.get(f"optim.{key}.{source}")
@@ -98,14 +113,14 @@ class GrownTensors:
         for key in self.state_keys():
             for t in self.growth.tensors:
                 if self._has_state(key, t):
-                    found.append(Target(f"optim.{key}.{t.name}", self.state_dtype(key, t.name), () if key == "step" else t.spec.shape))
+                    found.append(Target(f"optim.{key}.{t.name}", self.state_dtype(key, t.name), () if key in self.counts else t.spec.shape))
         return found
 
     def state_keys(self) -> list[str]:
         keys = sorted({n.split(".")[1] for n in self.index.tensors if n.startswith("optim.")})
-        unknown = [k for k in keys if k not in (*POWERS, "step")]
-        if not keys or unknown:
-            what = f"holds {unknown[0]}, which growth does not know" if unknown else "holds no optimizer state"
+        unknown = [k for k in keys if k not in (*self.powers, *self.counts)]
+        if unknown or (not keys and (self.powers or self.counts)):
+            what = f"holds {unknown[0]}, which is no state of {self.kept_by}" if unknown else "holds no optimizer state"
             raise UsageError(f"{self.index.folder} {what}: use --optimizer drop")
         return keys
 

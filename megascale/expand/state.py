@@ -12,12 +12,33 @@ from dataclasses import replace
 
 import numpy as np
 
+from megascale.config.optimizers import rows_of
 from megascale.config.schema import Multiplier, any_layer
+from megascale.errors import UsageError
 from megascale.expand.axes import MEAN, ZERO, AxisMap
 from megascale.expand.plan import Growth, TensorPlan
 
-# By optimizer: the power of β that each of its tensors takes. Muon's momentum is a mean of gradients.
-POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum": 1}
+
+def powers(optimizer: str) -> dict[str, int | None]:
+    """The power of β that each tensor of an optimizer's state takes."""
+    return {key: power for row in rows_of(optimizer) for key, power in row.state.items()}
+
+
+def counts(optimizer: str) -> set[str]:
+    """Keys of its state that are numbers of updates."""
+    return {key for row in rows_of(optimizer) for key in row.counts}
+
+
+def check_state_grows(optimizer: str, fate: str) -> None:
+    """`fate`: of the state, transform, reset or drop. Raises UsageError where the optimizer's row does not say what growth makes of it."""
+    unknown = [key for key, power in powers(optimizer).items() if power is None]
+    if fate != "transform" or not (unknown or not all(row.scale_free for row in rows_of(optimizer))):
+        return
+    why = f"its row says no power of the gradient for {', '.join(unknown)}" if unknown else "its row does not say that it is scale_free"
+    raise UsageError(
+        f"optim.name is {optimizer} and its state is to be transformed: growth does not know how, since {why}; choose optimizer reset, "
+        "which starts it anew (tools/grow.py also has --optimizer drop), or complete the row if that is true of it"
+    )
 
 
 def state_axis(axis: AxisMap, power: int) -> AxisMap:

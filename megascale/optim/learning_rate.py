@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from megascale.config.decays import decays, length_of
 from megascale.config.schema import Optim
 
 FASTER = 0.6  # LEMON's BERT decays in 132k of 220k steps (arXiv 2310.07999, section 5)
@@ -18,24 +17,10 @@ def begun_again(cfg: Optim, total_steps: int) -> Optim:
 
 
 def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
-    """Rate of the update number `step` (from 1) of `total_steps`.
-
-    Linear warm-up, then: cosine or linear to min_lr_ratio at decay_steps (the last step if absent); wsd: constant, then linear over
-    the last decay_steps (a tenth of the run if absent); constant.
-    """
+    """Rate of the update number `step` (from 1) of `total_steps`: a linear warm-up, then the decay's row (config/decays.py)."""
     if step < cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
-    if cfg.decay == "constant":
-        return cfg.lr
-    if cfg.decay == "wsd":
-        length = cfg.decay_steps or max(1, total_steps // 10)
-        done = (step - (total_steps - length)) / length
-    else:
-        end = cfg.decay_steps or total_steps
-        done = (step - cfg.warmup_steps) / max(1, end - cfg.warmup_steps)
-    done = min(1.0, max(0.0, done))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if cfg.decay == "cosine" else 1 - done
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+    return cfg.lr * decays()[cfg.decay].factor(cfg, step, total_steps)
 
 
 def schedule_note(cfg: Optim, total_steps: int) -> str | None:
@@ -44,7 +29,10 @@ def schedule_note(cfg: Optim, total_steps: int) -> str | None:
     if 0 < total_steps <= cfg.warmup_steps:
         reached = learning_rate(cfg, total_steps, total_steps)
         return f"{run}: it ends within its warm-up, at a rate of {reached:.2e} (optim.lr is {cfg.lr:.2e})"
-    begins = total_steps - (cfg.decay_steps or max(1, total_steps // 10))
-    if cfg.decay == "wsd" and begins < cfg.warmup_steps:
-        return f"{run}: the decay of wsd begins at step {begins}, within the warm-up, so the rate drops where that ends; set decay_steps"
+    begins = total_steps - length_of(cfg, total_steps)
+    if decays()[cfg.decay].decay_steps == "length" and begins < cfg.warmup_steps:
+        return (
+            f"{run}: the decay of {cfg.decay} begins at step {begins}, within the warm-up, so the rate drops where that ends; set "
+            "decay_steps"
+        )
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from megascale.config.optimizers import optimizers
 from megascale.config.schema import Config, Optim
 from megascale.model.spec import ParamSpec
 from megascale.optim.rates import rate_of
@@ -21,7 +22,7 @@ def smallest_step(size: float) -> float:
 def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[str, float]:
     """Weight → the smallest step that it can take as it starts, where an update at the peak rate is smaller. All are stored in bf16.
 
-    An update of Adam, Lion or Muon is about as large as the rate. A weight starts at its mean, else around its deviation; from zero any
+    An update of a scale-free optimizer is about as large as the rate. A weight starts at its mean, else around its deviation; from zero any
     step is possible.
     """
     found = {}
@@ -34,7 +35,7 @@ def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[
 
 def immovable_note(config: Config, specs: Mapping[str, ParamSpec]) -> str | None:
     """A sentence where the masters are bf16 and some of them cannot move."""
-    if config.precision.storage != "bf16":
+    if config.precision.storage != "bf16" or not optimizers()[config.optim.name].scale_free:
         return None
     found = immovable(specs, config.optim, config.model.hidden_size)
     if not found:

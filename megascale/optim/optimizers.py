@@ -1,4 +1,4 @@
-"""AdamW, Lion and Muon over the local parts of the weights.
+"""AdamW, Lion and Muon over the local parts of the weights; config/optimizers.py has their rows.
 
 Elementwise rules need no other rank's numbers, so they run on plain local tensors that share the parameters' memory. A step takes the
 factor for its gradients and whether they are finite as device tensors: a bad step changes nothing, and the host never waits to know.
@@ -7,19 +7,22 @@ factor for its gradients and whether they are finite as device tensors: a bad st
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from megascale.comm.mesh import Mesh
+from megascale.config.optimizers import optimizers
 from megascale.config.schema import Optim
+from megascale.errors import UsageError
 from megascale.model.ops.matmul import product
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.optimizer import Optimizer
 from megascale.optim.owners import take_turns, work_shared
 from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
 from megascale.parallel.model import ParallelModel, Weight
+from megascale.plugins import resolve
 
 
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
@@ -35,21 +38,58 @@ def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] =
 def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
     """The optimizer of `cfg` for some weights of the model, where they lie."""
     rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
-    match cfg.name:
-        case "adamw":
-            return AdamW(weights, cfg, rates)
-        case "lion":
-            return Lion(weights, cfg, rates)
-        case "muon":
-            matrices = [w for w in weights if w.placement.spec.role in MATRICES]
-            rest = [w for w in weights if w.placement.spec.role not in MATRICES]
-            return Muon(matrices, AdamW(rest, cfg, rates), model.mesh, cfg, rates)
+    row = optimizers()[cfg.name]
+    hidden = [w for w in weights if w.placement.spec.role in MATRICES]
+    own = _build(cfg.name, weights if row.rest is None else hidden, cfg, rates, model.mesh)
+    if row.rest is None:
+        return own
+    others = [w for w in weights if w.placement.spec.role not in MATRICES]
+    return Together(_build(row.rest, others, cfg, rates, model.mesh), own)
+
+
+def _build(name: str, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> Optimizer:
+    """One optimizer by its row, whose state is what the row says. Raises UsageError where it is not."""
+    row = optimizers()[name]
+    made: Optimizer = resolve(row.build, f"the optimizer {name}")(weights, cfg, rates, mesh)
+    state = made.state()
+    expected = {*row.state, *row.counts}
+    if set(state) != expected:
+        raise UsageError(f"the optimizer {name} keeps {_words(state)} and its row says {_words(expected)}: make the row say what it keeps")
+    for w in weights:
+        for key, tensors in state.items():
+            shape = list(w.local.shape) if key in row.state else []
+            found = list(tensors[w.name].shape) if w.name in tensors else shape
+            if found != shape:
+                raise UsageError(f"the optimizer {name} keeps {key} of {w.name} as {found}, and its row says {shape}: correct one of them")
+    return made
+
+
+def _words(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)) or "nothing"
+
+
+class Together:
+    """Two optimizers of different weights as one."""
+
+    def __init__(self, first: Optimizer, second: Optimizer) -> None:
+        self.first, self.second = first, second
+
+    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        self.first.step(lr, factor, finite)
+        self.second.step(lr, factor, finite)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        merged: dict[str, dict[str, Tensor]] = {}
+        for part in (self.second, self.first):
+            for key, tensors in part.state().items():
+                merged.setdefault(key, {}).update(tensors)
+        return merged
 
 
 class AdamW:
     """torch's fused AdamW: one kernel for all weights, on CUDA and on CPUs."""
 
-    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate]) -> None:
+    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
         groups = grouped_by_rate(self.locals, rates, cfg.eps)
@@ -63,7 +103,7 @@ class AdamW:
             }
 
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
-        _scale_gradients(self.weights, factor)
+        scale_gradients(self.weights, factor)
         for w in self.weights:
             self.locals[w.name].grad = w.local_grad
         for group in self.inner.param_groups:
@@ -81,13 +121,13 @@ class AdamW:
 class Lion:
     """p ← p − lr·(sign(β₁m + (1−β₁)g) + wd·p), then m ← β₂m + (1−β₂)g (arXiv 2302.06675)."""
 
-    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate]) -> None:
+    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
         self.weights, self.cfg, self.rates = [w for w in weights if w.local.numel() > 0], cfg, rates
         self.exp_avg = {w.name: torch.zeros_like(w.local) for w in self.weights}
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
-        _scale_gradients(self.weights, factor)
+        scale_gradients(self.weights, factor)
         for w in self.weights:
             grad, local, m = w.local_grad, w.local, self.exp_avg[w.name]
             if grad is None:
@@ -104,7 +144,7 @@ class Lion:
 
 
 class Muon:
-    """Orthogonalized momentum for hidden matrices, AdamW for everything else.
+    """Orthogonalized momentum, for hidden matrices.
 
     The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which sees one whole
     matrix. Here a matrix may lie on several ranks: one of them, its owner, gets the whole momentum, orthogonalizes it in the weight's own
@@ -114,15 +154,14 @@ class Muon:
     ROUNDS = 5
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
-    def __init__(self, weights: list[Weight], rest: AdamW, mesh: Mesh, cfg: Optim, rates: Mapping[str, Rate]) -> None:
-        self.weights, self.rest, self.cfg, self.rates = weights, rest, cfg, rates
+    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
+        self.weights, self.cfg, self.rates = weights, cfg, rates
         self.momentum = {w.name: torch.zeros_like(w.local) for w in weights}
         self.turns = take_turns(weights, mesh, lambda w: orthogonalization_flops(w.placement.spec.shape))
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
-        self.rest.step(lr, factor, finite)
-        _scale_gradients(self.weights, factor)
+        scale_gradients(self.weights, factor)
         for turn in self.turns:
             pieces = [self._direction(m.weight, finite) for m in turn]
             updates = work_shared(turn, pieces, lambda x: orthogonalize(x, self.COEFFICIENTS, self.ROUNDS))
@@ -142,7 +181,7 @@ class Muon:
         return torch.lerp(grad, m, beta)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {"momentum": self.momentum, **self.rest.state()}
+        return {"momentum": self.momentum}
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], rounds: int) -> Tensor:
@@ -165,7 +204,7 @@ def orthogonalization_flops(shape: tuple[int, ...]) -> float:
     return math.prod(shape[:-2]) * (4.0 * small**2 * large + 2.0 * small**3)
 
 
-def _scale_gradients(weights: list[Weight], factor: Tensor) -> None:
+def scale_gradients(weights: list[Weight], factor: Tensor) -> None:
     grads = [g for w in weights if (g := w.local_grad) is not None and g.numel() > 0]
     if grads:
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))

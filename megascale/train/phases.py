@@ -14,6 +14,7 @@ from megascale.data.vocabulary import resolve_vocabulary
 from megascale.expand.grow import grown_config, refuse_nothing
 from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
+from megascale.expand.state import check_state_grows
 from megascale.optim.learning_rate import begun_again
 from megascale.train.start.alike import check_config
 
@@ -76,6 +77,7 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
         sizes, options = asked(entry, config.run.seed)
         growth = plan_growth(config.model, config.train.seq_len, sizes, options)
         refuse_nothing(growth, options)
+        check_state_grows(config.optim.name, options.optimizer)
         grown = grown_config(config, growth, options)[0]
         config = grown.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel})
         config = check(config, ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megascale.config.layout import axis_sizes, micro_batches
+from megascale.config.optimizers import optimizers
 from megascale.config.rules.rule import Rule, own_expert_axes
 from megascale.config.schema import Config
 from megascale.errors import UsageError
@@ -47,7 +48,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
                 or (c.parallel.breadth_first or micro_batches(c, n)) != micro_batches(c, n)
                 or bool({"optimizer", "parameters"} & set(c.parallel.offload))
                 or c.train.clip != 0
-                or c.optim.name == "muon"
+                or optimizers()[c.optim.name].whole_matrices
             )
         ),
         "a layer can be updated during backward where its gradient comes at once and nothing of the other layers is needed for it",
@@ -75,7 +76,8 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "deepspeed_update",
         ("parallel.engine", "optim.name", "precision.compute"),
         lambda c, n: (
-            c.parallel.engine == "deepspeed" and (c.optim.name != "adamw" or c.precision.compute == "fp64" or c.precision.storage != "fp32")
+            c.parallel.engine == "deepspeed"
+            and (not optimizers()[c.optim.name].deepspeed or c.precision.compute == "fp64" or c.precision.storage != "fp32")
         ),
         "DeepSpeed is built in with AdamW and fp32 masters, computing in bf16 or fp32",
         "use optim.name adamw with precision.compute bf16 or fp32 and without precision.master, or engine fsdp2",
@@ -136,8 +138,8 @@ ENGINE_RULES: tuple[Rule, ...] = (
     Rule(
         "offload_muon",
         ("parallel.offload", "optim.name"),
-        lambda c, n: c.optim.name == "muon" and bool({"optimizer", "parameters"} & set(c.parallel.offload)),
-        "Muon multiplies whole matrices, which a host does far too slowly",
+        lambda c, n: optimizers()[c.optim.name].whole_matrices and bool({"optimizer", "parameters"} & set(c.parallel.offload)),
+        "this optimizer multiplies whole matrices, which a host does far too slowly",
         "use adamw or lion, or offload activations only",
     ),
     Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megascale.config.decays import decays
 from megascale.config.rules.rule import Rule
 
 GENERAL_RULES: tuple[Rule, ...] = (
@@ -81,7 +82,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "init_schedule",
         ("checkpoint.init_schedule", "checkpoint.init_from", "optim.decay"),
         lambda c, n: (
-            c.checkpoint.init_schedule == "lemon" and (c.checkpoint.init_from is None or c.optim.decay not in ("cosine", "linear"))
+            c.checkpoint.init_schedule == "lemon" and (c.checkpoint.init_from is None or decays()[c.optim.decay].decay_steps != "end")
         ),
         "LEMON's schedule is for a run that begins with a grown model's weights, and makes its decay faster",
         "set init_from and decay cosine or linear, or leave init_schedule out",
@@ -90,7 +91,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "decay_ends",
         ("optim.decay", "optim.decay_steps", "optim.warmup_steps"),
         lambda c, n: (
-            c.optim.decay in ("cosine", "linear") and c.optim.decay_steps is not None and c.optim.decay_steps <= c.optim.warmup_steps
+            decays()[c.optim.decay].decay_steps == "end" and c.optim.decay_steps is not None and c.optim.decay_steps <= c.optim.warmup_steps
         ),
         "the rate would fall from its peak to its minimum in one step, since the decay ends before it begins (decay_steps counts from "
         "the run's first step)",
@@ -100,7 +101,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "decay_length",
         ("optim.decay", "optim.decay_steps", "optim.warmup_steps", "train.steps", "train.tokens"),
         lambda c, n: (
-            c.optim.decay == "wsd"
+            decays()[c.optim.decay].decay_steps == "length"
             and c.optim.decay_steps is not None
             and 0 < c.train.total_steps - c.optim.warmup_steps < c.optim.decay_steps
         ),
@@ -110,8 +111,8 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
         "decay_unused",
         ("optim.decay", "optim.decay_steps"),
-        lambda c, n: c.optim.decay == "constant" and c.optim.decay_steps is not None,
-        "a constant rate has no decay, and decay_steps would say nothing",
+        lambda c, n: decays()[c.optim.decay].decay_steps == "unused" and c.optim.decay_steps is not None,
+        "this decay, such as a constant rate, has no use for decay_steps",
         "choose decay cosine, linear or wsd, or remove decay_steps (optim.decay_steps=null)",
     ),
     Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megascale.config.optimizers import optimizers
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
 
@@ -102,8 +103,8 @@ PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
         "mus_optimizer",
         ("model.residual", "optim.name"),
-        lambda c, n: c.model.residual == "mus" and c.optim.name == "muon",
-        "Muon's steps do not follow weights of unit variance",
+        lambda c, n: c.model.residual == "mus" and not optimizers()[c.optim.name].unit_scaling,
+        "steps of this optimizer do not follow weights of unit variance",
         "use optim.name adamw or lion",
     ),
     Rule(

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
+from megascale.config.decays import decays
+from megascale.config.optimizers import optimizers
+from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import NonNegative, Positive, Section, Share, Tokens
 
 
@@ -115,7 +118,7 @@ class Multiplier(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "lion", "muon"] = "adamw"
+    name: Annotated[str, RowName(optimizers)] = "adamw"
     """Optimizer. Muon updates matrices and leaves embeddings, norms and biases to AdamW."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
@@ -127,7 +130,7 @@ class Optim(Section):
     """Decoupled weight decay. Norms and biases do not decay."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from zero."""
-    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay: Annotated[str, RowName(decays)] = "cosine"
     """Learning-rate schedule after the warm-up: `wsd` is constant, then linear over the last `decay_steps`."""
     decay_steps: Positive | None = None
     """Step at which cosine or linear decay ends (default: the last), or the length of the final decay under `wsd`."""

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Axis, Mesh
 from megascale.comm.piece import Piece
+from megascale.config.optimizers import OPTIMIZERS
 from megascale.config.schema import Config
 from megascale.data.loader import Batch
 from megascale.errors import UsageError
@@ -30,7 +31,7 @@ from megascale.parallel.model import ParallelModel, Weight
 from megascale.train.engines.in_backward import valid_share
 from megascale.train.state import state_pieces
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = tuple(OPTIMIZERS["adamw"].state)
 
 
 class DeepSpeed:

@@ -13,6 +13,7 @@ from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
 from megascale.config.axes import EXPERT_AXES, NAMES
 from megascale.config.layout import axis_sizes, micro_batches
+from megascale.config.optimizers import rows_of
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
@@ -79,10 +80,10 @@ def _held(placement: Placement, shard: Axis | None) -> int:
 
 
 def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:
-    """State of one weight: one tensor like it for Lion and for Muon's matrices, two and a step count for AdamW."""
-    if name == "lion" or (name == "muon" and placement.spec.role in MATRICES):
-        return elements * itemsize
-    return 2 * elements * itemsize + (4 if elements else 0)
+    """State of one weight, as the row of its optimizer says: tensors like it, and counts in fp32."""
+    first, *rest = rows_of(name)
+    row = rest[0] if rest and placement.spec.role not in MATRICES else first
+    return len(row.state) * elements * itemsize + (4 * len(row.counts) if elements else 0)
 
 
 def activation_bytes(config: Config, ranks: int) -> float:

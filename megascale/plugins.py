@@ -1,0 +1,127 @@
+"""Rows from packages that are installed beside this one: the entry-point group `megascale.plugins` (docs/plugins.md).
+
+An entry point names a module, or any object, with `ROWS`: {kind: {name: row}}. Everybody who asks for a table of rows gets those of
+plugins with it. No torch here, and none in a plugin's ROWS: what a row computes may be written as "module:function", which is imported
+when it is needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from megascale.errors import UsageError
+
+GROUP = "megascale.plugins"
+KINDS = ("decays", "metrics", "optimizers", "readers")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of an installed distribution, and its rows by kind and name."""
+
+    name: str
+    distribution: str
+    version: str
+    rows: Mapping[str, Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+    @property
+    def names(self) -> str:
+        return "; ".join(f"{kind} {', '.join(rows)}" for kind, rows in self.rows.items())
+
+    @property
+    def way_out(self) -> str:
+        return f"mend the plugin, or take it out with `pip uninstall {self.distribution}`"
+
+
+@cache  # what is installed stays as it is while a process runs
+def plugins() -> tuple[Plugin, ...]:
+    """All that are installed, by distribution. Raises UsageError for one that cannot be imported or whose ROWS are of no use."""
+    found = entry_points(group=GROUP)
+    return tuple(_load(e) for e in sorted(found, key=lambda e: (_distribution(e), e.name)))
+
+
+def versions() -> dict[str, str]:
+    """{distribution: version} of the plugins, which a checkpoint records and ranks compare."""
+    return {p.distribution: p.version for p in plugins()}
+
+
+def with_plugins(kind: str, own: Mapping[str, R], row: type[R]) -> Mapping[str, R]:
+    """The rows of a kind: our `own`, and those of plugins. Raises UsageError where a plugin takes a name that is there already, or where
+    what it gives is no `row`.
+    """
+    found = dict(own)
+    giver: dict[str, Plugin] = {}
+    for plugin in plugins():
+        for name, value in plugin.rows.get(kind, {}).items():
+            where = f"the plugin {plugin.name} of {plugin} has {name} among its {kind}"
+            if name in found:
+                whose = f"{giver[name]} has one of that name" if name in giver else "megascale has a built-in of that name"
+                raise UsageError(f"{where}, and {whose}: give the row another name, or `pip uninstall {plugin.distribution}`")
+            if not isinstance(value, row):
+                raise UsageError(f"{where}, a {type(value).__name__}, and a {row.__module__}.{row.__name__} is needed: {plugin.way_out}")
+            found[name], giver[name] = value, plugin
+    return found
+
+
+def giver_of(kind: str, name: str) -> Plugin | None:
+    """The plugin that a row comes from; None for a built-in."""
+    return next((p for p in plugins() if name in p.rows.get(kind, {})), None)
+
+
+def resolve(part: str | Callable[..., Any], row: str) -> Callable[..., Any]:
+    """What a row names as "module:function", or gives as it is. `row`: whose it is, for the message. Raises UsageError."""
+    if not isinstance(part, str):
+        return part
+    module, _, name = part.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise UsageError(f"{row} needs {part}, which cannot be imported ({type(error).__name__}: {error}): mend or uninstall it") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?", or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def installed() -> str:
+    """Half a sentence about which plugins there are."""
+    return ", ".join(map(str, plugins())) or "none"
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value
+
+
+def _load(entry: EntryPoint) -> Plugin:
+    distribution, version = _distribution(entry), str(entry.dist.version) if entry.dist is not None else "unknown"
+    who, way_out = f"the plugin {entry.name} of {distribution} {version}", f"`pip uninstall {distribution}`"
+    try:
+        rows = entry.load().ROWS
+    except (Exception, SystemExit) as error:
+        what = "has no ROWS" if isinstance(error, AttributeError) and "ROWS" in str(error) else "cannot be imported"
+        raise UsageError(f"{who} {what} ({type(error).__name__}: {error}): mend {entry.value}, or {way_out}") from None
+    if not isinstance(rows, Mapping):
+        raise UsageError(f"{who}: ROWS is a {type(rows).__name__}, and {{kind: {{name: row}}}} is needed; mend {entry.value}, or {way_out}")
+    for kind, named in rows.items():
+        if kind not in KINDS:
+            what = f"{kind!r}{nearest(str(kind), KINDS)} (there are {', '.join(KINDS)})"
+            raise UsageError(f"{who}: ROWS has the kind {what}; mend {entry.value}, or {way_out}")
+        bad = [n for n in named if not isinstance(n, str) or not NAME.fullmatch(n)] if isinstance(named, Mapping) else [named]
+        if bad:
+            raise UsageError(f"{who}: {kind} has {bad[0]!r} where a row's name is needed; mend {entry.value}, or {way_out}")
+    return Plugin(entry.name, distribution, version, rows)
