@@ -9,7 +9,7 @@ from megascale.checkpoint.index import LARGEST, TRAINER, Damaged, read_json
 from megascale.errors import UsageError
 
 COUNTS = ("step", "samples", "tokens", "skipped_in_a_row")
-SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids", "fingerprints")
+SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids", "fingerprints", "plugins")
 TEXTS = (("precision", "compute"), ("precision", "fp8"), ("data", "tokenizer"), ("run", "name"))  # of the config, read as they are
 NEEDED = ("step", "samples", "tokens", "identity")  # to go on from; what came to the format later has defaults
 
@@ -37,6 +37,9 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     for name, number in found.get("logger_ids", {}).items():
         if not isinstance(number, str):
             raise _wrong(path, f"logger_ids.{name}", number, "a text")
+    for name, number in found.get("plugins", {}).items():
+        if not isinstance(number, str):
+            raise _wrong(path, f"plugins.{name}", number, "a text")
     listed = found.get("sources", [])
     if not isinstance(listed, list) or not all(_is_source(entry) for entry in listed):
         raise _wrong(path, "sources", listed, "a list of [name, path, weight]")

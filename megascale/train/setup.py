@@ -26,6 +26,7 @@ from megascale.formats.load import fill
 from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import peak_flops
 from megascale.parallel.model import ParallelModel
+from megascale.plugins import versions
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
 from megascale.train.device import choose_device
 from megascale.train.engines.engine import Engine
@@ -37,12 +38,14 @@ from megascale.train.log.console import Console
 from megascale.train.log.module_metrics import MetricsOverRanks
 from megascale.train.log.reporter import Reporter
 from megascale.train.log.run_log import RunLog
+from megascale.train.log.step_metrics import step_metrics
 from megascale.train.phases import FROM_FILES, Given, Phase, run_phases
 from megascale.train.start.alike import check_data
 from megascale.train.start.changes import Prints, sources_of
 from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run
 from megascale.train.start.resume import RunStart, check_coefficients, find_start, is_own, model_changes
 from megascale.train.start.room import room_for
+from megascale.train.start.rows import check_rows
 from megascale.train.state import Progress, check_finite
 from megascale.train.trainer import Trainer
 
@@ -82,6 +85,7 @@ def _built(
 ) -> Iterator[Trainer]:
     config = phase.config
     on_all_ranks(lambda: check_torch(config))
+    on_all_ranks(lambda: check_rows(config))
     device = on_all_ranks(lambda: choose_device(config, ranks))
     on_all_ranks(lambda: check_offload_dir(config))
     on_all_ranks(lambda: check_host_room(config, ranks))
@@ -218,6 +222,7 @@ def build_reporter(
         "fingerprints": prints,
         "layout": describe(config.parallel),
         "torch": torch.__version__,
+        "plugins": versions(),
     }
     return Reporter(
         mesh=mesh,
@@ -230,6 +235,7 @@ def build_reporter(
         log=log,
         console=console,
         provenance=kept,
+        metrics=step_metrics(),
         profile_step=config.run.profile_step,
         profile_path=str(Path(config.run_dir) / f"trace-rank{ranks.rank}.json"),
         last_good=f"{start.folder}" if start.folder is not None else "none",

@@ -20,10 +20,12 @@ from megascale.model.families import build_part
 from megascale.model.shape import shape_of
 from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.learning_rate import schedule_note
+from megascale.plugins import plugins
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.train.estimate.memory import host_bytes, largest_rank
 from megascale.train.phases import phases_of
+from megascale.train.start.rows import check_rows
 
 
 def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
@@ -33,6 +35,8 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
     size, active = report["parameters"], report["parameters_active"]
     of_these = f", {active:,} of them a token" if active < size else ""
     print(f"---\n{report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}: {size:,} parameters{of_these}")
+    for plugin in plugins():
+        print(f"  plugin {plugin}: {plugin.names}")
     largest = report["bytes_per_rank"]
     for kind in ("parameters", "gradients", "optimizer"):
         print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
@@ -78,6 +82,7 @@ def report_of(config: Config, ranks: int) -> tuple[Config, dict[str, Any]]:
     if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
         config = resolve_vocabulary(config)
     config = check(config, ranks)
+    check_rows(config)
     report = describe_run(config, ranks)
     if config.grow:
         report["growths"] = describe_growths(config, ranks)
@@ -111,6 +116,7 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
             **({} if timeline is None else {"pipeline": pipeline_facts(config, timeline)}),
             **dsp_facts(config),
         },
+        **({"plugins": {str(p): {kind: list(rows) for kind, rows in p.rows.items()} for p in plugins()}} if plugins() else {}),
         "config": config.plain(),
     }
 

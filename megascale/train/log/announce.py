@@ -16,6 +16,7 @@ from megascale.config.support import padding_note
 from megascale.data.vocabulary import first_facts
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.optim.learning_rate import schedule_note
+from megascale.plugins import plugins, versions
 from megascale.train.log.console import Console
 from megascale.train.log.run_log import RunLog
 from megascale.train.start.branch import Note
@@ -45,6 +46,7 @@ def announce(
         **facts,
         "torch": torch.__version__,
         "node": node_name(),
+        **({"plugins": versions()} if versions() else {}),
         "unigram_entropy": entropy,
         "began": round(psutil.Process().create_time(), 3),
         **log.past,
@@ -65,6 +67,8 @@ def announce(
     threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
     precision = f"{config.precision.compute}{way}{fp8}"
     console.say(f"{config.run.name}: {many} on {layout} ({facts['device']}), {precision}{threads}, norm kernel {facts['norm_kernel']}")
+    for plugin in plugins():
+        console.say(f"plugin {plugin}: {plugin.names}")
     if entropy is not None:
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
     if start.folder is not None:

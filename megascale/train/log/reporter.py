@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from megascale.precision.watch import warnings as cast_warnings
 from megascale.train.log.console import Console
 from megascale.train.log.module_metrics import MetricSource, MetricsOverRanks
 from megascale.train.log.run_log import RunLog
+from megascale.train.log.step_metrics import LoggedStep, StepMetric, metrics_of
 from megascale.train.state import Progress
 
 
@@ -123,6 +124,7 @@ class Reporter:
     log: RunLog | None
     console: Console | None
     provenance: dict[str, Any]  # what every checkpoint records beside the progress
+    metrics: Mapping[str, StepMetric]  # of a row
     profile_step: int | None = None
     profile_path: str = ""
     last_good: str = "none"
@@ -196,26 +198,29 @@ class Reporter:
         seen = self.observed.row(result.seen, self.device, result.sampled)
         if self.log is None or self.console is None:
             return
-        rate = since.steps * self.cfg.global_batch_size * self.cfg.seq_len / max(since.seconds, 1e-9)
-        mfu = None if self.peak is None else rate * self.flops_per_token / (self.peak * self.mesh.size)
-        row: dict[str, Any] = {
-            "step": result.step,
-            "time": round(time.time(), 3),
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
-            "tokens": result.tokens,
-            "tokens_per_second": rate,
-            "step_seconds": result.clock.seconds(),
-            "data_seconds": waited / since.steps,
-            "mfu": mfu,
-            "memory_bytes": memory_bytes(self.device),
-            "sent_bytes": sent,
-            **seen,
-        }
-        if result.valid_loss is not None:
-            row["valid_loss"] = result.valid_loss
-            row["valid_seconds"] = result.valid_seconds
+        step = LoggedStep(
+            result.step,
+            result.loss,
+            result.grad_norm,
+            result.lr,
+            result.tokens,
+            result.clock.seconds(),
+            since.steps,
+            since.seconds,
+            waited,
+            sent,
+            memory_bytes(self.device),
+            self.mesh.size,
+            self.cfg,
+            self.flops_per_token,
+            self.peak,
+            result.valid_loss,
+            result.valid_seconds,
+        )
+        own, wrong = metrics_of(step, self.metrics)
+        row = {**{k: v for k, v in own.items() if not self.metrics[k].evaluated}, **seen, **own}
+        for name, why in wrong.items():
+            self.warn_once(f"metric {name}", f"the metric {name} is null from step {step.step} on, and training goes on: {why}")
         self.log.metrics(row)
         self.console.step(row)
         for kind, sentence in (cast_warnings(seen["fp8"]) if "fp8" in seen else {}).items():

@@ -13,6 +13,7 @@ from megascale.config.load import flatten
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.schema import Config
 from megascale.data.vocabulary import end_token, translates
+from megascale.plugins import versions
 from megascale.train.start.changes import Prints, sources_of
 
 # What nodes may have of their own. Where data lie may differ, too: what they are is compared.
@@ -27,8 +28,9 @@ def check_config(config: Config) -> None:
 def shared_values(config: Config) -> dict[str, Any]:
     """{key: value} of what must be the same on every rank."""
     flat = {k: v for k, v in flatten(config.plain()).items() if k not in OF_A_NODE}
+    plugins = {f"plugin {name}": number for name, number in versions().items()}
     mixture = [[name, weight] for name, _, weight in sources_of(config)]
-    return {**flat, "data.train": mixture, "torch": torch.__version__, "megascale": own_version()}
+    return {**flat, "data.train": mixture, "torch": torch.__version__, "megascale": own_version(), **plugins}
 
 
 def own_version() -> str:

@@ -17,6 +17,7 @@ from megascale.data.fingerprint import Print
 from megascale.data.moved import moved, sentence
 from megascale.errors import UsageError
 from megascale.optim.learning_rate import learning_rate
+from megascale.plugins import versions
 from megascale.train.start.branch import Note
 
 # No identity of a run, since what was learned stays what it is; but the curve goes on otherwise than it would have.
@@ -107,6 +108,23 @@ def told(changes: Mapping[str, tuple[Any, Any]], rates: Rates | None) -> list[No
         if rates.differs > rates.step:
             lr += f", and it differs from step {rates.differs} on"
     return [Note(f"the curve goes on otherwise than it would have: {keys}{lr}")]
+
+
+def plugins_note(saved: Mapping[str, Any]) -> list[Note]:
+    """What has been installed or taken away since the checkpoint. `saved`: trainer.json, whose older versions know no plugins."""
+    then, now = saved.get("plugins"), versions()
+    if then is None or then == now:
+        return []
+    gone = [
+        f"{name} {number}, which is not installed here (pip install it to have its rows again)"
+        for name, number in then.items()
+        if name not in now
+    ]
+    other = [f"{name} {number}, which is {now[name]} here" for name, number in then.items() if now.get(name, number) != number]
+    fresh = [f"not yet with {name} {number}" for name, number in now.items() if name not in then]
+    return [
+        Note(f"the checkpoint was written with other plugins: {'; '.join((*gone, *other, *fresh))}", "plugins", {"then": then, "now": now})
+    ]
 
 
 def sources_of(config: Config) -> list[list[Any]]:

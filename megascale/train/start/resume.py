@@ -24,7 +24,18 @@ from megascale.formats.sources import Foreign
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.model import ParallelModel
 from megascale.train.start.branch import Note
-from megascale.train.start.changes import Changes, Prints, Rates, changes_since, content_changes, curve_changes, moved_data, rates_at, told
+from megascale.train.start.changes import (
+    Changes,
+    Prints,
+    Rates,
+    changes_since,
+    content_changes,
+    curve_changes,
+    moved_data,
+    plugins_note,
+    rates_at,
+    told,
+)
 
 ORDER = ("run.seed", "train.seq_len")  # beside the data itself, what sample numbers mean
 
@@ -85,7 +96,9 @@ def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prin
     left_out = [
         Note(f"{s.folder.name} is left out: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
     ]
-    return RunStart(folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *told(changes, rates)))
+    return RunStart(
+        folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *plugins_note(saved), *told(changes, rates))
+    )
 
 
 def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:

@@ -1,0 +1,105 @@
+"""The numbers of a step, one row for each: a name in metrics.jsonl, and a function of what the first rank knows of a logged step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megascale.config.schema import Train
+from megascale.plugins import resolve, with_plugins
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What the host knows of a step, and of the steps since the one that was logged before it.
+
+    loss, grad_norm  NaN where they are not finite
+    steps, seconds   since the row before: their number, and their time without evaluation and saving
+    waited           seconds of waiting for data in that time, and `sent` bytes by axis in this step; the largest of all ranks
+    flops_per_token  of training
+    peak             FLOP/s of one rank, where known
+    valid_loss       by set, where the step ends with an evaluation
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    step_seconds: float
+    steps: int
+    seconds: float
+    waited: float
+    sent: Mapping[str, int]
+    memory_bytes: int
+    ranks: int
+    cfg: Train
+    flops_per_token: float
+    peak: float | None = None
+    valid_loss: Mapping[str, float] | None = None
+    valid_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """From step to step."""
+        return self.steps * self.cfg.global_batch_size * self.cfg.seq_len / max(self.seconds, 1e-9)
+
+    @property
+    def mfu(self) -> float | None:
+        return None if self.peak is None else self.tokens_per_second * self.flops_per_token / (self.peak * self.ranks)
+
+
+ReadMetric = Callable[[LoggedStep], Any]
+
+
+@dataclass(frozen=True)
+class StepMetric:
+    """`read` may be "module:function". `evaluated`: only steps with an evaluation have it."""
+
+    read: str | ReadMetric
+    evaluated: bool = False
+
+
+STEP_METRICS: dict[str, StepMetric] = {
+    "step": StepMetric(lambda s: s.step),
+    "time": StepMetric(lambda s: round(time.time(), 3)),
+    "loss": StepMetric(lambda s: s.loss),
+    "grad_norm": StepMetric(lambda s: s.grad_norm),
+    "lr": StepMetric(lambda s: s.lr),
+    "tokens": StepMetric(lambda s: s.tokens),
+    "tokens_per_second": StepMetric(lambda s: s.tokens_per_second),
+    "step_seconds": StepMetric(lambda s: s.step_seconds),
+    "data_seconds": StepMetric(lambda s: s.waited / s.steps),
+    "mfu": StepMetric(lambda s: s.mfu),
+    "memory_bytes": StepMetric(lambda s: s.memory_bytes),
+    "sent_bytes": StepMetric(lambda s: dict(s.sent)),
+    "valid_loss": StepMetric(lambda s: s.valid_loss, evaluated=True),
+    "valid_seconds": StepMetric(lambda s: s.valid_seconds, evaluated=True),
+}
+
+
+def step_metrics() -> dict[str, StepMetric]:
+    """By name, in the order of a row's keys. Raises UsageError for one that a plugin names and that cannot be imported."""
+    found = with_plugins("metrics", STEP_METRICS, StepMetric)
+    return {name: StepMetric(resolve(m.read, f"the metric {name}"), m.evaluated) for name, m in found.items()}
+
+
+def metrics_of(step: LoggedStep, metrics: Mapping[str, StepMetric]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A step's row, and {name: error} of metrics of plugins that went wrong: these are null, since a log never ends a run."""
+    row: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for name, metric in metrics.items():
+        if metric.evaluated and step.valid_loss is None:
+            continue
+        assert not isinstance(metric.read, str)  # step_metrics
+        if name in STEP_METRICS:
+            row[name] = metric.read(step)
+            continue
+        try:
+            value = metric.read(step)
+            row[name] = None if value is None else float(value)
+        except Exception as error:
+            row[name], wrong[name] = None, f"{type(error).__name__}: {error}"
+    return row, wrong

@@ -1,0 +1,14 @@
+"""What the rows of a run name can be imported: seen before anything is built or written."""
+
+from __future__ import annotations
+
+from megascale.config.optimizers import optimizers
+from megascale.config.schema import Config
+from megascale.plugins import resolve
+from megascale.train.log.step_metrics import step_metrics
+
+
+def check_rows(config: Config) -> None:
+    """Raises UsageError naming the row of a plugin and what it needs."""
+    resolve(optimizers()[config.optim.name].build, f"the optimizer {config.optim.name}")
+    step_metrics()
