@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megascale.data.unpack import PACKED, UNREADABLE, Input, packing_of
+from megascale.errors import UsageError
+from megascale.plugins import with_plugins
 
 HEAD = 8192  # bytes that are judged
 LONGEST_FIRST = 1 << 20  # bytes of a first line that is tried as JSON under any ending
@@ -32,10 +35,46 @@ UNICODE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "U
 
 
 @dataclass(frozen=True)
-class Form:
-    """`packing` as in unpack.py. `why`: for another kind, what the file is and what to do. `unusual`: JSON lines under another ending."""
+class Reader:
+    """How files of a kind are read.
 
-    kind: Literal["text", "json", "parquet", "other"]
+    read     `readers.Reading` → its documents as TextBlocks, or "module:function"
+    endings  of such files, in lower case, in front of that of their packing (.wet of a.wet.gz)
+    enters   reading may begin in the middle of a file that is not packed
+    """
+
+    read: str | Callable[..., Any]
+    endings: tuple[str, ...] = ()
+    enters: bool = False
+
+
+READERS: dict[str, Reader] = {
+    "text": Reader("megascale.data.readers:plain_text", enters=True),  # whatever has no ending of its own
+    "json": Reader("megascale.data.readers:json_documents", JSON_LINES, enters=True),
+    "parquet": Reader("megascale.data.readers:parquet_documents", PARQUET, enters=True),
+}
+
+
+def readers() -> Mapping[str, Reader]:
+    """By kind. Raises UsageError where a plugin's row claims an ending that others read."""
+    found = with_plugins("readers", READERS, Reader)
+    claimed: dict[str, str] = dict.fromkeys((".json", *PACKED), "megascale")
+    for kind, reader in found.items():
+        for ending in reader.endings:
+            if ending in claimed or not ending.startswith(".") or ending != ending.lower():
+                why = f"which {claimed[ending]} reads" if ending in claimed else "and one such as .wet is needed, in lower case"
+                raise UsageError(
+                    f"the reader {kind} of a plugin claims the ending {ending}, {why}: give it another, or uninstall the plugin"
+                )
+            claimed[ending] = kind
+    return found
+
+
+@dataclass(frozen=True)
+class Form:
+    """`packing` as in unpack.py. `why`: of the kind other, what it is and what to do. `unusual`: JSON lines under another ending."""
+
+    kind: str  # of `readers()`, or other
     packing: str = ""
     why: str = ""
     unusual: bool = False
@@ -61,6 +100,9 @@ def form_of(path: Path, keys: tuple[str, ...]) -> Form:
         begin, head = head, _unpacked(path, packing)
         if begin and not head and packing_of(begin) != packing:
             return Form("other", packing, mistaken)
+    for kind, reader in readers().items():
+        if kind not in READERS and name.endswith(reader.endings):
+            return Form(kind, packing)
     ending = next((e for e in (*JSON_LINES, ".json", *PARQUET, *TABLES, *TAR) if name.endswith(e)), "")
     why = _other(head, ending, packing)
     if why:

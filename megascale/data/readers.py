@@ -1,4 +1,4 @@
-"""Files of text → documents, streamed: text, JSON lines and Parquet, plain or packed (forms.py says what a file is).
+"""Files of text → documents, streamed: text, JSON lines and Parquet, plain or packed (forms.py says what a file is and has their rows).
 
 One document is a text file, a JSON line or a Parquet row. A text file may be of any size; a JSON line and a Parquet value have a longest.
 One rule for all of them: documents that are null or have no character are left out, a byte-order mark at a document's beginning is dropped,
@@ -8,15 +8,16 @@ bytes that are not UTF-8 become U+FFFD; nulls, marks and damage are counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megascale.data.forms import Form, find_key, form_of
+from megascale.data.forms import Form, find_key, form_of, readers
 from megascale.data.parquet import read_values
 from megascale.data.unpack import UNREADABLE, Input, why_unreadable
-from megascale.errors import UsageError
+from megascale.errors import MegascaleError, UsageError
+from megascale.plugins import resolve
 
 BLOCK_BYTES = 1 << 18  # long text files travel in blocks of about this size, cut after a line; larger ones are encoded slower
 LONGEST = 64 << 20  # bytes of a JSON line or a Parquet value, unless asked otherwise: ten times as much memory is taken while it is read
@@ -61,52 +62,102 @@ class Tally:
         return text[len(MARK) :]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A file to be read, and how.
+
+    packing  as in unpack.py: `Input(path, packing)` unpacks it
+    start    for a kind that can be entered, the byte after which to begin, at the next line or from the row group that lies there
+    size     bytes of a block of a text file, about
+    longest  bytes of a JSON line or a Parquet value
+    tally    what was not taken as it stands
+    """
+
+    path: Path
+    packing: str
+    text_key: str
+    start: int
+    size: int
+    longest: int
+    tally: Tally
+
+
 def can_enter(path: Path) -> bool:
     """Whether reading may begin in the middle; packed files have to be read from the front."""
     try:
-        return not form_of(path, ()).packing
+        form = form_of(path, ())
     except OSError:
         return False
+    return not form.packing and (form.kind == "other" or readers()[form.kind].enters)
 
 
 def read_blocks(
     path: Path, text_key: str, start: int = 0, size: int = BLOCK_BYTES, longest: int = LONGEST, tally: Tally | None = None
 ) -> Iterator[TextBlock]:
-    """The documents of one file in order, long ones in blocks: of text files about `size` bytes.
+    """The documents of one file in order, long ones in blocks: of text files about `size` bytes. The rest is as in `Reading`.
 
-    `start`: for a file that can be entered, the byte after which to begin, at the next line or from the row group that lies there.
-    `longest`: bytes of a JSON line or a Parquet value. Raises UsageError naming file and line for input that is not what it seems to be.
+    Raises UsageError naming file and line for input that is not what it seems to be.
     """
-    form, tally = Form("text"), tally or Tally()
+    form = Form("text")
     try:
         form = form_of(path, (text_key,))
         if form.kind == "other":
             raise UsageError(f"{path} {form.why}")
-        if form.kind == "parquet":
-            for block in _rows(path, text_key, start, longest, tally):
-                yield from _in_blocks(block)
-        elif form.kind == "json":
-            for block in json_lines(path, form.packing, text_key, start, longest, tally):
-                yield from _in_blocks(block)
-        else:
-            yield from _plain(path, form.packing, start, size, tally)
+        read = resolve(readers()[form.kind].read, f"the reader {form.kind}")
+        yield from read(Reading(path, form.packing, text_key, start, size, longest, tally or Tally()))
     except UNREADABLE as error:
         raise UsageError(f"{path} cannot be read: {why_unreadable(path, form.packing, error)}") from None
 
 
-def _plain(path: Path, packing: str, start: int, size: int, tally: Tally) -> Iterator[TextBlock]:
-    with Input(path, packing, start) as source:
-        data = source.bytes.read(size)
-        first = start == 0
+def documents(reading: Reading, texts: Callable[[IO[bytes], str], Iterable[str | None]]) -> Iterator[TextBlock]:
+    """What a reader of another package yields: `texts` makes the documents of an unpacked file and a key for the text. The rules for nulls,
+    marks and characters are those of all readers.
+
+    Raises UsageError naming the file where `texts` fails.
+    """
+    with Input(reading.path, reading.packing) as source:
+        found = iter(texts(source.bytes, reading.text_key))
+        while True:
+            try:
+                text = next(found)
+            except StopIteration:
+                return
+            except (MegascaleError, *UNREADABLE):
+                raise
+            except Exception as error:
+                raise UsageError(f"{reading.path} cannot be read: its reader says {type(error).__name__}: {error}") from None
+            if text is None:
+                reading.tally.nulls += 1
+            whole = reading.tally.unmarked(text or "")
+            if whole:
+                valid = _without_surrogates(whole)
+                yield from _in_blocks(TextBlock(reading.path, valid, True, source.taken(), valid is not whole))
+
+
+def json_documents(reading: Reading) -> Iterator[TextBlock]:
+    for block in json_lines(reading.path, reading.packing, reading.text_key, reading.start, reading.longest, reading.tally):
+        yield from _in_blocks(block)
+
+
+def parquet_documents(reading: Reading) -> Iterator[TextBlock]:
+    for block in _rows(reading.path, reading.text_key, reading.start, reading.longest, reading.tally):
+        yield from _in_blocks(block)
+
+
+def plain_text(reading: Reading) -> Iterator[TextBlock]:
+    """A text file is one document."""
+    with Input(reading.path, reading.packing, reading.start) as source:
+        data = source.bytes.read(reading.size)
+        first = reading.start == 0
         while data:
-            after = source.bytes.read(size)
+            after = source.bytes.read(reading.size)
             end = _cut(data) if after else len(data)
             text, damaged = decode(data[:end])
             data = data[end:] + after
             if first:
-                text, first = tally.unmarked(text), False
+                text, first = reading.tally.unmarked(text), False
             if text or data:
-                yield TextBlock(path, text, not data, source.taken(), damaged)
+                yield TextBlock(reading.path, text, not data, source.taken(), damaged)
 
 
 def _cut(data: bytes) -> int:

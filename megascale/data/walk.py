@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
-from megascale.data.forms import Form, form_of
+from megascale.data.forms import Form, form_of, readers
 from megascale.errors import UsageError
 
 OUTPUTS = (".json", ".model", ".tokenizer.json", ".bin", ".idx")  # endings of what a preparation writes
@@ -33,7 +33,7 @@ class Chosen:
         unusual = [path for path, form in self.forms.items() if form.unusual]
         if unusual:
             said.append(f"{len(unusual)} files are read as JSON lines by what is in them, such as {unusual[0]}")
-        kinds = {kind: [p for p, f in self.forms.items() if f.kind == kind] for kind in ("text", "json", "parquet")}
+        kinds = {kind: [p for p, f in self.forms.items() if f.kind == kind] for kind in readers()}
         mixed = [f"{len(paths)} of {kind} ({paths[0].name} …)" for kind, paths in kinds.items() if paths]
         if len(mixed) > 1:
             said.append(f"the files are of several kinds, all of which are taken: {', '.join(mixed)}; --pattern takes one")
