@@ -25,7 +25,7 @@ def read_pairs(
         forms = {path: form_of(path, keys) for path in inputs}
         for path, form in forms.items():
             if form.kind not in ("text", "json"):
-                raise UsageError(f"{path} {form.why or 'is Parquet, and pairs are read from text or JSON lines'}")
+                raise UsageError(f"{path} {form.why or f'is of the kind {form.kind}, and pairs are read from text or JSON lines'}")
         as_json = [path for path, form in forms.items() if form.kind == "json"]
         if as_json and len(as_json) < len(inputs):
             raise UsageError(f"{as_json[0]} is JSONL and {next(p for p in inputs if p not in as_json)} is not: give one kind")
