@@ -20,6 +20,7 @@ from megascale.errors import TrainingError, UsageError
 from megascale.expand.produce import GrownTensors
 from megascale.expand.source import GrowthSource
 from megascale.files import write_durably
+from megascale.sizes import byte_words
 
 CONFIG = "config.yaml"
 
@@ -58,7 +59,7 @@ def check_target(target: Path, opened: GrowthSource, made: GrownTensors) -> Path
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in target.glob(".tmp-*/*") if f.is_file())
     if written is None and free < made.nbytes:
         raise UsageError(
-            f"{target} needs {made.nbytes / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make room, or name another disk"
+            f"{target} needs {byte_words(made.nbytes)} and its disk has {byte_words(free)} free: make room, or name another disk"
         )
     return written
 

@@ -20,6 +20,7 @@ from megascale.model.decoder import Decoder
 from megascale.model.position import alibi_slopes
 from megascale.model.relative import bias_by_distance
 from megascale.parallel.model import ParallelModel
+from megascale.sizes import byte_words
 
 SEEDS = range(-(1 << 63), 1 << 64)  # that torch's generators take
 
@@ -97,7 +98,7 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
     free = free_memory(device)
     if needed > free:
         raise UsageError(
-            f"keys and values of {batch} prompts of {length} tokens and {most} new ones take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            f"keys and values of {batch} prompts of {length} tokens and {most} new ones take {byte_words(needed)} and {byte_words(free)} "
             "are free: lower --max-new-tokens, give fewer or shorter prompts, or more ranks"
         )
 

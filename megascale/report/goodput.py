@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 
 from megascale.report.canvas import COLOURS, GREY, new_figure, style
 from megascale.report.read import RunData, as_number
-from megascale.report.words import duration
 from megascale.rows import Row, as_time
+from megascale.sizes import duration
 
 # What each second is counted as, in the order of drawing, with its colour.
 KINDS = {

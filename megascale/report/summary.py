@@ -10,8 +10,8 @@ import numpy as np
 from megascale.report.goodput import attempts, goodput
 from megascale.report.read import RunData, as_number
 from megascale.report.series import gap, layouts
-from megascale.report.words import count, duration, fixed, scientific
-from megascale.sizes import NONE, byte_words
+from megascale.report.words import count, fixed, scientific
+from megascale.sizes import NONE, byte_words, duration
 
 Facts = dict[str, str]
 

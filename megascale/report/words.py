@@ -42,19 +42,6 @@ def fixed(value: float, digits: int, unit: str = "") -> str:
     return f"{value:,.{digits}f}{unit}" if math.isfinite(value) else NONE
 
 
-def duration(seconds: float) -> str:
-    """Seconds as the two units that matter: "3 min 56 s", "2 d 3 h"."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return NONE
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    whole = round(seconds)
-    for size, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // below} {smaller}"
-    return NONE
-
-
 def plain(value: Any) -> str:
     """A value of a config or an event: words bare, everything else as JSON writes it."""
     if isinstance(value, str):

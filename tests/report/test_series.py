@@ -12,8 +12,8 @@ import pytest
 from megascale.report.read import Row
 from megascale.report.series import gap, layouts, markers, segments, smooth, thin
 from megascale.report.summary import ending, headline, step_seconds, verdict, wall_seconds
-from megascale.report.words import duration, layout_words, scientific
-from megascale.sizes import byte_words
+from megascale.report.words import layout_words, scientific
+from megascale.sizes import byte_words, count_words, duration, model_words, work_words
 from tests.report.runs import curve, event, make_run, metric, start, steps
 
 
@@ -103,6 +103,11 @@ def test_numbers_in_words() -> None:
     assert [scientific(x) for x in (7.2e-7, 0.0, 1.5, 3e9, math.nan)] == ["7.2×10⁻⁷", "0", "1.5", "3.0×10⁹", "–"]
     assert scientific(1e-6, 0) == "10⁻⁶"
     assert [byte_words(x) for x in (0, 999, 37_309_440, 2.5e9, 8e13)] == ["0 B", "999 B", "37.3 MB", "2.50 GB", "80.0 TB"]
+    assert [byte_words(x) for x in (999_949, 999_950, 9_996_000, math.inf)] == ["999.9 kB", "1.00 MB", "10.0 MB", "–"]
+    assert [count_words(x) for x in (9_999, 984_192, 999_960, 46_702_792_704)] == ["9,999", "984.2K", "1.0M", "46.7B"]
+    assert model_words(46_702_792_704, 12_879_925_248) == "46.7B parameters, 12.9B active per token"
+    assert model_words(1_104_000, 1_104_000) == "1.1M parameters"
+    assert [work_words(x) for x in (12, 3.063e10, 3.479e17, 2e22)] == ["12 FLOP", "30.6 GFLOP", "347.9 PFLOP", "20,000.0 EFLOP"]
     assert [duration(x) for x in (0.25, 59.4, 236, 7384, 200_000, math.nan)] == [
         "0.25 s",
         "59.4 s",

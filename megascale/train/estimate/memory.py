@@ -25,8 +25,7 @@ from megascale.parallel.recompute import group_size
 from megascale.parallel.tensor import Placement
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
-
-GB = 1e9
+from megascale.sizes import byte_words
 
 
 def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
@@ -161,7 +160,7 @@ def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) 
     if total > free:
         raise UsageError(
             f"parallel.offload is {', '.join(config.parallel.offload)}: the {ranks.local_size} ranks of {node_name()} would keep "
-            f"{total / GB:.2f} GB there (state {need['state'] / GB:.2f}, block inputs {need['inputs'] / GB:.2f} a rank) and "
-            f"{free / GB:.2f} GB are free; offload less, cut the state over more dp_shard ranks, or let fewer micro-batches go together "
+            f"{byte_words(total)} there (per rank {byte_words(need['state'])} of state, {byte_words(need['inputs'])} of block inputs) and "
+            f"{byte_words(free)} are free; offload less, cut the state over more dp_shard ranks, or let fewer micro-batches go together "
             "(parallel.breadth_first)"
         )

@@ -15,8 +15,12 @@ from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_limit
+from megascale.sizes import byte_words
 from megascale.train.device import choose_device
-from megascale.train.estimate.memory import GB, needed
+from megascale.train.estimate.memory import needed
+
+ROOM = 0.9  # share of a device that an estimate may fill: it counts no logits, no gathered weights, nothing of the allocator's own
+SPREAD = (2, 4, 8, 16, 32, 64)  # times the ranks
 
 
 def limit_of(device: torch.device, ranks: RankInfo) -> float:
@@ -40,21 +44,26 @@ def what_fits(config: Config, device: torch.device, ranks: RankInfo) -> str:
     limit = limit_of(device, ranks)
     config = check(resolve_vocabulary(config), ranks.size)
     state, live = needed(config, ranks.size)
-    text = (
-        f"this rank has {limit / GB:.2f} GB on {node_name()}; weights, gradients and optimizer take {state / GB:.2f} GB and the "
-        f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {live / GB:.2f} GB"
+    return (
+        f"this rank has {byte_words(limit)} on {node_name()}; weights, gradients and optimizer take {byte_words(state)} and the "
+        f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {byte_words(live)}; "
+        f"{advice(config, ranks.size, limit)}"
     )
-    groups = ([f"{words} ({need / GB:.2f} GB)" for words, need in group if need < 0.9 * limit] for group in options(config, ranks.size))
+
+
+def advice(config: Config, ranks: int, limit: float) -> str:
+    """The mildest change of each kind after which a checked config would fit into `limit` bytes per rank."""
+    groups = ([f"{words} ({byte_words(need)})" for words, need in group if need < ROOM * limit] for group in options(config, ranks))
     *cheap, spread = [fitting[:1] for fitting in groups]
     found = [words for fitting in cheap for words in fitting] or spread
     if found:
-        return f"{text}; by this estimate would fit: {', or '.join(found)}"
-    return f"{text}; no micro-batch, recomputation or up to 64 times the ranks would fit: choose a smaller model.hidden_size or num_layers"
+        return f"by this estimate would fit: {', or '.join(found)}"
+    return "no micro-batch, recomputation or up to 64 times the ranks would fit: choose a smaller model.hidden_size or num_layers"
 
 
 def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
     """Changes of one kind a list, from mild to strong, each with the bytes that the fullest rank would need: smaller micro-batches,
-    recomputation, both, more shards beside both.
+    recomputation, both, more shards alone and beside both.
     """
     train, p = config.train, config.parallel
     batches: list[tuple[str, Train]] = []
@@ -64,19 +73,18 @@ def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
     recomputed = [(f"parallel.recompute={mode}", p.model_copy(update={"recompute": mode})) for mode in modes]
     shards = axis_sizes(p, ranks)["dp_shard"]
     small, least = (batches or [("", train)])[-1], (recomputed or [("", p)])[-1]
+    more = [(f"parallel.dp_shard={shards * n} on {ranks * n} ranks with as much memory", shards * n, ranks * n) for n in SPREAD]
+    strongest = [option for option in (small, least) if option[0]]
     spread = [
-        (
-            " ".join(w for w in (small[0], least[0], f"parallel.dp_shard={shards * n} on {ranks * n} ranks") if w),
-            least[1].model_copy(update={"dp_shard": shards * n}),
-            ranks * n,
-        )
-        for n in (2, 4, 8, 16, 32, 64)
+        (" ".join([*(name for name, _ in beside), words]), t, q.model_copy(update={"dp_shard": shards}), n)
+        for words, shards, n in more
+        for beside, t, q in (([], train, p), (strongest, small[1], least[1]))
     ]
     return [
         [option for words, t in batches for option in _option(words, config, t, p, ranks)],
         [option for words, q in recomputed for option in _option(words, config, train, q, ranks)],
         [option for w, t in batches for v, q in recomputed for option in _option(f"{w} {v}", config, t, q, ranks)],
-        [option for words, q, n in spread for option in _option(words, config, small[1], q, n)],
+        [option for words, t, q, n in spread for option in _option(words, config, t, q, n)],
     ]
 
 

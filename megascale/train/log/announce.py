@@ -17,6 +17,7 @@ from megascale.data.vocabulary import first_facts
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.optim.learning_rate import schedule_note
 from megascale.plugins import plugins, versions
+from megascale.sizes import model_words
 from megascale.train.log.console import Console
 from megascale.train.log.run_log import RunLog
 from megascale.train.start.branch import Note
@@ -61,12 +62,12 @@ def announce(
         if note.event:
             log.event(note.event, progress.step, message=note.sentence, **note.details)
     size, active = facts["parameters"], facts["parameters_active"]
-    many = f"{size / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M of them a token," if active < size else "")
+    model = model_words(size, active) + ("," if active < size else "")
     fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
     way = " (products in fp32: this CPU has no bf16 instructions)" if facts.get("products") == "fp32" else ""
     threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
     precision = f"{config.precision.compute}{way}{fp8}"
-    console.say(f"{config.run.name}: {many} on {layout} ({facts['device']}), {precision}{threads}, norm kernel {facts['norm_kernel']}")
+    console.say(f"{config.run.name}: {model} on {layout} ({facts['device']}), {precision}{threads}, norm kernel {facts['norm_kernel']}")
     for plugin in plugins():
         console.say(f"plugin {plugin}: {plugin.names}")
     if entropy is not None:
