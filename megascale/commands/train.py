@@ -38,6 +38,8 @@ class DryRun:
     ranks: int | None = None
     json: str | None = None
     draw: str | None = None
+    show_config: bool = False
+    device_memory: float | None = None  # GB
 
 
 @app.command(
@@ -51,17 +53,26 @@ def main(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")],  # a str, so that rank 0 alone tells what is wrong with it
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved config and the exact bytes per rank, allocate nothing")
+        bool, typer.Option("--dry-run", help="say whether the run fits, and the exact bytes per rank and the schedule; allocate nothing")
     ] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="with --dry-run: as if started on this many ranks")] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: write the same as JSON")] = None,
     draw: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")] = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="with --dry-run: print every key of the resolved config, too")] = False,
+    device_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="with --dry-run: as if each device had this much memory")
+    ] = None,
 ) -> None:
     """Trains until the config's last step. Run the same command again to resume."""
-    if not dry_run and (ranks is not None or json or draw):
-        raise UsageError("--ranks, --json and --draw describe a run that does not take place: add --dry-run, or leave them out")
+    if not dry_run and (ranks is not None or json or draw or show_config or device_memory is not None):
+        raise UsageError(
+            "--ranks, --json, --draw, --show-config and --device-memory describe a run that does not take place: add --dry-run, or leave "
+            "them out"
+        )
+    if device_memory is not None and not 0 < device_memory < 1e9:
+        raise UsageError(f"--device-memory is {device_memory}: give the memory of a device in GB, such as 80")
     try:
-        code = run(config, overrides or [], DryRun(ranks, json, draw) if dry_run else None)
+        code = run(config, overrides or [], DryRun(ranks, json, draw, show_config, device_memory) if dry_run else None)
     except Exception:  # a bug; what else there is, `run` has told
         traceback.print_exc()
         code = 1
@@ -81,7 +92,8 @@ def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
             if dry is not None:
                 from megascale.train.estimate.dry_run import dry_run
 
-                dry_run(asked, dry.ranks or ranks.size, dry.json, dry.draw)
+                memory = None if dry.device_memory is None else dry.device_memory * 1e9
+                dry_run(asked, dry.ranks or ranks.size, dry.json, dry.draw, dry.show_config, memory)
                 return 0
             config = asked
             stop.loud = ranks.rank == 0

@@ -308,7 +308,7 @@ def _suggest(key: str) -> str:
     if not near:
         by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
         near = [by_last[m] for m in difflib.get_close_matches(last, list(by_last), 1, 0.6)]
-    return f"; did you mean {near[0]}?" if near else "; `--dry-run` prints every key"
+    return f"; did you mean {near[0]}?" if near else "; `--dry-run --show-config` prints every key"
 
 
 def _sentence(error: Any) -> str:

@@ -55,7 +55,7 @@ def config(*overrides: str) -> Config:
         ("model.num_layers:3", "did you mean model.num_layers?"),
         ("model.moe={num_experts:8}", "in YAML a space follows the colon: {num_experts: 8}"),
         ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
-        ("parallel.zzzzzzzz=2", "`--dry-run` prints every key"),
+        ("parallel.zzzzzzzz=2", "`--dry-run --show-config` prints every key"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:

@@ -14,6 +14,7 @@ from megascale.config.schema import Optim
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.optim.learning_rate import begun_again, learning_rate
+from megascale.sizes import count_words
 from megascale.train.estimate.dry_run import dry_run
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import Activity
@@ -135,7 +136,7 @@ def test_a_dry_run_says_what_the_run_becomes(tmp_path: Path, capsys: pytest.Capt
     told = json.loads((tmp_path / "dry.json").read_text())
     assert [g["after_step"] for g in told["growths"]] == [3, 6]
     sizes = [told["parameters"], *(g["parameters"] for g in told["growths"])]
-    assert sizes == sorted(set(sizes)) and f"after step 6: 1 process: {sizes[2]:,} parameters" in capsys.readouterr().out
+    assert sizes == sorted(set(sizes)) and f"after step 6: 1 process: {count_words(sizes[2])} parameters" in capsys.readouterr().out
     values["grow"][1] = {"step": 6, "hidden_size": 40}
     with pytest.raises(UsageError, match="growth does not shrink"):
         dry_run(build_config(values), 1, None)

@@ -194,7 +194,7 @@ def test_a_screen_without_the_letters(tmp_path: Path) -> None:
 
     script, after = said("launchers/slurm.py", "configs/llama-1m.yaml", "--nodes", 1, "--gpus-per-node", 0, f"run.dir={out}")
     assert f"run_dir='{out}'".encode() in script and rb"\xe9/r/launch" in after
-    plan, _ = said("pretrain.py", "configs/llama-1m.yaml", "--dry-run", "model.vocab_size=99", f"run.dir={out}")
+    plan, _ = said("pretrain.py", "configs/llama-1m.yaml", "--dry-run", "--show-config", "model.vocab_size=99", f"run.dir={out}")
     assert rb"\xe9/r" in plan
 
 

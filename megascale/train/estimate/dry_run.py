@@ -1,8 +1,9 @@
-"""What a run would be, without allocating anything: the resolved config, exact bytes of the largest rank, and the schedule."""
+"""What a run would be, without allocating anything: whether it fits, exact bytes of the fullest rank, the schedule, the resolved config."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +24,32 @@ from megascale.optim.learning_rate import schedule_note
 from megascale.plugins import plugins
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
+from megascale.sizes import byte_words, count_words, model_words, work_words
 from megascale.train.estimate.memory import host_bytes, largest_rank
-from megascale.train.phases import phases_of
+from megascale.train.estimate.verdict import Verdict, room_of, verdict, verdict_lines
+from megascale.train.phases import Phase, phases_of
 from megascale.train.start.rows import check_rows
 
 
-def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | None = None) -> None:
-    """Prints the report; with `json_file` also writes it, with `picture` draws the pipeline. Raises UsageError as the run would."""
-    config, report = report_of(config, ranks)
-    print(to_yaml(config.plain()), end="")
-    size, active = report["parameters"], report["parameters_active"]
-    of_these = f", {active:,} of them a token" if active < size else ""
-    print(f"---\n{report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}: {size:,} parameters{of_these}")
-    for plugin in plugins():
-        print(f"  plugin {plugin}: {plugin.names}")
-    largest = report["bytes_per_rank"]
-    for kind in ("parameters", "gradients", "optimizer"):
-        print(f"  {kind:<11}{largest[kind]:>18,} bytes on the largest rank")
-    for kind, size in report.get("host_bytes_per_rank", {}).items():
-        where = f"in {config.parallel.offload_dir}" if kind == "state" and config.parallel.offload_dir else "in host memory"
-        print(f"  {kind:<11}{size:>18,} bytes {'of it ' if kind == 'state' else ''}{where}")
-    schedule = report["schedule"]
-    print(
-        f"a step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len} tokens on "
-        f"{schedule['data_ranks']} data ranks, {report['flops_per_step']:.3e} FLOPs; {config.train.total_steps} steps"
-    )
-    for growth in report.get("growths", ()):
-        size, work = f"{growth['parameters']:,} parameters", f"{growth['flops_per_step']:.3e} FLOPs a step"
-        print(f"after step {growth['after_step']}: {growth['layout']}: {size}, {work}")
-        print("  " + ", ".join(f"{kind} {size:,} bytes" for kind, size in growth["bytes_per_rank"].items()) + " on the largest rank")
-    for note in (padding_note(config), schedule_note(config.optim, config.train.total_steps)):
-        if note:
-            print(f"note: {note}")
-    if "dsp" in schedule:
-        print(f"dsp: layers as attended:cut dimension, a bar for each switch: {schedule['dsp']}")
+def dry_run(
+    config: Config,
+    ranks: int,
+    json_file: str | None,
+    picture: str | None = None,
+    show_config: bool = False,
+    device_bytes: float | None = None,
+) -> None:
+    """Prints whether the run fits and what it would be; with `json_file` also writes that, with `picture` draws the pipeline, with
+    `show_config` ends with every key. `device_bytes`: memory of a device, where it is not one of this machine. Raises UsageError as the
+    run would.
+    """
+    config, report, found = report_of(config, ranks, device_bytes)
     timeline = pipeline_timeline(config, ranks)
-    if timeline is not None:
-        pipeline = schedule["pipeline"]
-        if config.parallel.accumulation == "layered":
-            print("layered: embedding, every layer and head take all micro-batches in turn")
-        else:
-            print(f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast")
-        if sum(pipeline["gathers"]):
-            print(f"  by rank: weights gathered {pipeline['gathers']} times a step, gradients reduced {pipeline['reductions']} times")
-        for line, live, sends in zip(text_lanes(timeline), timeline.live, timeline.sends):
-            print(f"  {line}  live {live}, sends {sends}")
+    lines = [*verdict_lines(found), *model_lines(config, report), *schedule_lines(config, report["schedule"], timeline)]
+    lines += [f"note: {note}" for note in (padding_note(config), schedule_note(config.optim, config.train.total_steps)) if note]
+    print("\n".join(lines))
+    if show_config:
+        print(f"---\n{to_yaml(config.plain())}", end="")
     if picture:
         draw_pipeline(config, timeline, picture)
     if json_file:
@@ -77,16 +59,70 @@ def dry_run(config: Config, ranks: int, json_file: str | None, picture: str | No
             raise UsageError(f"--json {json_file} cannot be written: {error.strerror}") from None
 
 
-def report_of(config: Config, ranks: int) -> tuple[Config, dict[str, Any]]:
-    """The resolved config, and the report as plain data. Raises UsageError as the run would."""
+def report_of(config: Config, ranks: int, device_bytes: float | None = None) -> tuple[Config, dict[str, Any], Verdict]:
+    """The resolved config, the report as plain data, and whether it fits. Raises UsageError as the run would."""
     if config.model.vocab_size is None or not (config.model.share_embeddings or config.model.source_vocab_size):
         config = resolve_vocabulary(config)
     config = check(config, ranks)
     check_rows(config)
-    report = describe_run(config, ranks)
+    phases = phases_of(config, ranks)
+    found = verdict(phases, ranks, room_of(config, ranks, device_bytes))
+    report = {
+        "fits": found.fits,
+        "needed_bytes": {"state": found.state, "activations_estimated": round(found.activations)},
+        "device_bytes": found.room.limit,
+        **describe_run(config, ranks),
+    }
     if config.grow:
-        report["growths"] = describe_growths(config, ranks)
-    return config, report
+        report["growths"] = describe_growths(phases, ranks)
+    return config, report, found
+
+
+def model_lines(config: Config, report: Mapping[str, Any]) -> list[str]:
+    """What the run is, what a rank stores, and what a step does."""
+    ranks, schedule, p = report["ranks"], report["schedule"], config.parallel
+    lines = [
+        f"model: {model_words(report['parameters'], report['parameters_active'])}",
+        *(f"plugin {plugin}: {plugin.names}" for plugin in plugins()),
+        f"layout: {report['layout']} on {ranks} rank{'s' if ranks > 1 else ''}; the fullest rank stores",
+    ]
+    lines += [f"  {kind:<11}{byte_words(size):>9}  {size:>18,} bytes" for kind, size in report["bytes_per_rank"].items()]
+    for kind, size in report.get("host_bytes_per_rank", {}).items():
+        where = f"in {p.offload_dir}" if kind == "state" and p.offload_dir else "in host memory"
+        lines.append(f"  {kind:<11}{byte_words(size):>9}  {size:>18,} bytes {'of it ' if kind == 'state' else ''}{where}")
+    each = f"each of {schedule['data_ranks']} data ranks" if schedule["data_ranks"] > 1 else "one data rank"
+    tokens, total = schedule["tokens_per_step"], config.train.total_steps
+    lines += [
+        f"step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len:,} tokens on {each}, "
+        f"{count_words(tokens)} tokens, {work_words(report['flops_per_step'])}",
+        f"run: {total:,} steps, {count_words(tokens * total)} tokens",
+    ]
+    for growth in report.get("growths", ()):
+        size = model_words(growth["parameters"], growth["parameters_active"])
+        lines.append(f"after step {growth['after_step']:,}: {growth['layout']}: {size}, {work_words(growth['flops_per_step'])} per step")
+        kept = ", ".join(f"{kind} {byte_words(size)}" for kind, size in growth["bytes_per_rank"].items())
+        lines.append(f"  {kept} on the fullest rank")
+    return lines
+
+
+def schedule_lines(config: Config, schedule: Mapping[str, Any], timeline: Timeline | None) -> list[str]:
+    """How layers and micro-batches follow one another, where they do not simply do so."""
+    lines = []
+    if "dsp" in schedule:
+        lines.append(f"dsp: layers as attended:cut dimension, a bar for each switch: {schedule['dsp']}")
+    if timeline is None:
+        return lines
+    pipeline = schedule["pipeline"]
+    if config.parallel.accumulation == "layered":
+        lines.append("layered: embedding, every layer and head take all micro-batches in turn")
+    else:
+        lines.append(
+            f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast"
+        )
+    if sum(pipeline["gathers"]):
+        lines.append(f"  by rank: weights gathered {pipeline['gathers']} times per step, gradients reduced {pipeline['reductions']} times")
+    drawn = zip(text_lanes(timeline), timeline.live, timeline.sends)
+    return lines + [f"  {line}  live {live}, sends {sends}" for line, live, sends in drawn]
 
 
 def describe_run(config: Config, ranks: int) -> dict[str, Any]:
@@ -121,9 +157,8 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
     }
 
 
-def describe_growths(config: Config, ranks: int) -> list[dict[str, Any]]:
-    """What the run is from each growth on. Raises UsageError for one that the run would refuse."""
-    phases = phases_of(config, ranks)
+def describe_growths(phases: Sequence[Phase], ranks: int) -> list[dict[str, Any]]:
+    """What the run is from each growth on."""
     keys = ("parameters", "parameters_active", "layout", "bytes_per_rank", "flops_per_step")
     grown = [describe_run(p.config, ranks) for p in phases[1:]]
     return [{"after_step": p.until, **{k: found[k] for k in keys}} for p, found in zip(phases, grown)]

@@ -1,0 +1,129 @@
+"""The dry run: a verdict first, in units that a person reads, and no more than what was asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain
+from megascale.config.load import build_config, read_yaml, to_yaml
+from megascale.config.schema import Config
+from megascale.config.support import check
+from megascale.launch.ranks import RankInfo
+from megascale.train.estimate import verdict
+from megascale.train.estimate.dry_run import dry_run
+from megascale.train.phases import Phase, phases_of
+from tests.runs import make_tokens, settings
+
+GB = 1e9
+LARGE: dict[str, Any] = {
+    "model__vocab_size": 4096,
+    "model__hidden_size": 1024,
+    "model__num_layers": 8,
+    "train__global_batch_size": 64,
+    "train__micro_batch_size": 8,
+    "train__seq_len": 512,
+}
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def checked_phases(config: Config, ranks: int) -> list[Phase]:
+    return phases_of(check(config, ranks), ranks)
+
+
+def test_yes_no_and_what_would_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a verdict that is not the first line, that flatters, or whose advice does not fit when it is followed."""
+    values = settings(tmp_path, **LARGE)
+    dry_run(build_config(values), 2, str(tmp_path / "a.json"), device_bytes=80 * GB)
+    first, *_ = told(capsys)
+    assert re.fullmatch(r"fits: yes, [0-9.]+ [MG]B of 80.0 GB on each of 2 devices", first)
+    found = json.loads((tmp_path / "a.json").read_text())
+    need = sum(found["needed_bytes"].values())
+    assert found["fits"] is True and found["device_bytes"] == 80 * GB
+    assert found["needed_bytes"]["state"] == sum(found["bytes_per_rank"].values())
+    dry_run(build_config(values), 2, str(tmp_path / "b.json"), device_bytes=need / 1.1)
+    lines = told(capsys)
+    assert lines[0].startswith("fits: no, ") and json.loads((tmp_path / "b.json").read_text())["fits"] is False
+    advice = next(line for line in lines if "would fit: " in line).split("would fit: ")[1].split(", or ")
+    assert advice[0].startswith("train.micro_batch_size=4 (")
+    for change in advice:
+        keys = {
+            k.replace(".", "__"): int(v) if v.isdecimal() else v for k, _, v in (w.partition("=") for w in change.split(" (")[0].split())
+        }
+        dry_run(build_config(settings(tmp_path, **{**LARGE, **keys})), 2, None, device_bytes=need / 1.1)
+        assert told(capsys)[0].startswith("fits: yes, ")
+    # What the estimate leaves out needs room, too.
+    dry_run(build_config(values), 2, None, device_bytes=need * 1.05)
+    assert told(capsys)[0].startswith("fits: no, ")
+
+
+def test_whose_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a verdict about a device that nobody knows, and CPU ranks that each count on the whole machine."""
+    asked: list[RankInfo] = []
+
+    def limit(device: torch.device, ranks: RankInfo) -> float:
+        asked.append(ranks)
+        return 64 * GB / ranks.local_size
+
+    monkeypatch.setattr(verdict, "limit_of", limit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values = settings(tmp_path, **LARGE)
+    values["run"]["device"] = "auto"
+    dry_run(build_config(values), 4, str(tmp_path / "c.json"))
+    lines = told(capsys)
+    assert lines[0].startswith("fits: unknown, ") and "needed on each of 4 devices" in lines[0] and not asked
+    assert any("--device-memory" in line for line in lines) and json.loads((tmp_path / "c.json").read_text())["fits"] is None
+    dry_run(build_config(values), 1, None)
+    assert told(capsys)[0].endswith(" of 64.0 GB of this machine's memory")
+    dry_run(build_config(settings(tmp_path, **LARGE)), 4, None)
+    assert told(capsys)[0].endswith(" of 16.0 GB for each of 4 ranks, were all of them on this machine")
+    # On CPUs, what is offloaded stays in the same memory.
+    kept, offloaded = (
+        verdict.verdict(checked_phases(build_config({**values, "parallel": p}), 1), 1, verdict.Room(64 * GB, "", host=True))
+        for p in ({}, {"offload": ["optimizer"], "accumulation": "layered"})
+    )
+    assert offloaded.state > kept.state
+
+
+def test_a_run_that_grows_must_fit_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a verdict about the model that a run begins with alone."""
+    values = settings(tmp_path, **LARGE)
+    dry_run(build_config(values), 1, str(tmp_path / "d.json"), device_bytes=80 * GB)
+    need = sum(json.loads((tmp_path / "d.json").read_text())["needed_bytes"].values())
+    told(capsys)
+    grown = [{"step": 3, "num_layers": 32}]
+    dry_run(build_config({**values, "grow": grown}), 1, None, device_bytes=1.5 * need)
+    lines = told(capsys)
+    assert lines[0].endswith("on one device, from the growth after step 3 on")
+    assert lines[0].startswith("fits: no, ") and any("would fit" in line for line in lines)
+
+
+def test_the_config_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a verdict that is scrolled away by keys nobody asked for, and options that mean nothing without --dry-run."""
+    make_tokens(tmp_path / "tokens")
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(settings(tmp_path)))
+    assert pretrain.main([str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fits: ") and "global_batch_size" not in out and "parameters" in out
+    assert pretrain.main([str(path), "--dry-run", "--show-config"]) == 0
+    out = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(out.partition("\n---\n")[2])
+    assert out.startswith("fits: ") and read_yaml(tmp_path / "shown.yaml")["train"]["global_batch_size"] == 4
+    for words in (
+        ["--show-config"],
+        ["--device-memory", "80"],
+        ["--dry-run", "--device-memory", "nan"],
+        ["--dry-run", "--device-memory", "0"],
+    ):
+        with pytest.raises(SystemExit) as refused:
+            pretrain.main([str(path), *words])
+        assert refused.value.code == 2
