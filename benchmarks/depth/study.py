@@ -67,7 +67,6 @@ def draw(runs: list[dict[str, Any]], entropy: float | None, title: str, path: Pa
     schemes.sort(key=lambda s: min((c[-1] for lr in rates if (c := curves[s, lr])), default=math.inf))
     with style():
         figure = new_figure(4.4 * len(rates) + 2.2, 4.2)
-        figure.set_layout_engine("constrained")
         panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
         for axes, lr in zip(panels, rates):
             for i, scheme in enumerate(schemes):

@@ -85,7 +85,6 @@ def draw(curves: dict[str, dict[int, float]], load: dict[str, dict[int, list[flo
         for axes, top in ((left, 1.0), (right, 0.93)):
             axes.set_xlabel("step")
             axes.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, top))
-        figure.tight_layout()
         png(figure, picture)
 
 

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
-import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too pale for lines on white.
@@ -62,8 +62,8 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, known to no backend."""
-    return Figure(figsize=(width, height))
+    """An empty figure in inches, known to no backend; whatever is put into it gets its room."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07))
 
 
 def label(text: str, limit: int = 48) -> str:
@@ -93,31 +93,30 @@ def pack(spans: Sequence[tuple[float, float]], space: float) -> list[int]:
     return rows
 
 
-def legend(figure: Figure, handles: Sequence[Line2D], left: float, top: float, size: float) -> float:
-    """A legend of as many columns as fit, its upper left corner at `left` and `top` inches. Returns its height in inches."""
-    if not handles:
-        return 0.0
+def heading(figure: Figure, title: str | None, handles: Sequence[Artist], size: float) -> None:
+    """A title, and beneath it a legend of as many columns as fit, above all axes; the figure grows by their height."""
+    if not title and not handles:
+        return
     wide, tall = figure.get_size_inches()
-    # Matplotlib fills column by column, as array_split does; each is as wide as its longest entry with the line before it.
-    widths = [text_width(figure, str(h.get_label()), size) + 2.4 * size / 72 for h in handles]
-
-    def breadth(columns: int) -> float:
-        return sum(float(c.max()) for c in np.array_split(widths, columns)) + (columns - 1) * 1.8 * size / 72
-
-    columns = next((n for n in range(len(handles), 1, -1) if breadth(n) <= wide - left), 1)
-    rows = -(-len(handles) // columns)
-    figure.legend(
-        handles=list(handles),
-        loc="upper left",
-        bbox_to_anchor=(left / wide, 1 - top / tall),
-        ncols=columns,
-        fontsize=size,
-        borderpad=0,
-        borderaxespad=0,
-        labelspacing=0.35,
-        columnspacing=1.8,
-    )
-    return rows * size * 1.5 / 72
+    for columns in range(max(1, len(handles)), 0, -1):
+        legend = figure.legend(
+            handles=list(handles),
+            loc="outside upper left",
+            ncols=columns,
+            fontsize=size,
+            title=title,
+            title_fontproperties={"size": size + 2, "weight": "bold"},
+            alignment="left",
+            borderpad=0,
+            borderaxespad=0.8,
+            labelspacing=0.35,
+            columnspacing=1.8,
+        )
+        box = legend.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        if box.width <= 0.97 * figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_size_inches(wide, tall + box.height / figure.dpi + 0.1)
 
 
 def step_axis(axes: Axes, last: float, ticks: int = 7) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megascale.report.canvas import COLOURS, GREY, new_figure, style
+from megascale.report.canvas import COLOURS, GREY, heading, new_figure, style
 from megascale.report.read import RunData, as_number
 from megascale.rows import Row, as_time
 from megascale.sizes import duration
@@ -94,10 +94,10 @@ def goodput_figure(run: RunData) -> Figure | None:
         return None
     shown = found[-30:]
     scale, unit = _unit(shown[-1].ended - shown[0].began)
-    height = 0.36 + 0.24 * len(shown)  # inches, the legend above the bars included
     with style():
-        figure = new_figure(9.2, height + 0.45)
-        axes = figure.add_axes((0.11, 0.42 / (height + 0.45), 0.87, (height - 0.36) / (height + 0.45)))
+        figure = new_figure(9.2, 0.55 + 0.24 * len(shown))
+        heading(figure, None, [Patch(color=colour, label=kind) for kind, colour in KINDS.items()], 8.5)
+        axes = figure.subplots()
         for i, attempt in enumerate(shown):
             left = attempt.began - shown[0].began
             # Kinds are drawn one after the other, not where they happened: a save takes milliseconds, and there may be thousands.
@@ -112,14 +112,6 @@ def goodput_figure(run: RunData) -> Figure | None:
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, (shown[-1].ended - shown[0].began) / scale)
         axes.set_xlabel(f"{unit} since the first process began", fontsize=9)
-        figure.legend(
-            handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
-            loc="upper left",
-            bbox_to_anchor=(0.1, 1.0),
-            ncols=len(KINDS),
-            fontsize=8.5,
-            columnspacing=1.4,
-        )
     return figure
 
 

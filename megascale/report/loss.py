@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from megascale.report.canvas import COLOURS, GREY, HALO, INK, label, legend, new_figure, pack, step_axis, style, text_width
+from megascale.report.canvas import COLOURS, GREY, HALO, INK, heading, label, new_figure, pack, step_axis, style, text_width
 from megascale.report.read import Array, RunData
 from megascale.report.series import Gap, Segment, gap, markers, segments, smooth, thin
 from megascale.report.words import count, scientific
@@ -27,15 +28,14 @@ class Look:
     """Sizes in inches and points of the two renderings: for a page and a picture, and for a phone's width."""
 
     width: float
-    top: float  # height of the curve
+    top: float  # height of the curve, its labels included
     bottom: float  # height of the distance
-    left: float
     size: float
     ticks: int
 
 
-WIDE = Look(10.0, 3.2, 1.1, 0.82, 10.5, 8)
-NARROW = Look(4.6, 3.0, 1.1, 0.72, 9.5, 4)
+WIDE = Look(10.0, 3.8, 1.9, 10.5, 8)
+NARROW = Look(4.6, 3.6, 1.9, 9.5, 4)
 
 
 @dataclass(frozen=True)
@@ -52,46 +52,26 @@ def loss_figure(runs: Sequence[RunData], title: str | None = None, look: Look = 
     stretches = _colours(shown)
     last = max(1, *(r.last_step for r in runs))
     with style():
-        # The height follows from what stands above the curve, which has to be measured first.
-        probe = new_figure(look.width, 1)
-        inner = look.width - look.left - 0.16
-        handles = _handles(shown, reference, stretches)
-        strip = _strip_labels(probe, stretches, last, inner, look) if len(shown) == 1 else []
-        title_height = 0.36 if title else 0.0
-        rows = max((row for *_, row in strip), default=-1) + 1
-        strip_height = 0.16 + rows * look.size * 1.5 / 72 if strip else 0.1
-        legend_height = legend(probe, handles, look.left, 0, look.size) + 0.1
-        captions = _caption(shown, reference, narrow=look is NARROW) if reference else []
-        caption_height = (len(captions) if look is NARROW else 1) * look.size * 1.45 / 72 + 0.36
-        head = 0.14 + title_height + legend_height + strip_height
-        foot = 0.56 + (caption_height + look.bottom if reference else 0)
-        figure = new_figure(look.width, head + look.top + foot)
-        tall = figure.get_size_inches()[1]
-
-        def place(bottom: float, height: float) -> Axes:
-            return figure.add_axes((look.left / look.width, bottom / tall, inner / look.width, height / tall))
-
-        top = place(foot, look.top)
-        if title:
-            figure.text(look.left / look.width, 1 - 0.14 / tall, label(title, 90), fontsize=look.size + 3, weight="bold", va="top")
-        legend(figure, handles, look.left, 0.14 + title_height, look.size)
+        figure = new_figure(look.width, look.top + (look.bottom if reference else 0))
+        heading(figure, title and label(title, 90), _handles(shown, reference, stretches), look.size)
+        top, lowest = figure.subplots(2, 1, sharex=True, height_ratios=(look.top, look.bottom)) if reference else (figure.subplots(),) * 2
         _draw_curves(top, shown, reference, stretches)
         _draw_entropy(top, runs, look)
-        _draw_markers(top, shown, last, inner, look)
-        if strip:
-            _draw_strip(top, stretches, strip, look)
         top.set_ylabel("loss (nats per token)", fontsize=look.size)
-        lowest = top
         if reference:
-            lowest = place(0.56, look.bottom)
             _draw_gaps(lowest, stretches, reference)
-            _write_caption(figure, captions, 0.56 + look.bottom, look)
-            top.tick_params(labelbottom=False)
+            _write_caption(lowest, _caption(shown, reference, narrow=look is NARROW), look)
         for axes in (top, lowest):
             axes.tick_params(labelsize=look.size - 0.5)
             step_axis(axes, last, look.ticks)
         lowest.set_xlabel("step", fontsize=look.size)
         figure.align_ylabels()
+        # What stands along the steps must know how wide the axes have become.
+        figure.draw_without_rendering()
+        inner = top.get_position().width * look.width
+        _draw_markers(top, shown, last, inner, look)
+        if len(shown) == 1:
+            _draw_strip(top, stretches, _strip_labels(stretches, last, inner, look), look)
     return figure
 
 
@@ -209,8 +189,9 @@ def _draw_markers(axes: Axes, shown: Sequence[RunData], last: int, inner: float,
 StripLabel = tuple[float, str, str, int]  # left end as a share of the width, words, colour, row
 
 
-def _strip_labels(probe: Figure, stretches: Sequence[Stretch], last: int, inner: float, look: Look) -> list[StripLabel]:
+def _strip_labels(stretches: Sequence[Stretch], last: int, inner: float, look: Look) -> list[StripLabel]:
     """Where the layouts' names stand above the curve; neighbours on the same layout share one."""
+    probe = new_figure(look.width, 1)
     found: list[tuple[float, float, str, str]] = []
     for i, stretch in enumerate(stretches):
         if i and stretches[i - 1].segment.layout == stretch.segment.layout:
@@ -262,20 +243,18 @@ def _caption(shown: Sequence[RunData], reference: RunData, narrow: bool) -> list
     return [first, rest]
 
 
-def _write_caption(figure: Figure, lines: Sequence[str], above: float, look: Look) -> None:
-    """Above the lower axes, the first part in bold: side by side where there is room, else one under the other."""
-    wide, tall = figure.get_size_inches()
-    line_height = look.size * 1.45 / 72
-    x, y = look.left, above + 0.07
-    if look is NARROW:
-        y += (len(lines) - 1) * line_height
+def _write_caption(axes: Axes, lines: Sequence[str], look: Look) -> None:
+    """Above the axes, the first part in bold: side by side where there is room, else one under the other."""
+    probe = new_figure(look.width, 1)
+    x, y = 0.0, 5 + (len(lines) - 1) * look.size * 1.45 if look is NARROW else 5.0
     for i, line in enumerate(lines):
-        weight = "normal" if i else "bold"
-        figure.text(x / wide, y / tall, line, fontsize=look.size, weight=weight, color=GREY if i else INK)
+        weight, colour = ("normal", GREY) if i else ("bold", INK)
+        place: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (x, y), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(line, (0, 1), fontsize=look.size, weight=weight, color=colour, **place)
         if look is NARROW:
-            y -= line_height
+            y -= look.size * 1.45
         else:
-            x += text_width(figure, line, look.size, weight) + 0.16
+            x += 72 * text_width(probe, line, look.size, weight) + 12
 
 
 def _draw_gaps(axes: Axes, stretches: Sequence[Stretch], reference: RunData) -> None:

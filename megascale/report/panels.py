@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,15 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from megascale.report.canvas import COLOURS, GREY, label, legend, new_figure, step_axis, style
+from megascale.report.canvas import COLOURS, GREY, heading, label, new_figure, step_axis, style
 from megascale.report.read import Array, Row, RunData, as_number
 from megascale.report.series import markers, smooth, thin
 from megascale.report.words import scientific
 from megascale.sizes import byte_unit
 
-WIDTH, HEIGHT = 4.6, 2.1
+WIDTH, HEIGHT = 4.6, 2.6  # inches, the heading not counted
 SIZE = 9.5
-LEFT = 0.68
 NOISY = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "grad_norm")
 SMOOTHED_FROM = 60  # points; shorter curves are drawn as they are
 
@@ -143,13 +143,9 @@ def _changes(rows: Sequence[Row], limit: int = 800) -> list[Row]:
 
 def _panel(title: str, handles: Sequence[Line2D], last: int) -> tuple[Figure, Axes]:
     """One pair of axes; title and legend stand above them, where no curve can come."""
-    probe = new_figure(WIDTH, 1)
-    above = 0.36 + (legend(probe, handles, LEFT, 0, SIZE - 1) + 0.08 if handles else 0)
-    figure = new_figure(WIDTH, above + HEIGHT + 0.5)
-    tall = above + HEIGHT + 0.5
-    figure.text(LEFT / WIDTH, 1 - 0.08 / tall, title, fontsize=SIZE + 1, va="top", weight="bold")
-    legend(figure, handles, LEFT, 0.36, SIZE - 1)
-    axes = figure.add_axes((LEFT / WIDTH, 0.5 / tall, (WIDTH - LEFT - 0.14) / WIDTH, HEIGHT / tall))
+    figure = new_figure(WIDTH, HEIGHT)
+    heading(figure, title, handles, SIZE - 1)
+    axes = figure.subplots()
     axes.tick_params(labelsize=SIZE - 0.5)
     axes.set_xlabel("step", fontsize=SIZE)
     step_axis(axes, last, 5)
@@ -166,9 +162,9 @@ def _from_zero(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
         for steps, v in curves:
             far = np.isfinite(v) & (v > top)
             axes.plot(steps[far], np.full(int(far.sum()), top), "^", color=GREY, markersize=5, clip_on=False)
-        axes.text(
-            1, 1.04, f"▲ up to {scientific(float(values.max()))}", transform=axes.transAxes, ha="right", fontsize=SIZE - 1.5, color=GREY
-        )
+        # The usual values end below, so there is room in the corner.
+        far_up: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": SIZE - 1.5, "color": GREY}
+        axes.text(0.99, 0.97, f"▲ up to {scientific(float(values.max()))}", transform=axes.transAxes, **far_up)
         axes.set_ylim(0, top)
     else:
         axes.set_ylim(0, top * 1.08 or 1)

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from megascale.commands import report
 from megascale.errors import UsageError
-from megascale.report.canvas import label, legend, new_figure, pack
+from megascale.report.canvas import label, pack
 from megascale.report.loss import NARROW, WIDE, Look, loss_figure
 from megascale.report.page import config_tables, events_table, page
 from megascale.report.panels import heat_figure, lines_figure, traffic_figure
@@ -94,7 +94,8 @@ def test_labels_stay_inside_and_apart(tmp_path: Path, look: Look) -> None:
     canvas.draw()
     renderer = canvas.get_renderer()
     boxes = []
-    for text in [*figure.texts, *figure.legends[0].get_texts(), *(t for axes in figure.axes for t in axes.texts)]:
+    legend = figure.legends[0]
+    for text in [legend.get_title(), *legend.get_texts(), *(t for axes in figure.axes for t in axes.texts)]:
         box = text.get_window_extent(renderer)
         assert box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, text.get_text()
         boxes.append((text.get_text(), box))
@@ -102,6 +103,21 @@ def test_labels_stay_inside_and_apart(tmp_path: Path, look: Look) -> None:
         for other, b in boxes[:i]:
             apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
             assert apart or "entropy" in one + other, (one, other)
+
+
+def test_no_number_of_an_axis_is_cut_off(tmp_path: Path) -> None:
+    """Catches tick labels and a colour bar that run over the edge of a small figure, and a legend that takes the curve's room."""
+    told = {"layers": [1, 3], "load_max_over_mean": [1.01, 1.42]}
+    runs = [make_run(tmp_path / f"{i}", steps(9, lambda s: {"lr": 1e-5 * s, "experts": told})) for i in range(8)]
+    figures = (lines_figure(runs[:1], "lr", "learning rate"), heat_figure(runs[0], "experts", "load_max_over_mean", "load"))
+    for figure in (*figures, lines_figure(runs, "lr", "learning rate")):
+        assert figure is not None
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        for axes in figure.axes:
+            box = axes.get_tightbbox(canvas.get_renderer())
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+            assert axes.get_position().height * figure.get_size_inches()[1] > 1.6
 
 
 def test_curve_has_no_hole_where_the_layout_changes(tmp_path: Path) -> None:
@@ -152,7 +168,6 @@ def test_text_for_figures() -> None:
     assert len(label("x" * 500)) == 48
     assert not label("_hidden").startswith("_")
     assert pack([(0, 2), (1, 2), (2.5, 1), (2.6, 1)], 0.1) == [0, 1, 0, 2]
-    assert legend(new_figure(4, 1), [], 0, 0, 9) == 0
 
 
 def call(*args: str | Path) -> subprocess.CompletedProcess[str]:
