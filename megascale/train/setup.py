@@ -71,24 +71,14 @@ def build_trainer(
     """
     with ExitStack() as until_the_end:
         phase = phase or run_phases(config, ranks.size)[0]
-        yield from _built(phase, ranks, stop or StopFlag(), activity or Activity(), opening, given, until_the_end)
+        yield _built(phase, ranks, stop or StopFlag(), activity or Activity(), opening, given, until_the_end)
 
 
 def _built(
-    phase: Phase,
-    ranks: RankInfo,
-    stop: StopFlag,
-    activity: Activity,
-    opening: Opening | None,
-    given: Given,
-    until_the_end: ExitStack,
-) -> Iterator[Trainer]:
+    phase: Phase, ranks: RankInfo, stop: StopFlag, activity: Activity, opening: Opening | None, given: Given, until_the_end: ExitStack
+) -> Trainer:
     config = phase.config
-    on_all_ranks(lambda: check_torch(config))
-    on_all_ranks(lambda: check_rows(config))
-    device = on_all_ranks(lambda: choose_device(config, ranks))
-    on_all_ranks(lambda: check_offload_dir(config))
-    on_all_ranks(lambda: check_host_room(config, ranks))
+    device = checked_device(config, ranks)
     run_dir = Path(config.run_dir) if given.writes else None
     first = ranks.rank == 0
     if opening is None:
@@ -110,32 +100,23 @@ def _built(
     console = Console(config.train.total_steps, progress.step, given.quiet) if first else None
     log = on_all_ranks(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
+        until_the_end.callback(log.close)
+        until_the_end.callback(console.close)
         room = [] if run_dir is None else room_for(config, run_dir, start, progress.step, phase.until)
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
         data_notes = (note(mixture), overlap_note(prints), *valid_notes(config, valid_sets))
         announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
     reporter = build_reporter(config, ranks, mesh, device, model, flops, start, prints, log, console, given.writes or not given.quiet)
-    if config.run.tensorboard:
-        on_all_ranks(lambda: log.add_tensorboard(progress.step) if log is not None else None)
-    if config.run.wandb:
-        known = progress.logger_ids.get("wandb", "")
-        progress.logger_ids["wandb"] = on_all_ranks(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
-    batch = config.train.global_batch_size
-    origin = progress.samples - progress.step * batch
-    batches = Prefetcher(
-        lambda step: micro_batches(config, mixture, origin + (step - 1) * batch, mesh, device),
-        progress.step + 1,
-        phase.until,
-    )
+    add_loggers(config, progress, log)
+    batches = prefetch(config, mixture, progress, phase.until, mesh, device)
     valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
     on_all_ranks(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
     checkpointer = NoCheckpoints() if run_dir is None else build_checkpointer(config, run_dir, model, opening)
-    activity.traffic = mesh.traffic
     stop.file = run_dir / STOP if first and run_dir is not None else None
-    activity.stop = stop
-    if mesh.size == 1:
-        activity.gate.asked = stop.heard_of
-    trainer = Trainer(
+    connect(activity, stop, mesh)
+    until_the_end.callback(lambda: reporter.checkpoints(checkpointer.finish(), progress.step))
+    until_the_end.callback(batches.close)
+    return Trainer(
         config=config,
         model=model,
         engine=engine,
@@ -150,15 +131,39 @@ def _built(
         until=phase.until,
         saved=progress.step if run_dir is not None and own_checkpoint(start, run_dir) else None,
     )
-    try:
-        yield trainer
-    finally:
-        batches.close()
-        reporter.checkpoints(checkpointer.finish(), progress.step)
-        if console is not None:
-            console.close()
-        if log is not None:
-            log.close()
+
+
+def checked_device(config: Config, ranks: RankInfo) -> torch.device:
+    """This rank's device. Raises UsageError, on all ranks alike, where a machine or its torch cannot do what the config asks."""
+    on_all_ranks(lambda: check_torch(config))
+    on_all_ranks(lambda: check_rows(config))
+    device = on_all_ranks(lambda: choose_device(config, ranks))
+    on_all_ranks(lambda: check_offload_dir(config))
+    on_all_ranks(lambda: check_host_room(config, ranks))
+    return device
+
+
+def add_loggers(config: Config, progress: Progress, log: RunLog | None) -> None:
+    """The outside loggers that the config asks for; `log` is the first rank's. Collective."""
+    if config.run.tensorboard:
+        on_all_ranks(lambda: log.add_tensorboard(progress.step) if log is not None else None)
+    if config.run.wandb:
+        known = progress.logger_ids.get("wandb", "")
+        progress.logger_ids["wandb"] = on_all_ranks(lambda: log.add_wandb(config.run.name, config.plain(), known or None) if log else known)
+
+
+def prefetch(config: Config, samples: Samples, progress: Progress, until: int, mesh: Mesh, device: torch.device) -> Prefetcher:
+    """This rank's micro-batches of the steps after `progress` up to `until`."""
+    batch = config.train.global_batch_size
+    origin = progress.samples - progress.step * batch
+    return Prefetcher(lambda step: micro_batches(config, samples, origin + (step - 1) * batch, mesh, device), progress.step + 1, until)
+
+
+def connect(activity: Activity, stop: StopFlag, mesh: Mesh) -> None:
+    """What the watchdog and the gates look at."""
+    activity.traffic, activity.stop = mesh.traffic, stop
+    if mesh.size == 1:
+        activity.gate.asked = stop.heard_of
 
 
 def own_checkpoint(start: RunStart, run_dir: Path) -> bool:
