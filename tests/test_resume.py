@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megascale.checkpoint import room
+from megascale.checkpoint.folders import step_name
 from megascale.checkpoint.index import read_index
-from megascale.checkpoint.storage import step_name
 from megascale.config.load import build_config
 from megascale.data.indexed import TokenWriter
 from megascale.launch.ranks import RankInfo

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megascale.checkpoint.folders import LATEST, STEP, named_as_steps
 from megascale.checkpoint.index import INDEX, TRAINER, Damaged, file_problem, read_index
-from megascale.checkpoint.storage import LATEST, STEP, named_as_steps
 from megascale.checkpoint.trainer import read_trainer
 from megascale.comm.agreement import Agreement
 from megascale.errors import UsageError

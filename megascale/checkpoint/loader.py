@@ -6,19 +6,20 @@ import functools
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megascale.checkpoint.choose import none_whole, propose
 from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Damaged, Index, file_problem, read_index
-from megascale.checkpoint.planning import LoadPlanner, some, views
 from megascale.checkpoint.shards import FilePart, check_parts
-from megascale.checkpoint.storage import ShardReader
 from megascale.checkpoint.trainer import read_trainer
 from megascale.comm.agreement import Agreement
 from megascale.comm.piece import Piece
 from megascale.errors import UsageError
+
+if TYPE_CHECKING:
+    from megascale.checkpoint.planning import LoadPlanner
 
 
 def newest(root: str | Path) -> Path | None:
@@ -92,6 +93,10 @@ def load(
     Raises UsageError on every rank, and before anything is changed, for files that are missing or damaged, and for names, shapes and dtypes
     that differ. The files are divided between the ranks to be checked.
     """
+    # DCP takes longer to import than a start without a checkpoint can spare.
+    from megascale.checkpoint.planning import LoadPlanner, some, views
+    from megascale.checkpoint.storage import ShardReader
+
     ranks = Agreement(group)
     wanted = {n: p for n, p in state.items() if prefix is None or n.startswith(prefix)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megascale.checkpoint.storage import steps_in
+from megascale.checkpoint.folders import steps_in
 from megascale.sizes import byte_words
 
 

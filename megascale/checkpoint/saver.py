@@ -9,21 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from megascale.checkpoint.planning import PlanCache, ReplicasDiffer, SavePlanner
+from megascale.checkpoint.folders import LATEST, remove, step_name, steps_in
 from megascale.checkpoint.room import after_failure
-from megascale.checkpoint.storage import LATEST, ShardWriter, remove, step_name, steps_in
 from megascale.comm.piece import Piece
 from megascale.errors import MegascaleError, UsageError
 from megascale.files import discard
 from megascale.launch.exits import as_exit
+
+if TYPE_CHECKING:  # DCP takes longer to import than the first step can wait
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megascale.checkpoint.planning import PlanCache, SavePlanner
+    from megascale.checkpoint.storage import ShardWriter
 
 # Ranks wait for the slowest one's disk; a rank that dies is noticed at once, since its connection closes.
 PATIENCE = timedelta(hours=2)
@@ -66,6 +69,12 @@ def write_checkpoint(
     Raises, on all ranks alike: UsageError for a state that cannot be saved, OSError for a disk that fails. Then nothing is left of it and
     the checkpoints that were there remain.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+    from megascale.checkpoint.planning import PlanCache, SavePlanner
+    from megascale.checkpoint.storage import ShardWriter
+
     root = Path(root)
     size = dist.get_world_size(group) if dist.is_initialized() else 1
     coordinator = size == 1 or dist.get_rank(group) == 0
@@ -166,14 +175,17 @@ class Checkpointer:
             # A group of its own: messages of the saving thread must not mix with those of training.
             ranks = None if group is None else dist.get_process_group_ranks(group)
             self.group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=group is not None)
-        self._cache = PlanCache()
+        self._cache: PlanCache | None = None
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._events: list[Event] = []
 
     def save(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
         """Starts a checkpoint of `state` and of `trainer`, plain data; waits for the one before."""
+        from megascale.checkpoint.planning import PlanCache  # here, so that the thread does not import beside training
+
         self._join()
+        self._cache = self._cache or PlanCache()
         trainer = copy.deepcopy(trainer)
         if not self.asynchronous:
             self._write(step, state, trainer)
@@ -220,13 +232,15 @@ class Checkpointer:
         return {n: Piece(p.shape, p.offset, buffers[n]) if n in buffers else p for n, p in state.items()}
 
     def _write(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
+        from megascale.checkpoint.planning import ReplicasDiffer
+
         start = time.perf_counter()
         try:
             write_checkpoint(
                 self.root, step, state, trainer, self.group, compare_replicas=self.compare_replicas, cache=self._cache, guard=self.guard
             )
         except Exception as error:
-            self._cache = PlanCache()  # on all ranks, as the failure is: they must agree on what is cached
+            self._cache = None  # on all ranks, as the failure is: they must agree on what is cached
             code, message = judged(error)
             kind = "diverged" if isinstance(error, ReplicasDiffer) else "failed"
             self._events.append(Event(kind, step, time.perf_counter() - start, message, code))

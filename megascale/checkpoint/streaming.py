@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megascale.checkpoint.folders import publish, step_name
 from megascale.checkpoint.index import DTYPE_NAMES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
 from megascale.checkpoint.shards import StoredShard, write_shard
-from megascale.checkpoint.storage import publish, step_name
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
 from megascale.sizes import byte_words

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megascale.comm.graphs import outside_graphs
 from megascale.comm.mesh import Axis
 
 # torch 2.13 renamed the two and warns at the old names; 2.11 and 2.12 know only those.
@@ -155,7 +156,7 @@ class _Switch(torch.autograd.Function):
         return _Switch.apply(grads[0], *ctx.arguments), None, None, None, None, None
 
 
-@torch.compiler.disable
+@outside_graphs
 def switch(x: Tensor, axis: Axis, cut: int, parts: Sequence[int], join: int, lengths: Sequence[int]) -> Tensor:
     """Whole along `cut` and sharded along `join` → sharded along `cut` and whole along `join`, in one all-to-all; backward switches back.
 
@@ -193,43 +194,43 @@ def split_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Te
     return x if axis.size == 1 else _Split.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@outside_graphs
 def gather_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
     """Parts of `lengths` along `dim` joined, where all ranks go on alike; backward takes the part of a gradient that all ranks have."""
     return x if axis.size == 1 else _GatherUnequal.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@outside_graphs
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
     """The same tensor on all ranks, each using it differently: identity forward, gradients summed backward."""
     return _Copy.apply(x, axis)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@outside_graphs
 def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
     """Partial results summed forward; every rank's gradient is the same and passes through."""
     return _Reduce.apply(x, axis)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@outside_graphs
 def share_sum(x: Tensor, axis: Axis) -> Tensor:
     """Partial results summed forward, each rank using the sum differently: gradients are summed backward too."""
     return _Copy.apply(_Reduce.apply(x, axis), axis)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@outside_graphs
 def max_over_ranks(x: Tensor, axis: Axis) -> Tensor:
     """The largest of all ranks' values; it has no gradient."""
     return all_reduce(x.detach().clone(), axis, "max")
 
 
-@torch.compiler.disable
+@outside_graphs
 def gather_parts(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Pieces along `dim` joined forward; backward each rank gets its piece of the summed gradient."""
     return _Gather.apply(x, axis, dim)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@outside_graphs
 def scatter_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Partial results summed, each rank keeping its piece along `dim`; backward joins the pieces' gradients."""
     return _ScatterSum.apply(x, axis, dim)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megascale.comm.graphs import outside_graphs
 from megascale.comm.mesh import Axis
 
 
@@ -73,14 +74,14 @@ class _Land(torch.autograd.Function):
         return grads[0], None
 
 
-@torch.compiler.disable
+@outside_graphs
 def start_exchange(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> tuple[Tensor, Flight]:
     """Begins to send `send[r]` rows of x [n, …], in order, to each rank r; to be ended by `finish_exchange`."""
     flight = Flight(send, receive, axis)
     return _TakeOff.apply(x, flight), flight
 
 
-@torch.compiler.disable
+@outside_graphs
 def finish_exchange(rows: Tensor, flight: Flight) -> Tensor:
     """The rows that came, `receive[r]` from each rank r, in the order of ranks."""
     return _Land.apply(rows, flight)  # type: ignore[no-any-return]

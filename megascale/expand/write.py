@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megascale.checkpoint.folders import LATEST, step_name
 from megascale.checkpoint.index import Index, read_index
 from megascale.checkpoint.loader import verify
-from megascale.checkpoint.storage import LATEST, step_name
 from megascale.checkpoint.streaming import Progress, write_streamed
 from megascale.checkpoint.trainer import read_trainer
 from megascale.config.identity import identity

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megascale.checkpoint.storage import steps_in
+from megascale.checkpoint.folders import steps_in
 from megascale.files import discard
 from megascale.formats.hf.model import plan_export, write_hf
 from megascale.formats.sources import open_checkpoint

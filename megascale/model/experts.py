@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megascale.comm.graphs import outside_graphs
 from megascale.config.schema import Model, Moe
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
@@ -159,13 +160,13 @@ class MixtureOfExperts(nn.Module):
             "experts", {"counts": moe.num_experts, "dropped": 1, "counted": 1, "balance": 1, "z": 1}, {"logits": 1}, readings
         )
 
-    @torch.compiler.disable
+    @outside_graphs
     def forward(self, x: Tensor, loss_weights: Tensor | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; `counted` [b, s]: see router.py, None where no auxiliary loss is wanted."""
         x = self.enter(x)
         return self.leave(self.chosen_by(x, x, loss_weights)[0])
 
-    @torch.compiler.disable
+    @outside_graphs
     def chosen_by(self, h: Tensor, x: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Choice]:
         """What the experts that h [b, s, d] chooses make of x [b, s, d], and the choice."""
         logits, choice = self.router(h)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from megascale.comm.graphs import outside_graphs
 from megascale.model.module_metrics import ModuleMetrics
 from megascale.model.ops import matmul, matmul_cpu
 from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
@@ -158,7 +159,7 @@ class Linear(nn.Module):
         return self.bias if self.bias is None or self.rows is None else self.bias[slice(*self.rows)]
 
 
-@torch.compiler.disable
+@outside_graphs
 def deferred_product(x: Tensor, product: Callable[[Tensor], Tensor], add_gradient: AddGradient, queue: Deferred) -> Tensor:
     """`product` of x with a detached weight, whose gradient is queued; x must require a gradient, as every stream between layers does."""
     met: list[Tensor] = []

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megascale.comm.mesh import Mesh
 from megascale.config.optimizers import optimizers
@@ -92,30 +93,39 @@ class AdamW:
     def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
-        groups = grouped_by_rate(self.locals, rates, cfg.eps)
-        self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
-        for local in self.locals.values():
-            # torch makes state at the first step; a checkpoint needs it before.
-            self.inner.state[local] = {
-                "step": torch.zeros((), dtype=torch.float32, device=local.device),
-                "exp_avg": torch.zeros_like(local),
-                "exp_avg_sq": torch.zeros_like(local),
-            }
+        # By name, as the rates are: a weight without a gradient is left out of its group at a step.
+        self.groups, self.betas = grouped_by_rate({name: name for name in self.locals}, rates, cfg.eps), cfg.betas
+        self.steps = {n: torch.zeros((), dtype=torch.float32, device=x.device) for n, x in self.locals.items()}
+        self.exp_avg = {n: torch.zeros_like(x) for n, x in self.locals.items()}
+        self.exp_avg_sq = {n: torch.zeros_like(x) for n, x in self.locals.items()}
 
+    @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        """By torch's function, since its class imports the compiler."""
         scale_gradients(self.weights, factor)
-        for w in self.weights:
-            self.locals[w.name].grad = w.local_grad
-        for group in self.inner.param_groups:
-            group["lr"] = lr * group["factor"]
-        self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-        self.inner.grad_scale = None  # type: ignore[attr-defined]
-        self.inner.step()
+        grads = {w.name: grad for w in self.weights if (grad := w.local_grad) is not None}
+        for group in self.groups:
+            names = [n for n in group["params"] if n in grads]
+            adamw(
+                [self.locals[n] for n in names],
+                [grads[n] for n in names],
+                [self.exp_avg[n] for n in names],
+                [self.exp_avg_sq[n] for n in names],
+                max_exp_avg_sqs=[],
+                state_steps=[self.steps[n] for n in names],
+                fused=True,
+                found_inf=(~finite).to(torch.float32),
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=lr * group["factor"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            key: {name: self.inner.state[local][key] for name, local in self.locals.items()} for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        return {"step": self.steps, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
 class Lion:

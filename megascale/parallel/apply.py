@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from megascale.comm.dtensor import is_dtensor
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import stage_parts, stages_of_rank
@@ -21,11 +21,10 @@ from megascale.model.ops.norm_kernels import NormKernel
 from megascale.model.shape import Shape
 from megascale.model.spec import specs_of, states_of
 from megascale.parallel.context import spread_sequence
-from megascale.parallel.data import MicroBatchScope, replicate_model, shard_model
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
 from megascale.parallel.kernels import call_norm_kernel
-from megascale.parallel.model import ParallelModel, State, Weight
+from megascale.parallel.model import MicroBatchScope, ParallelModel, State, Weight
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.recompute import compile_blocks, recompute_blocks
@@ -78,6 +77,8 @@ def parallelize(
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:
+            from megascale.parallel.data import shard_model  # FSDP2 and what it imports
+
             # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
             reshard = cfg.reshard_after_forward and not pipeline
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
@@ -85,11 +86,13 @@ def parallelize(
         gather_in_fp8(stage, placements)
         stage.at_step(1)
         if cfg.engine == "ddp" and copies and not pipeline:
+            from megascale.parallel.data import replicate_model
+
             module, micro_batch = replicate_model(stage, mesh)
         modules.append(module)
         for name, parameter in stage.named_parameters():
             placement = placements[name]
-            shards = mesh[placement.shard].size if isinstance(parameter, DTensor) else 1
+            shards = mesh[placement.shard].size if is_dtensor(parameter) else 1
             parts = shards * math.prod(mesh[c.axis].size for c in placement.cuts)
             weight = Weight(name, parameter, placement, mesh.size // (parts * mesh["pp"].size))
             if name == stage.shared_weight and not stage.part.first:
@@ -102,7 +105,13 @@ def parallelize(
 
 def allocate(stage: Family, device: torch.device, on_host: bool) -> None:
     """Memory for weights (in the host's where they are offloaded) and buffers."""
-    stage.to_empty(device="cpu" if on_host else device)
+    home = torch.device("cpu") if on_host else device
+
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        # Of a plain meta tensor empty_like runs in Python, and imports half of the compiler for it.
+        return torch.empty_like(x, device=home) if is_dtensor(x) else torch.empty(x.shape, dtype=x.dtype, device=home)
+
+    stage._apply(fresh)
     for module in stage.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megascale.comm.collectives import Passing, copy_to_ranks, gather_unequal, pass_on, switch
+from megascale.comm.graphs import outside_graphs
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
@@ -142,7 +143,7 @@ def take(x: Tensor, ranges: Ranges) -> Tensor:
     return torch.cat([x[:, r.start : r.stop] for r in ranges], dim=1)
 
 
-@torch.compiler.disable
+@outside_graphs
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]: tokens for heads, attention of this rank's heads, heads for tokens.
 
@@ -164,7 +165,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Non
     return switch(inner(whole[0], k, v, mask), axis, SEQUENCE, lengths, HEADS, heads)
 
 
-@torch.compiler.disable
+@outside_graphs
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, met: list[list[range]], causal: bool = True
 ) -> Tensor:

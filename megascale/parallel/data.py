@@ -7,7 +7,7 @@ not pass through our collectives, hence the counting hooks.
 # No `from __future__ import annotations` here: DDP reads the real annotations of a communication hook.
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -24,13 +24,11 @@ from megascale.comm.collectives import gather_into, scatter_into
 from megascale.comm.mesh import Axis, Mesh
 from megascale.model.family import Family
 from megascale.parallel.expert import banks
+from megascale.parallel.model import MicroBatchScope
 from megascale.parallel.tensor import Placement
 
 # torch 2.13 renamed the one and warns at the old name; 2.11 and 2.12 know only that.
 BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
-
-# Called around each micro-batch with "is it the last one of the step?"
-MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
 def shard_model(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megascale.comm.collectives import all_reduce
+from megascale.comm.dtensor import is_dtensor
 from megascale.comm.mesh import Mesh
 from megascale.comm.piece import Piece, chunk_bounds
 from megascale.model.family import Family
 from megascale.model.init import initialize
 from megascale.model.ops.grouped_matmul import adds_in_place
 from megascale.model.spec import ParamSpec
-from megascale.parallel.data import MicroBatchScope
 from megascale.parallel.tensor import Placement, local_tensor
+
+# Called around each micro-batch with "is it the last one of the step?"
+MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Weight:
     @property
     def sharded(self) -> bool:
         """Cut further by FSDP2, over the axis that its placement names."""
-        return isinstance(self.parameter, DTensor)
+        return is_dtensor(self.parameter)
 
     @property
     def local(self) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from megascale.comm.dtensor import is_dtensor
 from megascale.model.experts import Bank
 from megascale.model.family import Family
 from megascale.model.layers import Fp8, Linear
@@ -69,7 +69,7 @@ def gather_in_fp8(stage: Family, placements: dict[str, Placement]) -> None:
     for path, module in stage.named_modules():
         if isinstance(module, Linear | Bank) and module.fp8 in (True, "static"):
             weight = module.weight
-            if isinstance(weight, DTensor) and placements[f"{path}.weight"].shard_dim == 0:
+            if is_dtensor(weight) and placements[f"{path}.weight"].shard_dim == 0:
                 _gather_in_fp8(weight._local_tensor, tuple(weight.shape), stage.shape.compute)
 
 

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megascale.comm.collectives import (
     copy_to_ranks,
@@ -23,6 +22,7 @@ from megascale.comm.collectives import (
     share_sum,
     sum_over_ranks,
 )
+from megascale.comm.dtensor import is_dtensor
 from megascale.comm.mesh import Axis
 from megascale.model.attention import Attention, kv_heads_of
 from megascale.model.family import Family
@@ -143,4 +143,4 @@ def resize(model: nn.Module, name: str, placement: Placement) -> None:
 @torch.no_grad()
 def local_tensor(x: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank, sharing its memory."""
-    return x.to_local() if isinstance(x, DTensor) else x.detach()
+    return x.to_local() if is_dtensor(x) else x.detach()

@@ -28,10 +28,7 @@ from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.model import ParallelModel
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
-from megascale.schedule.layered import Layered
-from megascale.schedule.pipeline import Pipeline
 from megascale.train.engines.engine import Engine, Native
-from megascale.train.engines.in_backward import InBackward
 
 
 def check_torch(config: Config) -> None:
@@ -95,9 +92,16 @@ def products_of(precision: Precision) -> Fp8:
 
 
 def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:
+    """Each schedule with what it imports: a rank pays at its start for the one it runs."""
     if parallel.pp > 1:
+        from megascale.schedule.pipeline import Pipeline
+
         return Pipeline(model, parallel, device)
-    return Layered(model, parallel.breadth_first) if parallel.accumulation == "layered" else Accumulation(model)
+    if parallel.accumulation == "layered":
+        from megascale.schedule.layered import Layered
+
+        return Layered(model, parallel.breadth_first)
+    return Accumulation(model)
 
 
 def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
@@ -107,6 +111,9 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)
     if config.parallel.update_in_backward:
+        from megascale.schedule.layered import Layered
+        from megascale.train.engines.in_backward import InBackward
+
         assert isinstance(schedule, Layered)
         return InBackward(model, schedule, config.optim, device)
     optimizer = build_optimizer(model, config.optim, config.parallel.offload)

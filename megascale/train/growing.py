@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from megascale.checkpoint.folders import step_name
 from megascale.checkpoint.index import Damaged
 from megascale.checkpoint.loader import newest
-from megascale.checkpoint.storage import step_name
 from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.config.schema import Config
 from megascale.expand.grow import grow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megascale.checkpoint.storage import step_name
+from megascale.checkpoint.folders import step_name
 from megascale.comm.agreement import on_all_ranks
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check

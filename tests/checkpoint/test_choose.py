@@ -16,9 +16,9 @@ import torch
 from megascale.checkpoint import choose as module
 from megascale.checkpoint import index as index_module
 from megascale.checkpoint.choose import choose, confirm
+from megascale.checkpoint.folders import step_name, steps_in
 from megascale.checkpoint.index import Chunk, Damaged, TensorEntry, covering_problem, read_index, read_json
 from megascale.checkpoint.loader import find, load, newest
-from megascale.checkpoint.storage import step_name, steps_in
 from megascale.checkpoint.trainer import read_progress, read_trainer
 from megascale.comm.agreement import Agreement
 from megascale.comm.piece import Piece

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention as flex
 
 from megascale.model.ops.attention_tiles import AttentionMask, document_starts
 from megascale.model.ops.compiled import compile_static
@@ -41,10 +40,10 @@ def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> Atte
     lowest, highest = (_furthest(starts, mask.window, queries)[:, None, :, None] for queries in (first, last))  # [1 or b, 1, n, 1]
     whole = (first >= highest) & (last < first[:, None])
     partial = (last >= lowest) & (first <= last[:, None]) & ~whole
+    from torch.nn.attention.flex_attention import BlockMask  # it imports the compiler
+
     rule = _rule(starts, mask.window)
-    blocks = flex.BlockMask.from_kv_blocks(
-        *_ordered(partial), *_ordered(whole), BLOCK_SIZE=TILE, mask_mod=rule, seq_lengths=(seq_len, seq_len)
-    )
+    blocks = BlockMask.from_kv_blocks(*_ordered(partial), *_ordered(whole), BLOCK_SIZE=TILE, mask_mod=rule, seq_lengths=(seq_len, seq_len))
     return mask._replace(blocks=blocks)
 
 
@@ -77,4 +76,6 @@ def _bias(slopes: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], 
 @cache
 def _kernel(device: str) -> Any:
     """Compiled on CUDA, where it would otherwise materialize the scores; plain elsewhere, for tests."""
-    return compile_static(flex.flex_attention) if device == "cuda" else flex.flex_attention
+    from torch.nn.attention.flex_attention import flex_attention as kernel
+
+    return compile_static(kernel) if device == "cuda" else kernel

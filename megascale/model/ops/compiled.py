@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from megascale.comm.graphs import skip_wrappers
+
 
 def compile_static(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` through torch.compile for tensors of fixed shape; what is kept on disk is kept for this processor and thread count."""
+    skip_wrappers()
     settings = torch.compiler.config
     mine, given = cache_tag(), settings.cache_key_tag
     if mine not in given:  # a user may have one of their own in TORCH_COMPILE_CACHE_KEY_TAG

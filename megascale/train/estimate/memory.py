@@ -23,8 +23,6 @@ from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
 from megascale.parallel.recompute import group_size
 from megascale.parallel.tensor import Placement
-from megascale.schedule.orders import compute_order
-from megascale.schedule.timeline import simulate
 from megascale.sizes import byte_words
 
 
@@ -116,6 +114,9 @@ def _blocks_in_flight(config: Config, ranks: int) -> float:
         return blocks * (p.breadth_first or micro_batches(config, ranks))
     passes = 1
     if p.pp > 1:
+        from megascale.schedule.orders import compute_order
+        from megascale.schedule.timeline import simulate
+
         timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
         blocks, passes = blocks / (p.pp * p.stages_per_rank), max(timeline.live)
     if p.recompute == "nested":  # an input of each group in flight, and those of the blocks of one, whose first is the group's own

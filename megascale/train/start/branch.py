@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megascale.checkpoint.choose import named_latest
+from megascale.checkpoint.folders import ASIDE, LATEST, aside_in, named_as_steps, set_aside
 from megascale.checkpoint.loader import find
-from megascale.checkpoint.storage import ASIDE, LATEST, aside_in, named_as_steps, set_aside
 from megascale.errors import UsageError
 from megascale.files import copy_atomic, discard, write_atomic
 from megascale.rows import metric_mistake, read_lines

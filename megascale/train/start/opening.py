@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megascale.checkpoint.choose import confirm
-from megascale.checkpoint.storage import LATEST, aside_in, named_as_steps, set_aside
+from megascale.checkpoint.folders import LATEST, aside_in, named_as_steps, set_aside
 from megascale.checkpoint.trainer import read_progress
 from megascale.comm.agreement import Agreement
 from megascale.config.identity import SOURCES, check_identity, identity, only_moved
