@@ -77,7 +77,7 @@ def main(
     console.print(
         f"after step {grown['step']} the model grew from {sizes['source'] / 1e6:.1f}M to {sizes['target'] / 1e6:.1f}M parameters, "
         f"{grown['verdict']}: in fp64 no logit moved by more than {grown['logits_moved']:.0e}\n"
-        f"validation loss {best:.3f} nats, unigram entropy {entropy:.3f}: the model has learned {entropy - best:.2f} nats a token beyond "
+        f"validation loss {best:.3f} nats, unigram entropy {entropy:.3f}: the model has learned {entropy - best:.2f} nats per token beyond "
         f"counting; {time.monotonic() - begun:.0f} s\nopen {report}"
     )
     if not best < entropy - 0.5:
@@ -105,7 +105,7 @@ def pretrain(run: Path, name: str, overrides: list[str], expected: int, stop_at:
     try:
         ending = json.loads((run / "exit.json").read_text())
     except (OSError, ValueError):
-        raise MegascaleError("pretraining left no exit.json: its own message stands above") from None
+        raise MegascaleError("pretraining left no exit.json: its message is above") from None
     if ending["code"] != expected:
         raise TrainingError(f"pretraining ended with code {ending['code']} instead of {expected}: {ending['reason']}")
 

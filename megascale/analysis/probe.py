@@ -255,7 +255,7 @@ def _warnings(points: list[MeasuredMoments]) -> list[str]:
     stack = points[1:]
     if not all(math.isfinite(value) for p in points for value in (p.variance, p.gradient, p.weight_gradient)):
         bad = next(p for p in points if not (math.isfinite(p.variance) and math.isfinite(p.gradient)))
-        found.append(f"not finite: the stream or its gradient behind the {bad.sublayer} of layer {bad.layer} is no number")
+        found.append(f"not finite: the stream or its gradient after the {bad.sublayer} of layer {bad.layer} is not finite")
         return found
     first, last = stack[0], stack[-1]
     if last.correlation > 0.9 and points[0].correlation < 0.9:

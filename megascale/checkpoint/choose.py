@@ -106,7 +106,7 @@ def none_whole(root: Path, skipped: list[Skipped]) -> str:
     others = f"; {len(skipped) - 1} more are damaged too" if len(skipped) > 1 else ""
     return (
         f"{root} holds checkpoints and none of them is whole: {skipped[0].why}{others}. Nothing was changed: mend the disk and run the "
-        "same command again, or choose another run.name to begin anew"
+        "same command again, or choose another run.name to start a new run"
     )
 
 

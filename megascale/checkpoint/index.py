@@ -170,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise Damaged(f"there is no {path}: {path.parent} is not a checkpoint, or not a whole one") from None
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read ({error.strerror or error}), which says nothing of what is in it: look at the disk and at who may read "
+            f"{path} cannot be read ({error.strerror or error}), so its content is unknown: check the disk and the read permissions "
             "there, then run the same command again"
         ) from None
     except (ValueError, RecursionError) as error:
@@ -198,7 +198,7 @@ def file_problem(index: Index, name: str) -> str | None:
         return f"{path} cannot be read: {error.strerror or error}"
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read ({error.strerror or error}), which says nothing of what is in it: look at the disk and at who may read "
+            f"{path} cannot be read ({error.strerror or error}), so its content is unknown: check the disk and the read permissions "
             "there, then run the same command again"
         ) from None
     if crc != entry.crc32:

@@ -46,7 +46,7 @@ def find(path: str | Path) -> Path:
                 return found
         shards = any(where.glob("*.safetensors"))
     except (OSError, ValueError) as error:  # a name that is too long, or that holds a zero byte
-        raise UsageError(f"{str(where)[:200]!r} cannot be looked at ({error}): name a folder step-…, or a run's directory") from None
+        raise UsageError(f"{str(where)[:200]!r} cannot be accessed ({error}): name a folder step-…, or a run's directory") from None
     if shards:
         raise UsageError(f"{where} has shards and no {INDEX}: it is not a checkpoint of megascale, or not a whole one{_elsewhere(where)}")
     raise UsageError(f"{where} is no checkpoint and holds none: name a folder step-…, or a run's directory with checkpoints in it")

@@ -224,8 +224,9 @@ class LoadPlanner(DefaultLoadPlanner):
         if missing:
             if all(n.startswith("optim.") for n in missing) and not any(n.startswith("optim.") for n in stored):
                 raise UsageError(
-                    f"{self.where} holds weights and no optimizer state, so no run goes on from it: begin one with checkpoint.init_from, "
-                    "or make it anew with its state (tools/grow.py has --optimizer transform)"
+                    f"{self.where} holds weights but no optimizer state, so no run can resume from it: start one with "
+                    "checkpoint.init_from, "
+                    "or make it again with its state (tools/grow.py --optimizer transform)"
                 )
             raise UsageError(f"{self.where} lacks {some(missing)}: it was saved by another model or optimizer")
         for name, view in self.state_dict.items():

@@ -29,8 +29,8 @@ app = new_app(__doc__ or "")
 def main(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a small run on CPUs")],
     overrides: Overrides = None,
-    faults: Annotated[int, typer.Option(help="faults to inject before the run is left alone", min=1, max=10_000)] = 100,
-    minutes: Annotated[float, typer.Option(help="after so many minutes the run is left alone", min=0.1, max=1e4)] = 30.0,
+    faults: Annotated[int, typer.Option(help="number of faults to inject", min=1, max=10_000)] = 100,
+    minutes: Annotated[float, typer.Option(help="minutes after which no more faults are injected", min=0.1, max=1e4)] = 30.0,
     seed: Annotated[int, typer.Option(help="of the order of faults")] = 1,
     ranks: Annotated[int, typer.Option(help="ranks of every attempt; with --mixed, the most", min=1, max=64)] = 2,
     mixed: Annotated[bool, typer.Option(help="another layout and number of ranks at each attempt")] = False,

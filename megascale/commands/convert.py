@@ -62,7 +62,7 @@ def main(
     config: Annotated[Path | None, typer.Option(help="from Megatron: a config whose sections model and train say what model it is")] = None,
     tp: Annotated[int, typer.Option(min=1, help="to Megatron: tensor ranks")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="to Megatron: pipeline ranks")] = 1,
-    spec: Annotated[str, typer.Option(help="to Megatron: te where it runs with Transformer Engine, else local")] = "te",
+    spec: Annotated[str, typer.Option(help="to Megatron: te if Megatron runs with Transformer Engine, otherwise local")] = "te",
     divisible: Annotated[int, typer.Option(min=1, help="to Megatron: --make-vocab-size-divisible-by")] = 128,
     ckpt_format: Annotated[
         str, typer.Option(help="to Megatron: torch, files of ranks, or torch_dist, a distributed checkpoint for any ranks")

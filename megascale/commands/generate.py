@@ -35,7 +35,7 @@ def main(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens with this probability together")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="go on behind the token that ends a document")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="continue after the token that ends a document")] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
     ] = None,
@@ -119,7 +119,7 @@ def find(path: Path | None, prefix: str | None) -> Tokenizer:
     from megascale.formats.tokenizer_build import open_tokenizer
 
     if path is None:
-        raise UsageError("no tokenizer lies beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
+        raise UsageError("there is no tokenizer beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
     return open_tokenizer(path, prefix)
 
 

@@ -52,7 +52,7 @@ class Request:
     )
 )
 def main(
-    inputs: Annotated[list[Path], typer.Argument(help="files of text, JSON lines or Parquet, each also packed (.gz, .zst …), and folders")],
+    inputs: Annotated[list[Path], typer.Argument(help="text, JSON lines or Parquet files, also compressed (.gz, .zst …), and folders")],
     out: Annotated[str, typer.Option(help="prefix of the files to write: PREFIX.bin, .idx, .json, .model")],
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json; trained if absent")] = None,
     vocab_size: Annotated[
@@ -122,7 +122,8 @@ def tell(made: dict[str, Facts], out: str, seconds: float, sides: tuple[Tokenize
         for warning in warnings(facts, sides[0] if side == SIDES[0] else sides[1]):
             console.print(f"warning: {warning}", markup=False)
         print(
-            f"{out}{side}: {facts.documents:,} documents, {facts.tokens:,} tokens, {facts.source_bytes / facts.tokens:.2f} bytes a token, "
+            f"{out}{side}: {facts.documents:,} documents, {facts.tokens:,} tokens, {facts.source_bytes / facts.tokens:.2f} bytes per "
+            "token, "
             f"{speed:.1f} MB/s; unigram entropy {facts.unigram_entropy:.4f} nats"
         )
 
@@ -215,7 +216,7 @@ def warnings(facts: Facts, tokenizer: Tokenizer) -> list[str]:
     if facts.null_documents:
         said.append(f"{facts.null_documents} documents are null and were left out")
     if facts.empty_files:
-        said.append(f"{facts.empty_files} of the inputs gave no document: they are empty, or nothing but empty documents")
+        said.append(f"{facts.empty_files} of the inputs gave no document: empty, or only empty documents")
     if facts.byte_order_marks:
         said.append(f"{facts.byte_order_marks} byte-order marks at the beginning of documents were left out")
     if facts.special_tokens:

@@ -37,6 +37,6 @@ def main(
         result = measure(config, ranks, device, lr)
     if ranks.rank == 0:
         write(result, out)
-        for sentence in result["warnings"] or ["nothing stands out: no rank collapse, no vanishing or exploding gradient"]:
+        for sentence in result["warnings"] or ["no problem found: no rank collapse, no vanishing or exploding gradients"]:
             print(sentence)
         print(f"wrote {out}.json and {out}.png")

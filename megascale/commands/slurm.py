@@ -55,14 +55,16 @@ def main(
     seeds: Annotated[str | None, typer.Option(help="1,2,3: an array with a run per seed")] = None,
     each: Annotated[list[str] | None, typer.Option(help="'section.key=value …': a task of an array; give it several times")] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="how many tasks of the array may run together")] = None,
-    chain: Annotated[int, typer.Option(min=1, help="so many jobs one after the other, each going on where the last one's time ended")] = 1,
+    chain: Annotated[
+        int, typer.Option(min=1, help="submit this many jobs in a chain, each continuing where the time of the previous one ended")
+    ] = 1,
     signal_seconds: Annotated[int, typer.Option(min=1, max=65535, help="how long before the time limit the ranks save")] = 120,
     max_requeues: Annotated[int, typer.Option(min=0, help="how often the job may come back")] = 100,
     max_restarts: Annotated[int, typer.Option(min=0, help="how often ranks may start again in place after a lost peer")] = 5,
     export: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the ranks' environment")] = None,
     setup: Annotated[list[str] | None, typer.Option(help="a shell line before the ranks start, as `module load cuda`")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="any other #SBATCH option, as --sbatch=--mem=0")] = None,
-    container: Annotated[str | None, typer.Option(help="an image: apptainer's where it ends in .sif, else pyxis'")] = None,
+    container: Annotated[str | None, typer.Option(help="container image: apptainer if it ends in .sif, otherwise pyxis")] = None,
     mount: Annotated[list[str] | None, typer.Option(help="a folder that the container must see, beside this one and the run's")] = None,
     python: Annotated[str | None, typer.Option(help="the interpreter of the ranks; this one, or python3 in a container, if absent")] = None,
     torchrun: Annotated[bool, typer.Option("--torchrun", help="one torchrun a node instead of one task a rank")] = False,

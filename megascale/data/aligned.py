@@ -54,7 +54,8 @@ def _line_pairs(inputs: list[Path], forms: dict[Path, Form], side: int, longest:
             if None in lines:
                 ended = lines.index(None)
                 raise UsageError(
-                    f"{inputs[ended]} ends before line {number} and {inputs[1 - ended]} goes on: pairs need as many lines in both"
+                    f"{inputs[ended]} ends before line {number} and {inputs[1 - ended]} does not: pairs need the same number of lines in "
+                    "both files"
                 )
             texts = [decode(line) for line in lines]
             if all(text.removeprefix(MARK).strip() for text, _ in texts):

@@ -58,7 +58,7 @@ def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Corp
     names = [s.name for s in sources]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
-        raise UsageError(f"{key}: the name {sorted(twice)[0]} stands twice; give each source a `name` of its own")
+        raise UsageError(f"{key}: the name {sorted(twice)[0]} is used twice; give each source a different `name`")
     return sources
 
 
@@ -132,7 +132,7 @@ def check_tokens(tokens: Tokens, source: Corpus, vocab_size: int, key: str = "mo
     """Raises UsageError for a token that the model has no row for."""
     smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
     if smallest < 0:
-        raise UsageError(f"{source.path} holds token {smallest}, and tokens count from 0: the file is damaged; make it again")
+        raise UsageError(f"{source.path} holds token {smallest}, but token ids start at 0: the file is damaged; make it again")
     if largest >= vocab_size:
         raise UsageError(
             f"{source.path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
@@ -161,6 +161,6 @@ def check_tokenizers(sources: list[Corpus]) -> None:
     for path, mark in known[1:]:
         if mark != known[0][1]:
             raise UsageError(
-                f"{known[0][0]} was made with tokenizer {known[0][1]} and {path} with {mark}: they number words differently; prepare both "
+                f"{known[0][0]} was made with tokenizer {known[0][1]} and {path} with {mark}: their token ids differ; prepare both "
                 "with the same --tokenizer"
             )

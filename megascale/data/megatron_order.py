@@ -48,7 +48,7 @@ class MegatronMixture:
         """Tokens [seq_len+1] and document numbers [seq_len+1] of sample `number`."""
         if number >= self.samples:
             raise UsageError(
-                f"data.order is megatron, and sample {number} is asked for of an order drawn for {self.samples}: begin anew, or use "
+                f"data.order is megatron, and sample {number} is asked for of an order drawn for {self.samples}: start a new run, or use "
                 "order megascale"
             )
         which, index = (0, number) if self.blend is None else (int(self.blend[0][number]), int(self.blend[1][number]))

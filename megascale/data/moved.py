@@ -52,7 +52,7 @@ def sentence(changes: list[Moved]) -> str | None:
     if not changes:
         return None
     lines = [f"{m.name}: {m.repeated:,} samples are seen again and {m.skipped:,} are never seen" for m in changes]
-    return f"the mixture has changed, and its sources go on at other places: {'; '.join(lines)}"
+    return f"the mixture has changed, and its sources continue at other positions: {'; '.join(lines)}"
 
 
 def _drawn(weights: Mapping[str, float], name: str, seed: int, samples: int) -> Part:

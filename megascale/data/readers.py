@@ -25,7 +25,7 @@ WHOLE = 4 << 20  # characters of a JSON line's or a Parquet row's text that trav
 MARK = "\ufeff"
 # What Python's parser says, and what that means for lines.
 SAID = {
-    "Invalid control character at": r"a raw control character stands in a string, where \t, \n or \u00XX is to be written",
+    "Invalid control character at": r"a string contains a raw control character, where \t, \n or \u00XX is to be written",
     "Extra data": "something follows behind its value, and each line holds one object",
     "Expecting property name enclosed in double quotes": "an object is not complete, or its names are not in double quotes",
 }

@@ -100,7 +100,7 @@ def why_unreadable(path: Path, packing: str, error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it needs more memory than there is; split it into smaller files"
     if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in reason and _begins(path) == packing:
-        return "behind its last gzip member lie bytes that belong to none; pack or copy it again, or cut them off"
+        return "bytes follow its last gzip member; compress or copy it again, or cut them off"
     if "requires too much memory" in reason:
         return "its Zstandard window is larger than this machine can hold; pack it again without --long or --ultra"
     if isinstance(error, OSError) and error.strerror:

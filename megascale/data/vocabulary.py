@@ -86,7 +86,7 @@ def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str
         if size is None:
             TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
             raise UsageError(
-                f"model.{side}vocab_size is absent and no tokenizer lies beside {prefix}: set one of model.{side}vocab_size and "
+                f"model.{side}vocab_size is absent and there is no tokenizer beside {prefix}: set one of model.{side}vocab_size and "
                 f"data.{side}tokenizer"
             )
         return int(size)

@@ -69,7 +69,7 @@ def grow_layers(old: int, new: int, method: str, placement: str, period: int) ->
         case _:
             raise UsageError(f"no depth method {method}")
     if any((i - layer.source) % period for i, layer in enumerate(layers)):
-        raise UsageError(f"{method} to {new} layers would put layers where those of another kind stand, {period} belonging together")
+        raise UsageError(f"{method} to {new} layers would put layers into places of another kind; layers come in groups of {period}")
     return layers
 
 

@@ -65,10 +65,10 @@ def build_maps(
         maps.axes |= {"new_keys": tokens.filled(ZERO), "new_values": tokens}
     copied = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
     if copied and options.symmetry == "none" and options.split[0] == options.split[1]:
-        maps.notes.append("copies with equal shares and no noise stay equal for ever: the new width adds no capacity")
+        maps.notes.append("copies with equal shares and no noise stay identical, so the new width adds no capacity")
     if source.branchnorm_period is not None:
         maps.notes.append(
-            f"a new run counts its steps anew, and BranchNorm's branches with them: set branchnorm_period 1 where the source was past step "
+            f"a new run counts its steps from 1, and BranchNorm's period with them: set branchnorm_period 1 if the source was past step "
             f"{source.branchnorm_period}"
         )
     return maps
@@ -251,7 +251,8 @@ def _experts(maps: Maps, source: Model, sizes: Sizes) -> None:
         return
     if moe.top_k != was.top_k * copies * parts:
         maps.lossy.append(
-            f"experts {was.num_experts} → {moe.num_experts} with top_k {moe.top_k}: a token would meet a part of what it met; "
+            f"experts {was.num_experts} → {moe.num_experts} with top_k {moe.top_k}: a token would reach only a part of the experts it "
+            "reached before; "
             f"top_k {was.top_k * copies * parts} is exact"
         )
     if was.top_k == 1 and (was.router == "sigmoid" or (was.router in ("topk_softmax", "xmoe") and before > 1)):

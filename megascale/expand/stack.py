@@ -20,7 +20,7 @@ from megascale.model.spec import ParamSpec, states_of
 WHY_LOSSY = {
     "stack": "stacking the layers again and again (G_stack) runs what was learned for one depth at another",
     "dus": "depth up-scaling joins two overlapping halves",
-    "interleave": "interleaving repeats every layer where its own output is the input",
+    "interleave": "interleaving feeds every layer its own output a second time",
     "inject": "injected copies act at once",
 }
 

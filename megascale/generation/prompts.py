@@ -58,7 +58,7 @@ def answer(model: LoadedModel | Session, prompts: str | Sequence[Any], asked: As
     texts = [isinstance(prompt, str) for prompt in given]
     place = asked.tokenizer or speaker.tokenizer
     if any(texts) and place is None:
-        raise UsageError("no tokenizer lies beside the model or its data: give tokenizer=, or prompts as lists of token numbers")
+        raise UsageError("there is no tokenizer beside the model or its data: give tokenizer=, or prompts as lists of token numbers")
     tokenizer = open_tokenizer(place, speaker.prefix) if place is not None and (any(texts) or asked.tokenizer) else None
     ids = [tokenizer.encode_prompt(p) if tokenizer is not None and text else numbers(i, p) for i, (p, text) in enumerate(zip(given, texts))]
     ends = speaker.ends or (frozenset() if tokenizer is None else frozenset({tokenizer.eos_id}))

@@ -121,7 +121,7 @@ def beyond(seq_len: int, prompts: Sequence[Sequence[int]], most: int) -> str | N
         return None
     return (
         f"notice: the longest prompt has {longest} tokens and up to {most} more are wanted, and the model was trained on {seq_len} at "
-        "once: what comes behind them may make no sense"
+        "once: the text after that length may make no sense"
     )
 
 

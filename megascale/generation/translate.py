@@ -162,7 +162,7 @@ def chosen(config: Config, given: Path | None, configured: str | None, side: str
     path = given or configured or beside(first_prefix(config, side))
     if path is None:
         option = "--source-tokenizer" if side == "source" else "--tokenizer"
-        raise UsageError(f"no tokenizer lies beside {first_prefix(config, side)}: name it with {option}")
+        raise UsageError(f"there is no tokenizer beside {first_prefix(config, side)}: name it with {option}")
     return load_tokenizer(path, first_prefix(config, side))
 
 

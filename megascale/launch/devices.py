@@ -27,7 +27,7 @@ def shared_device(taken: Sequence[tuple[str, str]]) -> str | None:
         other = first.setdefault(device, rank)
         if other != rank:
             return (
-                f"ranks {other} and {rank} on {node} have one device, {device}: a rank needs one of its own; start fewer ranks a node, or "
+                f"ranks {other} and {rank} on {node} have one device, {device}: every rank needs its own; start fewer ranks per node, or "
                 "give each its own (srun --gpus-per-task=1, or all of the node's devices to all of its ranks)"
             )
     return None

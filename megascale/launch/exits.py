@@ -37,15 +37,15 @@ PORT_WORDS = ("eaddrinuse", "address already in use")
 ADVICE = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room in the quota",
-    errno.EACCES: "give yourself the right to it",
-    errno.EPERM: "give yourself the right to it",
-    errno.EROFS: "choose a place that can be written",
-    errno.ENOENT: "name one that is there",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose a writable place",
+    errno.ENOENT: "name an existing one",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "name one that is no circle of links",
+    errno.ELOOP: "it is a loop of links: name the real path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "the disk or its network failed: look at it, and run the same command again",
-    errno.ESTALE: "the network's file system lost it: run the same command again",
+    errno.ESTALE: "the network file system lost it (stale handle): run the same command again",
 }
 
 # How all ranks end alike, so that rank 0 alone writes it down.
@@ -87,7 +87,7 @@ def of_system(error: OSError) -> str:
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
     shown = name if len(name) <= 200 else name[:200] + "…"
     what = error.strerror or str(error) or type(error).__name__
-    return f"{shown}: {what}: {ADVICE.get(error.errno or 0, 'see to it, and run the same command again')}"
+    return f"{shown}: {what}: {ADVICE.get(error.errno or 0, 'fix it and run the same command again')}"
 
 
 def of_this_run(config: Config, run_dir: Path) -> bool:

@@ -38,7 +38,7 @@ def make_pool(nodes: str, gpus: int, ranks: int | None, partition: str | None = 
         raise UsageError(f"{gpus} GPUs and {ranks} ranks on a node: GPUs from 0 (CPUs) to {LARGEST} and ranks from 1 on are needed")
     if ranks is not None and gpus and ranks > gpus:
         raise UsageError(
-            f"--ranks-per-node is {ranks} and --gpus-per-node is {gpus}: a rank needs a GPU of its own; give at most {gpus} ranks"
+            f"--ranks-per-node is {ranks} and --gpus-per-node is {gpus}: every rank needs its own GPU; give at most {gpus} ranks"
         )
     return Pool(nodes, gpus, ranks or gpus or 1, partition, constraint)
 
@@ -73,7 +73,7 @@ def replicas_over_pools(pools: tuple[Pool, ...], parallel: Parallel) -> tuple[st
         return ()
     for pool in pools:
         if "-" in pool.nodes:
-            raise UsageError(f"a pool of {pool.nodes} nodes: several pools need fixed numbers, so that replicas can be dealt out to them")
+            raise UsageError(f"a pool of {pool.nodes} nodes: several pools need fixed numbers, so that replicas can be assigned to them")
     ranks = [p.least_ranks for p in pools]
     inside, common = parallel.cp * parallel.tp, math.gcd(*ranks)
     words = " + ".join(map(str, ranks))

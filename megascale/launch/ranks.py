@@ -188,7 +188,7 @@ def _check_meeting(found: RankInfo, env: Mapping[str, str]) -> None:
     # SLURM may run several nodes on one machine; then it says so itself.
     if not found.one_node and rendezvous.is_loopback(found.address) and not rendezvous.slurm_is_local(env):
         raise UsageError(
-            f"MASTER_ADDR is {found.address}, which means every node itself, and {found.size} ranks stand on several nodes: set it to an "
+            f"MASTER_ADDR is {found.address}, which means every node itself, and {found.size} ranks run on several nodes: set it to an "
             "address of rank 0's node that the others reach"
         )
     # torchrun's agent already listens there for its workers.

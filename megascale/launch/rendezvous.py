@@ -116,7 +116,7 @@ def routable_address() -> str:
         if not (ip.is_loopback or ip.is_link_local):
             return address
     raise UsageError(
-        "this node has no address that others could reach, and the ranks stand on several nodes: set MASTER_ADDR and MASTER_PORT"
+        "this node has no address that others could reach, and the ranks run on several nodes: set MASTER_ADDR and MASTER_PORT"
     )
 
 

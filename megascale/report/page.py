@@ -64,8 +64,8 @@ def page(runs: Sequence[RunData], title: str) -> str:
         "<h2>Speed, memory, traffic</h2>",
         _panels(
             ("tokens per second", lines_figure(runs, "tokens_per_second", "tokens per second")),
-            ("seconds a step", lines_figure(runs, "step_seconds", "seconds a step")),
-            ("seconds waiting for data", lines_figure(runs, "data_seconds", "seconds waiting for data a step")),
+            ("seconds per step", lines_figure(runs, "step_seconds", "seconds per step")),
+            ("seconds waiting for data", lines_figure(runs, "data_seconds", "seconds waiting for data per step")),
             ("MFU", lines_figure(runs, "mfu", "MFU, % of the ranks' peak", scale=100)),
             ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
             *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),
@@ -142,8 +142,8 @@ EXPERTS = {
     "load_max_over_mean": "busiest expert's load ÷ mean",
     "load_entropy": "entropy of the load, 1 when even",
     "dropped_share": "share of assignments dropped",
-    "aux_loss": "auxiliary loss a token",
-    "z_loss": "router z-loss a token",
+    "aux_loss": "auxiliary loss per token",
+    "z_loss": "router z-loss per token",
     "router_logits": "largest router logit",
 }
 

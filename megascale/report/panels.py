@@ -72,7 +72,7 @@ def traffic_figure(run: RunData, titled: bool = False) -> Figure | None:
         colours = [c for c, _ in zip(cycle(COLOURS), names)]
         handles = [Line2D([], [], color=c, linewidth=6, label=label(n, 24)) for n, c in zip(names, colours)]
         whose = f": {label(run.name, 26)}" if titled else ", busiest rank"
-        figure, axes = _panel(f"{sign} sent a step{whose}", handles, run.last_step)
+        figure, axes = _panel(f"{sign} sent per step{whose}", handles, run.last_step)
         below = np.zeros(len(steps))
         for amount, colour, hatch in zip(amounts, colours, hatches):
             # A row's bytes hold for the steps since the row before, which `pre` draws.

@@ -46,8 +46,8 @@ def headline(run: RunData) -> Facts:
     facts |= {
         "unigram entropy": fixed(math.nan if run.entropy is None else run.entropy, 4),
         "tokens/s, median": fixed(_median(run, "tokens_per_second"), 0),
-        "seconds a step, median": scientific(_median(run, "step_seconds"), 2),
-        "seconds waiting for data a step, median": scientific(_median(run, "data_seconds"), 2),
+        "seconds per step, median": scientific(_median(run, "step_seconds"), 2),
+        "seconds waiting for data per step, median": scientific(_median(run, "data_seconds"), 2),
         "MFU, median": fixed(_median(run, "mfu") * 100, 1, " %"),
         "peak memory": byte_words(_largest(run, "memory_bytes")),
         "wall time, first to last event": duration(wall_seconds(run)),
@@ -55,7 +55,7 @@ def headline(run: RunData) -> Facts:
         "goodput, productive share of all attempts": fixed(100 * goodput(attempts(run)), 1, " %"),
     }
     for axis in run.nested("sent_bytes"):
-        facts[f"sent a step by {axis}, median"] = byte_words(_median(run, "sent_bytes", axis))
+        facts[f"sent per step by {axis}, median"] = byte_words(_median(run, "sent_bytes", axis))
     facts["end"] = ending(run)
     return facts
 

@@ -183,7 +183,7 @@ class Trainer:
         why = self.reason_to_stop()
         self.reporter.event("stop", step, reason=why)
         last = self.config.train.total_steps
-        kept = "nothing of it is kept" if self.checkpointer.root is None else "run the same command again to go on"
+        kept = "nothing of it is kept" if self.checkpointer.root is None else "run the same command again to continue"
         raise StopRequested(f"stopped on request ({why}) after step {step} of {last}: {kept}")
 
     def save(self, wait: bool) -> None:

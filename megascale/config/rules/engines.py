@@ -13,29 +13,29 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "layered_engine",
         ("parallel.accumulation", "parallel.engine"),
         lambda c, n: c.parallel.accumulation == "layered" and c.parallel.engine != "fsdp2",
-        "layered accumulation decides itself when weights are gathered and gradients reduced, and this engine does",
+        "layered accumulation schedules gathers and reductions itself, but this engine uses its own schedule",
         "use engine fsdp2, or accumulation depth_first",
     ),
     Rule(
         "layered_pipeline",
         ("parallel.accumulation", "parallel.pp"),
         lambda c, n: c.parallel.accumulation == "layered" and c.parallel.pp > 1,
-        "over pipeline ranks, layered accumulation is the schedule looped_bfs",
+        "with pp, layered accumulation is the schedule looped_bfs",
         "use accumulation depth_first with pp_schedule looped_bfs and as many pp_virtual as layers allow, or pp 1",
     ),
     Rule(
         "breadth_without_layers",
         ("parallel.breadth_first", "parallel.accumulation"),
         lambda c, n: (c.parallel.breadth_first or 1) > 1 and c.parallel.accumulation == "depth_first",
-        "depth-first accumulation takes one micro-batch at a time",
+        "breadth_first groups micro-batches, but depth-first accumulation runs one at a time",
         "use accumulation layered, or leave breadth_first out",
     ),
     Rule(
         "breadth_divides",
         ("parallel.breadth_first", "train.global_batch_size", "train.micro_batch_size"),
         lambda c, n: c.parallel.accumulation == "layered" and micro_batches(c, n) % (c.parallel.breadth_first or 1) != 0,
-        "breadth_first micro-batches go through a layer together, and the step's m = global_batch_size ÷ (micro_batch_size × data ranks) "
-        "do not divide into such groups",
+        "breadth_first micro-batches pass a layer together, but the step's m = global_batch_size ÷ (micro_batch_size × data ranks) "
+        "is not a multiple of it",
         "choose breadth_first that divides m, or leave it out so that all of them go together",
     ),
     Rule(
@@ -51,7 +51,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
                 or optimizers()[c.optim.name].whole_matrices
             )
         ),
-        "a layer can be updated during backward where its gradient comes at once and nothing of the other layers is needed for it",
+        "a layer can be updated during backward only if its gradient is complete at once and the update needs nothing from other layers",
         "use accumulation layered, leave breadth_first out, set train.clip to 0, choose adamw or lion, and offload activations at most; or "
         "leave update_in_backward out",
     ),
@@ -62,14 +62,14 @@ ENGINE_RULES: tuple[Rule, ...] = (
             c.parallel.engine == "deepspeed"
             and (max(c.parallel.pp, c.parallel.cp, c.parallel.dp_replicate) > 1 or not _weights_can_be_cut(c, n))
         ),
-        "DeepSpeed is built in for data ranks on dp_shard, at least two, with tp beside them",
+        "DeepSpeed supports at least two data ranks on dp_shard, optionally with tp",
         "put the ranks on dp_shard and tp, or use engine fsdp2",
     ),
     Rule(
         "deepspeed_family",
         ("parallel.engine", "model.family"),
         lambda c, n: c.parallel.engine == "deepspeed" and c.model.family == "spacetime",
-        "DeepSpeed has been tried with text only",
+        "DeepSpeed supports text models only",
         "use engine fsdp2",
     ),
     Rule(
@@ -79,14 +79,14 @@ ENGINE_RULES: tuple[Rule, ...] = (
             c.parallel.engine == "deepspeed"
             and (not optimizers()[c.optim.name].deepspeed or c.precision.compute == "fp64" or c.precision.storage != "fp32")
         ),
-        "DeepSpeed is built in with AdamW and fp32 masters, computing in bf16 or fp32",
+        "DeepSpeed supports AdamW with fp32 master weights, computing in bf16 or fp32",
         "use optim.name adamw with precision.compute bf16 or fp32 and without precision.master, or engine fsdp2",
     ),
     Rule(
         "zero_offload",
         ("parallel.engine", "parallel.zero_stage", "parallel.offload"),
         lambda c, n: c.parallel.engine == "deepspeed" and "parameters" in c.parallel.offload and c.parallel.zero_stage < 3,
-        "only ZeRO 3 cuts weights, so only there can they be away",
+        "weights can be offloaded only under ZeRO-3, which shards them",
         "set zero_stage to 3, or offload optimizer",
     ),
     Rule(
@@ -96,14 +96,15 @@ ENGINE_RULES: tuple[Rule, ...] = (
             c.parallel.offload_dir is not None
             and (c.parallel.engine != "deepspeed" or not {"optimizer", "parameters"} & set(c.parallel.offload))
         ),
-        "state goes to a disk with DeepSpeed only, and only where offload says what",
+        "only DeepSpeed offloads to a disk, and offload must say what",
         "use engine deepspeed with offload optimizer or parameters, or leave offload_dir out for host memory",
     ),
     Rule(
         "offload_inputs",
         ("parallel.offload", "parallel.recompute"),
         lambda c, n: "activations" in c.parallel.offload and c.parallel.recompute != "full",
-        "block inputs are what full recomputation keeps; without it more would have to move than the link carries",
+        "activations can be offloaded only with full recomputation, which keeps block inputs alone; otherwise more would have to move "
+        "than the link can carry",
         "set parallel.recompute to full, or leave activations out of offload",
     ),
     Rule(
@@ -118,21 +119,21 @@ ENGINE_RULES: tuple[Rule, ...] = (
                 or c.model.moeut is not None
             )
         ),
-        "groups are runs of a stack's own blocks that pass one after another",
+        "nested recomputation groups consecutive blocks of one stack that run one after another",
         "use recompute full, or a text model with depth_first accumulation under engine fsdp2 or ddp",
     ),
     Rule(
         "offload_parameters",
         ("parallel.offload", "parallel.engine", "parallel.dp_shard", "parallel.dp_replicate"),
         lambda c, n: "parameters" in c.parallel.offload and c.parallel.engine != "deepspeed" and not _sharded(c, n),
-        "FSDP2 moves parameters, so there must be at least two ranks with other tokens for it to cut them over",
+        "FSDP2 offloads the parameters that it shards, so it needs at least two data ranks",
         "use engine fsdp2 on at least two data ranks, or offload optimizer",
     ),
     Rule(
         "offload_experts",
         ("parallel.offload", "parallel.ep", "parallel.etp"),
         lambda c, n: c.model.moe is not None and "parameters" in c.parallel.offload and own_expert_axes(c),
-        "FSDP2 moves the parameters that it cuts, and experts with axes of their own may have nothing left to cut",
+        "FSDP2 offloads the parameters that it shards, but with ep or etp there may be nothing left to shard",
         "set ep to 1 and leave etp out, or leave parameters out of offload",
     ),
     Rule(
@@ -146,7 +147,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "multipliers_deepspeed",
         ("optim.multipliers", "parallel.engine"),
         lambda c, n: bool(c.optim.multipliers) and c.parallel.engine == "deepspeed",
-        "DeepSpeed counts the gradient norm itself, every weight once",
+        "DeepSpeed computes the gradient norm itself and ignores multipliers",
         "use engine fsdp2 or ddp, or leave multipliers out",
     ),
 )

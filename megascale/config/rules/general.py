@@ -10,7 +10,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "ddp_shard",
         ("parallel.engine", "parallel.dp_shard"),
         lambda c, n: c.parallel.engine == "ddp" and c.parallel.dp_shard > 1,
-        "DDP keeps whole copies and cannot shard",
+        "DDP replicates the model and cannot shard it",
         "put the ranks on parallel.dp_replicate, or use engine fsdp2",
     ),
     Rule(
@@ -24,35 +24,35 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "rope_pairs",
         ("model.position", "model.head_dim"),
         lambda c, n: c.model.position in ("rope", "xpos") and (c.model.head_dim or 0) % 2 != 0,
-        "rotations act on pairs of channels",
+        "rope rotates pairs of channels, so head_dim must be even",
         "choose an even head_dim, or position alibi or learned",
     ),
     Rule(
         "tp_heads",
         ("parallel.tp", "model.num_heads"),
         lambda c, n: c.model.num_heads % c.parallel.tp != 0,
-        "query heads are cut over the tensor ranks",
+        "query heads are split over the tensor ranks",
         "choose tp that divides num_heads",
     ),
     Rule(
         "qk_norm_width",
         ("model.qk_norm", "parallel.tp", "model.num_kv_heads"),
         lambda c, n: c.model.qk_norm == "width" and (c.model.num_kv_heads or 1) % c.parallel.tp != 0,
-        "a norm over all heads needs each rank to hold an equal part of them, of the KV heads too",
+        "qk_norm width needs an equal number of query and KV heads on every tensor rank",
         "choose tp that divides num_kv_heads",
     ),
     Rule(
         "tp_ffn",
         ("parallel.tp", "model.ffn_size"),
         lambda c, n: (c.model.ffn_size or 0) % c.parallel.tp != 0,
-        "the feed-forward width is cut over the tensor ranks",
+        "the feed-forward width is split over the tensor ranks",
         "choose an ffn_size that is a multiple of tp",
     ),
     Rule(
         "tp_sequence",
         ("parallel.tp", "train.seq_len"),
         lambda c, n: c.parallel.tp_sequence and c.train.seq_len % c.parallel.tp != 0,
-        "with tp_sequence the sequence is cut over the tensor ranks",
+        "with tp_sequence the sequence is split over the tensor ranks",
         "choose a seq_len that is a multiple of tp, or tp_sequence false",
     ),
     Rule(
@@ -68,7 +68,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             (c.precision.compute, c.precision.storage) not in {("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp64", "fp64")}
         ),
-        "stored weights are as precise as the computation, and fp32 or bf16 under bf16",
+        "master weights have the dtype of the computation; under bf16 they may be fp32 or bf16",
         "leave precision.master out",
     ),
     Rule(
@@ -84,7 +84,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             c.checkpoint.init_schedule == "lemon" and (c.checkpoint.init_from is None or decays()[c.optim.decay].decay_steps != "end")
         ),
-        "LEMON's schedule is for a run that begins with a grown model's weights, and makes its decay faster",
+        "init_schedule lemon shortens the decay of a run that starts from a grown model's weights",
         "set init_from and decay cosine or linear, or leave init_schedule out",
     ),
     Rule(
@@ -93,7 +93,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             decays()[c.optim.decay].decay_steps == "end" and c.optim.decay_steps is not None and c.optim.decay_steps <= c.optim.warmup_steps
         ),
-        "the rate would fall from its peak to its minimum in one step, since the decay ends before it begins (decay_steps counts from "
+        "the decay would end before the warm-up does, so the learning rate would drop to its minimum in one step (decay_steps counts from "
         "the run's first step)",
         "set decay_steps beyond warmup_steps, or leave it out to decay until the last step",
     ),
@@ -105,7 +105,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
             and c.optim.decay_steps is not None
             and 0 < c.train.total_steps - c.optim.warmup_steps < c.optim.decay_steps
         ),
-        "the last decay_steps of the run would begin within the warm-up, and the rate would drop where that ends",
+        "the last decay_steps of the run would begin within the warm-up, so the learning rate would jump at its end",
         "set decay_steps to at most the run's steps less warmup_steps",
     ),
     Rule(
@@ -119,35 +119,35 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "grow_steps",
         ("grow", "train.steps", "train.tokens"),
         lambda c, n: [g.step for g in c.grow] != sorted({g.step for g in c.grow if g.step < c.train.total_steps}),
-        "growths come one after another, each before the run's last step",
+        "growths must be in order of their steps, each before the run's last step",
         "give every growth a later step than the one before, and fewer than the run has",
     ),
     Rule(
         "grow_engine",
         ("grow", "parallel.engine"),
         lambda c, n: bool(c.grow) and c.parallel.engine == "deepspeed",
-        "DeepSpeed keeps flat buffers of its own that do not grow",
+        "DeepSpeed keeps flat buffers that cannot grow",
         "use engine fsdp2 or ddp",
     ),
     Rule(
         "valid_twice",
         ("data.valid", "data.valid_fraction"),
         lambda c, n: c.data.valid is not None and c.data.valid_fraction > 0,
-        "validation is either files of its own or a fraction split off the training files",
+        "validation data are either separate files or a fraction held out of the training files",
         "remove one of them",
     ),
     Rule(
         "megatron_order",
         ("data.order", "model.family"),
         lambda c, n: c.data.order == "megatron" and c.model.family in ("spacetime", "encoder_decoder"),
-        "Megatron's order is one of single documents of tokens",
+        "data.order megatron does not exist for grids and encoder-decoders",
         "use order megascale",
     ),
     Rule(
         "eval_without_data",
         ("train.eval_every", "data.valid_fraction"),
         lambda c, n: c.train.eval_every > 0 and c.data.valid is None and c.data.valid_fraction == 0,
-        "there is nothing to evaluate on",
+        "eval_every is set, but there are no validation data",
         "set data.valid or data.valid_fraction, or eval_every to 0",
     ),
 )

@@ -15,50 +15,50 @@ MODEL_RULES: tuple[Rule, ...] = (
         "encoder_position",
         ("model.family", "model.position"),
         lambda c, n: c.model.family in ENCODERS and c.model.position in ("xpos", "alibi"),
-        "xPos and ALiBi weigh how far back a token looks, and an encoder looks both ways",
+        "xPos and ALiBi depend on the distance to past tokens, but an encoder attends in both directions",
         "use rope or learned",
     ),
     Rule(
         "encoder_window",
         ("model.family", "model.sliding_window"),
         lambda c, n: c.model.family in ENCODERS and c.model.sliding_window is not None,
-        "the window ends at the token itself, and an encoder looks both ways",
+        "the window covers past tokens only, but an encoder attends in both directions",
         "remove sliding_window",
     ),
     Rule(
         "relative_context",
         ("model.position", "parallel.cp"),
         lambda c, n: c.model.position == "relative" and c.parallel.cp > 1,
-        "biases by distance are made for whole sequences, and cp cuts them",
-        "set cp to 1; tp with tp_sequence cuts sequences between attentions",
+        "relative position biases are computed for whole sequences, but cp splits sequences over ranks",
+        "set cp to 1; tp with tp_sequence splits sequences outside attention",
         True,
     ),
     Rule(
         "mask_fraction",
         ("data.mask_fraction", "model.family", "data.objective"),
         lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
-        "tokens are hidden from encoders only, alone or by the objective span_corruption",
+        "only an encoder, or an encoder_decoder with objective span_corruption, is trained on masked tokens",
         "remove mask_fraction, or use family encoder, or encoder_decoder with objective span_corruption",
     ),
     Rule(
         "mask_token",
         ("data.mask_token", "model.family"),
         lambda c, n: c.data.mask_token is not None and c.model.family != "encoder",
-        "only an encoder is asked for tokens that one piece hides",
+        "only an encoder has one mask token that replaces the tokens to predict",
         "remove mask_token, or use family encoder",
     ),
     Rule(
         "spacetime_fields",
         ("model.family", "model.spacetime"),
         lambda c, n: (c.model.family == "spacetime") != (c.model.spacetime is not None),
-        "model.spacetime says what the grid of the spacetime family is, and of no other",
+        "model.spacetime describes the grid; set it exactly when model.family is spacetime",
         "give both or neither",
     ),
     Rule(
         "spacetime_tokens",
         ("model.spacetime", "train.seq_len"),
         lambda c, n: grid(c) and c.train.seq_len != c.model.spacetime.tokens,  # type: ignore[union-attr]
-        "a sample has as many tokens as its grid has patches, the product of shape ÷ patch",
+        "a sample has one token per patch of its grid, which is the product of shape ÷ patch",
         "set train.seq_len to that product",
     ),
     Rule(
@@ -74,15 +74,16 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or c.train.packing != "concat"
             )
         ),
-        "windows, documents, ALiBi, XPos, biases by distance and a vocabulary's head are for text",
+        "sliding windows, packed documents, ALiBi, XPos, relative biases and vocabulary heads are for text only",
         "use position rope or learned, without sliding_window, tie_embeddings and head_scale, and packing concat",
     ),
     Rule(
         "spacetime_texts",
         ("model.spacetime.text_len", "model.spacetime.text_vocab_size", "parallel.tp"),
         lambda c, n: grid(c) and not _texts_fit(c),
-        "a text of text_len places goes with each sample, each tensor rank needs a row of its vocabulary, and tp_sequence cuts its places",
-        "give text_len with text_vocab_size, and choose tp of at most text_vocab_size, dividing text_len with tp_sequence",
+        "each sample comes with a text of text_len tokens; every tensor rank needs a row of its vocabulary, and tp_sequence splits its "
+        "tokens",
+        "set text_len and text_vocab_size together, with tp at most text_vocab_size and, under tp_sequence, text_len a multiple of tp",
     ),
     Rule(
         "spacetime_block",
@@ -91,7 +92,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             grid(c)
             and (c.model.residual not in ("pre", "post") or c.model.norm == "dyt" or c.model.linear != "dense" or c.model.moe is not None)
         ),
-        "blocks over grids are plain pre- or post-norm ones so far",
+        "blocks over grids support only plain pre- or post-norm so far",
         "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
     ),
     Rule(
@@ -101,7 +102,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             c.model.residual == "mus"
             and (c.model.norm == "dyt" or c.model.linear != "dense" or (c.model.moe is not None and c.model.moe.init != "model"))
         ),
-        "unit scaling fixes how weights start and needs a norm that gives every branch unit size",
+        "unit scaling prescribes the initial weights and needs a norm that scales every branch to unit size",
         "use norm rmsnorm or layernorm, linear dense and moe.init model",
     ),
     Rule(
@@ -115,21 +116,21 @@ MODEL_RULES: tuple[Rule, ...] = (
         "branchnorm_period",
         ("model.residual", "model.branchnorm_period"),
         lambda c, n: (c.model.residual == "branchnorm") != (c.model.branchnorm_period is not None),
-        "BranchNorm, and nothing else, has a period: the steps over which its branches come in",
+        "branchnorm_period is the number of steps over which branches are scaled up; only residual branchnorm uses it, and needs it",
         "set branchnorm_period (4000 is quoted from its paper; less for short runs) for branchnorm, or leave it out",
     ),
     Rule(
         "deepscale_unit",
         ("model.deepscale_unit", "model.residual"),
         lambda c, n: c.model.deepscale_unit != "variance" and c.model.residual not in ("deepscale", "deepscale_post"),
-        "only DeepScaleLM chooses what its feed-forward keeps",
+        "deepscale_unit chooses what DeepScaleLM's feed-forward keeps at unit size; other schemes have no such choice",
         "remove deepscale_unit, or use residual deepscale or deepscale_post",
     ),
     Rule(
         "moe_top_k",
         ("model.moe.top_k", "model.moe.num_experts"),
         lambda c, n: c.model.moe is not None and c.model.moe.top_k > c.model.moe.num_experts,
-        "a token cannot choose more experts than there are",
+        "top_k is larger than num_experts",
         "choose a smaller top_k or more experts",
     ),
     Rule(
@@ -150,21 +151,21 @@ MODEL_RULES: tuple[Rule, ...] = (
         "moe_every",
         ("model.moe.every", "model.num_layers"),
         lambda c, n: c.model.moe is not None and c.model.moe.every > max(c.model.num_layers, c.model.encoder_layers or 0),
-        "no layer would have experts",
+        "every is larger than the number of layers, so no layer would have experts",
         "choose a smaller every, or remove model.moe",
     ),
     Rule(
         "moeut_groups",
         ("model.moeut.group_size", "model.num_layers"),
         lambda c, n: c.model.moeut is not None and c.model.num_layers % c.model.moeut.group_size != 0,
-        "a group of layers is repeated a whole number of times",
+        "num_layers must be a multiple of group_size, because whole groups repeat",
         "choose a group_size that divides num_layers",
     ),
     Rule(
         "moeut_top_k",
         ("model.moeut.attention_top_k", "model.moeut.attention_experts"),
         lambda c, n: c.model.moeut is not None and c.model.moeut.attention_top_k > c.model.moeut.attention_experts,
-        "a head cannot choose more experts than it has",
+        "attention_top_k is larger than attention_experts",
         "choose a smaller attention_top_k or more attention_experts",
     ),
     Rule(
@@ -185,7 +186,7 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or c.model.num_kv_heads != c.model.num_heads
             )
         ),
-        "MoEUT is a decoder with a block of its own, with its own norms and a key for every query head",
+        "MoEUT is a decoder with a fixed block: its own norms, and one KV head per query head",
         "set family to decoder, norm to rmsnorm or layernorm, residual to pre and qk_norm to false, and leave num_kv_heads out",
     ),
     Rule(
@@ -199,29 +200,30 @@ MODEL_RULES: tuple[Rule, ...] = (
         "moeut_axes",
         ("model.moeut", "parallel.pp", "parallel.accumulation"),
         lambda c, n: c.model.moeut is not None and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
-        "the layers of a group come back all through the depth: every stage would hold, gather and reduce all of them, and layer by layer "
-        "they would be gathered once a repeat",
+        "the layers of a group repeat through the whole depth: every pipeline stage would hold, gather and reduce all of them, and "
+        "layered accumulation "
+        "would gather them once per repeat",
         "use the data axes, tp, cp and ep, with accumulation depth_first",
     ),
     Rule(
         "ends_of_pairs",
         ("model.embedding_norm", "model.mlm_head", "model.family"),
         lambda c, n: (c.model.embedding_norm or c.model.mlm_head) and c.model.family not in ("decoder", "encoder"),
-        "a norm behind the embedding and layers before the head are for models with one stack over a vocabulary",
+        "embedding_norm and mlm_head are only for text models with one stack",
         "use family encoder or decoder, or leave both out",
     ),
     Rule(
         "mlm_head_scaled",
         ("model.mlm_head", "model.residual", "model.head_scale"),
         lambda c, n: c.model.mlm_head and (c.model.residual == "mus" or c.model.head_scale is not None),
-        "unit scaling, or head_scale, multiplies what enters the head, and the norm of mlm_head undoes it",
+        "unit scaling and head_scale scale the input of the head, but the norm of mlm_head cancels any scale",
         "use another residual without head_scale, or leave mlm_head out",
     ),
     Rule(
         "norm_eps_of",
         ("model.norm_eps_of", "model.num_layers", "model.moeut"),
         lambda c, n: any(not _is_norm(c.model, name) for name in c.model.norm_eps_of),
-        "an epsilon of its own belongs to a norm by name: "
+        "norm_eps_of sets the epsilon of a norm by name: "
         + ", ".join(OUTER_NORMS)
         + ", or "
         + ", ".join(BLOCK_NORMS)
@@ -236,7 +238,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             c.model.layer_coefficients is not None
             and (len(c.model.layer_coefficients) != c.model.num_layers or c.model.moeut is not None or c.model.family == "encoder_decoder")
         ),
-        "every layer has one pair of coefficients, and MoEUT's have none",
+        "layer_coefficients needs one pair per layer, and MoEUT has none",
         "give num_layers pairs [skip, branch], or leave layer_coefficients out",
     ),
     Rule(
@@ -246,14 +248,14 @@ MODEL_RULES: tuple[Rule, ...] = (
             c.model.rope_exponents is not None
             and (c.model.position not in ("rope", "xpos") or 2 * len(c.model.rope_exponents) != c.model.rotary_dim)
         ),
-        "every pair of channels that turns has one exponent",
+        "rope_exponents needs one exponent per rotated pair of channels",
         "give head_dim ÷ 2 of them with position rope or xpos, or leave rope_exponents out",
     ),
     Rule(
         "alibi_slopes",
         ("model.alibi_slopes", "model.position", "model.num_heads"),
         lambda c, n: c.model.alibi_slopes is not None and (c.model.position != "alibi" or len(c.model.alibi_slopes) != c.model.num_heads),
-        "every head has one slope",
+        "alibi_slopes needs one slope per head",
         "give num_heads of them with position alibi, or leave alibi_slopes out",
     ),
     Rule(
@@ -264,8 +266,8 @@ MODEL_RULES: tuple[Rule, ...] = (
             or (c.model.tokenformer is not None and (c.model.residual == "mus" or c.parallel.tp > 1 or c.precision.fp8 != "false"))
             or (c.model.tokenformer is not None and (c.model.spacetime is not None or c.model.moeut is not None))
         ),
-        "attention over parameters has its number of tokens, a size of its own, and is not cut over ranks",
-        "give linear tokenformer together with tokenformer, without unit scaling, FP8, tp, grids and MoEUT",
+        "TokenFormer needs its number of parameter tokens and cannot be sharded by tp",
+        "set model.linear tokenformer and model.tokenformer together, without unit scaling, FP8, tp, grids or MoEUT",
     ),
     Rule(
         "matformer",
@@ -283,7 +285,7 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or c.precision.fp8 != "false"
             )
         ),
-        "nested widths are prefixes of one dense feed-forward that is whole where it is used",
+        "MatFormer's nested widths are prefixes of one dense feed-forward, which must not be sharded",
         "choose sizes below ffn_size, without experts, inner norms, quantized products, FP8, ffn_sizes and tp",
     ),
     Rule(
@@ -299,9 +301,9 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
             )
         ),
-        "stages pass each micro-batch once, weight gradients computed apart know whole weights, and a block that recomputes is by then at "
-        "another width",
-        "use train sample, with a schedule that computes gradients together, or the data axes without recompute",
+        "split-backward schedules need full-width weights, pipeline stages run each micro-batch once, and recomputation would run at "
+        "a different width",
+        "set matformer.train to sample, and use a schedule without split backward, or data axes without recompute",
     ),
     Rule(
         "ffn_sizes",
@@ -315,7 +317,7 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or any(f % c.parallel.tp for f in c.model.ffn_sizes)
             )
         ),
-        "every layer of a text model without experts has one width, a multiple of tp",
+        "ffn_sizes needs one width per layer, each a multiple of tp, in a text model without experts",
         "give num_layers of them, or leave ffn_sizes out",
     ),
     Rule(
@@ -325,7 +327,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             c.model.vocab_enabled is not None
             and (c.model.spacetime is not None or c.model.vocab_enabled > (c.model.vocab_size or c.model.vocab_enabled))
         ),
-        "no more tokens can be enabled than the vocabulary has",
+        "vocab_enabled needs a text vocabulary of at least that size",
         "choose at most vocab_size, or leave vocab_enabled out",
     ),
 )

@@ -20,14 +20,14 @@ PAIR_RULES: tuple[Rule, ...] = (
             "data.start_token",
         ),
         lambda c, n: not pair(c) and _speaks_of_sources(c),
-        "only an encoder_decoder has sources beside its targets",
+        "only an encoder_decoder has a source sequence",
         "leave these keys out, or use family encoder_decoder",
     ),
     Rule(
         "pair_packing",
         ("model.family", "train.packing"),
         lambda c, n: pair(c) and c.train.packing != "concat",
-        "each sample is one source with its target, and nothing is packed",
+        "each sample is one source with its target, so packing does not apply",
         "leave packing out",
     ),
     Rule(
@@ -36,21 +36,21 @@ PAIR_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             pair(c) and c.model.share_embeddings and (c.model.source_vocab_size is not None or c.data.source_tokenizer is not None)
         ),
-        "with one table for both sides there is one vocabulary",
+        "with a shared embedding both sides use one vocabulary",
         "set share_embeddings to false, or leave source_vocab_size and source_tokenizer out",
     ),
     Rule(
         "span_vocabulary",
         ("data.objective", "model.share_embeddings"),
         lambda c, n: spans_asked(c) and not c.model.share_embeddings,
-        "source and target are pieces of one text",
+        "under span_corruption source and target come from one text and share the vocabulary",
         "leave share_embeddings out",
     ),
     Rule(
         "span_keys",
         ("data.mean_span", "data.mark_token", "data.objective"),
         lambda c, n: (c.data.mean_span is not None or c.data.mark_token is not None) and not spans_asked(c),
-        "only span corruption hides spans",
+        "mean_span and mark_token are used by span corruption only",
         "remove mean_span and mark_token, or use objective span_corruption with family encoder_decoder",
     ),
     Rule(
@@ -65,7 +65,7 @@ PAIR_RULES: tuple[Rule, ...] = (
         "tp_source",
         ("parallel.tp", "train.source_len"),
         lambda c, n: pair(c) and c.parallel.tp_sequence and c.train.source_length % c.parallel.tp != 0,
-        "with tp_sequence sources are cut over the tensor ranks",
+        "with tp_sequence sources are split over the tensor ranks",
         "choose a source_len that is a multiple of tp, or tp_sequence false",
     ),
 )

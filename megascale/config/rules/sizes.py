@@ -24,14 +24,14 @@ SIZE_RULES: tuple[Rule, ...] = (
             "train.seq_len",
         ),
         lambda c, n: _parameters_at_most(c.model, c.train.seq_len) > PARAMETERS,
-        f"this could be more than {PARAMETERS:.0e} parameters, whose bytes torch cannot count",
+        f"these sizes give more than {PARAMETERS:.0e} parameters, whose bytes torch cannot count",
         "look for a digit too many, also in model.moe and the other sections of model",
     ),
     Rule(
         "schedule_length",
         ("train.global_batch_size", "train.micro_batch_size", "parallel.pp", "parallel.accumulation", "model.num_layers"),
         lambda c, n: _computations(c, n) > COMPUTATIONS,
-        f"a step's order would have more than {COMPUTATIONS:,} computations (micro-batches × stages, forward and backward)",
+        f"the schedule of one step would have more than {COMPUTATIONS:,} computations (micro-batches × stages, forward and backward)",
         "choose a larger micro_batch_size, more data ranks, or a smaller global_batch_size",
     ),
 )

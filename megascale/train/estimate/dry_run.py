@@ -117,7 +117,7 @@ def schedule_lines(config: Config, schedule: Mapping[str, Any], timeline: Timeli
         lines.append("layered: embedding, every layer and head take all micro-batches in turn")
     else:
         lines.append(
-            f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % were all stages equally fast"
+            f"pipeline: layers by stage {pipeline['layers']}; bubble {100 * pipeline['bubble']:.1f} % if all stages were equally fast"
         )
     if sum(pipeline["gathers"]):
         lines.append(f"  by rank: weights gathered {pipeline['gathers']} times per step, gradients reduced {pipeline['reductions']} times")
@@ -208,6 +208,6 @@ def draw_pipeline(config: Config, timeline: Timeline | None, picture: str) -> No
     if Path(picture).suffix not in (".png", ".svg"):
         raise UsageError(f"--draw {picture} has no known ending: name it .png or .svg")
     try:
-        draw(timeline, f"{describe(config.parallel)}, {config.train.global_batch_size} sequences a step", Path(picture))
+        draw(timeline, f"{describe(config.parallel)}, {config.train.global_batch_size} sequences per step", Path(picture))
     except OSError as error:
         raise UsageError(f"--draw {picture} cannot be written: {error.strerror}") from None

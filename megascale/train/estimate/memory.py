@@ -162,6 +162,6 @@ def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) 
         raise UsageError(
             f"parallel.offload is {', '.join(config.parallel.offload)}: the {ranks.local_size} ranks of {node_name()} would keep "
             f"{byte_words(total)} there (per rank {byte_words(need['state'])} of state, {byte_words(need['inputs'])} of block inputs) and "
-            f"{byte_words(free)} are free; offload less, cut the state over more dp_shard ranks, or let fewer micro-batches go together "
+            f"{byte_words(free)} are free; offload less, cut the state over more dp_shard ranks, or process fewer micro-batches together "
             "(parallel.breadth_first)"
         )

@@ -40,7 +40,7 @@ SILENCE = 120.0  # seconds without a beat after which a rank is lost, unless run
 STARTING = "starting"  # until the first step is done nothing need move: kernels compile, files are read
 SAVING, SAVING_PATIENCE = "saving", 12  # a slow disk is no lost peer: so many times run.collective_timeout
 GONE = "has left"
-NO_STORE = "rank 0 is gone, or torchrun's agent on its node: the store in which the ranks met does not answer"
+NO_STORE = "rank 0 is gone, or torchrun's agent on its node: the rendezvous TCPStore does not answer"
 
 
 class Activity:

@@ -65,16 +65,16 @@ def announce(
     model = model_words(size, active) + ("," if active < size else "")
     fp8 = "" if config.precision.fp8 == "false" else f" with products in FP8 ({config.precision.fp8} scales)"
     way = " (products in fp32: this CPU has no bf16 instructions)" if facts.get("products") == "fp32" else ""
-    threads = f", {facts['threads']} threads a process" if "threads" in facts else ""
+    threads = f", {facts['threads']} threads per process" if "threads" in facts else ""
     precision = f"{config.precision.compute}{way}{fp8}"
     console.say(f"{config.run.name}: {model} on {layout} ({facts['device']}), {precision}{threads}, norm kernel {facts['norm_kernel']}")
     for plugin in plugins():
         console.say(f"plugin {plugin}: {plugin.names}")
     if entropy is not None:
-        console.say(f"unigram entropy of the tokens: {entropy:.4f} nats; a model that only counts tokens stops there")
+        console.say(f"unigram entropy of the tokens: {entropy:.4f} nats, the loss of a model that only knows token frequencies")
     if start.folder is not None:
         total = config.train.total_steps
-        there = f"already at step {progress.step} of {total}: nothing is left to do, unless train.steps or train.tokens is raised"
+        there = f"already at step {progress.step} of {total}: nothing left to do unless train.steps or train.tokens is raised"
         following = there if progress.step >= total else f"next is step {progress.step + 1}"
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; {following}")
     if log.notes:
@@ -108,6 +108,6 @@ def cast_note(config: Config, device: str) -> str | None:
     if config.precision.fp8 == "false" or config.parallel.compile or device == "cpu":
         return None
     return (
-        f"precision.fp8 is {config.precision.fp8} and parallel.compile is false: casts that are not compiled cost more than FP8 saves; "
+        f"precision.fp8 is {config.precision.fp8} and parallel.compile is false: uncompiled casts cost more than FP8 saves; "
         "set parallel.compile true"
     )

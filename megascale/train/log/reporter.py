@@ -161,7 +161,7 @@ class Reporter:
         """The process, and as a rule the whole job, stood still for a while."""
         self.event("frozen", step, seconds=round(seconds, 1))
         if self.console is not None:
-            self.console.warn(f"this job was frozen for {seconds:.0f} s (suspended, or its machine was), and goes on")
+            self.console.warn(f"this job was frozen for {seconds:.0f} s (the job or its machine was suspended); training continues")
 
     def checkpoints(self, events: list[Event], step: int) -> None:
         for e in events:
@@ -172,7 +172,7 @@ class Reporter:
                 self.log.event(kind, e.step, seconds=round(e.seconds, 3), message=e.message)
             if self.console is not None and e.kind in ("failed", "export_failed") and e.code != PeerLostError.code:  # that ends the run
                 what = "the checkpoint" if e.kind == "failed" else "the export"
-                self.console.warn(f"{what} of step {e.step} was not written, and training goes on: {e.message}")
+                self.console.warn(f"{what} of step {e.step} was not written; training continues: {e.message}")
 
     @contextmanager
     def profile(self, step: int) -> Iterator[None]:
@@ -185,7 +185,7 @@ class Reporter:
         try:
             profiler.export_chrome_trace(self.profile_path)
         except (OSError, RuntimeError) as error:
-            self.warn_once("trace", f"the trace {self.profile_path} was not written, and training goes on: {error}")
+            self.warn_once("trace", f"the trace {self.profile_path} was not written; training continues: {error}")
 
     def _read(self, result: StepResult, progress: Progress) -> None:
         self._judge(result, progress)

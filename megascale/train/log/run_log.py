@@ -165,7 +165,7 @@ class RunLog:
             try:
                 sink(row)
             except Exception as error:  # whatever an outside logger meets, it is no reason to stop training
-                self.warn_once(name, f"{name} did not take the row of step {row['step']}, and training goes on: {error}")
+                self.warn_once(name, f"{name} rejected the row of step {row['step']}; training continues: {error}")
 
     def event(self, event: str, step: int, **details: Any) -> None:
         self._add(self._events, {"time": round(time.time(), 3), "step": step, "event": event, **details})
@@ -194,7 +194,8 @@ class RunLog:
         if error is not None:
             why = error.strerror or str(error)
             self.warn_once(
-                file.path.name, f"{file.path} cannot be written ({why}), and training goes on: its rows are kept until there is room again"
+                file.path.name,
+                f"{file.path} cannot be written ({why}), training continues: its rows are kept in memory until there is room again",
             )
         elif file.late:
             late, lost, file.late, file.lost = file.late, file.lost, 0, 0

@@ -180,7 +180,8 @@ def _waits(folder: Path) -> bool:
 
 def _served(wanted: str, root: Path, record: dict[str, str]) -> Note:
     return Note(
-        f"checkpoint.resume={wanted} was met on {record['time']}, and the run goes on from what it has done since; to begin there once "
+        f"checkpoint.resume={wanted} was carried out on {record['time']}; the run continues from its newest checkpoint since then. To go "
+        "back once "
         f"more, delete {root / RECORD}"
     )
 

@@ -107,7 +107,7 @@ def told(changes: Mapping[str, tuple[Any, Any]], rates: Rates | None) -> list[No
         lr = f"; the learning rate of step {rates.step} would have been {rates.before:.4g} and is {rates.after:.4g}"
         if rates.differs > rates.step:
             lr += f", and it differs from step {rates.differs} on"
-    return [Note(f"the curve goes on otherwise than it would have: {keys}{lr}")]
+    return [Note(f"the curve will differ from the unchanged run: {keys}{lr}")]
 
 
 def plugins_note(saved: Mapping[str, Any]) -> list[Note]:
@@ -169,7 +169,7 @@ def content_changes(config: Config, saved: Mapping[str, Any], prints: Prints) ->
             name, (then, now) = next(iter(other.items()))
             ends = ", ".join(f"{end} was {then.get(end)} and is {now.get(end)}" for end in now if then.get(end) != now[end])
             raise UsageError(
-                f"{key}: the files of {name} are not those that the run was trained on ({ends}), and its samples would be others: put the "
+                f"{key}: the files of {name} differ from those that the run was trained on ({ends}), so its samples would change: put the "
                 f"old ones back, choose another run.name, or allow it with run.allow_change='[{key}]'"
             )
         found |= {f"data.{part}[{name}]": ("; ".join(map(str, a.values())), "; ".join(b.values())) for name, (a, b) in other.items()}
@@ -195,7 +195,7 @@ def mixture_changes(config: Config, saved: Mapping[str, Any], moved_only: bool =
             )
         changed["data.train"] = (_mixture(then), _mixture(now))
     if config.data.order == "megatron":
-        return changed, [Note("the mixture has changed, and under data.order megatron all samples come in another order from here on")]
+        return changed, [Note("the mixture has changed; under data.order megatron this changes the order of all following samples")]
     found = moved({n: w for n, _, w in then}, {n: w for n, _, w in now}, config.run.seed, saved["samples"])
     words = sentence(found)
     details = {"samples": {m.name: {"repeated": m.repeated, "skipped": m.skipped} for m in found}}

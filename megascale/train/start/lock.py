@@ -187,7 +187,7 @@ class RunLock:
                 if self._alive(mark):
                     found = self._read()
                     raise UsageError(self._refusal(holder if found is None else found[0]))
-                self.note = f"{LOCK} was left by {'somebody' if holder is None else holder.words}, without a sign of life for {STALE:.0f} s"
+                self.note = f"{LOCK} was left by {'somebody' if holder is None else holder.words}, without a heartbeat for {STALE:.0f} s"
             if self._succeed(holder, mark):
                 return
 

@@ -101,7 +101,7 @@ def check_still_there(run_dir: Path) -> None:
     if saved is not None:
         raise UsageError(
             f"{run_dir / 'events.jsonl'} says that the checkpoint of step {saved} was saved, and there is none in {root}: is its disk "
-            "mounted? If they were deleted, checkpoint.resume=never begins anew and keeps the old rows; or choose another run.name"
+            "mounted? If they were deleted, checkpoint.resume=never starts again and keeps the old rows; or choose another run.name"
         )
 
 
@@ -132,7 +132,7 @@ def check_directory(run_dir: Path) -> None:
             raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
         names = set(os.listdir(run_dir))
     except (OSError, ValueError) as error:
-        raise UsageError(f"run.dir {str(run_dir)[:200]!r} cannot be looked at ({error}): choose another one") from None
+        raise UsageError(f"run.dir {str(run_dir)[:200]!r} cannot be accessed ({error}): choose another one") from None
     foreign = {n for n in names - set(BESIDE) if not LEFT_OVER.fullmatch(n)}
     if foreign and not names & set(OWN_FILES):
         raise UsageError(
@@ -152,8 +152,8 @@ def check_folders(config: Config, run_dir: Path) -> None:
                 trial.unlink()
         except OSError as error:
             raise UsageError(
-                f"{folder} cannot be written ({error.strerror or error}), and the run would be lost at its first save: see to the folder's "
-                "owner, its rights and its disk, or choose another run.dir"
+                f"{folder} cannot be written ({error.strerror or error}), so the first save would fail: check the folder's "
+                "owner, permissions and disk, or choose another run.dir"
             ) from None
 
 
@@ -196,7 +196,7 @@ def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]
         discard(run_dir / "exit.json")  # it told of another attempt
         if opening.damaged_config:
             kept = set_aside(run_dir / "config.yaml", aside_in(run_dir))
-            notes.append(Note(f"{opening.damaged_config}; it is written anew, and the old one is {kept}", "config_replaced"))
+            notes.append(Note(f"{opening.damaged_config}; it is written again; the damaged one is kept as {kept}", "config_replaced"))
         if opening.elsewhere is not None:
             remember(run_dir / "checkpoints", config.checkpoint.resume, opening.elsewhere)
         elif config.checkpoint.resume in ("auto", "never"):

@@ -107,7 +107,7 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
     try:
         other = is_hf_folder(folder)
     except (OSError, ValueError) as error:
-        raise UsageError(f"checkpoint.init_from is {str(folder)[:200]!r}, which cannot be looked at ({error}): name a folder") from None
+        raise UsageError(f"checkpoint.init_from is {str(folder)[:200]!r}, which cannot be accessed ({error}): name a folder") from None
     if other:
         foreign = read_hf(folder, model=config.model, seq_len=config.train.seq_len)
         past = folder / POSITION
