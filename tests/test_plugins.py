@@ -173,6 +173,7 @@ MISTAKES = {
     "twice": (ROW + "ROWS = {'optimizers': {'signum': Row('a:b')}}", ("has signum among", "megascale-acme 0.1 has one")),
     "a type": ("ROWS = {'decays': {'mine': 5}}", ("has mine among its decays, a int, and a megascale.config.decays.DecayRow",)),
     "the rest": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', rest='muon')}}", ("leaves the rest of the weights to muon",)),
+    "deepspeed": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', deepspeed=True)}}", ("the optimizer mine of a plugin says deepspeed",)),
     "an ending": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('.jsonl',))}}", ("claims the ending .jsonl, which json reads",)),
     "a dot": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('WET',))}}", ("claims the ending WET, and one such as .wet",)),
 }

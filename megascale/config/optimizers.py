@@ -19,10 +19,11 @@ class OptimizerRow:
                     by which growth scales it; None where no power does. A tensor has the weight's shape and dtype and starts at zero
     counts          keys of 0-dim fp32 numbers of updates, which a grown weight keeps
     rest            the optimizer of all weights but hidden matrices, where this one is for these alone (optim/rates.py: MATRICES)
-    whole_matrices  an update multiplies whole matrices: too slow on a host, and no affair of one layer
+    whole_matrices  an update needs whole matrices: too slow on a host, and not done in backward. Where False it is elementwise, so that
+                    each rank updates its parts alone and every layout takes the same step
     scale_free      an update is about as large as the rate, however large gradients are: growth and bf16 masters count on it
     unit_scaling    a rate carries over to other widths under model.residual mus
-    deepspeed       DeepSpeed's engine knows it
+    deepspeed       the engine deepspeed runs it: as torch's AdamW, so that no plugin's row may say so
     """
 
     build: str | Callable[..., Any]
@@ -53,9 +54,9 @@ def optimizers() -> Mapping[str, OptimizerRow]:
     found = with_plugins("optimizers", OPTIMIZERS, OptimizerRow)
     for name, row in found.items():
         if row.rest is not None and (row.rest not in found or found[row.rest].rest is not None):
-            raise UsageError(
-                f"the optimizer {name} leaves the rest of the weights to {row.rest}, which takes no such weights: name another"
-            )
+            raise UsageError(f"the optimizer {name} leaves the rest of the weights to {row.rest}, which does not take them: name another")
+        if row.deepspeed and name not in OPTIMIZERS:
+            raise UsageError(f"the optimizer {name} of a plugin says deepspeed, and that engine runs AdamW: take deepspeed out of its row")
     return found
 
 
