@@ -15,6 +15,7 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Moe, Moeut
 from megascale.errors import UsageError
+from megascale.model import norms
 from megascale.model.layers import Norm
 from megascale.model.ops import norm_kernels
 from megascale.model.shape import Shape
@@ -52,7 +53,7 @@ def test_kernels_are_chosen_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     choice = norm_kernels.choose_kernels("apex", "rmsnorm", cuda)
     x, w = torch.randn(3, 4), torch.ones(4)
-    torch.testing.assert_close(choice.norm(x, w, None, 1e-5), norm_kernels.torch_rmsnorm(x, w, None, 1e-5))
+    torch.testing.assert_close(choice.norm(x, w, None, 1e-5), norms.rmsnorm(x, w, None, 1e-5))
     assert (choice.source, calls) == ("apex", ["fused"])
 
 
@@ -64,7 +65,7 @@ def test_every_norm_of_a_model_calls_the_chosen_kernel() -> None:
 
     def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         called.append(weight.numel())
-        return norm_kernels.torch_rmsnorm(x, weight, bias, eps)
+        return norms.rmsnorm(x, weight, bias, eps)
 
     moe = Moe(num_experts=2, top_k=1, ffn_size=8, router="sigma", balance="entropy")
     for cfg in (
@@ -79,8 +80,8 @@ def test_every_norm_of_a_model_calls_the_chosen_kernel() -> None:
             pass
         called.clear()
         model.module(fake_batch(case, [1]).tokens)
-        norms = [m for m in model.module.modules() if isinstance(m, Norm)]
-        assert norms and set(called) == {n.dim for n in norms} and len(called) >= len(norms)
+        held = [m for m in model.module.modules() if isinstance(m, Norm)]
+        assert held and set(called) == {n.dim for n in held} and len(called) >= len(held)
 
 
 class StandInNorm(nn.Module):
@@ -116,7 +117,7 @@ def test_transformer_engines_norms(norm: str, bias: torch.Tensor | None, monkeyp
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
     choice = norm_kernels.choose_kernels("te", norm, torch.device("cuda"))
-    own = {"rmsnorm": norm_kernels.torch_rmsnorm, "layernorm": norm_kernels.torch_layernorm}[norm]
+    own = {"rmsnorm": norms.rmsnorm, "layernorm": norms.layernorm}[norm]
     bias = bias if norm == "layernorm" else None
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
     for _ in range(2):

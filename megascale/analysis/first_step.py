@@ -71,10 +71,11 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
 
 
 def expected(config: Config, points: list[MeasuredMoments]) -> list[dict[str, Any]]:
-    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts, no GEGLU and no
-    stack that attends to another.
+    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts, no stack that
+    attends to another, and of norms and feed-forwards those whose rows name a rule.
     """
-    if config.model.moe is not None or config.model.encoder_layers is not None or config.model.ffn == "geglu_tanh":
+    known = config.model.norm_row.theory is not None and config.model.ffn_row.theory is not None
+    if not known or config.model.moe is not None or config.model.encoder_layers is not None:
         return []
     first, last = points[0], points[-1]
     start = Signal(first.mean, first.variance, first.correlation)

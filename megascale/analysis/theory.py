@@ -148,18 +148,19 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
     d, f = cfg.hidden_size, cfg.ffn_size
     up, pull_up = _product(cfg, row, h, "up", f, d)
     gate, pull_gate = _product(cfg, row, h, "gate", f, d)
-    y = swiglu(gate, up) if cfg.ffn == "swiglu" else relu(up) if cfg.ffn == "relu" else gelu(up)
+    rule = cfg.ffn_row.theory
+    y = swiglu(gate, up) if rule == "swiglu" else relu(up) if rule == "relu" else gelu(up)
     inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.inner_norms else (y, _unchanged)
     out, pull_out = _product(cfg, row, inner, "down", d, f)
 
     def pull(g: Gradient) -> Gradient:
         g = pull_inner(pull_out(g))
-        if cfg.ffn == "swiglu":
+        if rule == "swiglu":
             to_gate, to_up = swiglu_gradients(g.var, gate, up)
             through_gate = Gradient(to_gate, g.corr * up.corr * slope_correlation("silu", gate))
             return _sum([pull_gate(through_gate), pull_up(Gradient(to_up, g.corr * slope_correlation("gate", gate)))])
-        var = relu_gradient(g.var) if cfg.ffn == "relu" else gelu_gradient(g.var, up.var)
-        return pull_up(Gradient(var, g.corr * slope_correlation("relu" if cfg.ffn == "relu" else "gelu", up)))
+        var = relu_gradient(g.var) if rule == "relu" else gelu_gradient(g.var, up.var)
+        return pull_up(Gradient(var, g.corr * slope_correlation("relu" if rule == "relu" else "gelu", up)))
 
     return out, pull
 
@@ -174,7 +175,7 @@ def _product(cfg: Model, row: Residual, x: Signal, role: str, out_dim: int, in_d
 
 
 def _norm(cfg: Model, x: Signal, alpha: float) -> tuple[Signal, Pull]:
-    if cfg.norm == "dyt":
+    if cfg.norm_row.theory == "tanh":
         return tanh(x, alpha), lambda g: Gradient(tanh_gradient(g.var, x.var, alpha), g.corr)
     # A token's entries share no mean unless all tokens share it, which the correlation says.
     corr = (x.corr * x.var + x.mean**2) / x.square

@@ -124,7 +124,7 @@ def _products(model: Model) -> float:
     if model.moe is not None and model.moe.ffn_size is not None:
         share = sum(has_experts(model, i) for i in range(model.num_layers)) / model.num_layers
         width += share * ((model.moe.top_k + model.moe.num_shared) * model.moe.ffn_size - model.ffn_size)
-    return d * (2 * heads + 2 * kv) + d * width * (3 if model.gated else 2)
+    return d * (2 * heads + 2 * kv) + d * width * model.ffn_row.matrices
 
 
 def layered_parts(layers: int) -> list[StagePart]:

@@ -1,8 +1,9 @@
 """Which layer of a deeper model comes from which, and what norms behind a sum need so that an inserted layer changes nothing.
 
 Before-norm layers change nothing where their outputs are zero. Behind the sum, an inserted norm meets the output of another one: gain and
-bias move from that to the last inserted one, and epsilons make up for normalizing again. With v the statistic of the stream, a norm maps
-v → v/(v + ε); a chain of n of them with ε₁ and then δ, each gain √(1 + δ), is v/(v + ε₁·(δ/(1 + δ))ⁿ⁻¹), so ε₁ = ε·((1 + δ)/δ)ⁿ⁻¹ is exact.
+bias move from that to the last inserted one, and epsilons make up for normalizing again. With v the statistic of the stream, a mean of its
+p-th powers, a norm maps v → v/(v + ε); a chain of n of them with ε₁ and then δ, each gain (1 + δ)^(1/p), is v/(v + ε₁·(δ/(1 + δ))ⁿ⁻¹), so
+ε₁ = ε·((1 + δ)/δ)ⁿ⁻¹ is exact.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def _insert(old: int, new: int, placement: str, period: int, mode: Mode) -> tupl
     return tuple(layers)
 
 
-def norm_chain(layers: tuple[Layer, ...], skips: list[float]) -> dict[str, NormChange]:
-    """Changes of norms behind the sum, by name (blocks.3.ffn_norm), where layers are inserted; `skips` of the target's layers."""
+def norm_chain(layers: tuple[Layer, ...], skips: list[float], power: float) -> dict[str, NormChange]:
+    """Changes of norms behind the sum, by name (blocks.3.ffn_norm), where layers are inserted; `skips` of the target's layers. `power` of
+    the norms' statistic.
+    """
     changes: dict[str, NormChange] = {}
     start = 0
     while start < len(layers):
@@ -100,10 +103,12 @@ def norm_chain(layers: tuple[Layer, ...], skips: list[float]) -> dict[str, NormC
             delta = float(2 * inserted)
             origin = f"blocks.{layers[start].source}.ffn_norm"
             changes[f"blocks.{start}.ffn_norm"] = NormChange(None, 1.0, factor=((1 + delta) / delta) ** (2 * inserted))
+            gain = (1 + delta) ** (1 / power)
             for i in range(start + 1, end):
                 last = i == end - 1
-                # The norm sees skip·x: its epsilon counts skip⁻² times.
-                changes[f"blocks.{i}.attention_norm"] = NormChange(None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2)
-                changes[f"blocks.{i}.ffn_norm"] = NormChange(origin if last else None, (1 + delta) ** 0.5, absolute=delta * skips[i] ** 2)
+                # The norm sees skip·x: its epsilon counts skip^−p times.
+                eps = delta * skips[i] ** power
+                changes[f"blocks.{i}.attention_norm"] = NormChange(None, gain, absolute=eps)
+                changes[f"blocks.{i}.ffn_norm"] = NormChange(origin if last else None, gain, absolute=eps)
         start = end
     return changes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megascale.config.norms import NormRow
 from megascale.errors import UsageError
 from megascale.expand.axes import FRESH, ZERO, AxisMap, axis, cancelling, inside, same, shared
 
@@ -98,11 +99,11 @@ class Channels:
 
 
 def grow_channels(
-    old: int, new: int, norm: str | None, rotary: bool, exponents: tuple[float, ...] | None, method: str, silent: bool
+    old: int, new: int, norm: NormRow | None, rotary: bool, exponents: tuple[float, ...] | None, method: str, silent: bool
 ) -> Channels:
     """A head of `old` channels → `new`. Raises UsageError where nothing is exact.
 
-    norm      of queries and keys (rmsnorm, layernorm, dyt), None without one
+    norm      of queries and keys, None without one
     rotary    pairs (i, i + e/2) turn, at θ^−u with the pair's exponent u, 2i/e unless given
     """
     plain = same(old)
@@ -112,7 +113,8 @@ def grow_channels(
         raise UsageError(f"head_dim grows from {old} to {new}: choose {'an even number of ' if rotary else ''}at least {old}")
     ratio, value = new / old, axis([*range(old), *[ZERO if silent else FRESH] * (new - old)], old)
     out = value.filled(FRESH if silent else ZERO)
-    copied = norm is not None and norm != "dyt" and new % old == 0
+    power = None if norm is None or norm.growth is None else norm.growth.power
+    copied = power is not None and new % old == 0
     place, turns = _pairs(old, new, rotary, exponents, copied)
     if copied:
         # The same channels several times, at the same frequencies: the norm's statistics stay, and so does the product over √new.
@@ -122,18 +124,20 @@ def grow_channels(
     where = axis(place, old)
     if norm is None:
         return Channels(where, where.filled(ZERO).scaled(ratio**0.5), value, out, plain, plain, 1.0, turns)
-    if norm == "layernorm":
-        raise UsageError(
-            f"head_dim grows from {old} to {new} under QK-norm with layernorm: new channels would move the mean; choose a multiple of {old}"
-        )
-    if norm == "dyt":
-        # Without statistics new query channels may be alive at once; the keys' stay zero through tanh.
+    if power is None:
+        # Without statistics new query channels may be alive at once; the keys' stay zero through the norm.
         quiet = where.filled(ZERO)
         return Channels(where, quiet, value, out, where, where.scaled(ratio**0.5), 1.0, turns)
-    shrink = ratio**-0.5  # of the root mean square, with zeros beside the old channels
+    if norm.centres or norm.bias:
+        raise UsageError(
+            f"head_dim grows from {old} to {new} under QK-norm: new channels would move its {'mean' if norm.centres else 'bias'}; choose a "
+            f"multiple of {old}"
+        )
+    # With zeros beside the old channels both norms give ratio^(1/power) times as much, and the product is divided by √new.
+    shrink = ratio ** (0.5 - 2 / power)
     quiet = where.filled(ZERO)
     dead = f"new query and key channels beside {old} normalized ones are zero on both sides: a multiple of {old} would be alive"
-    return Channels(quiet, quiet, value, out, where.scaled(shrink), where, shrink**2, turns, dead)
+    return Channels(quiet, quiet, value, out, where.scaled(shrink), where, (ratio ** (-1 / power)) ** power, turns, dead)
 
 
 def _pairs(

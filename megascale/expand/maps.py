@@ -10,7 +10,7 @@ from megascale.expand.axes import FRESH, MEAN, ZERO, AxisMap, axis, cancelling, 
 from megascale.expand.depth import Layer
 from megascale.expand.heads import Channels, Heads, cancelling_heads, channel_rows, grow_channels, grow_heads
 from megascale.expand.options import GrowthOptions, Sizes
-from megascale.expand.stack import row_of
+from megascale.expand.stack import growth_of, row_of
 from megascale.model.position import alibi_slopes
 from megascale.model.residual import ends
 
@@ -79,15 +79,16 @@ def _stream(maps: Maps, source: Model, options: GrowthOptions, position: str) ->
     old, new = source.hidden_size, maps.target.hidden_size
     copies = new // old if options.width == "duplicate" else 1
     rest = new - copies * old
-    fill = MEAN if source.norm == "layernorm" and options.width != "zero" else ZERO
+    norm, growth = source.norm_row, growth_of(source)
+    fill = MEAN if norm.centres and options.width != "zero" else ZERO
     if options.width == "average" and new > old:
         fill = MEAN
-        if source.norm != "layernorm":
+        if not norm.centres:
             maps.lossy.append(
                 f"--width-method average under {source.norm}: the mean of the others moves its statistics; zero and duplicate are exact"
             )
-    if rest and source.norm == "layernorm":
-        where = f"hidden_size {old} → {new} under layernorm"
+    if rest and norm.centres:
+        where = f"hidden_size {old} → {new} under {source.norm}"
         if position != "before":
             maps.lossy.append(
                 f"{where} behind the sum: {rest} channels cannot have the mean of the others after a gain; choose a multiple of {old}"
@@ -96,8 +97,8 @@ def _stream(maps: Maps, source: Model, options: GrowthOptions, position: str) ->
             maps.lossy.append(f"{where} with zeros: they move its mean; average and duplicate are exact")
     stream = repeated(old, new, copies, fill)
     fresh = stream.filled(FRESH)
-    maps.gain = 1.0 if source.norm == "dyt" else (copies * old / new) ** 0.5
-    maps.eps_factor["stream"] = maps.gain**2
+    maps.gain = growth.gain(copies * old / new)
+    maps.eps_factor["stream"] = growth.eps(maps.gain)
     maps.axes |= {
         "stream": stream,
         "read": shared(fresh, options.split),
@@ -116,12 +117,18 @@ def _heads(maps: Maps, source: Model, options: GrowthOptions, silent: bool, norm
     assert source.num_kv_heads and source.head_dim and target.num_kv_heads and target.head_dim
     old, new = (source.num_heads, source.num_kv_heads), (target.num_heads, target.num_kv_heads)
     heads = grow_heads(old, new, options.heads, options.split, silent)
-    rotary = source.position in ("rope", "xpos")
+    rotary = source.position_row.rotates
     wide = source.qk_norm == "width"
     if target.head_dim != source.head_dim:
         _check_head_size(source, target.head_dim)
     channels = grow_channels(
-        source.head_dim, target.head_dim, source.norm if normed and not wide else None, rotary, source.rope_exponents, options.heads, silent
+        source.head_dim,
+        target.head_dim,
+        source.norm_row if normed and not wide else None,
+        rotary,
+        source.rope_exponents,
+        options.heads,
+        silent,
     )
     if channels.dead:
         maps.dead.append(channels.dead)
@@ -146,8 +153,8 @@ def _heads(maps: Maps, source: Model, options: GrowthOptions, silent: bool, norm
                 )
             maps.axes[f"{name}_norm"] = whole
     if silent:
-        _inner_norm(maps, "heads", "attention_inner_norm", channel_rows(replace(heads.query), channels.value), source.norm)
-    if source.position == "alibi" and new[0] != old[0]:
+        _inner_norm(maps, "heads", "attention_inner_norm", channel_rows(replace(heads.query), channels.value), source)
+    if source.position_row.slopes and new[0] != old[0]:
         slopes = source.alibi_slopes or alibi_slopes(old[0])
         fresh = alibi_slopes(new[0])
         own = tuple(slopes[s] if s >= 0 else fresh[i] for i, s in enumerate(heads.query.source.tolist()))
@@ -192,20 +199,21 @@ def _widths(maps: Maps, source: Model, options: GrowthOptions, silent: bool) -> 
             out = rows.filled(FRESH if silent else ZERO)
         maps.axes |= {name: rows, f"{name}_out": out}
     if silent:
-        _inner_norm(maps, "ffn", "ffn_inner_norm", maps.axes["ffn"], source.norm)
+        _inner_norm(maps, "ffn", "ffn_inner_norm", maps.axes["ffn"], source)
 
 
-def _inner_norm(maps: Maps, name: str, norm: str, channels: AxisMap, kind: str) -> None:
+def _inner_norm(maps: Maps, name: str, norm: str, channels: AxisMap, source: Model) -> None:
     """A norm over channels that are repeated evenly, or followed by zeros."""
     known = channels.filled(FRESH)
     copies, size = known.uniform_copies, known.size
-    if copies is None or (kind == "layernorm" and not known.known.all()):
+    centres, growth = source.norm_row.centres, growth_of(source)
+    if copies is None or (centres and not known.known.all()):
         how = "zeros would move its mean" if copies is not None else "some channels would count more often than others"
-        instead = "" if kind == "layernorm" else f", or --{name}-method zero"
-        maps.lossy.append(f"{name} {known.old} → {size} under an inner {kind}: {how}; choose a multiple{instead}")
-    factor = 1.0 if kind == "dyt" or copies is None else copies * known.old / size
-    maps.eps_factor[norm] = factor
-    maps.axes |= {f"{name}_gain": known.scaled(factor**0.5), f"{name}_shift": known}
+        instead = "" if centres else f", or --{name}-method zero"
+        maps.lossy.append(f"{name} {known.old} → {size} under an inner {source.norm}: {how}; choose a multiple{instead}")
+    share = 1.0 if growth.power is None or copies is None else copies * known.old / size
+    maps.eps_factor[norm] = share
+    maps.axes |= {f"{name}_gain": known.scaled(growth.gain(share)), f"{name}_shift": known}
 
 
 def _pairs(maps: Maps, heads: Heads, channels: Channels, source: Model) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megascale.config.activations import activations
+from megascale.config.positions import positions
 from megascale.config.schema import Config, Data, Model, Optim, Train
 from megascale.config.support import check
 from megascale.errors import UsageError
@@ -15,7 +17,7 @@ from megascale.expand.axes import AxisMap
 from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
 from megascale.expand.options import GrowthOptions, Sizes, check_options, check_times, target_model
-from megascale.expand.stack import plan_layers, row_of, specs
+from megascale.expand.stack import growth_of, plan_layers, row_of, specs
 from megascale.model.residual import ends
 from megascale.model.spec import ParamSpec
 from megascale.optim.rates import MATRICES
@@ -178,7 +180,8 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: GrowthOption
     layers, target, depth_lossy = plan_layers(source, target, options)
     maps = build_maps(source, target, seq_lens, sizes, options, layers)
     skips = [in_fp32(row_of(maps.target, i).skip) for i in range(target.num_layers)]
-    chain = norm_chain(layers, skips) if row_of(target, 0).norm == "after" and target.norm != "dyt" else {}
+    power = growth_of(target).power
+    chain = norm_chain(layers, skips, power) if row_of(target, 0).norm == "after" and power is not None else {}
     target = with_epsilons(maps.target, source, layers, chain, maps)
     # The support table has the last word on what a model may be.
     check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
@@ -196,12 +199,20 @@ def in_fp32(value: float) -> float:
 
 
 def refuse_unknown_parts(source: Model) -> None:
-    """Neither growth nor shrinking knows BERT's ends and T5's attention."""
+    """Neither growth nor shrinking knows BERT's ends and T5's attention, nor parts whose rows do not say how they grow."""
+    growth_of(source)
+    if not source.ffn_row.grows:
+        known = ", ".join(name for name, row in activations().items() if row.grows)
+        raise UsageError(
+            f"model.ffn is {source.ffn}, whose row does not say that it grows: sizes cannot be changed of a model that has it; set `grows` "
+            f"in its row, or use a model with one of {known}"
+        )
     for key in ("embedding_norm", "mlm_head", "attention_scale"):
         if getattr(source, key):
             raise UsageError(f"model.{key} is set: sizes cannot be changed of a model that has it; use one without")
-    if source.position == "relative":
-        raise UsageError("model.position is relative: sizes cannot be changed of a model with biases by distance; use another position")
+    if not source.position_row.grows:
+        known = ", ".join(name for name, row in positions().items() if row.grows)
+        raise UsageError(f"model.position is {source.position}: sizes cannot be changed of a model that has it; use one of {known}")
 
 
 def _refuse(growth: Growth, options: GrowthOptions, asked: tuple[str, ...]) -> None:
@@ -304,7 +315,7 @@ def _tensor(
             return TensorPlan(name, spec, constant=0.0, inserted=True)
     if layer is not None and layer.mode == "cancel":
         # Under ALiBi every head looks at its own distance, under a norm over all heads each has gains of its own: no two cancel.
-        alone = target.position == "alibi" or target.qk_norm == "width"
+        alone = target.position_row.slopes or target.qk_norm == "width"
         silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if alone else ()))
         if suffix in silent:
             return TensorPlan(name, spec, constant=0.0, inserted=True)

@@ -24,7 +24,7 @@ from megascale.expand.produce import GrownTensors
 from megascale.expand.proof import prove, prove_stored, some_tokens
 from megascale.expand.report import describe
 from megascale.expand.source import open_source, renamed
-from megascale.expand.stack import row_of
+from megascale.expand.stack import growth_of, row_of
 from megascale.expand.write import Effort, check_target, finish, write
 from megascale.model.position import alibi_slopes
 from megascale.model.residual import ends
@@ -145,8 +145,9 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     row, d = row_of(source, 0), source.hidden_size
     assert source.head_dim and source.vocab_size and source.ffn_size and source.num_kv_heads
     maps = Maps({}, target)
-    ratio = 1.0 if source.norm == "dyt" else d / target.hidden_size
-    maps.gain, maps.eps_factor["stream"] = ratio**0.5, ratio
+    growth = growth_of(source)
+    ratio = 1.0 if growth.power is None else d / target.hidden_size
+    maps.gain, maps.eps_factor["stream"] = growth.gain(ratio), ratio
     stream = axis(kept.stream, d)
     head = same(source.head_dim)
     maps.axes |= {"one": same(1), "routing": same(16), "vocabulary": same(source.vocab_size), "positions": same(seq_len)}
@@ -162,7 +163,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         maps.axes |= {f"{name}@{i}": a for name, a in own.items()}
     if source.qk_norm or row.qk_norm:
         maps.eps_factor["qk_norm"] = 1.0  # a head keeps its channels
-    if row.inner_norms and source.norm != "dyt":
+    if row.inner_norms and growth.power is not None:
         maps.eps_factor |= {
             "attention_inner_norm": source.num_heads / target.num_heads,
             "ffn_inner_norm": source.ffn_size / (target.ffn_size or source.ffn_size),
@@ -177,7 +178,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     target = target.model_copy(update={"layer_coefficients": None})
     if any((row_of(target, n).skip, row_of(target, n).branch) != (r.skip, r.branch) for n, r in enumerate(own_rows)):
         target = target.model_copy(update={"layer_coefficients": tuple((r.skip, r.branch) for r in own_rows)})
-    if source.position == "alibi" and target.num_heads < source.num_heads:
+    if source.position_row.slopes and target.num_heads < source.num_heads:
         slopes = source.alibi_slopes or alibi_slopes(source.num_heads)
         if len({tuple(q) for q in kept.query}) > 1:
             raise UsageError(

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from megascale.config.norms import NormGrowth, norms
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.depth import EXACT, Layer, grow_layers
@@ -31,6 +32,18 @@ def row_of(model: Model, layer: int) -> Residual:
     if model.spacetime is not None:
         side = "decoder" if model.spacetime.objective == "next_step" else "encoder"
     return residual(model, Stack(side, model.num_layers), layer)
+
+
+def growth_of(model: Model) -> NormGrowth:
+    """How the model's norms grow. Raises UsageError for one that does not say."""
+    growth = model.norm_row.growth
+    if growth is None:
+        known = ", ".join(name for name, row in norms().items() if row.growth is not None)
+        raise UsageError(
+            f"model.norm is {model.norm}, whose row does not say how it grows: sizes cannot be changed of a model that has it; set "
+            f"`growth` in its row, or use a model with one of {known}"
+        )
+    return growth
 
 
 def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
@@ -74,10 +87,11 @@ def plan_layers(source: Model, target: Model, options: GrowthOptions) -> tuple[t
             )
         if options.depth not in EXACT:
             lossy = (f"--depth-method {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
-        elif position == "after" and source.norm == "dyt":
+        elif position == "after" and growth_of(source).behind is not None:
             raise UsageError(
-                f"num_layers grows from {source.num_layers} to {len(layers)} with norm dyt behind the sum: tanh of tanh is no tanh, so no "
-                "inserted layer leaves the stream as it is; grow in width, or use --depth-method stack, which is lossy"
+                f"num_layers grows from {source.num_layers} to {len(layers)} with norm {source.norm} behind the sum: "
+                f"{growth_of(source).behind}, so no inserted layer leaves the stream as it is; grow in width, or use --depth-method stack, "
+                "which is lossy"
             )
     return layers, target, lossy
 

@@ -108,7 +108,7 @@ def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Te
     cfg = stage.cfg
     if stage.relative is not None:
         return partial(bias_by_distance, stage.relative.weight, furthest=cfg.relative_distance, causal=True)
-    if cfg.position != "alibi":
+    if not cfg.position_row.slopes:
         return None
     slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.exchanges.heads)], device=device)
     return lambda back: -slopes[:, None, None] * back[:, None]
@@ -155,7 +155,7 @@ def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> No
             raise UsageError(
                 f"prompt {number + 1} holds token {wrong}, and the model knows {vocabulary}: use the tokenizer it was trained with"
             )
-        if stage.cfg.position == "learned" and len(prompt) + how.most > stage.shape.seq_len:
+        if stage.cfg.position_row.table and len(prompt) + how.most > stage.shape.seq_len:
             raise UsageError(
                 f"prompt {number + 1} has {len(prompt)} tokens and {how.most} are wanted, and the model has {stage.shape.seq_len} learned "
                 "positions: shorten the prompt or --max-new-tokens"

@@ -59,7 +59,7 @@ def translate(
     bleu = None if wanted is None else import_sacrebleu()
     opened = (open_hf if is_hf_folder(checkpoint) else open_run)(checkpoint, tokenizer, source_tokenizer)
     model = opened.model
-    if search.longest is not None and model.cfg.position == "learned" and search.longest > opened.longest:
+    if search.longest is not None and model.cfg.position_row.table and search.longest > opened.longest:
         raise UsageError(
             f"--longest is {search.longest} and the model has learned {opened.longest} positions (train.seq_len): choose a smaller one"
         )

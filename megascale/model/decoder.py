@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
+from megascale.model.activations import activation
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
 from megascale.model.exchanges import Exchanges
 from megascale.model.family import Family, Unit
-from megascale.model.feedforward import FeedForward, activate
+from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Linear, Norm, linear
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
@@ -66,14 +67,14 @@ class MaskedHead(nn.Module):
     def __init__(self, cfg: Model, std: float, dtype: torch.dtype) -> None:
         super().__init__()
         assert cfg.vocab_size is not None
-        d, self.kind = cfg.hidden_size, "gelu" if cfg.gated else cfg.ffn
+        d, self.activation = cfg.hidden_size, activation("gelu" if cfg.gated else cfg.ffn)
         self.dense = Linear(d, d, "head", "tokens", std, dtype, cfg.bias)
         self.norm = Norm(d, cfg.norm, cfg.eps_of("mlm_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
         self.bias = declare(ParamSpec((cfg.vocab_size,), "bias", 0), dtype) if cfg.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
-        return self.norm(activate(self.kind, self.dense(x), None))  # type: ignore[no-any-return]
+        return self.norm(self.activation(self.dense(x)))  # type: ignore[no-any-return]
 
 
 class Decoder(Family):
@@ -93,10 +94,10 @@ class Decoder(Family):
         layers = part.of_stack(encoder_layers, cfg.num_layers)
         if part.first or (part.last and cfg.tie_embeddings):
             self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
-        if part.first and cfg.position == "learned":
+        if part.first and cfg.position_row.table:
             self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", at_ends.embedding), dtype)
         self.relative: Table | None = None
-        if part.first and cfg.position == "relative":
+        if part.first and cfg.position_row.distances:
             self.relative = Table(ParamSpec((cfg.relative_buckets, cfg.num_heads), "relative", 1, cfg.init_std), dtype)
         self.embedding_scale: nn.Parameter | None = None
         if part.first and at_ends.embedding_scale is not None:
@@ -153,7 +154,7 @@ class Decoder(Family):
 
     @property
     def tables_behind(self) -> int:
-        return int(self.cfg.position == "relative")
+        return int(self.cfg.position_row.distances)
 
     def tables(self) -> list[Tensor]:
         """Of biases by distance, [n, h here] each in the compute dtype; of the stage that has them."""
@@ -280,7 +281,7 @@ class Decoder(Family):
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, S] → [b, s, d] in the compute dtype."""
-        places = self.position if self.cfg.position == "learned" else None
+        places = self.position if self.cfg.position_row.table else None
         x = self.look_up(tokens, positions, self.embedding, places)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
@@ -315,7 +316,7 @@ class Decoder(Family):
         cfg, slopes = self.cfg, None
         if tables:
             return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
-        if cfg.position == "alibi":
+        if cfg.position_row.slopes:
             slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.exchanges.heads)], device=device)
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
@@ -335,12 +336,12 @@ class Decoder(Family):
         """The context of each of `layers`, by global numbers, for tokens [b, S]; they differ in their dropout keys only."""
         cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
         angles = None
-        if cfg.position in ("rope", "xpos"):
+        if cfg.position_row.rotates:
             exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
             freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
             where = torch.arange(seq_len, device=device)[None] if positions is None else positions
             xpos = None
-            if cfg.position == "xpos":
+            if cfg.position_row.decays:
                 xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
             amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
             angles = rotary(self.exchanges.sequence_here(where), freq, self.shape.compute, xpos, amplitude)

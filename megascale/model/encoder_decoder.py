@@ -40,10 +40,10 @@ class EncoderDecoder(Decoder):
         if self.part.first and not cfg.share_embeddings:
             assert cfg.source_vocab_size is not None
             self.source_embedding = Table(ParamSpec((cfg.source_vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
-        if self.part.first and cfg.position == "learned":
+        if self.part.first and cfg.position_row.table:
             self.source_position = Table(ParamSpec((shape.source_len, d), "position", "tokens", at_ends.embedding), dtype)
         self.source_relative: Table | None = None
-        if self.part.first and cfg.position == "relative":
+        if self.part.first and cfg.position_row.distances:
             self.source_relative = Table(ParamSpec((cfg.relative_buckets, cfg.num_heads), "relative", 1, cfg.init_std), dtype)
         self.encoder = nn.ModuleDict(
             {str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, has_experts(cfg, i)) for i in self.part.of_stack(0, count)}
@@ -107,7 +107,7 @@ class EncoderDecoder(Decoder):
 
     def embed_source(self, source: Tensor) -> Tensor:
         """source [b, t] → [b, t_here, d] in the compute dtype; what lies beyond its end is nobody's key and may be any token."""
-        places = self.source_position if self.cfg.position == "learned" else None
+        places = self.source_position if self.cfg.position_row.table else None
         table = self.embedding if self.cfg.share_embeddings else self.source_embedding
         return self.look_up(source.clamp(min=0), None, table, places)
 

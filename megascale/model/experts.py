@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from megascale.comm.graphs import outside_graphs
 from megascale.config.schema import Model, Moe
+from megascale.model.activations import activation
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
-from megascale.model.feedforward import FeedForward, activate
+from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Deferred, deferred_product
 from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.model.ops.grouped_matmul import Permutation, add_by_expert, by_expert, grouped_product
@@ -114,7 +115,7 @@ class Experts(nn.Module):
         super().__init__()
         assert moe.ffn_size
         d, f, uses = cfg.hidden_size, moe.ffn_size, moe.top_k / moe.num_experts
-        self.kind = cfg.ffn
+        self.activation = activation(cfg.ffn)
 
         def bank(out_dim: int, in_dim: int, role: Role, cut: int) -> Bank:
             shape = (moe.num_experts, out_dim, in_dim)
@@ -128,7 +129,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [n, d] sorted by expert, counts [E_here] → [n, d], a part of a sum where the width is cut over ranks."""
         y = self.up(x, counts)
-        return self.down(activate(self.kind, y, None if self.gate is None else self.gate(x, counts)), counts)  # type: ignore[no-any-return]
+        return self.down(self.activation(y, None if self.gate is None else self.gate(x, counts)), counts)  # type: ignore[no-any-return]
 
 
 class MixtureOfExperts(nn.Module):

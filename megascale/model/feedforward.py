@@ -1,28 +1,19 @@
-"""The feed-forward sublayer: SwiGLU, GEGLU, GELU or ReLU. Shapes: b micro-batch, s sequence, d hidden, f this rank's share of the width."""
+"""The feed-forward sublayer. Shapes: b micro-batch, s sequence, d hidden, f this rank's share of the width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.model.activations import activation
 from megascale.model.attention import identity
 from megascale.model.layers import Linear, Norm
 from megascale.model.products import Product, product_of
 from megascale.model.residual import Residual
 from megascale.model.spec import Cut, Role
-
-
-def activate(kind: str, y: Tensor, gate: Tensor | None) -> Tensor:
-    """silu(gate) ⊙ y or gelu(gate) ⊙ y where there is a gate, else GELU, its approximation by tanh, or ReLU of y."""
-    if gate is not None:
-        return (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")) * y
-    if kind == "relu":
-        return F.relu(y)
-    return F.gelu(y, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class FeedForward(nn.Module):
@@ -36,7 +27,7 @@ class FeedForward(nn.Module):
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
             return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, cfg.bias)
 
-        self.kind = cfg.ffn
+        self.activation = activation(cfg.ffn)
         self.up = product(f, d, "up", 0)
         self.gate: Product | None = product(f, d, "gate", 0) if cfg.gated else None
         self.down = product(d, f, "down", 1)
@@ -58,7 +49,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
         x = self.enter(x)
-        y = activate(self.kind, self.up(x), None if self.gate is None else self.gate(x))
+        y = self.activation(self.up(x), None if self.gate is None else self.gate(x))
         if self.inner_norm is not None:
             y = self.inner_norm(y)
         return self.down.add_bias(self.leave(self.down.product(y)))

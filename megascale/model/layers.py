@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from megascale.comm.graphs import outside_graphs
 from megascale.model.module_metrics import ModuleMetrics
+from megascale.model.norms import NormKernel
+from megascale.model.norms import norm as norm_functions
 from megascale.model.ops import matmul, matmul_cpu
 from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
-from megascale.model.ops.norm_kernels import NormKernel, dyt, own_kernel
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.dynamic import dynamic_linear
 from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_linear, to_fp8, weight_gradient
@@ -167,7 +168,7 @@ def deferred_product(x: Tensor, product: Callable[[Tensor], Tensor], add_gradien
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, with statistics in at least fp32; or DyT, which has none and a learned α instead.
+    """A norm of config/norms.py over the last dimension: its row says what it computes and which weights it has.
 
     Where the tensor pass cuts the dimension, `mean_parts` makes a mean over this rank's equal part [..., 1] one over all.
     """
@@ -177,30 +178,25 @@ class Norm(nn.Module):
 
     def __init__(self, dim: int, kind: str, eps: float, cut: Cut, dtype: torch.dtype, bias: bool, alpha: float = 0.5) -> None:
         super().__init__()
-        self.dim, self.kind, self.eps = dim, kind, eps
-        self.kernel: NormKernel = own_kernel(kind)  # a pass may set another
+        functions = norm_functions(kind)
+        self.dim, self.row, self.functions, self.eps = dim, functions.row, functions, eps
+        self.kernel: NormKernel = functions.own_kernel()  # a pass may set another
         self.weight = declare(ParamSpec((dim,), "norm", cut, mean=1.0), dtype)
-        self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if kind != "rmsnorm" and bias else None
+        self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if self.row.bias and bias else None
         # One number for all channels: where these are cut, each rank's gradient of it is a share of a sum.
         alpha_cut: Cut = "heads" if cut == 0 else cut
-        self.alpha = declare(ParamSpec((1,), "scale", alpha_cut, mean=alpha), dtype) if kind == "dyt" else None
+        self.alpha = declare(ParamSpec((1,), "scale", alpha_cut, mean=alpha), dtype) if self.row.scale else None
         self.mean_parts: Callable[[Tensor], Tensor] | None = None
         self.copied = False  # whether backward has values of its own, for weights that are not gathered again for it
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype, copy=self.copied), None if self.bias is None else self.bias.to(x.dtype)
         if self.alpha is not None:
-            return dyt(x, self.alpha.to(x.dtype, copy=self.copied), weight, bias)
-        if self.mean_parts is not None:
-            return self._in_parts(x, self.mean_parts, weight, bias)
-        return self.kernel(x, weight, bias, self.eps)
-
-    def _in_parts(self, x: Tensor, mean_parts: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.kind == "layernorm":
-            y = y - mean_parts(y.mean(-1, keepdim=True))
-        y = (y * torch.rsqrt(mean_parts(y.square().mean(-1, keepdim=True)) + self.eps)).to(x.dtype) * weight
-        return y if bias is None else y + bias
+            x = self.alpha.to(x.dtype, copy=self.copied) * x
+        mean_parts = self.mean_parts
+        if mean_parts is None or not self.row.divides:
+            return self.kernel(x, weight, bias, self.eps)
+        return self.functions.with_mean(x, weight, bias, self.eps, lambda t: mean_parts(t.mean(-1, keepdim=True)))
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:

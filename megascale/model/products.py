@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascale.config.activations import ACTIVATIONS
 from megascale.config.schema import Model, Tokenformer
 from megascale.model.layers import Linear
 from megascale.model.ops.matmul import linear, matmul
-from megascale.model.residual import SECOND_MOMENT, InitStd, Residual
+from megascale.model.residual import InitStd, Residual
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 
 SMALLEST = 1e-12  # length below which scores count as none at all
@@ -30,7 +31,9 @@ class ParameterAttention(nn.Module):
         self.scale = cfg.scale or math.sqrt(n)
         # Scores have unit size whatever the keys'; values start so that results are those of a matrix of deviation `std`.
         self.keys = declare(ParamSpec((n, in_dim), role, "tokens", std), dtype)
-        self.values = declare(ParamSpec((n, out_dim), role, "tokens", std * math.sqrt(in_dim / (n * SECOND_MOMENT["gelu"]))), dtype)
+        self.values = declare(
+            ParamSpec((n, out_dim), role, "tokens", std * math.sqrt(in_dim / (n * ACTIVATIONS["gelu"].second_moment))), dtype
+        )
         self.bias = declare(ParamSpec((out_dim,), "bias", "tokens"), dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

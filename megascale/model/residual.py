@@ -20,11 +20,6 @@ from megascale.config.schema import BLOCK_NORMS, Model
 
 # The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
 BRANCH = ("value", "attention_out", "up", "down")
-# E[φ(z)²] of a standard normal z; a gated one's is that of its gate, times a second factor of unit variance.
-SECOND_MOMENT = {"relu": 0.5, "gelu": 0.426, "gelu_tanh": 0.426, "swiglu": 0.356, "geglu_tanh": 0.426}
-# What of a gradient's variance comes back through φ, E[φ'(z)²]. A product gives it to both its factors: E[φ²] + E[φ'²].
-GRADIENT_MOMENT = {"relu": 0.5, "gelu": 0.456, "gelu_tanh": 0.456, "swiglu": 0.735, "geglu_tanh": 0.882}
-
 
 Side = Literal["encoder", "decoder"]
 
@@ -168,11 +163,12 @@ def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
 
 
 def ends(cfg: Model) -> Ends:
-    """Embedding, head and final norm of the scheme. DyT fixes no size, so the embedding's is learned (arXiv 2503.10622, appendix)."""
+    """Embedding, head and final norm of the scheme. Where the norm fixes no size, the embedding's is learned (DyT, arXiv 2503.10622,
+    appendix)."""
     d = cfg.hidden_size
-    learned = math.sqrt(d) if cfg.norm == "dyt" else None
+    learned = None if cfg.norm_row.divides else math.sqrt(d)
     final = cfg.residual not in ("post", "deepnorm", "branchnorm", "deepscale_post")
-    tables = 2 if cfg.position == "learned" else 1
+    tables = 2 if cfg.position_row.table else 1
     if cfg.residual == "mus":
         return Ends(math.sqrt(1 / tables), 1.0, final, cfg.head_scale or 1 / d, learned)
     if cfg.residual not in ("deepscale", "deepscale_post"):
@@ -228,11 +224,12 @@ def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
     SwiGLU cannot have both units: `cfg.deepscale_unit` chooses.
     """
     assert cfg.ffn_size is not None
-    keep, moment = 1 - cfg.dropout, (SECOND_MOMENT if cfg.deepscale_unit == "variance" else GRADIENT_MOMENT)[cfg.ffn]
+    keep, row = 1 - cfg.dropout, cfg.ffn_row
+    moment = row.second_moment if cfg.deepscale_unit == "variance" else row.gradient_moment
     at = len(stack.sublayers) * layer
     r = token_correlations(stack.sublayers * stack.layers, cfg.dropout, cfg.token_correlation)[at]
     attention = (keep / r) ** 0.25
-    if cfg.ffn in ("gelu", "gelu_tanh"):
+    if not row.homogeneous:
         up, down = 1.0, math.sqrt(keep / moment)
     else:
         ratio = cfg.hidden_size / cfg.ffn_size

@@ -60,7 +60,7 @@ class Spacetime(Family):
             self.embedding = Table(ParamSpec((d, self.fields.values), "embedding", 1, std), dtype)
             if self.fields.objective == "masked":
                 self.mask_token = Table(ParamSpec((d,), "position", "tokens", std), dtype)
-            if cfg.position == "learned":
+            if cfg.position_row.table:
                 self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
         self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, False) for i in part.layers})
         self.final_norm: Norm | None = None
@@ -143,7 +143,7 @@ class Spacetime(Family):
         if self.fields.objective == "masked" and targets is not None:
             hidden = self.exchanges.tokens_here(self._counted(targets, grid)).unsqueeze(-1)
             x = torch.where(hidden, self.mask_token.weight.to(x.dtype), x)
-        if self.cfg.position == "learned":
+        if self.cfg.position_row.table:
             for dim, table in enumerate(self.position):
                 assert isinstance(table, Table)
                 where = self.exchanges.tokens_here(coordinate(grid, dim, fields.device)[None])
@@ -183,7 +183,7 @@ class Spacetime(Family):
         cfg = self.cfg
         assert cfg.head_dim is not None
         freq = None
-        if cfg.position == "rope":
+        if cfg.position_row.rotates:
             exponents = pair_exponents(cfg.head_dim, cfg.rope_exponents, device)
             freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
         for layer in self.part.layers:

@@ -17,7 +17,7 @@ from megascale.config.stages import stage_parts, stages_of_rank
 from megascale.model.families import build_part
 from megascale.model.family import Family
 from megascale.model.layers import Fp8
-from megascale.model.ops.norm_kernels import NormKernel
+from megascale.model.norms import NormKernel
 from megascale.model.shape import Shape
 from megascale.model.spec import specs_of, states_of
 from megascale.parallel.context import spread_sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from megascale.model.layers import Norm
-from megascale.model.ops.norm_kernels import NormKernel
+from megascale.model.norms import NormKernel
 
 
 def call_norm_kernel(stage: nn.Module, kernel: NormKernel) -> None:

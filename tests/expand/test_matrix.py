@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.growth.exactness import MOE, SEQ, Row, grown_reader, markdown, measure, random_state, reader, result, rows, toy
 from megascale.config.schema import Config, Model
+from megascale.config.schema.row_name import RowName
 from megascale.config.support import refusals
 from megascale.errors import UsageError
 from megascale.expand.options import GrowthOptions, Sizes
@@ -38,9 +39,10 @@ def test_matrix(row: Row) -> None:
 def test_the_matrix_has_every_family_that_the_model_has() -> None:
     """Catches a residual scheme, norm or position that came without its row."""
     for key in ("residual", "norm", "position", "ffn", "family"):
-        annotation = Model.model_fields[key].annotation
+        field = Model.model_fields[key]
+        names = set(get_args(field.annotation)) | {name for m in field.metadata if isinstance(m, RowName) for name in m.table()}
         there = {getattr(r.model, key) for r in ROWS}
-        missing = set(annotation.__args__) - there - {"encoder_decoder", "spacetime", "relative"}  # type: ignore[union-attr]
+        missing = names - there - {"encoder_decoder", "spacetime", "relative"}
         assert not missing, f"{key}: {missing}"
     assert "| axis |" in markdown([result(ROWS[0])])
 

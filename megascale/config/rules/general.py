@@ -23,7 +23,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
         "rope_pairs",
         ("model.position", "model.head_dim"),
-        lambda c, n: c.model.position in ("rope", "xpos") and (c.model.head_dim or 0) % 2 != 0,
+        lambda c, n: c.model.position_row.rotates and (c.model.head_dim or 0) % 2 != 0,
         "rope rotates pairs of channels, so head_dim must be even",
         "choose an even head_dim, or position alibi or learned",
     ),
@@ -74,7 +74,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
         "rope_context",
         ("model.rope_scaling", "model.position"),
-        lambda c, n: c.model.rope_scaling is not None and c.model.position not in ("rope", "xpos"),
+        lambda c, n: c.model.rope_scaling is not None and not c.model.position_row.rotates,
         "rope_scaling stretches rotary frequencies",
         "remove rope_scaling, or use position rope",
     ),

@@ -14,7 +14,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "encoder_position",
         ("model.family", "model.position"),
-        lambda c, n: c.model.family in ENCODERS and c.model.position in ("xpos", "alibi"),
+        lambda c, n: c.model.family in ENCODERS and c.model.position_row.one_way,
         "xPos and ALiBi depend on the distance to past tokens, but an encoder attends in both directions",
         "use rope or learned",
     ),
@@ -28,7 +28,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "relative_context",
         ("model.position", "parallel.cp"),
-        lambda c, n: c.model.position == "relative" and c.parallel.cp > 1,
+        lambda c, n: c.model.position_row.distances and c.parallel.cp > 1,
         "relative position biases are computed for whole sequences, but cp splits sequences over ranks",
         "set cp to 1; tp with tp_sequence splits sequences outside attention",
         True,
@@ -67,7 +67,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             grid(c)
             and (
-                c.model.position not in ("rope", "learned")
+                not c.model.position_row.grid
                 or c.model.sliding_window is not None
                 or c.model.tie_embeddings
                 or c.model.head_scale is not None
@@ -90,7 +90,12 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.spacetime", "model.residual", "model.norm", "model.linear", "model.moe"),
         lambda c, n: (
             grid(c)
-            and (c.model.residual not in ("pre", "post") or c.model.norm == "dyt" or c.model.linear != "dense" or c.model.moe is not None)
+            and (
+                c.model.residual not in ("pre", "post")
+                or not c.model.norm_row.plain
+                or c.model.linear != "dense"
+                or c.model.moe is not None
+            )
         ),
         "blocks over grids support only plain pre- or post-norm so far",
         "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
@@ -100,7 +105,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.residual", "model.norm", "model.linear", "model.moe.init"),
         lambda c, n: (
             c.model.residual == "mus"
-            and (c.model.norm == "dyt" or c.model.linear != "dense" or (c.model.moe is not None and c.model.moe.init != "model"))
+            and (not c.model.norm_row.divides or c.model.linear != "dense" or (c.model.moe is not None and c.model.moe.init != "model"))
         ),
         "unit scaling prescribes the initial weights and needs a norm that scales every branch to unit size",
         "use norm rmsnorm or layernorm, linear dense and moe.init model",
@@ -151,7 +156,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         "moe_every",
         ("model.moe.every", "model.num_layers"),
         lambda c, n: c.model.moe is not None and c.model.moe.every > max(c.model.num_layers, c.model.encoder_layers or 0),
-        "every is larger than the number of layers, so no layer would have experts",
+        "every is larger than the number of layers, so every is larger than the number of layers, so no layer would have experts",
         "choose a smaller every, or remove model.moe",
     ),
     Rule(
@@ -182,7 +187,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             c.model.moeut is not None
             and (
                 (c.model.family, c.model.residual, c.model.qk_norm) != ("decoder", "pre", False)
-                or c.model.norm == "dyt"
+                or not c.model.norm_row.plain
                 or c.model.num_kv_heads != c.model.num_heads
             )
         ),
@@ -192,7 +197,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "moeut_scores",
         ("model.moeut", "model.position", "model.attention_scale"),
-        lambda c, n: c.model.moeut is not None and (c.model.position == "relative" or c.model.attention_scale is not None),
+        lambda c, n: c.model.moeut is not None and (c.model.position_row.distances or c.model.attention_scale is not None),
         "MoEUT has its own attention, with scores divided by √head_dim",
         "use another position and leave attention_scale out",
     ),
@@ -246,7 +251,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.rope_exponents", "model.position", "model.head_dim"),
         lambda c, n: (
             c.model.rope_exponents is not None
-            and (c.model.position not in ("rope", "xpos") or 2 * len(c.model.rope_exponents) != c.model.rotary_dim)
+            and (not c.model.position_row.rotates or 2 * len(c.model.rope_exponents) != c.model.rotary_dim)
         ),
         "rope_exponents needs one exponent per rotated pair of channels",
         "give head_dim ÷ 2 of them with position rope or xpos, or leave rope_exponents out",
@@ -254,7 +259,9 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "alibi_slopes",
         ("model.alibi_slopes", "model.position", "model.num_heads"),
-        lambda c, n: c.model.alibi_slopes is not None and (c.model.position != "alibi" or len(c.model.alibi_slopes) != c.model.num_heads),
+        lambda c, n: (
+            c.model.alibi_slopes is not None and (not c.model.position_row.slopes or len(c.model.alibi_slopes) != c.model.num_heads)
+        ),
         "alibi_slopes needs one slope per head",
         "give num_heads of them with position alibi, or leave alibi_slopes out",
     ),

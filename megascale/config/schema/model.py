@@ -7,6 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megascale.config.activations import ActivationRow, activations
+from megascale.config.norms import NormRow, norms
+from megascale.config.positions import PositionRow, positions
+from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Layers, NonNegative, Positive, Probability, Section
 
 # The norms by the names that `model.norm_eps_of` knows: outside blocks; of a block, where qk_norm and the inner norms stand in sublayers.
@@ -175,13 +179,13 @@ class Model(Section):
     """Width of the feed-forward. Default: 8/3 of `hidden_size` rounded up to a multiple of 64 for gated kinds, otherwise 4 times
     `hidden_size`.
     """
-    ffn: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    ffn: Annotated[str, RowName(activations)] = "swiglu"
     """Feed-forward kind. `geglu_tanh` and `gelu_tanh` use the tanh approximation of GELU (T5 1.1 and GPT-2)."""
     bias: bool = False
     """Biases in the products and LayerNorms."""
     dropout: Probability = 0.0
     """Dropout probability after attention and feed-forward."""
-    norm: Literal["rmsnorm", "layernorm", "dyt"] = "rmsnorm"
+    norm: Annotated[str, RowName(norms)] = "rmsnorm"
     """Norm layers."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of the norms."""
@@ -215,7 +219,7 @@ class Model(Section):
     """τ of unit-scaled residuals, √(1−τ)·x + √τ·branch. Default: 0.8/√num_layers, kept between 0.1 and 0.4."""
     layer_coefficients: tuple[tuple[float, float], ...] | None = None
     """Skip and branch coefficients of each layer, if they differ from the residual scheme's own."""
-    position: Literal["rope", "alibi", "learned", "xpos", "relative"] = "rope"
+    position: Annotated[str, RowName(positions)] = "rope"
     """Position encoding. `relative`: T5's learned biases by distance, one table per stack."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
@@ -265,7 +269,19 @@ class Model(Section):
     @property
     def gated(self) -> bool:
         """The feed-forward multiplies two products."""
-        return self.ffn in ("swiglu", "geglu_tanh")
+        return self.ffn_row.gated
+
+    @property
+    def norm_row(self) -> NormRow:
+        return norms()[self.norm]
+
+    @property
+    def ffn_row(self) -> ActivationRow:
+        return activations()[self.ffn]
+
+    @property
+    def position_row(self) -> PositionRow:
+        return positions()[self.position]
 
     @property
     def causal(self) -> bool:
@@ -325,7 +341,8 @@ class Model(Section):
             v["head_dim"] = hidden // heads
         if isinstance(hidden, int) and v.get("ffn_size") is None:
             # Three matrices of a gated one of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
-            v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if ffn in ("swiglu", "geglu_tanh") else 4 * hidden
+            known = activations().get(ffn) if isinstance(ffn, str) else None
+            v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if known is not None and known.gated else 4 * hidden
         if v.get("family") == "encoder_decoder" and v.get("encoder_layers") is None:
             v["encoder_layers"] = v.get("num_layers")
         moe = v.get("moe")

@@ -169,9 +169,9 @@ def functional(model: Model) -> dict[str, Any]:
         flat["moe.balance"] = balance  # it adds a bias to the choice of experts
     if model.moe is not None and model.moe.every == 1:
         flat.pop("ffn_size", None)  # no layer is dense
-    if model.position != "rope":
+    if not model.position_row.rotates:
         flat.pop("rope_theta", None)
-    if model.position != "relative":
+    if not model.position_row.distances:
         flat.pop("relative_buckets")
         flat.pop("relative_distance")
     return {k: v for k, v in flat.items() if k not in TRAINING and v is not None}

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megascale.config.activations import ACTIVATIONS
+
 
 @dataclass(frozen=True)
 class Key:
@@ -121,15 +123,9 @@ SIZES = (
     Key("tie_word_embeddings", "tie_embeddings", False),
 )
 EPS6, EPS5 = Key("rms_norm_eps", "norm_eps", 1e-6), Key("rms_norm_eps", "norm_eps", 1e-5)
-GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-T5_FFN = {
-    "relu": "relu",
-    "gated-gelu": "geglu_tanh",
-    "gated-gelu_new": "geglu_tanh",
-    "gated-silu": "swiglu",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-}
+# Their names of activations → ours.
+PLAIN_FFN = {theirs: ours for ours, row in ACTIVATIONS.items() for theirs in row.hf}
+T5_FFN = {theirs: ours for ours, row in ACTIVATIONS.items() for theirs in (*row.hf, *row.hf_gated)}
 ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 NO_BIAS: Mapping[str, tuple[Any, ...]] = {**ACT, "attention_bias": (False,)}
 
@@ -252,7 +248,7 @@ FAMILIES: tuple[Family, ...] = (
             Key("initializer_range", "init_std", 0.02),
             Key("layer_norm_epsilon", "norm_eps", 1e-5),
             Key("tie_word_embeddings", "tie_embeddings", True),
-            Key("activation_function", "ffn", "gelu_new", GELU),
+            Key("activation_function", "ffn", "gelu_new", PLAIN_FFN),
         ),
         {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
         "transformer.h.",
@@ -281,7 +277,7 @@ FAMILIES: tuple[Family, ...] = (
             Key("initializer_range", "init_std", 0.02),
             Key("layer_norm_eps", "norm_eps", 1e-12),
             Key("tie_word_embeddings", "tie_embeddings", True),
-            Key("hidden_act", "ffn", "gelu", GELU),
+            Key("hidden_act", "ffn", "gelu", PLAIN_FFN),
         ),
         {"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",)},
         "bert.encoder.layer.",

@@ -63,10 +63,10 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     if model is not None:
         _must_agree(model, found, where)
     wanted = seq_len or length
-    if found.position == "learned" and wanted > length:
+    if found.position_row.table and wanted > length:
         raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
     _check_counts(found, source, where)
-    links = links_of(family, model or found, wanted if found.position == "learned" else length)
+    links = links_of(family, model or found, wanted if found.position_row.table else length)
     unused = sorted(n for n in source.tensors if n.startswith(family.unused))
     held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and n not in unused}
     check_floating(held, str(folder))

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megascale.config.norms import norms
+from megascale.config.positions import positions
 from megascale.config.schema import Model
 from megascale.config.stages import has_experts
 from megascale.errors import UsageError
@@ -53,8 +55,8 @@ def rank_name(tp: int, pp: int, cut: Cut) -> str:
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
     wanted: dict[str, tuple[Any, ...]] = {
-        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": ("rmsnorm", "layernorm"),
-        "moeut": (None,), "position": ("rope", "learned"), "qk_norm": (False, True),
+        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": tuple(n for n, f in norms().items() if f.megatron),
+        "moeut": (None,), "position": tuple(n for n, f in positions().items() if f.megatron), "qk_norm": (False, True),
         "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
     }  # fmt: skip
@@ -65,7 +67,7 @@ def check_model(model: Model, cut: Cut) -> None:
             raise UsageError(
                 f"model.{key} is {value!r}, and weights of megatron-core's GPT model are exchanged with {said}: use Hugging Face's format"
             )
-    if model.bias != (model.norm == "layernorm"):
+    if model.bias != model.norm_row.bias:
         raise UsageError(
             f"model.norm is {model.norm} and model.bias is {model.bias}, and megatron-core's LayerNorm has a bias and its RMSNorm none: "
             "exchange models with both or neither"
@@ -110,7 +112,7 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[TensorMap], l
                 into.append(TensorMap(MODEL + ours, (tp * part, 0), (rows, d), f"{rank_name(tp, pp, cut)}/{theirs}", (0, 0), (0, 1)))
 
     table("embedding.weight", "embedding.word_embeddings.weight", 0, links)
-    if model.position == "learned":
+    if model.position_row.table:
         everywhere("position.weight", (seq_len, d), "embedding.position_embeddings.weight", 0)
     leaves = ("weight", "bias") if model.bias else ("weight",)
     for layer in range(model.num_layers):
