@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from megascale import plugins
+from megascale.config.activations import ACTIVATIONS
 from megascale.config.decays import decays
 from megascale.config.load import build_config
+from megascale.config.norms import NORMS
 from megascale.config.optimizers import OPTIMIZERS, optimizers
 from megascale.config.schema import Optim
 from megascale.data.forms import READERS, readers
@@ -32,6 +34,7 @@ from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 
 ACME = Path(__file__).parent / "plugin"
+PARTS = {"model__norm": "l1norm", "model__ffn": "relu2", "model__position": "nope"}
 Install = Callable[..., Path]
 
 
@@ -86,9 +89,9 @@ def acme_settings(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_a_plugin_trains_on_every_layout_and_resumes(install: Install, tmp_path: Path) -> None:
     """Catches an optimizer, a decay or a metric of a plugin that a layout, a checkpoint or a row leaves out."""
     install()
-    whole = acme_settings(tmp_path / "whole")
+    whole = acme_settings(tmp_path / "whole", **PARTS)
     assert run(whole) == (0, "done")
-    parts = acme_settings(tmp_path / "parts", parallel__tp=2)
+    parts = acme_settings(tmp_path / "parts", parallel__tp=2, **PARTS)
     code, _ = run_ranks(2, run, parts, 3)[0]
     assert code == 75
     (tmp_path / "parts" / "run" / "STOP").unlink(missing_ok=True)
@@ -107,7 +110,7 @@ def test_a_plugin_trains_on_every_layout_and_resumes(install: Install, tmp_path:
 def test_growth_follows_the_row_and_refuses_what_it_does_not_say(install: Install, tmp_path: Path) -> None:
     """Catches state of a plugin's optimizer that grows by a guess: the doubled run would leave the small one's curve, without a word."""
     install()
-    changes: dict[str, Any] = {"optim__weight_decay": 0.0, "checkpoint__asynchronous": False, "train__steps": 5}
+    changes: dict[str, Any] = {"optim__weight_decay": 0.0, "checkpoint__asynchronous": False, "train__steps": 5, **PARTS}
     alone, grown = acme_settings(tmp_path / "alone", **changes), acme_settings(tmp_path / "grown", **changes)
     grown["grow"] = [{"step": 3, "hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 64, "symmetry": "none"}]
     assert run(alone) == (0, "done")
@@ -117,6 +120,10 @@ def test_growth_follows_the_row_and_refuses_what_it_does_not_say(install: Instal
     silent["grow"] = grown["grow"]
     code, message = train_and_grow(silent)
     assert code == 2 and "optim.name is heavyball" in message and "velocity" in message and "choose optimizer reset" in message
+    assert not (tmp_path / "silent" / "run").exists()
+    silent["optim"]["name"], silent["model"]["norm"] = "signum", "silent"
+    code, message = train_and_grow(silent)
+    assert code == 2 and "model.norm is silent, whose row does not say how it grows" in message
     assert not (tmp_path / "silent" / "run").exists()
 
 
@@ -281,7 +288,9 @@ def test_a_metric_that_fails_ends_no_run() -> None:
 
 def test_every_built_in_row_names_what_is_there() -> None:
     """Catches a row whose module or name was moved: nothing imports it until somebody asks for it."""
-    for name, part in [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]:
+    parts = [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]
+    parts += [*((n, p) for n, r in NORMS.items() for p in (r.normalize, r.kernel) if p), *((n, r.phi) for n, r in ACTIVATIONS.items())]
+    for name, part in parts:
         assert callable(plugins.resolve(part, name))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megascale.config.optimizers import optimizers
 from megascale.config.schema import Config
+from megascale.model.activations import activation
+from megascale.model.norms import norm
 from megascale.plugins import resolve
 from megascale.train.log.step_metrics import step_metrics
 
@@ -11,4 +13,6 @@ from megascale.train.log.step_metrics import step_metrics
 def check_rows(config: Config) -> None:
     """Raises UsageError naming the row of a plugin and what it needs."""
     resolve(optimizers()[config.optim.name].build, f"the optimizer {config.optim.name}")
+    norm(config.model.norm)
+    activation(config.model.ffn)
     step_metrics()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+from megascale.config.activations import ActivationRow
 from megascale.config.decays import DecayRow, between, done
+from megascale.config.norms import NormGrowth, NormRow
 from megascale.config.optimizers import OptimizerRow
+from megascale.config.positions import PositionRow
 from megascale.data.forms import Reader
 from megascale.train.log.step_metrics import StepMetric
 
@@ -18,5 +21,10 @@ ROWS = {
     },
     "decays": {"sqrt": DecayRow(lambda optim, step, steps: between(optim, 1 - math.sqrt(done(optim, step, steps))), "end")},
     "metrics": {"bits_per_token": StepMetric(lambda s: s.loss / math.log(2))},
+    # It divides by a mean of |x|, so growth makes up by first powers; the other norm says nothing, so that growth refuses it.
+    "norms": {"l1norm": NormRow("acme.model:l1_normalized", growth=NormGrowth(1.0)), "silent": NormRow("acme.model:l1_normalized")},
+    # E[φ²] and E[φ'²] of a standard normal input (Primer, arXiv 2109.08668).
+    "activations": {"relu2": ActivationRow("acme.model:relu_squared", False, 1.5, 2.0, grows=True)},
+    "positions": {"nope": PositionRow(grid=True, grows=True)},
     "readers": {"wet": Reader("acme.reading:wet", endings=(".wet",))},
 }
