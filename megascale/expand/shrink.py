@@ -11,6 +11,7 @@ import torch
 
 from megascale.checkpoint.index import read_index
 from megascale.checkpoint.streaming import Progress
+from megascale.config.norms import NormGrowth
 from megascale.config.schema import Config, Data, Model, Optim, Train
 from megascale.config.support import check
 from megascale.errors import UsageError
@@ -159,7 +160,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         query = channel_rows(axis(kept.query[i], source.num_heads), head)
         key_value = channel_rows(axis(kept.key_value[i], source.num_kv_heads), head)
         own = {"query": query, "key": key_value, "value": key_value, "heads": query, "ffn": neurons, "ffn_out": neurons}
-        own |= _inner("heads", query) | _inner("ffn", neurons)
+        own |= _inner(growth, "heads", query) | _inner(growth, "ffn", neurons)
         maps.axes |= {f"{name}@{i}": a for name, a in own.items()}
     if source.qk_norm or row.qk_norm:
         maps.eps_factor["qk_norm"] = 1.0  # a head keeps its channels
@@ -197,9 +198,9 @@ def _norm_axis(source: Model, heads: int) -> AxisMap:
     return same(source.head_dim * (heads if source.qk_norm == "width" else 1))
 
 
-def _inner(name: str, kept: AxisMap) -> dict[str, AxisMap]:
+def _inner(growth: NormGrowth, name: str, kept: AxisMap) -> dict[str, AxisMap]:
     """Of a norm over these channels: what stays is as large as if the rest had been nothing."""
-    return {f"{name}_gain": kept.scaled((kept.old / kept.size) ** 0.5), f"{name}_shift": kept}
+    return {f"{name}_gain": kept.scaled(growth.gain(kept.old / kept.size)), f"{name}_shift": kept}
 
 
 def shrink(

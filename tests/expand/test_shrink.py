@@ -35,9 +35,10 @@ TOKENS = torch.randint(0, 37, (3, SEQ), generator=torch.Generator().manual_seed(
         {"residual": "mus", "init_std": 0.02},
         {"residual": "post"},
         {"norm": "dyt"},
+        {"norm": "dyt", "residual": "subln"},
         {"num_kv_heads": 4},
     ],
-    ids=["pre", "qk", "tied", "mus", "post", "dyt", "mha"],
+    ids=["pre", "qk", "tied", "mus", "post", "dyt", "inner dyt", "mha"],
 )
 def test_what_growth_added_comes_off_again(changes: dict[str, Any]) -> None:
     """Catches importance that ranks nothing above something, and gains or epsilons that are not undone: grown by zeros and shrunk by
