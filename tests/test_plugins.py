@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from megascale import plugins
+from megascale.commands.version import app as version_app
 from megascale.config.activations import ACTIVATIONS
 from megascale.config.decays import decays
+from megascale.config.json_schema import schema_text
 from megascale.config.load import build_config
 from megascale.config.norms import NORMS
 from megascale.config.optimizers import OPTIMIZERS, optimizers
@@ -142,6 +145,14 @@ def test_a_dry_run_shows_it(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "dry.json").read_text())
     assert report["bytes_per_rank"]["optimizer"] == report["bytes_per_rank"]["parameters"]
     assert report["plugins"]["megascale-acme 0.1"]["metrics"] == ["bits_per_token"]
+
+
+def test_an_editor_and_a_bug_report_know_it(install: Install) -> None:
+    """Catches a JSON Schema that marks a plugin's optimizer as wrong, and `megascale version` without what decides how a run computes."""
+    install()
+    assert json.loads(schema_text())["$defs"]["Optim"]["properties"]["name"]["enum"][-2:] == ["signum", "heavyball"]
+    told = CliRunner().invoke(version_app, []).stdout
+    assert "plugin megascale-acme 0.1: optimizers signum, heavyball; decays sqrt" in told
 
 
 def test_a_plugin_that_cannot_be_imported_ends_a_run_with_a_sentence(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 import megascale
 from megascale.cli import examples, new_app
+from megascale.plugins import plugins
 from megascale.version import __version__
 
 app = new_app(__doc__ or "")
@@ -19,7 +20,7 @@ LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors")
 
 @app.command(epilog=examples("megascale version", "megascale version --short"))
 def main(short: Annotated[bool, typer.Option("--short", help="print the number alone")] = False) -> None:
-    """Prints the version of megascale, where it is installed, and the versions of Python and the libraries it computes with."""
+    """Prints the version of megascale, where it is installed, the versions of Python and the libraries it computes with, and plugins."""
     if short:
         print(__version__)
         return
@@ -27,6 +28,8 @@ def main(short: Annotated[bool, typer.Option("--short", help="print the number a
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for library in LIBRARIES:
         print(f"{library} {installed(library)}")
+    for plugin in plugins():
+        print(f"plugin {plugin}: {plugin.names}")
 
 
 def installed(library: str) -> str:
