@@ -1,4 +1,4 @@
-"""The version that wrote a config: a comment at the top of every config.yaml that a run or a growth leaves."""
+"""The config.yaml that a run or a growth leaves, and the version that wrote it: a comment at its top."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megascale.version import __version__
 
+CONFIG = "config.yaml"
 STAMP = "# Written by megascale "
 
 

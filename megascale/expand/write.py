@@ -14,15 +14,13 @@ from megascale.checkpoint.streaming import Progress, write_streamed
 from megascale.checkpoint.trainer import read_trainer
 from megascale.config.identity import identity
 from megascale.config.load import to_yaml
-from megascale.config.saved import stamped
+from megascale.config.saved import CONFIG, stamped
 from megascale.config.schema import Config
 from megascale.errors import TrainingError, UsageError
 from megascale.expand.produce import GrownTensors
 from megascale.expand.source import GrowthSource
 from megascale.files import write_durably
 from megascale.sizes import byte_words
-
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)

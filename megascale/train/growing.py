@@ -10,9 +10,8 @@ from megascale.checkpoint.folders import step_name
 from megascale.checkpoint.index import Damaged
 from megascale.checkpoint.loader import newest
 from megascale.comm.agreement import Agreement, on_all_ranks
+from megascale.config.saved import CONFIG
 from megascale.config.schema import Config
-from megascale.expand.grow import grow
-from megascale.expand.write import CONFIG, Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Activity
@@ -80,6 +79,9 @@ def _grow(phase: Phase, ranks: RankInfo) -> dict[str, object] | None:
     """On the first rank: the phase's last checkpoint, grown. The others wait where they agree."""
     if ranks.rank != 0 or _is_grown(phase):
         return None
+    from megascale.expand.grow import grow
+    from megascale.expand.write import Effort
+
     assert phase.growth is not None
     sizes, options = asked(phase.growth, phase.config.run.seed)
     source = Path(phase.whole.run_dir) / "checkpoints" / step_name(phase.until)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megascale.checkpoint.folders import step_name
 from megascale.comm.agreement import on_all_ranks
@@ -11,12 +12,11 @@ from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
 from megascale.data.memory import TokenLists
 from megascale.data.vocabulary import resolve_vocabulary
-from megascale.expand.grow import grown_config, refuse_nothing
-from megascale.expand.options import GrowthOptions, Sizes
-from megascale.expand.plan import plan_growth
-from megascale.expand.state import check_state_grows
 from megascale.optim.learning_rate import begun_again
 from megascale.train.start.alike import check_config
+
+if TYPE_CHECKING:
+    from megascale.expand.options import GrowthOptions, Sizes
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def run_phases(config: Config, ranks: int) -> list[Phase]:
 
 def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
     """An entry of the config as the tool's sizes and options."""
+    from megascale.expand.options import GrowthOptions, Sizes
+
     sizes = Sizes(
         entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.head_dim, entry.ffn_size, entry.expert_ffn_size, entry.num_layers,
         entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size,
@@ -70,6 +72,12 @@ def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
 
 def phases_of(config: Config, ranks: int) -> list[Phase]:
     """All phases, each with its own model. Raises UsageError for a growth that is refused, before the first step."""
+    if not config.grow:
+        return [Phase(config, config, config.train.total_steps)]
+    from megascale.expand.grow import grown_config, refuse_nothing  # and with it all formats that a model may come from
+    from megascale.expand.plan import plan_growth
+    from megascale.expand.state import check_state_grows
+
     whole = config
     found, origin = [], None
     for number, entry in enumerate(config.grow):

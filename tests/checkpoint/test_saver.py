@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megascale.checkpoint import storage
+from megascale.checkpoint import folders, storage
 from megascale.checkpoint.index import read_index
 from megascale.checkpoint.loader import find, load, newest, verify
 from megascale.checkpoint.saver import write_checkpoint
@@ -127,7 +127,7 @@ PUBLISHING = [
 
 
 def publication_fails(root: str, what: str, file: str) -> list[list[str]]:
-    real, result = getattr(storage, what), []
+    real, result = getattr(folders, what), []
     saver = checkpointer(root, asynchronous=True)
     for step in (1, 2, 3):
 
@@ -136,7 +136,9 @@ def publication_fails(root: str, what: str, file: str) -> list[list[str]]:
                 raise OSError(28, "No space left on device")
             return real(path, *args)
 
-        setattr(storage, what, broken)
+        for module in (storage, folders):  # what is in the folder, and its name
+            if hasattr(module, what):
+                setattr(module, what, broken)
         saver.save(step, state(cut_rows(2), this_rank()), {"step": step})
         result.append(kinds(saver.finish()))
     return result

@@ -17,12 +17,11 @@ from megascale.checkpoint.trainer import read_progress
 from megascale.comm.agreement import Agreement
 from megascale.config.identity import SOURCES, check_identity, identity, only_moved
 from megascale.config.load import build_config, read_yaml, to_yaml
-from megascale.config.saved import hint_of_newer, stamped
+from megascale.config.saved import CONFIG, hint_of_newer, stamped
 from megascale.config.schema import Config
 from megascale.data.memory import TokenLists
 from megascale.data.samples import prints_of
 from megascale.errors import UsageError
-from megascale.expand.write import CONFIG
 from megascale.files import discard, write_atomic
 from megascale.formats.export import FOLDER
 from megascale.train.log.past import last_saved
