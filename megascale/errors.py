@@ -1,6 +1,6 @@
 """What can end a run on purpose, each with the exit code that scripts rely on.
 
-A message names the key or file, the two values that disagree, and the fix. `pretrain.py` and the tools print it without a traceback;
+A message names the key or file, the two values that disagree, and the fix. The commands print it without a traceback;
 everything else that escapes is a bug and keeps its traceback.
 """
 

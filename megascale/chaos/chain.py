@@ -32,7 +32,7 @@ class Layout:
 class Plan:
     """What a chain needs to know.
 
-    arguments  of pretrain.py, shared by all attempts
+    arguments  of `megascale train`, shared by all attempts
     limit      run.collective_timeout in seconds
     calm       seconds that the undisturbed run took
     """

@@ -135,4 +135,4 @@ def _elsewhere(folder: Path) -> str:
     """What to do with a folder that Hugging Face's tools wrote."""
     if not (folder / "config.json").is_file():
         return ""
-    return f"; for a Hugging Face model begin with tools/convert.py {folder} DST --from hf --to megascale, and give DST"
+    return f"; for a Hugging Face model begin with megascale convert {folder} DST --from hf --to megascale, and give DST"

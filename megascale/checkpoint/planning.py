@@ -225,8 +225,7 @@ class LoadPlanner(DefaultLoadPlanner):
             if all(n.startswith("optim.") for n in missing) and not any(n.startswith("optim.") for n in stored):
                 raise UsageError(
                     f"{self.where} holds weights but no optimizer state, so no run can resume from it: start one with "
-                    "checkpoint.init_from, "
-                    "or make it again with its state (tools/grow.py --optimizer transform)"
+                    "checkpoint.init_from, or make it again with its state (megascale grow has --optimizer transform)"
                 )
             raise UsageError(f"{self.where} lacks {some(missing)}: it was saved by another model or optimizer")
         for name, view in self.state_dict.items():

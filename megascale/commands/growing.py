@@ -67,4 +67,4 @@ def print_sizes(found: dict[str, Any]) -> None:
 
 
 def print_next(target: Path) -> None:
-    print(f"start from it: python pretrain.py {target / 'config.yaml'} checkpoint.init_from={target}")
+    print(f"start from it: megascale train {target / 'config.yaml'} checkpoint.init_from={target}")

@@ -54,7 +54,7 @@ class FieldFile:
             if len(self.text) != count:
                 raise UsageError(
                     f"{path} holds {count} runs and {source.path}.text has {len(self.text)} documents: one text a run is needed; prepare "
-                    f"JSONL with a line for each run with tools/prepare_data.py --out {source.path}.text"
+                    f"JSONL with a line for each run with megascale prepare --out {source.path}.text"
                 )
         self.starts = self.run_length - fields.frames + 1  # of a window within a run
         if len(self.runs) == 0 or self.starts < 1:

@@ -57,7 +57,7 @@ class TokenFile:
         for path in (idx, bin_):
             if not is_file(path):
                 raise UsageError(
-                    f"there is no token file {str(path)[:300]}: make it with tools/prepare_data.py INPUT --out {self.prefix[:300]}, or "
+                    f"there is no token file {str(path)[:300]}: make it with megascale prepare INPUT --out {self.prefix[:300]}, or "
                     "correct the path (it is a prefix, without .bin)"
                 )
         try:

@@ -40,7 +40,7 @@ class PairFile:
         if counts[0] != counts[1]:
             raise UsageError(
                 f"{sides[0].path} has {counts[0]} documents and {sides[1].path} has {counts[1]}: sources and targets belong together by "
-                "number; prepare both in one run with tools/prepare_data.py --pairs"
+                "number; prepare both in one run with megascale prepare --pairs"
             )
         for side, size in zip(sides, vocab_sizes):
             check_source(side, size)

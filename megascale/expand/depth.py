@@ -44,7 +44,7 @@ def grow_layers(old: int, new: int, method: str, placement: str, period: int) ->
     placement  of inserted layers: spread evenly, or all at the end
     """
     if new < old:
-        raise UsageError(f"num_layers is {old} and cannot grow to {new}: choose at least {old}, or use tools/shrink.py")
+        raise UsageError(f"num_layers is {old} and cannot grow to {new}: choose at least {old}, or use megascale shrink")
     if new == old:
         return tuple(Layer(i) for i in range(old))
     match method:

@@ -128,7 +128,7 @@ def precision_notes(before: Config, after: Config) -> list[str]:
     fp8 = f"precision.fp8 {after.precision.fp8}"
     return [
         f"{fp8}: the proof multiplies without FP8, whose casts round other numbers in the grown model than in the small one",
-        *(f"pretrain.py will refuse this model under {fp8}: {rule.why}; {rule.fix}" for rule in refused),
+        *(f"training will refuse this model under {fp8}: {rule.why}; {rule.fix}" for rule in refused),
     ]
 
 

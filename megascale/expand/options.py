@@ -34,7 +34,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GrowthOptions:
-    """How. Every field is a flag of tools/grow.py.
+    """How. Every field is a flag of `megascale grow`.
 
     width      new channels of the stream: duplicate (the rest as the norm allows), zero, or average (the mean of the others)
     ffn, heads duplicate: copies that share their output; zero: new ones whose output counts nothing yet
@@ -111,7 +111,7 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
         if old is None:
             raise UsageError(f"--{key.replace('_', '-')} is {new} and this model has no {key}")
         if new < old:
-            by_shrinking = "" if key in ("head_dim", "vocab_size") else ", tools/shrink.py does"
+            by_shrinking = "" if key in ("head_dim", "vocab_size") else ", megascale shrink does"
             raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: growth does not shrink{by_shrinking}")
         check_times(f"--{key.replace('_', '-')}", old, new)
         changes[key] = new

@@ -70,7 +70,7 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     for key in ("hidden_size", "num_heads", "num_kv_heads", "ffn_size", "num_layers"):
         old, new = getattr(source, key), getattr(sizes, key)
         if new is not None and new > old:
-            raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: shrinking does not grow, tools/grow.py does")
+            raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: shrinking does not grow, megascale grow does")
         if new is not None and new < old:
             changes[key] = new
     if "num_heads" in changes and sizes.num_kv_heads is None and source.num_kv_heads == source.num_heads:

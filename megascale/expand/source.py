@@ -64,7 +64,7 @@ def open_source(path: str | Path, check: bool = True) -> GrowthSource:
         )
     if not isinstance(trainer.get("config"), dict):
         raise UsageError(
-            f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of pretrain.py, convert.py or their own"
+            f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of megascale train, convert, or their own"
         )
     # A converted checkpoint knows its model and context; what a run needs beside them is the user's to say.
     train = trainer["config"].get("train", {})

@@ -132,7 +132,7 @@ def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None)
     """T5: its distances are relative, so it takes sources of any length."""
     found = open_any(folder)
     if found.model.family != "encoder_decoder":
-        raise UsageError(f"{folder} is of family {found.model.family}, and only an encoder_decoder has sources: use tools/generate.py")
+        raise UsageError(f"{folder} is of family {found.model.family}, and only an encoder_decoder has sources: use megascale generate")
     out = open_tokenizer(tokenizer or folder)
     into = out if source_tokenizer is None else open_tokenizer(source_tokenizer)
     said = read_object(folder / CONFIG)

@@ -86,7 +86,7 @@ def test_from_a_t5_folder(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
         run_tool(str(tmp_path / "narrow"), "--input", str(tmp_path / "in.txt"), "--tokenizer", str(tokenizer.path))
     assert tokenizer.decode([*tokenizer.encode_batch(["word"])[0], tokenizer.vocab_size + 5]) == "word"
     save("llama", PLAIN["llama"], tmp_path / "llama")
-    with pytest.raises(UsageError, match=r"only an encoder_decoder has sources: use tools/generate\.py"):
+    with pytest.raises(UsageError, match=r"only an encoder_decoder has sources: use megascale generate"):
         run_tool(str(tmp_path / "llama"), "--input", str(tmp_path / "in.txt"))
 
 

@@ -51,7 +51,7 @@ class Run(Section):
 
 
 class GrowAt(Section):
-    """A growth after step `step`; sizes and methods are the flags of tools/grow.py. `parallel`: the layout from then on."""
+    """A growth after step `step`; sizes and methods are the flags of `megascale grow`. `parallel`: the layout from then on."""
 
     step: Positive
     """The model grows after this step."""

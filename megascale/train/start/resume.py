@@ -155,7 +155,7 @@ def model_changes(config: Config, folder: Path) -> str:
     except ValidationError:  # of another version
         return ""
     told = ", ".join(f"model.{key} was {then!r} and is {now!r}" for key, (then, now) in changed.items())
-    return f"; {told}: set them back, or make another model of it with tools/grow.py" if changed else ""
+    return f"; {told}: set them back, or make another model of it with megascale grow" if changed else ""
 
 
 def is_own(config: Config, folder: Path, saved: dict[str, Any]) -> bool:
