@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from megascale.cli import Overrides, examples, new_app
-from megascale.config.load import load_config
-from megascale.config.schema import Config
 from megascale.errors import MegascaleError, UsageError
 from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.limits import raise_open_files
 from megascale.train.faults.stop import StopFlag
 
-if TYPE_CHECKING:  # it imports torch, and signals are to be heard before that
+if TYPE_CHECKING:  # the last two import torch, and signals are to be heard before that
+    from megascale.config.schema import Config
     from megascale.train.faults.watchdog import Watchdog
     from megascale.train.trainer import Trainer
 
@@ -81,6 +80,8 @@ def main(
 
 def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
     """Trains, or makes a dry run. Returns the exit code; a bug keeps its exception."""
+    from megascale.config.load import load_config
+
     ranks, stop = RankInfo(), StopFlag()
     config: Config | None = None
     watch: Watchdog | None = None

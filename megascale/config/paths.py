@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from megascale.config.schema import Config
 from megascale.errors import UsageError
+
+if TYPE_CHECKING:  # every command imports this file, and most need no config
+    from megascale.config.schema import Config
 
 VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
 

@@ -8,13 +8,15 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megascale.config.load import build_config, flatten, read_yaml
-from megascale.config.schema import Config
 from megascale.errors import ExitCode, UsageError
 from megascale.files import write_atomic
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.rows import free_name
+
+if TYPE_CHECKING:
+    from megascale.config.schema import Config
 
 # Of torch.distributed; by name, since nothing here imports torch.
 PEER_ERRORS = {"DistNetworkError", "DistStoreError", "DistBackendError"}
@@ -95,6 +97,8 @@ def of_this_run(config: Config, run_dir: Path) -> bool:
 
     A config.yaml that cannot be read is taken for the run's own: nobody can go on beside it, and scripts must hear of that.
     """
+    from megascale.config.load import build_config, flatten, read_yaml
+
     try:
         if not (run_dir / "exit.json").is_file() or not (run_dir / "config.yaml").is_file():
             return False
