@@ -38,7 +38,7 @@ types: $(VENV)/.ready
 
 # The pages of docs/ as a site in build/site; a broken link is an error.
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
