@@ -123,7 +123,7 @@ def test_site_and_image() -> None:
     """Catches a page that the site does not show, and an image whose files are not there."""
     nav = YAML(typ="safe").load((ROOT / "mkdocs.yml").read_text())["nav"]
     pages = [page for entry in nav for value in entry.values() for page in (value if isinstance(value, list) else [value])]
-    assert sorted(pages) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
+    assert sorted(pages) == sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md"))
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
