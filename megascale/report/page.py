@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megascale.report.canvas import svg
@@ -20,122 +24,97 @@ from megascale.report.words import plain
 EVENTS_SHOWN = 40
 UNEVENTFUL = ("save", "saved", "skip")
 
-CSS = """
-:root{color-scheme:light}
-*{box-sizing:border-box}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;
-max-width:1060px;margin:0 auto;padding:1.6em 1.1em 3em}
-h1{font-size:1.6em;line-height:1.25;margin:0 0 .6em;overflow-wrap:anywhere}
-h2{font-size:1.15em;margin:2.2em 0 .6em;padding-bottom:.25em;border-bottom:1px solid #ddd}
-h3{font-size:1em;margin:1.4em 0 .4em;overflow-wrap:anywhere}
-p{max-width:46em;overflow-wrap:anywhere}
-svg{display:block;max-width:100%;height:auto}
-figure{margin:0}
-.narrow{display:none}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5em,1fr));gap:.7em;margin:0 0 1em}
-.cards div{border:1px solid #e2e2e2;border-radius:6px;padding:.5em .8em}
-.cards dt{font-size:.82em;color:#666;overflow-wrap:anywhere}
-.cards dd{margin:0;font-size:1.25em;font-weight:600;font-variant-numeric:tabular-nums}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,380px),1fr));gap:1.4em 1.6em;align-items:end}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9em;font-variant-numeric:tabular-nums}
-th,td{padding:.28em 1.3em .28em 0;text-align:left;vertical-align:top;border-bottom:1px solid #e8e8e8}
-tbody th{font-weight:400;color:#555;min-width:8.5em}
-td.n,th.n{text-align:right}
-td.words{overflow-wrap:anywhere;min-width:16em}
-summary{cursor:pointer;margin:.6em 0;color:#0b5394}
-code{font-size:.95em;overflow-wrap:anywhere}
-@media (max-width:640px){.broad{display:none}.narrow{display:block}body{padding:1em .9em 2em}h1{font-size:1.35em}}
-@media print{body{max-width:none;padding:0;font-size:10.5pt}.broad{display:block}.narrow{display:none}
-.panels{grid-template-columns:1fr 1fr}h2{break-after:avoid}svg,tr,.cards div{break-inside:avoid}.wide{overflow:visible}}
-"""
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the columns `numbers` stand at the right, and `named` rows have their first cell as their heading."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+    named: bool = True
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happened: the rows that are shown at once, those behind a fold, and how many there are; None for a table that is not needed."""
+
+    shown: Table | None
+    folded: Table | None
+    count: int
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """All keys, those that differ between several runs, and whether one of these was resumed; None where there are none to tell."""
+
+    keys: Table | None
+    differing: Table | None
+    resumed: bool
 
 
 def page(runs: Sequence[RunData], title: str) -> str:
-    """The whole page; everything that comes from a run is escaped."""
-    sections = [f"<h1>{escape(title)}</h1>", cards(runs)]
-    if len(runs) > 1:
-        sections += [f"<p>{escape(sentence)}</p>" for sentence in verdict(runs)]
-    sections += [
-        "<h2>Loss</h2>",
-        _loss(runs),
-        "<h2>In numbers</h2>",
-        headline_table(runs),
-        "<h2>Speed, memory, traffic</h2>",
-        _panels(
+    """The whole page. The template escapes everything that comes from a run; figures alone are markup."""
+    several = len(runs) > 1
+    content = {
+        "title": title,
+        "css": Markup(_resource("page.css")),
+        "first": {"run": runs[0].name if several else None, "facts": highlights(runs[0])},
+        "verdicts": verdict(runs) if several else [],
+        "loss": _loss(runs),
+        "numbers": headline_table(runs),
+        "speed": _drawn(
             ("tokens per second", lines_figure(runs, "tokens_per_second", "tokens per second")),
             ("seconds per step", lines_figure(runs, "step_seconds", "seconds per step")),
-            ("seconds waiting for data", lines_figure(runs, "data_seconds", "seconds waiting for data per step")),
+            ("seconds waiting for data", lines_figure(runs, "data_seconds", "seconds per step waiting for data")),
             ("MFU", lines_figure(runs, "mfu", "MFU, % of the ranks' peak", scale=100)),
             ("memory", lines_figure(runs, "memory_bytes", "memory of rank 0, GB", scale=1e-9)),
-            *((f"bytes sent by {run.name}", traffic_figure(run, titled=len(runs) > 1)) for run in runs),
+            *((f"bytes sent by {run.name}", traffic_figure(run, titled=several)) for run in runs),
         ),
-        *_layers(runs, "Experts", "experts", EXPERTS),
-        *_layers(runs, "FP8 casts, the worst product of each layer", "fp8", CASTS),
-        *_goodput(runs),
-        "<h2>Optimization</h2>",
-        _panels(
+        "layers": [(head, parts) for head, group, readings in LAYERS if (parts := _layers(runs, group, readings))],
+        "time": _time(runs),
+        "optimization": _drawn(
             ("gradient norm", lines_figure(runs, "grad_norm", "global gradient norm", log=True)),
             ("learning rate", lines_figure(runs, "lr", "learning rate")),
         ),
-        "<h2>Events</h2>",
-        events_table(runs),
-        "<h2>Configuration</h2>",
-        config_tables(runs),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
-    )
+        "events": events_of(runs),
+        "config": config_of(runs),
+    }
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(_resource("page.html.jinja")).render(content) + "\n"
 
 
-def cards(runs: Sequence[RunData]) -> str:
-    """The first run's main numbers: with several, the others stand beside it in the table."""
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in highlights(runs[0]).items())
-    return (f"<h3>{escape(runs[0].name)}</h3>" if len(runs) > 1 else "") + f'<dl class="cards">{items}</dl>'
-
-
-def headline_table(runs: Sequence[RunData]) -> str:
+def headline_table(runs: Sequence[RunData]) -> Table:
     """A column per run, a row per fact that any of them has."""
     columns = [headline(run) for run in runs]
     labels = [k for k in dict.fromkeys(k for c in columns for k in c) if k != "end"] + ["end"]
-    return _table(["", *(r.name for r in runs)], [[k, *(c.get(k, "") for c in columns)] for k in labels])
+    return Table(["", *(r.name for r in runs)], [[k, *(c.get(k, "") for c in columns)] for k in labels])
 
 
-def events_table(runs: Sequence[RunData]) -> str:
+def events_of(runs: Sequence[RunData]) -> Events:
     """What happened, in the order in which it was written; many uneventful rows are folded away."""
     rows = [(run, event) for run in runs for event in run.events]
-    if not rows:
-        return "<p>No events were recorded.</p>"
-    head = (["run"] if len(runs) > 1 else []) + ["time (UTC)", "step", "event", "details"]
+    several = len(runs) > 1
+    head = (["run"] if several else []) + ["time (UTC)", "step", "event", "details"]
 
-    def table(chosen: Sequence[tuple[RunData, Row]]) -> str:
-        cells = [[run.name] * (len(runs) > 1) + [_when(e), f"{e['step']:,}", e["event"], _details(e)] for run, e in chosen]
-        return _table(head, cells, numbers={len(head) - 3}, named=len(runs) > 1)
+    def table(chosen: Sequence[tuple[RunData, Row]]) -> Table | None:
+        names = [[run.name] if several else [] for run, _ in chosen]
+        cells = [[*name, _when(e), f"{e['step']:,}", e["event"], _details(e)] for name, (_, e) in zip(names, chosen)]
+        return Table(head, cells, frozenset({len(head) - 3}), named=several) if cells else None
 
     if len(rows) <= EVENTS_SHOWN:
-        return table(rows)
+        return Events(table(rows), None, len(rows))
     telling = [(run, e) for run, e in rows if e["event"] not in UNEVENTFUL]
-    folded = f"<details><summary>all {len(rows):,} events</summary>{table(rows)}</details>"
-    return (table(telling) if len(telling) <= EVENTS_SHOWN else "") + folded
+    return Events(table(telling) if len(telling) <= EVENTS_SHOWN else None, table(rows), len(rows))
 
 
-def config_tables(runs: Sequence[RunData]) -> str:
-    """The keys that differ between runs, then all of them behind a fold."""
+def config_of(runs: Sequence[RunData]) -> ConfigKeys:
+    """All keys of the configs, and for several runs those that differ."""
     keys = list(dict.fromkeys(k for r in runs for k in r.config))
-    if not keys:
-        return "<p>No config.yaml was found.</p>"
-    rows = {k: [plain(r.config[k]) if k in r.config else "" for r in runs] for k in keys}
+    rows = [[k, *(plain(r.config[k]) if k in r.config else "" for r in runs)] for k in keys]
     head = ["key", *(r.name for r in runs)]
-    parts = []
-    if len(runs) > 1:
-        differ = [k for k in keys if len(set(rows[k])) > 1]
-        parts.append("<p>Keys that differ:</p>" + _table(head, [[k, *rows[k]] for k in differ]) if differ else "<p>No key differs.</p>")
-        parts.append(
-            "<p>A run that was resumed shows its config as of the last resume.</p>" if any(len(r.starts) > 1 for r in runs) else ""
-        )
-    parts.append(f"<details><summary>all {len(keys)} keys</summary>{_table(head, [[k, *rows[k]] for k in keys])}</details>")
-    return "".join(parts)
+    differing = Table(head, [row for row in rows if len(set(row[1:])) > 1]) if len(runs) > 1 else None
+    return ConfigKeys(Table(head, rows) if keys else None, differing, any(len(r.starts) > 1 for r in runs))
 
 
 EXPERTS = {
@@ -156,48 +135,47 @@ CASTS = {
 }
 
 
-def _layers(runs: Sequence[RunData], head: str, group: str, readings: Mapping[str, str]) -> list[str]:
+LAYERS = (("Experts", "experts", EXPERTS), ("FP8 casts, the worst product of each layer", "fp8", CASTS))
+
+
+def _layers(runs: Sequence[RunData], group: str, readings: Mapping[str, str]) -> list[dict[str, Any]]:
     """What the modules of a group told, by layer and step, for the runs that have some."""
     parts = []
     for run in runs:
-        figures = [(f"{title} of {run.name}, by layer", heat_figure(run, group, key, title)) for key, title in readings.items()]
-        if any(figure is not None for _, figure in figures):
-            parts += [f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "", _panels(*figures)]
-    return [f"<h2>{head}</h2>", *parts] if parts else []
-
-
-def _goodput(runs: Sequence[RunData]) -> list[str]:
-    """Where the time went, for the runs that tell it."""
-    told = [(run, figure) for run in runs if (figure := goodput_figure(run)) is not None]
-    parts = ["<h2>Where the time went</h2>"] if told else []
-    for run, figure in told:
-        parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
-        parts.append(f'<figure class="wide">{svg(figure, f"time of {run.name} by attempt")}</figure>')
-        parts.append(_table(["", "time", "share", ""], goodput_table(run), numbers={1, 2}))
+        named = ((f"{title} of {run.name}, by layer", heat_figure(run, group, key, title)) for key, title in readings.items())
+        if figures := _drawn(*named):
+            parts.append({"run": run.name if len(runs) > 1 else None, "figures": figures})
     return parts
 
 
-def _loss(runs: Sequence[RunData]) -> str:
+def _time(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Where the time went, for the runs that tell it."""
+    return [
+        {
+            "run": run.name if len(runs) > 1 else None,
+            "figure": _markup(figure, f"time of {run.name} by attempt"),
+            "table": Table(["", "time", "share", ""], goodput_table(run), frozenset({1, 2})),
+        }
+        for run in runs
+        if (figure := goodput_figure(run)) is not None
+    ]
+
+
+def _loss(runs: Sequence[RunData]) -> dict[str, Markup]:
     description = "Loss over steps of " + ", ".join(r.name for r in runs)
-    broad, narrow = svg(loss_figure(runs), description), svg(loss_figure(runs, look=NARROW), description)
-    return f'<figure class="broad">{broad}</figure><figure class="narrow">{narrow}</figure>'
+    return {"broad": _markup(loss_figure(runs), description), "narrow": _markup(loss_figure(runs, look=NARROW), description)}
 
 
-def _panels(*figures: tuple[str, Figure | None]) -> str:
-    drawn = [f"<figure>{svg(figure, f'{name} over steps')}</figure>" for name, figure in figures if figure is not None]
-    return f'<div class="panels">{"".join(drawn)}</div>' if drawn else "<p>Nothing of this was recorded.</p>"
+def _drawn(*figures: tuple[str, Figure | None]) -> list[Markup]:
+    return [_markup(figure, f"{name} over steps") for name, figure in figures if figure is not None]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] | set[int] = frozenset(), named: bool = True) -> str:
-    """Cells are escaped here and nowhere else. `named` rows have their first cell as their heading."""
+def _markup(figure: Figure, description: str) -> Markup:
+    return Markup(svg(figure, description))
 
-    def cell(index: int, text: str, kind: str) -> str:
-        extra = ' class="n"' if index in numbers else ' class="words"' if kind == "td" and len(text) > 60 else ""
-        return f"<{kind}{extra}>{escape(text)}</{kind}>"
 
-    top = "".join(cell(i, h, "th") for i, h in enumerate(head))
-    body = "".join("<tr>" + "".join(cell(i, c, "th" if i == 0 and named else "td") for i, c in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+def _resource(name: str) -> str:
+    return files("megascale.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _when(event: Row) -> str:

@@ -58,7 +58,7 @@ def lines_figure(runs: Sequence[RunData], key: str, title: str, log: bool = Fals
 
 
 def traffic_figure(run: RunData, titled: bool = False) -> Figure | None:
-    """Bytes that the busiest rank sent a step, stacked by mesh axis; None for a run that sent nothing."""
+    """Bytes that the busiest rank sent per step, stacked by mesh axis; None for a run that sent nothing."""
     names = run.nested("sent_bytes")
     rows = _changes([r for r in run.metrics if isinstance(r.get("sent_bytes"), dict)])
     steps = np.array([r["step"] for r in rows], float)

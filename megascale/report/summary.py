@@ -47,7 +47,7 @@ def headline(run: RunData) -> Facts:
         "unigram entropy": fixed(math.nan if run.entropy is None else run.entropy, 4),
         "tokens/s, median": fixed(_median(run, "tokens_per_second"), 0),
         "seconds per step, median": scientific(_median(run, "step_seconds"), 2),
-        "seconds waiting for data per step, median": scientific(_median(run, "data_seconds"), 2),
+        "seconds per step waiting for data, median": scientific(_median(run, "data_seconds"), 2),
         "MFU, median": fixed(_median(run, "mfu") * 100, 1, " %"),
         "peak memory": byte_words(_largest(run, "memory_bytes")),
         "wall time, first to last event": duration(wall_seconds(run)),

@@ -133,7 +133,7 @@ def test_headline_numbers(tmp_path: Path) -> None:
     assert facts["MFU, median"] == "41.0 %"
     assert facts["peak memory"] == "1.20 GB"
     assert facts["layouts over its life"] == "dp_shard2 → tp2"
-    assert facts["sent a step by tp, median"] == "10.0 MB"
+    assert facts["sent per step by tp, median"] == "10.0 MB"
     assert facts["tokens"] == "12,288"
     assert wall_seconds(run) == 6
     assert step_seconds(run) == pytest.approx(6 * 0.2)
