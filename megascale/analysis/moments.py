@@ -95,15 +95,6 @@ def gelu_gradient(g2: float, var: float) -> float:
     return g2 * (0.5 + (-math.acos(a) + a * (5 * var + 3) / (1 + 2 * var) ** 1.5) / (2 * math.pi))
 
 
-def softmax_variance(var: float, corr: float, length: int) -> float:
-    """Variance of a weight over `length` scores of this variance and correlation: (e^{(1−r)σ²} − 1)/n²."""
-    return (math.exp((1 - corr) * var) - 1) / length**2
-
-
-def softmax_gradient(g2: float, var: float, corr: float, length: int) -> float:
-    return math.exp((1 - corr) * var) * g2 / length**2
-
-
 def tanh(x: Signal, alpha: float) -> Signal:
     """tanh(αx) of DyT, odd: its mean is zero."""
     var = expectation(lambda z: np.tanh(alpha * z) ** 2, x.var)

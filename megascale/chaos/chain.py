@@ -18,7 +18,7 @@ PATIENCE = 5.0  # times what an attempt may take at most, until it counts as hun
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, the overrides that lay the run out over them, and how they are started (see `job.LAUNCHERS`)."""
+    """Ranks, the overrides that lay the run out over them, and how they are started: alone, by hand or torchrun (see `job.commands`)."""
 
     ranks: int
     overrides: tuple[str, ...]

@@ -15,7 +15,6 @@ from signal import SIGCONT, SIGKILL, Signals
 import psutil
 
 PRETRAIN = ["-m", "megascale", "train"]
-LAUNCHERS = ("alone", "by hand", "torchrun")
 
 
 def free_port() -> int:

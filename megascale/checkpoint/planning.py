@@ -82,9 +82,8 @@ class PlanCache:
 
     layout: list[Any] | None = None
     final: SavePlan | None = None
-    # On the coordinator only: every rank's local plan, the plans made of them, and who must agree with whom, as (rank, item number).
+    # On the coordinator only: every rank's local plan, and who must agree with whom, as (rank, item number).
     every_local: list[SavePlan] = field(default_factory=list)
-    every_final: list[SavePlan] = field(default_factory=list)
     metadata: Metadata | None = None
     replicas: list[list[tuple[int, int]]] = field(default_factory=list)
 

@@ -8,7 +8,6 @@ cheapest sequence of cuts is a shortest path over (layer, cut dimension).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 
 def plan_cuts(attended: Sequence[int], lengths: Sequence[int], ranks: int, costs: Sequence[float] | None = None) -> list[int] | None:
@@ -39,10 +38,6 @@ def plan_cuts(attended: Sequence[int], lengths: Sequence[int], ranks: int, costs
             for dim in allowed
         }
     return min(best.values())[2] if best else []
-
-
-def switches(plan: Sequence[int]) -> int:
-    return sum(a != b for a, b in pairwise(plan))
 
 
 def describe_plan(attended: Sequence[int], plan: Sequence[int]) -> str:

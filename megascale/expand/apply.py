@@ -5,7 +5,6 @@ Elements that are copied as they are stay as they are, bit for bit; where weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -276,7 +275,3 @@ def _runs(source: np.ndarray, together: bool = True) -> Iterator[tuple[int, int]
     for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(source)]):
         if high > low and known[low]:
             yield low, high
-
-
-def target_bytes(growth: Growth, itemsize: int) -> int:
-    return sum(math.prod(t.spec.shape) for t in growth.tensors) * itemsize

@@ -124,20 +124,6 @@ def test_products_dropout_and_norms() -> None:
     assert z.grad is not None and z.grad.square().mean().item() == pytest.approx(moments.norm_gradient(1.0, 9.0), rel=CLOSE)
 
 
-@pytest.mark.parametrize(("var", "corr"), [(0.25, 0.0), (0.5, 0.5), (1.0, 0.3)])
-def test_softmax(var: float, corr: float) -> None:
-    """Catches a rule for one length or without the correlation. It is the first order in 1/n: within 5 % at n = 400."""
-    generator, n = torch.Generator().manual_seed(2), 400
-    shared = torch.randn(4000, 1, generator=generator, dtype=torch.float64)
-    own = torch.randn(4000, n, generator=generator, dtype=torch.float64)
-    scores = (math.sqrt(var) * (math.sqrt(corr) * shared + math.sqrt(1 - corr) * own)).requires_grad_()
-    weights = scores.softmax(-1)
-    assert weights.detach().var().item() == pytest.approx(moments.softmax_variance(var, corr, n), rel=0.05)
-    weights.backward(torch.randn(weights.shape, generator=generator, dtype=torch.float64))
-    assert scores.grad is not None
-    assert scores.grad.square().mean().item() == pytest.approx(moments.softmax_gradient(1.0, var, corr, n), rel=0.05)
-
-
 def measured(case: Case) -> list[tuple[Any, ...]]:
     import torch.distributed as dist
 

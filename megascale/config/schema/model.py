@@ -11,7 +11,7 @@ from megascale.config.activations import ActivationRow, activations
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import Layers, NonNegative, Positive, Probability, Section
+from megascale.config.schema.section import Layers, NonNegative, Positive, Section, Share
 
 # The norms by the names that `model.norm_eps_of` knows: outside blocks; of a block, where qk_norm and the inner norms stand in sublayers.
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
@@ -183,7 +183,7 @@ class Model(Section):
     """Feed-forward kind. `geglu_tanh` and `gelu_tanh` use the tanh approximation of GELU (T5 1.1 and GPT-2)."""
     bias: bool = False
     """Biases in the products and LayerNorms."""
-    dropout: Probability = 0.0
+    dropout: Share = 0.0
     """Dropout probability after attention and feed-forward."""
     norm: Annotated[str, RowName(norms)] = "rmsnorm"
     """Norm layers."""

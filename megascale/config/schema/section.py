@@ -16,7 +16,6 @@ Tokens = Annotated[int, Field(ge=1, le=10**18)]
 Seed = Annotated[int, Field(ge=0, le=10**18)]
 Seconds = Annotated[float, Field(gt=0, le=10**7)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
