@@ -1,7 +1,7 @@
 # megascale for CPUs, or for CUDA:
 #   docker build -t megascale .
 #   docker build -t megascale:cuda --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 --build-arg TORCH_INDEX=https://pypi.org/simple .
-#   docker run --rm -v "$PWD:/work" megascale train configs/llama-1m.yaml data.train=data/text
+#   docker run --rm -v "$PWD:/runs" megascale train configs/llama-1m.yaml data.train=data/text
 # torch's own CUDA wheels bring CUDA's libraries; of the base they need the driver's interface alone.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
@@ -25,6 +25,6 @@ COPY pyproject.toml README.md LICENSE ./
 COPY megascale ./megascale
 RUN pip install --no-cache-dir -c constraints.txt --no-build-isolation . && rm -rf /src/*
 
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["megascale"]
 CMD ["--help"]
