@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from megascale.cli import Overrides, examples, new_app
-from megascale.errors import MegascaleError, UsageError
+from megascale.errors import ExitCode, MegascaleError, UsageError
 from megascale.launch.exits import Exit, as_exit, of_this_run, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.limits import raise_open_files
@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # the last two import torch, and signals are to be heard befo
     from megascale.train.trainer import Trainer
 
 app = new_app(__doc__ or "")
+# Any rank says it, and more is known of it than its error tells: who is missing, or what would fit.
+KNOWN_HERE = (ExitCode.OUT_OF_MEMORY, ExitCode.PEER_LOST)
 
 
 @dataclass(frozen=True)
@@ -107,22 +109,22 @@ def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
             with trainers(config, ranks, stop, watch.activity) as phases:  # one, unless the model grows
                 for trainer in phases:
                     trainer.train()
-            ending = Exit(0, "done")
+            ending = Exit(ExitCode.DONE, "done")
         except Exception as error:
             known = judged(error, trainer)
             if known is None:
-                leave(config, ranks, watch, trainer, Exit(1, f"{type(error).__name__}: {error}"))
+                leave(config, ranks, watch, trainer, Exit(ExitCode.BUG, f"{type(error).__name__}: {error}"))
                 raise
             ending = known
-            if known.code in (4, 5):
+            if known.code in KNOWN_HERE:
                 from megascale.train.faults.explain import explain
 
                 ending = explain(known, error, watch, config, ranks)
         leave(config, ranks, watch, trainer, ending)
-        if ending.code and (ranks.rank == 0 or ending.code in (4, 5)):
+        if ending.code and (ranks.rank == 0 or ending.code in KNOWN_HERE):
             with suppress(OSError):  # the terminal may be gone
-                print(f"{'stopped' if ending.code == 75 else 'error'}: {ending.reason}", file=sys.stderr)
-        if ending.code in (0, 75):
+                print(f"{'stopped' if ending.code == ExitCode.STOPPED else 'error'}: {ending.reason}", file=sys.stderr)
+        if ending.code in (ExitCode.DONE, ExitCode.STOPPED):
             final_barrier()
     return ending.code
 
@@ -132,11 +134,11 @@ def judged(error: Exception, trainer: Trainer | None) -> Exit | None:
     if isinstance(error, MegascaleError):
         return Exit(error.code, str(error))
     known = as_exit(error)
-    if known is None or known.code != 2 or trainer is None:
+    if known is None or known.code != ExitCode.USAGE or trainer is None:
         return known
     if not isinstance(error, OSError):
         return None
-    return Exit(3, f"training cannot go on: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
+    return Exit(ExitCode.TRAINING, f"training cannot go on: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
 
 
 def leave(config: Config | None, ranks: RankInfo, watch: Watchdog | None, trainer: Trainer | None, ending: Exit) -> None:
@@ -154,6 +156,6 @@ def end_process(code: int) -> NoReturn:
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    if code in (4, 5, 75):
+    if code in (*KNOWN_HERE, ExitCode.STOPPED):
         os._exit(code)
     raise SystemExit(code)

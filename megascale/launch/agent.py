@@ -18,15 +18,14 @@ import traceback
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megascale.errors import UsageError
+from megascale.errors import ExitCode, UsageError
 from megascale.launch.rendezvous import is_loopback, towards
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 MEET_SECONDS = 600
-STOPPED = 75  # of a rank that was asked to end, and has saved
-DOCUMENTED = (2, 3, 4, 5, STOPPED)  # codes of which the rank itself has said why
+DOCUMENTED = set(ExitCode) - {ExitCode.DONE, ExitCode.BUG}  # codes of which the rank itself has said why
 
 
 def main(argv: list[str], env: dict[str, str]) -> int:
@@ -39,7 +38,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         return run(ranks, nodes, head, node, argv[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USAGE
 
 
 def number(name: str, text: str, least: int = 1) -> int:
@@ -111,10 +110,10 @@ def asked_to_end(codes: list[int | None], sign: int) -> int:
     """The code of an agent whose ranks ended with `codes` after it passed a signal on to them: 75 where all have saved (0 where all were
     done), that of a rank which failed for a reason of its own, else the signal's.
     """
-    failed = [code for code in codes if code in DOCUMENTED and code != STOPPED]
+    failed = [code for code in codes if code in DOCUMENTED and code != ExitCode.STOPPED]
     if failed:
         return int(failed[0] or 0)
-    if codes and all(code in (0, STOPPED) for code in codes):
+    if codes and all(code in (ExitCode.DONE, ExitCode.STOPPED) for code in codes):
         return max(code or 0 for code in codes)
     return 128 + sign
 
