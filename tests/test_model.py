@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,22 @@ def test_imports_go_one_way() -> None:
                 if name.startswith("megascale."):
                     assert rank[name.split(".")[1]] <= rank[room], f"{path} imports {name}"
                 assert not (room in ("config", "launch") and name.split(".")[0] == "torch"), f"{path} imports torch"
+
+
+FAMILIES = {"Decoder", "EncoderDecoder", "Spacetime", "Block", "RepeatedBlock", "Family", "Unit"}
+
+
+def test_passes_know_no_family() -> None:
+    """Catches a pass that asks which model or block it has before it, or for a weight by its name: the next family would slip through."""
+    found = []
+    for path in Path("megascale/parallel").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+                found += [(path.name, n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in FAMILIES]
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+                named = re.match(r"(blocks|encoder|embedding|position|head|final_norm|mlm)\.|.*[a-z]\.(weight|bias)$", node.value)
+                found += [(path.name, node.value)] if named else []
+    assert not found
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
