@@ -37,7 +37,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Plain(nn.Module):
     def __init__(self, cfg: Model) -> None:
         super().__init__()
-        assert cfg.vocab_size and cfg.ffn_size and cfg.head_dim
+        assert cfg.vocab_size
         self.head_dim = cfg.head_dim
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.blocks = nn.ModuleList(Block(cfg.hidden_size, cfg.ffn_size, cfg.head_dim) for _ in range(cfg.num_layers))

@@ -109,7 +109,6 @@ def _normed(cfg: Model, alpha: float, y: Signal, pull_branch: Pull) -> tuple[Sig
 
 def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) -> tuple[Signal, Pull]:
     """Output product of averaged values. A query that sees n tokens has Σa² = e^{(1−r)s²}/n, s² the variance of its scores."""
-    assert cfg.num_kv_heads is not None and cfg.head_dim is not None
     d, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     scores = 1.0 if cfg.attention_scale is None else cfg.attention_scale**2 * cfg.head_dim
     for role, width in (("query", wide), ("key", narrow)):
@@ -144,7 +143,6 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
 
 def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) -> tuple[Signal, Pull]:
     """down(φ(up)), or down(silu(gate)·up)."""
-    assert cfg.ffn_size is not None
     d, f = cfg.hidden_size, cfg.ffn_size
     up, pull_up = _product(cfg, row, h, "up", f, d)
     gate, pull_gate = _product(cfg, row, h, "gate", f, d)

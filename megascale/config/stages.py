@@ -112,13 +112,11 @@ def pair_costs(model: Model, seq_len: int, source_len: int) -> tuple[float, floa
 
 def _widths(model: Model) -> tuple[int, int, int]:
     """Of the stream, of all query heads and of all KV heads."""
-    assert model.num_kv_heads is not None and model.head_dim is not None
     return model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
 
 
 def _products(model: Model) -> float:
     """Weights that a token meets in one layer, those of attention to a memory left out."""
-    assert model.ffn_size is not None
     d, heads, kv = _widths(model)
     width: float = model.ffn_size
     if model.moe is not None and model.moe.ffn_size is not None:

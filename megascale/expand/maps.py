@@ -114,7 +114,6 @@ def _stream(maps: Maps, source: Model, options: GrowthOptions, position: str) ->
 
 def _heads(maps: Maps, source: Model, options: GrowthOptions, silent: bool, normed: bool) -> tuple[Heads, Channels]:
     target = maps.target
-    assert source.num_kv_heads and source.head_dim and target.num_kv_heads and target.head_dim
     old, new = (source.num_heads, source.num_kv_heads), (target.num_heads, target.num_kv_heads)
     heads = grow_heads(old, new, options.heads, options.split, silent)
     rotary = source.position_row.rotates
@@ -175,7 +174,6 @@ def _check_head_size(source: Model, new: int) -> None:
 def _widths(maps: Maps, source: Model, options: GrowthOptions, silent: bool) -> None:
     """Feed-forward, experts and shared experts: what goes in by rows, what comes out by columns."""
     target = maps.target
-    assert source.ffn_size and target.ffn_size
     kinds = {"ffn": (source.ffn_size, target.ffn_size)}
     if target.moe is not None and target.moe.ffn_size is not None:
         moe = source.moe
@@ -219,7 +217,6 @@ def _inner_norm(maps: Maps, name: str, norm: str, channels: AxisMap, source: Mod
 def _pairs(maps: Maps, heads: Heads, channels: Channels, source: Model) -> None:
     """For inserted layers whose outputs cancel: neighbours in pairs, the second with the opposite output."""
     target = maps.target
-    assert target.num_kv_heads
     paired = cancelling_heads(heads, target.num_heads, target.num_kv_heads)
     plain = replace(channels.out, weight=abs(channels.out.weight))
     maps.axes |= {

@@ -78,7 +78,6 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     if source.moe is not None and ("ffn_size" in changes or (source.moe.every > 1 and "num_layers" in changes)):
         raise UsageError("model.moe is set: widths of experts and every n-th layer stay as they are; shrink hidden_size or heads")
     heads, kv = changes.get("num_heads", source.num_heads), changes.get("num_kv_heads", source.num_kv_heads)
-    assert source.num_kv_heads is not None
     if heads % kv or heads // kv > source.num_heads // source.num_kv_heads:
         raise UsageError(
             f"{heads} query heads over {kv} KV heads: each KV head keeps at most the {source.num_heads // source.num_kv_heads} it had"
@@ -108,7 +107,6 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
 def choose(source: Model, target: Model, importance: Importance | None, ranking: str, seed: int) -> Kept:
     """What stays, by importance (None: nothing has to go but a MatFormer's neurons)."""
     number = source.num_layers
-    assert source.ffn_size and target.ffn_size and source.num_kv_heads and target.num_kv_heads
     layers = list(range(number))
     if target.num_layers < number:
         assert importance is not None and importance.without is not None
@@ -144,7 +142,7 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
 def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growth:
     """The plan that keeps these indices, as data: the same tables as growth, with maps onto fewer indices."""
     row, d = row_of(source, 0), source.hidden_size
-    assert source.head_dim and source.vocab_size and source.ffn_size and source.num_kv_heads
+    assert source.vocab_size
     maps = Maps({}, target)
     growth = growth_of(source)
     ratio = 1.0 if growth.power is None else d / target.hidden_size
@@ -194,7 +192,6 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
 
 def _norm_axis(source: Model, heads: int) -> AxisMap:
     """Of QK-norm: a head's channels, or all heads'."""
-    assert source.head_dim is not None
     return same(source.head_dim * (heads if source.qk_norm == "width" else 1))
 
 

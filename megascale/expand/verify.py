@@ -132,7 +132,6 @@ def slack(growth: Growth) -> float:
     token, an average over a vocabulary and a median over tokens.
     """
     a, b = growth.source, growth.target
-    assert a.head_dim is not None and b.head_dim is not None and a.ffn_size is not None and b.ffn_size is not None
     widths = (b.hidden_size / a.hidden_size, b.num_heads * b.head_dim / (a.num_heads * a.head_dim), b.ffn_size / a.ffn_size)
     return 4 * max(1.0, *widths) * max(1.0, b.total_layers / a.total_layers)
 

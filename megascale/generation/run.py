@@ -92,7 +92,6 @@ def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
 def check_memory(stage: Decoder, batch: int, length: int, most: int, device: torch.device) -> None:
     """Raises UsageError where what prompts of `length` and `most` new tokens leave in the caches does not fit into memory."""
     cfg = stage.cfg
-    assert cfg.num_kv_heads is not None and cfg.head_dim is not None
     share = (stage.exchanges.num_heads) / cfg.num_heads
     needed = 2 * cfg.num_layers * batch * (length + most) * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
     free = free_memory(device)

@@ -89,7 +89,6 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
     length along the dimension that a layer attends over. Of an encoder–decoder a token is one of the target, which bears its share of the
     source: three times what both stacks cost forward.
     """
-    assert cfg.head_dim is not None
     if cfg.encoder_layers is not None:
         encoder, decoder, head = pair_costs(cfg, seq_len, source_len)
         return 3 * (cfg.encoder_layers * encoder + cfg.num_layers * decoder + head) / seq_len
@@ -99,7 +98,7 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
         products: float = sum(s.numel for s in specs.values() if s.role != "position")
         if text:
             # Texts are looked up, and their keys and values made once for all patches of a sample.
-            assert cfg.num_kv_heads is not None and fields.text_vocab_size is not None
+            assert fields.text_vocab_size is not None
             told = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cfg.hidden_size
             products -= fields.text_vocab_size * cfg.hidden_size + told * (1 - text / fields.tokens)
         return 6 * products + 12 * cfg.num_heads * cfg.head_dim * met

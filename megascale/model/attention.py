@@ -40,7 +40,6 @@ class Attention(nn.Module):
         """`starts`: of the matrices, where not the row's."""
         super().__init__()
         starts = starts or row.starts
-        assert cfg.num_kv_heads and cfg.head_dim
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:

@@ -86,7 +86,7 @@ class Decoder(Family):
     def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
         super().__init__()
         part = part or StagePart(range(cfg.total_layers))
-        assert cfg.vocab_size is not None and cfg.num_kv_heads is not None and cfg.head_dim is not None
+        assert cfg.vocab_size is not None
         self.cfg, self.shape, self.part = cfg, shape, part
         at_ends, dtype, d = ends(cfg), shape.storage, cfg.hidden_size
         encoder_layers = cfg.encoder_layers or 0

@@ -21,7 +21,6 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, width: int | None = None) -> None:
         super().__init__()
-        assert cfg.ffn_size
         d, f = cfg.hidden_size, width or cfg.ffn_size
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:

@@ -47,7 +47,7 @@ class SwitchHead(nn.Module):
     def __init__(self, cfg: Model, std: float, dtype: torch.dtype) -> None:
         super().__init__()
         ut = cfg.moeut
-        assert ut is not None and cfg.head_dim is not None
+        assert ut is not None
         d, e, h, n = cfg.hidden_size, cfg.head_dim, cfg.num_heads, ut.attention_experts
         self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e  # `heads` of all tensor ranks
         self.rotated = cfg.rotary_dim

@@ -223,7 +223,6 @@ def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
     matrices share (1−p)·d/(f·E[φ²]) evenly where φ is homogeneous in `up`; GELU wants an input of unit variance, so `down` bears it all.
     SwiGLU cannot have both units: `cfg.deepscale_unit` chooses.
     """
-    assert cfg.ffn_size is not None
     keep, row = 1 - cfg.dropout, cfg.ffn_row
     moment = row.second_moment if cfg.deepscale_unit == "variance" else row.gradient_moment
     at = len(stack.sublayers) * layer

@@ -181,7 +181,6 @@ class Spacetime(Family):
     def contexts(self, device: torch.device, samples: Tensor | None, memory: Memory | None = None) -> Iterator[Context]:
         """The context of each block: angles by the place along its dimension, dropout keys by the place in the whole grid."""
         cfg = self.cfg
-        assert cfg.head_dim is not None
         freq = None
         if cfg.position_row.rotates:
             exponents = pair_exponents(cfg.head_dim, cfg.rope_exponents, device)

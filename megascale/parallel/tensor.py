@@ -104,7 +104,6 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
 def _cut_kv_heads(model: Family, axis: Axis) -> bool:
     """True when the KV heads are cut like the query heads; otherwise gives each attention the rows that its query heads need."""
     cfg = model.cfg
-    assert cfg.num_kv_heads is not None
     if cfg.num_kv_heads % axis.size == 0:
         return True
     per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads

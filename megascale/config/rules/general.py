@@ -16,14 +16,14 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
         "kv_heads",
         ("model.num_heads", "model.num_kv_heads"),
-        lambda c, n: c.model.num_heads % (c.model.num_kv_heads or 1) != 0,
+        lambda c, n: c.model.num_heads % c.model.num_kv_heads != 0,
         "each KV head serves an equal group of query heads",
         "choose num_kv_heads that divides num_heads",
     ),
     Rule(
         "rope_pairs",
         ("model.position", "model.head_dim"),
-        lambda c, n: c.model.position_row.rotates and (c.model.head_dim or 0) % 2 != 0,
+        lambda c, n: c.model.position_row.rotates and c.model.head_dim % 2 != 0,
         "rope rotates pairs of channels, so head_dim must be even",
         "choose an even head_dim, or position alibi or learned",
     ),
@@ -37,14 +37,14 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
         "qk_norm_width",
         ("model.qk_norm", "parallel.tp", "model.num_kv_heads"),
-        lambda c, n: c.model.qk_norm == "width" and (c.model.num_kv_heads or 1) % c.parallel.tp != 0,
+        lambda c, n: c.model.qk_norm == "width" and c.model.num_kv_heads % c.parallel.tp != 0,
         "qk_norm width needs an equal number of query and KV heads on every tensor rank",
         "choose tp that divides num_kv_heads",
     ),
     Rule(
         "tp_ffn",
         ("parallel.tp", "model.ffn_size"),
-        lambda c, n: (c.model.ffn_size or 0) % c.parallel.tp != 0,
+        lambda c, n: c.model.ffn_size % c.parallel.tp != 0,
         "the feed-forward width is split over the tensor ranks",
         "choose an ffn_size that is a multiple of tp",
     ),

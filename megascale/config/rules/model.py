@@ -282,7 +282,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             c.model.matformer is not None
             and (
-                max(c.model.matformer.sizes, default=1) > (c.model.ffn_size or 0)
+                max(c.model.matformer.sizes, default=1) > c.model.ffn_size
                 or c.model.moe is not None
                 or c.model.residual == "subln"
                 or c.model.linear != "dense"

@@ -41,7 +41,7 @@ PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
         "fp8_ffn",
         ("precision.fp8", "model.ffn_size", "parallel.tp"),
-        lambda c, n: _unaligned(c, (c.model.ffn_size or 0) // c.parallel.tp),
+        lambda c, n: _unaligned(c, c.model.ffn_size // c.parallel.tp),
         f"FP8 products need a multiple of {ALIGNED} for a rank's part of the feed-forward width",
         "choose such a ffn_size, or a smaller tp",
     ),
@@ -133,5 +133,4 @@ def _unaligned(c: Config, *widths: int) -> bool:
 def _head_widths(c: Config) -> tuple[int, int]:
     """Of a rank's queries, and of its keys and values, which are replicated where tp does not divide them."""
     m, tp = c.model, c.parallel.tp
-    assert m.head_dim is not None and m.num_kv_heads is not None
     return m.num_heads * m.head_dim // tp, (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim

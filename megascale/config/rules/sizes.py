@@ -39,8 +39,8 @@ SIZE_RULES: tuple[Rule, ...] = (
 
 def _parameters_at_most(model: Model, seq_len: int) -> int:
     """A bound from above, without building anything: every layer as dear as the dearest kind."""
-    d, heads = model.hidden_size, model.num_heads * (model.head_dim or 1)
-    widths = [model.ffn_size or 1, *(model.ffn_sizes or ())]
+    d, heads = model.hidden_size, model.num_heads * model.head_dim
+    widths = [model.ffn_size, *(model.ffn_sizes or ())]
     ffn, banks, attention = max(widths), 1, 1
     if model.moe is not None:
         ffn, banks = max(ffn, model.moe.ffn_size or 1), model.moe.num_experts + model.moe.num_shared

@@ -11,7 +11,7 @@ from megascale.config.activations import ActivationRow, activations
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import Layers, NonNegative, Positive, Section, Share
+from megascale.config.schema.section import Filled, Layers, NonNegative, Positive, Section, Share
 
 # The norms by the names that `model.norm_eps_of` knows: outside blocks; of a block, where qk_norm and the inner norms stand in sublayers.
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
@@ -171,11 +171,11 @@ class Model(Section):
     """Width of the residual stream."""
     num_heads: Positive
     """Query heads per layer."""
-    num_kv_heads: Positive | None = None
+    num_kv_heads: Filled = None  # type: ignore[assignment]  # filled in below
     """Key-value heads per layer (grouped-query attention). Default: `num_heads`."""
-    head_dim: Positive | None = None
+    head_dim: Filled = None  # type: ignore[assignment]  # filled in below
     """Channels per head. Default: `hidden_size / num_heads`."""
-    ffn_size: Positive | None = None
+    ffn_size: Filled = None  # type: ignore[assignment]  # filled in below
     """Width of the feed-forward. Default: 8/3 of `hidden_size` rounded up to a multiple of 64 for gated kinds, otherwise 4 times
     `hidden_size`.
     """
@@ -263,7 +263,6 @@ class Model(Section):
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that rotary positions turn: MoEUT's turn half of them, as an even number."""
-        assert self.head_dim is not None
         return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
 
     @property
@@ -317,7 +316,7 @@ class Model(Section):
     @property
     def nested_sizes(self) -> tuple[int, ...]:
         """Of MatFormer, the whole width last."""
-        assert self.matformer is not None and self.ffn_size is not None
+        assert self.matformer is not None
         return (*sorted(set(self.matformer.sizes) - {self.ffn_size}), self.ffn_size)
 
     def attended(self, layer: int) -> int:

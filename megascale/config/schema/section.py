@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 # Whole numbers are bounded by what can be meant, so that a slip of the finger is one sentence, not an hour of work or an overflow in torch.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+# One that a validator fills from other keys where it is left out or null: always a number once the config is built.
+Filled = Annotated[Positive, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**31 - 1}, {"type": "null"}]})]
 NonNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]  # a dry run builds each of them
 Ranks = Annotated[int, Field(ge=1, le=2**20)]

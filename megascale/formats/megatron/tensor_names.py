@@ -76,7 +76,6 @@ def check_model(model: Model, cut: Cut) -> None:
         raise UsageError(
             f"model.moe.router is {model.moe.router}, and megatron-core's have the weights of {', '.join(ROUTERS)}: use one of them"
         )
-    assert model.num_kv_heads is not None and model.ffn_size is not None
     sizes = {"num_kv_heads": model.num_kv_heads}
     if model.moe is not None:
         sizes["moe.ffn_size"] = model.moe.ffn_size or 0
@@ -129,7 +128,6 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[TensorMap], l
             if model.moe.balance == "bias":
                 everywhere(f"blocks.{layer}.ffn.router.bias", (model.moe.num_experts,), f"{at}mlp.router.expert_bias", pp)
         if model.qk_norm:
-            assert model.head_dim is not None
             for n in "qk":
                 for leaf in leaves:
                     name = f"{at}self_attention.{n}_layernorm.{leaf}"
@@ -173,7 +171,6 @@ def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[
     """The products of one layer on one tensor rank, cut along rows; the output products, which are cut along columns, where `leaf` is
     weight. Names are below the layer. `sparse`: experts stand for the feed-forward.
     """
-    assert model.num_kv_heads is not None and model.head_dim is not None and model.ffn_size is not None
     d, e, f = model.hidden_size, model.head_dim, model.ffn_size // cut.tp
     group, kv = model.num_heads // model.num_kv_heads, model.num_kv_heads // cut.tp
     found: list[TensorMap] = []
