@@ -97,7 +97,7 @@ def test_leaving_and_resuming(tmp_path: Path) -> None:
                 break
         assert session.step == 2
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 75
-    with pytest.raises(ms.UsageError, match=r"data.train: .* are not those that the run was trained on"):
+    with pytest.raises(ms.UsageError, match=r"data.train: .* differ from those that the run was trained on"):
         ms.training(values, samples=DOCUMENTS[1:]).__enter__()
     with ms.training(values, samples=[np.array(d) for d in DOCUMENTS]) as session:
         assert session.step == 2

@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from megascale.analysis import stage_costs
 from megascale.commands.balance import app
 from megascale.config.load import load_config, to_yaml
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart
-from megascale.measure import stage_costs
 from tests.runs import make_tokens, settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -92,7 +92,7 @@ def test_a_lock_elsewhere_is_watched_and_not_its_clock(tmp_path: Path, text: str
     said: list[str] = []
     lock = RunLock(tmp_path, no_loss)
     lock.take(said.append)
-    assert lock.note is not None and "without a sign of life" in lock.note and "waiting up to" in said[0]
+    assert lock.note is not None and "without a heartbeat" in lock.note and "waiting up to" in said[0]
     lock.release()
 
 

@@ -127,7 +127,7 @@ def test_a_log_that_may_not_be_read(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
     write(tmp_path / "metrics.jsonl", row(1)).chmod(0)
-    with pytest.raises(UsageError, match=r"metrics\.jsonl may not be read and written: give yourself the right"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl may not be read and written: check the permissions"):
         RunLog(tmp_path, 1)
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_rows_waiting(tmp_path: Path, monkeypatch: pytest.Monk
     for step in (2, 3):
         log.metrics({"step": step})
         log.event("skip", step)
-    assert len(said) == 2 and all("No space left" in s and "training goes on" in s for s in said)
+    assert len(said) == 2 and all("No space left" in s and "training continues" in s for s in said)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n', "half a row is no row"
     disk.room = float("inf")
     log.metrics({"step": 4})

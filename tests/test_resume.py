@@ -149,7 +149,7 @@ def test_going_back_inside_a_run(folder: Path, done: Path, capfd: pytest.Capture
     assert len((aside / "metrics.jsonl").read_text().splitlines()) == 6
     assert run(back) == (0, "done")  # the same command, as a scheduler repeats it
     assert len(events(folder, "go_back")) == 1 and [e["step"] for e in events(folder, "resume")][-1] == 5
-    assert "was met on" in capfd.readouterr().err
+    assert "was carried out on" in capfd.readouterr().err
     shutil.rmtree(three)  # as keep_last may
     assert run(back) == (0, "done")
     # Into what was set aside: the first branch is whole again.
@@ -293,7 +293,7 @@ def test_a_start_without_checkpoints_keeps_the_rows(folder: Path, capfd: pytest.
     (folder / "run" / "checkpoints").mkdir()  # where a disk would be mounted
     before = tree(folder / "run")
     code, message = run(values_of(folder))
-    assert code == 2 and "checkpoint of step 6 was saved, and there is none in" in message and "resume=never begins anew" in message
+    assert code == 2 and "checkpoint of step 6 was saved, and there is none in" in message and "resume=never starts again" in message
     assert tree(folder / "run") == before
     (folder / "run" / "exit.json").write_text('{"code": 75}')
     old = (folder / "run" / "metrics.jsonl").read_bytes()
@@ -433,7 +433,9 @@ def test_other_data_under_the_same_name(folder: Path, capfd: pytest.CaptureFixtu
     back = values_of(folder, checkpoint__resume=str(step_folder(folder, 5)))
     for values in (values_of(folder), back):
         code, message = run(values)
-        assert code == 2 and f"the files of tokens are not those that the run was trained on (bin was {tokens.nbytes} bytes, " in message
+        assert (
+            code == 2 and f"the files of tokens differ from those that the run was trained on (bin was {tokens.nbytes} bytes, " in message
+        )
         assert "run.allow_change='[data.train]'" in message and tree(folder / "run") == before
     assert run({**back, "run": {**back["run"], "allow_change": ["data.train"]}}) == (0, "done")
     (event,) = events(folder, "change")

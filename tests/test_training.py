@@ -319,7 +319,7 @@ def test_a_trace_that_cannot_be_written(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
     assert run(settings(folder, train__steps=2, run__profile_step=2)) == (0, "done")
-    assert "trace-rank0.json was not written, and training goes on: Failed to open file" in capfd.readouterr().err.replace("\n", " ")
+    assert "trace-rank0.json was not written; training continues: Failed to open file" in capfd.readouterr().err.replace("\n", " ")
 
 
 def test_a_terminal_that_is_gone() -> None:
@@ -358,7 +358,7 @@ def test_a_finished_run_says_so(folder: Path, capfd: pytest.CaptureFixture[str])
     """Catches "next is step 9" where the run has 6, and an empty answer to whoever starts it again."""
     assert run_ranks(1, run, settings(folder)) == [(0, "done")]
     assert run_ranks(1, run, settings(folder, train__steps=3)) == [(0, "done")]
-    assert "already at step 6 of 3: nothing is left to do" in capfd.readouterr().err
+    assert "already at step 6 of 3: nothing left to do" in capfd.readouterr().err
 
 
 def disk_full_at(values: dict[str, Any], bad: str) -> tuple[int, str]:

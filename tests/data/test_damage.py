@@ -85,7 +85,7 @@ def test_tokens_below_zero_are_refused(tmp_path: Path) -> None:
     """Catches an IndexError deep in the embedding, or its last row taken."""
     with TokenWriter(tmp_path / "x", np.int32) as writer:
         writer.add(np.array([1, 2, -3, 4, 5]))
-    with pytest.raises(UsageError, match="holds token -3, and tokens count from 0"):
+    with pytest.raises(UsageError, match="holds token -3, but token ids start at 0"):
         Mixture([Corpus(str(tmp_path / "x"), 1.0, "x")], 4, 1, 10, "all", 0.0, shuffled=False).sample(0)
 
 

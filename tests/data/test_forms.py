@@ -92,11 +92,11 @@ def test_pipes_are_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ctrl.jsonl", r"line 1: no JSON object: a raw control character stands in a string, where \\t"),
+        ("ctrl.jsonl", r"line 1: no JSON object: a string contains a raw control character, where \\t"),
         ("bigint.jsonl", r"line 1: it holds a number of more digits than Python reads"),
         ("array.jsonl", "is a JSON array"),
         ("nulltail.jsonl", r"line 3: no JSON object: it has zero bytes, as a crash or a full disk leaves them"),
-        ("trail.jsonl.gz", "cannot be read: behind its last gzip member lie bytes that belong to none"),
+        ("trail.jsonl.gz", "cannot be read: bytes follow its last gzip member"),
     ],
 )
 def test_messages_say_what_is_wrong(name: str, words: str) -> None:

@@ -74,7 +74,7 @@ def test_every_wrapping_gives_the_same_tokens(tmp_path: Path, model: Path) -> No
         done = run_tool(source, "--out", tmp_path / f"out{i}", "--tokenizer", model, "--workers", 1 + i % 2)
         assert done.returncode == 0, done.stderr
         assert tokens(tmp_path / f"out{i}") == wanted
-        assert "3 documents" in done.stdout and "bytes a token" in done.stdout
+        assert "3 documents" in done.stdout and "bytes per token" in done.stdout
     assert {p.name for p in tmp_path.glob("out0*")} == {"out0.bin", "out0.idx", "out0.json", "out0.model"}
     facts = json.loads((tmp_path / "out0.json").read_text())
     counts = np.bincount([t for d in wanted for t in d])
@@ -320,7 +320,7 @@ def test_source_lists(tmp_path: Path) -> None:
         Corpus(str(tmp_path / "a"), 2.0, "a"),
         Corpus(str(tmp_path / "sub/b"), 1.0, "b"),
     ]
-    with pytest.raises(UsageError, match="stands twice"):
+    with pytest.raises(UsageError, match="is used twice"):
         read_sources(["x/a", "y/a"], "data.valid")
     (tmp_path / "bad.yaml").write_text("sources: [{pth: a}]\n")
     with pytest.raises(UsageError, match="pth"):

@@ -195,7 +195,7 @@ class RunLog:
             why = error.strerror or str(error)
             self.warn_once(
                 file.path.name,
-                f"{file.path} cannot be written ({why}), training continues: its rows are kept in memory until there is room again",
+                f"{file.path} cannot be written ({why}); training continues: its rows are kept in memory until there is room again",
             )
         elif file.late:
             late, lost, file.late, file.lost = file.late, file.lost, 0, 0
