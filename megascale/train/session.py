@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megascale.comm.agreement import on_all_ranks
 from megascale.config.schema import Config, DataSource
 from megascale.data.memory import NAME, PLACE, Samples, TokenLists
-from megascale.errors import Halted, MegascaleError, StopRequested, UsageError
+from megascale.errors import ExitCode, Halted, MegascaleError, StopRequested, UsageError
 from megascale.launch.exits import Exit, as_exit, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.parallel.model import ParallelModel
@@ -116,7 +116,7 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
     if samples is not None:
         config = with_samples(config)
     threads = torch.get_num_threads()
-    ranks, stop, ending = find_ranks(), StopFlag(), Exit(1, "the program left with an error")
+    ranks, stop, ending = find_ranks(), StopFlag(), Exit(ExitCode.BUG, "the program left with an error")
     with ExitStack() as group:
         watch = group.enter_context(process_group(config, ranks))
         try:
@@ -126,14 +126,18 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
                 session = Session(phases, ranks, stop, config.train.total_steps)
                 yield session
                 session.leave()
-            ending = Exit(0, "done") if session.step == config.train.total_steps else Exit(75, f"stopped on request ({stop.reason})")
+            ending = (
+                Exit(ExitCode.DONE, "done")
+                if session.step == config.train.total_steps
+                else Exit(ExitCode.STOPPED, f"stopped on request ({stop.reason})")
+            )
         except BaseException as error:
             ending = ending_of(error)
             raise
         finally:
             watch.leaves(ending)
             write_exit(watch.run_dir, ending, ranks, watch.activity.step)
-            if ending.code in (0, 75):
+            if ending.code in (ExitCode.DONE, ExitCode.STOPPED):
                 final_barrier()
             torch.set_num_threads(threads)
 
@@ -143,4 +147,4 @@ def ending_of(error: BaseException) -> Exit:
     known = as_exit(error) if isinstance(error, Exception) else None
     if isinstance(error, MegascaleError):
         return Exit(error.code, str(error))
-    return known or Exit(1, f"{type(error).__name__}: {error}")
+    return known or Exit(ExitCode.BUG, f"{type(error).__name__}: {error}")
