@@ -4,7 +4,7 @@
 import os
 import sys
 
-from megascale.commands.agent import main
+from megascale.comm.agent import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], dict(os.environ)))

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-import pretrain
+from megascale.commands.train import app
 from megascale.config.load import build_config, read_yaml, to_yaml
 from megascale.config.schema import Config
 from megascale.config.support import check
+from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.train.estimate import verdict
 from megascale.train.estimate.dry_run import dry_run
@@ -110,16 +112,15 @@ def test_a_run_that_grows_must_fit_to_its_end(tmp_path: Path, capsys: pytest.Cap
     assert lines[0].startswith("fits: no, ") and any("would fit" in line for line in lines)
 
 
-def test_the_config_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_only_on_request(tmp_path: Path) -> None:
     """Catches a verdict that is scrolled away by keys nobody asked for, and options that mean nothing without --dry-run."""
     make_tokens(tmp_path / "tokens")
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(settings(tmp_path)))
-    assert pretrain.main([str(path), "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("fits: ") and "global_batch_size" not in out and "parameters" in out
-    assert pretrain.main([str(path), "--dry-run", "--show-config"]) == 0
-    out = capsys.readouterr().out
+    shown = CliRunner().invoke(app, [str(path), "--dry-run"])
+    out = shown.stdout
+    assert shown.exit_code == 0 and out.startswith("fits: ") and "global_batch_size" not in out and "parameters" in out
+    out = CliRunner().invoke(app, [str(path), "--dry-run", "--show-config"]).stdout
     (tmp_path / "shown.yaml").write_text(out.partition("\n---\n")[2])
     assert out.startswith("fits: ") and read_yaml(tmp_path / "shown.yaml")["train"]["global_batch_size"] == 4
     for words in (
@@ -128,6 +129,5 @@ def test_the_config_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["--dry-run", "--device-memory", "nan"],
         ["--dry-run", "--device-memory", "0"],
     ):
-        with pytest.raises(SystemExit) as refused:
-            pretrain.main([str(path), *words])
-        assert refused.value.code == 2
+        refused = CliRunner().invoke(app, [str(path), *words])
+        assert isinstance(refused.exception, UsageError) and not refused.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,16 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
 from megascale.config.schema import Moe, Moeut
 from megascale.errors import UsageError
 from megascale.model import norms
 from megascale.model.layers import Norm
 from megascale.model.ops import norm_kernels
-from megascale.model.shape import Shape
-from megascale.parallel.apply import build_stages, parallelize
-from tests.layouts import Case, fake_batch, tiny
+from tests.layouts import Case, build, fake_batch, tiny
 
 CPU = torch.device("cpu")
 
@@ -57,7 +54,7 @@ def test_kernels_are_chosen_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (choice.source, calls) == ("apex", ["fused"])
 
 
-def test_every_norm_of_a_model_calls_the_chosen_kernel() -> None:
+def test_every_norm_of_a_model_calls_the_chosen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a norm that the pass misses: of queries and keys, of a feed-forward, after the embedding, before the head, in a repeated
     group.
     """
@@ -67,17 +64,14 @@ def test_every_norm_of_a_model_calls_the_chosen_kernel() -> None:
         called.append(weight.numel())
         return norms.rmsnorm(x, weight, bias, eps)
 
+    monkeypatch.setattr("megascale.train.build.choose_kernels", lambda *chosen: SimpleNamespace(norm=kernel))
     moe = Moe(num_experts=2, top_k=1, ffn_size=8, router="sigma", balance="entropy")
     for cfg in (
         tiny(residual="subln", qk_norm=True, embedding_norm=True, num_layers=1),
         tiny(moe=moe, moeut=Moeut(attention_experts=2), num_kv_heads=4),
     ):
         case = Case(cfg)
-        mesh = build_mesh(axis_sizes(case.parallel, 1), "cpu")
-        stages = build_stages(cfg, Shape(case.seq_len, torch.float64, torch.float64), case.parallel, 0)
-        model = parallelize(stages, mesh, case.parallel, CPU, norm_kernel=kernel)
-        for _ in model.draw_weights(7):
-            pass
+        model = build(case, 1)
         called.clear()
         model.module(fake_batch(case, [1]).tokens)
         held = [m for m in model.module.modules() if isinstance(m, Norm)]

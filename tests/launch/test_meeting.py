@@ -17,8 +17,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from megascale.comm import agent
 from megascale.comm.group import interface_mistake, open_store, stays_inside
-from megascale.commands import agent
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.launch.rendezvous import free_port, is_loopback, own_addresses

@@ -215,7 +215,7 @@ def test_command_refuses_in_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [1000, 25_000])
 def test_a_full_disk_leaves_the_older_page(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an older page or picture that is gone, with a torso in its place, where the new one did not fit."""
-    monkeypatch.setattr(report, "page", lambda runs, title: "new" * 8000)
+    monkeypatch.setattr("megascale.report.page.page", lambda runs, title: "new" * 8000)
     run, out, picture = write_run(tmp_path / "run", steps(3)), tmp_path / "out" / "page.html", tmp_path / "out" / "loss.png"
     out.parent.mkdir()
     out.write_text("older")
