@@ -49,7 +49,7 @@ from megascale.measure.compute import flops_per_token
 from megascale.model.init import initialize
 from megascale.train.setup import build_trainer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parent / "base.yaml"
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.8, 1.0, 0.6)  # of C; rates are tuned at the first
 RATES = (0.5, 1.0)  # of the large model's own best, for what was grown
