@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import math
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -253,6 +255,21 @@ def test_passes_know_no_family() -> None:
                 named = re.match(r"(blocks|encoder|embedding|position|head|final_norm|mlm)\.|.*[a-z]\.(weight|bias)$", node.value)
                 found += [(path.name, node.value)] if named else []
     assert not found
+
+
+def test_docstrings_name_what_there_is() -> None:
+    """Catches a docstring that still names an argument, attribute or class by what it was called before a renaming."""
+    known, told = {"no_dist"}, []  # no_dist: torch's
+    for folder in ("megascale", "tests", "tools", "launchers", "benchmarks"):
+        for path in Path(folder).rglob("*.py"):
+            for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+                if token.type == tokenize.NAME:
+                    known.add(token.string)
+                elif token.type == tokenize.STRING and len(token.string) < 80:
+                    known.update(re.findall(r"\w+", token.string))
+                if folder == "megascale" and token.type in (tokenize.STRING, tokenize.COMMENT) and token.string.startswith(('"""', "#")):
+                    told += [(str(path), token.start[0], word) for word in re.findall(r"`([A-Za-z_]\w*)`", token.string)]
+    assert told and not [place for place in told if place[2] not in known]
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

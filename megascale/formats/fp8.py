@@ -19,7 +19,7 @@ from megascale.precision.fp8 import E4M3, weight_to_fp8
 
 @dataclass(frozen=True)
 class Narrowed:
-    """A `Produce` of weights as a forward pass sees them: `matrices` in e4m3, the rest in the compute dtype, states as they are."""
+    """A `ReadSlice` of weights as a forward pass sees them: `matrices` in e4m3, the rest in the compute dtype, states as they are."""
 
     source: StoredTensors
     dtypes: dict[str, torch.dtype]

@@ -26,7 +26,7 @@ LAST_STEP = 10**15
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """Tensors in safetensors files, as a `Source`; `index` says which file holds which part."""
+    """Tensors in safetensors files, as a `TensorSource`; `index` says which file holds which part."""
 
     index: Index
     stamp: str

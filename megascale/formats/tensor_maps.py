@@ -99,7 +99,7 @@ def copies_to_theirs(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
 
 @dataclass(frozen=True)
 class Rearranged:
-    """Makes rectangles of target tensors from a source: a `Produce` for the streaming writer. What no step covers is zero.
+    """Makes rectangles of target tensors from a source: a `ReadSlice` for the streaming writer. What no step covers is zero.
 
     dtypes  of the targets
     """

@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `seen` a token sees itself and all before it."""
+    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `mask` a token sees itself and all before it."""
     cpu = q.device.type == "cpu"
     if mask is not None and mask.bias is not None:
         return attend_masked(q, k, v, mask.bias)
@@ -128,7 +128,7 @@ def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-    """`attend` of tokens that see all of k and v [b, g, t, e], which may be others; `seen`, not causal, keeps them inside their documents
+    """`attend` of tokens that see all of k and v [b, g, t, e], which may be others; `mask`, not causal, keeps them inside their documents
     or to the keys that are valid, one at least.
     """
     dense_mask = None

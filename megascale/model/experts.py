@@ -51,7 +51,7 @@ def stay(rows: Tensor, counts: Tensor) -> Arrival:
 
 
 class Bank(nn.Module):
-    """One matrix of all experts, [E, out, in]. `scale`, `deferred`, `fp8`, `watch` and `observations` as in `Linear`."""
+    """One matrix of all experts, [E, out, in]. `scale`, `deferred`, `fp8`, `watch` and `metrics` as in `Linear`."""
 
     def __init__(self, spec: ParamSpec, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class MixtureOfExperts(nn.Module):
     """y = Σ over a token's chosen experts of gate · expert(x), plus shared experts that every token meets.
 
     `enter` and `leave` are tensor parallelism's, `dispatch` is expert parallelism's. `copies` counts the ranks that route the same tokens:
-    each takes its share of the auxiliary losses. Where tokens stay cut along the sequence, `counted_here` picks this rank's and
+    each takes its share of the auxiliary losses. Where tokens stay cut along the sequence, `loss_weights_here` picks this rank's and
     `over_sequence` sums over the ranks that hold the others.
     """
 
@@ -163,7 +163,7 @@ class MixtureOfExperts(nn.Module):
 
     @outside_graphs
     def forward(self, x: Tensor, loss_weights: Tensor | None) -> Tensor:
-        """x [b, s, d] → [b, s, d]; `counted` [b, s]: see router.py, None where no auxiliary loss is wanted."""
+        """x [b, s, d] → [b, s, d]; `loss_weights` [b, s]: see router.py, None where no auxiliary loss is wanted."""
         x = self.enter(x)
         return self.leave(self.chosen_by(x, x, loss_weights)[0])
 

@@ -80,7 +80,7 @@ class Linear(nn.Module):
     """A weight [out, in] with an optional bias; the product is multiplied with `scale`.
 
     `rows`, set by the tensor pass, restricts a weight held whole to the output rows this rank needs. `deferred`, set by the pipeline, takes
-    the weight gradients of schedules that compute them apart. The precision pass sets `fp8`, `observations` and, on some steps, `watch`.
+    the weight gradients of schedules that compute them apart. The precision pass sets `fp8`, `metrics` and, on some steps, `watch`.
     `kind` is dense or bitlinear (bitlinear.py).
     """
 

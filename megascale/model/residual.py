@@ -28,7 +28,7 @@ Side = Literal["encoder", "decoder"]
 class Stack:
     """A stack of blocks as the schemes see it: its `layers`, and those of the `partner` stack of an encoder–decoder (0: it is alone).
 
-    told  its blocks attend to something that is given beside the stream and comes from no partner
+    cross_input  its blocks cross-attend to an external input (a text), which comes from no partner stack
     """
 
     side: Side

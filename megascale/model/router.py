@@ -3,10 +3,10 @@
 Shapes: b micro-batch, s sequence (those of its tokens that are here), k chosen experts a token, E experts, d hidden. Everything is computed
 in at least fp32.
 
-`counted` [b, s] is the weight with which a token enters an auxiliary loss: the loss's fixed scale where its target counts, zero where it
-does not. Losses are formed one sequence at a time, for they are not linear in their grouping: over a micro-batch or a rank they would make
-the curve depend on how the batch is cut. Where a sequence is cut over ranks, `over_sequence` sums over them; what each rank returns is then
-its share of the loss.
+`loss_weights` [b, s] is the weight with which a token enters an auxiliary loss: the loss's fixed scale where its target counts, zero where
+it does not. Losses are formed one sequence at a time, for they are not linear in their grouping: over a micro-batch or a rank they would
+make the curve depend on how the batch is cut. Where a sequence is cut over ranks, `over_sequence` sums over them; what each rank returns is
+then its share of the loss.
 """
 
 from __future__ import annotations

@@ -211,10 +211,10 @@ class Spacetime(Family):
 
     def _counted(self, targets: Tensor, grid: Grid) -> Tensor:
         """[b, S₁·…·S_K] → true where counted [b, n]"""
-        loss_weights = (targets >= 0).view(-1, *self.fields.grid)
+        counted = (targets >= 0).view(-1, *self.fields.grid)
         for dim, ranges in enumerate(grid):
-            loss_weights = torch.cat([loss_weights.narrow(1 + dim, r.start, len(r)) for r in ranges], 1 + dim)
-        return loss_weights.flatten(1)
+            counted = torch.cat([counted.narrow(1 + dim, r.start, len(r)) for r in ranges], 1 + dim)
+        return counted.flatten(1)
 
 
 def sizes(grid: Grid) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ def ring_attention(
     """q [b, h, s, e], k and v [b, g, s, e] of this ring place's positions → [b, h, s, e].
 
     met     the positions of every place of the ring
-    causal  where `seen` is None: a token sees itself and what is before it, else everything
+    causal  where `mask` is None: a token sees itself and what is before it, else everything
     """
     return _Ring.apply(q, k, v, mask or AttentionMask(causal), axis, met)  # type: ignore[no-any-return]
 

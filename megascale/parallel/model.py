@@ -74,9 +74,9 @@ class State:
 class ParallelModel:
     """What one rank holds: its `stages` (one without a pipeline) and the `modules` to call for them, in stage order.
 
-    `weights` in canonical order, `states` what checkpoints keep beside them. `guest` is the last stage's copy of a tied embedding, where
-    another stage owns it: it takes the owner's value before a step and gives its gradient after, so that norm, optimizer and checkpoint
-    know one weight only.
+    `weights` in canonical order, `states` what checkpoints keep beside them. `tied_copy` is the last stage's copy of a tied embedding,
+    where another stage owns it: it takes the owner's value before a step and gives its gradient after, so that norm, optimizer and
+    checkpoint know one weight only.
     """
 
     stages: list[Family]

@@ -11,7 +11,7 @@ from megascale.parallel.model import ParallelModel, Weight
 
 
 class TiedEmbedding:
-    """The first stage owns the weight. The last one has a copy, the guest, that takes the owner's value before a step and gives its
+    """The first stage owns the weight. The last one has a copy, `tied_copy`, that takes the owner's value before a step and gives its
     gradient after. Nothing happens where embedding and head are not tied.
     """
 

@@ -1,6 +1,6 @@
 """Keys of a config.json that no logit depends on, as data with the reason of each group.
 
-A family's own keys are in its table (hf_families.py). These here are not read by the forward pass of any family in that table, whatever
+A family's own keys are in its table (families.py). These here are not read by the forward pass of any family in that table, whatever
 they say; a few may have one value only. Any key that is in neither place is refused by name.
 """
 

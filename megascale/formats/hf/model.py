@@ -124,7 +124,7 @@ def _as_stored(family: Family, links: list[TensorMap], held: Mapping[str, Target
 
 @dataclass(frozen=True)
 class Segmented:
-    """A `Source` whose positions are those of the first segment: its vector, the first row of `segments`, is added to each row of
+    """A `TensorSource` whose positions are those of the first segment: its vector, the first row of `segments`, is added to each row of
     `positions`, and rounded only to what they become.
     """
 

@@ -21,14 +21,14 @@ TILE = 128  # queries and keys of a tile
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]; `seen` must have its blocks."""
+    """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]; `mask` must have its blocks."""
     assert mask.blocks is not None
     bias = None if mask.slopes is None else _bias(mask.slopes)
     return _kernel(q.device.type)(q, k, v, score_mod=bias, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> AttentionMask:
-    """`seen`, which must be causal, with torch's BlockMask for it.
+    """`mask`, which must be causal, with torch's BlockMask for it.
 
     A tile counts as whole where its last query sees its first key: then all see all. It takes part where its last key is not before what
     its first query sees. In between the rule is asked for each pair.
