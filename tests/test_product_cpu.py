@@ -152,9 +152,10 @@ def test_what_was_compiled_for_wider_vectors_is_not_read_back(tmp_path: Path) ->
 
 def test_the_cache_keeps_the_users_tag(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a processor that a cache does not tell from another, and a user's own tag that is lost."""
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    compile_static(random)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
-    compile_static(random)
-    threads = torch.get_num_threads()
-    assert torch.compiler.config.cache_key_tag == f"mine|OTHER, threads={threads}"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "FIRST")
+    with torch.compiler.config.patch(cache_key_tag="mine"):  # monkeypatch would leave the setting deleted: it is no plain attribute
+        compile_static(random)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+        compile_static(random)
+        threads = torch.get_num_threads()
+        assert torch.compiler.config.cache_key_tag == f"mine|OTHER, threads={threads}"
