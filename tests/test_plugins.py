@@ -191,7 +191,7 @@ MISTAKES = {
     "twice": (ROW + "ROWS = {'optimizers': {'signum': Row('a:b')}}", ("has signum among", "megascale-acme 0.1 has one")),
     "a type": ("ROWS = {'decays': {'mine': 5}}", ("has mine among its decays, a int, and a megascale.config.decays.DecayRow",)),
     "the rest": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', rest='muon')}}", ("leaves the rest of the weights to muon",)),
-    "deepspeed": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', deepspeed=True)}}", ("the optimizer mine of a plugin says deepspeed",)),
+    "deepspeed": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', deepspeed=True)}}", ("the optimizer mine of a plugin sets deepspeed",)),
     "an ending": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('.jsonl',))}}", ("claims the ending .jsonl, which json reads",)),
     "a dot": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('WET',))}}", ("claims the ending WET, and one such as .wet",)),
 }
@@ -227,7 +227,7 @@ def test_unknown_names_suggest_the_nearest(install: Install, tmp_path: Path) -> 
         return str(error.value)
 
     missing = told(optim__name="signum")
-    assert "optim.name is 'signum': it should be 'adamw', 'lion' or 'muon'; a plugin may bring others (installed: none)" in missing
+    assert "optim.name is 'signum': it should be 'adamw', 'lion' or 'muon'; plugins may add more (installed: none)" in missing
     assert told(model__family="decoders").endswith("did you mean decoder?")
     install()
     assert "'muon', 'signum' or 'heavyball'; did you mean signum?" in told(optim__name="sigum")

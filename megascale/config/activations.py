@@ -1,4 +1,4 @@
-"""Feed-forwards as rows, by their activation φ: what models, starts, rules, growth and formats ask of them. No torch is needed here."""
+"""Feed-forwards as rows by their activation φ: the facts that models, initialization, rules, growth and formats need. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megascale.plugins import with_plugins
 class ActivationRow:
     """One feed-forward: down(φ(up·x)), or down(φ(gate·x) ⊙ up·x) (arXiv 2002.05202).
 
-    phi              a function of a tensor, or "module:name" of one, which is imported where a model is built
-    gated            φ of one product is multiplied with another product: three matrices
-    second_moment    E[φ(z)²] of a standard normal z; a gated one's is that of its gate, times a second factor of unit variance
-    gradient_moment  what of a gradient's variance comes back, E[φ'(z)²]. A product gives it to both its factors: E[φ²] + E[φ'²]
-    homogeneous      the output is proportional to `up` (ReLU: to a positive factor), so that the size may be shared between both matrices
-    grows            φ takes each channel alone and leaves a zero a zero: new channels beside the old ones change nothing
-    hf, hf_gated     its names in Hugging Face's configs, without and with a gate, the one that an export writes first; of ours alone
-    theory           by which rule of analysis/moments.py its output is predicted; None: by none
+    phi              a function of a tensor, or "module:name" of one, imported when a model is built
+    gated            φ(gate·x) multiplies a second product: three matrices
+    second_moment    E[φ(z)²] for a standard normal z; for a gated kind that of its gate, since the other factor has unit variance
+    gradient_moment  share of a gradient's variance that passes back, E[φ'(z)²]. A product passes it to both factors: E[φ²] + E[φ'²]
+    homogeneous      the output is proportional to `up` (ReLU: for positive factors), so both matrices may share a change of scale
+    grows            φ acts on each channel alone and maps 0 to 0: new channels next to the old ones change nothing
+    hf, hf_gated     its names in Hugging Face configs, ungated and gated; an export writes the first. Empty: Hugging Face has none
+    theory           the rule of analysis/moments.py that predicts its output; None: no rule does
     """
 
     phi: str | Callable[..., Any]
@@ -35,12 +35,12 @@ class ActivationRow:
 
     @property
     def matrices(self) -> int:
-        """Of a feed-forward."""
+        """Weight matrices per feed-forward."""
         return 3 if self.gated else 2
 
 
 F = "torch.nn.functional"
-GELU_TANH = "megascale.model.activations:gelu_tanh"  # GPT-2's approximation; T5 1.1 has a gate through it
+GELU_TANH = "megascale.model.activations:gelu_tanh"  # GPT-2's approximation; T5 1.1 gates with it
 ACTIVATIONS: dict[str, ActivationRow] = {
     "swiglu": ActivationRow(f"{F}:silu", True, 0.356, 0.735, homogeneous=True, grows=True, hf_gated=("gated-silu",), theory="swiglu"),
     "geglu_tanh": ActivationRow(GELU_TANH, True, 0.426, 0.882, homogeneous=True, grows=True, hf_gated=("gated-gelu", "gated-gelu_new")),

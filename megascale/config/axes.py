@@ -1,4 +1,4 @@
-"""The axes of the mesh, a row each: what the ranks of an axis hold, as far as others must know it."""
+"""The axes of the mesh, one row each: what the ranks of an axis hold, as far as other code needs to know."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class AxisRow(NamedTuple):
     """One axis.
 
     name          the key of `parallel`, and the axis of the mesh
-    words         in reports
-    other_data    its ranks train on other samples
-    other_layers  its ranks hold other layers
-    whole_loss    each of its ranks computes the whole loss of its micro-batch, where the ranks of others have parts of it that add up
+    words         its name in reports
+    other_data    its ranks train on different samples
+    other_layers  its ranks hold different layers
+    whole_loss    each of its ranks computes the whole loss of its micro-batch; the ranks of other axes compute parts that add up
     """
 
     name: str
@@ -24,7 +24,7 @@ class AxisRow(NamedTuple):
     whole_loss: bool = False
 
 
-# Slowest link first: neighbouring ranks share the axis that talks most.
+# Slowest link first: neighbouring ranks share the axis that communicates most.
 AXES = (
     AxisRow("pp", "pipeline", other_layers=True),
     AxisRow("dp_replicate", "replicated data", other_data=True),
@@ -33,18 +33,18 @@ AXES = (
     AxisRow("tp", "tensor", whole_loss=True),
 )
 NAMES = tuple(axis.name for axis in AXES)
-# The same ranks as experts see them: those of one stage and replica in another order, `ep` running faster than `edp`. Where experts are cut
-# like the dense weights, both have size one and nothing is different.
+# The same ranks in the order that experts use: those of one stage and replica, with `ep` running faster than `edp`. Both have size one
+# where experts are sharded like the dense weights.
 EXPERT_AXES = ("edp", "ep")
 
 
 def data_parts(sizes: Mapping[str, int]) -> int:
-    """How many different parts a global batch is cut into."""
+    """Number of different parts that a global batch is split into."""
     return math.prod(sizes[axis.name] for axis in AXES if axis.other_data)
 
 
 def data_part(sizes: Mapping[str, int], place: Mapping[str, int]) -> int:
-    """Which of these parts the rank at `place` has; the last axis runs fastest."""
+    """The index of the part that the rank at `place` has; the last axis runs fastest."""
     part = 0
     for axis in AXES:
         if axis.other_data:

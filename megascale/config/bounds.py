@@ -1,8 +1,7 @@
-"""How large, how deep and how long a config may be. Checked before anything else: what is small in a file can be
-large in memory.
+"""Bounds on the size, depth and length of a config, checked before anything else: a small file can be large in memory.
 
-YAML aliases make a document of 400 bytes that is a tree of 10⁹ nodes, or one that holds itself; a number of 5,000 digits is text that no
-int() reads. All of these end in one sentence.
+A YAML document of 400 bytes can expand to a tree of 10⁹ nodes through aliases, or contain itself; int() refuses a number of 5,000 digits.
+Each of these cases ends in one sentence.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from megascale.errors import UsageError
 
 FILE_BYTES = 2**19  # three seconds of reading
-NODES = 100_000  # of a document with its aliases written out
-DEPTH = 64  # of lists and mappings inside each other
-TOO_DEEP = f"lists and mappings are nested more than {DEPTH} deep: this is no config"
+NODES = 100_000  # in a document after expanding its aliases
+DEPTH = 64  # of nested lists and mappings
+TOO_DEEP = f"lists and mappings are nested more than {DEPTH} deep: this is not a config"
 NUMBER = 10**18
-PATH_BYTES = 4096  # what Linux takes as a path
-NAME_BYTES = 255  # what file systems take as one name in it
+PATH_BYTES = 4096  # Linux's limit for a path
+NAME_BYTES = 255  # file systems' limit for one name in a path
 
 
 def read_small_file(path: Path) -> str:
-    """The text of a regular file of at most FILE_BYTES. Raises FileNotFoundError, and UsageError for anything else that cannot be read.
+    """Reads a regular file of at most FILE_BYTES. Raises FileNotFoundError, or UsageError for anything else that cannot be read.
 
-    A pipe or a device would be waited for, or never end, and every rank reads the file.
+    Every rank reads the file, so a pipe or a device would block them, or never end.
     """
     wrong = path_mistake(str(path))
     if wrong is not None:
@@ -43,7 +42,7 @@ def read_small_file(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(FILE_BYTES + 1)
         if len(content) > FILE_BYTES:
-            raise UsageError(f"the config file {path} has more than {FILE_BYTES:,} bytes: this is no config")
+            raise UsageError(f"the config file {path} has more than {FILE_BYTES:,} bytes: this is not a config")
         return content.decode("utf-8")
     except FileNotFoundError:
         raise
@@ -52,15 +51,15 @@ def read_small_file(path: Path) -> str:
 
 
 def check_document(root: Node | None) -> None:
-    """Raises UsageError for YAML that is too deep or too large once its aliases are written out, or that holds itself."""
-    measured: dict[int, tuple[int, int]] = {}  # by id of a node: for how many it stands, and how deep it is
+    """Raises UsageError for YAML that contains itself, or is too deep or too large after expanding its aliases."""
+    measured: dict[int, tuple[int, int]] = {}  # id of a node → (nodes after expansion, depth)
     above: set[int] = set()
 
     def measure(node: Node) -> tuple[int, int]:
         if id(node) in measured:
             return measured[id(node)]
         if id(node) in above:
-            raise UsageError("a YAML alias holds itself: write out what it stands for")
+            raise UsageError("a YAML alias contains itself: write out its value")
         above.add(id(node))
         children: list[Node] = []
         if isinstance(node, SequenceNode):
@@ -73,7 +72,7 @@ def check_document(root: Node | None) -> None:
         if depth > DEPTH:
             raise UsageError(TOO_DEEP)
         if total > NODES:
-            raise UsageError(f"with its aliases written out this YAML has more than {NODES:,} values: this is no config")
+            raise UsageError(f"with its aliases expanded this YAML has more than {NODES:,} values: this is not a config")
         measured[id(node)] = total, depth
         return total, depth
 
@@ -82,7 +81,7 @@ def check_document(root: Node | None) -> None:
 
 
 def check_values(value: Any, key: str = "", depth: int = 0) -> None:
-    """Raises UsageError naming the key of a number, a text or a nesting that nothing here could use. For plain values, also of an API."""
+    """Raises UsageError for a number, text or nesting that no key could use, and names its key. Takes plain values, also from the API."""
     if depth > DEPTH:
         raise UsageError(f"{key[:60]}: {TOO_DEEP}")
     if isinstance(value, dict):
@@ -107,16 +106,16 @@ def check_values(value: Any, key: str = "", depth: int = 0) -> None:
 
 
 def path_mistake(text: str) -> str | None:
-    """Why `text` can be neither a path nor any other word of a config; None where it can."""
+    """Why `text` can be neither a path nor any other text of a config; None if it can."""
     if any(letter < " " or "\x7f" <= letter <= "\x9f" or letter in "\u2028\u2029" for letter in text):
-        return "line ends, NUL and other control characters cannot stand in it"
+        return "line ends, NUL and other control characters are not allowed in it"
     try:
         content = os.fsencode(text)
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return "it is no valid text (bytes that are not UTF-8, or half a surrogate pair)"
+        return "it is not valid text (bytes that are not UTF-8, or half a surrogate pair)"
     if len(content) >= PATH_BYTES:
-        return f"it has {len(content):,} bytes, and a path may have {PATH_BYTES - 1:,}"
+        return f"it has {len(content):,} bytes, but a path may have at most {PATH_BYTES - 1:,}"
     if any(len(part) > NAME_BYTES for part in content.split(b"/")):
-        return f"one of its names has more than {NAME_BYTES} bytes, which no file system takes"
+        return f"one of its names has more than {NAME_BYTES} bytes, more than any file system allows"
     return None

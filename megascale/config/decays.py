@@ -1,4 +1,4 @@
-"""How the learning rate falls after its warm-up, as rows: `optim.decay` names one."""
+"""How the learning rate decays after its warm-up, as rows: `optim.decay` names one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megascale.plugins import with_plugins
 
-if TYPE_CHECKING:  # the section's own check asks for the names here
+if TYPE_CHECKING:  # the config section imports this file to check names
     from megascale.config.schema import Optim
 
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # the section's own check asks for the names here
 class DecayRow:
     """One decay.
 
-    factor       (optim, step, steps of the run) → what `optim.lr` is multiplied with, 1 at the peak; not asked within the warm-up
-    decay_steps  what the key means to it: the step where the decay ends, the length of a decay at the run's end, or nothing
+    factor       (optim, step, steps of the run) → factor on `optim.lr`, 1 at the peak; not called during the warm-up
+    decay_steps  meaning of the key: the step at which the decay ends, the length of a final decay, or unused
     """
 
     factor: Callable[[Optim, int, int], float]
@@ -31,13 +31,13 @@ def between(optim: Optim, share: float) -> float:
 
 
 def done(optim: Optim, step: int, steps: int) -> float:
-    """How much of a decay is over that begins behind the warm-up and ends at `decay_steps`, the last step if absent."""
+    """Progress from 0 to 1 of a decay that begins after the warm-up and ends at `decay_steps` (default: the last step)."""
     end = optim.decay_steps or steps
     return min(1.0, max(0.0, (step - optim.warmup_steps) / max(1, end - optim.warmup_steps)))
 
 
 def length_of(optim: Optim, steps: int) -> int:
-    """Of a decay at the run's end: `decay_steps`, a tenth of the run if absent."""
+    """Length of a final decay: `decay_steps`, by default a tenth of the run."""
     return optim.decay_steps or max(1, steps // 10)
 
 

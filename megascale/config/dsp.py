@@ -1,8 +1,8 @@
-"""Dynamic sequence parallelism as a plan (arXiv 2403.10266): along which dimension an activation is cut at every layer. No torch.
+"""Plans dynamic sequence parallelism (arXiv 2403.10266): the dimension along which each layer's activation is split. Imports no torch.
 
-An activation [b, S₁ … S_K, d] is cut along one dimension at a time, and never along the one that is attended over. Between two layers it
-may stay as it is, or be switched in one all-to-all that sends M·(N−1)/N² bytes from each of N ranks, M being the bytes of the whole. The
-cheapest sequence of cuts is a shortest path over (layer, cut dimension).
+An activation [b, S₁ … S_K, d] is split along one dimension at a time, never the one that is attended over. Between two layers the split
+may stay, or an all-to-all switches it, in which each of N ranks sends M/N·(N−1)/N bytes of an activation of M bytes. The cheapest
+sequence of splits is a shortest path over (layer, split dimension).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 
 def plan_cuts(attended: Sequence[int], lengths: Sequence[int], ranks: int, costs: Sequence[float] | None = None) -> list[int] | None:
-    """The dimension to cut at every layer; None where a layer has none of at least `ranks` positions beside the one it attends over.
+    """The dimension to split at every layer; None if some layer has none of at least `ranks` positions apart from the one it attends over.
 
-    attended  the dimension that each layer attends over
-    lengths   positions of each dimension
-    costs     of a switch before each layer, in any unit; all the same where absent. Where the first layer's cut lies costs nothing, since
-              the input is at hand whole.
+    attended  dimension that each layer attends over
+    lengths   positions along each dimension
+    costs     cost of a switch before each layer, in any unit; by default all equal. The first layer's split is free, since every rank has
+              the whole input.
 
-    Among plans of equal cost the one with the least uneven parts is taken, then the one that switches latest.
+    Among plans of equal cost take the one with the most even parts, then the one that switches latest.
     """
     costs = costs or [1.0] * len(attended)
-    idle = [-(-n // ranks) * ranks / n - 1 for n in lengths]  # how much longer the longest part is than the mean
+    idle = [-(-n // ranks) * ranks / n - 1 for n in lengths]  # excess of the longest part over the mean
     best: dict[int, tuple[float, float, list[int]]] = {}
     for layer, over in enumerate(attended):
         allowed = [dim for dim, n in enumerate(lengths) if dim != over and n >= ranks]
@@ -41,7 +41,7 @@ def plan_cuts(attended: Sequence[int], lengths: Sequence[int], ranks: int, costs
 
 
 def describe_plan(attended: Sequence[int], plan: Sequence[int]) -> str:
-    """ "0:1 1:0 | 2:0": layers as attended:cut, a bar for every switch."""
+    """ "0:1 1:0 | 2:0": each layer as attended:split, a bar for each switch."""
     words = []
     for layer, (over, cut) in enumerate(zip(attended, plan)):
         words += ["|"] * (layer > 0 and plan[layer - 1] != cut) + [f"{over}:{cut}"]

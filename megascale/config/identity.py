@@ -1,4 +1,4 @@
-"""What makes a run this run: model, data, optimizer, seed, batch and sequence length. The rest may change at a resume."""
+"""The run's identity: model, data, optimizer, seed, batch and sequence length. All other keys may change at a resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATHS = ("data.tokenizer", "data.source_tokenizer")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """{"section.key": value} of what is this run and no other; `train/start/changes.py` has what else enters the curve."""
+    """{"section.key": value} of the identity; `train/start/changes.py` lists the other keys that affect the curve."""
     flat = flatten(config.plain())
     return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
 
@@ -25,9 +25,9 @@ def identity(config: Config) -> dict[str, Any]:
 def check_identity(config: Config, saved: dict[str, Any], where: str, moved: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Compares with a checkpoint's identity; returns the allowed changes as {key: (saved, now)}.
 
-    moved  of data.train and data.valid those that are the same data in another place
+    moved  keys among data.train and data.valid whose data are the same in another place
 
-    Raises UsageError with the diff where a change is not in `run.allow_change`.
+    Raises UsageError with the diff for a change that is not in `run.allow_change`.
     """
     now = identity(config)
     then = {**defaults_of(saved), **saved}
@@ -46,7 +46,7 @@ def check_identity(config: Config, saved: dict[str, Any], where: str, moved: Col
 
 
 def same_value(key: str, then: Any, now: Any) -> bool:
-    """Whether two values of a key mean the same. Of paths it counts where they lead, however they are written."""
+    """Whether two values of a key mean the same. Paths are equal if they lead to the same file, however they are written."""
     if then == now:
         return True
     if key in PATHS and isinstance(then, str) and isinstance(now, str):
@@ -55,14 +55,14 @@ def same_value(key: str, then: Any, now: Any) -> bool:
 
 
 def only_moved(key: str, then: Any, now: Any) -> bool:
-    """Whether a key names sources that have kept names and weights, by which their samples have the order they had."""
+    """Whether a key names sources with unchanged names and weights, which keep their samples in the same order."""
     before, after = (places_of(v) for v in (then, now))
     return key in SOURCES and before is not None and after is not None and [p[1:] for p in before] == [p[1:] for p in after]
 
 
 def places_of(value: Any) -> list[tuple[str, str, float]] | None:
-    """[(place, name, weight), …] of a value of data.train or data.valid; None where it is no such value. Sources that a YAML file lists
-    are one place here, the file's.
+    """[(place, name, weight), …] for a value of data.train or data.valid; None for any other value. A YAML file with a list counts as
+    one place.
     """
     entries = [{"path": value}] if isinstance(value, str) else value
     if not isinstance(entries, list):
@@ -79,7 +79,7 @@ def places_of(value: Any) -> list[tuple[str, str, float]] | None:
 
 
 def renamed(key: str, then: Any, now: Any) -> str:
-    """What to do where files lie elsewhere under another name, which would be another order of samples."""
+    """The fix for files that moved and changed their default name, which would reorder the samples."""
     before, after = (places_of(v) or [] for v in (then, now))
     pairs = list(zip(before, after))
     if key != "data.train" or len(before) != len(after) or not any(b[1] != a[1] and os.sep not in b[1] + a[1] for b, a in pairs):
@@ -89,7 +89,7 @@ def renamed(key: str, then: Any, now: Any) -> str:
 
 
 def real_path(path: str) -> str:
-    """Where a path leads, through links; what cannot be a path stays as it is."""
+    """Where a path leads, through links; other text is returned unchanged."""
     try:
         return os.path.realpath(path)
     except (OSError, ValueError):
@@ -97,8 +97,8 @@ def real_path(path: str) -> str:
 
 
 def defaults_of(saved: Iterable[str], section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
-    """{"section.key": default}: what a key that came after a checkpoint meant before it existed. Sections inside sections, such as
-    model.moe, have defaults where `saved` has some of their keys.
+    """{"section.key": default} for keys newer than a checkpoint. A nested section such as model.moe has defaults if `saved` has some of its
+    keys.
     """
     found: dict[str, Any] = {}
     for key, info in section.model_fields.items():
@@ -118,10 +118,10 @@ def check_allow_change(keys: Iterable[str]) -> None:
     known = set(known_keys())
     for key in keys:
         if key not in known:
-            raise UsageError(f"run.allow_change names {key}, which is no config key")
+            raise UsageError(f"run.allow_change names {key}, which is not a config key")
 
 
 def covered(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
-    """A key allows itself, and a section of keys allows all below it."""
+    """Keys of `changed` that `allowed` names, itself or by a section above."""
     names = tuple(allowed)
     return [k for k in changed if any(k == a or k.startswith(a + ".") for a in names)]

@@ -1,7 +1,7 @@
-"""The config as JSON Schema, by which an editor completes and checks YAML.
+"""The config as JSON Schema, with which an editor completes and checks YAML.
 
-It says what can be said of one key: its type, choices and range, and which keys there are. Only the loader knows what combines with what.
-The loader also converts ("100" is a number to it); the schema does not.
+It covers each key by itself: type, choices and range. Only the loader knows which keys can be combined, and it also converts values
+("100" is a number to it).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def config_schema() -> dict[str, Any]:
-    """The whole config, with its sections under `$defs`. A description is one line."""
+    """The schema of the whole config, with sections under `$defs` and one-line descriptions."""
     schema = _plain(Config.model_json_schema())
     return {"$schema": DIALECT, "title": "A config of megascale", **schema}
 
@@ -25,7 +25,7 @@ def schema_text() -> str:
 
 
 def is_section(schema: dict[str, Any]) -> str | None:
-    """The name under `$defs` that a key's schema refers to, alone, in a list or beside null."""
+    """The section's name under `$defs` if a key's schema refers to one, alone, in a list or as an alternative to null."""
     for part in (schema, schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
         if isinstance(part, dict):
             name = part.get("$ref") or is_section(part) if part is not schema else part.get("$ref")
@@ -35,8 +35,8 @@ def is_section(schema: dict[str, Any]) -> str | None:
 
 
 def _plain(schema: Any, names: bool = False) -> Any:
-    """Without pydantic's titles, which repeat the names, and the defaults of sections, which their keys have. `names`: of a mapping from
-    names to schemas, where a key is no keyword.
+    """Removes pydantic's titles, which repeat the names, and defaults of sections, which their keys have. `names`: the schema maps names to
+    schemas, so its keys are not keywords.
     """
     if isinstance(schema, list):
         return [_plain(item) for item in schema]

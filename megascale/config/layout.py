@@ -10,9 +10,9 @@ from megascale.errors import UsageError
 
 
 def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
-    """Size of every mesh axis, `dp_shard: -1` (DDP: dp_replicate) taking the ranks that the others leave; then of the expert axes.
+    """Size of every mesh axis, where `dp_shard: -1` (under DDP dp_replicate) takes the remaining ranks; then the sizes of the expert axes.
 
-    Raises UsageError when the product cannot be the number of ranks.
+    Raises UsageError if the product cannot equal the number of ranks.
     """
     sizes: dict[str, int] = {name: getattr(parallel, name) for name in NAMES}
     if parallel.dp_shard in (-1, 0):
@@ -23,27 +23,27 @@ def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
         fixed = _product(sizes)
         if ranks % fixed:
             raise UsageError(
-                f"{_words(sizes)} need a multiple of {fixed} ranks, and there are {ranks}: start {_nearest(ranks, fixed)} ranks, or "
+                f"{_words(sizes)} need a multiple of {fixed} ranks, but there are {ranks}: start {_nearest(ranks, fixed)} ranks, or "
                 "change an axis of `parallel`"
             )
         sizes[free] = ranks // fixed
     if _product(sizes) != ranks:
         raise UsageError(
-            f"{_words(sizes)} make {_product(sizes)} ranks, and there are {ranks}: start {_product(sizes)} ranks, or set "
+            f"{_words(sizes)} make {_product(sizes)} ranks, but there are {ranks}: start {_product(sizes)} ranks, or set "
             "parallel.dp_shard to -1 so that it takes what the other axes leave"
         )
     return {**sizes, **expert_sizes(parallel, sizes)}
 
 
 def expert_sizes(parallel: Parallel, sizes: dict[str, int]) -> dict[str, int]:
-    """Sizes of `edp` and `ep` within a replica: dp_shard·cp·tp = edp·ep·etp. Both are 1 where experts are cut as dense weights are."""
+    """Sizes of `edp` and `ep` within a replica: dp_shard·cp·tp = edp·ep·etp. Both are 1 if experts are sharded like dense weights."""
     if parallel.ep == 1 and parallel.expert_tp == parallel.tp:
         return {"edp": 1, "ep": 1}
     return {"edp": sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (parallel.ep * parallel.expert_tp), "ep": parallel.ep}
 
 
 def expert_mesh_fits(parallel: Parallel, ranks: int) -> bool:
-    """Whether ep × etp divides the ranks of a replica; true where the dense axes do not fit the ranks, which is refused on its own."""
+    """Whether ep × etp divides the ranks of a replica; True if the dense axes do not fit the ranks, which another rule refuses."""
     try:
         sizes = axis_sizes(parallel, ranks)
     except UsageError:
@@ -52,7 +52,7 @@ def expert_mesh_fits(parallel: Parallel, ranks: int) -> bool:
 
 
 def micro_batches(config: Config, ranks: int) -> int:
-    """Micro-batches of a step on every data rank; 1 where the axes do not fit the ranks, which is refused on its own."""
+    """Micro-batches per step and data rank; 1 if the axes do not fit the ranks, which another rule refuses."""
     try:
         sizes = axis_sizes(config.parallel, ranks)
     except UsageError:

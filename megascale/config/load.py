@@ -23,7 +23,7 @@ from megascale.config.schema import Config, DataSource
 from megascale.errors import UsageError
 from megascale.plugins import nearest
 
-# Other systems' names, written in lower case with underscores. A near miss in spelling would not find them.
+# Other systems' names, in lower case with underscores: too different in spelling for a nearest match.
 ELSEWHERE = {
     # Megatron-LM
     "tensor_model_parallel_size": "parallel.tp",
@@ -88,7 +88,7 @@ ELSEWHERE = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "resume_from_checkpoint": "checkpoint.resume",
-    # TorchTitan, DeepSpeed, and what people write
+    # TorchTitan, DeepSpeed, and common names
     "tensor_parallel": "parallel.tp",
     "tensor_parallel_size": "parallel.tp",
     "pipeline_parallel_size": "parallel.pp",
@@ -104,8 +104,8 @@ ELSEWHERE = {
 }
 
 
-MISTAKES = 20  # that one message tells
-# Of each pair a config has one: setting it on the command line takes the place of the other in the file.
+MISTAKES = 20  # listed in one message
+# A config has one key of each pair: setting it on the command line removes the other from the file.
 ONE_OF = (("train", "steps", "tokens"),)
 
 
@@ -137,7 +137,7 @@ def build_config(values: dict[str, Any]) -> Config:
 
 
 def _of_the_kind_meant(errors: list[Any]) -> list[Any]:
-    """Without the errors of lists and sections that they are no text, where others say what is wrong inside of them."""
+    """Drops the errors that a list or section is not text where others say what is wrong inside it."""
 
     def beside(error: Any) -> bool:
         place = error["loc"][:-1]
@@ -147,9 +147,7 @@ def _of_the_kind_meant(errors: list[Any]) -> list[Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML 1.2 document, so that 1e-3 is a number and `no` is a word. Raises ValueError for what is none, and UsageError for one that
-    is too large.
-    """
+    """Parses one YAML 1.2 document, so 1e-3 is a number and `no` a word. Raises ValueError if invalid, UsageError if too large."""
     try:
         constructor, _ = YAML(typ="safe", pure=True).get_constructor_parser(io.StringIO(text))
         root = constructor.composer.get_single_node()
@@ -157,14 +155,14 @@ def parse_yaml(text: str) -> Any:
         return None if root is None else constructor.construct_document(root)
     except RecursionError:
         raise UsageError(TOO_DEEP) from None
-    # Its constructors look words up and take them apart without a look at what they have: `!!bool maybe` is a KeyError.
+    # ruamel's constructors do not check what they look up and take apart: `!!bool maybe` is a KeyError.
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         wrong = None if isinstance(error, YAMLError) else _wrong_scalar(root)
         raise ValueError(wrong or " ".join(f"{error}".split())) from None
 
 
 def _wrong_scalar(root: Node) -> str | None:
-    """The first word of a document that is not what its tag says, and its line."""
+    """The first scalar that its tag cannot read, and its line."""
     constructor, _ = YAML(typ="safe", pure=True).get_constructor_parser(io.StringIO())  # one that has not failed yet
     nodes, seen = [root], set[int]()
     while nodes:
@@ -185,7 +183,7 @@ def _wrong_scalar(root: Node) -> str | None:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Plain values as YAML, sections in their order."""
+    """Plain values as YAML, keys in their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -195,7 +193,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping. Raises UsageError naming file and line."""
+    """Reads a YAML file whose top level is a mapping. Raises UsageError naming file and line."""
     try:
         text = read_small_file(path)
     except FileNotFoundError:
@@ -215,9 +213,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`section.key=value` strings laid over nested values, and `grow=[…]`, the one key without a section; values are YAML 1.2. Returns new
-    dicts.
-    """
+    """Sets `section.key=value` in nested values; `grow=[…]` is the one key without a section. Values are YAML 1.2. Returns new dicts."""
     result, given = _copy(values), list(overrides)
     for item in given:
         key, equals, text = item.partition("=")
@@ -234,7 +230,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         except UsageError as error:
             raise UsageError(f"{'.'.join(path)} cannot be used: {error}") from None
         if isinstance(value, int | float | datetime.date) and _takes_text(path):
-            value = text.strip()  # 007, 1e3 and 2024-11-30 are names where a name is needed
+            value = text.strip()  # 007, 1e3 and 2024-11-30 are valid names
         node = result
         for part in path[:-1]:
             child = node.get(part)
@@ -259,7 +255,7 @@ def known_keys() -> list[str]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts → {"section.key": value}; lists stay values."""
+    """Nested dicts → {"section.key": value}; lists are values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -268,7 +264,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _takes_text(path: list[str]) -> bool:
-    """Whether any word is a value of this key; a choice of several is none."""
+    """Whether the key accepts any word; a key with a fixed set of choices does not."""
     model: type[BaseModel] | None = Config
     kinds: tuple[Any, ...] = ()
     for part in path:
@@ -298,12 +294,12 @@ def _keys(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str
 
 
 def _suggest(key: str) -> str:
-    """ "; did you mean …?" for a key nobody knows: other systems' names first, then the nearest spelling."""
+    """ "; did you mean …?" for an unknown key: other systems' names first, then the nearest spelling."""
     plain = key.removeprefix("--").replace("-", "_").lower()
     last = plain.rsplit(".", 1)[-1]
     if last in ELSEWHERE:
         return f"; here it is called {ELSEWHERE[last]}"
-    keys = [k for k in known_keys() if "." in k or "." not in plain]  # a key that has a section is no section
+    keys = [k for k in known_keys() if "." in k or "." not in plain]  # a dotted key is not a section
     near = difflib.get_close_matches(plain, keys, 1, 0.75)
     if not near:
         by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
@@ -313,7 +309,7 @@ def _suggest(key: str) -> str:
 
 def _sentence(error: Any) -> str:
     """One pydantic error as: key, what is wrong, the value given, what is accepted."""
-    # Members of unions appear in the location by their type's name; only real keys help the reader.
+    # The location also names the types of a union's members; only real keys help the reader.
     parts = [str(p) for p in error["loc"] if not str(p).startswith(("list[", "function-", "DataSource", "literal["))]
     parts = [p for p in parts if p not in ("str", "int", "float", "bool")]
     key, value, kind = ".".join(parts), error.get("input"), error["type"]
@@ -326,26 +322,26 @@ def _sentence(error: Any) -> str:
     if kind == "extra_forbidden":
         return f"unknown key {key} (= {_short(value)}){_suggest(key)}"
     if kind == "missing":
-        return f"{key} is required and absent"
+        return f"{key} is required but missing"
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
     if kind in ("literal_error", "row_name"):
         return f"{key} is {_short(value)}: {_choice(error)}"
     text = error["msg"].replace("Input should be", "it should be").replace("a valid ", "").replace("should be tuple", "should be a list")
     if kind == "string_type" and isinstance(value, int | float):
-        return f"{key} is {_short(value)}, and text is needed: put it in quotes"
+        return f"{key} is {_short(value)}, but it must be text: put it in quotes"
     if kind == "model_type":
         return f"{key} is {_short(value)}: it should be a section with keys of its own"
     return f"{key} is {_short(value)}: {text}"
 
 
 def _choice(error: Any) -> str:
-    """What a key may be that is one of several words, and the word that was meant."""
+    """The choices of a key, and the nearest to what was given."""
     expected, value = error["ctx"]["expected"], error["input"]
     near = nearest(value, re.findall(r"'([^']*)'", expected)) if isinstance(value, str) else ""
     asked = ""
     if error["type"] == "row_name" and not near:
-        asked = f"; a plugin may bring others (installed: {error['ctx']['plugins']})"
+        asked = f"; plugins may add more (installed: {error['ctx']['plugins']})"
     return f"it should be {expected}{near}{asked}"
 
 

@@ -1,6 +1,4 @@
-"""Norms as rows: what models, rules, growth, formats and theory ask of them. The functions are in model/norms.py, and no torch is needed
-here.
-"""
+"""Norms as rows: the facts that models, rules, growth, formats and theory need. The functions are in model/norms.py. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ from megascale.plugins import with_plugins
 class NormGrowth:
     """How a norm keeps its function when its input gets more channels.
 
-    power   it divides by (mean of |x|^power + ε)^(1/power), so that gains and epsilons make up for zeros or copies among its channels;
-            None: it takes each channel alone and leaves a zero a zero, so that nothing has to be made up for
-    behind  why no inserted layer with this norm behind its sum leaves the stream as it is; None: a chain of them can (expand/depth.py)
+    power   it divides by (mean of |x|^power + ε)^(1/power), so gains and epsilons can make up for new zeros or copies among its channels;
+            None: it acts on each channel alone and maps 0 to 0, so there is nothing to make up for
+    behind  for norms after the residual sum: why no inserted layer leaves the stream unchanged; None: a chain can (expand/depth.py)
     """
 
     power: float | None
@@ -28,29 +26,29 @@ class NormGrowth:
             raise ValueError(f"the power of a norm's growth is {self.power}: give a positive number, or None")
 
     def gain(self, share: float) -> float:
-        """What its gains are multiplied with where this share of the channels is as it was, and the others are zero."""
+        """Factor on its gains when this share of the channels is kept and the rest are zero."""
         return 1.0 if self.power is None else share ** (1 / self.power)
 
     def eps(self, gain: float) -> float:
-        """What its epsilon is multiplied with beside such a gain."""
+        """Factor on its epsilon that goes with such a factor on its gains."""
         return 1.0 if self.power is None else gain**self.power
 
 
 @dataclass(frozen=True)
 class NormRow:
-    """One norm. A function may be given as "module:name", which is imported where a model is built.
+    """One norm. A function may be given as "module:name", imported when a model is built.
 
-    normalize  (x, mean, eps) → x normalized, without gain and bias. Statistics over channels are taken by `mean` alone, a function of
-               [..., channels] → [..., 1], so that the norm works where its channels are cut over ranks
-    kernel     (x, weight, bias, eps) → the whole norm, faster where no channel is elsewhere; None: written out with `normalize`
-    fused      run.kernels (apex, te) → module and function of another package that may stand for `kernel`
-    bias       it has a bias where model.bias is set
+    normalize  (x, mean, eps) → x normalized, without gain and bias. It reduces over channels only by `mean`, a function
+               [..., channels] → [..., 1], so the norm also works when channels are sharded over ranks
+    kernel     (x, weight, bias, eps) → the whole norm, a faster form for unsharded channels; None: use `normalize`
+    fused      run.kernels (apex, te) → (module, function) of another package that replaces `kernel`
+    bias       it has a bias under model.bias
     centres    it subtracts the mean over the channels
-    divides    it takes the size of its input away, so that its output has unit mean square; where not, the embedding's size is learned
-    scale      its input is multiplied with a learned number, which starts at model.dyt_alpha
-    growth     None: it does not say, and models with it keep their sizes
-    megatron   its name in megatron-core; None: weights of models with it are not exchanged with Megatron
-    theory     by which rule of analysis/moments.py its output is predicted; None: by none
+    divides    its output has unit mean square whatever the size of the input; if not, the size of the embedding is learned
+    scale      a learned factor multiplies its input, initially model.dyt_alpha
+    growth     None: unknown; models with it cannot grow
+    megatron   its name in megatron-core; None: models with it cannot be converted to or from Megatron
+    theory     the rule of analysis/moments.py that predicts its output; None: no rule does
     """
 
     normalize: str | Callable[..., Any]
@@ -66,13 +64,13 @@ class NormRow:
 
     @property
     def plain(self) -> bool:
-        """It fixes the size of the stream and has no learned number of its own."""
+        """It normalizes the size of the stream and has no learned factor of its own."""
         return self.divides and not self.scale
 
 
 OURS = "megascale.model.norms"
 # apex: `fused_rms_norm_affine(x, weight, normalized_shape, eps)` and `fused_layer_norm_affine(x, weight, bias, normalized_shape, eps)`;
-# Transformer Engine has modules only, so their functional form is used (model/ops/norm_kernels.py).
+# Transformer Engine has only modules; model/ops/norm_kernels.py calls their functional form.
 APEX, TE = "apex.normalization.fused_layer_norm", "transformer_engine.pytorch"
 NORMS: dict[str, NormRow] = {
     "rmsnorm": NormRow(
@@ -98,7 +96,7 @@ NORMS: dict[str, NormRow] = {
         f"{OURS}:tanh",
         divides=False,
         scale=True,
-        growth=NormGrowth(None, "tanh of tanh is no tanh"),
+        growth=NormGrowth(None, "tanh of tanh is not a tanh"),
         theory="tanh",
     ),
 }

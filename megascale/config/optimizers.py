@@ -1,4 +1,4 @@
-"""Optimizers as rows: what memory, growth, rules and engines ask of them. The classes are in optim/, and no torch is needed here."""
+"""Optimizers as rows: the facts that memory, growth, rules and engines need. The classes are in optim/. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megascale.plugins import with_plugins
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """One optimizer. The defaults promise nothing, so that what a row does not say is refused where it would matter.
+    """One optimizer. The defaults promise nothing: a feature that depends on a fact the row does not state is refused.
 
-    build           (weights, cfg, rates, mesh) → `optim.optimizer.Optimizer`, or "module:name" of that
-    state           of each weight: key → the power of the gradient that the tensor follows (1: a mean of gradients, 2: one of squares),
-                    by which growth scales it; None where no power does. A tensor has the weight's shape and dtype and starts at zero
-    counts          keys of 0-dim fp32 numbers of updates, which a grown weight keeps
-    rest            the optimizer of all weights but hidden matrices, where this one is for these alone (optim/rates.py: MATRICES)
-    whole_matrices  an update needs whole matrices: too slow on a host, and not done in backward. Where False it is elementwise, so that
-                    each rank updates its parts alone and every layout takes the same step
-    scale_free      an update is about as large as the rate, however large gradients are: growth and bf16 masters count on it
-    unit_scaling    a rate carries over to other widths under model.residual mus
-    deepspeed       the engine deepspeed runs it: as torch's AdamW, so that no plugin's row may say so
+    build           (weights, cfg, rates, mesh) → `optim.optimizer.Optimizer`, or its "module:name"
+    state           per weight: key → power of the gradient that the tensor follows (1: a mean of gradients, 2: of squares), by which growth
+                    scales it; None if it follows no power. Tensors have the weight's shape and dtype and start at zero
+    counts          keys of 0-dim fp32 update counters, which a grown weight keeps
+    rest            optimizer of all other weights if this one only takes hidden matrices (optim/rates.py: MATRICES)
+    whole_matrices  an update needs whole matrices: too slow on a host, and impossible in backward. If False, updates are elementwise, so
+                    each rank updates its shards alone and every layout takes the same step
+    scale_free      the size of an update follows the rate, not the gradients; growth and bf16 masters rely on it
+    unit_scaling    learning rates transfer between widths under model.residual mus
+    deepspeed       the DeepSpeed engine can run it, as torch's AdamW; a plugin's row cannot say so
     """
 
     build: str | Callable[..., Any]
@@ -54,13 +54,13 @@ def optimizers() -> Mapping[str, OptimizerRow]:
     found = with_plugins("optimizers", OPTIMIZERS, OptimizerRow)
     for name, row in found.items():
         if row.rest is not None and (row.rest not in found or found[row.rest].rest is not None):
-            raise UsageError(f"the optimizer {name} leaves the rest of the weights to {row.rest}, which does not take them: name another")
+            raise UsageError(f"the optimizer {name} leaves the rest of the weights to {row.rest}, which cannot update them: name another")
         if row.deepspeed and name not in OPTIMIZERS:
-            raise UsageError(f"the optimizer {name} of a plugin says deepspeed, and that engine runs AdamW: take deepspeed out of its row")
+            raise UsageError(f"the optimizer {name} of a plugin sets deepspeed, but that engine runs AdamW: remove it from the row")
     return found
 
 
 def rows_of(name: str) -> tuple[OptimizerRow, ...]:
-    """An optimizer's row, and behind it that of the rest of the weights, if another one takes them."""
+    """An optimizer's row, then the row of the optimizer for the other weights, if there is one."""
     row = optimizers()[name]
     return (row,) if row.rest is None else (row, optimizers()[row.rest])

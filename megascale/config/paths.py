@@ -1,4 +1,4 @@
-"""Paths that were meant for a shell. Nothing here expands `~` and `$NAME`: a folder of that name would be made, or searched for."""
+"""Refuses paths that were meant for a shell: nothing here expands `~` and `$NAME`, so that name would be created or looked for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
 
 
 def unexpanded(path: str) -> str | None:
-    """Why `path` is not what was meant, and what to write; None for a path without `~` at its beginning and without variables."""
+    """Why `path` is wrong, and what to write; None for a path without `~` at its beginning and without variables."""
     if not path.startswith("~") and not VARIABLE.search(path):
         return None
     what = "~ is" if path.startswith("~") else "variables are"
     meant = os.path.expandvars(os.path.expanduser(path))
     if meant.startswith("~") or VARIABLE.search(meant):
-        return f"{what} not expanded here, and no value for it is known on this machine either; write the path out"
+        return f"{what} not expanded here, and it has no value on this machine; write the path in full"
     return f"{what} not expanded here; write {meant}"
 
 

@@ -1,4 +1,4 @@
-"""Positions as rows: what models, rules, generation, growth and formats ask of them. A new combination of what is here is a row alone."""
+"""Positions as rows: the facts that models, rules, generation, growth and formats need. A new combination of these facts is just a row."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megascale.plugins import with_plugins
 
 @dataclass(frozen=True)
 class PositionRow:
-    """How tokens know where they stand; without any of the first four they do not.
+    """How tokens know their position. Without any of the first four they do not.
 
-    rotates    pairs of a head's channels turn by the token's place (model.rope_theta, rope_scaling, rope_exponents)
-    decays     and queries and keys are scaled by their distance, counted from the middle of the sequence (XPos)
-    table      a learned vector for each place is added to the embedding: no sequence is longer than the table
-    slopes     scores fall with the distance, by a slope for each head (model.alibi_slopes)
-    distances  a learned bias for each head and bucket of distances (model.relative_buckets, relative_distance); not for context parallelism
-    one_way    it tells only how far back a key is: not for encoders, whose tokens also look ahead
-    grid       it can tell places along the dimensions of a grid
-    grows      sizes of models with it can change
-    megatron   weights of models with it are exchanged with Megatron
+    rotates    pairs of a head's channels rotate with the position (model.rope_theta, rope_scaling, rope_exponents)
+    decays     and queries and keys are scaled by distance, counted from the middle of the sequence (XPos)
+    table      a learned vector per position is added to the embedding: the table limits the sequence length
+    slopes     scores fall with distance, by one slope per head (model.alibi_slopes)
+    distances  a learned bias per head and distance bucket (model.relative_buckets, relative_distance); not for context parallelism
+    one_way    it only encodes how far back a key is: not for encoders, which also attend to later tokens
+    grid       it can encode positions along the dimensions of a grid
+    grows      models with it can change their sizes
+    megatron   models with it can be converted to and from Megatron
     """
 
     rotates: bool = False

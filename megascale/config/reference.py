@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from megascale.config.json_schema import config_schema, is_section
 
-FIRST = "0.1"  # the version of every key that names none
+FIRST = "0.1"  # the version of keys that name none
 HEAD = """# Config reference
 
-Every key, its type, default and meaning. Write them in a YAML 1.2 file, or behind a command as `section.key=value`. A key without a
+Every key, its type, default and meaning. Write them in a YAML 1.2 file, or after a command as `section.key=value`. A key without a
 default is required. Where the default is "absent", the meaning says what happens without the key. Sizes are global, never per rank.
 [Layouts](layouts.md) has the table of what cannot be combined.
 
@@ -44,7 +44,7 @@ def page() -> str:
 
 
 def sections(schema: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(its path in a config, what it is, its name under $defs) of every section, those inside a section after it."""
+    """(path in a config, description, name under $defs) for every section, each followed by its nested sections."""
 
     def inside(properties: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
         for key, value in properties.items():
@@ -76,7 +76,7 @@ def types(schema: dict[str, Any]) -> set[str]:
 
 
 def type_of(schema: dict[str, Any]) -> str:
-    """What a value may be, in words: `integer ≥ 1`, `a`, `b` or `c`, list of ….  null is left out, since the default says so."""
+    """The accepted values in words: `integer ≥ 1`, `a`, `b` or `c`, list of ….  null is omitted, since the default shows it."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(type_of(part) for part in schema["anyOf"] if part.get("type") != "null"))
     if "$ref" in schema:
@@ -94,7 +94,7 @@ def type_of(schema: dict[str, Any]) -> str:
 
 
 def range_of(schema: dict[str, Any]) -> str:
-    """The bounds that say something: those against slips of the finger, from a million on, do not."""
+    """The bounds that inform; bounds from a million on only guard against typing errors."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema and abs(schema[key]) < 2**20]
     return f" {', '.join(bounds)}" if bounds else ""
@@ -103,12 +103,12 @@ def range_of(schema: dict[str, Any]) -> str:
 def default_of(schema: dict[str, Any], required: bool) -> str:
     if required:
         return "required"
-    value = schema.get("default", {"array": [], "object": {}}.get(schema.get("type", "")))  # pydantic leaves out what a factory makes
+    value = schema.get("default", {"array": [], "object": {}}.get(schema.get("type", "")))  # pydantic omits defaults from factories
     return "absent" if value is None else f"`{literal(value)}`"
 
 
 def literal(value: Any) -> str:
-    """As one writes it in YAML."""
+    """The value as written in YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""The config.yaml that a run or a growth leaves, and the version that wrote it: a comment at its top."""
+"""The config.yaml that a run or a growth writes; a comment at its top names the version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def stamped(yaml: str) -> str:
 
 
 def hint_of_newer(path: Path) -> str | None:
-    """What to do about a config that this version does not understand because a newer one wrote it; None where that is not the reason."""
+    """The fix for a config that a newer version wrote and this one cannot read; None if that is not the cause."""
     try:
         with path.open("rb") as file:
             text = file.read(200).decode("utf-8", "replace")
@@ -26,8 +26,8 @@ def hint_of_newer(path: Path) -> str | None:
     if found is None or numbers(found[1]) <= numbers(__version__):
         return None
     return (
-        f"{path} was written by megascale {found[1]}, and this is {__version__}: install a newer megascale "
-        "(pip install --upgrade megascale), or remove what this one does not know"
+        f"{path} was written by megascale {found[1]}, but this is {__version__}: install a newer megascale "
+        "(pip install --upgrade megascale), or remove the keys that this one does not know"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds and which rank holds each stage. Plain numbers; no torch."""
+"""Which layers each pipeline stage holds and which rank holds each stage. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from math import inf
 
 from megascale.config.schema import Model, Parallel
 
-# Two stages a rank, the second on the way back: the first and the last stage share rank 0 (Qi et al., arXiv 2401.10241).
+# Two stages per rank, the second on the way back: the first and the last stage share rank 0 (Qi et al., arXiv 2401.10241).
 V_SHAPED = ("zbv", "dualpipev")
 
 
 @dataclass(frozen=True)
 class StagePart:
-    """What one stage holds: global layer numbers, and whether the embedding (`first`) and the head (`last`) belong to it."""
+    """What one stage holds: global layer numbers, and whether it has the embedding (`first`) and the head (`last`)."""
 
     layers: range
     first: bool = True
     last: bool = True
 
     def of_stack(self, begin: int, count: int) -> range:
-        """Which of the `count` layers of a stack that begins at global number `begin`, counted from 0 there, belong to the part."""
+        """The part's layers in a stack of `count` layers that begins at global number `begin`, counted from 0 within the stack."""
         first = min(max(self.layers.start - begin, 0), count)
         return range(first, min(max(self.layers.stop - begin, first), count))
 
@@ -36,10 +36,10 @@ def stages_of_rank(schedule: str, ranks: int, virtual: int, rank: int) -> list[i
 
 
 def split_layers(layers: int, stages: int, cost: float, before: float, after: float) -> list[range]:
-    """Contiguous layers for each stage so that the dearest stage is as cheap as possible.
+    """Contiguous layers for each stage so that the most expensive stage is as cheap as possible.
 
-    `cost` of a layer in any unit; `before` (embedding) and `after` (head and loss) load the first and the last stage, which may be left
-    without layers. Stages between them get at least one. Earlier stages get the layers that do not divide: they wait less at the end.
+    `cost` of a layer in any unit; `before` (embedding) and `after` (head and loss) add to the first and the last stage, which may get no
+    layers; the others get at least one. A remainder goes to the earlier stages, which wait less at the end.
     """
     count = [0 if i in (0, stages - 1) else 1 for i in range(stages)]
     load = [n * cost for n in count]
@@ -53,15 +53,15 @@ def split_layers(layers: int, stages: int, cost: float, before: float, after: fl
 
 
 def has_experts(model: Model, layer: int) -> bool:
-    """Whether the layer's feed-forward sublayer is a mixture of experts: every n-th is, the n-th being the first."""
+    """Whether the layer's feed-forward sublayer is a mixture of experts: every n-th layer, the first being layer n."""
     return model.moe is not None and (layer + 1) % model.moe.every == 0
 
 
 def split_unequal(costs: Sequence[float], stages: int, before: float, after: float) -> list[range]:
-    """`split_layers` of layers that cost differently: the dearest stage is as cheap as contiguous stages can make it."""
+    """`split_layers` for layers of different costs: minimizes the cost of the most expensive stage."""
     n = len(costs)
     ends = [0.0, *accumulate(costs)]
-    # cheapest[j]: the dearest of the stages so far when they hold j layers; begins[s][j]: where the last of them begins.
+    # cheapest[j]: the most expensive stage so far if they hold j layers; begins[s][j]: where the last of them begins.
     cheapest = [before + c for c in ends]
     begins: list[list[int]] = []
     for stage in range(1, stages):
@@ -70,7 +70,7 @@ def split_unequal(costs: Sequence[float], stages: int, before: float, after: flo
         rising = [c + e for c, e in zip(cheapest, ends)]
         for j in range(stage - 1 if last else stage, n + 1):
             end = ends[j] + (after if last else 0.0)
-            # The stages before get dearer with every layer and this one cheaper: the best cut is where they meet, or just before.
+            # With every layer the stages before cost more and this one less: the best cut is where they meet, or just before.
             first, stop = stage - 1, j + 1 if last else j
             meet = bisect_left(rising, end, first, stop)
             for i in (meet, meet - 1):
@@ -85,8 +85,8 @@ def split_unequal(costs: Sequence[float], stages: int, before: float, after: flo
 
 
 def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
-    """FLOPs a token of one layer, of the embedding and of the head, forward; a lookup costs memory traffic but hardly FLOPs. Where some
-    layers have experts, a layer costs their mean.
+    """Forward FLOPs per token of one layer, of the embedding and of the head; a lookup costs memory traffic but hardly FLOPs. If only some
+    layers have experts, a layer costs the mean.
     """
     d, heads, kv = _widths(model)
     products = _products(model)
@@ -101,7 +101,7 @@ def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
 
 
 def pair_costs(model: Model, seq_len: int, source_len: int) -> tuple[float, float, float]:
-    """FLOPs a sample of one encoder layer, of one decoder layer and of the head, forward."""
+    """Forward FLOPs per sample of one encoder layer, of one decoder layer and of the head."""
     assert model.vocab_size is not None
     d, heads, kv = _widths(model)
     products = _products(model)
@@ -111,12 +111,12 @@ def pair_costs(model: Model, seq_len: int, source_len: int) -> tuple[float, floa
 
 
 def _widths(model: Model) -> tuple[int, int, int]:
-    """Of the stream, of all query heads and of all KV heads."""
+    """Widths of the stream, of all query heads and of all KV heads."""
     return model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
 
 
 def _products(model: Model) -> float:
-    """Weights that a token meets in one layer, those of attention to a memory left out."""
+    """Weights per layer that a token passes through, without cross-attention."""
     d, heads, kv = _widths(model)
     width: float = model.ffn_size
     if model.moe is not None and model.moe.ffn_size is not None:
@@ -126,13 +126,13 @@ def _products(model: Model) -> float:
 
 
 def layered_parts(layers: int) -> list[StagePart]:
-    """The finest stages: the embedding, every layer, and the final norm with the head. All lie on one rank."""
+    """The finest stages: the embedding, every layer, and the final norm with the head, all on one rank."""
     blocks = [StagePart(range(i, i + 1), False, False) for i in range(layers)]
     return [StagePart(range(0), True, False), *blocks, StagePart(range(layers, layers), False, True)]
 
 
 def stage_parts(model: Model, parallel: Parallel, seq_len: int, source_len: int = 0) -> list[StagePart]:
-    """The part of every stage, in stage order. One whole part where neither a pipeline nor layered accumulation cuts the model."""
+    """The part of every stage, in stage order. A single one if neither a pipeline nor layered accumulation splits the model."""
     if parallel.accumulation == "layered":
         return layered_parts(model.total_layers)
     stages = parallel.pp * parallel.stages_per_rank

@@ -1,7 +1,7 @@
-"""What combines with what: one table of data, read by validation, by the docs and by the tests.
+"""Which keys cannot be combined: one table for validation, docs and tests.
 
-A rule is a sentence about a resolved config. It refuses when `applies` is true; whatever no rule refuses, runs. The rules stand by subject
-in `rules/`, and here in the order in which they are told.
+A rule is a sentence about a resolved config. It refuses if `applies` is true; whatever no rule refuses, runs. The rules are in `rules/`
+by subject, and here in the order in which messages list them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check(config: Config, ranks: int) -> Config:
 
 
 def markdown_table() -> str:
-    """The table as it stands in docs/layouts.md."""
+    """The table in docs/layouts.md."""
     lines = ["| keys | refused because | do instead | |", "|---|---|---|---|"]
     for rule in RULES:
         keys = ", ".join(f"`{key}`" for key in rule.keys)
@@ -50,7 +50,7 @@ def markdown_table() -> str:
 
 
 def padding_note(config: Config) -> str | None:
-    """A sentence when a step's samples do not fill the micro-batches of all ranks; the empty places cost time and change nothing."""
+    """A warning if a step's samples do not fill the micro-batches of all ranks; padding costs time but changes nothing."""
     parts = data_parts(dict(config.parallel))
     batch, slots = config.train.global_batch_size, config.train.micro_batch_size * parts
     places = -(-batch // slots) * slots
@@ -69,5 +69,5 @@ def _value(config: Config, key: str, ranks: int) -> object:
     value: object = config
     for part in key.split("."):
         value = getattr(value, part, None)
-    # What -1 stands for follows from a number that no key shows.
+    # -1 depends on the number of ranks, which no key shows.
     return f"-1 on {ranks} ranks" if key == "parallel.dp_shard" and value == -1 else value

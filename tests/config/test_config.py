@@ -71,7 +71,7 @@ def test_mistakes_are_sentences(override: str, words: str) -> None:
         ("[{path: data/one, weigth: 1}]", "unknown key data.train.0.weigth (= 1); did you mean data.train.0.weight?"),
         ("[{path: data/one, share: 1}]", "unknown key data.train.0.share (= 1); a source has path, weight, name"),
         ("[{path: data/one, weight: x}, a]", "data.train.0.weight is 'x': it should be number"),
-        ("[{weight: 1}]", "data.train.0.path is required and absent"),
+        ("[{weight: 1}]", "data.train.0.path is required but missing"),
     ],
 )
 def test_a_mistake_in_a_source_is_one_line(text: str, words: str) -> None:
@@ -114,7 +114,7 @@ def test_names_that_yaml_takes_for_numbers(word: str) -> None:
     assert (made.run.name, made.run.dir, made.data.train, made.checkpoint.resume) == (word,) * 4 and made.data.tokenizer is None
     assert config("run.name='007'", "data.train=[a, b]", "run.dir=null").run.name == "007"
     assert config("precision.fp8=true", "checkpoint.async=false", "run.seed=7").run.seed == 7  # other keys read YAML as before
-    with pytest.raises(UsageError, match=r"run\.name is 7, and text is needed: put it in quotes"):
+    with pytest.raises(UsageError, match=r"run\.name is 7, but it must be text: put it in quotes"):
         build_config({**BASE, "run": {"name": 7}})
 
 
@@ -136,9 +136,9 @@ def test_yaml_is_1_2_and_configs_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parallel", "ranks", "words"),
     [
-        (Parallel(tp=2), 3, "need a multiple of 2 ranks, and there are 3"),
-        (Parallel(tp=2, dp_shard=2), 2, "make 4 ranks, and there are 2"),
-        (Parallel(dp_shard=2), 4, "make 2 ranks, and there are 4"),
+        (Parallel(tp=2), 3, "need a multiple of 2 ranks, but there are 3"),
+        (Parallel(tp=2, dp_shard=2), 2, "make 4 ranks, but there are 2"),
+        (Parallel(dp_shard=2), 4, "make 2 ranks, but there are 4"),
     ],
 )
 def test_layouts_that_do_not_fit(parallel: Parallel, ranks: int, words: str) -> None:

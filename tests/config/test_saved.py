@@ -27,7 +27,7 @@ def test_a_newer_config(tmp_path: Path) -> None:
     path.write_text(NEWER + text.replace("model:\n", "model:\n  hyperconnections: 4\n"))
     for read in (lambda: load_config(path), lambda: check_saved_config(build_config(values), path.parent)):
         with pytest.raises(
-            UsageError, match=r"unknown key model\.hyperconnections .*\n.*written by megascale 999\.0\.1, and this is .*install"
+            UsageError, match=r"unknown key model\.hyperconnections .*\n.*written by megascale 999\.0\.1, but this is .*install"
         ):
             read()
     path.write_text(stamped(text).replace("model:\n", "model:\n  hyperconnections: 4\n"))

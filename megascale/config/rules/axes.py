@@ -1,4 +1,4 @@
-"""The axes that cut a model and its sequences: pipelines, context, experts."""
+"""Axes that split a model and its sequences: pipelines, context, experts."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ AXIS_RULES: tuple[Rule, ...] = (
 
 
 def _shortest(config: Config) -> int:
-    """Of the sequences that cp cuts, in pieces of a token for each rank that tp_sequence cuts them over."""
+    """Length of the shortest sequence that cp splits, in units of the tokens that tp_sequence spreads over its ranks."""
     shortest = min(config.train.seq_len, config.train.source_len or config.train.seq_len)
     return shortest // (config.parallel.tp if config.parallel.tp_sequence else 1)
 
@@ -192,7 +192,7 @@ def _shared_width(config: Config) -> int:
 
 
 def _grid_cuts(config: Config) -> bool:
-    """Whether every layer's stream can be cut over cp."""
+    """Whether every layer's stream can be split over cp."""
     model, cp = config.model, config.parallel.cp
     assert model.spacetime is not None
     if config.parallel.cp_method != "dsp":

@@ -1,4 +1,4 @@
-"""When weights move and where they lie: layered accumulation, DeepSpeed, offload."""
+"""When weights move and where they are stored: layered accumulation, DeepSpeed, offload."""
 
 from __future__ import annotations
 
@@ -154,12 +154,12 @@ ENGINE_RULES: tuple[Rule, ...] = (
 
 
 def _sharded(config: Config, ranks: int) -> bool:
-    """Whether FSDP2 cuts the weights."""
+    """Whether FSDP2 shards the weights."""
     return config.parallel.engine == "fsdp2" and _weights_can_be_cut(config, ranks)
 
 
 def _weights_can_be_cut(config: Config, ranks: int) -> bool:
-    """Whether ranks with other tokens hold the same weights; true where the axes do not fit the ranks, which is refused on its own."""
+    """Whether ranks with other tokens hold the same weights; True if the axes do not fit the ranks, which another rule refuses."""
     try:
         sizes = axis_sizes(config.parallel, ranks)
     except UsageError:

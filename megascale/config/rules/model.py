@@ -1,4 +1,4 @@
-"""What a model is made of: families, residual schemes, experts."""
+"""Rules about models: families, residual schemes, experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
 from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
 
-ENCODERS = ("encoder", "encoder_decoder")  # families some of whose tokens look both ways
+ENCODERS = ("encoder", "encoder_decoder")  # families with bidirectional attention
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
@@ -156,7 +156,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         "moe_every",
         ("model.moe.every", "model.num_layers"),
         lambda c, n: c.model.moe is not None and c.model.moe.every > max(c.model.num_layers, c.model.encoder_layers or 0),
-        "every is larger than the number of layers, so every is larger than the number of layers, so no layer would have experts",
+        "every is larger than the number of layers, so no layer would have experts",
         "choose a smaller every, or remove model.moe",
     ),
     Rule(
@@ -206,8 +206,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.moeut", "parallel.pp", "parallel.accumulation"),
         lambda c, n: c.model.moeut is not None and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
         "the layers of a group repeat through the whole depth: every pipeline stage would hold, gather and reduce all of them, and "
-        "layered accumulation "
-        "would gather them once per repeat",
+        "layered accumulation would gather them once per repeat",
         "use the data axes, tp, cp and ep, with accumulation depth_first",
     ),
     Rule(
@@ -341,7 +340,7 @@ MODEL_RULES: tuple[Rule, ...] = (
 
 
 def _is_norm(model: Model, name: str) -> bool:
-    """Whether `model.norm_eps_of` may name it."""
+    """Whether `model.norm_eps_of` may use the name."""
     if model.moeut is not None or model.family == "encoder_decoder":
         return False
     if name in OUTER_NORMS or name in BLOCK_NORMS:

@@ -82,7 +82,7 @@ def spans_asked(config: Config) -> bool:
 
 
 def spans_in(config: Config) -> Spans | None:
-    """Of every sample; None where a source is too short for any."""
+    """Spans in every sample; None if a source is too short for any."""
     return longest_window(config.train.source_length, config.data.masked, config.data.mean_span or 3.0)
 
 

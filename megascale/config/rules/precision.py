@@ -1,4 +1,4 @@
-"""FP8, unit scaling and what it does to optimizers."""
+"""FP8, unit scaling and its effect on optimizers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from megascale.config.optimizers import optimizers
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
 
-LARGEST_DECAY = 0.02  # of a weight at every step
-ALIGNED = 16  # CUDA's FP8 products want every dimension a multiple of it
+LARGEST_DECAY = 0.02  # per step
+ALIGNED = 16  # CUDA's FP8 products need every dimension to be a multiple of it
 
 PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
@@ -131,6 +131,6 @@ def _unaligned(c: Config, *widths: int) -> bool:
 
 
 def _head_widths(c: Config) -> tuple[int, int]:
-    """Of a rank's queries, and of its keys and values, which are replicated where tp does not divide them."""
+    """Widths of a rank's queries and of its keys and values, which are replicated if tp does not divide them."""
     m, tp = c.model, c.parallel.tp
     return m.num_heads * m.head_dim // tp, (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim

@@ -1,4 +1,4 @@
-"""What a rule of the support table is, and questions that rules of several files ask."""
+"""A rule of the support table, and questions that several files of rules ask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megascale.config.schema import Config
 
 @dataclass(frozen=True)
 class Rule:
-    """`keys` disagree when `applies(config, ranks)`; `why` and `fix` complete the sentence. `later`: planned, not yet built."""
+    """`keys` disagree when `applies(config, ranks)`; `why` and `fix` complete the sentence. `later`: planned."""
 
     name: str
     keys: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What is too large to be counted or laid out: refused before anything of that size is made."""
+"""Sizes that are too large to count or lay out, refused before anything of that size is built."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from megascale.config.layout import micro_batches
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config, Model
 
-PARAMETERS = 2**56  # with 16 bytes each there is room below 2^63, up to which torch counts bytes
-COMPUTATIONS = 2**20  # of a step's schedule, which is written out and simulated before the first step
+PARAMETERS = 2**56  # at 16 bytes each this stays below 2^63, torch's limit for bytes
+COMPUTATIONS = 2**20  # in a step's schedule, which is built and simulated before the first step
 
 SIZE_RULES: tuple[Rule, ...] = (
     Rule(
@@ -38,7 +38,7 @@ SIZE_RULES: tuple[Rule, ...] = (
 
 
 def _parameters_at_most(model: Model, seq_len: int) -> int:
-    """A bound from above, without building anything: every layer as dear as the dearest kind."""
+    """An upper bound without building anything: every layer counts as the most expensive kind."""
     d, heads = model.hidden_size, model.num_heads * model.head_dim
     widths = [model.ffn_size, *(model.ffn_sizes or ())]
     ffn, banks, attention = max(widths), 1, 1
@@ -59,7 +59,7 @@ def _parameters_at_most(model: Model, seq_len: int) -> int:
 
 
 def _computations(config: Config, ranks: int) -> int:
-    """Of a pipeline or of layered accumulation; other orders are not written out."""
+    """Computations in a step of a pipeline or of layered accumulation; other orders are not written out."""
     if config.parallel.accumulation == "layered":
         return 2 * micro_batches(config, ranks) * (config.model.total_layers + 2)
     if config.parallel.pp == 1:

@@ -1,6 +1,6 @@
 """The config: eight frozen sections of plain data, checked key by key.
 
-What combines with what is not decided here but in `support.py`. Nothing in this package imports torch, so that launchers, planners and
+Which keys can be combined is decided in `support.py`. Nothing in this package imports torch, so that launchers, planners and
 `--dry-run` on a login node start at once.
 """
 

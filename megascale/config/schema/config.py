@@ -12,12 +12,12 @@ from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.section import Layers, Positive, Seconds, Section, Seed, Threads
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
-NAME = r"(?=.*[^.])[A-Za-z0-9._-]{1,200}"  # of a folder; "." and ".." are none
+NAME = r"(?=.*[^.])[A-Za-z0-9._-]{1,200}"  # a folder's name; excludes "." and ".."
 
 
 def _one_name(value: str) -> str:
     if not re.fullmatch(NAME, value):
-        raise ValueError(f"{value!r} is no name of a folder: give up to 200 letters, digits, '.', '_' and '-'")
+        raise ValueError(f"{value!r} is not a folder name: give up to 200 letters, digits, '.', '_' and '-'")
     return value
 
 

@@ -13,7 +13,7 @@ from megascale.config.positions import PositionRow, positions
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, NonNegative, Positive, Section, Share
 
-# The norms by the names that `model.norm_eps_of` knows: outside blocks; of a block, where qk_norm and the inner norms stand in sublayers.
+# Norms by the names in `model.norm_eps_of`: outside blocks, and in each block (qk_norm and the inner norms belong to its sublayers).
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
 BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
 
@@ -49,7 +49,7 @@ class Moe(Section):
 
 
 class Moeut(Section):
-    """Layers in groups whose weights repeat in depth, with experts in attention beside those of `moe` (arXiv 2405.16039)."""
+    """Layers in groups whose weights repeat in depth, with experts in attention as well as those of `moe` (arXiv 2405.16039)."""
 
     group_size: Positive = 2
     """Layers with weights of their own; the group repeats through the depth."""
@@ -66,7 +66,7 @@ class RopeScaling(Section):
 
     type: Literal["llama3", "linear", "yarn"] = "llama3"
     """Which wavelengths are stretched: `llama3`, long ones alone; `linear`, all of them (position interpolation, arXiv 2306.15595); `yarn`,
-    those that turn seldom in the original context, and cosines and sines are multiplied by `attention_factor` (arXiv 2309.00071).
+    those with few turns in the original context; `attention_factor` then multiplies cosines and sines (arXiv 2309.00071).
     """
     factor: Annotated[float, Field(gt=0)]
     """How much longer the context becomes: the new length divided by the original one."""
@@ -77,15 +77,15 @@ class RopeScaling(Section):
     original_seq_len: Positive = 8192
     """Context length in tokens that the model was first trained with."""
     beta_fast: Annotated[float, Field(gt=0)] = 32.0
-    """`yarn`: frequencies that turn more often than this in the original context are kept."""
+    """`yarn`: frequencies with more turns than this over the original context are kept."""
     beta_slow: Annotated[float, Field(gt=0)] = 1.0
-    """`yarn`: frequencies that turn less often than this in the original context are stretched in full."""
+    """`yarn`: frequencies with fewer turns than this over the original context are stretched in full."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
     """`yarn`: factor on cosines and sines. Default: 0.1·ln(factor) + 1."""
 
     @property
     def amplitude(self) -> float:
-        """Of cosines and sines."""
+        """Factor on cosines and sines."""
         if self.type != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -94,7 +94,7 @@ class RopeScaling(Section):
 
 
 class Spacetime(Section):
-    """Fields of numbers on a grid, [s₁ … s_K, channels] a sample: video, weather, volumes. Each patch of the grid is a token."""
+    """Fields of numbers on a grid, [s₁ … s_K, channels] per sample: video, weather, volumes. Each patch of the grid is a token."""
 
     shape: Annotated[tuple[Positive, ...], Field(max_length=8)]
     """Lengths of a sample along each dimension; the first dimension is time if there is one."""
@@ -131,19 +131,17 @@ class Spacetime(Section):
 
     @property
     def values(self) -> int:
-        """Numbers in a patch."""
+        """Numbers per patch."""
         return self.channels * math.prod(self.patch)
 
     @property
     def frames(self) -> int:
-        """How much of the first dimension a sample needs: the past, and with next_step one patch of future."""
+        """Length of the first dimension that a sample needs: the past, plus one future patch under next_step."""
         return self.shape[0] + (self.patch[0] if self.objective == "next_step" else 0)
 
 
 class Tokenformer(Section):
-    """Products as attention over `tokens` pairs of key and value (arXiv 2410.23168). `scale` of the normalized scores: √tokens if absent; a
-    model whose tokens grew keeps the old one.
-    """
+    """Products as attention over `tokens` key-value pairs (arXiv 2410.23168)."""
 
     tokens: Positive
     """Key-value pairs of each product."""
@@ -152,7 +150,7 @@ class Tokenformer(Section):
 
 
 class Matformer(Section):
-    """Prefixes of the feed-forward that are models of their own (arXiv 2310.07707); the whole width is always one of them."""
+    """Trains prefixes of the feed-forward that work as models of their own (arXiv 2310.07707). The whole width is always included."""
 
     sizes: tuple[Positive, ...]
     """Nested feed-forward widths that are models of their own."""
@@ -196,7 +194,7 @@ class Model(Section):
     residual: Literal[
         "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
     ] = "pre"
-    """Residual scheme: where norms stand in a block, how branches are scaled, and how weights start."""
+    """Residual scheme: where a block has norms, how branches are scaled, and how weights start."""
     branchnorm_period: Positive | None = None
     """Steps over which BranchNorm turns into post-norm; needed for `residual: branchnorm`. 4000 is quoted from its paper."""
     token_correlation: Annotated[float, Field(gt=0, le=1)] = 0.221
@@ -262,12 +260,12 @@ class Model(Section):
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that rotary positions turn: MoEUT's turn half of them, as an even number."""
+        """Channels per head that rotary positions rotate: under MoEUT half of them, rounded down to an even number."""
         return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
 
     @property
     def gated(self) -> bool:
-        """The feed-forward multiplies two products."""
+        """Whether the feed-forward multiplies two products."""
         return self.ffn_row.gated
 
     @property
@@ -284,24 +282,24 @@ class Model(Section):
 
     @property
     def causal(self) -> bool:
-        """A token sees itself and what is before it; an encoder's sees all."""
+        """Whether a token attends only to itself and earlier ones. An encoder's attends to all."""
         return self.family != "encoder"
 
     @property
     def total_layers(self) -> int:
-        """Of both stacks where there are two: the encoder's come first."""
+        """Layers of both stacks if there are two; the encoder's come first."""
         return self.num_layers + (self.encoder_layers or 0)
 
     spacetime: Spacetime | None = None
     """Grid of the `spacetime` family."""
 
     def eps_of(self, norm: str, layer: int | None = None) -> float:
-        """The epsilon of a norm: that of its layer, of its kind, or of the model."""
+        """The epsilon of a norm: set for its layer, for its kind, or for the model."""
         own = self.norm_eps_of.get(norm, self.norm_eps)
         return own if layer is None else self.norm_eps_of.get(f"blocks.{layer}.{norm}", own)
 
     def at_layer(self, layer: int) -> Model:
-        """The same, with the feed-forward width of a layer."""
+        """This config with the layer's own feed-forward width."""
         return self if self.ffn_sizes is None else self.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
 
     @model_validator(mode="after")
@@ -315,7 +313,7 @@ class Model(Section):
 
     @property
     def nested_sizes(self) -> tuple[int, ...]:
-        """Of MatFormer, the whole width last."""
+        """MatFormer's widths, ascending; the whole width is last."""
         assert self.matformer is not None
         return (*sorted(set(self.matformer.sizes) - {self.ffn_size}), self.ffn_size)
 
@@ -327,7 +325,7 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Sizes that follow from others, so that the resolved config states every number."""
+        """Fills in sizes that follow from others, so that the resolved config states every number."""
         if not isinstance(values, dict):
             return values
         v = dict(values)
@@ -339,7 +337,7 @@ class Model(Section):
                 raise ValueError(f"hidden_size {hidden} is not a multiple of num_heads {heads}: change one, or set head_dim")
             v["head_dim"] = hidden // heads
         if isinstance(hidden, int) and v.get("ffn_size") is None:
-            # Three matrices of a gated one of 8/3·h hold as many weights as two of 4·h; a multiple of 64 keeps products aligned.
+            # A gated feed-forward has three matrices: 8/3·h holds as many weights as two of 4·h; a multiple of 64 keeps products aligned.
             known = activations().get(ffn) if isinstance(ffn, str) else None
             v["ffn_size"] = -(-hidden * 8 // 3 // 64) * 64 if known is not None and known.gated else 4 * hidden
         if v.get("family") == "encoder_decoder" and v.get("encoder_layers") is None:

@@ -10,7 +10,7 @@ from megascale.config.schema.section import NonNegative, Positive, Ranks, Sectio
 
 
 def _words(value: Any) -> Any:
-    """`none`, one word, or a list of words → a list without repetition."""
+    """`none`, one word, or a list of words → a list without repetitions."""
     words = value if isinstance(value, list | tuple) else [value]
     return [w for i, w in enumerate(words) if w not in ("none", None, *words[:i])]
 
@@ -69,18 +69,18 @@ class Parallel(Section):
     ] = ()
     """What is kept in host memory: one of the names, a list of them, or `none`."""
     offload_dir: str | None = None
-    """DeepSpeed only: a folder on NVMe that takes the place of host memory."""
+    """DeepSpeed only: a folder on NVMe to use instead of host memory."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
 
     @property
     def expert_tp(self) -> int:
-        """Ranks over which one expert is cut."""
+        """Ranks that share one expert."""
         return self.etp or self.tp
 
     @property
     def heads_over(self) -> int:
-        """Ranks of cp that trade heads with each other; cp divided by it is the length of the ring."""
+        """Number of cp ranks that exchange heads with each other; the ring has cp divided by it places."""
         return self.cp if self.cp_method == "ulysses" else self.cp_ulysses
 
     @property

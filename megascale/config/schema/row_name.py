@@ -1,4 +1,4 @@
-"""A key whose value is the name of a row, of ours or of a plugin: checked as the choices of other keys are, and listed in JSON Schema."""
+"""A key whose value names a row, built in or from a plugin: checked like the choices of other keys, and listed in JSON Schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megascale.plugins import installed
 
 @dataclass(frozen=True)
 class RowName:
-    """In `Annotated[str, RowName(table)]`."""
+    """For `Annotated[str, RowName(table)]`."""
 
     table: Callable[[], Mapping[str, Any]]
 

@@ -50,7 +50,7 @@ class Train(Section):
 
     @property
     def source_length(self) -> int:
-        """Places of a source, where there are sources."""
+        """Positions of a source, if there are sources."""
         return self.source_len or self.seq_len
 
     @property
@@ -62,7 +62,7 @@ class Train(Section):
 
 
 def _fp8(value: Any) -> Any:
-    """true means static; the words are those that pydantic takes for other switches."""
+    """true means static. Accepts the words that pydantic accepts for booleans."""
     if not isinstance(value, bool | str):
         return value
     word = str(value).lower()
@@ -100,12 +100,12 @@ class Precision(Section):
 
 
 def any_layer(weight: str) -> str:
-    """blocks.3.ffn.up.weight → blocks.*.ffn.up.weight; other names as they are."""
+    """blocks.3.ffn.up.weight → blocks.*.ffn.up.weight; other names unchanged."""
     return re.sub(r"^blocks\.\d+\.", "blocks.*.", weight)
 
 
 class Multiplier(Section):
-    """What a weight's rate, decay, epsilon and part in the gradient norm are multiplied with."""
+    """Factors on a weight's learning rate, decay, epsilon and part of the gradient norm."""
 
     lr: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the learning rate."""
@@ -145,7 +145,7 @@ class Optim(Section):
     """
 
     def multiplier(self, weight: str) -> Multiplier:
-        """By the weight's own name, or by its name in any layer."""
+        """The entry for the weight's own name, or for its name in any layer."""
         return self.multipliers.get(weight, self.multipliers.get(any_layer(weight), Multiplier()))
 
 
@@ -186,7 +186,7 @@ class Data(Section):
 
     @property
     def masked(self) -> float:
-        """The share of tokens to be named."""
+        """The share of tokens to predict."""
         return self.mask_fraction or 0.15
 
 
@@ -208,4 +208,4 @@ class Checkpoint(Section):
     init_data: Literal["restart", "continue"] = "restart"
     """With `init_from`: start the data anew, or continue where the other run stopped."""
     export: Literal["none", "hf"] = "none"
-    """Also write a Hugging Face folder, `hf/`, beside every kept checkpoint."""
+    """Also write a Hugging Face folder, `hf/`, next to every kept checkpoint."""
