@@ -86,7 +86,7 @@ def test_whose_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     dry_run(build_config(values), 1, None)
     assert told(capsys)[0].endswith(" of 64.0 GB of this machine's memory")
     dry_run(build_config(settings(tmp_path, **LARGE)), 4, None)
-    assert told(capsys)[0].endswith(" of 16.0 GB for each of 4 ranks, were all of them on this machine")
+    assert told(capsys)[0].endswith(" of 16.0 GB for each of 4 ranks, if all of them ran on this machine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     dry_run(build_config(values), 4, None)

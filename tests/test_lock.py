@@ -154,7 +154,7 @@ def test_who_lost_it_is_told_and_writes_no_more(tmp_path: Path) -> None:
     lock.check()  # made again
     assert lock.holds() and not told
     left_by(tmp_path / "run", node="another", token="x" * 32)
-    with pytest.raises(UsageError, match=r"has taken the run directory .* over: process .* on another"):
+    with pytest.raises(UsageError, match=r"has taken over the run directory .*: process .* on another"):
         lock.check()
     assert any("another" in text for text in told)
     lock.release()

@@ -92,7 +92,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_aloud(folder: Path, done: Path,
     assert run(values_of(folder)) == (0, "done")
     (event,) = events(folder, "checkpoint_skipped")
     assert event["folder"].endswith(step_name(6)) and "checksum" in event["why"] and event["step"] == 5
-    assert "warning: step-00000006 is left out" in capfd.readouterr().err
+    assert "warning: step-00000006 is skipped" in capfd.readouterr().err
     assert losses(folder) == losses(done)
 
 
@@ -245,7 +245,7 @@ def test_ways_back_that_are_refused(folder: Path, tmp_path_factory: pytest.TempP
     """Catches a path that is not there and is passed over, a damaged target, another run's folder over a run, and a half way back."""
     before = tree(folder / "run")
     code, message = run(values_of(folder, checkpoint__resume="/nowhere"))
-    assert code == 2 and "checkpoint.resume is '/nowhere', and it cannot be found (No such file" in message
+    assert code == 2 and "checkpoint.resume is '/nowhere', but it cannot be found (No such file" in message
     flip(step_folder(folder, 3) / SHARD)
     code, message = run(values_of(folder, checkpoint__resume=str(step_folder(folder, 3))))
     assert code == 2 and "checksum" in message and "name another folder" in message
@@ -293,7 +293,7 @@ def test_a_start_without_checkpoints_keeps_the_rows(folder: Path, capfd: pytest.
     (folder / "run" / "checkpoints").mkdir()  # where a disk would be mounted
     before = tree(folder / "run")
     code, message = run(values_of(folder))
-    assert code == 2 and "checkpoint of step 6 was saved, and there is none in" in message and "resume=never starts again" in message
+    assert code == 2 and "checkpoint of step 6 was saved, but there is none in" in message and "resume=never starts again" in message
     assert tree(folder / "run") == before
     (folder / "run" / "exit.json").write_text('{"code": 75}')
     old = (folder / "run" / "metrics.jsonl").read_bytes()
@@ -362,7 +362,7 @@ def test_the_directory_is_held_while_training(folder: Path) -> None:
         code, message = run(values)
         assert code == 2 and f"held by another job: process {os.getpid()} on" in message and tree(folder / "run") == before
         os.rename(folder / "run", folder / "moved")
-        with pytest.raises(Exception, match=r"could not be written: the run directory .* is not there any more"):
+        with pytest.raises(Exception, match=r"could not be written: the run directory .* no longer exists"):
             trainer.train()
         assert not (folder / "run").exists()
 
@@ -484,7 +484,7 @@ def test_megatrons_order_depends_on_the_length(mixed: tuple[Path, dict[str, Any]
     assert run(values) == (0, "done")
     longer = {**values, "train": {**values["train"], "steps": 3}}
     code, message = run(longer)
-    assert code == 2 and "train.steps was 2 and is 3, and under data.order megatron" in message
+    assert code == 2 and "train.steps was 2 and is now 3; under data.order megatron" in message
     longer["run"] = {**longer["run"], "allow_change": ["train.steps"]}
     assert run(longer) == (0, "done")
 

@@ -208,7 +208,7 @@ def test_pipelines_are_refused_on_a_torch_that_cannot(folder: Path, monkeypatch:
     """Catches a traceback from inside torch 2.11, whose pipeline stages lack what ours use."""
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     for code, message in run_ranks(2, run, settings(folder, parallel__pp=2)):
-        assert code == 2 and "parallel.pp is 2 and torch is 2.11.0" in message
+        assert code == 2 and "parallel.pp is 2 but torch is 2.11.0" in message
 
 
 def test_wandb_that_does_not_start_ends_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_a_finished_run_says_so(folder: Path, capfd: pytest.CaptureFixture[str])
     """Catches "next is step 9" where the run has 6, and an empty answer to whoever starts it again."""
     assert run_ranks(1, run, settings(folder)) == [(0, "done")]
     assert run_ranks(1, run, settings(folder, train__steps=3)) == [(0, "done")]
-    assert "already at step 6 of 3: nothing left to do" in capfd.readouterr().err
+    assert "already at step 6 of 3: nothing to do" in capfd.readouterr().err
 
 
 def disk_full_at(values: dict[str, Any], bad: str) -> tuple[int, str]:

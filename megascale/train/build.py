@@ -1,4 +1,4 @@
-"""A model on its mesh and the engine that trains it, as the config says."""
+"""A model on its mesh and the engine that trains it, from a config."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from megascale.train.engines.engine import Engine, Native
 
 
 def check_torch(config: Config) -> None:
-    """Refuses what the installed torch cannot do: before 2.12 the stages of its pipelines were of another make."""
+    """Refuses pipelines on torch before 2.12, whose pipeline stages had another interface."""
     if config.precision.fp8 == "dynamic":
         check_torchao()
     if config.parallel.pp > 1 and torch.__version__.startswith("2.11."):
-        raise UsageError(f"parallel.pp is {config.parallel.pp} and torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
+        raise UsageError(f"parallel.pp is {config.parallel.pp} but torch is {torch.__version__}: pipelines need torch 2.12, or set pp to 1")
 
 
 def check_offload_dir(config: Config) -> None:
-    """Raises UsageError where the folder for offloaded state is not there, on any node."""
+    """Raises UsageError if the folder for offloaded state is missing on any node."""
     folder = config.parallel.offload_dir
     if folder is not None and not Path(folder).is_dir():
-        raise UsageError(f"parallel.offload_dir is {folder}, and {node_name()} has no such folder: make it, on every node")
+        raise UsageError(f"parallel.offload_dir is {folder}, but {node_name()} has no such folder: create it on every node")
 
 
 def build_model(
     config: Config, mesh: Mesh, device: torch.device, documents: Sequence[int] = ()
 ) -> tuple[ParallelModel, dict[str, Any], float]:
-    """The cut model in memory, facts for the log, and its training FLOPs per token, in which `documents` are as in `keys_met`."""
+    """The parallelized model in memory, facts for the log, and training FLOPs per token; `documents` as in `keys_met`."""
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = shape_of(config)
     specs = specs_of(build_part(config.model, shape))
     for key in config.optim.multipliers:
         if not any(key in (name, any_layer(name)) for name in specs):
             near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
-            raise UsageError(f"optim.multipliers names {key}, which no weight is called{f'; did you mean {near[0]}?' if near else ''}")
+            raise UsageError(f"optim.multipliers names {key}, but no weight has that name{f'; did you mean {near[0]}?' if near else ''}")
     flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length, documents)
     active = active_parameters(specs)
     facts = {
@@ -73,7 +73,7 @@ def build_model(
 
 
 def draw_model(config: Config, ranks: int, device: torch.device) -> ParallelModel:
-    """A mesh over all `ranks`, the model of a config cut for it, and its weights drawn: what tests and benchmarks train."""
+    """The model of a config on a mesh over all `ranks`, with its weights drawn: for tests and benchmarks."""
     mesh = build_mesh(axis_sizes(config.parallel, ranks), device.type, config.parallel.heads_over)
     model = _assemble(config, mesh, device, choose_kernels(config.run.kernels, config.model.norm, device).norm)
     for _ in model.draw_weights(config.run.seed):
@@ -87,12 +87,12 @@ def _assemble(config: Config, mesh: Mesh, device: torch.device, norm: NormKernel
 
 
 def products_of(precision: Precision) -> Fp8:
-    """How hidden products are computed."""
+    """The product function of hidden layers for a precision."""
     return precision.fp8_recipe if precision.fp8 == "dynamic" else precision.fp8
 
 
 def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:
-    """Each schedule with what it imports: a rank pays at its start for the one it runs."""
+    """Builds the schedule. Each imports what it needs here, so a rank's start pays only for the one it runs."""
     if parallel.pp > 1:
         from megascale.schedule.pipeline import Pipeline
 
@@ -106,7 +106,7 @@ def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.devic
 
 def build_engine(model: ParallelModel, config: Config, device: torch.device) -> Engine:
     if config.parallel.engine == "deepspeed":
-        from megascale.train.engines.deepspeed import DeepSpeed  # an extra, imported for those who ask for it
+        from megascale.train.engines.deepspeed import DeepSpeed  # an optional package
 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)

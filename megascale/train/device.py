@@ -15,7 +15,7 @@ from megascale.launch.devices import device_index
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import core_quota, own_cores, slurm_cores
 
-FP8_CAPABILITY = (8, 9)  # from which on CUDA devices multiply FP8: Ada, Hopper and newer
+FP8_CAPABILITY = (8, 9)  # lowest compute capability with FP8 products: Ada, Hopper and newer
 
 
 def choose_device(config: Config, ranks: RankInfo) -> torch.device:
@@ -23,7 +23,7 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UsageError("run.device is cuda and torch finds no CUDA device here: use auto or cpu")
+        raise UsageError("run.device is cuda but torch finds no CUDA device here: use auto or cpu")
     device = torch.device("cuda", device_index(ranks, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     capability = torch.cuda.get_device_capability(device)
@@ -36,7 +36,7 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
 
 
 class Seat(NamedTuple):
-    """Where a rank stands: its node, and the cores that it may run on, a bit each."""
+    """A rank's node and the set of cores it may run on, as a bit mask."""
 
     node: str
     cores: int
@@ -47,10 +47,10 @@ def own_seat() -> Seat:
 
 
 def share_of_cores(seat: Seat, everyone: Sequence[Seat], given: int | None, quota: int | None) -> int:
-    """The threads of a rank at `seat`: its part of cores that others on its node run on too, all of cores that it alone is bound to.
+    """Threads of a rank at `seat`: its part of the cores that it shares with other ranks of its node, and all cores that only it may use.
 
-    given  the cores that the launcher gave it, bound to them or not
-    quota  the cores that all ranks of the node may keep busy together
+    given  number of cores that the launcher assigned to it, bound or not
+    quota  number of cores that all ranks of the node may keep busy together
     """
     neighbours = [other for other in everyone if other.node == seat.node]
     cores = seat.cores.bit_count()
@@ -59,9 +59,9 @@ def share_of_cores(seat: Seat, everyone: Sequence[Seat], given: int | None, quot
 
 
 def default_threads(ranks: RankInfo) -> int:
-    """This rank's share of the node's cores; to a process alone, what OMP_NUM_THREADS says. Collective.
+    """This rank's share of the node's cores; a process alone respects OMP_NUM_THREADS. Collective.
 
-    Launchers set that to 1 unasked, so from them it is nobody's wish.
+    Launchers set that variable to 1 by default, so under a launcher it is ignored.
     """
     if ranks.launcher == "alone" and os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
@@ -71,9 +71,9 @@ def default_threads(ranks: RankInfo) -> int:
 
 
 def checked_threads(wanted: int | None) -> int | None:
-    """The config's, where this machine can start so many: OpenMP dies of too many in its own code, without a word of ours."""
+    """The config's number, checked against this machine: OpenMP crashes without a message if it cannot start that many."""
     cores = len(own_cores())
     most = max(128, 8 * cores)
     if wanted is not None and wanted > most:
-        raise UsageError(f"run.threads is {wanted} and this process may use {cores} cores: take at most {most}, or leave it out")
+        raise UsageError(f"run.threads is {wanted} but this process may use {cores} cores: take at most {most}, or leave it out")
     return wanted

@@ -1,4 +1,4 @@
-"""Growth in a run: the config's `grow` cuts it into phases; between two of them the last checkpoint grows, and the run goes on."""
+"""Growth during a run: `grow` divides it into phases; between two of them the last checkpoint grows, and the run continues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megascale.train.trainer import Trainer
 
 @contextmanager
 def trainers(config: Config, ranks: RankInfo, stop: StopFlag, activity: Activity, given: Given = FROM_FILES) -> Iterator[Iterator[Trainer]]:
-    """The trainers of a run one after another: each is to be trained before the next is asked for. Leaving the context closes the last."""
+    """The trainers of a run in order. Train each to its end before asking for the next. Leaving the context closes the last."""
     with ExitStack() as whole_run, ExitStack() as open_one:
         yield _each(config, ranks, stop, activity, given, whole_run, open_one)
 
@@ -40,7 +40,7 @@ def _each(
         trainer = open_one.enter_context(build_trainer(phase.config, ranks, stop, activity, phase=phase, opening=opening, given=given))
         yield trainer
         if phase.growth is not None:
-            activity.at(phase.until, SAVING)  # as long as a save may take
+            activity.at(phase.until, SAVING)  # allows as much time as a save
             report = on_all_ranks(lambda: _grow(phase, ranks))  # noqa: B023
             if report is not None:
                 trainer.reporter.event("grow", phase.until, **report)
@@ -48,13 +48,13 @@ def _each(
 
 
 def _over(phase: Phase) -> bool:
-    """Whether a checkpoint beyond this phase is there: of the next one, or the grown one that begins it."""
+    """Whether a checkpoint after this phase exists: one of the next phase, or the grown one that begins it."""
     if phase.growth is None:
         return False
     root = Path(phase.whole.run_dir) / "checkpoints"
     try:
         own = newest(root)
-    except Damaged:  # all of them: the grown checkpoint may stand in
+    except Damaged:  # all are damaged: the grown checkpoint may replace them
         own = None
         if _is_grown(phase):
             return True
@@ -66,17 +66,17 @@ def _grown_folder(phase: Phase) -> Path:
 
 
 def _is_grown(phase: Phase) -> bool:
-    """Whether the growth was finished: its config is written when it is proven, and a kill before that leaves the checkpoint alone."""
+    """Whether the growth finished: it writes its config once it is verified; a kill before leaves only the checkpoint."""
     return (_grown_folder(phase).parent / CONFIG).exists()
 
 
 def _number(phase: Phase) -> int:
-    """Of the growth that ends the phase, from 1."""
+    """1-based index of the growth at the end of this phase."""
     return 1 + [g.step for g in phase.whole.grow].index(phase.until)
 
 
 def _grow(phase: Phase, ranks: RankInfo) -> dict[str, object] | None:
-    """On the first rank: the phase's last checkpoint, grown. The others wait where they agree."""
+    """Grows the phase's last checkpoint on the first rank. The other ranks wait at their next agreement."""
     if ranks.rank != 0 or _is_grown(phase):
         return None
     from megascale.expand.grow import grow

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Phase:
-    """`config` of the model as it is then, `whole` as the run was begun; its last step `until`, the growth after it (None: the run ends),
+    """`config` of the model in this phase, `whole` as the run was started; its last step `until`; the growth after it (None: the run ends);
     and the grown checkpoint `origin` that begins it (None: the run's beginning).
     """
 
@@ -34,8 +34,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Given:
-    """What a Python program gives beside the config: `samples` in place of the files of data.train; `writes` False for a run without a
-    directory; `quiet` for warnings as all that the screen shows.
+    """What a Python program passes in addition to the config: `samples` instead of the files of data.train; `writes` False for a run
+    without a directory; `quiet` to print warnings only.
     """
 
     samples: TokenLists | None = None
@@ -56,7 +56,7 @@ def run_phases(config: Config, ranks: int) -> list[Phase]:
 
 
 def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
-    """An entry of the config as the tool's sizes and options."""
+    """An entry of `grow` as sizes and options of the growth command."""
     from megascale.expand.options import GrowthOptions, Sizes
 
     sizes = Sizes(
@@ -74,7 +74,7 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
     """All phases, each with its own model. Raises UsageError for a growth that is refused, before the first step."""
     if not config.grow:
         return [Phase(config, config, config.train.total_steps)]
-    from megascale.expand.grow import grown_config, refuse_nothing  # and with it all formats that a model may come from
+    from megascale.expand.grow import grown_config, refuse_nothing  # imports all formats of source models
     from megascale.expand.plan import plan_growth
     from megascale.expand.state import check_state_grows
 

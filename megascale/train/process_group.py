@@ -1,4 +1,4 @@
-"""Where a process runs: its device, its ranks, and how they come to one decision."""
+"""Sets up a process among its ranks: device, rendezvous, watchdog and threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group(config: Config, ranks: RankInfo) -> Iterator[Watchdog]:
-    """Ranks met (nothing for a process alone) and watched; threads set. Raises UsageError where a rank has no device, or another kind."""
+    """Joins the ranks, starts the watchdog, sets threads. Raises UsageError if a device is missing or the ranks' devices differ in kind."""
     wanted = checked_threads(config.run.threads)
     limit = config.run.collective_timeout
     if ranks.size == 1:
@@ -37,12 +37,12 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watchdog]:
     try:
         device = choose_device(config, ranks)
     except UsageError as error:
-        problem = str(error)  # told to all: the first rank alone speaks to the screen
+        problem = str(error)  # sent to all, since only the first rank prints
     on_cuda = device is not None and device.type == "cuda"
     backend = "nccl" if on_cuda else "gloo"
     if on_cuda and config.parallel.offload:
-        backend = "cpu:gloo,cuda:nccl"  # what lies on the host is summed there
-    # The watch speaks first, since it knows more; the library's own time-out is for what happens before the watch looks.
+        backend = "cpu:gloo,cuda:nccl"  # tensors on the host are reduced there
+    # The watchdog reports first, since it knows more; the library's own time-out covers the time before the watchdog runs.
     try:
         store = open_store(ranks, limit)
     except dist.DistNetworkError as error:
@@ -58,7 +58,7 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watchdog]:
     join(store, ranks, backend, limit + WATCH_FIRST)
     try:
         watch = Watchdog(ranks, store, limit)
-        share = default_threads(ranks)  # asked of all, since a node may have run.threads of its own
+        share = default_threads(ranks)  # all ranks take part, since a node may have its own run.threads
         torch.set_num_threads(wanted or share)
         yield watch
     finally:
@@ -66,7 +66,7 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watchdog]:
 
 
 def final_barrier() -> None:
-    """Waits for all ranks: launchers that kill what is left when one rank ends must not find anybody still writing."""
+    """Waits for all ranks: launchers that kill the remaining ranks when one exits must not interrupt a write."""
     if dist.is_initialized():
-        with suppress(RuntimeError):  # a peer that dies now takes nothing with it: the run's state is whole
+        with suppress(RuntimeError):  # a peer that dies now does no harm: the run's state is complete
             dist.barrier()

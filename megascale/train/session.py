@@ -1,4 +1,4 @@
-"""A run inside a Python program: the trainers, process group and checkpoints of `pretrain.py`, its loop in the program's hands."""
+"""A run inside a Python program: the trainers, process group and checkpoints of `pretrain.py`, with the loop in the program."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from megascale.train.trainer import Trainer
 
 
 class Session:
-    """A run under way. Iterating over it trains it, through growths too, and yields the result of each step: `number`, `loss`,
-    `grad_norm`, `lr`, `valid_loss`. All ranks iterate alike.
+    """A run in progress. Iterating trains it, through growths too, and yields the result of each step: `number`, `loss`, `grad_norm`, `lr`,
+    `valid_loss`. All ranks must iterate alike.
     """
 
     def __init__(self, phases: Iterator[Trainer], ranks: RankInfo, stop: StopFlag, last_step: int) -> None:
@@ -34,28 +34,28 @@ class Session:
 
     @property
     def config(self) -> Config:
-        """Resolved for the ranks that are there."""
+        """The config, resolved for the current ranks."""
         return self.trainer.config
 
     @property
     def step(self) -> int:
-        """Steps done, those before a resume included."""
+        """Number of steps done, including those before a resume."""
         return self.trainer.progress.step
 
     @property
     def model(self) -> ParallelModel:
-        """What this rank holds of the model."""
+        """This rank's part of the model."""
         return self.trainer.model
 
     def __iter__(self) -> Iterator[StepResult]:
-        """Raises StopRequested where the run was asked to stop, its checkpoint being written."""
+        """Raises StopRequested if the run was asked to stop, after writing a checkpoint."""
         yield from self.trainer
         for trainer in self._phases:
             self.trainer = trainer
             yield from trainer
 
     def evaluate(self) -> dict[str, float]:
-        """The mean loss per token of every validation set, now. All ranks call."""
+        """The current mean loss per token of every validation set. Collective."""
         if not self.trainer.valid:
             raise UsageError("train.eval_every is 0, so no validation set is open: set it, and data.valid or data.valid_fraction")
         self.model.at_step(max(1, self.step))
@@ -65,8 +65,8 @@ class Session:
             self.trainer.leave()
 
     def leave(self) -> None:
-        """After the program has left its loop: the rest of a run that is done, else a stop on request, so that all ranks leave at the same
-        step, also where one of them left its loop alone, and the run can go on from there.
+        """Called after the program has left its loop. A finished run completes its end; otherwise the ranks stop as on request: all at the
+        same step, also if only one of them left its loop, and with a checkpoint to continue from.
         """
         if not self.step:
             return
@@ -81,7 +81,7 @@ class Session:
             pass
 
 
-# What a config asks for that has nowhere to go without a run directory.
+# Keys that need a run directory.
 WRITES: dict[str, Callable[[Config], bool]] = {
     "run.tensorboard": lambda c: c.run.tensorboard,
     "run.wandb": lambda c: c.run.wandb,
@@ -93,15 +93,15 @@ WRITES: dict[str, Callable[[Config], bool]] = {
 
 
 def check_without_directory(config: Config) -> None:
-    """Raises UsageError for a config that asks for what only a run directory can hold."""
+    """Raises UsageError for a config with keys that need a run directory."""
     asked = [key for key, asks in WRITES.items() if asks(config)]
     if asked:
         keys = ", ".join(asked)
-        raise UsageError(f"run_dir is None, so that nothing is written, and the config sets {keys}: give run_dir, or leave those out")
+        raise UsageError(f"run_dir is None, so nothing is written, but the config sets {keys}: give run_dir, or leave those out")
 
 
 def with_samples(config: Config) -> Config:
-    """The config of a run on samples in memory, which stand in the place of the files of data.train."""
+    """The config of a run that trains on samples in memory instead of the files of data.train."""
     place = [DataSource(path=PLACE, name=NAME)]
     return config.model_copy(update={"data": config.data.model_copy(update={"train": place})})
 
@@ -110,7 +110,7 @@ def with_samples(config: Config) -> Config:
 def open_session(config: Config, samples: Samples | None, writes: bool) -> Iterator[Session]:
     """`writes` False: without a run directory. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        raise UsageError("torch.distributed has a process group already, and a run makes its own: leave it to megascale.training")
+        raise UsageError("torch.distributed already has a process group, but a run creates its own: leave that to megascale.training")
     if not writes:
         check_without_directory(config)
     if samples is not None:
@@ -143,7 +143,7 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
 
 
 def ending_of(error: BaseException) -> Exit:
-    """What an error that left the `with` comes to in exit.json."""
+    """The ending in exit.json for an error that left the `with` block."""
     known = as_exit(error) if isinstance(error, Exception) else None
     if isinstance(error, MegascaleError):
         return Exit(error.code, str(error))

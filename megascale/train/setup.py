@@ -61,13 +61,13 @@ def build_trainer(
     opening: Opening | None = None,
     given: Given = FROM_FILES,
 ) -> Iterator[Trainer]:
-    """Everything between a config and the first step. Nothing but the lock is written before all ranks agree that the run can start.
+    """Builds everything a run needs before its first step. Only the lock is written before all ranks agree that the run can start.
 
-    stop      what signals set, where somebody listens to them already
-    activity  where the trainer says what it does, for a watchdog
-    phase     which part of a run this is, its config already resolved; the first one of `config` if absent
-    opening   the run's directory, where it is this job's already
-    given     what a Python program gives beside the config
+    stop      the flag that signals set, if the caller already listens
+    activity  where the trainer reports what it does, for a watchdog
+    phase     the part of the run, with a resolved config; default: the first one of `config`
+    opening   the run's directory, if this job already owns it
+    given     what a Python program passes in addition to the config
     """
     with ExitStack() as until_the_end:
         phase = phase or run_phases(config, ranks.size)[0]
@@ -96,7 +96,7 @@ def _built(
     on_all_ranks(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
     found = on_all_ranks(lambda: claim_run_dir(phase.whole, run_dir, opening) if first and run_dir is not None else [])
-    activity.run_dir = run_dir  # from here on it is this attempt whose end is written there
+    activity.run_dir = run_dir  # from here on this attempt's end is written there
     console = Console(config.train.total_steps, progress.step, given.quiet) if first else None
     log = on_all_ranks(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
@@ -110,7 +110,7 @@ def _built(
     add_loggers(config, progress, log)
     batches = prefetch(config, mixture, progress, phase.until, mesh, device)
     valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
-    on_all_ranks(lambda: [make(0) for make in valid.values()])  # what is wrong with a set is said now, not at its first evaluation
+    on_all_ranks(lambda: [make(0) for make in valid.values()])  # errors in a set appear now, not at its first evaluation
     checkpointer = NoCheckpoints() if run_dir is None else build_checkpointer(config, run_dir, model, opening)
     stop.file = run_dir / STOP if first and run_dir is not None else None
     connect(activity, stop, mesh)
@@ -134,7 +134,7 @@ def _built(
 
 
 def checked_device(config: Config, ranks: RankInfo) -> torch.device:
-    """This rank's device. Raises UsageError, on all ranks alike, where a machine or its torch cannot do what the config asks."""
+    """This rank's device. Raises UsageError on all ranks alike if a machine or its torch cannot do what the config asks."""
     on_all_ranks(lambda: check_torch(config))
     on_all_ranks(lambda: check_rows(config))
     device = on_all_ranks(lambda: choose_device(config, ranks))
@@ -144,7 +144,7 @@ def checked_device(config: Config, ranks: RankInfo) -> torch.device:
 
 
 def add_loggers(config: Config, progress: Progress, log: RunLog | None) -> None:
-    """The outside loggers that the config asks for; `log` is the first rank's. Collective."""
+    """Adds the outside loggers that the config asks for; only the first rank has a `log`. Collective."""
     if config.run.tensorboard:
         on_all_ranks(lambda: log.add_tensorboard(progress.step) if log is not None else None)
     if config.run.wandb:
@@ -153,28 +153,28 @@ def add_loggers(config: Config, progress: Progress, log: RunLog | None) -> None:
 
 
 def prefetch(config: Config, samples: Samples, progress: Progress, until: int, mesh: Mesh, device: torch.device) -> Prefetcher:
-    """This rank's micro-batches of the steps after `progress` up to `until`."""
+    """Prefetches this rank's micro-batches of the steps after `progress` up to `until`."""
     batch = config.train.global_batch_size
     origin = progress.samples - progress.step * batch
     return Prefetcher(lambda step: micro_batches(config, samples, origin + (step - 1) * batch, mesh, device), progress.step + 1, until)
 
 
 def connect(activity: Activity, stop: StopFlag, mesh: Mesh) -> None:
-    """What the watchdog and the gates look at."""
+    """Connects the watchdog and the gates to the run."""
     activity.traffic, activity.stop = mesh.traffic, stop
     if mesh.size == 1:
         activity.gate.asked = stop.heard_of
 
 
 def own_checkpoint(start: RunStart, run_dir: Path) -> bool:
-    """Whether a run goes on from a checkpoint in its own directory."""
+    """Whether a run continues from a checkpoint in its own directory."""
     if start.folder is None or start.weights_only:
         return False
     return start.folder.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
 def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
-    """Fills the engine's state from where the run starts, and says how far that run had come; a new run has come nowhere."""
+    """Loads the engine's state from where the run starts and returns the progress there; a new run has none."""
     if start.folder is None:
         return Progress()
     state = engine.pieces()
@@ -194,12 +194,12 @@ def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
     if start.weights_only:
         return Progress(samples=start.samples)
     progress = Progress(**{k: saved[k] for k in Progress().plain() if k in saved})
-    # Outside loggers know a run by its id: two runs under one would be one curve.
+    # Outside loggers identify a run by its id: two runs with one id would share a curve.
     return progress if is_own(config, start.folder, saved) else replace(progress, logger_ids={})
 
 
 def valid_batches(config: Config, samples: Samples, mesh: Mesh, device: torch.device, step: int) -> list[Batch]:
-    """This rank's micro-batches of an evaluation's step, counted from 0."""
+    """This rank's micro-batches of one evaluation step, counted from 0."""
     return micro_batches(config, samples, step * config.train.global_batch_size, mesh, device)
 
 
@@ -216,7 +216,7 @@ def build_reporter(
     console: Console | None,
     measured: bool,
 ) -> Reporter:
-    """`flops`: of a token in training; `measured`: whether MFU is told to anybody. Log and console are the first rank's."""
+    """`flops`: per token in training; `measured`: whether anything logs MFU. Only the first rank has a log and a console."""
     peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else None
     if peak is None and measured:
         peak = peak_flops(device, model.model.shape.compute)

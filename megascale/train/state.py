@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: every weight and optimizer tensor as pieces, and the numbers of the trainer as JSON."""
+"""The contents of a checkpoint: every weight and optimizer tensor as pieces, and the trainer's numbers as JSON."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from megascale.parallel.model import ParallelModel
 
 @dataclass
 class Progress:
-    """Where a run stands, on every rank alike. step: updates done; samples: sequences drawn from the data, which is its position."""
+    """Progress of a run, equal on all ranks. step: updates done; samples: sequences drawn from the data, which is the position in it."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped_in_a_row: int = 0
-    logger_ids: dict[str, str] = field(default_factory=dict)  # of outside loggers, kept over resumes
+    logger_ids: dict[str, str] = field(default_factory=dict)  # ids of outside loggers, kept over resumes
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def model_pieces(model: ParallelModel) -> dict[str, Piece]:
-    """Canonical names under "model.", live."""
+    """Live pieces by canonical names under "model."."""
     weights = {f"model.{w.name}": model.piece(w, w.local) for w in model.weights}
     return {**weights, **{f"model.{s.name}": s.piece for s in model.states}}
 
 
 def state_pieces(model: ParallelModel, optimizer: dict[str, dict[str, Tensor]]) -> dict[str, Piece]:
-    """Everything that a resume needs, live: loading into these pieces changes the training state. `optimizer`: `Optimizer.state()`."""
+    """Live pieces of everything that a resume needs: loading into them changes the training state. `optimizer`: `Optimizer.state()`."""
     pieces = model_pieces(model)
     weights = {w.name: w for w in model.weights}
     for key, tensors in optimizer.items():
@@ -45,12 +45,12 @@ def state_pieces(model: ParallelModel, optimizer: dict[str, dict[str, Tensor]]) 
 
 
 def check_finite(state: dict[str, Piece], folder: Path | None) -> None:
-    """Raises UsageError for weights that were loaded and are no numbers: every step would be skipped. The optimizer's are not asked."""
+    """Raises UsageError for loaded weights that are not finite, since every step would be skipped. Optimizer state is not checked."""
     for name, piece in state.items():
         if not name.startswith("model.") or not piece.local.is_floating_point():
             continue
         flat = piece.local.detach().reshape(-1)
-        # A tensor of truth values beside all of a large weight may be more than is free.
+        # A boolean mask of a whole large weight may exceed free memory.
         if not all(torch.isfinite(part.float() if part.element_size() == 1 else part).all() for part in flat.split(1 << 26)):
             raise UsageError(
                 f"{name} in {folder} holds values that are not finite (NaN or infinite): take the weights from another checkpoint"

@@ -81,5 +81,5 @@ def test_cores_of_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
     assert own_cores() == {3, 7}
     assert (checked_threads(None), checked_threads(128)) == (None, 128)
-    with pytest.raises(UsageError, match=r"run\.threads is 129 and this process may use 2 cores: take at most 128"):
+    with pytest.raises(UsageError, match=r"run\.threads is 129 but this process may use 2 cores: take at most 128"):
         checked_threads(129)

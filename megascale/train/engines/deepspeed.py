@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO 1–3 with offload to host memory or NVMe, as an engine that owns reduction, clipping and update (extra).
 
-This file is all that knows DeepSpeed; it is imported when a config asks for it. Weights start as everywhere, from (seed, name), and its
-state is written and read as our checkpoints, so a run may change engines at a resume. Nothing is compiled: the optimizer is torch's, and
-DeepSpeed's shared-memory operation is declined before it can be built. NVMe is the exception, which needs DeepSpeed's own file operation.
+Only this file knows DeepSpeed; it is imported if a config asks for it. Weights start as under other engines, from (seed, name), and its
+state is saved and loaded in our checkpoints, so a run may change engines at a resume. Nothing is compiled: the optimizer is torch's, and
+DeepSpeed's shared-memory operation is declined before it can be built. The exception is NVMe, which needs DeepSpeed's own file operation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOMENTS = tuple(OPTIMIZERS["adamw"].state)
 
 
 class DeepSpeed:
-    """The engine is made at the first step, from weights drawn or loaded until then."""
+    """The DeepSpeed engine is created at the first step, from the weights drawn or loaded by then."""
 
     def __init__(self, model: ParallelModel, config: Config, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
@@ -46,11 +46,11 @@ class DeepSpeed:
         self.inner: Any = None
 
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
-        self.model.mesh.traffic.micro_batch()  # it keeps sums of its own, so a step is made whole
+        self.model.mesh.traffic.micro_batch()  # its own sums would break a step that is left halfway
         self._start()
         for group in self.inner.param_groups:
             group["lr"] = lr * group["factor"]
-        # DeepSpeed clips what it has reduced, so gradients must be final: the number of valid targets is agreed on before.
+        # DeepSpeed clips right after reducing, so gradients must be final: the number of valid targets is summed before.
         valid = valid_share(batches, scale, self.model.mesh, self.device)
         total: Tensor | None = None
         for i, b in enumerate(batches):
@@ -58,7 +58,7 @@ class DeepSpeed:
             last = i == len(batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             loss = self.engine(**b.inputs(), scale=scale)
-            # It averages over data ranks; ours is a sum.
+            # DeepSpeed averages over data ranks; our loss is a sum.
             self.engine.backward(loss * (self.data.size / valid).to(loss.dtype))
             if not last:
                 self.engine.step()
@@ -83,7 +83,7 @@ class DeepSpeed:
         return torch.stack(losses).to(torch.float64).sum()
 
     def pieces(self) -> dict[str, Piece]:
-        """Before the first step the live weights and moments to come; after it a copy, every weight on one of the data ranks in turn."""
+        """Before the first step: live weights and moments to be loaded. After it: a copy, each weight on one of the data ranks in turn."""
         if self.engine is None:
             if self.waiting is None:
                 self.waiting = build_optimizer(self.model, self.config.optim)
@@ -101,10 +101,10 @@ class DeepSpeed:
         return pieces
 
     def loaded(self, pieces: dict[str, Piece]) -> None:
-        """The engine is made from them."""
+        """The engine will be created from them."""
 
     def _steps(self) -> Tensor:
-        """Updates done; alike for all weights."""
+        """Number of updates so far, the same for all weights."""
         return next(iter(self.inner.state.values()))["step"]  # type: ignore[no-any-return]
 
     def _start(self) -> None:
@@ -115,17 +115,17 @@ class DeepSpeed:
         groups = grouped_by_rate({w.name: w.parameter for w in self.model.weights}, rates, cfg.eps)
         self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
         for w in self.model.weights:
-            # It sums squares over the tensor axis for those that say so, and counts the others once.
+            # DeepSpeed sums squares over the tensor axis for weights marked so, and counts the others once.
             w.parameter.model_parallel = w.parameter.tensor_model_parallel = bool(w.placement.cuts)  # type: ignore[attr-defined]
             if w.placement.partial:
-                # It reduces over data ranks in its own hooks, so shares of a sum over the tensor axis are summed as they appear.
+                # DeepSpeed reduces over data ranks in its own hooks, so partial sums over the tensor axis are reduced as they appear.
                 w.parameter.register_hook(partial(all_reduce, axis=mesh["tp"]))
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.package.comm.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         _count(self.package.comm.comm.cdb, mesh)
         if self.config.parallel.offload_dir is not None and mesh.rank == 0:
-            print("DeepSpeed's file operation is built where it is not yet: minutes, once a machine", file=sys.stderr, flush=True)
+            print("DeepSpeed compiles its file operation, once per machine: this takes minutes", file=sys.stderr, flush=True)
         self.engine, *_ = self.package.initialize(
             model=self.model.module,
             optimizer=self.inner,
@@ -137,8 +137,8 @@ class DeepSpeed:
         self._give_moments()
 
     def _give_moments(self) -> None:
-        """Moments into the flat tensors that DeepSpeed optimizes: zeros, or a checkpoint's."""
-        # Stage 3 shows its flat tensors to the optimizer during a step only.
+        """Fills the moments of the flat tensors that DeepSpeed optimizes: zeros, or a checkpoint's."""
+        # Stage 3 gives its flat tensors to the optimizer only during a step.
         flat = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         for p in flat if flat is not None else [p for group in self.inner.param_groups for p in group["params"]]:
             if not self.inner.state[p]:
@@ -146,13 +146,13 @@ class DeepSpeed:
         if self.waiting is None:
             return
         if flat is None:
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # which it does after the first step
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed itself does this after the first step
         state = self.waiting.state()
         steps = {float(t) for t in state["step"].values()}
         if len(steps) > 1:
             raise UsageError(
-                f"parallel.engine is deepspeed, and the checkpoint's weights have had {sorted(steps)} updates: it keeps one count for "
-                "all of them; go on with engine fsdp2, or start from the weights alone with checkpoint.init_from"
+                f"parallel.engine is deepspeed, but the checkpoint's weights have had {sorted(steps)} updates: it keeps one count for "
+                "all of them; continue with engine fsdp2, or start from the weights alone with checkpoint.init_from"
             )
         for s in self.inner.state.values():
             s["step"].fill_(max(steps))
@@ -163,7 +163,7 @@ class DeepSpeed:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's own config for ours."""
+    """Our config as a DeepSpeed config."""
     parallel, where = config.parallel, {}
     place = {"device": "nvme", "nvme_path": parallel.offload_dir} if parallel.offload_dir else {"device": "cpu"}
     if {"optimizer", "parameters"} & set(parallel.offload):
@@ -183,7 +183,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 class _Grid:
-    """Our groups as DeepSpeed asks for them."""
+    """Our groups behind the interface that DeepSpeed asks for."""
 
     def __init__(self, mesh: Mesh) -> None:
         for theirs, axis in (("model", mesh["tp"]), ("tensor_model", mesh["tp"]), ("data", mesh["dp_shard"])):
@@ -196,9 +196,9 @@ def _import() -> Any:
     try:
         from deepspeed import ops
     except ImportError:
-        raise UsageError("parallel.engine is deepspeed and the package is missing: pip install deepspeed, or use engine fsdp2") from None
-    # Communication set-up asks here whether it may compile an operation, which takes minutes on CPUs, and a lock left behind by a killed
-    # run would hang every later one. Asking alone would run a compiler too.
+        raise UsageError("parallel.engine is deepspeed but the package is missing: pip install deepspeed, or use engine fsdp2") from None
+    # Communication set-up asks this function whether it may compile an operation, which takes minutes on CPUs and whose lock, left by a
+    # killed run, would hang every later one. Even the query would run a compiler.
     ops.__compatible_ops__ = {}
     import deepspeed
 
@@ -206,7 +206,7 @@ def _import() -> Any:
 
 
 def _set_moment(w: Weight, key: str, value: Tensor, data: Axis) -> None:
-    """Writes a whole moment into the part of it that DeepSpeed keeps here."""
+    """Writes a whole moment into the part that DeepSpeed keeps on this rank."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     kept = getattr(w.parameter, "ds_tensor", None)

@@ -1,6 +1,6 @@
-"""What turns micro-batches into updated weights: our own schedules and optimizers, or an engine that owns both (DeepSpeed).
+"""Engines turn micro-batches into updated weights: our own schedules and optimizers, or one that owns both (DeepSpeed).
 
-A training step has two halves, `backward` and `update`; between them the gradients of the global batch lie on the weights. The trainer, the
+A training step has two halves, `backward` and `update`; between them each weight holds its gradient over the global batch. The trainer, the
 layout tests and the benchmarks all run these two functions.
 """
 
@@ -26,29 +26,29 @@ from megascale.train.state import state_pieces
 
 
 class Engine(Protocol):
-    """`backward` and `update` below make a step of it."""
+    """The functions `backward` and `update` below build a training step from it."""
 
     model: ParallelModel
 
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
-        """Forward and backward of a step, as `Schedule.run`; `lr` is the rate of its update."""
+        """Forward and backward of a step, as `Schedule.run`; `lr` is the learning rate of the step."""
 
     def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients ÷ `valid`, clipped, applied. Returns their norm before clipping and whether it is finite; where not, nothing moves."""
+        """Divides gradients by `valid`, clips, steps. Returns the norm before clipping and whether it is finite; if not, nothing moves."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """As `Schedule.evaluate`."""
 
     def pieces(self) -> dict[str, Piece]:
-        """All that a resume needs, to be saved or loaded into. Collective."""
+        """The state that a resume needs, to save or to load into. Collective."""
 
     def loaded(self, pieces: dict[str, Piece]) -> None:
-        """`pieces` have been loaded into: takes them over where they are not the live state itself. Collective."""
+        """Call after loading into `pieces`: copies them in unless they are the live state itself. Collective."""
 
 
 class Sums(NamedTuple):
-    """Sums over all ranks, 0-dim, fp64, on the device: loss and number of valid targets of the global batch, both times `scale`, and how
-    many ranks ask to stop.
+    """Sums over all ranks, 0-dim, fp64, on the device: loss and number of valid targets of the global batch, both times `scale`, and the
+    number of ranks that ask to stop.
     """
 
     loss: Tensor
@@ -57,8 +57,8 @@ class Sums(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step did, 0-dim, on the device: loss per valid target, gradient norm before clipping, and whether it is finite. If not, no
-    weight has moved.
+    """Result of a step, 0-dim, on the device: loss per valid target, gradient norm before clipping, and whether the norm is finite. If not,
+    no weight changed.
     """
 
     loss: Tensor
@@ -67,19 +67,19 @@ class Outcome(NamedTuple):
 
 
 def backward(engine: Engine, batches: Sequence[Batch], scale: float, lr: float, stop: Callable[[], bool] = lambda: False) -> Sums:
-    """The first half of a step: leaves the gradients of the global batch, times `scale`, on the weights.
+    """The first half of a step: each weight gets its gradient over the global batch, times `scale`.
 
-    stop  asked after the last micro-batch: whether this rank wants all to stop
+    stop  called after the last micro-batch: whether this rank asks all ranks to stop
     """
     loss = engine.run(batches, scale, lr)
-    # Loss and gradients carry a fixed scale; the number of valid targets is known only to all ranks together.
+    # Loss and gradients carry a fixed scale; the number of valid targets needs a sum over all ranks.
     return total_over_ranks(engine.model.mesh, loss, sum(b.valid for b in batches) * scale, float(stop()))
 
 
 def update(engine: Engine, sums: Sums) -> Outcome:
     """The second half: divides the gradients by the number of valid targets, clips and applies them.
 
-    Without any valid target this is 0 ÷ 0, hence not finite, and nothing moves.
+    Without a valid target this is 0 ÷ 0, so not finite, and no weight changes.
     """
     norm, finite = engine.update(sums.valid)
     return Outcome(sums.loss / sums.valid, norm, finite)
@@ -87,7 +87,7 @@ def update(engine: Engine, sums: Sums) -> Outcome:
 
 def total_over_ranks(mesh: Mesh, loss: Tensor, valid: float, stop: float = 0.0) -> Sums:
     """Three numbers summed over the ranks in one message; ranks with the same data count once."""
-    # All stages and all of cp know the whole batch. Their losses add up: zero but at the head, and of a rank's own positions.
+    # All stages and all of cp know the whole batch. Losses add up: each rank has that of its own positions, and only at the head.
     counted, share = valid if mesh.tells_batch else 0.0, float(mesh.tells_loss)
     numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([counted, stop], dtype=torch.float64).to(loss.device)])
     if mesh.size > 1:
@@ -97,14 +97,14 @@ def total_over_ranks(mesh: Mesh, loss: Tensor, valid: float, stop: float = 0.0) 
 
 @dataclass
 class Native:
-    """Our own schedule and optimizer over the weights of `model`. `clip`: the largest norm; 0 never clips."""
+    """Our own schedule and optimizer over the weights of `model`. `clip`: the largest gradient norm; 0 never clips."""
 
     model: ParallelModel
     schedule: Schedule
     optimizer: Optimizer
     clip: float
     lr: float = 0.0
-    factors: Mapping[str, float] = field(default_factory=dict)  # in the gradient norm, by weight
+    factors: Mapping[str, float] = field(default_factory=dict)  # weight → factor in the gradient norm
 
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
         self.lr = lr

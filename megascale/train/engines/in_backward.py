@@ -1,5 +1,5 @@
-"""Updates during backward: under layered accumulation a layer's gradient is whole long before the step ends, so its weights can move and
-the gradient's memory be freed while the layers before it still compute. Clipping by the global norm would have to wait for all of them.
+"""Updates during backward: under layered accumulation a layer's gradient is complete long before the step ends, so its weights can be
+updated and the gradient freed while earlier layers still compute. Clipping by the global norm would have to wait for all of them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megascale.train.state import state_pieces
 
 
 def valid_share(batches: Sequence[Batch], scale: float, mesh: Mesh, device: torch.device) -> Tensor:
-    """Valid targets of the step over all data ranks × `scale`, for those who need it before the update. 0-dim, fp64."""
+    """Valid targets of the step over all data ranks × `scale`, before the update. 0-dim, fp64."""
     valid = torch.tensor(sum(b.valid for b in batches) * scale, dtype=torch.float64, device=device)
     return all_reduce(all_reduce(valid, mesh["dp_shard"]), mesh["dp_replicate"])
 
 
 class InBackward:
-    """An engine of one optimizer a stage. A gradient that is not finite leaves its own stage as it is; stages after it have moved by then,
-    and the step counts as skipped.
+    """An engine with one optimizer per stage. A stage whose gradient is not finite is not updated; later stages have been by then, and
+    the step counts as skipped.
     """
 
     def __init__(self, model: ParallelModel, schedule: Layered, cfg: Optim, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class InBackward:
         return self.schedule.evaluate(batches)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Of all stages together, as one optimizer's."""
+        """The state of all stages as that of one optimizer."""
         merged: dict[str, dict[str, Tensor]] = {}
         for optimizer in self.optimizers:
             for key, tensors in optimizer.state().items() if optimizer is not None else ():

@@ -1,4 +1,4 @@
-"""What a run would be, without allocating anything: whether it fits, exact bytes of the fullest rank, the schedule, the resolved config."""
+"""Describes a run without allocating anything: whether it fits, exact bytes of the fullest rank, the schedule, the resolved config."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def dry_run(
     show_config: bool = False,
     device_bytes: float | None = None,
 ) -> None:
-    """Prints whether the run fits and what it would be; with `json_file` also writes that, with `picture` draws the pipeline, with
-    `show_config` ends with every key. `device_bytes`: memory of a device, where it is not one of this machine. Raises UsageError as the
-    run would.
+    """Prints whether the run fits and what it does; `json_file` receives the same as JSON, `picture` a drawing of the pipeline, and
+    `show_config` ends with every key. `device_bytes`: memory per device, if not that of this machine. Raises UsageError as the run
+    would.
     """
     config, report, found = report_of(config, ranks, device_bytes)
     timeline = pipeline_timeline(config, ranks)
@@ -79,7 +79,7 @@ def report_of(config: Config, ranks: int, device_bytes: float | None = None) -> 
 
 
 def model_lines(config: Config, report: Mapping[str, Any]) -> list[str]:
-    """What the run is, what a rank stores, and what a step does."""
+    """Lines about the model, what a rank stores, and what a step does."""
     ranks, schedule, p = report["ranks"], report["schedule"], config.parallel
     lines = [
         f"model: {model_words(report['parameters'], report['parameters_active'])}",
@@ -106,7 +106,7 @@ def model_lines(config: Config, report: Mapping[str, Any]) -> list[str]:
 
 
 def schedule_lines(config: Config, schedule: Mapping[str, Any], timeline: Timeline | None) -> list[str]:
-    """How layers and micro-batches follow one another, where they do not simply do so."""
+    """Lines about the order of layers and micro-batches if it is not the plain one."""
     lines = []
     if "dsp" in schedule:
         lines.append(f"dsp: layers as attended:cut dimension, a bar for each switch: {schedule['dsp']}")
@@ -126,7 +126,7 @@ def schedule_lines(config: Config, schedule: Mapping[str, Any], timeline: Timeli
 
 
 def describe_run(config: Config, ranks: int) -> dict[str, Any]:
-    """The numbers of a checked config as plain data."""
+    """The facts of a checked config as plain data."""
     sizes = axis_sizes(config.parallel, ranks)
     totals = largest_rank(config, sizes)
     timeline = pipeline_timeline(config, ranks)
@@ -158,14 +158,14 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def describe_growths(phases: Sequence[Phase], ranks: int) -> list[dict[str, Any]]:
-    """What the run is from each growth on."""
+    """The facts of the run after each growth."""
     keys = ("parameters", "parameters_active", "layout", "bytes_per_rank", "flops_per_step")
     grown = [describe_run(p.config, ranks) for p in phases[1:]]
     return [{"after_step": p.until, **{k: found[k] for k in keys}} for p, found in zip(phases, grown)]
 
 
 def dsp_facts(config: Config) -> dict[str, str]:
-    """Along which dimension every layer's stream is cut, where that changes from layer to layer."""
+    """The dimension along which each layer's stream is split, if that changes from layer to layer."""
     model, p = config.model, config.parallel
     if model.spacetime is None or p.cp == 1 or p.cp_method != "dsp":
         return {}
@@ -175,8 +175,8 @@ def dsp_facts(config: Config) -> dict[str, str]:
 
 
 def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
-    """The schedule of a checked config in model time, with the exchanges of weights where they are sharded; None where micro-batches just
-    follow each other.
+    """The schedule of a checked config in model time, with gathers and reductions of sharded weights; None if micro-batches simply run one
+    after another.
     """
     p, m = config.parallel, micro_batches(config, ranks)
     if p.accumulation == "layered":

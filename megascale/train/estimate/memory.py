@@ -1,4 +1,4 @@
-"""What a run keeps in memory, on the device and on the host: stored state exactly, activations by the published estimate.
+"""Memory of a run on the device and on the host: stored state exactly, activations by the published estimate.
 
 Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks with fused attention, in two-byte numbers.
 """
@@ -28,15 +28,13 @@ from megascale.sizes import byte_words
 
 def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
     """`rank_bytes` of the rank that holds most."""
-    # Of the tensor and shard coordinates the first has the largest part, as torch.chunk leaves the rest for last; stages differ freely.
+    # Along the shard and tensor axes the first rank has the largest part, as torch.chunk leaves the rest for last; stages differ freely.
     first = coordinates(0, sizes)
     return max((rank_bytes(config, {**first, "pp": r}, sizes) for r in range(sizes["pp"])), key=lambda b: sum(b.values()))
 
 
 def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of stored weights, their gradients and the optimizer's state on the rank at `place`. Gathered copies come and go and are not
-    counted.
-    """
+    """Bytes of stored weights, their gradients and optimizer state on the rank at `place`. Gathered copies are not counted."""
     shape = shape_of(config)
     storage = shape.storage
     traffic = Traffic()
@@ -47,7 +45,7 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
         for name, p in cut_stage(stage, axes, config.parallel).items():
             held = _held(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
             weights += held * storage.itemsize
-            # A tied embedding's copy beside the head is optimized where the embedding is.
+            # A tied embedding's copy at the head is optimized on the rank of the embedding.
             if name != "embedding.weight" or stage.part.first:
                 optimizer += optimizer_bytes(config.optim.name, p, held, storage.itemsize)
     if config.parallel.engine == "deepspeed":
@@ -56,8 +54,8 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
 
 
 def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
-    """The same under DeepSpeed, but for the padding of its flat buffers: optimizer state with fp32 masters is cut over the data ranks, from
-    stage 2 on gradients, from stage 3 on weights, which are kept in the compute dtype (Rajbhandari et al., arXiv 1910.02054, section 5).
+    """The same under DeepSpeed, without the padding of its flat buffers: ZeRO shards optimizer state with fp32 masters over the data ranks,
+    gradients from stage 2, weights from stage 3; weights have the compute dtype (Rajbhandari et al., arXiv 1910.02054, section 5).
     """
     stage, cut = config.parallel.zero_stage, -(-elements // ranks)
     return {
@@ -77,38 +75,38 @@ def _held(placement: Placement, shard: Axis | None) -> int:
 
 
 def optimizer_bytes(name: str, placement: Placement, elements: int, itemsize: int) -> int:
-    """State of one weight, as the row of its optimizer says: tensors like it, and counts in fp32."""
+    """Optimizer state of one weight, from the optimizer's row: tensors like the weight, and counts in fp32."""
     first, *rest = rows_of(name)
     row = rest[0] if rest and placement.spec.role not in MATRICES else first
     return len(row.state) * elements * itemsize + (4 * len(row.counts) if elements else 0)
 
 
 def activation_bytes(config: Config, ranks: int) -> float:
-    """Estimated bytes of activations on the fullest rank, micro-batches in flight included; those of embedding and head left out."""
+    """Estimated bytes of activations on the fullest rank, including micro-batches in flight, without embedding and head."""
     p, t = config.parallel, config.parallel.tp
     cut = 1.0 / t if p.tp_sequence else 1.0
-    # Per token and unit of width: 24 bytes live inside the products that tp cuts, 10 outside. Selective recomputation keeps the results of
-    # products and attention, about 16 and 2; full only a block's input, nested that of some blocks.
+    # Per token and unit of width 24 bytes live inside the products that tp splits, 10 outside. Selective recomputation keeps the results of
+    # products and attention, about 16 and 2; full only a block's input, nested the input of some blocks.
     per_unit = {"none": 24 / t + 10 * cut, "selective": 16 / t + 2 * cut}.get(p.recompute, 2 * cut)
     return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
 
 
 def stashed_bytes(config: Config, ranks: int) -> float:
-    """Bytes of block inputs that wait in host memory on the fullest rank."""
+    """Bytes of block inputs offloaded to host memory on the fullest rank."""
     cut = 1.0 / config.parallel.tp if config.parallel.tp_sequence else 1.0
     return 2 * cut * _two_byte_units(config) * _blocks_in_flight(config, ranks)
 
 
 def _two_byte_units(config: Config) -> float:
-    """Tokens × width of this rank's part of a micro-batch, counted in two-byte numbers."""
-    # A decoder's block has its stack's tokens alone; the longer ones stand for both stacks.
+    """Tokens × width of this rank's part of a micro-batch, in units of two-byte numbers."""
+    # An encoder-decoder has two sequence lengths; the longer one counts for both stacks.
     length = max(config.train.seq_len, config.train.source_length if config.model.encoder_layers else 0)
     tokens = config.train.micro_batch_size * length / config.parallel.cp
     return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
 
 
 def _blocks_in_flight(config: Config, ranks: int) -> float:
-    """How often a block's activations are alive at once: blocks of this rank × micro-batches between forward and backward."""
+    """Blocks whose activations are live at once: blocks of this rank × micro-batches between forward and backward."""
     p, blocks = config.parallel, float(config.model.total_layers)
     if p.accumulation == "layered":
         return blocks * (p.breadth_first or micro_batches(config, ranks))
@@ -119,7 +117,7 @@ def _blocks_in_flight(config: Config, ranks: int) -> float:
 
         timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
         blocks, passes = blocks / (p.pp * p.stages_per_rank), max(timeline.live)
-    if p.recompute == "nested":  # an input of each group in flight, and those of the blocks of one, whose first is the group's own
+    if p.recompute == "nested":  # one input per group in flight, and those of the blocks in one group, the first being the group's own
         size = group_size(math.ceil(blocks))
         return blocks / size * passes + size - 1
     return blocks * passes
@@ -140,7 +138,7 @@ def needed(config: Config, ranks: int) -> tuple[int, float]:
 
 
 def host_bytes(config: Config, ranks: int) -> dict[str, int]:
-    """What `parallel.offload` keeps in the host memory of the fullest rank: `state` (weights, gradients, the optimizer's) and `inputs`."""
+    """Bytes that `parallel.offload` keeps in host memory on the fullest rank: `state` (weights, gradients, optimizer) and `inputs`."""
     offload = config.parallel.offload
     state = {"optimizer", "parameters"} & set(offload)
     return {
@@ -150,8 +148,8 @@ def host_bytes(config: Config, ranks: int) -> dict[str, int]:
 
 
 def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) -> None:
-    """Raises UsageError where this node, or the job's share of it, has too little memory for what its ranks would offload. `free` in
-    bytes; absent: what there is.
+    """Raises UsageError if this node, or the job's share of it, has too little memory for what its ranks would offload. `free`: bytes,
+    by default those available here.
     """
     if not config.parallel.offload:
         return
@@ -161,7 +159,7 @@ def check_host_room(config: Config, ranks: RankInfo, free: float | None = None) 
     if total > free:
         raise UsageError(
             f"parallel.offload is {', '.join(config.parallel.offload)}: the {ranks.local_size} ranks of {node_name()} would keep "
-            f"{byte_words(total)} there (per rank {byte_words(need['state'])} of state, {byte_words(need['inputs'])} of block inputs) and "
-            f"{byte_words(free)} are free; offload less, cut the state over more dp_shard ranks, or process fewer micro-batches together "
+            f"{byte_words(total)} (per rank {byte_words(need['state'])} of state, {byte_words(need['inputs'])} of block inputs) but "
+            f"{byte_words(free)} are free; offload less, shard the state over more dp_shard ranks, or process fewer micro-batches together "
             "(parallel.breadth_first)"
         )

@@ -1,4 +1,4 @@
-"""What would fit, after an out-of-memory: what there is, what the run needs, and the smallest changes that need less."""
+"""Advice after an out-of-memory error: available memory, what the run needs, and the smallest changes that would fit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megascale.sizes import byte_words
 from megascale.train.device import choose_device
 from megascale.train.estimate.memory import needed
 
-ROOM = 0.9  # share of a device that an estimate may fill: it counts no logits, no gathered weights, nothing of the allocator's own
-SPREAD = (2, 4, 8, 16, 32, 64)  # times the ranks
+ROOM = 0.9  # share of a device that an estimate may fill: it leaves out logits, gathered weights and the allocator's overhead
+SPREAD = (2, 4, 8, 16, 32, 64)  # factors on the number of ranks
 
 
 def limit_of(device: torch.device, ranks: RankInfo) -> float:
-    """Bytes that this rank may use: its device's, or its share of what the node, its job or container there, or the process is allowed."""
+    """Bytes that this rank may use: its device's, or its share of the limit of the node, the job, the container or the process."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     total = memory_limit(float(psutil.virtual_memory().total))
@@ -33,14 +33,14 @@ def limit_of(device: torch.device, ranks: RankInfo) -> float:
 
 
 def out_of_memory(reason: str, config: Config, ranks: RankInfo) -> str:
-    """`reason` with the arithmetic behind it, where that can still be done."""
-    with suppress(Exception):  # the process is short of memory: what was known before must not get lost for an estimate
+    """`reason` with the memory arithmetic, if it can still be computed."""
+    with suppress(Exception):  # memory is short: a failed estimate must not hide the original error
         return f"{reason}; {what_fits(config, choose_device(config, ranks), ranks)}"
     return f"{reason}; halve train.micro_batch_size, set parallel.recompute to full, or use more dp_shard ranks"
 
 
 def what_fits(config: Config, device: torch.device, ranks: RankInfo) -> str:
-    """The arithmetic after an out-of-memory: what there is, what the run needs, and the smallest changes that would fit."""
+    """The memory arithmetic: what is available, what the run needs, and the smallest changes that would fit."""
     limit = limit_of(device, ranks)
     config = check(resolve_vocabulary(config), ranks.size)
     state, live = needed(config, ranks.size)
@@ -57,13 +57,13 @@ def advice(config: Config, ranks: int, limit: float) -> str:
     *cheap, spread = [fitting[:1] for fitting in groups]
     found = [words for fitting in cheap for words in fitting] or spread
     if found:
-        return f"by this estimate would fit: {', or '.join(found)}"
+        return f"by this estimate these would fit: {', or '.join(found)}"
     return "no micro-batch, recomputation or up to 64 times the ranks would fit: choose a smaller model.hidden_size or num_layers"
 
 
 def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
-    """Changes of one kind a list, from mild to strong, each with the bytes that the fullest rank would need: smaller micro-batches,
-    recomputation, both, more shards alone and beside both.
+    """Lists of changes, each from mild to strong, with the bytes that the fullest rank would need: smaller micro-batches, recomputation,
+    both, more shards alone and with both.
     """
     train, p = config.train, config.parallel
     batches: list[tuple[str, Train]] = []
@@ -89,7 +89,7 @@ def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
 
 
 def _option(words: str, config: Config, train: Train, parallel: Parallel, ranks: int) -> list[tuple[str, float]]:
-    """One change with its bytes; nothing where it is refused, since then it is no advice."""
+    """One change with its bytes; empty if the support table refuses it."""
     try:
         changed = check(config.model_copy(update={"train": train, "parallel": parallel}), ranks)
     except MegascaleError:

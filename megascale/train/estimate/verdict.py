@@ -1,4 +1,4 @@
-"""Whether a run fits into memory: one sentence, what of it is exact and what estimated, and what would fit where it does not."""
+"""Whether a run fits into memory: the verdict, its exact and estimated parts, and what would fit if it does not."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from megascale.train.phases import Phase
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank may use: `limit` in bytes, None where that is not known here, and where that is, as a sentence goes on."""
+    """Memory that a rank may use: `limit` in bytes, None if unknown, and `where` as the end of a sentence."""
 
     limit: float | None
     where: str
-    host: bool = False  # the ranks compute on CPUs: what they offload stays in the same memory
+    host: bool = False  # the ranks compute on CPUs, so offloading does not free memory
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of the fullest rank in the phase that needs most: `state` bytes, exact, and `activations`, estimated. `fits` is None where the room
-    is not known; `advice` is empty unless it is False.
+    """Verdict on the fullest rank in the most demanding phase: `state` bytes (exact) and `activations` (estimated). `fits` is None if the
+    available memory is unknown; `advice` is empty unless `fits` is False.
     """
 
     fits: bool | None
     state: int
     activations: float
     room: Room
-    after_step: int | None  # the growth that begins this phase
+    after_step: int | None  # the phase begins with the growth after this step
     advice: str
 
 
 def room_of(config: Config, ranks: int, device_bytes: float | None) -> Room:
-    """The memory that `device_bytes` says, else that of the devices here."""
+    """Room on devices with `device_bytes`, by default on the devices of this machine."""
     devices = f"on each of {ranks} devices" if ranks > 1 else "on one device"
     if device_bytes is not None:
         return Room(device_bytes, devices)
@@ -48,12 +48,12 @@ def room_of(config: Config, ranks: int, device_bytes: float | None) -> Room:
         return Room(limit_of(torch.device("cuda", 0), RankInfo()), f"{devices} like the first here ({torch.cuda.get_device_name(0)})")
     if wanted == "cuda" or (wanted == "auto" and ranks > 1):
         return Room(None, devices)
-    machine = "of this machine's memory" if ranks == 1 else f"for each of {ranks} ranks, were all of them on this machine"
+    machine = "of this machine's memory" if ranks == 1 else f"for each of {ranks} ranks, if all of them ran on this machine"
     return Room(limit_of(torch.device("cpu"), RankInfo(size=ranks, local_size=ranks)), machine, host=True)
 
 
 def verdict(phases: Sequence[Phase], ranks: int, room: Room) -> Verdict:
-    """Of the phase that needs most; a run that does not grow has one."""
+    """The verdict on the phase that needs most memory."""
     needs = [_need(phase.config, ranks, room) for phase in phases]
     worst = max(range(len(phases)), key=lambda i: sum(needs[i]))
     state, live = needs[worst]
@@ -63,7 +63,7 @@ def verdict(phases: Sequence[Phase], ranks: int, room: Room) -> Verdict:
 
 
 def verdict_lines(found: Verdict) -> list[str]:
-    """The answer first, then what it rests on, then what would help."""
+    """The answer, then the numbers behind it, then advice."""
     need, room = byte_words(found.state + found.activations), found.room
     after = "" if found.after_step is None else f", from the growth after step {found.after_step:,} on"
     if room.limit is None:
@@ -73,7 +73,7 @@ def verdict_lines(found: Verdict) -> list[str]:
     lines = [
         first,
         f"  {byte_words(found.state)} of stored state, exact, and {byte_words(found.activations)} of activations, an estimate;",
-        f"  {100 * (1 - ROOM):.0f} % must stay free for what it leaves out: logits, gathered weights, the allocator's own",
+        f"  {100 * (1 - ROOM):.0f} % must stay free for what the estimate leaves out: logits, gathered weights, allocator overhead",
     ]
     if room.limit is None:
         lines.append("  add --device-memory GB for a verdict, or run.device=cpu for one about this machine")

@@ -1,4 +1,4 @@
-"""What is known of an error beyond its own words: which peer is behind it, or what would fit into memory."""
+"""Completes the reason of an error: which peer caused it, or what would fit into memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megascale.train.faults.watchdog import Watchdog
 
 
 def explain(ending: Exit, error: BaseException, watch: Watchdog | None, config: Config | None, ranks: RankInfo) -> Exit:
-    """`ending` of `error` with its reason made complete. For a lost peer this takes some seconds."""
+    """`ending` with the reason of `error` completed. For a lost peer this takes some seconds."""
     if ending.code == ExitCode.PEER_LOST and watch is not None:
         return Exit(ending.code, watch.explain(error, ending.reason))
     if ending.code == ExitCode.OUT_OF_MEMORY and config is not None:

@@ -1,8 +1,8 @@
-"""Where all ranks leave together when somebody asks them to stop: before the same micro-batch, without a message in a step that goes on.
+"""Lets all ranks stop before the same micro-batch when somebody asks, without communication in a normal step.
 
-Every rank passes the same points in the same order: one before each micro-batch, or before each step of a schedule that cannot be left in
-the middle. A request closes all gates, each where its rank is by then; the furthest of these places is the last point that anybody passes.
-The threads of the watch agree on it through the store, beside main threads that may wait in a collective. Imports no torch.
+Every rank passes the same points in the same order: one before each micro-batch, or before each step of a schedule that cannot be
+interrupted. A request closes all gates, each at its rank's current point; the furthest of these is the last point that any rank passes.
+The watchdog threads agree on it through the store, while main threads may wait in a collective. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from megascale.errors import Halted
 
 
 class Gate:
-    """`asked`: for a process alone, which has nobody to agree with, whether it is to stop."""
+    """`asked` is only for a single process, which has no peer to agree with: whether to stop."""
 
     def __init__(self) -> None:
         self.asked: Callable[[], bool] | None = None
         self.passed = 0
         self._closed = False
-        self._last: int | None = None  # how many points all ranks pass
+        self._last: int | None = None  # the number of points that all ranks pass
         self._change = threading.Condition()
 
     def enter(self) -> None:
-        """The main thread, at every point. Waits while the ranks agree; raises Halted where all of them leave."""
+        """Called by the main thread at every point. Waits while the ranks agree; raises Halted at the point where all of them leave."""
         if self.asked is not None and self.asked():
             raise Halted
         with self._change:
@@ -36,13 +36,13 @@ class Gate:
             self.passed += 1
 
     def close(self) -> int:
-        """Nobody passes from now on until `leave_at`. Returns how many points this rank has passed."""
+        """Blocks this rank at its next point until `leave_at`. Returns the number of points passed so far."""
         with self._change:
             self._closed = True
             return self.passed
 
     def await_agreement(self) -> None:
-        """Waits until all ranks have agreed where they leave, which somebody has asked for."""
+        """After a request to stop: waits until all ranks have agreed where to leave."""
         with self._change:
             while self._last is None:
                 self._change.wait()
@@ -54,7 +54,7 @@ class Gate:
 
 
 class Store(Protocol):
-    """What torch's stores can do."""
+    """The methods of torch's stores that are used here."""
 
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
@@ -70,7 +70,7 @@ class Leaving:
         self._asked = self._posted = self._done = False
 
     def look(self, asked: bool) -> bool:
-        """A look at the store, every beat. `asked`: somebody has asked this rank to stop. True while an answer is awaited."""
+        """Checks the store, once per heartbeat. `asked`: somebody asked this rank to stop. Returns True until the ranks have agreed."""
         if self._done:
             return False
         if asked and not self._asked:

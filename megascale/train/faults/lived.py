@@ -1,4 +1,4 @@
-"""Time as a process lives it: what passes while it is frozen (SIGSTOP, a suspended job, a machine that moves) is no time to it."""
+"""A clock that does not count time while the process is frozen (SIGSTOP, a suspended job, a migrated machine)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 
-STILL = 5.0  # seconds between two looks that somebody takes every second: beyond, time stood still
+STILL = 5.0  # a longer gap between two readings, taken every second, counts as a freeze (seconds)
 
 
 class LivedClock:
-    """Looked at every second by some thread. A longer pause counts as one second, and is told by `frozen`."""
+    """A thread must read it every second. A longer gap counts as one second, and `frozen` reports it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._lock = clock, threading.Lock()
@@ -26,12 +26,12 @@ class LivedClock:
             return self._lived
 
     def frozen(self) -> float:
-        """Seconds in which time stood still, since this was asked last."""
+        """Seconds frozen since the last call."""
         with self._lock:
             seconds, self._frozen = self._frozen, 0.0
             return seconds
 
     @property
     def last_frozen(self) -> float:
-        """How long the last freeze was; 0 without any."""
+        """Length of the last freeze in seconds; 0 without any."""
         return self._last_frozen

@@ -1,4 +1,4 @@
-"""Requests to stop: signals and the file STOP set a flag; the ranks agree on where they leave. Imports no torch, to listen early."""
+"""Requests to stop: signals and the file STOP set a flag; the ranks agree on where to leave. Imports no torch, to start early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# Every signal by which a terminal, a launcher or a scheduler says "go", with what it means where its name does not say so.
+# The signals with which terminals, launchers and schedulers ask a process to end, with an explanation if the name has none.
 SIGNALS = {
     signal.SIGTERM: "",
     signal.SIGINT: "",
@@ -20,14 +20,14 @@ SIGNALS = {
     signal.SIGUSR2: "",
     signal.SIGXCPU: " (the CPU time that this process may use is nearly over)",
 }
-# torchrun passes on an interrupt that the terminal has sent to its workers already; nobody presses twice within this time. Seconds.
+# torchrun repeats an interrupt that the terminal has already sent to its workers; nobody presses twice within this many seconds.
 ECHO = 0.5
 
 
 class StopFlag:
     """`reason` is None until somebody asks. A second interrupt ends the process at once.
 
-    `file`: a file that asks by being there (rank 0 looks for it). `loud`: this rank says that it has heard.
+    `file`: its existence is a request (rank 0 checks). `loud`: this rank prints that it has received the request.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopFlag:
         self._interrupted: float | None = None
 
     def requested(self) -> bool:
-        """Also looks for the file. The main thread and the watch call it."""
+        """Also checks for the file. Called by the main thread and the watchdog."""
         if self.reason is None and self.file is not None and (found := _take(self.file)) is not None:
             self.reason = self.reason or found
         return self.heard_of()
@@ -46,16 +46,16 @@ class StopFlag:
         return self.reason is not None
 
     def listen(self) -> None:
-        """From here to the end of the process signals only set the flag.
+        """From now on until the process ends, signals only set the flag.
 
-        They are not heard in handlers, which wait for the main thread, but in a thread of their own: the main thread may sit in a
-        collective whose peer is gone, and a second interrupt must end it there too. The handlers stay in place while the process leaves,
-        since a launcher sends SIGTERM to the ranks that leave last.
+        A thread of its own receives them, not handlers, which wait for the main thread: that may hang in a collective whose peer is gone,
+        and a second interrupt must end it there too. The handlers stay installed while the process leaves, since a launcher sends SIGTERM
+        to the ranks that leave last.
         """
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         for s in SIGNALS:
-            if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:  # nohup has it ignored, and that stays
+            if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:  # keep it ignored under nohup
                 signal.signal(s, lambda *_: None)
         signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(ear,), name="signals", daemon=True).start()
@@ -65,7 +65,7 @@ class StopFlag:
             self.heard(number[0], time.monotonic())
 
     def heard(self, number: int, now: float) -> None:
-        """One signal, at `now` seconds of any clock."""
+        """Handles one signal, at `now` seconds on any clock."""
         if number == signal.SIGINT:
             if self._interrupted is not None and now - self._interrupted > ECHO:
                 os._exit(130)
@@ -79,7 +79,7 @@ class StopFlag:
 
 
 def _take(file: Path) -> str | None:
-    """Why to stop, where the file is there; it goes, since the next start of this run must not stop at once. A folder asks nothing."""
+    """The reason to stop if the file exists; removes it, so that the next start does not stop at once. A folder is no request."""
     try:
         if not os.path.lexists(file) or (file.is_dir() and not file.is_symlink()):
             return None

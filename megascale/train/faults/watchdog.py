@@ -1,8 +1,8 @@
-"""Watches over the ranks, so that a hung collective or a lost peer ends the job within a set time and says who, where and in what.
+"""Watches over the ranks, so that a hung collective or a lost peer ends the job in time with a message that names rank, node and operation.
 
-Every rank writes a beat into the store in which the ranks met: a number that rises, and what its main thread is doing. Rank 0 reads all
-beats and passes a verdict when one stays silent or nothing moves; every rank looks for a verdict, keeps the stacks of all its threads and
-leaves with code 5. The thread never touches tensors or the ranks' groups, so it runs while the main thread hangs in either.
+Every rank writes a heartbeat to the rendezvous TCPStore: a rising number, and what its main thread is doing. Rank 0 reads all heartbeats
+and publishes a verdict when one stays silent or nothing moves. Every rank checks for a verdict, then saves the stacks of all its threads
+and exits with code 5. The thread never touches tensors or process groups, so it also runs while the main thread hangs in either.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ from megascale.train.faults.gate import Gate, Leaving
 from megascale.train.faults.lived import STILL, LivedClock
 from megascale.train.faults.stop import StopFlag
 
-HEARTBEAT = 1.0  # seconds between two beats
+HEARTBEAT = 1.0  # seconds between two heartbeats
 FILE_EVERY = 10.0  # seconds between two heartbeat files
-LOOK = 2.5  # beats that it takes to see whether a peer still has new ones
-SILENCE = 120.0  # seconds without a beat after which a rank is lost, unless run.collective_timeout is shorter
-STARTING = "starting"  # until the first step is done nothing need move: kernels compile, files are read
-SAVING, SAVING_PATIENCE = "saving", 12  # a slow disk is no lost peer: so many times run.collective_timeout
+LOOK = 2.5  # heartbeats to wait to see whether a peer still sends new ones
+SILENCE = 120.0  # seconds without a heartbeat after which a rank is lost, unless run.collective_timeout is shorter
+STARTING = "starting"  # no progress is expected before the end of the first step: kernels compile, files are read
+SAVING, SAVING_PATIENCE = "saving", 12  # a slow disk is not a lost peer: patience in units of run.collective_timeout
 GONE = "has left"
 NO_STORE = "rank 0 is gone, or torchrun's agent on its node: the rendezvous TCPStore does not answer"
 
 
 class Activity:
-    """What the main thread is doing. It writes, the watch reads; the other way go where to leave, and for how long time stood still."""
+    """What the main thread is doing, written by it and read by the watchdog; the point to leave at and frozen time go the other way."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, STARTING
         self.traffic: Traffic | None = None
         self.stop = StopFlag()
         self.gate = Gate()
-        self.clock: LivedClock | None = None  # that the watch looks at
-        self.run_dir: Path | None = None  # from when the run has claimed it
+        self.clock: LivedClock | None = None  # read by the watchdog
+        self.run_dir: Path | None = None  # None until the run has claimed it
 
     def at(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
 
     def thawed(self) -> float:
-        """Seconds for which this process was frozen, once."""
+        """Seconds for which this process was frozen since the last call."""
         return 0.0 if self.clock is None else self.clock.frozen()
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One rank's word. `moved` counts collectives and micro-batches; `ending` is the reason for which it left."""
+    """One rank's state. `moved` counts collectives and micro-batches; `ending` is the reason why it left."""
 
     rank: int
     node: str
@@ -86,7 +86,7 @@ class Heartbeat:
 
     @staticmethod
     def read(text: bytes, last: Heartbeat) -> Heartbeat:
-        """What a rank has written; its `last` beat where that is none: everybody who reaches the store can write into it."""
+        """Parses a rank's heartbeat; returns `last` if it is invalid, since anybody who reaches the store can write to it."""
         try:
             heartbeat = Heartbeat(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -97,7 +97,7 @@ class Heartbeat:
 
 @dataclass
 class PeerView:
-    """The last beat of a rank, and when, on the observer's clock, it and its progress were new."""
+    """The last heartbeat of a rank, and when, on the observer's clock, it and its progress last changed."""
 
     heartbeat: Heartbeat
     heard: float
@@ -114,8 +114,8 @@ class PeerView:
 def find_hang(views: Sequence[PeerView], now: float, silence: float, limit: float) -> str | None:
     """Why the job must end, naming rank, node, step and last collective; None while all is well.
 
-    silence  seconds without a beat after which a rank is lost
-    limit    seconds after which a step that does not move hangs
+    silence  seconds without a heartbeat after which a rank is lost
+    limit    seconds without progress after which a step hangs
     """
     lost = [s for s in views if now - s.heard > silence and s.heartbeat.phase != GONE]
     if lost:
@@ -124,7 +124,7 @@ def find_hang(views: Sequence[PeerView], now: float, silence: float, limit: floa
     patience = {STARTING: math.inf, SAVING: SAVING_PATIENCE * limit}
     if any(now - s.moved <= limit for s in running) or not any(now - s.moved > patience.get(s.heartbeat.phase, limit) for s in running):
         return None
-    # Who waits in a collective has started it; who is missing has started fewer, or is still in an earlier step.
+    # A rank that waits in a collective has started it; the missing one has started fewer, or is still in an earlier step.
     behind = min(running, key=lambda s: (s.heartbeat.step, s.heartbeat.moved))
     others = [s for s in running if s.heartbeat.progress != behind.heartbeat.progress]
     if not others:
@@ -140,7 +140,7 @@ def find_hang(views: Sequence[PeerView], now: float, silence: float, limit: floa
 
 
 def find_lost_peer(before: Sequence[Heartbeat], after: Sequence[Heartbeat]) -> str | None:
-    """Which peers are gone, by two looks some beats apart: those that left with a reason of their own, else those without a new beat."""
+    """The lost peers, from two readings some heartbeats apart: ranks that left with a reason of their own, else ranks without a new one."""
     first = [b for b in after if b.ending]
     if first:
         return f"rank {first[0].rank} on {first[0].node} left ({first[0].place}): {first[0].ending}"
@@ -149,7 +149,7 @@ def find_lost_peer(before: Sequence[Heartbeat], after: Sequence[Heartbeat]) -> s
 
 
 def words_of(text: bytes) -> str:
-    """A verdict as one line for the screen, whoever wrote it."""
+    """A verdict as one printable line, whoever wrote it."""
     return "".join(c if c.isprintable() else " " for c in text[:4000].decode(errors="replace"))
 
 
@@ -159,11 +159,11 @@ def _names(views: Sequence[PeerView], what: str) -> str:
 
 
 class Watchdog:
-    """A thread beside the main one. `store` None: a process alone, whose beats go to the heartbeat file only."""
+    """A thread next to the main one. `store` None: a single process, whose heartbeats go to the heartbeat file only."""
 
     def __init__(self, ranks: RankInfo, store: dist.Store | None, limit: float) -> None:
         self.ranks, self.limit, self.silence = ranks, limit, min(limit, SILENCE)
-        # Requests of one connection stand in a queue, and the main thread's may wait there for a peer that never comes.
+        # A connection serves requests in order, and one of the main thread's may wait for a peer that never comes.
         self.store = None
         if store is not None:
             own: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch does not declare it
@@ -175,7 +175,7 @@ class Watchdog:
         self._views: list[PeerView] = []
         self._closed = threading.Event()
         self._clock = self.activity.clock = LivedClock()
-        self._known: dict[int, Heartbeat] = {}  # the last whole beat of every rank
+        self._known: dict[int, Heartbeat] = {}  # the last valid heartbeat of every rank
         self._leaving = None if self.store is None else Leaving(self.activity.gate, self.store, ranks.rank, ranks.size)
         self._answered = self._clock.now()
         for name, work in (("beats", self._watch), ("watch", self._check_store_answers)):
@@ -186,16 +186,16 @@ class Watchdog:
         return self.activity.run_dir
 
     def leaves(self, ending: Exit) -> None:
-        """This rank goes: its silence is no alarm from now on, and the peers need not guess why."""
+        """Announces that this rank exits: its silence is no longer an alarm, and peers know the reason."""
         self.activity.phase = GONE
-        if ending.code not in (ExitCode.DONE, ExitCode.PEER_LOST, ExitCode.STOPPED):  # a lost peer or a wish is not this rank's fault
+        if ending.code not in (ExitCode.DONE, ExitCode.PEER_LOST, ExitCode.STOPPED):  # the last two are not this rank's fault
             self._ending = f"code {ending.code}, {ending.reason.splitlines()[0][:300]}"
         self._closed.set()
-        with suppress(RuntimeError):  # the store's own process may have left before
+        with suppress(RuntimeError):  # the store's process may have exited before
             self._post()
 
     def explain(self, error: BaseException, reason: str) -> str:
-        """After an error of communication: who is behind it, which takes some beats to see. All ranks end with the same words."""
+        """After a communication error: which peer caused it, which takes some heartbeats to see. All ranks end with the same message."""
         if self.store is None:
             return reason
         self._keep_stacks("".join(traceback.format_exception(error)))
@@ -207,13 +207,13 @@ class Watchdog:
                 return self._after_a_freeze(reason)
             text = self._agree(text)
             if self.ranks.rank == 0:
-                time.sleep(LOOK * HEARTBEAT)  # the store may live in this process: the others must read the verdict first
+                time.sleep(LOOK * HEARTBEAT)  # this process may host the store: the other ranks must read the verdict first
         except RuntimeError:
             text = self._no_store()
         return f"{text}; run the same command again"
 
     def _after_a_freeze(self, reason: str) -> str:
-        """Peers that live and a connection that ended: a freeze longer than a library waits does that."""
+        """The explanation if all peers live but a connection ended, as it does after a freeze longer than a library's time-out."""
         if self._clock.last_frozen <= STILL:
             return reason
         frozen = f"this job was frozen for {self._clock.last_frozen:.0f} s (suspended, or its machine was)"
@@ -230,24 +230,24 @@ class Watchdog:
                 if self._leaving is not None and self._leaving.look(asked):
                     pause = HEARTBEAT / 4  # gates are closed meanwhile
             except RuntimeError:
-                self._closed.wait(HEARTBEAT)  # for the case that all ranks leave, and rank 0 was first
+                self._closed.wait(HEARTBEAT)  # all ranks may be leaving, with rank 0 first
                 verdict = self._no_store()
             except Exception:
-                verdict = None  # what strangers write into the store is no reason for this thread to die
+                verdict = None  # garbage that strangers write into the store must not end this thread
             self._answered = self._clock.now()
             if verdict is not None and not self._closed.is_set():
                 self._leave(verdict)
             self._closed.wait(pause)
 
     def _check_store_answers(self) -> None:
-        """A request to a frozen node is never answered, and torch's store has no time-out of its own for some of them."""
+        """A frozen node never answers a request, and torch's store has no time-out for some of them."""
         while not self._closed.wait(HEARTBEAT):
             waited = self._clock.now() - self._answered
             if self.store is not None and waited > self.silence + LOOK * HEARTBEAT:
                 self._leave(self._no_store(f" for {waited:.0f} s"))
 
     def _verdict(self) -> str | None:
-        """What rank 0 has found, or finds now. Other ranks also see when rank 0 itself falls silent."""
+        """The verdict that rank 0 has published, or finds now. Other ranks also notice when rank 0 itself falls silent."""
         if self.store is None:
             return None
         if self.store.check(["verdict"]):
@@ -257,7 +257,7 @@ class Watchdog:
         return None if found is None else self._agree(found)
 
     def _agree(self, verdict: str) -> str:
-        """The first verdict of all ranks, for all."""
+        """The verdict of the rank that was first, the same for all."""
         assert self.store is not None
         return words_of(self.store.compare_set("verdict", "", verdict)) or verdict
 
@@ -280,7 +280,7 @@ class Watchdog:
             self.store.set(str(self.ranks.rank), json.dumps(asdict(self._heartbeat())))
 
     def _heartbeats(self, ranks: int | None = None) -> list[Heartbeat]:
-        """The beats of the first `ranks` ranks, all by default. A rank that has not begun yet stands at zero."""
+        """The heartbeats of the first `ranks` ranks, by default of all. A rank that has not begun yet counts as 0."""
         assert self.store is not None
         keys = [str(r) for r in range(self.ranks.size if ranks is None else ranks)]
         if self.store.check(keys):
@@ -292,7 +292,7 @@ class Watchdog:
         return [self._known.get(int(k), Heartbeat(int(k), "?")) for k in keys]
 
     def _write_file(self) -> None:
-        """heartbeat.json of the run, for whoever watches from outside."""
+        """Writes the run's heartbeat.json for outside monitors."""
         now = self._clock.now()
         if self.ranks.rank != 0 or self.run_dir is None or now < self._file_due:
             return
@@ -303,7 +303,7 @@ class Watchdog:
             worst = min(self._views, key=lambda s: s.heard)
             quiet = {"quietest_rank": worst.heartbeat.rank, "quiet_seconds": round(now - worst.heard, 1)}
         record = {"time": round(time.time(), 3), "step": heartbeat.step, "phase": heartbeat.phase, "ranks": self.ranks.size, **quiet}
-        with suppress(OSError):  # a full disk is reported where it matters
+        with suppress(OSError):  # a full disk is reported elsewhere
             write_atomic(self.run_dir / "heartbeat.json", json.dumps(record) + "\n")
 
     def _no_store(self, how_long: str = "") -> str:
@@ -322,11 +322,11 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def _leave(self, verdict: str) -> None:
-        """Ends this process from beside its main thread, which may never come back."""
+        """Ends this process from this thread, since the main thread may hang forever."""
         self._keep_stacks(verdict)
         stacks = "" if self.run_dir is None else f"; stacks of all ranks that live are in {self.run_dir / 'stacks'}"
         write_exit(self.run_dir, Exit(ExitCode.PEER_LOST, f"{verdict}; run the same command again"), self.ranks, self.activity.step)
         print(f"\nerror: {verdict}{stacks}; run the same command again", file=sys.stderr, flush=True)
         if self.ranks.rank == 0:
-            time.sleep(LOOK * HEARTBEAT)  # the store may live in this process: the others must read the verdict first
+            time.sleep(LOOK * HEARTBEAT)  # this process may host the store: the other ranks must read the verdict first
         os._exit(ExitCode.PEER_LOST)

@@ -1,4 +1,4 @@
-"""What starts here, for the reader of the screen and of events.jsonl."""
+"""Announces what starts, on the screen and in events.jsonl."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def announce(
     log: RunLog,
     console: Console,
 ) -> None:
-    """What starts here, for the reader of the screen and of events.jsonl."""
+    """Writes the first lines of a run to the screen and its start to events.jsonl."""
     layout = describe(config.parallel)
     entropy = first_facts(config).get("unigram_entropy")
     details: dict[str, Any] = {
@@ -74,7 +74,7 @@ def announce(
         console.say(f"unigram entropy of the tokens: {entropy:.4f} nats, the loss of a model that only knows token frequencies")
     if start.folder is not None:
         total = config.train.total_steps
-        there = f"already at step {progress.step} of {total}: nothing left to do unless train.steps or train.tokens is raised"
+        there = f"already at step {progress.step} of {total}: nothing to do unless train.steps or train.tokens is raised"
         following = there if progress.step >= total else f"next is step {progress.step + 1}"
         console.say(f"{'weights' if start.weights_only else 'everything'} from {start.folder}; {following}")
     if log.notes:
@@ -88,9 +88,9 @@ def announce(
 
 
 def unused_gpu_note(config: Config, device: str, env: Mapping[str, str], present: bool) -> str | None:
-    """A sentence when training is on CPUs though a GPU seems to be there; who hides GPUs with an empty list, or -1, means CPUs.
+    """A warning if training is on CPUs though a GPU seems to exist. An empty list of visible GPUs, or -1, means CPUs on purpose.
 
-    present  whether the driver's device file is there
+    present  whether the driver's device file exists
     """
     visible = env.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles", "none", "void")
@@ -98,13 +98,13 @@ def unused_gpu_note(config: Config, device: str, env: Mapping[str, str], present
         return None
     sign = GPU if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
     return (
-        f"training is on CPUs: there seems to be a GPU ({sign}), and torch {torch.__version__} finds none that it can use; look at the "
-        "driver (nvidia-smi) and at torch's build, or set run.device=cpu"
+        f"training is on CPUs: there seems to be a GPU ({sign}), but torch {torch.__version__} finds none that it can use; check the "
+        "driver (nvidia-smi) and torch's build, or set run.device=cpu"
     )
 
 
 def cast_note(config: Config, device: str) -> str | None:
-    """A sentence when FP8 on a GPU is left uncompiled (docs/gpu.md has the numbers)."""
+    """A warning if FP8 on a GPU is not compiled (docs/gpu.md has the numbers)."""
     if config.precision.fp8 == "false" or config.parallel.compile or device == "cpu":
         return None
     return (

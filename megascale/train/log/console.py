@@ -1,4 +1,4 @@
-"""What a person sees: a live line on a terminal, a plain line now and then in a log file."""
+"""Output for people: a live line on a terminal, a plain line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 10.0  # between lines where no terminal listens
+PLAIN_SECONDS = 10.0  # between lines without a terminal
 
 
 class Console:
-    """Falls silent where its terminal or pipe is gone: nobody listens, and training goes on. `quiet`: only warnings are shown."""
+    """Stops printing when its terminal or pipe is gone; training continues. `quiet`: prints warnings only."""
 
     def __init__(self, last_step: int, step: int, quiet: bool = False) -> None:
         self.out = RichConsole(stderr=True, highlight=False)

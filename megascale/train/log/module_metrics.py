@@ -1,5 +1,5 @@
-"""The metrics of the modules of all ranks for one step (model/module_metrics.py), as one row: {group: {"layers", "parts", reading, …}}, the
-lists with one number per module.
+"""Metrics of modules over all ranks for one step (model/module_metrics.py), as one row: {group: {"layers", "parts", reading, …}}, lists
+with one number per module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megascale.parallel.model import ParallelModel
 
 @dataclass(frozen=True)
 class MetricSource:
-    """A module that tells something: its place in the model, which orders a row, and how long its numbers are."""
+    """A module with metrics: its place in the model, which orders a row, and the lengths of its numbers."""
 
     group: str
     layer: int
@@ -31,7 +31,7 @@ class MetricSource:
 
 
 class MetricsOverRanks:
-    """Built once by all ranks together; `flush` after every step costs nothing, `row` is for steps that are logged."""
+    """Built once by all ranks together. `flush` after every step is free, `row` is for logged steps."""
 
     def __init__(self, model: ParallelModel) -> None:
         self.mesh: Mesh = model.mesh
@@ -46,7 +46,7 @@ class MetricsOverRanks:
         return {source: metrics.flush() for source, metrics in self.here.items()}
 
     def row(self, taken: dict[MetricSource, Totals], device: torch.device, sampled: bool = False) -> dict[str, dict[str, list[Any]]]:
-        """Collective over all ranks, two messages. `sampled`: the step was one on which everybody told."""
+        """Collective over all ranks, two messages. `sampled`: also include the modules that measure only on sampled steps."""
         sources = [s for s in self.all if sampled or not s.sampled]
         sums = self._over_ranks([(s, s.sums) for s in sources], taken, device, dist.ReduceOp.SUM)
         maxima = self._over_ranks([(s, s.maxima) for s in sources], taken, device, dist.ReduceOp.MAX)
@@ -66,7 +66,7 @@ class MetricsOverRanks:
         device: torch.device,
         operation: Any,
     ) -> dict[MetricSource, Totals]:
-        """One vector of all modules' numbers, zero where they live elsewhere, reduced and cut up again on the host."""
+        """Reduces one vector with all modules' numbers, zero for modules on other ranks, and splits it again on the host."""
         empty: Totals = {}
         flat_names = [(source, name, n) for source, names in parts for name, n in names]
         pieces = [taken.get(s, empty).get(name, torch.zeros(n)).to(device, torch.float64).reshape(n) for s, name, n in flat_names]

@@ -1,4 +1,4 @@
-"""What a run finds of its earlier attempts: logs that are mended before they grow, and when the run was last alive. Rank 0 only."""
+"""Logs of a run's earlier attempts: repairs them before appending, and finds when the run was last alive. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Past = dict[str, Any]
 
 
 def mend_rows(path: Path, mistake: Mistake, after: int | None = None) -> list[str]:
-    """Leaves a log with whole rows only, every step once, and returns sentences about what was out of order.
+    """Repairs a log so that it has only whole rows and every step once; returns sentences about what was wrong.
 
-    after  the step of the checkpoint that the run goes on from: rows of later steps are done again and go
+    after  step of the checkpoint that the run continues from: rows of later steps are dropped, since these steps are repeated
 
-    The half line of a run that was killed while writing it goes. Lines that are no rows are kept in NAME.damaged. Where a run begins anew,
-    the rows that are there are no part of it: the file is kept as NAME.before. A file that is in order is not touched, which needs no room.
-    Raises OSError, and UsageError for a name that something else holds.
+    A half line, from a run killed while writing it, is dropped. Lines that are not rows move to NAME.damaged. If the run begins anew, the
+    existing file is kept as NAME.before. A file that is in order is not touched and needs no disk space. Raises OSError, and UsageError
+    for a name that something else occupies.
     """
     notes = [note for note in [make_way(path)] if note]
     if not path.exists():
         return notes
-    path = path.resolve()  # somebody who made the log a link to another disk wants its rows there
+    path = path.resolve()  # if the log is a link to another disk, its rows belong there
     if after == 0 and any(line.row is not None for line in read_lines(path, mistake)):
         kept = free_name(path, "before")
         path.rename(kept)
-        return [*notes, f"the run begins at step 1, and the rows that stood in {path} are kept in {kept}"]
+        return [*notes, f"the run begins at step 1; the earlier rows of {path} are kept in {kept}"]
     seen: set[int] = set()
 
     def kind(line: Line) -> str:
@@ -51,13 +51,13 @@ def mend_rows(path: Path, mistake: Mistake, after: int | None = None) -> list[st
     seen.clear()
     damaged = _rewrite(path, mistake, kind)
     if damaged:
-        lines = "a line that is no row" if damaged == 1 else f"{damaged} lines that are no rows, or of a step that stood there before,"
-        notes.append(f"{path} had {lines} and goes on without: kept in {path}.damaged")
+        lines = "a line that is not a row" if damaged == 1 else f"{damaged} lines that are not rows, or repeat a step,"
+        notes.append(f"{path} had {lines}, moved to {path}.damaged")
     return notes
 
 
 def _rewrite(path: Path, mistake: Mistake, kind: Callable[[Line], str]) -> int:
-    """The file anew from the lines of kind keep; the number of damaged ones, which NAME.damaged has from now on."""
+    """Rewrites the file from the lines to keep and moves damaged ones to NAME.damaged; returns the number of those."""
     temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "damaged.tmp"))
     damaged = 0
     try:
@@ -83,9 +83,9 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
 
 
 def past_of(run_dir: Path, step: int) -> Past:
-    """What a resume after `step` forgets, for the account of time: when the run was last alive, and how many steps are done again.
+    """What a resume after `step` loses, for the accounting of time: when the run was last alive, and how many steps are repeated.
 
-    A process that is killed tells no end: its last row, event or heartbeat stands for it. What cannot be read tells nothing.
+    A killed process logs no end: its last row, event or heartbeat counts as the end. Unreadable files are ignored.
     """
     last_seen, furthest = -math.inf, 0
     for name, mistake in (("metrics.jsonl", metric_mistake), ("events.jsonl", event_mistake), ("heartbeat.json", _beat_mistake)):
@@ -99,7 +99,7 @@ def past_of(run_dir: Path, step: int) -> Past:
 
 
 def last_saved(run_dir: Path) -> int | None:
-    """The step of the last checkpoint that the run's events tell of since it last began at its first step; None where they tell of none."""
+    """The step of the last checkpoint in the run's events since it last began at its first step; None without one."""
     found = None
     with suppress(OSError):
         for line in read_lines(run_dir / "events.jsonl", event_mistake):

@@ -1,6 +1,6 @@
-"""What a run writes about itself: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases. Used on rank 0 only.
+"""The logs of a run: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases. Used on rank 0 only.
 
-A log never ends a run: what cannot be written is kept until there is room again, and said once.
+A log never ends a run: rows that cannot be written wait until there is room, and one warning says so.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megascale.errors import UsageError
 from megascale.rows import event_mistake, metric_mistake
 from megascale.train.log.past import Past, mend_rows, past_of
 
-KEPT = 10_000  # rows that wait in memory for a disk that is full; of older ones only their number is kept
+KEPT = 10_000  # rows kept in memory while the disk is full; older ones are dropped and counted
 Say = Callable[[str], None]
 
 
 class RowFile:
-    """A JSONL file that grows by whole rows. A row that finds no room waits; what stands in the file is never half a row."""
+    """A JSONL file that grows by whole rows only. A row that does not fit on the disk waits."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
@@ -32,10 +32,10 @@ class RowFile:
         self._file = _open(path)
         self._end, self._sound = os.fstat(self._file).st_size, True
         self._waiting: deque[bytes] = deque()
-        self.late = self.lost = 0  # since all was well: rows that had to wait, and those of them that are gone
+        self.late = self.lost = 0  # since the last success: rows that had to wait, and rows dropped
 
     def add(self, row: dict[str, Any]) -> OSError | None:
-        """Writes the rows that wait, and this one. Returns what keeps them from it."""
+        """Writes the waiting rows and this one. Returns the error that prevents it, if any."""
         self._waiting.append(json.dumps(finite(row)).encode() + b"\n")
         error = self._flush()
         if error is not None:
@@ -46,7 +46,7 @@ class RowFile:
         return error
 
     def close(self) -> int:
-        """Tries once more. Returns how many rows never reached the file."""
+        """Tries once more. Returns the number of rows that never reached the file."""
         if self._waiting:
             self._flush()
         with suppress(OSError):
@@ -62,7 +62,7 @@ class RowFile:
                 self._waiting.popleft()
         except OSError as error:
             self._sound = False
-            with suppress(OSError):  # half a row that found room
+            with suppress(OSError):  # removes half a row
                 os.ftruncate(self._file, self._end)
             return error
         return None
@@ -74,7 +74,7 @@ class RowFile:
         self._end += len(line)
 
     def _mend(self) -> None:
-        """Opens the file again, since a handle may be stale, and takes away half a row that is still there."""
+        """Reopens the file, since the handle may be stale, and removes half a row at its end."""
         fresh = _open(self.path)
         os.close(self._file)
         self._file, size = fresh, os.fstat(fresh).st_size
@@ -90,12 +90,12 @@ def _open(path: Path) -> int:
 class RunLog:
     """Appends rows; a resume drops the metric rows after its checkpoint, so that one file holds one continuous curve.
 
-    run_dir  None: nothing is written, and sentences are still said
-    say      how a person hears of what goes wrong with the logs
+    run_dir  None: nothing is written, but warnings still appear
+    say      prints warnings about the logs
     """
 
     def __init__(self, run_dir: Path | None, step: int, say: Say | None = None) -> None:
-        """Raises UsageError where the logs cannot be opened, such as on a full disk."""
+        """Raises UsageError if the logs cannot be opened, such as on a full disk."""
         self.run_dir, self.notes = run_dir, list[str]()
         self._say, self._said = say, set[str]()
         self._sinks: dict[str, Callable[[dict[str, Any]], None]] = {}
@@ -119,16 +119,16 @@ class RunLog:
             ) from None
 
     def add_tensorboard(self, step: int) -> None:
-        """Raises UsageError where it is missing or cannot write."""
+        """Raises UsageError if TensorBoard is missing or cannot write."""
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(f"{self.run_dir}/tensorboard", purge_step=step + 1)
         except ImportError:
-            raise UsageError("run.tensorboard is true and the package tensorboard is missing: pip install it, or set it to false") from None
+            raise UsageError("run.tensorboard is true but the package tensorboard is missing: pip install it, or set it to false") from None
         except OSError as error:
             raise UsageError(
-                f"run.tensorboard is true and {self.run_dir}/tensorboard cannot be written ({error.strerror}): make room, or set it to "
+                f"run.tensorboard is true but {self.run_dir}/tensorboard cannot be written ({error.strerror}): make room, or set it to "
                 "false"
             ) from None
 
@@ -142,18 +142,18 @@ class RunLog:
     def add_wandb(self, name: str, config: dict[str, Any], run_id: str | None) -> str:
         """Starts or continues a Weights & Biases run and returns its id, to be kept in checkpoints.
 
-        Steps that a resume does again are refused there with a warning; a run being a function of its config, they are the same. The end of
-        the run, and how the process ended, is what W&B's own exit hook sees.
+        W&B refuses repeated steps after a resume with a warning; since a run is a function of its config, they are the same. W&B's own exit
+        hook records the end of the run and how the process ended.
         """
         try:
             import wandb
         except ImportError:
-            raise UsageError("run.wandb is true and the package wandb is missing: pip install wandb, or set it to false") from None
+            raise UsageError("run.wandb is true but the package wandb is missing: pip install wandb, or set it to false") from None
         try:
             run = wandb.init(project=name, name=name, id=run_id, resume="allow", config=config, dir=str(self.run_dir))
-        except Exception as error:  # no key, no network, no right to write: all of them before anything is trained
+        except Exception as error:  # no key, no network, no permission: all before training starts
             raise UsageError(
-                f"run.wandb is true and Weights & Biases did not start ({error}): log in with `wandb login`, set WANDB_MODE=offline, "
+                f"run.wandb is true but Weights & Biases did not start ({error}): log in with `wandb login`, set WANDB_MODE=offline, "
                 "or set run.wandb to false"
             ) from None
         self._sinks["Weights & Biases"] = lambda row: run.log(scalars(row), step=row["step"])
@@ -164,14 +164,14 @@ class RunLog:
         for name, sink in self._sinks.items():
             try:
                 sink(row)
-            except Exception as error:  # whatever an outside logger meets, it is no reason to stop training
+            except Exception as error:  # no error of an outside logger may stop training
                 self.warn_once(name, f"{name} rejected the row of step {row['step']}; training continues: {error}")
 
     def event(self, event: str, step: int, **details: Any) -> None:
         self._add(self._events, {"time": round(time.time(), 3), "step": step, "event": event, **details})
 
     def warn_once(self, what: str, sentence: str) -> bool:
-        """Says a sentence, the first of its kind only. Whether it was."""
+        """Prints a warning, only the first of its kind. Returns whether it was the first."""
         first = what not in self._said
         self._said.add(what)
         if first and self._say is not None:
@@ -179,7 +179,7 @@ class RunLog:
         return first
 
     def close(self) -> None:
-        """Never raises: a run has come to its end by then."""
+        """Never raises, since the run has ended by then."""
         for close in self._closers:
             with suppress(Exception):
                 close()
@@ -204,7 +204,7 @@ class RunLog:
 
 
 def finite(value: Any) -> Any:
-    """Numbers that JSON cannot hold become null."""
+    """Replaces numbers that JSON cannot represent by null."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -215,7 +215,7 @@ def finite(value: Any) -> Any:
 
 
 def scalars(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers of a row as "a/b" → number; those of a list by their place in it."""
+    """Nested numbers of a row as "a/b" → number; numbers of a list by their index."""
     flat: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The numbers of a step, one row for each: a name in metrics.jsonl, and a function of what the first rank knows of a logged step."""
+"""Metrics of a step, one row each: a name in metrics.jsonl and a function of what rank 0 knows about a logged step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megascale.plugins import resolve, with_plugins
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """What the host knows of a step, and of the steps since the one that was logged before it.
+    """What the host knows about a step and about the steps since the last logged one.
 
-    loss, grad_norm  NaN where they are not finite
-    steps, seconds   since the row before: their number, and their time without evaluation and saving
-    waited           seconds of waiting for data in that time, and `sent` bytes by axis in this step; the largest of all ranks
-    flops_per_token  of training
-    peak             FLOP/s of one rank, where known
-    valid_loss       by set, where the step ends with an evaluation
+    loss, grad_norm  NaN if not finite
+    steps, seconds   since the last row: number of steps, and seconds without evaluation and saving
+    waited           seconds of waiting for data in that time; `sent`: bytes per axis in this step; the largest over all ranks
+    flops_per_token  FLOPs per token of training
+    peak             FLOP/s of one rank, if known
+    valid_loss       per validation set, if the step ends with an evaluation
     """
 
     step: int
@@ -43,7 +43,7 @@ class LoggedStep:
 
     @property
     def tokens_per_second(self) -> float:
-        """From step to step."""
+        """Tokens per second since the last row."""
         return self.steps * self.cfg.global_batch_size * self.cfg.seq_len / max(self.seconds, 1e-9)
 
     @property
@@ -81,13 +81,13 @@ STEP_METRICS: dict[str, StepMetric] = {
 
 
 def step_metrics() -> dict[str, StepMetric]:
-    """By name, in the order of a row's keys. Raises UsageError for one that a plugin names and that cannot be imported."""
+    """Metrics by name, in the order of a row's keys. Raises UsageError for a plugin's metric that cannot be imported."""
     found = with_plugins("metrics", STEP_METRICS, StepMetric)
     return {name: StepMetric(resolve(m.read, f"the metric {name}"), m.evaluated) for name, m in found.items()}
 
 
 def metrics_of(step: LoggedStep, metrics: Mapping[str, StepMetric]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A step's row, and {name: error} of metrics of plugins that went wrong: these are null, since a log never ends a run."""
+    """A step's row, and {name: error} for plugin metrics that failed: they are null, since a log never ends a run."""
     row: dict[str, Any] = {}
     wrong: dict[str, str] = {}
     for name, metric in metrics.items():

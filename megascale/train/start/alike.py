@@ -1,4 +1,4 @@
-"""All ranks train the same run: their configs, versions and data are compared before anything is built."""
+"""Checks that all ranks train the same run: compares their configs, versions and data before anything is built."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megascale.data.vocabulary import end_token, translates
 from megascale.plugins import versions
 from megascale.train.start.changes import Prints, sources_of
 
-# What nodes may have of their own. Where data lie may differ, too: what they are is compared.
+# Keys that may differ between nodes. Paths of data may differ too, since their contents are compared.
 OF_A_NODE = ("run.device", "run.threads", "run.peak_tflops", "parallel.offload_dir", *SOURCES, *PATHS)
 
 
 def check_config(config: Config) -> None:
-    """Collective. Raises UsageError on all ranks where one was started with another config, or has another version installed."""
+    """Collective. Raises UsageError on all ranks if one was started with a different config or has a different version installed."""
     Agreement().alike(on_all_ranks(lambda: shared_values(config)), "the same config file, arguments and versions are needed on every node")
 
 
 def shared_values(config: Config) -> dict[str, Any]:
-    """{key: value} of what must be the same on every rank."""
+    """{key: value} of everything that must be equal on every rank."""
     flat = {k: v for k, v in flatten(config.plain()).items() if k not in OF_A_NODE}
     plugins = {f"plugin {name}": number for name, number in versions().items()}
     mixture = [[name, weight] for name, _, weight in sources_of(config)]
@@ -36,17 +36,17 @@ def shared_values(config: Config) -> dict[str, Any]:
 def own_version() -> str:
     try:
         return version("megascale")
-    except PackageNotFoundError:  # it is run from where it lies
+    except PackageNotFoundError:  # runs from a checkout
         return "uninstalled"
 
 
 def check_data(config: Config, prints: Prints) -> None:
-    """Collective. Raises UsageError on all ranks where one reads other data, or makes another vocabulary of its tokenizer."""
+    """Collective. Raises UsageError on all ranks if one reads different data or builds a different vocabulary from its tokenizer."""
     model = {k: v for k, v in flatten(config.plain()).items() if k.startswith("model.")}
     files = {f"data.{part}[{name}].{end}": told for part in prints for name, its in prints[part].items() for end, told in its.items()}
     Agreement().alike({**files, **model, **on_all_ranks(lambda: special_tokens(config))}, "copy the same data and tokenizers to every node")
 
 
 def special_tokens(config: Config) -> dict[str, int]:
-    """Those that enter samples and that a tokenizer says."""
+    """Special tokens that enter samples and come from a tokenizer."""
     return {"the token that ends a text": end_token(config)} if spans_asked(config) or translates(config) else {}

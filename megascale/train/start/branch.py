@@ -1,9 +1,9 @@
-"""What `checkpoint.resume` asks of this start, and going back inside a run.
+"""Handles `checkpoint.resume`, which includes going back inside a run.
 
-Going back to one of the run's own checkpoints puts the later ones and the curve up to here into `checkpoints/set-aside-TIME`, lets
-`latest` name the one that was asked for, and records the request in `checkpoints/resumed.json`. The same command, run again by a scheduler,
-finds the record and goes on from the newest checkpoint of the new branch. A start with `auto` forgets the record, so that the folder can be
-asked for once more.
+Going back to one of the run's own checkpoints moves the later ones and the curve up to here into `checkpoints/set-aside-TIME`, points
+`latest` to the requested one, and records the request in `checkpoints/resumed.json`. When a scheduler runs the same command again, it
+finds the record and continues from the newest checkpoint of the new branch. A start with `auto` deletes the record, so that the folder
+can be requested once more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Note:
-    """What the reader of the screen is told as a warning; an event of that name beside it where it has one."""
+    """A warning for the screen, and if `event` is set an event of that name."""
 
     sentence: str
     event: str = ""
@@ -45,7 +45,7 @@ class Wish:
 
 
 def wish_of(wanted: str, run_dir: Path) -> Wish:
-    """Raises UsageError for a folder that is not there, and for one that this run cannot go on from."""
+    """Interprets `checkpoint.resume`. Raises UsageError for a folder that is missing or from which this run cannot continue."""
     root = run_dir / "checkpoints"
     have = named_as_steps(root)
     if wanted == "never" and have:
@@ -63,7 +63,7 @@ def wish_of(wanted: str, run_dir: Path) -> Wish:
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(
-            f"checkpoint.resume is {wanted[:200]!r}, and it cannot be found ({reason}): name a folder step-… or a run's directory, or auto"
+            f"checkpoint.resume is {wanted[:200]!r}, but it cannot be found ({reason}): name a folder step-… or a run's directory, or auto"
         ) from None
     own = run_dir.resolve()
     if where in (own, root.resolve()):
@@ -80,11 +80,11 @@ def wish_of(wanted: str, run_dir: Path) -> Wish:
 
 
 def go_back(run_dir: Path, folder: Path, asked: str) -> Note:
-    """Makes `folder`, one of the run's own, its newest checkpoint. What comes after it is kept aside. Where it had itself been set aside,
-    the rows of its branch come back with it, and the other branch's checkpoints go. Raises UsageError for a bad disk.
+    """Makes `folder`, one of the run's own, its newest checkpoint and sets later ones aside. If `folder` itself was set aside, the rows
+    of its branch return with it, and the other branch's checkpoints are set aside. Raises UsageError for a disk error.
 
-    Killed at any moment, the same request does the rest: rows are changed when the checkpoints they tell of have been moved, and the last
-    act is what `wish_of` knows a request that was met by: the folder moves out of where it was set aside, or else the record.
+    After a kill at any moment the same request finishes the work: rows change after the checkpoints of their steps have moved, and last
+    comes the act by which `wish_of` knows that a request was met: `folder` moves out of where it was set aside, or the record is written.
     """
     root, metrics = run_dir / "checkpoints", run_dir / METRICS
     step, home = int(folder.name.rpartition("-")[2]), root / folder.name
@@ -103,7 +103,7 @@ def go_back(run_dir: Path, folder: Path, asked: str) -> Note:
         for path in (*reversed(left), *grown):
             set_aside(path, aside)
         if replaced:
-            copy_atomic(rows, metrics)  # those after `step` go when the logs are opened
+            copy_atomic(rows, metrics)  # rows after `step` are dropped when the logs are opened
         if back:
             write_atomic(root / LATEST, f"{home.name}\n")
         elif not (root / named_latest(root)).is_dir():
@@ -113,12 +113,12 @@ def go_back(run_dir: Path, folder: Path, asked: str) -> Note:
             os.rename(folder, home)
     except OSError as error:
         raise UsageError(
-            f"{run_dir} could not go back to {folder.name} ({error.strerror or error}: {error.filename}): mend the disk and run the same "
+            f"{run_dir} could not go back to {folder.name} ({error.strerror or error}: {error.filename}): repair the disk and run the same "
             "command again"
         ) from None
     rest = f"; {_count(len(left), 'checkpoint')} of the branch that is left, and its curve, are in {aside}" if aside.is_dir() else ""
     if replaced:
-        rest += f"; {_count(replaced, 'row')} of {METRICS} up to here were put back from {rows}"
+        rest += f"; {_count(replaced, 'row')} of {METRICS} up to here were restored from {rows}"
     elif back and not rows.is_file():
         rest += f"; {METRICS} keeps the rows up to here that it has, since {folder.parent} holds none"
     details = {"set_aside": [p.name for p in left], "where": str(aside) if aside.is_dir() else None, "rows_put_back": replaced}
@@ -126,9 +126,9 @@ def go_back(run_dir: Path, folder: Path, asked: str) -> Note:
 
 
 def compared(now: Path, then: Path, step: int) -> tuple[int, int]:
-    """The rows up to `step` of two branches: the last step before their rows differ, and how many rows of `then` are not in `now`.
+    """Compares the rows of two branches up to `step`: the last step before they differ, and the number of rows of `then` not in `now`.
 
-    Rows tell their time, so those of two branches are equal only where the one began with the other's. Raises OSError.
+    Rows contain their time, so rows of two branches are equal only if one branch began with the other's. Raises OSError.
     """
     ours, theirs = _prints(now, step), _prints(then, step)
     differ = [n for n, text in theirs.items() if ours.get(n) != text]
@@ -136,7 +136,7 @@ def compared(now: Path, then: Path, step: int) -> tuple[int, int]:
 
 
 def _prints(path: Path, step: int) -> dict[int, int]:
-    """{step: hash of its row}, of each step's first one, as `mend_rows` keeps it."""
+    """{step: hash of its first row}, the row that `mend_rows` keeps."""
     found: dict[int, int] = {}
     for line in read_lines(path, metric_mistake) if path.is_file() else ():
         if line.row is not None and line.row["step"] <= step:
@@ -149,21 +149,21 @@ def _count(number: int, what: str) -> str:
 
 
 def remember(root: Path, asked: str, folder: Path) -> None:
-    """That this request was met. Raises OSError."""
+    """Records that this request was met. Raises OSError."""
     root.mkdir(parents=True, exist_ok=True)
     record = {"asked": os.path.abspath(asked), "folder": str(folder.absolute()), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def forget(run_dir: Path) -> None:
-    """The record of having gone back inside the run: another start than that one has been asked for."""
+    """Deletes the record of going back inside the run, since a different start was requested."""
     record = read_record(run_dir / "checkpoints")
     if record and run_dir.absolute() in Path(record["folder"]).parents:
         discard(run_dir / "checkpoints" / RECORD)
 
 
 def read_record(root: Path) -> dict[str, str]:
-    """Empty where there is none that can be read: then the request is met as if for the first time."""
+    """The record; empty if there is none that can be read, so that the request is carried out again."""
     try:
         found = json.loads((root / RECORD).read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError):
@@ -174,7 +174,7 @@ def read_record(root: Path) -> dict[str, str]:
 
 
 def _waits(folder: Path) -> bool:
-    """Whether a checkpoint that was asked for still lies where it had been set aside: going back to it was killed before its end."""
+    """Whether a requested checkpoint is still where it had been set aside, because going back to it was killed."""
     return folder.parent.name.startswith(ASIDE) and os.path.lexists(folder)
 
 
@@ -187,7 +187,7 @@ def _served(wanted: str, root: Path, record: dict[str, str]) -> Note:
 
 
 def _began_from(run_dir: Path, where: Path) -> bool:
-    """Whether the run's events say that it once began there; older versions kept no other record."""
+    """Whether the run once began there according to its events, the only record of older versions."""
     try:
         lines = (run_dir / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What changes the curve at a resume: the keys that are no identity of a run, the learning rate, and the places in the data."""
+"""Changes of the curve at a resume: keys outside the run's identity, the learning rate, and the positions in the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megascale.optim.learning_rate import learning_rate
 from megascale.plugins import versions
 from megascale.train.start.branch import Note
 
-# No identity of a run, since what was learned stays what it is; but the curve goes on otherwise than it would have.
+# Keys outside the run's identity, since the weights stay valid, that still change the rest of the curve.
 CURVE = (
     "train.steps",
     "train.tokens",
@@ -39,7 +39,7 @@ Prints = dict[str, dict[str, Print]]
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rate at `step`, the first one to come, as it would have been and as it is; `differs`: from which step on."""
+    """The learning rate of `step`, the next one, before and after the change; `differs`: the first step at which they differ."""
 
     step: int
     before: float
@@ -48,9 +48,9 @@ class Rates:
 
 
 def curve_changes(config: Config, saved: Mapping[str, Any]) -> Changes:
-    """{key: (then, now)} of what enters the curve and is no identity. `saved`: the config in the checkpoint, empty where there is none.
+    """{key: (then, now)} of keys that affect the curve but not the identity. `saved`: the checkpoint's config, or empty.
 
-    Raises UsageError where the length of a run changes the order of its data and `run.allow_change` does not name it.
+    Raises UsageError if a new run length changes the order of the data and `run.allow_change` does not name it.
     """
     if not saved:
         return {}
@@ -66,14 +66,14 @@ def curve_changes(config: Config, saved: Mapping[str, Any]) -> Changes:
     if config.data.order == "megatron" and longer and not covered(longer, config.run.allow_change):
         key = longer[0]
         raise UsageError(
-            f"{key} was {found[key][0]} and is {found[key][1]}, and under data.order megatron the order of all samples depends on their "
+            f"{key} was {found[key][0]} and is now {found[key][1]}; under data.order megatron the order of all samples depends on their "
             f"number: set it back, or allow another order with run.allow_change='[{key}]'"
         )
     return found
 
 
 def rates_at(config: Config, saved: Mapping[str, Any], step: int) -> Rates | None:
-    """Of the first step after `step`. None where the checkpoint does not say how its run would have gone on."""
+    """Rates of the first step after `step`. None if the checkpoint does not say how its run would have continued."""
     total, now = _steps(saved), config.train.total_steps
     try:
         optim = Optim.model_validate(saved["optim"])
@@ -88,7 +88,7 @@ def rates_at(config: Config, saved: Mapping[str, Any], step: int) -> Rates | Non
     first, last = step + 1, min(total, now)
     differs = first if both(first)[0] != both(first)[1] else None
     if differs is None and last > first and both(last)[0] != both(last)[1]:
-        low, high = first, last  # equal up to some step, where one of the two begins to fall
+        low, high = first, last  # equal up to the step at which one of them starts to decay
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if both(middle)[0] != both(middle)[1] else (middle, high)
@@ -97,7 +97,7 @@ def rates_at(config: Config, saved: Mapping[str, Any], step: int) -> Rates | Non
 
 
 def told(changes: Mapping[str, tuple[Any, Any]], rates: Rates | None) -> list[Note]:
-    """The sentence for who resumes; none where nothing changes from here on."""
+    """A warning about the changes; empty if nothing changes from here on."""
     matters = {k: v for k, v in changes.items() if k not in LENGTH or rates is None or rates.differs is not None}
     if not matters:
         return []
@@ -111,7 +111,7 @@ def told(changes: Mapping[str, tuple[Any, Any]], rates: Rates | None) -> list[No
 
 
 def plugins_note(saved: Mapping[str, Any]) -> list[Note]:
-    """What has been installed or taken away since the checkpoint. `saved`: trainer.json, whose older versions know no plugins."""
+    """Plugins installed or removed since the checkpoint. `saved`: trainer.json; older versions of it list no plugins."""
     then, now = saved.get("plugins"), versions()
     if then is None or then == now:
         return []
@@ -128,14 +128,14 @@ def plugins_note(saved: Mapping[str, Any]) -> list[Note]:
 
 
 def sources_of(config: Config) -> list[list[Any]]:
-    """[[name, path, weight], …] of the training mixture, as checkpoints record it: a file that `data.train` names may change."""
+    """[[name, path, weight], …] of the training mixture, recorded in checkpoints because a file that `data.train` names may change."""
     return [[s.name, s.path, s.weight] for s in read_sources(config.data.train, "data.train")]
 
 
 def changes_since(config: Config, saved: dict[str, Any], folder: Path, prints: Prints) -> tuple[Changes, list[Note]]:
-    """What has changed since the checkpoint `folder` and is allowed, and what is to be told of it. `saved`: its trainer.json.
+    """The allowed changes since the checkpoint `folder`, and notes about them. `saved`: its trainer.json.
 
-    Raises UsageError where it is of another run, or of this one with other data.
+    Raises UsageError if it belongs to another run or was trained on other data.
     """
     moved = moved_data(config, saved, prints)
     other = check_identity(config, saved["identity"], str(folder), moved)
@@ -144,8 +144,8 @@ def changes_since(config: Config, saved: dict[str, Any], folder: Path, prints: P
 
 
 def moved_data(config: Config, saved: Mapping[str, Any], prints: Prints) -> list[str]:
-    """Of data.train and data.valid those whose files have kept names, weights and content: where they lie is no matter then. `saved`:
-    trainer.json, whose older versions do not say what the data were.
+    """Which of data.train and data.valid only moved: names, weights and content of the files are the same. `saved`: trainer.json; older
+    versions do not record the content.
     """
     before, found = saved.get("fingerprints", {}), []
     then, now = _named(saved.get("sources") or _listed(saved)), _named(sources_of(config))
@@ -157,9 +157,9 @@ def moved_data(config: Config, saved: Mapping[str, Any], prints: Prints) -> list
 
 
 def content_changes(config: Config, saved: Mapping[str, Any], prints: Prints) -> Changes:
-    """{"data.train[source]": (then, now)} of sources that have other content under their old names, where `run.allow_change` lets them.
+    """{"data.train[source]": (then, now)} of sources with new content under old names that `run.allow_change` allows.
 
-    Raises UsageError where it does not.
+    Raises UsageError if it does not allow them.
     """
     found: Changes = {}
     for part, sources in prints.items():
@@ -177,10 +177,10 @@ def content_changes(config: Config, saved: Mapping[str, Any], prints: Prints) ->
 
 
 def mixture_changes(config: Config, saved: Mapping[str, Any], moved_only: bool = False) -> tuple[Changes, list[Note]]:
-    """A change of the mixture that no key shows, and what any change of it does to the sources' places. `saved`: trainer.json;
-    `moved_only`: the sources are known to be the same in other places.
+    """A change of the mixture that no key shows, and the effect of any change on the sources' positions. `saved`: trainer.json;
+    `moved_only`: the sources are known to have only moved.
 
-    Raises UsageError for one in a file that `data.train` names, unless `run.allow_change` has data.train.
+    Raises UsageError for a change in a file that `data.train` names, unless `run.allow_change` has data.train.
     """
     now = sources_of(config)
     then = saved.get("sources") or _listed(saved)
@@ -216,7 +216,7 @@ def _mixture(sources: list[list[Any]]) -> str:
 
 
 def _listed(saved: Mapping[str, Any]) -> list[list[Any]]:
-    """The sources as the saved config lists them; nothing where it names a file, which may be another by now."""
+    """The sources in the saved config; empty if it names a file, which may have changed."""
     value = saved.get("config", {}).get("data", {}).get("train")
     if not isinstance(value, str | list) or (isinstance(value, str) and value.endswith((".yaml", ".yml"))):
         return []

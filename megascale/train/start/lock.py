@@ -1,8 +1,8 @@
-"""One job a run directory: `run.lock` names who holds it, and changes as long as the holder lives.
+"""One job per run directory: `run.lock` names the holder, and changes as long as it lives.
 
-Made for disks that many nodes share: the file gets its name by a hard link, which one of two can win, and no lock of the kernel is needed.
-A holder on this node is looked up by its process; one elsewhere is watched, since two nodes' clocks need not agree: its file is touched
-every `BEAT` seconds, and one that stays as it is for `STALE` seconds belongs to nobody.
+It works on disks that many nodes share: a hard link gives the file its name, which only one of two jobs can win, so no kernel lock is
+needed. A holder on this node is looked up by its process. A holder elsewhere is watched, since the clocks of two nodes may differ: it
+touches its file every `BEAT` seconds, and a file unchanged for `STALE` seconds belongs to nobody.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from megascale.launch.ranks import node_name
 LOCK = "run.lock"
 BEAT = 2.0  # seconds between two signs of life
 STALE = 30.0  # seconds without one after which a holder on another node is gone
-LOOK = 0.5  # seconds between two looks at another's lock
-SCHEDULERS = {"SLURM_JOB_ID": "squeue -j", "PBS_JOBID": "qstat", "LSB_JOBID": "bjobs"}  # whose number it is → what shows that job
+LOOK = 0.5  # seconds between two checks of another job's lock
+SCHEDULERS = {"SLURM_JOB_ID": "squeue -j", "PBS_JOBID": "qstat", "LSB_JOBID": "bjobs"}  # variable with its id → command that shows the job
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run directory. `machine` and `started` tell a process from another one with the same number."""
+    """The holder of a run directory. `machine` and `started` distinguish processes with the same pid."""
 
     node: str
     pid: int
     since: str
-    token: str  # no two are the same
+    token: str  # unique
     job: str = ""
-    look: str = ""  # a command that shows it
+    look: str = ""  # a command that shows the holder
     machine: str = ""
     started: str = ""
 
@@ -59,7 +59,7 @@ def this_process() -> Holder:
 
 
 def machine() -> str:
-    """This start of this machine, and whose process numbers these are: containers count their own."""
+    """Identifies this boot of this machine and the pid namespace, since containers have their own."""
     parts = [platform.node()]
     for path, read in (("/proc/sys/kernel/random/boot_id", Path.read_text), ("/proc/self/ns/pid", os.readlink)):
         with suppress(OSError):
@@ -68,7 +68,7 @@ def machine() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process began, in its machine's own count, which no clock that is set moves; None where there is none."""
+    """When a process began, on the machine's monotonic clock, which nobody can set; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return None if fields[0] in ("Z", "X") else fields[19]
@@ -86,7 +86,7 @@ def started(pid: int) -> str | None:
 class RunLock:
     """The lock of a run directory. `take` it, and `release` it; between the two a thread keeps it fresh.
 
-    lost  called from that thread with a sentence where another job holds the directory now: this one must write no more
+    lost  called from that thread with a sentence once another job holds the directory: this one must stop writing
     """
 
     def __init__(self, run_dir: Path, lost: Callable[[str], None]) -> None:
@@ -98,9 +98,9 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def take(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """Raises UsageError where another job holds the directory, or it cannot be written; then nothing is left of this one.
+        """Raises UsageError if another job holds the directory or it cannot be written; then this job leaves nothing behind.
 
-        say  is told why it takes long
+        say  called with the reason if it takes long
         """
         try:
             self._make_folder()
@@ -118,7 +118,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """At the end, however it comes; a directory that was made for the lock and holds nothing else goes too."""
+        """Called at any end of the run; also removes a directory that was created for the lock and holds nothing else."""
         self._released.set()
         if self._thread is not None:
             self._thread.join()
@@ -128,37 +128,36 @@ class RunLock:
         self._remove_folder()
 
     def holds(self) -> bool:
-        """Raises OSError where the disk does not say."""
+        """Whether this job still holds the lock. Raises OSError if the disk does not answer."""
         found = self._read()
         return found is not None and found[0] is not None and found[0].token == self.own.token
 
     def check(self) -> None:
-        """Raises UsageError where the directory is no longer this run's: before anything is written there."""
+        """Raises UsageError if this job no longer owns the directory. Called before anything is written there."""
         try:
             if self.holds():
                 return
             if not self.run_dir.is_dir():
                 raise UsageError(
-                    f"the run directory {self.run_dir} is not there any more: it was moved or deleted while the run wrote to it; "
-                    "move it back"
+                    f"the run directory {self.run_dir} no longer exists: it was moved or deleted while the run wrote to it; move it back"
                 )
             self.refresh()
             if not self.holds():
-                raise UsageError(f"another job has taken the run directory {self.run_dir} over: {self._holder_words()}")
+                raise UsageError(f"another job has taken over the run directory {self.run_dir}: {self._holder_words()}")
         except OSError as error:
-            raise UsageError(f"{self.path} cannot be read ({error.strerror or error}): look at the disk of run.dir") from None
+            raise UsageError(f"{self.path} cannot be read ({error.strerror or error}): check the disk of run.dir") from None
 
     def refresh(self) -> None:
-        """A sign of life; and where somebody has deleted the file, it is made again."""
-        with suppress(OSError):  # a disk that does not answer now may do so later
+        """Touches the file, and creates it again if somebody has deleted it."""
+        with suppress(OSError):  # the disk may answer again later
             found = self._read()
             if found is None and self.run_dir.is_dir():
                 self._link(self.path)
             elif found is not None and found[0] is not None and found[0].token != self.own.token:
                 if not self._released.is_set():
                     self.lost(
-                        f"another job has taken the run directory {self.run_dir} over ({found[0].words}), since this one gave no sign of "
-                        f"life for {STALE:.0f} s; it writes no more"
+                        f"another job has taken over the run directory {self.run_dir} ({found[0].words}), since this one gave no sign of "
+                        f"life for {STALE:.0f} s; it stops writing"
                     )
             elif found is not None:
                 os.utime(self.path)
@@ -192,12 +191,12 @@ class RunLock:
                 return
 
     def _succeed(self, holder: Holder | None, mark: Any) -> bool:
-        """Puts this process in the place of one that is gone. Of several only one may: it holds a second file while it looks once more."""
+        """Replaces a holder that is gone. Only one of several processes may: it holds a second file while it checks once more."""
         turn = self.path.with_name(f".{LOCK}.after-{'unknown' if holder is None else holder.token[:32]}")
         if not self._link(turn):
             other = self._read(turn)
             if other is None or self._alive(other[1], turn):
-                return False  # another has its turn: look again at what it makes of it
+                return False  # another process has its turn: check again afterwards
             discard(turn)  # it was killed in the middle
             return False
         try:
@@ -211,13 +210,13 @@ class RunLock:
         return self.holds()
 
     def _alive(self, mark: Any, path: Path | None = None) -> bool:
-        """Whether the file changes within the time that a holder has for a sign of life, or goes."""
+        """Whether the file changes within a holder's time for a sign of life; False if it stays the same or disappears."""
         watched, before = 0.0, time.monotonic()
         while watched < STALE:
             time.sleep(LOOK)
             found = self._read(path)
             now = time.monotonic()
-            watched, before = watched + min(now - before, 2 * LOOK), now  # a disk that stood still did so for the holder too
+            watched, before = watched + min(now - before, 2 * LOOK), now  # a frozen disk was frozen for the holder too
             if found is None:
                 return False
             if found[1] != mark:
@@ -225,7 +224,7 @@ class RunLock:
         return False
 
     def _here(self, holder: Holder | None) -> bool:
-        """Whether the holder's process can be looked up: it is of this machine, or of an earlier start of it."""
+        """Whether the holder's process can be looked up: it is on this machine, or on an earlier boot of it."""
         if holder is None or not holder.machine:
             return False
         then, now = holder.machine.split(), machine().split()
@@ -235,9 +234,7 @@ class RunLock:
 
     def _refusal(self, holder: Holder | None) -> str:
         if holder is None:
-            return (
-                f"the run directory {self.run_dir} is held by another job, whose {LOCK} changes: wait for its end, or take another run.name"
-            )
+            return f"the run directory {self.run_dir} is held by another job, whose {LOCK} changes: wait for it, or choose another run.name"
         age = ""
         with suppress(OSError):
             age = f", its last sign of life {max(0.0, time.time() - self.path.stat().st_mtime):.0f} s ago"
@@ -252,7 +249,7 @@ class RunLock:
         return "somebody" if found is None or found[0] is None else found[0].words
 
     def _read(self, path: Path | None = None) -> tuple[Holder | None, Any] | None:
-        """(who, a mark that changes with every sign of life); who is None for a file that does not say. None: there is no file."""
+        """(holder, a mark that changes with every sign of life); holder is None if the file does not name one. None: no file."""
         try:
             with (path or self.path).open("rb") as file:  # opening makes NFS ask the server
                 raw, stat = file.read(4096), os.fstat(file.fileno())
@@ -261,7 +258,7 @@ class RunLock:
         mark = (stat.st_mtime_ns, stat.st_ino, len(raw))
         try:
             said = json.loads(raw)
-            # They are shown on terminals: nothing but what can be read.
+            # The fields are printed on terminals, so keep only printable characters.
             texts = {f.name: "".join(c for c in str(said[f.name]) if c.isprintable()) for f in fields(Holder) if f.name != "pid"}
             holder = Holder(pid=int(said["pid"]), **texts)
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -278,12 +275,12 @@ class RunLock:
         return mine
 
     def _link(self, path: Path) -> bool:
-        """Gives this process's words the name `path`, where that is free. Raises OSError."""
+        """Creates `path` with this process as the holder, if the name is free. Raises OSError."""
         mine = self._write_own()
         try:
             os.link(mine, path)
         except FileExistsError:
-            return self._read(path) == self._read(mine)  # the answer to a link that was made may get lost on its way
+            return self._read(path) == self._read(mine)  # the answer to a successful link may get lost
         except OSError:
             return self._create(path)
         finally:
@@ -307,5 +304,5 @@ class RunLock:
 
     def _remove_folder(self) -> None:
         for folder in self._made:
-            with suppress(OSError):  # it holds a run by now, which is the rule
+            with suppress(OSError):  # normally it contains a run by now
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""A run directory is opened: it becomes this job's own, what was left in it is cleared, and it is known where the run goes on."""
+"""Opens a run directory: locks it for this job, clears leftovers, and decides where the run continues."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from megascale.train.start.changes import changes_since
 from megascale.train.start.lock import LOCK, STALE, RunLock
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", LOCK)
-STOP = "STOP"  # the file by which a person asks a run to stop
-BESIDE = ("exit.json", STOP, "launch", "heartbeat.json", "stacks")  # what a job may leave before it becomes a run
+STOP = "STOP"  # a file with this name asks a run to stop
+BESIDE = ("exit.json", STOP, "launch", "heartbeat.json", "stacks")  # files that a job may leave before the run exists
 # Files of ours that a kill left half written.
 LEFT_OVER = re.compile(r"\.writable|\.(config\.yaml|metrics\.jsonl|events\.jsonl|heartbeat\.json|exit\.json|run\.lock)\..+")
 
 
 @dataclass
 class Opening:
-    """A run directory that is this job's. `elsewhere`: the checkpoint of another run that this one begins from. The rest is the first
-    rank's: its lock, what it has to tell, and whether config.yaml cannot be read.
+    """A run directory that this job owns. `elsewhere`: the checkpoint of another run that this one begins from. Only the first rank has the
+    rest: its lock, its notes, and whether config.yaml is damaged.
     """
 
     lock: RunLock | None
@@ -48,15 +48,15 @@ class Opening:
     damaged_config: str = ""
 
     def guard(self) -> None:
-        """Raises UsageError where the directory is not this job's any more."""
+        """Raises UsageError if this job no longer owns the directory."""
         if self.lock is not None:
             self.lock.check()
 
 
 @contextmanager
 def open_run(config: Config, lists: TokenLists | None = None) -> Iterator[Opening]:
-    """Collective. `config` is the one that the run was begun with, `lists` its samples in memory, if any. Raises UsageError where the
-    directory is another's, or cannot be used; then nothing has been written.
+    """Collective. `config` is that of the whole run, `lists` its samples in memory, if any. Raises UsageError if another job holds the
+    directory or it cannot be used; then nothing has been written.
     """
     team, run_dir = Agreement(), Path(config.run_dir)
     opening = Opening(None)
@@ -81,7 +81,7 @@ def _take(config: Config, run_dir: Path, opening: Opening) -> Wish:
     if lock.note is not None:
         opening.notes.append(Note(lock.note, "lock_broken"))
     wish = wish_of(config.checkpoint.resume, run_dir)
-    # Gone back, a run is that of the checkpoint, which is compared later; config.yaml may be another branch's. Of one that grows, only
+    # After going back, a run is the checkpoint's, which is compared later; config.yaml may belong to another branch. If the run grows, only
     # config.yaml has all phases.
     judge = bool(config.grow) or (wish.kind != "back" and wish.note is None)
     opening.damaged_config = check_saved_config(config, run_dir, judge) or ""
@@ -94,12 +94,12 @@ def _take(config: Config, run_dir: Path, opening: Opening) -> Wish:
 
 
 def check_still_there(run_dir: Path) -> None:
-    """Raises UsageError where the run has saved checkpoints and none is there: its disk may be missing, and step 1 would come again."""
+    """Raises UsageError if all saved checkpoints are gone: the disk may be missing, and the run would start again at step 1."""
     root = run_dir / "checkpoints"
     saved = None if named_as_steps(root) else last_saved(run_dir)
     if saved is not None:
         raise UsageError(
-            f"{run_dir / 'events.jsonl'} says that the checkpoint of step {saved} was saved, and there is none in {root}: is its disk "
+            f"{run_dir / 'events.jsonl'} says that the checkpoint of step {saved} was saved, but there is none in {root}: is its disk "
             "mounted? If they were deleted, checkpoint.resume=never starts again and keeps the old rows; or choose another run.name"
         )
 
@@ -107,25 +107,25 @@ def check_still_there(run_dir: Path) -> None:
 def _back(config: Config, run_dir: Path, wish: Wish, lists: TokenLists | None) -> Note:
     assert wish.folder is not None
     saved = read_progress(wish.folder)
-    if not config.grow:  # of a run that grows, the phase says what the model is
+    if not config.grow:  # if a run grows, the phase decides the model
         changes_since(config, saved, wish.folder, prints_of(config, lists))
     return go_back(run_dir, wish.folder, config.checkpoint.resume)
 
 
 def _leave(why: str) -> None:
-    """From the lock's thread: the directory is another job's, and nothing that this one does may reach it."""
+    """Called by the lock's thread: another job holds the directory, so this process ends at once and writes nothing more."""
     print(f"\nerror: {why}", file=sys.stderr, flush=True)
     os._exit(3)
 
 
 def check_directory(run_dir: Path) -> None:
-    """Raises UsageError for a directory with other files in it than a run's."""
+    """Raises UsageError for a directory with files that do not belong to a run."""
     try:
         with suppress(FileNotFoundError):
-            run_dir.lstat()  # unlike exists() it says of a name that cannot be
+            run_dir.lstat()  # unlike exists() it raises for an impossible name
         if not run_dir.exists():
             if run_dir.is_symlink():
-                raise UsageError(f"run.dir {run_dir} is a link to {os.readlink(run_dir)}, and nothing is there: is its disk mounted?")
+                raise UsageError(f"run.dir {run_dir} is a link to {os.readlink(run_dir)}, which does not exist: is its disk mounted?")
             return
         if not run_dir.is_dir():
             raise UsageError(f"run.dir {run_dir} is a file: choose another run.name or run.dir")
@@ -135,12 +135,12 @@ def check_directory(run_dir: Path) -> None:
     foreign = {n for n in names - set(BESIDE) if not LEFT_OVER.fullmatch(n)}
     if foreign and not names & set(OWN_FILES):
         raise UsageError(
-            f"run.dir {run_dir} holds files that are no run's ({', '.join(sorted(foreign)[:3])}): choose another run.name or run.dir"
+            f"run.dir {run_dir} holds files that no run wrote ({', '.join(sorted(foreign)[:3])}): choose another run.name or run.dir"
         )
 
 
 def check_folders(config: Config, run_dir: Path) -> None:
-    """Raises UsageError where a folder that the run will write into is there and does not let it: the first save would be too late."""
+    """Raises UsageError if the run cannot write into an existing folder that it will need: the first save would be too late."""
     growths = (run_dir / f"grown-{n + 1}" for n in range(len(config.grow)))
     unfinished = (folder for folder in growths if not os.path.lexists(folder / CONFIG))
     for folder in (run_dir / "checkpoints", *((run_dir / FOLDER,) if config.checkpoint.export == "hf" else ()), *unfinished):
@@ -157,18 +157,18 @@ def check_folders(config: Config, run_dir: Path) -> None:
 
 
 def check_saved_config(config: Config, run_dir: Path, judge: bool = True) -> str | None:
-    """Raises UsageError where the directory's config.yaml is of another run, unless `judge` is False, or the disk does not let it be read.
-    What is wrong with it where it is damaged: then the config in the checkpoint stands for it.
+    """Raises UsageError if the directory's config.yaml belongs to another run, unless `judge` is False, or if the disk cannot read it.
+    Returns what is wrong with a damaged one; then the config in the checkpoint replaces it.
     """
     path = run_dir / "config.yaml"
     try:
         if not os.path.lexists(path):
             return None
         if not path.is_file():
-            return f"{path}, which the run wrote, is no file"
+            return f"{path}, which the run wrote, is not a file"
         path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}, which the run wrote, cannot be read ({error.strerror or error}): look at the disk") from None
+        raise UsageError(f"{path}, which the run wrote, cannot be read ({error.strerror or error}): check the disk") from None
     try:
         there = build_config(read_yaml(path))
     except UsageError as error:
@@ -178,21 +178,21 @@ def check_saved_config(config: Config, run_dir: Path, judge: bool = True) -> str
     if not judge:
         return None
     then, now = identity(there), identity(config)
-    # Whether data in another place are the same data, the checkpoint tells: it knows what they were.
+    # Whether moved data are the same, only the checkpoint can tell: it has fingerprints of them.
     moved = [k for k in SOURCES if only_moved(k, then.get(k), now.get(k))]
     check_identity(config, then, str(path), moved)
     return None
 
 
 def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]:
-    """The first rank's last act before training: clears what an earlier attempt left, and writes config.yaml. What it found is returned.
+    """The first rank's last act before training: clears leftovers of earlier attempts and writes config.yaml. Returns notes about them.
 
-    config  as the run was begun
+    config  of the whole run
     """
     try:
         _sweep(run_dir)
         notes = _clear_names(run_dir / "checkpoints")
-        discard(run_dir / "exit.json")  # it told of another attempt
+        discard(run_dir / "exit.json")  # from an earlier attempt
         if opening.damaged_config:
             kept = set_aside(run_dir / "config.yaml", aside_in(run_dir))
             notes.append(Note(f"{opening.damaged_config}; it is written again; the damaged one is kept as {kept}", "config_replaced"))
@@ -201,7 +201,7 @@ def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]
         elif config.checkpoint.resume in ("auto", "never"):
             forget(run_dir)
         write_atomic(run_dir / "config.yaml", stamped(to_yaml(config.plain())))
-        if (run_dir / STOP).is_file():  # it may have been put there for this very start, so it counts
+        if (run_dir / STOP).is_file():  # it may be meant for this start, so it counts
             notes.append(Note(f"{run_dir / STOP} exists: this start stops at its first step, and removes the file; delete it now to go on"))
     except OSError as error:
         raise UsageError(
@@ -212,17 +212,17 @@ def claim_run_dir(config: Config, run_dir: Path, opening: Opening) -> list[Note]
 
 
 def _sweep(run_dir: Path) -> None:
-    """Deletes what a kill left half written: it has names that nobody else gives."""
+    """Deletes files that a kill left half written, by their unique names."""
     root, now = run_dir / "checkpoints", time.time()
     for path in (*run_dir.iterdir(), *root.glob(".tmp-*"), *root.glob(".*.tmp")):
         ours = path.parent == root or LEFT_OVER.fullmatch(path.name)
-        if ours and not (LOCK in path.name and now - path.lstat().st_mtime < 3 * STALE):  # somebody may be asking for the lock
+        if ours and not (LOCK in path.name and now - path.lstat().st_mtime < 3 * STALE):  # another job may be taking the lock
             discard(path)
 
 
 def _clear_names(root: Path) -> list[Note]:
-    """Names that checkpoints will need and that something else bears are set aside."""
+    """Sets aside whatever occupies a name that checkpoints will need."""
     wrong = [path for _, path in named_as_steps(root) if not path.is_dir()]
     if (root / LATEST).is_dir():
         wrong.append(root / LATEST)
-    return [Note(f"{p} is no checkpoint, and its name is needed: it is now {set_aside(p, aside_in(root))}", "set_aside") for p in wrong]
+    return [Note(f"{p} is not a checkpoint, but its name is needed: it is now {set_aside(p, aside_in(root))}", "set_aside") for p in wrong]

@@ -37,17 +37,17 @@ from megascale.train.start.changes import (
     told,
 )
 
-ORDER = ("run.seed", "train.seq_len")  # beside the data itself, what sample numbers mean
+ORDER = ("run.seed", "train.seq_len")  # with the data itself, these define what sample numbers mean
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """`folder` None: from fresh weights. `changes`: differences from the checkpoint's run that are allowed, {key: (then, now)}; `rates`:
-    what they make of the learning rate. `checked`: all files have been read.
+    """`folder` None: fresh weights. `changes`: allowed differences from the checkpoint's run, {key: (then, now)}; `rates`: their effect on
+    the learning rate. `checked`: all files have been read.
 
-    foreign  how the weights of another format are made; None for a checkpoint of ours
-    samples  where in the data a run begins that takes weights only
-    notes    what is to be told: checkpoints that were left out, changes of the curve
+    foreign  how to build the weights from another format; None for a checkpoint of ours
+    samples  position in the data of a run that takes weights only
+    notes    warnings: skipped checkpoints, changes of the curve
     """
 
     folder: Path | None = None
@@ -61,14 +61,14 @@ class RunStart:
 
 
 def find_start(config: Config, run_dir: Path | None, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> RunStart:
-    """The run's own newest whole checkpoint, so that a requeued job goes on; then `elsewhere`, then `init_from`, then nothing.
+    """Chooses the run's own newest whole checkpoint, so that a requeued job continues; else `elsewhere`, else `init_from`, else none.
 
-    run_dir    None: a run that writes nothing has no checkpoints of its own
-    prints     what the data are
-    elsewhere  a checkpoint of another run, which `resume` names and which has been read
-    origin     the grown checkpoint that begins this phase, until there is a newer one
+    run_dir    None: a run that writes nothing, so it has no checkpoints
+    prints     fingerprints of the data
+    elsewhere  a checkpoint of another run that `resume` names; it has been read
+    origin     the grown checkpoint that begins this phase, used until there is a newer one
 
-    Collective: the first rank chooses, and all see the same. Raises UsageError where a checkpoint belongs to another run or none is whole.
+    Collective: the first rank chooses for all. Raises UsageError if a checkpoint belongs to another run or none is whole.
     """
     on_all_ranks(lambda: _check_asked(config))
     folder, skipped = (None, []) if run_dir is None else choose(run_dir / "checkpoints", origin)
@@ -83,18 +83,18 @@ def find_start(config: Config, run_dir: Path | None, prints: Prints, elsewhere: 
 def _check_asked(config: Config) -> None:
     check_allow_change(config.run.allow_change)
     if config.checkpoint.export == "hf":
-        hf_config(config.model, config.train.seq_len)  # refuses what could not be exported later
+        hf_config(config.model, config.train.seq_len)  # raises for a model that could not be exported later
 
 
 def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prints) -> RunStart:
-    """All of a checkpoint, `folder`, which is whole. Raises UsageError where it is of another run."""
+    """Starts from everything in the whole checkpoint `folder`. Raises UsageError if it belongs to another run."""
     saved = read_progress(folder)
     then = saved.get("config", {})
     known, told_of_it = changes_since(config, saved, folder, prints)
     changes = {**known, **curve_changes(config, then)}
     rates = rates_at(config, then, saved["step"]) if changes else None
     left_out = [
-        Note(f"{s.folder.name} is left out: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
+        Note(f"{s.folder.name} is skipped: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
     ]
     return RunStart(
         folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *plugins_note(saved), *told(changes, rates))
@@ -102,7 +102,7 @@ def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prin
 
 
 def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
-    """A run that takes its weights from elsewhere, checked as far as headers tell. Raises UsageError."""
+    """Starts from the weights in another folder, checked by their headers. Raises UsageError."""
     foreign = None
     try:
         other = is_hf_folder(folder)
@@ -117,7 +117,7 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
     if config.checkpoint.init_data == "restart":
         return RunStart(folder, True, foreign=foreign)
     if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
-        raise UsageError(f"checkpoint.init_data is continue, and {folder} does not say where in its data it stood: use restart")
+        raise UsageError(f"checkpoint.init_data is continue, but {folder} does not record its position in the data: use restart")
     then, now = _position(past).get("identity", {}), identity(config)
     moved = []
     if past.name == TRAINER:
@@ -128,23 +128,23 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
     if changed:
         lines = "; ".join(f"{k} was {then[k]!r} and is {now[k]!r}" for k in changed)
         raise UsageError(
-            f"checkpoint.init_data is continue, and samples have another order than in {folder}: {lines}; set them back, or restart"
+            f"checkpoint.init_data is continue, but samples have another order than in {folder}: {lines}; set them back, or restart"
         )
     return RunStart(folder, True, foreign=foreign, samples=samples)
 
 
 def _position(path: Path) -> dict[str, Any]:
-    """Where in its data a run stood: in trainer.json, or in what stands for it beside an exported model."""
+    """Reads a run's position in its data, from trainer.json or its counterpart next to an exported model."""
     if path.name == TRAINER:
         return read_trainer(path.parent)
     found = read_json(path)
     if not isinstance(found.get("identity", {}), dict):
-        raise UsageError(f"{path}: identity is {found['identity']!r}, and it should be an object: use init_data restart")
+        raise UsageError(f"{path}: identity is {found['identity']!r}, but it should be an object: use init_data restart")
     return found
 
 
 def model_changes(config: Config, folder: Path) -> str:
-    """What the model of a checkpoint's run says otherwise than this one's, for a message about tensors that do not fit; or nothing."""
+    """Differences between a checkpoint's model and this run's, for a message about tensors that do not fit; empty without any."""
     if not (folder / TRAINER).is_file():
         return ""
     saved = read_trainer(folder).get("config", {})
@@ -152,32 +152,32 @@ def model_changes(config: Config, folder: Path) -> str:
         return ""
     try:
         changed = differences(Model.model_validate(saved["model"]), config.model)
-    except ValidationError:  # of another version
+    except ValidationError:  # from another version
         return ""
     told = ", ".join(f"model.{key} was {then!r} and is {now!r}" for key, (then, now) in changed.items())
-    return f"; {told}: set them back, or make another model of it with megascale grow" if changed else ""
+    return f"; {told}: set them back, or convert the model with megascale grow" if changed else ""
 
 
 def is_own(config: Config, folder: Path, saved: dict[str, Any]) -> bool:
-    """Whether the checkpoint `folder`, with `saved` in its trainer.json, was written by the run that goes on from it: not by another one,
-    nor by the one of which this run's directory is a copy under another run.name.
+    """Whether the checkpoint `folder`, with `saved` in its trainer.json, was written by the run that continues from it: not by another one,
+    nor by the run from which this directory was copied under a new run.name.
     """
     run_dir, place = Path(config.run_dir).resolve(), folder.resolve()
     if run_dir not in place.parents:
         return False
     name = saved.get("config", {}).get("run", {}).get("name")
-    return name in (None, config.run.name) or "made" in saved  # a grown one is of no run by its name
+    return name in (None, config.run.name) or "made" in saved  # a grown checkpoint belongs to no run by name
 
 
 def step_of(folder: Path) -> int:
-    """Of a folder step-00000100."""
+    """The step in a checkpoint folder's name: step-00000100 → 100."""
     return int(folder.name.rpartition("-")[2])
 
 
 def check_coefficients(config: Config, model: ParallelModel, folder: Path | None) -> None:
-    """Raises UsageError where a loaded layer's residual coefficient is not the one that the config's scheme and depth give.
+    """Raises UsageError if a loaded layer's residual coefficient differs from that of the config's scheme and depth.
 
-    A model that grew keeps the old ones on purpose; `run.allow_change` with model.residual says so.
+    A grown model keeps the old ones on purpose: set `run.allow_change` to model.residual.
     """
     if "model.residual" in config.run.allow_change or "model" in config.run.allow_change:
         return
@@ -186,7 +186,7 @@ def check_coefficients(config: Config, model: ParallelModel, folder: Path | None
             loaded, expected = state.tensor, torch.full_like(state.tensor, state.spec.mean)
             if not torch.allclose(loaded, expected, rtol=1e-6):
                 raise UsageError(
-                    f"{state.name} is {loaded[0].item():.6f} in {folder}, and model.residual {config.model.residual} at this depth gives "
+                    f"{state.name} is {loaded[0].item():.6f} in {folder}, but model.residual {config.model.residual} at this depth gives "
                     f"{expected[0].item():.6f}: start from a checkpoint of this scheme and depth, or keep its coefficients with "
                     "run.allow_change='[model.residual]'"
                 )

@@ -1,4 +1,4 @@
-"""What a run's checkpoints will ask of the disk, before its first step."""
+"""Checks before the first step whether the disk has room for a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megascale.train.start.resume import RunStart
 
 
 def room_for(config: Config, run_dir: Path, start: RunStart, step: int, until: int) -> list[Note]:
-    """A warning where the disk has less room than the run will ask for. On the first rank."""
+    """A warning if the disk has less room than the run will need. Called on the first rank."""
     try:
         nbytes = checkpoint_bytes(config, start)
         saves, milestones = saves_of(config.checkpoint, step, until)
         found = before_start(run_dir / "checkpoints", nbytes, config.checkpoint.keep_last, saves, milestones)
-    except (OSError, MegascaleError):  # a warning more or less must not keep a run from starting
+    except (OSError, MegascaleError):  # a failed estimate must not keep a run from starting
         return []
     return [] if found is None else [Note(found[0], "disk_room", found[1])]
 
 
 def checkpoint_bytes(config: Config, start: RunStart) -> int:
-    """Of one checkpoint: as large as the one before, else what one rank would hold that held all."""
+    """Bytes of one checkpoint: those of the last one, else the state that a single rank would hold."""
     if start.folder is not None and not start.weights_only and start.foreign is None:
         return sum(entry.bytes for entry in read_index(start.folder).files.values())
     alone = config.model_copy(update={"parallel": Parallel()})
@@ -36,7 +36,7 @@ def checkpoint_bytes(config: Config, start: RunStart) -> int:
 
 
 def saves_of(keep: Checkpoint, step: int, until: int) -> tuple[int, int]:
-    """How many checkpoints are written after `step` until the last one, and how many of them are kept for ever."""
+    """(number of checkpoints written after `step` until the last one, number of them kept for ever)."""
     saves = 1 if not keep.every else math.ceil(until / keep.every) - step // keep.every
     if not keep.keep_every or not keep.every:
         return saves, 0

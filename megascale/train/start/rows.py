@@ -1,4 +1,4 @@
-"""What the rows of a run name can be imported: seen before anything is built or written."""
+"""Checks that everything that a run's rows name can be imported, before anything is built or written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megascale.train.log.step_metrics import step_metrics
 
 
 def check_rows(config: Config) -> None:
-    """Raises UsageError naming the row of a plugin and what it needs."""
+    """Raises UsageError naming the plugin's row and the missing import."""
     resolve(optimizers()[config.optim.name].build, f"the optimizer {config.optim.name}")
     norm(config.model.norm)
     activation(config.model.ffn)
