@@ -150,11 +150,11 @@ class Broken:
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        ([], "samples has 0 documents and no tokens"),
-        ([[], []], "samples has 2 documents and no tokens"),
-        ([[1, 2], [3, VOCAB]], f"samples hold token {VOCAB}, and the model knows {VOCAB}"),
+        ([], "samples has 0 documents but no tokens"),
+        ([[], []], "samples has 2 documents but no tokens"),
+        ([[1, 2], [3, VOCAB]], f"samples hold token {VOCAB}, but the vocabulary has {VOCAB} entries"),
         ([[1, -2]], r"samples\[0\] holds -2 to 1"),
-        ([[1, 2.5]], r"samples\[0\] is \[1, 2.5\], and no list of whole numbers"),
+        ([[1, 2.5]], r"samples\[0\] is \[1, 2.5\], not a list of whole numbers"),
         ([[True, False]], "no list of whole numbers"),
         (["some text"], r"samples\[0\] is 'some text'"),
         ([[1], [[2]]], r"samples\[1\] is \[\[2\]\]"),

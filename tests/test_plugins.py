@@ -193,7 +193,7 @@ MISTAKES = {
     "the rest": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', rest='muon')}}", ("leaves the rest of the weights to muon",)),
     "deepspeed": (ROW + "ROWS = {'optimizers': {'mine': Row('a:b', deepspeed=True)}}", ("the optimizer mine of a plugin sets deepspeed",)),
     "an ending": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('.jsonl',))}}", ("claims the ending .jsonl, which json reads",)),
-    "a dot": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('WET',))}}", ("claims the ending WET, and one such as .wet",)),
+    "a dot": (READER + "ROWS = {'readers': {'mine': Reader('a:b', ('WET',))}}", ("claims the ending WET, but one such as .wet",)),
 }
 
 

@@ -416,7 +416,7 @@ def test_weights_named_by_a_path_that_cannot_be(folder: Path) -> None:
         for key in ("checkpoint__init_from", "checkpoint__resume", "run__dir"):
             values = values_of(folder, **{"run__dir": str(folder / "new"), key: path})
             code, message = run(values)
-            assert code == 2 and (key.replace("__", ".") in message or "is no checkpoint and holds none" in message), (key, message)
+            assert code == 2 and (key.replace("__", ".") in message or "is not a checkpoint and holds none" in message), (key, message)
             assert not (folder / "new").exists()
 
 

@@ -346,7 +346,7 @@ def test_small_validation_sets_are_told(folder: Path) -> None:
     there = own_samples(valid["tokens"])
     assert there is not None and 12 < there < 24
     (note,) = valid_notes(config, valid)
-    assert f"has {there} samples, and an evaluation takes 24" in note and f"{24 - there} of them count twice and the others once" in note
+    assert f"has {there} samples, but an evaluation takes 24" in note and f"{24 - there} of them count twice and the rest once" in note
     assert f"train.eval_steps={there // 4} counts none twice" in note
     values["train"]["eval_steps"] = there // 4
     assert valid_notes(build_config(values), valid) == []

@@ -1,7 +1,7 @@
-"""Which checkpoint of a run is gone on from: the first rank chooses, every rank sees that it has the same one, and all read it together.
+"""Chooses the checkpoint to resume from: the first rank chooses, every rank checks that it sees the same one, and all verify it together.
 
-What is damaged is left out, with the reason, and the one before it stands in. A disk that does not let a checkpoint be read, and a format
-that is too new, are no damage: going on without it would lose steps, so they are refused.
+A damaged one is skipped with a reason, and the one before it is used. A disk error or a format that is too new is not damage: continuing
+without that checkpoint would lose steps, so both are refused.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from megascale.comm.agreement import Agreement
 from megascale.errors import UsageError
 from megascale.launch.ranks import node_name
 
-PATIENCE = 75.0  # seconds that a node has to see what the first one sees: NFS keeps a folder's listing for a minute
+PATIENCE = 75.0  # seconds for a node to see what the first one sees: NFS caches folder listings for a minute
 LOOK = 0.5  # seconds between two looks
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A step folder that was left out, and why."""
+    """A step folder that was skipped, and why."""
 
     folder: Path
     why: str
 
 
 def candidates(root: Path) -> list[Path]:
-    """What bears a step's name in `root`, the one that `latest` names first, then from the last step on. Raises UsageError."""
+    """Everything in `root` with the name of a step: first the one that `latest` names, then from the newest on. Raises UsageError."""
     named = named_latest(root)
     return sorted((path for _, path in reversed(named_as_steps(root))), key=lambda p: p.name != named)
 
 
 def named_latest(root: Path) -> str:
-    """What `latest` says, or nothing."""
+    """The content of `latest`, or an empty string."""
     try:
         return (root / LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return ""
     except OSError as error:
-        raise UsageError(f"{root / LATEST} cannot be read ({error.strerror or error}): look at the disk, then try again") from None
+        raise UsageError(f"{root / LATEST} cannot be read ({error.strerror or error}): check the disk, then try again") from None
 
 
 def propose(root: Path, left_out: list[Skipped]) -> tuple[Path | None, list[Skipped]]:
-    """The first candidate whose JSON is sound, and those left out before it; `left_out` are known to be damaged already."""
+    """The first candidate with valid JSON, and those skipped before it; `left_out` are already known to be damaged."""
     skipped, known, found = [], {s.folder for s in left_out}, candidates(root)
     named = root / named_latest(root)
     if STEP.fullmatch(named.name) and named.parent == root and named not in found and named not in known:
-        skipped.append(Skipped(named, f"{root / LATEST} names {named.name}, and it is not there"))
+        skipped.append(Skipped(named, f"{root / LATEST} names {named.name}, which does not exist"))
     for path in found:
         if path in known:
             continue
@@ -70,11 +70,11 @@ def propose(root: Path, left_out: list[Skipped]) -> tuple[Path | None, list[Skip
 def choose(
     root: Path, floor: Path | None = None, group: dist.ProcessGroup | None = None, patience: float = PATIENCE
 ) -> tuple[Path | None, list[Skipped]]:
-    """The newest whole checkpoint in `root`, the same on all ranks, all of its files read; and those that were left out.
+    """The newest checkpoint in `root` whose files are all whole, the same on all ranks; and those that were skipped.
 
-    floor  a checkpoint elsewhere, unless one of `root` is of a later step
+    floor  a checkpoint elsewhere, used unless `root` has a later step
 
-    Collective over the group. Raises UsageError where step folders are there and none is whole: nothing begins anew because of damage.
+    Collective over the group. Raises UsageError if there are step folders but none is whole: damage never restarts a run.
     """
     ranks = Agreement(group)
     skipped: list[Skipped] = []
@@ -89,12 +89,12 @@ def choose(
         if problem is None:
             return path, skipped
         if path == floor:
-            raise UsageError(f"the checkpoint is damaged: {problem}; remove {path.parent}, and it is made again")
+            raise UsageError(f"the checkpoint is damaged: {problem}; remove {path.parent} so that it is created again")
         skipped.append(Skipped(path, problem))
 
 
 def confirm(path: Path, group: dist.ProcessGroup | None = None, patience: float = PATIENCE) -> None:
-    """Reads the checkpoint `path` on all ranks together. Raises UsageError on all where it is damaged or they do not see the same one."""
+    """Reads the checkpoint `path` on all ranks together. Raises UsageError on all if it is damaged or they do not see the same one."""
     ranks = Agreement(group)
     seal = ranks.first(lambda: _checked_seal(path))
     problem = _together(ranks, path, seal, patience)
@@ -105,7 +105,7 @@ def confirm(path: Path, group: dist.ProcessGroup | None = None, patience: float 
 def none_whole(root: Path, skipped: list[Skipped]) -> str:
     others = f"; {len(skipped) - 1} more are damaged too" if len(skipped) > 1 else ""
     return (
-        f"{root} holds checkpoints and none of them is whole: {skipped[0].why}{others}. Nothing was changed: mend the disk and run the "
+        f"{root} holds checkpoints but none of them is whole: {skipped[0].why}{others}. Nothing was changed: repair the disk and run the "
         "same command again, or choose another run.name to start a new run"
     )
 
@@ -123,16 +123,16 @@ def _checked_seal(path: Path) -> str:
     try:
         return seal_of(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}): look at the disk, then try again") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check the disk, then try again") from None
 
 
 def seal_of(path: Path) -> str:
-    """A digest of the two files that say what a checkpoint is. Raises OSError."""
+    """A digest of the two files that define a checkpoint. Raises OSError."""
     return hashlib.sha256((path / INDEX).read_bytes() + (path / TRAINER).read_bytes()).hexdigest()[:16]
 
 
 def _together(ranks: Agreement, path: Path, seal: str, patience: float) -> str | None:
-    """What is wrong with the checkpoint's files, which are divided between the ranks; None where they are whole."""
+    """Verifies the checkpoint's files, divided among the ranks; returns what is wrong, or None."""
 
     def read() -> str | None:
         _see(path, seal, patience)

@@ -1,6 +1,6 @@
-"""A checkpoint's table of contents, index.json: what it holds, in which files, and how to tell that they are whole.
+"""A checkpoint's table of contents, index.json: what it holds, in which files, and their checksums.
 
-Everything in it is checked before it is believed; nothing is ever unpickled.
+Everything in it is checked before use; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 from megascale.errors import UsageError
 
 VERSION = 1
-# How to read an older index.json: version → function that makes it at least one version newer.
+# Readers of older index.json: version → function that converts it to a newer version.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 INDEX = "index.json"
 TRAINER = "trainer.json"
-# Nothing but plain names inside the folder: no separator, no leading dot, nothing that leads elsewhere.
+# Only plain names inside the folder: no separator, no leading dot, no path that leads elsewhere.
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
-LARGEST = 2**63 - 1  # of any size, so that torch can count it
-LONGEST = 255  # bytes of a file's name, on any disk
-CUT_DIMS = 8  # of a tensor, at most: a chunk has two corners a dimension, and all are counted
+LARGEST = 2**63 - 1  # largest size that torch can count
+LONGEST = 255  # bytes of a file name on any disk
+CUT_DIMS = 8  # most dimensions along which a tensor is split: a chunk has 2^dimensions corners, and all are counted
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -53,15 +53,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Damaged(UsageError):
-    """A checkpoint whose content is not what was written: an older one may stand in for it.
+    """A checkpoint whose content differs from what was written: an older one may be used instead.
 
-    A disk that fails to read, and a format that is too new, are UsageErrors of another kind: what lies there may be whole.
+    A disk that fails to read, and a format that is too new, raise a plain UsageError: the checkpoint itself may be whole.
     """
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be: its size in bytes and zlib's crc32 of all of it."""
+    """A file's expected size in bytes and zlib crc32."""
 
     bytes: int
     crc32: int
@@ -78,7 +78,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """`dtype` as safetensors spells it; `shape` of the whole tensor; the chunks fill it without overlap."""
+    """`dtype` as safetensors spells it; `shape` is that of the whole tensor; the chunks fill it without overlap."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -122,13 +122,13 @@ class Index:
 
 
 def chunk_key(name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> str:
-    """A chunk's name in its shard: the tensor's own when it is all of it, so that any safetensors reader finds it."""
+    """A chunk's key in its shard: the tensor's name if it is the whole tensor, so that any safetensors reader finds it."""
     return name if sizes == shape else f"{name}@{','.join(map(str, offsets))}"
 
 
 def read_index(folder: str | Path) -> Index:
-    """Reads and checks a step folder's index.json. Raises Damaged naming the file and what is wrong with it, and UsageError where the disk
-    does not let it be read or it is of another version.
+    """Reads and checks a step folder's index.json. Raises Damaged naming the file and what is wrong with it, and UsageError if the disk
+    cannot read it or it has another version.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -140,7 +140,7 @@ def read_index(folder: str | Path) -> Index:
     if type(version) is not int or version != VERSION:
         kind = UsageError if type(version) is int else Damaged
         raise kind(
-            f"{path} has format version {version!r} and this program reads {', '.join(map(str, [*MIGRATIONS, VERSION]))}: "
+            f"{path} has format version {version!r} but this program reads {', '.join(map(str, [*MIGRATIONS, VERSION]))}: "
             "read it with the version of megascale that wrote it"
         )
     try:
@@ -161,10 +161,10 @@ def read_index(folder: str | Path) -> Index:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises Damaged where there is none, and UsageError where the disk does not let it be read."""
+    """Reads a JSON object from a file. Raises Damaged if there is none, UsageError if the disk cannot read it."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise Damaged(f"{path} is no file: {path.parent} is not a checkpoint, or not a whole one")
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
+            raise Damaged(f"{path} is not a file: {path.parent} is not a checkpoint, or not a whole one")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"there is no {path}: {path.parent} is not a checkpoint, or not a whole one") from None
@@ -181,15 +181,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_problem(index: Index, name: str) -> str | None:
-    """What is wrong with a file of the checkpoint: missing, of another size or checksum; None when it is whole.
+    """What is wrong with a file of the checkpoint: missing, or another size or checksum; None if it is whole.
 
-    Raises UsageError where the disk does not let it be read.
+    Raises UsageError if the disk cannot read it.
     """
     path, entry = index.folder / name, index.files[name]
     try:
         size = path.stat().st_size
         if size != entry.bytes:
-            return f"{path} has {size} bytes and {INDEX} says {entry.bytes}"
+            return f"{path} has {size} bytes but {INDEX} says {entry.bytes}"
         crc = 0
         with path.open("rb", buffering=0) as file:
             while block := file.read(1 << 22):
@@ -202,12 +202,12 @@ def file_problem(index: Index, name: str) -> str | None:
             "there, then run the same command again"
         ) from None
     if crc != entry.crc32:
-        return f"{path} has checksum {crc:08x} and {INDEX} says {entry.crc32:08x}: its content has changed"
+        return f"{path} has checksum {crc:08x} but {INDEX} says {entry.crc32:08x}: its content has changed"
     return None
 
 
 def covering_problem(tensor: TensorEntry) -> str | None:
-    """Chunks must lie inside the tensor, not overlap, and fill it; None when they do."""
+    """Chunks must lie inside the tensor, not overlap, and fill it; None if they do."""
     volume = 0
     for c in tensor.chunks:
         if len(c.offsets) != len(tensor.shape) or len(c.sizes) != len(tensor.shape):
@@ -221,15 +221,15 @@ def covering_problem(tensor: TensorEntry) -> str | None:
         return f"hold {volume} of its {tensor.numel} elements" if volume < tensor.numel else "overlap"
     cut = [d for d, size in enumerate(tensor.shape) if any(c.sizes[d] != size for c in tensor.chunks)]
     if len(cut) > CUT_DIMS:
-        return f"cut it along {len(cut)} dimensions, and {CUT_DIMS} are read"
+        return f"split it along {len(cut)} dimensions, but at most {CUT_DIMS} are supported"
     return None if _fill(tensor, cut) else "overlap"
 
 
 def _fill(tensor: TensorEntry, cut: list[int]) -> bool:
-    """Whether every element lies in just one chunk, in time that grows with their number.
+    """Whether every element lies in exactly one chunk, in time linear in the number of chunks.
 
-    How many chunks an element lies in is a function of the place; differences along all dimensions leave of it only the chunks' corners,
-    with signs, and it can be summed up again from those. So it is 1 everywhere just if the corners are those of the whole tensor.
+    The number of chunks at each position is determined by its differences along all dimensions, which are nonzero only at chunk corners,
+    with alternating signs. So it is 1 everywhere exactly if the signed corners are those of the whole tensor.
     """
     corners: dict[tuple[int, ...], int] = {}
     whole = Chunk((0,) * len(tensor.shape), tensor.shape, "")
@@ -241,7 +241,7 @@ def _fill(tensor: TensorEntry, cut: list[int]) -> bool:
 
 
 def _place_problem(tensor: TensorEntry, stored: dict[str, int]) -> str | None:
-    """Adds the chunks' bytes to their files' in `stored`; a chunk needs a file that is listed."""
+    """Adds the chunks' bytes to those of their files in `stored`; every chunk's file must be listed."""
     for c in tensor.chunks:
         if c.file not in stored:
             return f"are in {c.file}, which the index does not list"
@@ -253,7 +253,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Index:
     files = {name: FileEntry(_whole(f["bytes"]), _whole(f["crc32"])) for name, f in raw["files"].items()}
     for name in files:
         if name != TRAINER and not (SHARD_NAME.fullmatch(name) and len(name) <= LONGEST):
-            raise ValueError(f"{name!r} is no name of a shard file in this folder")
+            raise ValueError(f"{name!r} is not the name of a shard file in this folder")
     if TRAINER not in files:
         raise ValueError(f"{TRAINER} is not listed")
     tensors = {}
@@ -272,17 +272,17 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Index:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= LARGEST:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list):
-        raise TypeError(f"{values!r} is no list of sizes")
+        raise TypeError(f"{values!r} is not a list of sizes")
     return tuple(_whole(v) for v in values)

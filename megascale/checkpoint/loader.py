@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def newest(root: str | Path) -> Path | None:
-    """The checkpoint that `latest` names in a `checkpoints` folder, or the last one with sound JSON where that one is gone or damaged.
+    """The checkpoint that `latest` names in a `checkpoints` folder, or the last one with valid JSON if that one is gone or damaged.
 
-    None where there is none. Looks at the JSON alone: `verify`, `load` and `choose` read the files. Raises UsageError where all are
-    damaged, and where one cannot be read for another reason than damage.
+    None without any. Checks only the JSON: `verify`, `load` and `choose` read the files. Raises UsageError if all are damaged, or one
+    cannot be read for another reason.
     """
     found, skipped = propose(Path(root), [])
     if found is None and skipped:
@@ -45,15 +45,15 @@ def find(path: str | Path) -> Path:
             if found is not None:
                 return found
         shards = any(where.glob("*.safetensors"))
-    except (OSError, ValueError) as error:  # a name that is too long, or that holds a zero byte
+    except (OSError, ValueError) as error:  # the name is too long or contains a zero byte
         raise UsageError(f"{str(where)[:200]!r} cannot be accessed ({error}): name a folder step-…, or a run's directory") from None
     if shards:
-        raise UsageError(f"{where} has shards and no {INDEX}: it is not a checkpoint of megascale, or not a whole one{_elsewhere(where)}")
-    raise UsageError(f"{where} is no checkpoint and holds none: name a folder step-…, or a run's directory with checkpoints in it")
+        raise UsageError(f"{where} has shards but no {INDEX}: it is not a checkpoint of megascale, or not a whole one{_elsewhere(where)}")
+    raise UsageError(f"{where} is not a checkpoint and holds none: name a folder step-…, or a run's directory with checkpoints in it")
 
 
 def verify(path: str | Path | Index) -> list[str]:
-    """Reads all of a step folder and returns what is wrong with it: nothing when each file has the indexed size and checksum."""
+    """Reads a whole step folder and lists its problems: none if each file has the indexed size and checksum."""
     try:
         index = path if isinstance(path, Index) else read_index(path)
     except UsageError as error:
@@ -84,16 +84,16 @@ def verify(path: str | Path | Index) -> list[str]:
 def load(
     path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | None = None, prefix: str | None = None, checked: bool = False
 ) -> dict[str, Any]:
-    """Fills the pieces of `state` in place from a step folder, saved on any layout, and returns the trainer's JSON.
+    """Fills the pieces of `state` in place from a step folder that any layout saved, and returns the trainer's JSON.
 
-    group    the ranks that load together (all of them when None); every one must call
-    prefix   only names that begin with it are loaded; the others, stored or in `state`, are left alone
-    checked  all files have been read for their checksums already, by `choose` or `confirm`
+    group    the ranks that load together (None: all); all must call
+    prefix   load only names with this prefix; all others, stored or in `state`, are ignored
+    checked  `choose` or `confirm` has already verified the checksums
 
-    Raises UsageError on every rank, and before anything is changed, for files that are missing or damaged, and for names, shapes and dtypes
-    that differ. The files are divided between the ranks to be checked.
+    Raises UsageError on every rank, before anything is changed, for missing or damaged files and for names, shapes and dtypes that differ.
+    The ranks share the work of verifying files.
     """
-    # DCP takes longer to import than a start without a checkpoint can spare.
+    # Imported here: DCP would slow the start of runs without a checkpoint.
     from megascale.checkpoint.planning import LoadPlanner, some, views
     from megascale.checkpoint.storage import ShardReader
 
@@ -108,7 +108,7 @@ def load(
 
     (index, trainer, planner, plan), _ = ranks.all(prepare, lambda result: None)
     names = sorted(n for n in index.tensors if prefix is None or n.startswith(prefix))
-    # What nobody asks for, as one bit a name: the names of all ranks together would be many.
+    # Names that nobody asks for, as one bit per name: gathering the names of all ranks would be large.
     _, everyone = ranks.all(lambda: sum(1 << i for i, n in enumerate(names) if n not in wanted), lambda bits: bits)
     unasked = functools.reduce(operator.and_, everyone)
     extra = [n for i, n in enumerate(names) if unasked >> i & 1]
@@ -132,7 +132,7 @@ def load(
 
 
 def _elsewhere(folder: Path) -> str:
-    """What to do with a folder that Hugging Face's tools wrote."""
+    """Advice on a folder that Hugging Face's tools wrote."""
     if not (folder / "config.json").is_file():
         return ""
-    return f"; for a Hugging Face model begin with megascale convert {folder} DST --from hf --to megascale, and give DST"
+    return f"; convert a Hugging Face model first (megascale convert {folder} DST --from hf --to megascale), and give DST"

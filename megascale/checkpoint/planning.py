@@ -1,6 +1,6 @@
-"""Pieces as PyTorch's distributed checkpointing (DCP) sees them, and its planners made strict.
+"""Adapts pieces to PyTorch's distributed checkpointing (DCP), with stricter planners.
 
-DCP plans who writes what, drops duplicates and works out which stored rectangles a new layout needs. Storage is ours (`storage.py`).
+DCP plans which rank writes what, drops duplicates and computes which stored rectangles a new layout needs. Storage is ours (`storage.py`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from megascale.checkpoint.shards import shard_name
 from megascale.comm.piece import Piece
 from megascale.errors import UsageError
 
-SUMMED = 1024  # 8-byte words a row of a replica's checksum
+SUMMED = 1024  # 8-byte words per row of a replica's checksum
 
 
 class ReplicasDiffer(UsageError):
-    """Ranks that should hold the same numbers do not: the run has diverged."""
+    """Replicas on several ranks differ: the run has diverged."""
 
 
 class PieceView:
-    """A Piece with the methods that DCP asks of a checkpointable object."""
+    """A Piece with the methods that DCP requires of a checkpointable object."""
 
     def __init__(self, piece: Piece) -> None:
         self.piece = piece
@@ -42,7 +42,7 @@ class PieceView:
     def __create_write_items__(self, fqn: str, item: object) -> list[WriteItem]:
         p, chunk = self.piece, self._chunk()
         if math.prod(p.shape) == 0:
-            # Nothing to store, but the name must be known: all ranks say the same, however they cut nothing up.
+            # An empty tensor stores only its name: all ranks report the same chunk, however they split it.
             chunk = ChunkStorageMetadata(torch.Size([0] * len(p.shape)), torch.Size(p.shape))
         elif p.local.numel() == 0:
             return []
@@ -57,10 +57,10 @@ class PieceView:
 
 
 def views(state: dict[str, Piece]) -> dict[str, PieceView]:
-    """Raises UsageError for an entry that is no tensor, or that cannot be stored, or that lies outside its tensor."""
+    """Raises UsageError for an entry that is not a tensor, cannot be stored, or lies outside its tensor."""
     for name, piece in state.items():
         if not isinstance(piece, Piece) or not isinstance(piece.local, Tensor):
-            raise UsageError(f"the state holds {name} = {piece!r}, which is no tensor: numbers belong in the trainer's JSON")
+            raise UsageError(f"the state holds {name} = {piece!r}, which is not a tensor: numbers belong in the trainer's JSON")
         if piece.local.dtype not in DTYPE_NAMES:
             raise UsageError(f"the state holds {name} of dtype {piece.local.dtype}, which cannot be stored: convert it first")
         if name == "__metadata__":
@@ -75,14 +75,14 @@ def views(state: dict[str, Piece]) -> dict[str, PieceView]:
 
 @dataclass
 class PlanCache:
-    """What the last whole save planned on this rank: the next one plans again only what has changed.
+    """The plan of the last complete save on this rank; the next save plans only what has changed.
 
-    DCP has such a cache as class attributes, shared by all planners of a process; this one belongs to its Checkpointer.
+    DCP caches in class attributes, shared by all planners of a process; this cache belongs to one Checkpointer.
     """
 
     layout: list[Any] | None = None
     final: SavePlan | None = None
-    # On the coordinator only: every rank's local plan, and who must agree with whom, as (rank, item number).
+    # On the coordinator only: every rank's local plan, and groups of replicas as (rank, item number).
     every_local: list[SavePlan] = field(default_factory=list)
     metadata: Metadata | None = None
     replicas: list[list[tuple[int, int]]] = field(default_factory=list)
@@ -90,16 +90,16 @@ class PlanCache:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a rank sends along with its local plan: whether it is the cached one, and a checksum of each item."""
+    """Sent along with a rank's local plan: whether it is the cached one, and a checksum per item."""
 
     same: bool
     sums: list[int]
 
 
 class SavePlanner(DefaultSavePlanner):
-    """DCP's planner, which also refuses what would be saved wrongly: no tensors, and replicas that differ.
+    """DCP's planner, which also refuses entries that are not tensors and replicas that differ.
 
-    compare  sum every piece and compare the sums of identical rectangles; off where only one rank saves
+    compare  compare checksums of identical rectangles; off if only one rank saves
     """
 
     def __init__(self, cache: PlanCache, compare: bool) -> None:
@@ -107,7 +107,7 @@ class SavePlanner(DefaultSavePlanner):
         self.cache, self.compare = cache, compare
 
     def set_up_planner(self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
-        # Checked here, where DCP tells all ranks of a failure, and not before, where the others would wait for this one.
+        # Checked here, where DCP reports a failure to all ranks; earlier, the others would wait for this one.
         super().set_up_planner(views(state_dict), storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
@@ -116,7 +116,7 @@ class SavePlanner(DefaultSavePlanner):
         same = layout == self.cache.layout
         self.cache.layout = layout
         plan = SavePlan([]) if same else super().create_local_plan()
-        # One sum an item, in the order of the items: `__create_write_items__` leaves the same pieces out.
+        # One checksum per item, in item order: `__create_write_items__` omits the same pieces.
         summed = [p for _, p in pieces if p.local.numel() or not math.prod(p.shape)] if self.compare else []
         return dataclasses.replace(plan, planner_data=Proposal(same, [checksum(p.local) for p in summed]))
 
@@ -149,7 +149,7 @@ class SavePlanner(DefaultSavePlanner):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, on the coordinator, once the global plan is made."""
+        """Bytes of all tensors; on the coordinator, after the global plan."""
         assert self.cache.metadata is not None
         tensors = self.cache.metadata.state_dict_metadata.values()
         return sum(math.prod(t.size) * t.properties.dtype.itemsize for t in tensors if isinstance(t, TensorMeta))
@@ -163,13 +163,13 @@ class SavePlanner(DefaultSavePlanner):
                 if proposals[rank].sums[position] != proposals[first].sums[place]:
                     name = self.cache.every_local[first].items[place].index.fqn
                     raise ReplicasDiffer(
-                        f"{name} should be the same on ranks {first} and {rank}, and it differs: the run has diverged there, "
+                        f"{name} should be the same on ranks {first} and {rank}, but it differs: the run has diverged there, "
                         "go back to an earlier checkpoint"
                     )
 
 
 def _replicas(plans: list[SavePlan]) -> list[list[tuple[int, int]]]:
-    """Items of one rectangle, as (rank, item number) where several ranks hold it. Refuses pieces of one name that contradict each other."""
+    """Groups of items with one rectangle, as (rank, item number), if several ranks hold it. Refuses contradictory pieces of one name."""
     facts: dict[str, tuple[Any, Any, int]] = {}
     holders: dict[MetadataIndex, list[tuple[int, int]]] = {}
     for rank, plan in enumerate(plans):
@@ -188,7 +188,7 @@ def _replicas(plans: list[SavePlan]) -> list[list[tuple[int, int]]]:
                 other, place = same[0]
                 before = plans[other].items[place].tensor_data
                 assert before is not None
-                # DCP takes pieces that begin at the same place for copies, whatever their sizes.
+                # DCP treats pieces with the same offset as copies, whatever their sizes.
                 if before.chunk.sizes != data.chunk.sizes:
                     raise UsageError(
                         f"the pieces {list(before.chunk.sizes)} on rank {other} and {list(data.chunk.sizes)} on rank {rank} of {name} "
@@ -199,7 +199,7 @@ def _replicas(plans: list[SavePlan]) -> list[list[tuple[int, int]]]:
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """DCP's planner that accepts only what fits exactly: names, shapes, dtypes, and every local element read."""
+    """DCP's planner, which accepts only exact matches: names, shapes, dtypes, and every local element read."""
 
     def __init__(self, where: str) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -217,8 +217,8 @@ class LoadPlanner(DefaultLoadPlanner):
             meta = stored.get(name)
             if isinstance(meta, TensorMeta) and meta.properties.dtype == torch.float8_e4m3fn != view.piece.local.dtype:
                 raise UsageError(
-                    f"{self.where} holds {name} in FP8, for inference: begin from a checkpoint of the run that it was exported from, whose "
-                    "weights have all their digits"
+                    f"{self.where} holds {name} in FP8, for inference: start from a checkpoint of the run that it was exported from, whose "
+                    "weights have full precision"
                 )
         if missing:
             if all(n.startswith("optim.") for n in missing) and not any(n.startswith("optim.") for n in stored):
@@ -232,10 +232,10 @@ class LoadPlanner(DefaultLoadPlanner):
             assert isinstance(have, TensorMeta)
             if tuple(have.size) != local.shape:
                 raise UsageError(
-                    f"{name} has shape {list(have.size)} in {self.where} and {list(local.shape)} here: set the model's sizes as they were"
+                    f"{name} has shape {list(have.size)} in {self.where} but {list(local.shape)} here: set the model's sizes as they were"
                 )
             if have.properties.dtype != local.local.dtype:
-                raise UsageError(f"{name} is {have.properties.dtype} in {self.where} and {local.local.dtype} here: set precision as it was")
+                raise UsageError(f"{name} is {have.properties.dtype} in {self.where} but {local.local.dtype} here: set precision as it was")
         plan = super().create_local_plan()
         read: dict[str, int] = {}
         for item in plan.items:
@@ -252,14 +252,14 @@ class LoadPlanner(DefaultLoadPlanner):
 
 
 def checksum(tensor: Tensor) -> int:
-    """A checksum of a tensor's bytes at the speed of memory: exact sums of rows of 8-byte words, and their crc32.
+    """A checksum of a tensor's bytes at memory speed: the crc32 of exact sums of rows of 8-byte words.
 
-    It runs where the tensor is. Any change of one element changes it; so does exchanging two rows.
+    The sums run on the tensor's device. Changing any one element changes the result; so does swapping two rows.
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     even = raw.numel() // 8 * 8
     words = raw[:even]
-    if words.storage_offset() % 8:  # a view of 8-byte words must begin at one
+    if words.storage_offset() % 8:  # a view of 8-byte words must be aligned
         words = words.clone()
     words = words.view(torch.int64)
     rows = words.numel() // SUMMED

@@ -1,4 +1,4 @@
-"""Whether the checkpoints of a run have room on their disk: looked at before the first step, and told where a save fails."""
+"""Disk space for a run's checkpoints: checked before the first step, and reported when a save fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megascale.sizes import byte_words
 
 
 def bytes_of(folder: Path) -> int:
-    """Of all files below a folder; what goes away meanwhile has none."""
+    """Bytes of all files below a folder; files that disappear meanwhile count as 0."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -21,12 +21,12 @@ def bytes_of(folder: Path) -> int:
 
 
 def fitting(capacity: float, nbytes: int, milestones: int = 0) -> int:
-    """The `checkpoint.keep_last` for which `capacity` bytes suffice: while one is written the others are still there."""
+    """The `checkpoint.keep_last` for which `capacity` bytes suffice, while another one is being written."""
     return max(0, int(capacity // max(1, nbytes)) - 1 - milestones)
 
 
 def after_failure(root: Path, nbytes: int, free: float | None = None) -> str:
-    """What a save that found its disk full should have had. The folder that was being written counts as free: it is removed."""
+    """What a save on a full disk would have needed. The unfinished folder counts as free, since it is removed."""
     free, half = _free(root) if free is None else free, sum(bytes_of(p) for p in root.glob(".tmp-*"))
     kept = [bytes_of(path) for _, path in steps_in(root)]
     text = (
@@ -39,10 +39,10 @@ def after_failure(root: Path, nbytes: int, free: float | None = None) -> str:
 def before_start(
     root: Path, nbytes: int, keep_last: int, saves: int, milestones: int = 0, free: float | None = None
 ) -> tuple[str, dict[str, int]] | None:
-    """A sentence and its numbers where the disk has less room than a run will ask for; None where it has enough.
+    """A warning and its numbers if the disk has less room than a run will need; None if it has enough.
 
-    saves       how many checkpoints the run will write
-    milestones  how many of them are kept for ever
+    saves       number of checkpoints that the run will write
+    milestones  number of them that are kept forever
     """
     free = _free(root) if free is None else free
     kept = [bytes_of(path) for _, path in steps_in(root)]
@@ -50,10 +50,10 @@ def before_start(
     capacity = free + sum(kept)
     if most * nbytes <= capacity:
         return None
-    where = f"{root} has room for {int(capacity // max(1, nbytes))} of them ({byte_words(capacity)}, those that are there included)"
+    where = f"{root} has room for {int(capacity // max(1, nbytes))} of them ({byte_words(capacity)}, including existing ones)"
     text = (
-        f"a checkpoint takes {byte_words(nbytes)}, and checkpoint.keep_last {keep_last} needs room for {most}, the one that is being "
-        f"written included{f', {milestones} of them for checkpoint.keep_every' if milestones else ''}; {where}"
+        f"a checkpoint takes {byte_words(nbytes)}, and checkpoint.keep_last {keep_last} needs room for {most}, including the one being "
+        f"written{f', {milestones} of them for checkpoint.keep_every' if milestones else ''}; {where}"
     )
     facts = {"checkpoint_bytes": nbytes, "needed_bytes": most * nbytes, "free_bytes": int(free), "held_bytes": sum(kept)}
     return f"{text}; {_advice(fitting(capacity, nbytes, milestones), keep_last)}", facts

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the step waits for a copy of the state only, a thread does the rest."""
+"""Saves while training continues: the step only waits for a copy of the state, a thread does the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megascale.errors import MegascaleError, UsageError
 from megascale.files import discard
 from megascale.launch.exits import as_exit
 
-if TYPE_CHECKING:  # DCP takes longer to import than the first step can wait
+if TYPE_CHECKING:  # DCP's import would delay the first step
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megascale.checkpoint.planning import PlanCache, SavePlanner
@@ -34,11 +34,11 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Event:
-    """A save that ended: kind "saved", "failed" or "diverged" (then `message` says why: the disk, or that replicas differ, after which no
-    step is worth anything); kind, step and message are the same on every rank.
+    """The end of a save: kind "saved", "failed" or "diverged" (`message` then gives the reason: a disk error, or that replicas differ,
+    after which further steps are useless). Kind, step and message are the same on every rank.
 
-    `code`: the exit code of a run that cannot do without a save that failed: 3, for memory 4, for a lost peer 5.
-    The first rank alone also hears how an export ended: "exported" (`message` says where to) or "export_failed".
+    `code`: exit code if the run cannot continue without the failed save: 3, for memory 4, for a lost peer 5.
+    Only the first rank also gets the end of an export: "exported" (`message` says where to) or "export_failed".
     """
 
     kind: str
@@ -61,13 +61,13 @@ def write_checkpoint(
 ) -> Path:
     """Writes `root`/step-N and lets `latest` name it; returns the folder. For tools and for `Checkpointer`.
 
-    group             the gloo ranks that hold the state together (all of them when None); every one must call
-    compare_replicas  refuse pieces that several ranks hold and that differ; costs one pass over the state at the speed of memory
-    cache             what the last call planned; a new one where it failed
-    guard             called on the first rank before anything is written: raises where the folder is no longer the run's own
+    group             the gloo ranks that hold the state together (None: all); all must call
+    compare_replicas  refuse pieces that several ranks hold and that differ; costs one pass over the state at memory speed
+    cache             the plan of the last call; pass a new one after a failure
+    guard             called on the first rank before anything is written: raises if the run no longer owns the folder
 
-    Raises, on all ranks alike: UsageError for a state that cannot be saved, OSError for a disk that fails. Then nothing is left of it and
-    the checkpoints that were there remain.
+    Raises, on all ranks alike: UsageError for a state that cannot be saved, OSError for a disk error. Then nothing is left of the new
+    checkpoint and older ones remain.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -100,7 +100,7 @@ def write_checkpoint(
 
 
 def _write_alone(state: dict[str, Piece], writer: ShardWriter, planner: SavePlanner) -> None:
-    """DCP's steps without a group. Its own `no_dist` warns at each save, and silencing a warning in a thread reaches the others."""
+    """DCP's steps without a group. Its own `no_dist` warns at each save, and silencing a warning in a thread affects other threads."""
     writer.reset()
     planner.set_up_planner(state, writer.storage_meta(), True)
     writer.set_up_storage_writer(True)
@@ -110,12 +110,12 @@ def _write_alone(state: dict[str, Piece], writer: ShardWriter, planner: SavePlan
 
 
 def judged(error: Exception) -> tuple[int, str]:
-    """The exit code of a run that cannot do without the save that failed so, and a sentence."""
+    """The exit code if the run cannot continue without the failed save, and a message."""
     if isinstance(error, MegascaleError):
         return 3, str(error)
     known = as_exit(error)
     if known is not None and known.code == 5:
-        return 5, "a peer is gone or silent"  # communication libraries say nothing that helps; the watch finds out who it is
+        return 5, "a peer is gone or silent"  # communication libraries give no useful message; the watchdog finds out which
     sentence = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         sentence = f"{error.filename}: {error.strerror}"
@@ -123,13 +123,13 @@ def judged(error: Exception) -> tuple[int, str]:
 
 
 def _first_cause(error: CheckpointException) -> BaseException:
-    """The failure of the lowest rank, preferring one that a user can act on."""
+    """The failure of the lowest rank, preferring errors that a user can fix."""
     causes = [failure[0] for _, failure in sorted(error.failures.items())]
     return next((c for c in causes if isinstance(c, MegascaleError)), causes[0])
 
 
 class NoCheckpoints:
-    """In the place of a `Checkpointer` where a run writes nothing."""
+    """Replaces the `Checkpointer` in runs that write nothing."""
 
     root: Path | None = None
 
@@ -146,10 +146,10 @@ class NoCheckpoints:
 class Checkpointer:
     """Saves into `root`, keeping the last `keep_last` checkpoints and every one whose step `keep_every` divides.
 
-    group         the ranks that hold the state together; all when None
-    asynchronous  `save` returns after a copy of the state into memory of its own, and a thread writes; otherwise when all is done
-    export        called on the first rank with every folder that was saved, when older ones have been deleted: writes it in another
-                  format and says where
+    group         the ranks that hold the state together; None: all
+    asynchronous  `save` returns after copying the state into its own memory, and a thread writes; if False, after writing
+    export        called on the first rank with every saved folder after older ones were deleted: writes it in another format and returns
+                  where
     guard         as in `write_checkpoint`
 
     A failure (a full disk, replicas that differ) is an event on all ranks, never an exception, and leaves the older checkpoints alone.
@@ -181,8 +181,8 @@ class Checkpointer:
         self._events: list[Event] = []
 
     def save(self, step: int, state: dict[str, Piece], trainer: dict[str, Any]) -> None:
-        """Starts a checkpoint of `state` and of `trainer`, plain data; waits for the one before."""
-        from megascale.checkpoint.planning import PlanCache  # here, so that the thread does not import beside training
+        """Starts a checkpoint of `state` and `trainer` (plain data); waits for the previous one."""
+        from megascale.checkpoint.planning import PlanCache  # here, so that the thread does not import during training
 
         self._join()
         self._cache = self._cache or PlanCache()
@@ -203,7 +203,7 @@ class Checkpointer:
         return events
 
     def finish(self) -> list[Event]:
-        """Waits for a save under way and returns the remaining events."""
+        """Waits for a save in progress and returns the remaining events."""
         self._join()
         return self.poll()
 
@@ -214,8 +214,8 @@ class Checkpointer:
 
     @torch.no_grad()
     def _copy(self, state: dict[str, Piece]) -> dict[str, Piece]:
-        """The state in memory of our own, used again for every save: fresh memory is ten times slower to fill."""
-        pieces = {n: p for n, p in state.items() if isinstance(p, Piece)}  # the rest is refused where all ranks hear of it
+        """Copies the state into buffers that every save reuses: fresh memory is ten times slower to fill."""
+        pieces = {n: p for n, p in state.items() if isinstance(p, Piece)}  # the rest is refused where all ranks see the error
         buffers = {}
         for name, piece in pieces.items():
             local, buffer = piece.local, self._buffers.get(name)
@@ -225,7 +225,7 @@ class Checkpointer:
         self._buffers = buffers
         on_device = any(p.local.is_cuda for p in pieces.values())
         if pieces:
-            # One call for all: thousands of small copies cost more in Python than in bytes.
+            # One call for all: thousands of small copies are bound by Python.
             torch._foreach_copy_(list(buffers.values()), [p.local for p in pieces.values()], non_blocking=on_device)
         if on_device:
             torch.cuda.synchronize()
@@ -240,7 +240,7 @@ class Checkpointer:
                 self.root, step, state, trainer, self.group, compare_replicas=self.compare_replicas, cache=self._cache, guard=self.guard
             )
         except Exception as error:
-            self._cache = None  # on all ranks, as the failure is: they must agree on what is cached
+            self._cache = None  # on all ranks, since all must agree on what is cached
             code, message = judged(error)
             kind = "diverged" if isinstance(error, ReplicasDiffer) else "failed"
             self._events.append(Event(kind, step, time.perf_counter() - start, message, code))
@@ -262,7 +262,7 @@ class Checkpointer:
         self._events.append(Event("exported", step, time.perf_counter() - start, str(where)))
 
     def _retire(self) -> None:
-        """Deletes what need not be kept. What cannot be deleted now is tried again after the next save."""
+        """Deletes checkpoints that need not be kept. Failed deletions are tried again after the next save."""
         try:
             steps = steps_in(self.root)
             recent = {path for _, path in steps[max(0, len(steps) - self.keep_last) :]}

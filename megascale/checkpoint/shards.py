@@ -1,4 +1,4 @@
-"""Shard files: safetensors, written as a stream with their checksum, read by slices."""
+"""Shard files: safetensors, streamed to disk with a checksum, read by slices."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torch import Tensor
 from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, FileEntry, Index, read_index
 from megascale.errors import UsageError
 
-BLOCK = 1 << 22  # bytes written and summed at once
-SMALL = 1 << 16  # tensors below this many bytes are gathered into blocks, since each block costs a hand-over
-FLUSH = 1 << 25  # bytes after which the disk is told to begin, instead of at the end
+BLOCK = 1 << 22  # bytes per write and checksum update
+SMALL = 1 << 16  # tensors below this many bytes are gathered into blocks, since each block costs a thread switch
+FLUSH = 1 << 25  # bytes after which writeback starts, instead of at the end
 HELD = 1 << 30  # bytes read through one handle: mapped pages count as resident memory until it is closed
 
 
 @dataclass(frozen=True)
 class StoredShard:
-    """One tensor to write: its key in the shard, and its data, as tensors that follow one another in memory and are asked for in turn."""
+    """One tensor to write: its key in the shard, and its data as an iterator of consecutive parts."""
 
     key: str
     dtype: torch.dtype
@@ -41,9 +41,9 @@ def shard_name(rank: int) -> str:
 
 
 def write_shard(path: Path, tensors: list[StoredShard], metadata: dict[str, str] | None = None) -> FileEntry:
-    """Writes tensors as one safetensors file, on disk when this returns, `metadata` in its header. Raises OSError naming the file.
+    """Writes tensors as one safetensors file with `metadata` in its header, and flushes it to disk. Raises OSError naming the file.
 
-    A second thread sums the block that is being written, and the disk begins early: together they keep up with `dd`.
+    A second thread computes the checksum during the write, and writeback starts early: as fast as `dd`.
     """
     crc = size = flushed = 0
     try:
@@ -56,12 +56,12 @@ def write_shard(path: Path, tensors: list[StoredShard], metadata: dict[str, str]
                     rest = rest[file.write(rest) :]
                 crc = job.result()
                 if size - flushed >= FLUSH and hasattr(os, "posix_fadvise"):
-                    # Linux begins to write pages that it is asked to drop.
+                    # Linux starts to write pages that it is asked to drop.
                     os.posix_fadvise(file.fileno(), flushed, size - flushed, os.POSIX_FADV_DONTNEED)
                     flushed = size
             os.fsync(file.fileno())
     except FileNotFoundError as error:
-        raise OSError(error.errno, "the folder is not there: does every node see the same run.dir?", str(path)) from None
+        raise OSError(error.errno, "the folder does not exist: does every node see the same run.dir?", str(path)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return FileEntry(size, crc)
@@ -82,7 +82,7 @@ def _header(tensors: list[StoredShard], metadata: dict[str, str] | None) -> byte
 def _blocks(head: bytes, tensors: Iterable[StoredShard]) -> Iterator[memoryview]:
     gathered = bytearray(head)
     for piece in (piece for t in tensors for piece in t.data):
-        # Tensors on a device come over one by one: a whole copy of the state may not fit into this machine's memory.
+        # Tensors on a device are copied one by one: a copy of the whole state may not fit into host memory.
         data = memoryview(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         if len(data) < SMALL:
             gathered += data
@@ -112,7 +112,7 @@ class FilePart:
 
 
 def read_parts(path: Path, wanted: list[tuple[FilePart, Tensor]]) -> None:
-    """Copies parts of a shard into tensors of their sizes. Raises UsageError where the shard is not what its index says."""
+    """Copies parts of a shard into tensors of their sizes. Raises UsageError if the shard does not match the index."""
     start = 0
     while start < len(wanted):
         held = 0
@@ -128,7 +128,7 @@ def read_parts(path: Path, wanted: list[tuple[FilePart, Tensor]]) -> None:
 
 
 def check_parts(path: Path, parts: Iterable[FilePart]) -> None:
-    """Compares a shard's own header with what the index says of its chunks, so that nothing is read from one that differs."""
+    """Compares a shard's header with its chunks in the index before anything is read from it."""
     try:
         with safe_open(str(path), framework="pt") as file:
             for part in parts:
@@ -138,13 +138,13 @@ def check_parts(path: Path, parts: Iterable[FilePart]) -> None:
 
 
 def _stored(file: Any, path: Path, part: FilePart) -> Any:
-    """safetensors' lazy view of a chunk. Raises UsageError where its dtype or sizes are not the index's."""
+    """safetensors' lazy view of a chunk. Raises UsageError if its dtype or sizes differ from the index."""
     stored = file.get_slice(part.key)
     found = (stored.get_dtype(), list(stored.get_shape()))
     expected = (DTYPE_NAMES[part.dtype], list(part.chunk_sizes))
     if found != expected:
         raise UsageError(
-            f"{path} stores {part.key} as {found[0]} {found[1]} and the index says {expected[0]} {expected[1]}: "
+            f"{path} stores {part.key} as {found[0]} {found[1]} but the index says {expected[0]} {expected[1]}: "
             "the checkpoint is damaged, use an older one"
         )
     return stored
@@ -160,10 +160,10 @@ def _read_part(file: Any, path: Path, part: FilePart) -> Tensor:
 def read_slice(source: str | Path | Index, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """The rectangle of size `shape` at `offset` of a stored tensor, in this process alone.
 
-    source  a step folder, or its Index, which saves reading it again
+    source  a step folder, or its Index, to avoid reading it again
 
-    Reads the chunks that it touches and nothing else, and keeps no file open. Raises UsageError when there is no such tensor,
-    or the rectangle reaches beyond it or is not all stored.
+    Reads only the chunks that it needs and keeps no file open. Raises UsageError if there is no such tensor, or the rectangle is not inside
+    it or not fully stored.
     """
     index = source if isinstance(source, Index) else read_index(source)
     if name not in index.tensors:

@@ -1,4 +1,4 @@
-"""DCP's storage side: one safetensors file a rank, index.json and trainer.json, published by a rename.
+"""DCP's storage side: one safetensors file per rank, index.json and trainer.json, published by a rename.
 
 A folder step-00000100 is whole or it does not exist: everything is written to .tmp-step-00000100, flushed to disk, renamed, and only then
 named in `latest`.
@@ -30,15 +30,15 @@ from megascale.checkpoint.shards import FilePart, StoredShard, check_parts, read
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk, a quota and a limit of the process say
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, file-size limit of the process
 
 
 class ShardWriter(StorageWriter):
     """Writes one checkpoint into `root`/step-N.
 
-    prepare  called on the coordinator before anything is written: raises where the folder is no longer the run's own, and says how many
-             bytes the checkpoint has
-    explain  (root, bytes of the checkpoint) → what a full disk should have had
+    prepare  called on the coordinator before anything is written: raises if the run no longer owns the folder; returns the checkpoint's
+             size in bytes
+    explain  (root, bytes of the checkpoint) → message about the space that a full disk lacks
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class ShardWriter(StorageWriter):
         with self._told():
             self.root.mkdir(parents=True, exist_ok=True)
             for left_over in self.root.glob(".tmp-*"):
-                discard(left_over)  # of a save that was killed
+                discard(left_over)  # from a save that was killed
             self.temporary.mkdir()
         return [dataclasses.replace(plan, storage_data=(rank, self.nbytes)) for rank, plan in enumerate(plans)]
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Adds to the error of a full disk what there is and what would fit."""
+        """Adds to a full-disk error how much is free and what would fit."""
         try:
             yield
         except OSError as error:
@@ -106,7 +106,7 @@ class ShardWriter(StorageWriter):
             name = shard_name(rank)
             with self._told():
                 entry = write_shard(self.temporary / name, tensors)
-            # One result a file: where each tensor lies is in the coordinator's plan, and need not be sent again.
+            # One result per file: the coordinator's plan already has the location of each tensor.
             results = [WriteResult(MetadataIndex(name), entry.bytes, entry)]
         return _done(results)
 
@@ -120,7 +120,7 @@ class ShardWriter(StorageWriter):
         for name, entry in files.items():
             path = self.temporary / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
-                raise OSError(f"{path}, written by another rank, is not to be seen here: run.dir must be on a disk that all nodes share")
+                raise OSError(f"{path}, written by another rank, is not visible here: run.dir must be on a disk that all nodes share")
         text = self.trainer_json.encode()
         files[TRAINER] = FileEntry(len(text), zlib.crc32(text))
         write_durably(self.temporary / TRAINER, text)
@@ -158,7 +158,7 @@ class ShardReader(StorageReader):
         return Metadata(tensors)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The index is here already."""
+        """Nothing to do: the index was read before."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -167,7 +167,7 @@ class ShardReader(StorageReader):
         return plans
 
     def check(self, plan: LoadPlan) -> None:
-        """Compares the shards' headers with the index, for what `plan` reads. Raises UsageError."""
+        """Compares the shards' headers with the index for everything that `plan` reads. Raises UsageError."""
         by_file: dict[str, list[FilePart]] = {}
         for item in plan.items:
             file, part = self._part(item)
@@ -185,7 +185,7 @@ class ShardReader(StorageReader):
         return _done(None)
 
     def _part(self, item: ReadItem) -> tuple[str, FilePart]:
-        """Where an item lies: the file, and the part of its chunk. DCP numbers a tensor's chunks as `read_metadata` lists them."""
+        """The file of an item and the part of its chunk. DCP numbers a tensor's chunks in the order of `read_metadata`."""
         name, number = item.storage_index.fqn, item.storage_index.index
         assert number is not None
         entry = self.index.tensors[name]

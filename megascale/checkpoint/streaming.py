@@ -1,7 +1,7 @@
-"""Checkpoints and other safetensors files made slab by slab, for tools whose tensors do not fit into memory.
+"""Writes checkpoints and other safetensors files slab by slab, for tools whose tensors do not fit into memory.
 
-What a file holds is plain data; what the numbers are is a function of (name, offset, shape), like `shards.read_slice`. So the bytes do not
-depend on how many workers there are or how large a slab is, and a run that was killed goes on with the files that it had finished.
+The plan of a file is plain data, and its numbers are a function of (name, offset, shape), like `shards.read_slice`. So the bytes do not
+depend on the number of workers or the size of slabs, and a killed run can keep the files that it had finished.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from megascale.files import discard, write_durably
 from megascale.sizes import byte_words
 
 ReadSlice = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
-"""(name, offset, shape) → that rectangle of the tensor. With several workers it goes to other processes: module-level, on plain data."""
+"""(name, offset, shape) → that rectangle of the tensor. Several workers pickle it: use a module-level function on plain data."""
 
 Progress = Callable[[int, int], None]
-"""(bytes on disk, bytes in the end), a few times a second."""
+"""Called with (bytes on disk, final bytes) a few times per second."""
 
-POLL = 0.25  # seconds between two looks at how far the files are
-MARK = ".done"  # beside a finished file, until all are finished
+POLL = 0.25  # seconds between two progress checks
+MARK = ".done"  # next to a finished file, until all are finished
 
 
 @dataclass(frozen=True)
 class Target:
-    """A whole tensor that is to be made."""
+    """A whole tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class SliceOfTensor:
-    """A rectangle of the tensor `name`, stored as `key`; it is asked for in slabs."""
+    """A rectangle of the tensor `name`, stored as `key` and produced in slabs."""
 
     key: str
     name: str
@@ -70,7 +70,7 @@ class SliceOfTensor:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One safetensors file: its name, what it holds in order, and texts for its header."""
+    """One safetensors file: its name, its contents in order, and texts for its header."""
 
     name: str
     blocks: tuple[SliceOfTensor, ...]
@@ -96,13 +96,13 @@ def write_streamed(
 ) -> Path:
     """Writes the checkpoint `root`/step-N of `targets` and lets `latest` name it; returns the folder.
 
-    stamp       of the source and of everything that `produce` depends on: a folder left by a killed run with the same stamp is finished
-    workers     processes that write; the bytes do not depend on their number
-    slab_bytes  of what is asked of `produce` at once: memory is about three slabs a worker
-    file_bytes  of a file; a larger tensor is stored as several chunks of rows
+    stamp       identifies the source and everything that `produce` depends on: an unfinished folder with the same stamp is completed
+    workers     writing processes; the bytes do not depend on their number
+    slab_bytes  bytes per call of `produce`: memory is about three slabs per worker
+    file_bytes  bytes per file; a larger tensor is stored as several chunks of rows
 
-    Raises UsageError where the disk has no room or `produce` refuses, OSError for a disk that fails: nothing is left of it then. What an
-    interrupt or a kill leaves is a folder named `.tmp-…`.
+    Raises UsageError if the disk has no room or `produce` refuses, OSError for a disk error: then nothing is left. An interrupt or a kill
+    leaves a folder named `.tmp-…`.
     """
     root = Path(root)
     temporary = root / f".tmp-{step_name(step)}"
@@ -121,7 +121,7 @@ def write_streamed(
         tensors = {t.name: TensorEntry(DTYPE_NAMES[t.dtype], t.shape, tuple(chunks[t.name])) for t in targets}
         write_durably(temporary / INDEX, Index(temporary, VERSION, entries, tensors).to_json().encode())
         publish(root, temporary, step)
-    except Exception:  # whatever `produce` raises
+    except Exception:  # any error of `produce`
         discard(temporary)
         if made_root and root.exists():
             root.rmdir()
@@ -130,7 +130,7 @@ def write_streamed(
 
 
 def pack(targets: list[Target], file_bytes: int) -> list[FilePlan]:
-    """Targets in their order over files of at most `file_bytes`, except where a single row is larger."""
+    """Distributes targets in order over files of at most `file_bytes`, unless a single row is larger."""
     files: list[list[SliceOfTensor]] = []
     room = 0
     for target in targets:
@@ -147,7 +147,7 @@ def pack(targets: list[Target], file_bytes: int) -> list[FilePlan]:
 
 
 def slabs(offset: tuple[int, ...], sizes: tuple[int, ...], most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cuts a rectangle into ones of at most `most` elements that follow one another in memory."""
+    """Splits a rectangle into consecutive ones of at most `most` elements."""
     inner = math.prod(sizes[1:])
     if not sizes or inner * sizes[0] <= most:
         yield offset, sizes
@@ -171,7 +171,7 @@ def write_files(
     slab_bytes: int = 256 << 20,
     progress: Progress | None = None,
 ) -> dict[str, FileEntry]:
-    """Writes `files` into `folder`, which exists, and returns what each has become. Arguments and errors as in `write_streamed`.
+    """Writes `files` into the existing `folder` and returns their entries. Arguments and errors as in `write_streamed`.
 
     Files that a killed run with the same stamp had finished are kept; anything else in the folder is removed.
     """
@@ -180,7 +180,7 @@ def write_files(
     total = sum(f.nbytes for f in files)
     missing, free = total - _written(folder), shutil.disk_usage(folder).free
     if missing > free:
-        raise UsageError(f"{folder} needs {byte_words(missing)} more and its disk has {byte_words(free)} free: make room there")
+        raise UsageError(f"{folder} needs {byte_words(missing)} more but its disk has {byte_words(free)} free: make room there")
     pool: Executor
     if workers == 1:
         pool = ThreadPoolExecutor(1)
@@ -219,7 +219,7 @@ def _keep_finished(folder: Path, marks: dict[str, str]) -> None:
 
 
 def _finished(folder: Path, name: str, mark: str) -> FileEntry | None:
-    """What the finished file is, or None."""
+    """The entry of a finished file, or None."""
     try:
         saved = json.loads((folder / (name + MARK)).read_text())
         size = (folder / name).stat().st_size

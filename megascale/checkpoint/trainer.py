@@ -1,4 +1,4 @@
-"""trainer.json, a checkpoint's numbers beside its tensors: read in one place, and checked before anything in it is believed."""
+"""trainer.json, a checkpoint's data other than tensors: read in one place, and checked before use."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megascale.errors import UsageError
 
 COUNTS = ("step", "samples", "tokens", "skipped_in_a_row")
 SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids", "fingerprints", "plugins")
-TEXTS = (("precision", "compute"), ("precision", "fp8"), ("data", "tokenizer"), ("run", "name"))  # of the config, read as they are
-NEEDED = ("step", "samples", "tokens", "identity")  # to go on from; what came to the format later has defaults
+TEXTS = (("precision", "compute"), ("precision", "fp8"), ("data", "tokenizer"), ("run", "name"))  # config keys that must be text
+NEEDED = ("step", "samples", "tokens", "identity")  # required for a resume; keys added to the format later have defaults
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """What a step folder's trainer.json holds, every known key of its own type; which of them are there depends on who wrote it.
+    """Reads a step folder's trainer.json; every known key has its type. Which keys are present depends on the writer.
 
-    Raises Damaged naming the file and the key, and UsageError where the disk does not let it be read.
+    Raises Damaged naming the file and the key, and UsageError if the disk cannot read it.
     """
     path = folder / TRAINER
     found = read_json(path)
@@ -50,7 +50,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """`read_trainer` of a checkpoint that a run can go on from. Raises UsageError where pretraining did not write it."""
+    """`read_trainer` of a checkpoint that a run can resume from. Raises UsageError if pretraining did not write it."""
     found = read_trainer(folder)
     absent = [key for key in NEEDED if key not in found]
     if absent:
@@ -68,6 +68,6 @@ def _is_source(value: Any) -> bool:
 def _wrong(path: Path, key: str, value: Any, needed: str) -> Damaged:
     shown = repr(value)
     return Damaged(
-        f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}, and it should be {needed}: the checkpoint is damaged, "
+        f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}, but it should be {needed}: the checkpoint is damaged, "
         "use an older one"
     )

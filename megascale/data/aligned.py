@@ -1,4 +1,4 @@
-"""Aligned text, sources and their targets: lines of two text files, or two keys of JSON lines."""
+"""Aligned text (sources and their targets) from the lines of two text files or from two keys of JSON lines."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megascale.errors import UsageError
 def read_pairs(
     inputs: list[Path], side: int, keys: tuple[str, str], longest: int = LONGEST, tally: Tally | None = None
 ) -> Iterator[TextBlock]:
-    """One side, 0 sources and 1 targets, of aligned text: lines of two text files, or two keys of JSON lines. Each is a document.
+    """One side of aligned text, 0 for sources and 1 for targets: lines of two text files, or two keys of JSON lines, each a document.
 
-    A pair with a side that is empty or null is left out on both. Raises UsageError where there are more lines in one file than in the
-    other, or an input is of another kind.
+    A pair with an empty or null side is skipped on both sides. Raises UsageError if one file has more lines than the other, or an input is
+    of another kind.
     """
     tally = tally or Tally()
     try:
         forms = {path: form_of(path, keys) for path in inputs}
         for path, form in forms.items():
             if form.kind not in ("text", "json"):
-                raise UsageError(f"{path} {form.why or f'is of the kind {form.kind}, and pairs are read from text or JSON lines'}")
+                raise UsageError(f"{path} {form.why or f'is of the kind {form.kind}, but pairs are read from text or JSON lines'}")
         as_json = [path for path, form in forms.items() if form.kind == "json"]
         if as_json and len(as_json) < len(inputs):
-            raise UsageError(f"{as_json[0]} is JSONL and {next(p for p in inputs if p not in as_json)} is not: give one kind")
+            raise UsageError(f"{as_json[0]} is JSONL but {next(p for p in inputs if p not in as_json)} is not: give one kind")
         if not as_json and len(inputs) != 2:
-            raise UsageError(f"{len(inputs)} text files were given, and pairs are the lines of two: sources first, then targets")
+            raise UsageError(f"{len(inputs)} text files were given, but pairs are the lines of two: sources first, then targets")
         if as_json:
             for path in inputs:
                 yield from _json_pairs(path, forms[path], side, keys, longest, tally)
@@ -42,7 +42,7 @@ def read_pairs(
 
 
 def pair_files(files: list[Path], keys: tuple[str, str]) -> tuple[list[Path], list[Path]]:
-    """Which files have sources and which targets: two text files one each, JSON lines both."""
+    """(files with sources, files with targets): of two text files one each, while JSON lines have both."""
     return (files[:1], files[1:]) if len(files) == 2 and form_of(files[0], keys).kind == "text" else (files, files)
 
 
@@ -54,7 +54,7 @@ def _line_pairs(inputs: list[Path], forms: dict[Path, Form], side: int, longest:
             if None in lines:
                 ended = lines.index(None)
                 raise UsageError(
-                    f"{inputs[ended]} ends before line {number} and {inputs[1 - ended]} does not: pairs need the same number of lines in "
+                    f"{inputs[ended]} ends before line {number} but {inputs[1 - ended]} does not: pairs need the same number of lines in "
                     "both files"
                 )
             texts = [decode(line) for line in lines]

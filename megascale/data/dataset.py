@@ -1,4 +1,4 @@
-"""Sources → one endless sequence of samples, each a function of (seed, number) alone."""
+"""Sources → one endless sequence of samples; each depends only on (seed, number)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megascale.errors import UsageError
 
 @dataclass(frozen=True)
 class Corpus:
-    """One prefix of token files with its share of the mixture and its name in logs; or the `lists` in memory that stand for files."""
+    """One prefix of token files, its weight in the mixture and its name in logs; or `lists` in memory instead of files."""
 
     path: str
     weight: float
@@ -41,7 +41,7 @@ class Corpus:
 
 
 def read_sources(value: str | Sequence[DataSource | str], key: str) -> list[Corpus]:
-    """The config's `data.train` or `data.valid`: a prefix, a list, or a YAML file with a list `sources`, whose paths are relative to it."""
+    """The config's `data.train` or `data.valid`: a prefix, a list, or a YAML file with a list `sources` and paths relative to it."""
     if isinstance(value, str) and value.endswith((".yaml", ".yml")):
         path = Path(value)
         entries = read_yaml(path).get("sources")
@@ -70,7 +70,7 @@ def _entry(value: Any, where: str) -> DataSource:
 
 
 class Mixture:
-    """`sample(n)` for any n ≥ 0: windows of seq_len+1 tokens, neighbours sharing one token, in an order of their own every epoch."""
+    """`sample(n)` for any n ≥ 0: windows of seq_len+1 tokens, neighbours sharing one token, reshuffled every epoch."""
 
     def __init__(
         self,
@@ -82,14 +82,14 @@ class Mixture:
         valid_fraction: float,
         shuffled: bool,
     ) -> None:
-        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" of the documents; `shuffled` False keeps the file's order.
+        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" documents; `shuffled` False keeps the file order.
 
-        Raises UsageError for token files that are missing, damaged, too short for one sample, or not made for this vocabulary, and for
-        sources that were made with different tokenizers.
+        Raises UsageError for token files that are missing, damaged, too short for one sample or made for another vocabulary, and for
+        sources made with different tokenizers.
         """
         self.seq_len, self.seed, self.vocab_size, self.shuffled = seq_len, seed, vocab_size, shuffled
         self.sources, self.streams = sources, []
-        self.cut: list[str] = []  # sources of which no whole documents could be held out
+        self.cut: list[str] = []  # sources from which no whole documents could be held out
         for source in sources:
             file = source.open()
             check_source(source, vocab_size)
@@ -110,7 +110,7 @@ class Mixture:
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
 
     def note(self) -> str | None:
-        """How the held-out part was chosen where it is not one of whole documents, in words."""
+        """A note on how the held-out part was chosen, if not by whole documents."""
         if not self.cut:
             return None
         return f"too few documents to hold whole ones out, so the last tokens are held out (data.valid_fraction): {', '.join(self.cut)}"
@@ -129,21 +129,21 @@ class Mixture:
 
 
 def check_tokens(tokens: Tokens, source: Corpus, vocab_size: int, key: str = "model.vocab_size") -> None:
-    """Raises UsageError for a token that the model has no row for."""
+    """Raises UsageError for a token beyond the vocabulary."""
     smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
     if smallest < 0:
         raise UsageError(f"{source.path} holds token {smallest}, but token ids start at 0: the file is damaged; make it again")
     if largest >= vocab_size:
         raise UsageError(
-            f"{source.path} holds token {largest}, and {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
+            f"{source.path} holds token {largest} but {key} is {vocab_size}: use the tokenizer that made the file, or a larger vocabulary"
         )
 
 
 def check_source(source: Corpus, vocab_size: int) -> None:
-    """Raises UsageError where a source was made with a larger vocabulary, or holds a token beyond this one."""
+    """Raises UsageError if a source was made with a larger vocabulary, or holds a token beyond this one."""
     if source.lists is not None and source.lists.largest >= vocab_size:
         raise UsageError(
-            f"samples hold token {source.lists.largest}, and the model knows {vocab_size}, counted from 0: set model.vocab_size to "
+            f"samples hold token {source.lists.largest}, but the vocabulary has {vocab_size} entries: set model.vocab_size to "
             f"{source.lists.largest + 1} or more"
         )
     used = source_facts(source.path).get("vocab_size")
@@ -155,7 +155,7 @@ def check_source(source: Corpus, vocab_size: int) -> None:
 
 
 def check_tokenizers(sources: list[Corpus]) -> None:
-    """Raises UsageError where two sources were made with different tokenizers; files from elsewhere record none and pass."""
+    """Raises UsageError if two sources were made with different tokenizers; files from other tools record none and pass."""
     made_with = [(s.path, source_facts(s.path).get("tokenizer_fingerprint")) for s in sources]
     known = [(path, mark) for path, mark in made_with if mark is not None]
     for path, mark in known[1:]:

@@ -1,4 +1,4 @@
-"""PREFIX.json: what is known of the tokens or fields beside it."""
+"""PREFIX.json: facts about the tokens or fields next to it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from megascale.errors import UsageError
 
-LARGEST = 16 << 20  # bytes of such a file; what prepare_data.py writes has under 1,000
+LARGEST = 16 << 20  # largest size in bytes; `megascale prepare` writes under 1,000
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; False for what can be no path, such as a name of 300 letters."""
+    """Whether the file exists; False for impossible paths, such as a name of 300 letters."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -29,7 +29,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# What the values that are used must be: a test, and in words.
+# The type of each value that is used: a test and a description.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vocab_size": (lambda v: _count(v) and v > 0, "a number of pieces"),
     "eos_id": (_count, "the number of a piece"),
@@ -43,20 +43,20 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def source_facts(prefix: str) -> dict[str, Any]:
-    """What prepare_data.py recorded beside the tokens; empty for files from elsewhere. Raises UsageError for values that cannot be used."""
+    """Facts that `megascale prepare` recorded with the tokens; empty for files from other tools. Raises UsageError for invalid values."""
     path = Path(prefix + ".json")
     try:
         if not path.exists():
             return {}
         if not path.is_file() or path.stat().st_size > LARGEST:
-            raise UsageError(f"{path} is no file of at most {LARGEST >> 20} MiB: remove it, or prepare the data again")
+            raise UsageError(f"{path} is not a file of at most {LARGEST >> 20} MiB: remove it, or prepare the data again")
         facts = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise UsageError(f"{path} is nested too deeply: remove it, or prepare the data again") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): remove it, or prepare the data again") from None
     if not isinstance(facts, dict):
-        raise UsageError(f"{path} holds a {type(facts).__name__} and not an object of facts: remove it, or prepare the data again")
+        raise UsageError(f"{path} holds a {type(facts).__name__}, not an object of facts: remove it, or prepare the data again")
     facts = {key: value for key, value in facts.items() if value is not None}
     for key, (fits, kind) in KINDS.items():
         if key in facts and not fits(facts[key]):

@@ -1,8 +1,8 @@
-"""Fields on a grid from memory-mapped arrays: samples for the spacetime family, each a function of (seed, number) alone.
+"""Fields on a grid from memory-mapped arrays: samples for the spacetime family; each depends only on (seed, number).
 
-A source is PREFIX.npy, [frames, s₂ … s_K, channels] of any float type, beside PREFIX.json with what is known of it: `mean` and `std` of
-each channel, with which values are normalized, and `run_length`, the frames after which another, unrelated run begins. Where a text goes
-with each run, PREFIX.text are token files with as many documents.
+A source is PREFIX.npy, [frames, s₂ … s_K, channels] of any float type, and PREFIX.json with facts about it: `mean` and `std` per channel,
+which normalize the values, and `run_length`, the frames after which another, unrelated run begins. If each run has a text, PREFIX.text
+are token files with one document per run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megascale.errors import UsageError
 
 
 class FieldFile:
-    """One array and the runs of it that may be used: `part` "train" or "valid" of a split of whole runs, or "all"."""
+    """One array and the runs of it to use: `part` "train" or "valid" of a split by whole runs, or "all"."""
 
     def __init__(self, source: Corpus, fields: Spacetime, part: str, valid_fraction: float) -> None:
         path = Path(source.path + ".npy")
@@ -35,11 +35,11 @@ class FieldFile:
         except (OSError, ValueError, EOFError, OverflowError) as error:
             raise UsageError(f"{path} cannot be read as an array ({error}): make it again") from None
         if not isinstance(self.array, np.ndarray):
-            raise UsageError(f"{path} is an archive of arrays, and one array is needed: save it with numpy.save")
+            raise UsageError(f"{path} is an archive of arrays, but one array is needed: save it with numpy.save")
         expected = (*fields.shape[1:], fields.channels)
         if self.array.shape[1:] != expected or self.array.dtype.kind != "f":
             raise UsageError(
-                f"{path} holds {self.array.dtype} of shape {list(self.array.shape)}, and model.spacetime has shape {list(fields.shape)} "
+                f"{path} holds {self.array.dtype} of shape {list(self.array.shape)}, but model.spacetime has shape {list(fields.shape)} "
                 f"and {fields.channels} channels: [frames, {', '.join(map(str, expected))}] of floats is needed"
             )
         facts = source_facts(source.path)
@@ -53,10 +53,10 @@ class FieldFile:
             self.text = TokenFile(source.path + ".text")
             if len(self.text) != count:
                 raise UsageError(
-                    f"{path} holds {count} runs and {source.path}.text has {len(self.text)} documents: one text a run is needed; prepare "
+                    f"{path} holds {count} runs but {source.path}.text has {len(self.text)} documents: one text per run is needed; prepare "
                     f"JSONL with a line for each run with megascale prepare --out {source.path}.text"
                 )
-        self.starts = self.run_length - fields.frames + 1  # of a window within a run
+        self.starts = self.run_length - fields.frames + 1  # number of windows in a run
         if len(self.runs) == 0 or self.starts < 1:
             raise UsageError(
                 f"{path} has {len(self.runs)} runs of {self.run_length} frames in its {part} part, and one sample needs {fields.frames}: "
@@ -81,12 +81,12 @@ class FieldFile:
     def _channels(self, facts: dict[str, Any], name: str, default: float, channels: int) -> NDArray[np.float64]:
         values = np.array(facts.get(name, [default] * channels), np.float64)
         if values.shape != (channels,) or not np.isfinite(values).all() or (name == "std" and (values <= 0).any()):
-            raise UsageError(f"the {name} beside {self.array.filename} is {values.tolist()}: one usable number a channel is needed")  # type: ignore[attr-defined]
+            raise UsageError(f"the {name} of {self.array.filename} is {values.tolist()}: give one number per channel")  # type: ignore[attr-defined]
         return values
 
 
 class FieldMixture:
-    """Windows of `fields.frames` frames for sample numbers n ≥ 0, from one or several arrays, in an order of their own every epoch."""
+    """Windows of `fields.frames` frames for sample numbers n ≥ 0, from one or several arrays, reshuffled every epoch."""
 
     def __init__(self, sources: list[Corpus], fields: Spacetime, seed: int, part: str, valid_fraction: float, shuffled: bool) -> None:
         self.fields, self.seed, self.shuffled, self.sources = fields, seed, shuffled, sources
@@ -99,7 +99,7 @@ class FieldMixture:
         return file.read(window, self.fields.frames)
 
     def text(self, number: int) -> NDArray[np.int64]:
-        """Of the sample, cut off where there are no more places."""
+        """The sample's text, truncated to the available positions."""
         file, window = self._window(number)
         assert self.fields.text_vocab_size is not None
         return file.read_text(window, self.fields.text_vocab_size)[: self.fields.text_len]
@@ -113,8 +113,8 @@ class FieldMixture:
         return file, window
 
     def batch(self, numbers: list[int], device: torch.device) -> Batch:
-        """`tokens` [b, frames, s₂ … s_K, channels] are the fields; `targets` [b, tokens] are 0 where a patch counts. With the masked
-        objective those are a fixed share of the patches, chosen by (seed, number). NOT_COUNTED among the numbers leaves a place empty.
+        """`tokens` [b, frames, s₂ … s_K, channels] are the fields; `targets` [b, tokens] are 0 for patches that count. The masked objective
+        counts a fixed share of the patches, chosen by (seed, number). NOT_COUNTED as a sample number leaves a row empty.
         """
         f = self.fields
         fields = np.zeros((len(numbers), f.frames, *f.shape[1:], f.channels), np.float32)

@@ -1,5 +1,5 @@
-"""What the files of a source are, cheaply: their sizes and a digest of parts of them. Enough to tell other data under the same name; a few
-tokens that are changed in the middle of a large file may stay unseen.
+"""Cheap fingerprints of a source's files: their sizes and a digest of parts of them. They detect other data under the same name; a few
+tokens changed in the middle of a large file may go unnoticed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from megascale.data.facts import source_facts
 from megascale.errors import UsageError
 
-BLOCK = 4096  # bytes read at each place
-PLACES = 64  # of a file, beside its beginning and its end; a file with no more than these is read whole
-OF_FIELDS = ("mean", "std", "run_length")  # facts that enter the samples; those beside tokens say nothing that the tokens do not
+BLOCK = 4096  # bytes read per place
+PLACES = 64  # places read per file, besides its beginning and its end; smaller files are read whole
+OF_FIELDS = ("mean", "std", "run_length")  # facts that enter the samples; facts about tokens do not
 
 Print = dict[str, str]  # {"bin": "4800 bytes, 3f2a…"}
 
 
 def print_of(prefix: str, ends: Sequence[str], fields: bool = False) -> Print:
-    """Of the files PREFIX.END of one source; `fields`: with what lies beside fields. Raises UsageError."""
+    """Fingerprint of the files PREFIX.END of one source; `fields`: with the facts in PREFIX.json. Raises UsageError."""
     prints = {end: file_print(Path(f"{prefix}.{end}")) for end in ends}
     if fields:
         facts = source_facts(prefix)
@@ -31,7 +31,7 @@ def print_of(prefix: str, ends: Sequence[str], fields: bool = False) -> Print:
 
 
 def file_print(path: Path) -> str:
-    """Size and digest. Raises UsageError where it cannot be read."""
+    """Size and digest. Raises UsageError if the file cannot be read."""
     digest = hashlib.blake2b(digest_size=8)
     try:
         with path.open("rb", buffering=0) as file:
@@ -40,12 +40,12 @@ def file_print(path: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(BLOCK))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}): look at the disk, or correct the path") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check the disk, or correct the path") from None
     return f"{size} bytes, {digest.hexdigest()}"
 
 
 def places(size: int) -> list[int]:
-    """Where blocks are read: the first one, the last one, and some evenly between them."""
+    """Offsets of the blocks to read: the first, the last, and some evenly between them."""
     blocks = -(-size // BLOCK)
     if blocks <= PLACES + 2:
         return [n * BLOCK for n in range(blocks)]

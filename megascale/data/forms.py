@@ -1,4 +1,4 @@
-"""What a file is: text, JSON lines, Parquet, or something else that is named. Judged by its bytes and its ending, in lower case."""
+"""Detects what a file is (text, JSON lines, Parquet or something else) by its bytes and its lower-case ending."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megascale.data.unpack import PACKED, UNREADABLE, Input, packing_of
 from megascale.errors import UsageError
 from megascale.plugins import with_plugins
 
-HEAD = 8192  # bytes that are judged
-LONGEST_FIRST = 1 << 20  # bytes of a first line that is tried as JSON under any ending
+HEAD = 8192  # bytes that are examined
+LONGEST_FIRST = 1 << 20  # longest first line that is tried as JSON under any ending
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 PARQUET = (".parquet", ".pq", ".parq")
 TABLES = {".csv": "CSV", ".tsv": "TSV"}
-NAMES = {"gz": "a gzip file", "zst": "a Zstandard file", "xz": "an xz file", "bz2": "a bzip2 file"}  # by packing
+NAMES = {"gz": "a gzip file", "zst": "a Zstandard file", "xz": "an xz file", "bz2": "a bzip2 file"}  # by compression
 TAR = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive or an office document",
@@ -36,11 +36,11 @@ UNICODE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "U
 
 @dataclass(frozen=True)
 class Reader:
-    """How files of a kind are read.
+    """Reads files of one kind.
 
     read     `readers.Reading` → its documents as TextBlocks, or "module:function"
-    endings  of such files, in lower case, in front of that of their packing (.wet of a.wet.gz)
-    enters   reading may begin in the middle of a file that is not packed
+    endings  endings of such files, in lower case and before the compression's (.wet in a.wet.gz)
+    enters   reading may begin in the middle of an uncompressed file
     """
 
     read: str | Callable[..., Any]
@@ -49,20 +49,20 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {
-    "text": Reader("megascale.data.readers:plain_text", enters=True),  # whatever has no ending of its own
+    "text": Reader("megascale.data.readers:plain_text", enters=True),  # any other ending
     "json": Reader("megascale.data.readers:json_documents", JSON_LINES, enters=True),
     "parquet": Reader("megascale.data.readers:parquet_documents", PARQUET, enters=True),
 }
 
 
 def readers() -> Mapping[str, Reader]:
-    """By kind. Raises UsageError where a plugin's row claims an ending that others read."""
+    """Readers by kind. Raises UsageError if a plugin's row claims an ending of another reader."""
     found = with_plugins("readers", READERS, Reader)
     claimed: dict[str, str] = dict.fromkeys((".json", *PACKED), "megascale")
     for kind, reader in found.items():
         for ending in reader.endings:
             if ending in claimed or not ending.startswith(".") or ending != ending.lower():
-                why = f"which {claimed[ending]} reads" if ending in claimed else "and one such as .wet is needed, in lower case"
+                why = f"which {claimed[ending]} reads" if ending in claimed else "but one such as .wet is needed, in lower case"
                 raise UsageError(
                     f"the reader {kind} of a plugin claims the ending {ending}, {why}: give it another, or uninstall the plugin"
                 )
@@ -72,26 +72,26 @@ def readers() -> Mapping[str, Reader]:
 
 @dataclass(frozen=True)
 class Form:
-    """`packing` as in unpack.py. `why`: of the kind other, what it is and what to do. `unusual`: JSON lines under another ending."""
+    """`packing` as in unpack.py. `why`: for kind other, what it is and the fix. `unusual`: JSON lines under another ending."""
 
-    kind: str  # of `readers()`, or other
+    kind: str  # a key of `readers()`, or "other"
     packing: str = ""
     why: str = ""
     unusual: bool = False
 
 
 def form_of(path: Path, keys: tuple[str, ...]) -> Form:
-    """`keys`: of the text in JSON. A file that is packed as its ending says, and damaged, has the form of its ending; reading it tells why.
+    """`keys`: JSON keys of the text. A damaged compressed file has the form of its ending; reading it reports the damage.
 
-    Raises OSError where the file cannot be opened.
+    Raises OSError if the file cannot be opened.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        return Form("other", why="is no file but a pipe, a device or the like: give a file")
+        return Form("other", why="is not a file but a pipe, a device or the like: give a file")
     name = path.name.lower()
     packing = next((p for end, p in PACKED.items() if name.endswith(end)), "")
     with path.open("rb") as file:
         head = file.read(HEAD)
-    mistaken = f"is named like {NAMES.get(packing, 'a Parquet file')} and is none: rename it, or leave it out"
+    mistaken = f"is named like {NAMES.get(packing, 'a Parquet file')} but is not one: rename it, or leave it out"
     if packing:
         name = name.rsplit(".", 1)[0]
     else:
@@ -123,7 +123,7 @@ def _unpacked(path: Path, packing: str) -> bytes:
 
 
 def _other(head: bytes, ending: str, packing: str) -> str:
-    """What a file is that cannot be read, and the fix; empty for one that may be."""
+    """Describes a file that cannot be read, with the fix; empty if it may be readable."""
     if ending in TAR or head[257:262] == b"ustar":
         return "is a tar archive: unpack it, and give the files in it"
     for magic, what in ARCHIVES.items():
@@ -134,7 +134,7 @@ def _other(head: bytes, ending: str, packing: str) -> str:
     for mark, what in UNICODE.items():
         if head.startswith(mark):
             return f"is {what}: convert it with iconv -f {what} -t UTF-8"
-    lines = ending in (*JSON_LINES, ".json") and head[:1] == b"{" and head[1:2] != b"\0"  # its line is named when it is read
+    lines = ending in (*JSON_LINES, ".json") and head[:1] == b"{" and head[1:2] != b"\0"  # reading it will name the line
     if b"\0" in head and not lines and not head.startswith(b"PAR1"):
         return "is not text, it has zero bytes: leave it out, or give the text that is in it (UTF-16 has them: iconv -f UTF-16 -t UTF-8)"
     if ending in TABLES:
@@ -145,21 +145,21 @@ def _other(head: bytes, ending: str, packing: str) -> str:
 def _text_or_json(path: Path, packing: str, head: bytes, ending: str, keys: tuple[str, ...]) -> Form:
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if ending in (*JSON_LINES, ".json") and begin == b"[":
-        return Form("other", packing, "is a JSON array, and an object in each line is needed: jq -c '.[]' FILE > FILE.jsonl makes them")
+        return Form("other", packing, "is a JSON array, but an object per line is needed: jq -c '.[]' FILE > FILE.jsonl makes them")
     if ending in JSON_LINES or (ending == ".json" and not begin):
         return Form("json", packing)
     if begin != b"{":
         if ending == ".json":
-            return Form("other", packing, "is not JSON lines: an object in each line is needed")
+            return Form("other", packing, "is not JSON lines: an object per line is needed")
         return Form("text", packing)
     first = _first_value(path, packing)
     if isinstance(first, dict) and all(has_key(first, key) for key in keys):
         return Form("json", packing, unusual=ending != ".json")
     if ending == ".json" and isinstance(first, dict):
         missing = next(key for key in keys if not has_key(first, key))
-        return Form("other", packing, f"is JSON with the keys {', '.join(first)[:80]} and no {missing!r}: name the key with --text-key")
+        return Form("other", packing, f"is JSON with the keys {', '.join(first)[:80]} but no {missing!r}: name the key with --text-key")
     if ending == ".json" and first is not TOO_LONG:
-        return Form("other", packing, "is JSON over several lines, and an object in each is needed: jq -c . FILE > FILE.jsonl makes them")
+        return Form("other", packing, "is JSON over several lines, but an object per line is needed: jq -c . FILE > FILE.jsonl makes them")
     return Form("json" if ending == ".json" else "text", packing)
 
 
@@ -167,7 +167,7 @@ TOO_LONG = object()
 
 
 def _first_value(path: Path, packing: str) -> Any:
-    """What the first line that is not blank says in JSON; None where that is nothing, TOO_LONG where the line is too long to try."""
+    """The JSON value of the first non-blank line; None if there is none, TOO_LONG if the line is too long to try."""
     try:
         with Input(path, packing) as source:
             line = b"\n"
@@ -181,7 +181,7 @@ def _first_value(path: Path, packing: str) -> Any:
 
 
 def find_key(value: Any, key: str) -> Any:
-    """`value[key]`, else what lies below the parts of a dotted key. Raises KeyError."""
+    """`value[key]`, else the value at the path of a dotted key. Raises KeyError."""
     if not isinstance(value, dict):
         raise KeyError(key)
     if key in value:

@@ -1,9 +1,9 @@
-"""Token files in Megatron's format, byte for byte what megatron-core writes: PREFIX.bin holds tokens, PREFIX.idx where each sequence lies.
+"""Token files in Megatron's format, byte for byte as megatron-core writes them: PREFIX.bin holds tokens, PREFIX.idx their sequences.
 
 idx: 9 bytes "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 sequences, uint64 document marks, then int32 lengths, int64 byte
-offsets, int64 document marks (numbers of sequences at which documents begin, the total last); multimodal ones of Megatron have an int8 mode
-of each sequence behind that, 0 for text, and are read where all is text. A document has one sequence or several; this writer makes several
-only where a document has more tokens than an int32 length can say.
+offsets, int64 document marks (numbers of sequences at which documents begin, the total last). Megatron's multimodal files append an int8
+mode per sequence, 0 for text; they are accepted if all is text. A document has one sequence or several; this writer splits a document
+only if it has more tokens than an int32 length can hold.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ CODES: dict[int, type[np.generic]] = {
 }
 HEADER = len(MAGIC) + 8 + 1 + 8 + 8
 UINT16_VOCABULARY = 65500  # Megatron's limit for two-byte tokens
-LONGEST = 2**31 - 1  # tokens that a sequence's int32 length can say
-SLAB = 1 << 20  # numbers of an index that are checked at a time
+LONGEST = 2**31 - 1  # most tokens per sequence, whose length is an int32
+SLAB = 1 << 20  # index entries checked at a time
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
-    """The dtype that Megatron stores tokens of such a vocabulary in."""
+    """Megatron's dtype for tokens of a vocabulary of this size."""
     return np.uint16 if vocab_size < UINT16_VOCABULARY else np.int32
 
 
 class TokenFile:
     """Read access to the documents of PREFIX.bin and PREFIX.idx, memory-mapped.
 
-    `lengths` [documents]: tokens of each. Raises UsageError for files that are missing, foreign, truncated or damaged, with both numbers.
+    `lengths` [documents]: per document. Raises UsageError for files that are missing, foreign, truncated or damaged, with both numbers.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -65,7 +65,7 @@ class TokenFile:
                 head = file.read(HEADER)
             bin_.open("rb").close()
         except OSError as error:
-            raise UsageError(f"the token files {self.prefix} cannot be read ({error.strerror}: {error.filename}): mend that") from None
+            raise UsageError(f"the token files {self.prefix} cannot be read ({error.strerror}: {error.filename}): fix that") from None
         if len(head) < HEADER or head[: len(MAGIC)] != MAGIC:
             raise UsageError(
                 f"{idx} is not a token index: it begins with {head[:9]!r} instead of {MAGIC!r}; give the prefix of token files"
@@ -73,22 +73,22 @@ class TokenFile:
         version, code, count, marks = struct.unpack("<QBQQ", head[len(MAGIC) :])
         if version != 1 or code not in CODES:
             raise UsageError(
-                f"{idx} has format version {version} and dtype code {code}, and this reader knows version 1 and codes {sorted(CODES)}: "
+                f"{idx} has format version {version} and dtype code {code}, but this reader knows version 1 and codes {sorted(CODES)}: "
                 "make it again"
             )
         self.dtype = np.dtype(CODES[code])
         if self.dtype.kind not in "iu":
-            raise UsageError(f"{idx} says that {bin_} holds {self.dtype}, and tokens are integers: make both again")
+            raise UsageError(f"{idx} says that {bin_} holds {self.dtype}, but tokens are integers: make both again")
         size, wanted = idx.stat().st_size, HEADER + count * 12 + marks * 8
-        if size not in (wanted, wanted + count):  # multimodal indexes of Megatron end with a byte a sequence, its mode
-            raise UsageError(f"{idx} has {size} bytes and its header promises {wanted}: it is truncated or damaged; make it again")
+        if size not in (wanted, wanted + count):  # multimodal indexes of Megatron end with one byte per sequence, its mode
+            raise UsageError(f"{idx} has {size} bytes but its header promises {wanted}: it is truncated or damaged; make it again")
         raw = map_file(idx, np.uint8)
         lengths = np.frombuffer(raw, np.int32, count, HEADER)
         offsets = np.frombuffer(raw, np.int64, count, HEADER + 4 * count)
         first = np.frombuffer(raw, np.int64, marks, HEADER + 12 * count)
         if size != wanted and (modes := np.flatnonzero(raw[wanted:])).size:
             raise UsageError(
-                f"{idx} says that sequence {modes[0]} is of mode {raw[wanted + modes[0]]}, and only text (0) is read: leave out the rest"
+                f"{idx} says that sequence {modes[0]} is of mode {raw[wanted + modes[0]]}, but only text (0) is read: leave out the rest"
             )
         if marks < 1 or first[0] != 0 or first[-1] != count:
             said = f"{first[0]} to {first[-1]}" if marks else "none"
@@ -98,11 +98,11 @@ class TokenFile:
         have = bin_.stat().st_size
         if have != need:
             reason = "it is truncated" if have < need else "they do not belong together"
-            raise UsageError(f"{bin_} has {have} bytes and its index needs {need}: {reason}; copy or make both again")
+            raise UsageError(f"{bin_} has {have} bytes but its index needs {need}: {reason}; copy or make both again")
         self.tokens: NDArray[np.generic] = map_file(bin_, self.dtype) if have else np.zeros(0, self.dtype)
         self.lengths: NDArray[np.integer] = lengths
         self._offsets = offsets
-        if marks != count + 1:  # some documents have several sequences, which lie one after the other, or none
+        if marks != count + 1:  # some documents have several sequences in a row, or none
             ends = np.append(offsets, need)
             self._offsets = ends[first[:-1]]
             self.lengths = (ends[first[1:]] - self._offsets) // self.dtype.itemsize
@@ -117,7 +117,7 @@ class TokenFile:
 
 
 def map_file(path: Path, dtype: DTypeLike) -> NDArray[Any]:
-    """Raises OSError naming the file, which numpy leaves out where too many are open."""
+    """Maps the file. Raises OSError with its name, which numpy omits if too many files are open."""
     try:
         return np.memmap(path, mode="r", dtype=dtype)
     except OSError as error:
@@ -125,8 +125,8 @@ def map_file(path: Path, dtype: DTypeLike) -> NDArray[Any]:
 
 
 def check_layout(path: Path, lengths: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> int:
-    """The bytes that the sequences take, which lie one after the other: every writer of this format makes them so, and overflown, negative
-    or foreign numbers read other tokens without a word. Memory of one slab, about 10 ns a sequence. Raises UsageError.
+    """The total bytes of the sequences, which must follow one another without gaps, as every writer stores them: overflowed, negative or
+    foreign numbers would silently read other tokens. Memory of one slab, about 10 ns per sequence. Raises UsageError.
     """
     at = 0
     for start in range(0, len(lengths), SLAB):
@@ -137,7 +137,7 @@ def check_layout(path: Path, lengths: NDArray[np.int32], offsets: NDArray[np.int
         begins = np.concatenate(([at], ends[:-1]))
         if (wrong := np.flatnonzero(where != begins)).size:
             raise UsageError(
-                f"{path} says that sequence {start + wrong[0]} begins at byte {where[wrong[0]]}, and those before it end at byte "
+                f"{path} says that sequence {start + wrong[0]} begins at byte {where[wrong[0]]}, but those before it end at byte "
                 f"{begins[wrong[0]]}: it is damaged, or its writer's numbers were too small; make it again"
             )
         at = int(ends[-1])
@@ -145,7 +145,7 @@ def check_layout(path: Path, lengths: NDArray[np.int32], offsets: NDArray[np.int
 
 
 def check_marks(path: Path, marks: NDArray[np.int64]) -> None:
-    """Raises UsageError where documents do not lie one after the other. The first mark is 0 and the last one the number of sequences."""
+    """Raises UsageError if documents do not follow one another. The first mark is 0 and the last one the number of sequences."""
     for start in range(0, len(marks) - 1, SLAB):
         slab = marks[start : start + SLAB + 1]
         if (wrong := np.flatnonzero(slab[1:] < slab[:-1])).size:
@@ -157,10 +157,10 @@ def check_marks(path: Path, marks: NDArray[np.int64]) -> None:
 
 
 class TokenWriter:
-    """Writes documents one by one; the files appear under their names only when all of them are written: at the end of the block, or with
-    others where a `publication` is given.
+    """Writes documents one by one. The files appear under their names only when all are written: at the end of the block, or together with
+    other files if a `publication` is given.
 
-    Tokens go to disk at once; in memory stay 12 bytes a document.
+    Tokens go to disk at once; 12 bytes per document stay in memory.
     """
 
     def __init__(self, prefix: str | Path, dtype: type[np.generic], longest: int = LONGEST, publication: Publication | None = None) -> None:
@@ -178,7 +178,7 @@ class TokenWriter:
         self.end_document()
 
     def extend(self, tokens: NDArray[np.generic]) -> None:
-        """Appends to the document under way."""
+        """Appends to the current document."""
         self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._open += len(tokens)
 
@@ -200,13 +200,13 @@ class TokenWriter:
                 if self._own:
                     self._files.publish()
         finally:
-            with suppress(OSError):  # a full disk fails here again, and what is to be deleted would stay
+            with suppress(OSError):  # a full disk fails here again, but the files must still be deleted
                 self._file.close()
             if self._own:
                 self._files.discard()
 
     def _finish(self) -> None:
-        """Both files, on disk."""
+        """Finishes both files and flushes them to disk."""
         lengths = np.frombuffer(self._lengths, np.int32)
         offsets = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])

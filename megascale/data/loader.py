@@ -15,12 +15,12 @@ from torch import Tensor
 from megascale.data.masking import Masking
 from megascale.data.stream import Tokens
 
-NOT_COUNTED = -1  # as a target; as a sample number it marks an empty place
+NOT_COUNTED = -1  # as a target; as a sample number it marks an empty row
 
 
 class Batch(NamedTuple):
-    """One micro-batch. tokens, targets [b, s] (targets negative where not counted); documents, positions [b, s] or None where attention
-    may cross documents; samples [b] global sample numbers; valid: how many targets count; source [b, t], negative beyond its end, where
+    """One micro-batch. tokens, targets [b, s] (negative targets are not counted); documents, positions [b, s], or None if attention may
+    cross documents; samples [b]: global sample numbers; valid: number of targets that count; source [b, t], negative beyond its end, if
     tokens are a target or a field that goes with a text.
     """
 
@@ -33,16 +33,16 @@ class Batch(NamedTuple):
     source: Tensor | None = None
 
     def inputs(self, training: bool = True) -> dict[str, Tensor | None]:
-        """What a model's forward takes, by name; sample numbers are for dropout."""
+        """The arguments of a model's forward; dropout uses the sample numbers."""
         named = {"tokens": self.tokens, "targets": self.targets, "documents": self.documents, "positions": self.positions}
         samples = {"samples": self.samples} if training else {}
         return {**named, **samples, **({} if self.source is None else {"source": self.source})}
 
 
 def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: int) -> list[list[int]]:
-    """Which of the samples first…first+count−1 go to data rank `part` of `parts`: a list per micro-batch, −1 where a place stays empty.
+    """Which of the samples first…first+count−1 go to data rank `part` of `parts`: a list per micro-batch, −1 for empty rows.
 
-    Micro-batches are filled one after the other, each dealt out to the ranks in order.
+    Micro-batches are filled one after the other, each split over the ranks in order.
     """
     steps = -(-count // (micro_batch * parts))
     rows = []
@@ -53,7 +53,7 @@ def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: i
 
 
 class Samples(Protocol):
-    """What has numbered samples of tokens."""
+    """Anything with numbered samples of tokens."""
 
     seq_len: int
 
@@ -62,10 +62,10 @@ class Samples(Protocol):
 
 
 def make_batch(mixture: Samples, numbers: list[int], packing: str, device: torch.device, masking: Masking | None = None) -> Batch:
-    """The samples `numbers` of a mixture, on `device`; NOT_COUNTED among them leaves a place empty.
+    """The samples `numbers` of a mixture, on `device`; NOT_COUNTED among them leaves a row empty.
 
     `packing`: concat (attention may cross documents) or documents (attention, positions and targets stay inside them). A target is the
-    next token; with `masking` it is the token itself where that was chosen.
+    next token; with `masking` it is the token itself at the chosen positions.
     """
     size = mixture.seq_len
     tokens = np.zeros((len(numbers), size + 1), np.int64)
@@ -96,7 +96,7 @@ def make_batch(mixture: Samples, numbers: list[int], packing: str, device: torch
 
 
 def _restarting(documents: np.ndarray) -> np.ndarray:
-    """0, 1, 2, … from each change of document on."""
+    """Positions that restart from 0 at each new document."""
     place = np.arange(documents.shape[1])[None, :].repeat(len(documents), 0)
     begins = np.zeros_like(place)
     begins[:, 1:] = np.where(documents[:, 1:] != documents[:, :-1], place[:, 1:], 0)
@@ -104,17 +104,19 @@ def _restarting(documents: np.ndarray) -> np.ndarray:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor, copied in the background where the device is a GPU."""
+    """The array as a tensor, copied asynchronously to a GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return tensor
-    # The current device belongs to a thread: without this, the prefetching thread of every rank would open a context on device 0 to pin.
+    # The current device is per thread: without this, every rank's prefetching thread would open a context on device 0 to pin memory.
     with torch.cuda.device(device):
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Prefetcher(Iterator[list[Batch]]):
-    """`make(step)` for step = first…last, computed ahead in one thread; its errors are raised again at the consumer, and end the steps."""
+    """`make(step)` for step = first…last, computed ahead in one thread; an error in it is raised again in the consumer and ends the
+    iteration.
+    """
 
     def __init__(self, make: Callable[[int], list[Batch]], first: int, last: int) -> None:
         self._ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=1)
@@ -127,7 +129,7 @@ class Prefetcher(Iterator[list[Batch]]):
         if self._ended:
             raise StopIteration
         item = self._ready.get()
-        self._ended = not isinstance(item, list)  # nothing follows the end or an error, and waiting for it would be for ever
+        self._ended = not isinstance(item, list)  # nothing follows the end or an error; do not wait forever
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):
@@ -135,7 +137,7 @@ class Prefetcher(Iterator[list[Batch]]):
         return item
 
     def close(self) -> None:
-        """Ends the thread; a step under way is finished first."""
+        """Ends the thread; a step in progress is finished first."""
         self._ended = True
         self._closed.set()
         while self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""The masked-token objective (BERT, arXiv 1810.04805): which tokens of a sample an encoder does not see and has to name."""
+"""The masked-token objective (BERT, arXiv 1810.04805): which tokens of a sample are hidden from an encoder, which must predict them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from megascale.splitmix import GOLDEN, mix64
 
 Tokens = NDArray[np.int64]
-HIDDEN, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
+HIDDEN, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay unchanged
 ODD = np.uint64(GOLDEN)
 
 
 @dataclass(frozen=True)
 class Masking:
-    """`fraction` of the tokens is chosen; `mask_token` stands for a hidden one, and a random one is any of a `vocabulary`."""
+    """`fraction` of the tokens is chosen; `mask_token` replaces hidden ones, and random ones come from `vocabulary`."""
 
     seed: int
     fraction: float
@@ -25,8 +25,8 @@ class Masking:
     vocabulary: int
 
     def corrupt(self, tokens: Tokens, sample: int) -> tuple[Tokens, NDArray[np.bool_]]:
-        """tokens [s] of sample number `sample` → what the encoder sees [s], and where it is asked [s]. A function of its arguments alone:
-        the same on every layout and at every resume; another epoch, which has other sample numbers, hides other tokens.
+        """tokens [s] of sample number `sample` → the encoder's input [s], and a mask of the tokens to predict [s]. Depends only on its
+        arguments: the same on every layout and at every resume; another epoch has other sample numbers and hides other tokens.
         """
         place = np.arange(len(tokens), dtype=np.uint64) * ODD + seed_of(self.seed, "mask", sample)
         chosen = _uniform(mix64(place)) < self.fraction
@@ -37,7 +37,7 @@ class Masking:
 
 
 def seed_of(seed: int, purpose: str, sample: int) -> np.uint64:
-    """What the choices of one sample begin with."""
+    """Seed of the choices for one sample."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
 

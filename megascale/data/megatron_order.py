@@ -1,6 +1,6 @@
-"""Samples in the order of megatron-core's GPTDataset and BlendedDataset (0.16), so that a run there can go on here on the same data.
+"""Samples in the order of megatron-core's GPTDataset and BlendedDataset (0.16), so that a run can move here on the same data.
 
-There an order is drawn for as many samples as a run will need: another number of steps is another order, which is why it is not ours.
+Megatron draws an order for the number of samples that a run needs, so another number of steps is another order. Ours does not.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from megascale.data.dataset import Corpus, check_source, check_tokens
 from megascale.data.stream import Tokens, TokenStream
 from megascale.errors import UsageError
 
-SURPLUS = 0.005  # samples that each source of a blend has in spare
-MOST = 2**31  # documents of an order, 20 bytes each while it is drawn
+SURPLUS = 0.005  # samples that each source of a blend has to spare
+MOST = 2**31  # most documents of an order, 20 bytes each while it is drawn
 SEPARATE = 0.8  # share of an epoch below which the last one is shuffled on its own
 
 
 class MegatronMixture:
-    """`sample(n)` for n < `samples`, as `Mixture` has it. Memory is 4 bytes a sample and document, and 10 a sample where there are several
+    """`sample(n)` for n < `samples`, as in `Mixture`. Memory: 4 bytes per sample and per document, and 10 per sample if there are several
     sources.
     """
 
@@ -48,7 +48,7 @@ class MegatronMixture:
         """Tokens [seq_len+1] and document numbers [seq_len+1] of sample `number`."""
         if number >= self.samples:
             raise UsageError(
-                f"data.order is megatron, and sample {number} is asked for of an order drawn for {self.samples}: start a new run, or use "
+                f"data.order is megatron, but sample {number} is beyond the order drawn for {self.samples}: start a new run, or use "
                 "order megascale"
             )
         which, index = (0, number) if self.blend is None else (int(self.blend[0][number]), int(self.blend[1][number]))
@@ -58,7 +58,7 @@ class MegatronMixture:
 
 
 def blend(weights: list[float], samples: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """For each sample its source, and which one of that source it is: always of the source that is furthest behind its weight."""
+    """For each sample its source and its number within the source. Each sample comes from the source furthest behind its weight."""
     which, index = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     taken = [0] * len(weights)
     for number in range(samples):
@@ -73,17 +73,17 @@ def blend(weights: list[float], samples: int) -> tuple[NDArray[np.int16], NDArra
 def draw(
     lengths: NDArray[np.integer], documents: NDArray[np.int32], seq_len: int, samples: int, seed: int, where: str
 ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
-    """Documents in the order of a stream of as many epochs as `samples` need, and for each sample the window of the stream that it is."""
+    """The stream: documents in order, over as many epochs as `samples` need; and each sample's window of the stream."""
     tokens = int(lengths[documents].sum(dtype=np.int64)) if len(documents) else 0
     if tokens <= seq_len:
         raise UsageError(
-            f"{where} has {tokens} tokens for this part, and one sample of train.seq_len {seq_len} needs {seq_len + 1}: add data, or "
+            f"{where} has {tokens} tokens for this part, but one sample of train.seq_len {seq_len} needs {seq_len + 1}: add data, or "
             "use order megascale, which can hold out a part of a document"
         )
     epochs = -(-(samples * seq_len + 1) // tokens)
     if epochs * len(documents) > MOST:
         raise UsageError(
-            f"{where} has {tokens} tokens in {len(documents)} documents, and {samples} samples are {epochs} epochs of it: data.order "
+            f"{where} has {tokens} tokens in {len(documents)} documents, but {samples} samples are {epochs} epochs of it: data.order "
             f"megatron keeps every document of every epoch in memory, at most {MOST}; use order megascale, which keeps none, or fewer steps"
         )
     windows = (epochs * tokens - 1) // seq_len

@@ -1,4 +1,4 @@
-"""Samples in memory: lists of token numbers that a Python program gives in place of token files. Each is a document, as in a file."""
+"""Samples in memory: lists of token ids that a Python program passes instead of token files. Each is a document, as in a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from megascale.errors import UsageError
 
-PLACE = "<samples>"  # what data.train says of samples in memory; no file can be meant by it
-NAME = "samples"  # of the source, which orders its samples as the name of a token file orders those
-NEEDED = "give something with a length whose items are lists of token numbers, one a document"
+PLACE = "<samples>"  # value of data.train for samples in memory; not a valid file name
+NAME = "samples"  # name of the source, which determines the order of samples like that of a token file
+NEEDED = "give something with a length whose items are lists of token numbers, one per document"
 
 
 class Samples(Protocol):
@@ -24,8 +24,8 @@ class Samples(Protocol):
 
 
 class TokenLists:
-    """Documents in memory with the face of a `TokenFile`. All are read once, for their lengths and their fingerprint, and again when a
-    sample needs them, which may be in another thread. Raises UsageError for what is no list of tokens.
+    """Documents in memory with the interface of a `TokenFile`. All are read once, for lengths and fingerprint, and again when a sample
+    needs them, possibly in another thread. Raises UsageError for anything that is not a list of tokens.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -38,7 +38,7 @@ class TokenLists:
             lengths.append(len(tokens))
             self.largest = max(self.largest, int(tokens.max(initial=-1)))
         if not sum(lengths):
-            raise UsageError(f"samples has {len(lengths)} documents and no tokens: {NEEDED}")
+            raise UsageError(f"samples has {len(lengths)} documents but no tokens: {NEEDED}")
         self.lengths: NDArray[np.integer] = np.array(lengths, np.int64)
         self.fingerprint = f"{len(lengths)} documents, {sum(lengths)} tokens, {digest.hexdigest()}"
 
@@ -46,11 +46,11 @@ class TokenLists:
         return len(self.lengths)
 
     def read(self, number: int, start: int = 0, length: int | None = None) -> NDArray[np.int64]:
-        """Tokens [start, start+length) of one document. Raises UsageError where it is not as long as it was."""
+        """Tokens [start, start+length) of one document. Raises UsageError if its length has changed."""
         tokens = self._document(number)
         if len(tokens) != self.lengths[number]:
             had = f"had {self.lengths[number]} when training began"
-            raise UsageError(f"samples[{number}] has {len(tokens)} tokens and {had}: samples must stay as they are")
+            raise UsageError(f"samples[{number}] has {len(tokens)} tokens but {had}: samples must not change")
         return tokens[start:] if length is None else tokens[start : start + length]
 
     def _each(self) -> Iterator[NDArray[np.int64]]:
@@ -65,7 +65,7 @@ class TokenLists:
         if tokens.ndim == 1 and not tokens.size:
             return np.zeros(0, np.int64)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise UsageError(f"samples[{number}] is {_short(item)}, and no list of whole numbers: {NEEDED}")
+            raise UsageError(f"samples[{number}] is {_short(item)}, not a list of whole numbers: {NEEDED}")
         if int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 62:
             raise UsageError(f"samples[{number}] holds {tokens.min()} to {tokens.max()}: tokens count from 0 to the size of the vocabulary")
         return tokens.astype(np.int64)

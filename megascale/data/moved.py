@@ -1,7 +1,7 @@
-"""What a changed mixture does to each source's place in its data, counted exactly.
+"""Counts exactly how a changed mixture moves each source's position in its data.
 
-A block of samples takes a source's next `quota` positions, in an order of its own. Another quota counts the blocks before otherwise, so the
-run goes on elsewhere in every source whose share has changed: some samples come again, or some are never seen.
+A block of samples takes a source's next `quota` positions, shuffled. Another quota counts earlier blocks differently, so a source whose
+share has changed continues at another position: some samples repeat, or some are never seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megascale.data.order import BLOCK, permute_many, plan_mixture
 
 @dataclass(frozen=True)
 class Moved:
-    """Of one source of the new mixture: how many of its samples are drawn a second time, and how many never."""
+    """One source of the new mixture: the number of its samples that are drawn twice, and the number never drawn."""
 
     name: str
     repeated: int
@@ -26,21 +26,21 @@ class Moved:
 
 @dataclass(frozen=True)
 class Part:
-    """Positions in one source: all below `end`, and single ones that lie at or above it."""
+    """Positions in one source: all below `end`, and single ones at or above it."""
 
     end: int
     single: NDArray[np.int64]
 
 
 def moved(before: Mapping[str, float], after: Mapping[str, float], seed: int, samples: int) -> list[Moved]:
-    """For every source of `after`, name → weight, as a run that drew `samples` samples under `before` goes on. Sources that neither repeat
-    nor skip anything are left out.
+    """For every source of `after` (name → weight), when a run that drew `samples` samples under `before` continues. Omits sources that
+    neither repeat nor skip anything.
     """
     drawn = {name: _drawn(before, name, seed, samples) for name in before}
     nothing = Part(0, np.empty(0, np.int64))
     found = []
     for name in after:
-        passed, past = _drawn(after, name, seed, samples), drawn.get(name, nothing)  # where the new mixture believes to stand
+        passed, past = _drawn(after, name, seed, samples), drawn.get(name, nothing)  # where the new mixture assumes to be
         again, never = _only(past, passed), _only(passed, past)
         if again or never:
             found.append(Moved(name, again, never))
@@ -48,7 +48,7 @@ def moved(before: Mapping[str, float], after: Mapping[str, float], seed: int, sa
 
 
 def sentence(changes: list[Moved]) -> str | None:
-    """None where every source goes on where it stood."""
+    """A warning about the changes; None if every source continues at its position."""
     if not changes:
         return None
     lines = [f"{m.name}: {m.repeated:,} samples are seen again and {m.skipped:,} are never seen" for m in changes]
@@ -56,7 +56,7 @@ def sentence(changes: list[Moved]) -> str | None:
 
 
 def _drawn(weights: Mapping[str, float], name: str, seed: int, samples: int) -> Part:
-    """The positions of source `name` that the first `samples` samples hold."""
+    """The positions of source `name` in the first `samples` samples."""
     names = list(weights)
     if len(names) == 1:
         return Part(samples, np.empty(0, np.int64))
@@ -69,7 +69,7 @@ def _drawn(weights: Mapping[str, float], name: str, seed: int, samples: int) -> 
 
 
 def _only(one: Part, other: Part) -> int:
-    """How many positions are in `one` and not in `other`."""
+    """The number of positions in `one` that are not in `other`."""
     below = max(0, one.end - other.end)
     below -= int(((other.single >= other.end) & (other.single < one.end)).sum())
     above = one.single[one.single >= other.end]

@@ -1,4 +1,4 @@
-"""Which sample comes when, as closed forms: any sample number maps to its data at once, so a position is a single integer."""
+"""The order of samples in closed form: any sample number maps directly to its data, so a position is a single integer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from megascale.errors import UsageError
 from megascale.splitmix import FIRST, GOLDEN, SECOND, mix64
 
-BLOCK = 65536  # samples in which the mixture has exactly its weights
+BLOCK = 65536  # samples in a block, which has exactly the mixture's weights
 ROUNDS = 4
 
 
 def permute(index: int, size: int, *key: object) -> int:
-    """Where `index` goes under a pseudo-random permutation of range(size) chosen by `key` (plain numbers and texts).
+    """The image of `index` under a pseudo-random permutation of range(size) chosen by `key` (plain numbers and texts).
 
     A Feistel network over the next even power of two, walked along its cycle until it falls inside the range: no table, whatever the size.
     """
@@ -46,7 +46,7 @@ def _half_and_keys(size: int, key: tuple[object, ...]) -> tuple[int, list[int]]:
 
 
 def _feistel(x: Any, half: int, keys: list[int]) -> Any:
-    """One pass for one number (int) or many (uint64 array): the same arithmetic serves both."""
+    """One pass for one number (int) or many (uint64 array): the same arithmetic works for both."""
     mask = (1 << half) - 1
     left, right = x >> half, x & mask
     for k in keys:
@@ -74,10 +74,10 @@ class MixPlan:
 
 
 def plan_mixture(weights: list[float], names: list[str], seed: int) -> MixPlan:
-    """Quotas by largest remainder. Raises UsageError for a weight that is no positive number, or too small to be ever drawn."""
+    """Quotas by largest remainder. Raises UsageError for a weight that is not positive, or too small to ever be drawn."""
     for name, weight in zip(names, weights):
         if not (weight > 0 and math.isfinite(weight)):
-            raise UsageError(f"data: the weight of {name} is {weight}, and a positive number is needed: correct or remove the entry")
+            raise UsageError(f"data: the weight of {name} is {weight}, but it must be positive: correct or remove the entry")
     total = sum(weights)
     exact = [w / total * BLOCK for w in weights]
     quotas = [int(x) for x in exact]
@@ -93,7 +93,7 @@ def plan_mixture(weights: list[float], names: list[str], seed: int) -> MixPlan:
 
 def split_documents(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Documents 0…count−1 → (train, valid). The choice is a fixed hash of the number, so every run holds out the same documents."""
-    # A hash of its own, older than mix64: it stays, since what is held out must stay held out.
+    # An older hash than mix64, kept because held-out documents must stay held out.
     numbers = np.arange(count, dtype=np.uint64)
     mixed = (numbers + np.uint64(GOLDEN)) * np.uint64(FIRST)
     mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(SECOND)

@@ -1,6 +1,6 @@
-"""Sources with their targets, for encoder–decoders: two token files side by side, or one text and what span corruption makes of it.
+"""Sources with their targets, for encoder–decoders: two aligned token files, or span corruption of one text.
 
-A prefix of pairs is PREFIX.source and PREFIX.target, two prefixes of token files whose documents belong together by number.
+A prefix of pairs is PREFIX.source and PREFIX.target, two prefixes of token files whose documents correspond by number.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def side_of(source: Corpus, side: str) -> Corpus:
 
 
 class PairFile:
-    """The pairs of one prefix that may be used: `part` as in `Mixture`, both sides no longer than there are places for. Nothing is cut off,
-    for half a sentence is no translation of a whole one: `left_out` pairs were too long.
+    """The pairs of one prefix to use: `part` as in `Mixture`, with both sides short enough. Nothing is truncated, since half a sentence is
+    not the translation of a whole one: `left_out` counts the pairs that were too long.
     """
 
     def __init__(self, source: Corpus, lengths: tuple[int, int], vocab_sizes: tuple[int, int], part: str, valid_fraction: float) -> None:
@@ -51,7 +51,7 @@ class PairFile:
         self.left_out = len(numbers) - len(self.numbers)
         if not len(self.numbers):
             raise UsageError(
-                f"{source.path} has {len(numbers)} pairs in its {part} part and none fits into train.source_len {lengths[0]} and "
+                f"{source.path} has {len(numbers)} pairs in its {part} part but none fits into train.source_len {lengths[0]} and "
                 f"train.seq_len {lengths[1]}: add data, or choose longer ones"
             )
 
@@ -67,7 +67,7 @@ class PairFile:
 
 
 class PairMixture:
-    """Pairs for sample numbers n ≥ 0, from one or several prefixes, in an order of their own every epoch."""
+    """Pairs for sample numbers n ≥ 0, from one or several prefixes, reshuffled every epoch."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class PairMixture:
         valid_fraction: float,
         shuffled: bool,
     ) -> None:
-        """`lengths` and `vocab_sizes` of source and target; the decoder begins with the token `start`."""
+        """`lengths` and `vocab_sizes` are (source, target); the decoder's input begins with the token `start`."""
         for side in SIDES:
             check_tokenizers([side_of(s, side) for s in sources])
         self.sources, self.lengths, self.seed, self.start, self.shuffled = sources, lengths, seed, start, shuffled
@@ -88,7 +88,7 @@ class PairMixture:
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
 
     def pair(self, number: int) -> tuple[Tokens, Tokens]:
-        """Source and target of sample `number`, as they are in the files."""
+        """Source and target of sample `number`, as stored in the files."""
         which, index = self.plan.locate(number)
         file = self.files[which]
         epoch, index = divmod(index, len(file))
@@ -101,7 +101,7 @@ class PairMixture:
         return pair_batch(pairs, numbers, self.lengths, self.start, device)
 
     def note(self) -> str | None:
-        """What was left out, in words."""
+        """A note about the pairs that were left out."""
         left, all_ = sum(f.left_out for f in self.files), sum(f.left_out + len(f) for f in self.files)
         if not left:
             return None
@@ -110,7 +110,7 @@ class PairMixture:
 
 
 class SpanMixture:
-    """Pairs for sample numbers n ≥ 0 that `corruption` makes of windows of `text`; the decoder begins with the token `start`."""
+    """Pairs for sample numbers n ≥ 0, made by `corruption` of windows of `text`; the decoder's input begins with the token `start`."""
 
     def __init__(self, text: Mixture, corruption: Corruption, lengths: tuple[int, int], start: int) -> None:
         self.text, self.corruption, self.lengths, self.start = text, corruption, lengths, start
@@ -126,8 +126,8 @@ class SpanMixture:
 def pair_batch(
     pairs: Sequence[tuple[Tokens, Tokens] | None], numbers: list[int], lengths: tuple[int, int], start: int, device: torch.device
 ) -> Batch:
-    """Pairs in rows of fixed length; None leaves a place empty. The decoder sees `start` and then the target, each token asked for one
-    place before it is seen.
+    """Pairs in rows of fixed length; None leaves a row empty. The decoder's input is `start`, then the target shifted by one, so that it
+    predicts each token from the ones before.
     """
     source = np.full((len(pairs), lengths[0]), NOT_COUNTED, np.int64)
     tokens = np.zeros((len(pairs), lengths[1]), np.int64)

@@ -26,18 +26,18 @@ from megascale.errors import UsageError
 from megascale.files import write_durably
 
 SAMPLE_CHARACTERS = 4 << 20  # of text to train a tokenizer on: enough for tens of thousands of pieces, seconds of work
-PASSAGE = 1 << 16  # characters of the sample that are read from one place
-IN_FLIGHT = 4  # batches per worker that are read ahead
+PASSAGE = 1 << 16  # characters of the sample read at one place
+IN_FLIGHT = 4  # batches read ahead per worker
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is written to PREFIX.json.
+    """The content of PREFIX.json.
 
-    source_bytes: of the text in UTF-8, unpacked. not_utf8_files: in how many files characters were replaced. unigram_entropy: of single
-    tokens, in nats; the loss at which a model stops that knows only how often each token occurs. Written only where it is not 0 or None:
-    bos_id, the token that begins every document; null_documents and byte_order_marks that were left out; special_tokens, how many tokens of
-    the text are of those that no text should become; empty_files, how many inputs gave no document.
+    source_bytes: of the unpacked text in UTF-8. not_utf8_files: number of files in which characters were replaced. unigram_entropy: of
+    single tokens, in nats, the loss of a model that only knows token frequencies. Written only if not 0 or None: bos_id, the token that
+    begins every document; null_documents and byte_order_marks, which were dropped; special_tokens, tokens of the text that should only be
+    control tokens; empty_files, inputs without a document.
     """
 
     documents: int
@@ -62,7 +62,7 @@ class Facts:
 
 
 class Encoded(NamedTuple):
-    """A batch of texts in tokens: `tokens` end to end, `ends` [texts] where each ends, and the bytes of the texts in UTF-8."""
+    """A tokenized batch of texts: concatenated `tokens`, the end of each text in `ends` [texts], and the texts' bytes in UTF-8."""
 
     tokens: NDArray[np.int32]
     ends: NDArray[np.int64]
@@ -70,9 +70,9 @@ class Encoded(NamedTuple):
 
 
 def sample_texts(files: list[Path], text_key: str, characters: int = SAMPLE_CHARACTERS, longest: int = LONGEST) -> Iterator[str]:
-    """At most `characters` of text, in passages spread evenly over the bytes of all files; a packed file gives its beginning."""
+    """At most `characters` of text, in passages spread evenly over the bytes of all files; a compressed file gives its beginning."""
     share = characters / max(1, sum(f.stat().st_size for f in files))
-    credit = 0.0  # characters that the files so far should have given and have not: small files are read in turn, but whole
+    credit = 0.0  # characters still due from the files so far: small files are skipped in turn, but read whole
     for path in files:
         size = path.stat().st_size
         credit += size * share
@@ -102,7 +102,7 @@ def prepare(
     longest: int = LONGEST,
 ) -> Facts:
     """`write_tokens` of every document of `files` in order; the files appear together, or none of them. `append_eos`, `bos`: whether
-    documents end with the end token and begin with the beginning one. `longest`: bytes of a JSON line or a Parquet value.
+    documents get an end token and a beginning token. `longest`: bytes of a JSON line or a Parquet value.
     """
     nothing = f"there is no text in the input ({len(files)} files, {files[0]} first): name files that have some"
     tally = Tally()
@@ -133,7 +133,7 @@ def prepare_pairs(
 
 
 def _blocks_of(files: list[Path], text_key: str, longest: int, tally: Tally) -> Iterator[TextBlock]:
-    """The documents of all files, and in `tally` how many files have none."""
+    """The documents of all files; counts files without one in `tally`."""
     for path in files:
         empty = True
         for block in read_blocks(path, text_key, longest=longest, tally=tally):
@@ -144,7 +144,7 @@ def _blocks_of(files: list[Path], text_key: str, longest: int, tally: Tally) -> 
 
 @contextmanager
 def publishing(prefix: str) -> Iterator[Publication]:
-    """A disk that fails is a UsageError; then nothing of what was made is left."""
+    """Turns a disk error into a UsageError; then nothing is left of the files."""
     try:
         with publication() as made:
             yield made
@@ -163,16 +163,16 @@ def write_tokens(
     nothing: str,
     made: Publication,
 ) -> Facts:
-    """Encodes documents in order into what `made` will publish as PREFIX.bin, .idx and .json with the tokenizer beside them.
+    """Encodes documents in order into what `made` will publish as PREFIX.bin, .idx and .json with the tokenizer next to them.
 
-    The result does not depend on `workers`. `around`: tokens that begin and end each document. `progress` is told stored bytes of the input
-    as they are done; `tally` is what `blocks` has counted. Raises UsageError when there is no document (saying `nothing`) or a file cannot
-    be read, OSError for the output's disk.
+    The result does not depend on `workers`. `around`: tokens that begin and end each document. `progress` is called with stored bytes of
+    the input as they are done; `tally` has the counts of `blocks`. Raises UsageError if there is no document (with the message `nothing`)
+    or a file cannot be read, OSError for the output's disk.
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     begin, end = (np.array(ids, np.int32) for ids in around)
     documents = source = 0
-    first = True  # of a document's blocks
+    first = True  # first block of a document
     damaged: set[Path] = set()
     with TokenWriter(prefix, token_dtype(tokenizer.vocab_size), publication=made) as writer:
         for batch, encoded in _encode_in_order(_batches(blocks), tokenizer, workers):
@@ -217,7 +217,7 @@ def write_tokens(
 
 
 def _batches(blocks: Iterable[TextBlock]) -> Iterator[list[TextBlock]]:
-    """Blocks grouped to about BLOCK_BYTES characters, so that small documents do not travel one by one."""
+    """Groups blocks to about BLOCK_BYTES characters, so that small documents are not sent one by one."""
     batch: list[TextBlock] = []
     size = 0
     for block in blocks:
@@ -231,7 +231,7 @@ def _batches(blocks: Iterable[TextBlock]) -> Iterator[list[TextBlock]]:
 
 
 def _encode_in_order(batches: Iterable[list[TextBlock]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[list[TextBlock], Encoded]]:
-    """Encodes in `workers` processes with a bounded number of batches under way; results keep the order of the input."""
+    """Encodes in `workers` processes with a bounded number of batches in flight; results keep the input's order."""
     if workers == 1:
         for batch in batches:
             yield batch, _encode_with(tokenizer, [b.text for b in batch])
@@ -256,7 +256,7 @@ def _encode_in_order(batches: Iterable[list[TextBlock]], tokenizer: Tokenizer, w
         pool.shutdown(cancel_futures=True)
 
 
-_worker: list[Tokenizer] = []  # one per worker process, since a native tokenizer does not travel between processes
+_worker: list[Tokenizer] = []  # one per worker process, since a native tokenizer cannot be pickled
 
 
 def _start_worker(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The files of a preparation: one process writes a prefix at a time, and they appear together or not at all."""
+"""Publishes the files of a preparation: one process at a time writes a prefix, and its files appear together or not at all."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any
 from megascale.errors import UsageError
 from megascale.files import discard, sync_folder
 
-QUIET = 3600.0  # seconds after which the lock of a process on another machine, which cannot be asked, counts as left behind
-UNSAID = 10.0  # seconds after which a lock that says nothing does: its process was killed, or its disk full, as it wrote it
+QUIET = 3600.0  # seconds after which the lock of a process on another machine counts as abandoned
+UNSAID = 10.0  # seconds after which an empty lock counts as abandoned: its process was killed or the disk was full
 BEAT = 5.0  # seconds between signs of life
 
 
 class Publication:
-    """Files that are written under other names and then appear together, indexes last."""
+    """Files written under temporary names that then appear together, indexes last."""
 
     def __init__(self) -> None:
         self._staged: dict[Path, Path] = {}
         self._stale: list[Path] = []
 
     def stage(self, final: Path) -> Path:
-        """Where to write what will be `final`."""
+        """The temporary path for `final`."""
         self._staged[final] = final.with_name(f".{final.name}.partial")
         return self._staged[final]
 
     def remove(self, final: Path) -> None:
-        """What must not lie beside the new files."""
+        """Registers an old file that must not remain next to the new ones."""
         self._stale.append(final)
 
     def publish(self) -> None:
-        """Raises OSError; then none of the new files is there."""
+        """Renames all files. Raises OSError; then none of the new files exists."""
         finals = sorted(self._staged, key=lambda path: path.suffix == ".idx")
-        # Old indexes and facts go first: whoever is killed in here leaves nothing that reads as whole, and never an old file beside a new.
+        # Delete old indexes and facts first: a kill here leaves nothing that looks complete, and never mixes old and new files.
         hidden = [f for f in reversed(finals) if f.suffix == ".idx" or (f.suffix == ".json" and not f.name.endswith(".tokenizer.json"))]
         done: list[Path] = []
         try:
@@ -48,7 +48,7 @@ class Publication:
                 os.replace(self._staged[final], final)
                 done.append(final)
             for folder in {f.parent for f in finals}:
-                with suppress(OSError):  # not every file system has it
+                with suppress(OSError):  # not every file system supports it
                     sync_folder(folder)
         except BaseException:
             for final in done:
@@ -63,7 +63,7 @@ class Publication:
 
 @contextmanager
 def publication() -> Iterator[Publication]:
-    """Publishes at the end; nothing is left of what failed before."""
+    """Publishes at the end of the block; a failed block leaves nothing."""
     files = Publication()
     try:
         yield files
@@ -73,13 +73,13 @@ def publication() -> Iterator[Publication]:
 
 
 class Claim:
-    """A prefix that this process alone writes."""
+    """The exclusive right of this process to write a prefix."""
 
     def __init__(self, lock: Path) -> None:
         self._lock, self._told = lock, time.monotonic()
 
     def alive(self) -> None:
-        """To be called now and then. Raises UsageError where another process took over."""
+        """Call it now and then. Raises UsageError if another process took over."""
         if time.monotonic() - self._told >= BEAT:
             self._told = time.monotonic()
             try:
@@ -90,9 +90,9 @@ class Claim:
 
 @contextmanager
 def claim(prefix: str, endings: tuple[str, ...]) -> Iterator[Claim]:
-    """Makes the prefix this process's own, with its folder, and clears away what a killed process left of files with these `endings`.
+    """Claims the prefix for this process, creates its folder, and deletes leftovers of a killed process with these `endings`.
 
-    Raises UsageError where another process holds it, naming it, or the folder cannot be written. A lock whose process has ended is broken.
+    Raises UsageError if another process, which is named, holds it, or the folder cannot be written. Breaks the lock of an ended process.
     """
     path = Path(prefix)
     lock = path.with_name(f".{path.name}.lock")
@@ -138,14 +138,14 @@ def _take(lock: Path, prefix: str) -> None:
             with open(handle, "wb") as file:
                 file.write(json.dumps(_self()).encode())
         except OSError:
-            discard(lock)  # it would keep this prefix from everybody, and not say for whom
+            discard(lock)  # an empty lock would block everybody without naming its owner
             raise
         return
     raise OSError(f"{lock} is taken and given up again and again")
 
 
 def _break(lock: Path, owner: dict[str, Any]) -> None:
-    """Takes an ended process's lock away; if another process did so meanwhile and holds it now, that one keeps it."""
+    """Removes an ended process's lock, unless another process has taken it meanwhile."""
     aside = lock.with_name(f"{lock.name}.{os.getpid()}")
     with suppress(FileNotFoundError):
         os.rename(lock, aside)
@@ -156,7 +156,7 @@ def _break(lock: Path, owner: dict[str, Any]) -> None:
 
 
 def _owner(lock: Path) -> dict[str, Any]:
-    """What the lock says; empty for one that says nothing usable."""
+    """The content of the lock; empty if it is unusable."""
     try:
         found = json.loads(lock.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError):
@@ -165,8 +165,8 @@ def _owner(lock: Path) -> dict[str, Any]:
 
 
 def _ended(owner: dict[str, Any], lock: Path) -> bool:
-    """Whether the lock was left behind: its process on this machine has ended, nobody touched it for an hour, or it says nothing for longer
-    than its writing takes. One that this user may not read says something.
+    """Whether the lock is abandoned: its process on this machine has ended, nobody touched it for an hour, or it has been empty for longer
+    than writing it takes. A lock that this user may not read is not empty.
     """
     try:
         quiet = time.time() - lock.stat().st_mtime
@@ -181,7 +181,7 @@ def _ended(owner: dict[str, Any], lock: Path) -> bool:
 
 
 def _self() -> dict[str, Any]:
-    """This process, so that it is told from every other one: a number is given again, and containers count on their own."""
+    """Identifies this process uniquely: pids are reused, and containers have their own."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -192,7 +192,7 @@ def _self() -> dict[str, Any]:
 
 
 def _began(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's own count; None where it has ended."""
+    """When a process of this machine began, in kernel ticks; None if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):

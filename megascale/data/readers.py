@@ -1,8 +1,8 @@
-"""Files of text → documents, streamed: text, JSON lines and Parquet, plain or packed (forms.py says what a file is and has their rows).
+"""Files of text → documents, streamed: text, JSON lines and Parquet, plain or compressed (forms.py detects the kind and has the rows).
 
-One document is a text file, a JSON line or a Parquet row. A text file may be of any size; a JSON line and a Parquet value have a longest.
-One rule for all of them: documents that are null or have no character are left out, a byte-order mark at a document's beginning is dropped,
-bytes that are not UTF-8 become U+FFFD; nulls, marks and damage are counted.
+One document is a text file, a JSON line or a Parquet row. A text file may have any size; JSON lines and Parquet values have a limit.
+One rule for all of them: documents that are null or empty are dropped, a byte-order mark at a document's beginning is removed, bytes that
+are not UTF-8 become U+FFFD; all three are counted.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megascale.data.unpack import UNREADABLE, Input, why_unreadable
 from megascale.errors import MegascaleError, UsageError
 from megascale.plugins import resolve
 
-BLOCK_BYTES = 1 << 18  # long text files travel in blocks of about this size, cut after a line; larger ones are encoded slower
-LONGEST = 64 << 20  # bytes of a JSON line or a Parquet value, unless asked otherwise: ten times as much memory is taken while it is read
-WHOLE = 4 << 20  # characters of a JSON line's or a Parquet row's text that travel as one block: encoding takes up to 200 bytes a character
+BLOCK_BYTES = 1 << 18  # long text files are split after a line into blocks of about this size; larger blocks encode more slowly
+LONGEST = 64 << 20  # bytes of a JSON line or a Parquet value, by default: reading takes ten times as much memory
+WHOLE = 4 << 20  # characters of a JSON line or Parquet row that form one block: encoding takes up to 200 bytes per character
 MARK = "\ufeff"
-# What Python's parser says, and what that means for lines.
+# Messages of Python's parser, and what they mean for JSON lines.
 SAID = {
     "Invalid control character at": r"a string contains a raw control character, where \t, \n or \u00XX is to be written",
-    "Extra data": "something follows behind its value, and each line holds one object",
+    "Extra data": "something follows its value, but each line holds one object",
     "Expecting property name enclosed in double quotes": "an object is not complete, or its names are not in double quotes",
 }
 
@@ -35,7 +35,7 @@ SAID = {
 class TextBlock:
     """Part of a document of `path`; `last` marks its end.
 
-    `read`: stored bytes of the file (packed, where it is packed) that were read since the block before, for progress.
+    `read`: stored (compressed) bytes of the file read since the last block, for progress.
     `damaged`: characters that are not valid Unicode were replaced.
     """
 
@@ -48,14 +48,14 @@ class TextBlock:
 
 @dataclass
 class Tally:
-    """What was not taken as it stands: documents that are null, byte-order marks, and files without a document."""
+    """Counts of what was changed or dropped: null documents, byte-order marks, files without a document."""
 
     nulls: int = 0
     marks: int = 0
     empty: int = 0
 
     def unmarked(self, text: str) -> str:
-        """A document's beginning without its mark."""
+        """A document's beginning without its byte-order mark."""
         if not text.startswith(MARK):
             return text
         self.marks += 1
@@ -64,13 +64,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Reading:
-    """A file to be read, and how.
+    """A file and how to read it.
 
     packing  as in unpack.py: `Input(path, packing)` unpacks it
-    start    for a kind that can be entered, the byte after which to begin, at the next line or from the row group that lies there
-    size     bytes of a block of a text file, about
+    start    byte after which to begin, at the next line or row group, for kinds that allow it
+    size     approximate bytes per block of a text file
     longest  bytes of a JSON line or a Parquet value
-    tally    what was not taken as it stands
+    tally    counts of what was changed or dropped
     """
 
     path: Path
@@ -83,7 +83,7 @@ class Reading:
 
 
 def can_enter(path: Path) -> bool:
-    """Whether reading may begin in the middle; packed files have to be read from the front."""
+    """Whether reading may begin in the middle; compressed files must be read from the start."""
     try:
         form = form_of(path, ())
     except OSError:
@@ -96,7 +96,7 @@ def read_blocks(
 ) -> Iterator[TextBlock]:
     """The documents of one file in order, long ones in blocks: of text files about `size` bytes. The rest is as in `Reading`.
 
-    Raises UsageError naming file and line for input that is not what it seems to be.
+    Raises UsageError naming file and line for invalid input.
     """
     form = Form("text")
     try:
@@ -110,10 +110,10 @@ def read_blocks(
 
 
 def documents(reading: Reading, texts: Callable[[IO[bytes], str], Iterable[str | None]]) -> Iterator[TextBlock]:
-    """What a reader of another package yields: `texts` makes the documents of an unpacked file and a key for the text. The rules for nulls,
-    marks and characters are those of all readers.
+    """Documents for a reader of another package: `texts` yields the texts of an unpacked file, given the key of the text. Nulls, marks and
+    invalid characters follow the same rules as in all readers.
 
-    Raises UsageError naming the file where `texts` fails.
+    Raises UsageError naming the file if `texts` fails.
     """
     with Input(reading.path, reading.packing) as source:
         found = iter(texts(source.bytes, reading.text_key))
@@ -161,7 +161,7 @@ def plain_text(reading: Reading) -> Iterator[TextBlock]:
 
 
 def _cut(data: bytes) -> int:
-    """Where a block may end: after its last line, or else in front of its last character, which may go on in the next block."""
+    """The position at which to end a block: after its last line, else before its last character, which may be incomplete."""
     line = data.rfind(b"\n") + 1
     if line:
         return line
@@ -184,7 +184,7 @@ def lines_of(bytes_: IO[bytes], where: str, longest: int) -> Iterator[bytes]:
 
 
 def json_lines(path: Path, packing: str, text_key: str, start: int, longest: int, tally: Tally, empty: bool = False) -> Iterator[TextBlock]:
-    """Each document as one block. `empty`: those without a character too, and nulls as such."""
+    """Each document as one block. `empty`: also yield empty documents, and nulls as None."""
     place = f"{path}, line" if start == 0 else f"{path}, after byte {start}, line"
     with Input(path, packing, start) as source:
         for number, raw in enumerate(lines_of(source.bytes, place, longest), 1):
@@ -203,7 +203,7 @@ def json_lines(path: Path, packing: str, text_key: str, start: int, longest: int
 
 
 def parse_line(line: str, key: str, where: str) -> str | None:
-    """The text under `key` of an object in JSON; None for null. Raises UsageError saying what is wrong with the line."""
+    """The text under `key` of an object in JSON; None for null. Raises UsageError with what is wrong with the line."""
     shown = f"({line.strip()[:60]!r})"
     try:
         value = json.loads(line)
@@ -212,19 +212,19 @@ def parse_line(line: str, key: str, where: str) -> str | None:
     except json.JSONDecodeError as error:
         said = "it has zero bytes, as a crash or a full disk leaves them" if "\0" in line else SAID.get(error.msg, error.msg)
         why = f"{said}, at character {error.pos + 1}"
-        raise UsageError(f"{where}: no JSON object: {why} {shown}; mend the line") from None
+        raise UsageError(f"{where}: no JSON object: {why} {shown}; fix the line") from None
     except ValueError:
         raise UsageError(f"{where}: it holds a number of more digits than Python reads {shown}; shorten it, or write it as text") from None
     if not isinstance(value, dict):
         kind = "an array" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise UsageError(f"{where}: no JSON object but {kind} {shown}; an object in each line is needed") from None
+        raise UsageError(f"{where}: no JSON object but {kind} {shown}; an object per line is needed") from None
     try:
         text = find_key(value, key)
     except KeyError:
         keys = ", ".join(value)[:80]
         raise UsageError(f"{where}: no JSON object with the key {key!r}, it has {keys or 'none'}; name the key with --text-key") from None
     if text is not None and not isinstance(text, str):
-        raise UsageError(f"{where}: {key!r} is a {type(text).__name__}, and text is needed")
+        raise UsageError(f"{where}: {key!r} is a {type(text).__name__}, but text is needed")
     return text
 
 
@@ -237,7 +237,7 @@ def _rows(path: Path, text_key: str, start: int, longest: int, tally: Tally) -> 
             continue
         if len(row.value) > longest:
             raise UsageError(
-                f"{path}, row {row.number} has {len(row.value)} bytes under {text_key!r} and {longest} are the most: split it, or raise "
+                f"{path}, row {row.number} has {len(row.value)} bytes under {text_key!r} but {longest} are the most: split it, or raise "
                 "--longest-line, which takes ten times as much memory"
             )
         text, damaged = decode(row.value)
@@ -248,7 +248,7 @@ def _rows(path: Path, text_key: str, start: int, longest: int, tally: Tally) -> 
 
 
 def _in_blocks(block: TextBlock) -> Iterator[TextBlock]:
-    """A document as one block up to WHOLE characters, a longer one cut as text files are: after a line, else in front of a space."""
+    """A document as one block up to WHOLE characters; a longer one is split like text files: after a line, else before a space."""
     text = block.text
     if len(text) <= WHOLE:
         yield block
@@ -264,7 +264,7 @@ def _in_blocks(block: TextBlock) -> Iterator[TextBlock]:
 
 
 def decode(data: bytes) -> tuple[str, bool]:
-    """The text, and whether bytes that are not UTF-8 became replacement characters."""
+    """The text, and whether invalid UTF-8 became replacement characters."""
     try:
         return data.decode("utf-8"), False
     except UnicodeDecodeError:
@@ -272,7 +272,7 @@ def decode(data: bytes) -> tuple[str, bool]:
 
 
 def _without_surrogates(text: str) -> str:
-    r"""JSON can spell halves of characters (\ud800), which no tokenizer takes; `text` itself where there are none."""
+    r"""JSON can spell halves of characters (\ud800), which no tokenizer accepts; replaces them."""
     try:
         text.encode("utf-8")
         return text

@@ -1,4 +1,4 @@
-"""What a config's samples are: the vocabulary, the files behind `data`, and the micro-batches of a step."""
+"""The samples of a config: vocabulary, the files of `data`, and the micro-batches of a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Samples = Mixture | MegatronMixture | FieldMixture | PairMixture | SpanMixture
 
 
 def open_data(config: Config, lists: TokenLists | None = None) -> tuple[Samples, dict[str, Samples]]:
-    """The training mixture and the named validation sets. `lists`: what stands for the files of data.train where that is PLACE."""
+    """The training mixture and the named validation sets. `lists`: samples in memory, used if data.train is PLACE."""
     data, train = config.data, config.train
     sources = train_sources(config, lists)
     part = "train" if data.valid_fraction > 0 else "all"
@@ -45,20 +45,20 @@ def open_data(config: Config, lists: TokenLists | None = None) -> tuple[Samples,
 
 
 def train_sources(config: Config, lists: TokenLists | None = None) -> list[Corpus]:
-    """The sources of data.train. Raises UsageError for lists in memory where samples are no documents of tokens."""
+    """The sources of data.train. Raises UsageError for lists in memory if the model's samples are not documents of tokens."""
     sources = read_sources(config.data.train, "data.train")
     if lists is None:
         return sources
     if config.model.spacetime is not None or translates(config):
         what = "fields" if config.model.spacetime is not None else "pairs of texts"
         raise UsageError(
-            f"model.family is {config.model.family}, which trains on {what}, and samples are documents: name files in data.train"
+            f"model.family is {config.model.family}, which trains on {what}, but samples in memory are documents: name files in data.train"
         )
     return [replace(source, lists=lists) for source in sources]
 
 
 def prints_of(config: Config, lists: TokenLists | None = None) -> dict[str, dict[str, Print]]:
-    """{"train": {source: fingerprint}, "valid": …} of the data that are read; `valid` is empty where it is held out of train."""
+    """{"train": {source: fingerprint}, "valid": …} of the data to read; `valid` is empty if it is held out of train."""
     train = train_sources(config, lists)
     asked = config.data.valid if config.train.eval_every else None
     valid = [] if asked is None else read_sources(asked, "data.valid")
@@ -80,14 +80,14 @@ def _print(source: Corpus, ends: Sequence[str], fields: bool) -> Print:
 
 
 def overlap_note(prints: Mapping[str, Mapping[str, Print]]) -> str | None:
-    """A sentence where sets for validation are trained on."""
+    """A warning if the model is trained on a validation set."""
     known = {json.dumps(found, sort_keys=True): name for name, found in prints["train"].items()}
     both = [(name, known[text]) for name, found in prints["valid"].items() if (text := json.dumps(found, sort_keys=True)) in known]
     if not both:
         return None
     names = ", ".join(f"{valid} is {train}" if valid != train else valid for valid, train in both)
     return (
-        f"data.valid has the same files as data.train ({names}), so valid_loss is of data that the model is trained on: name others, or "
+        f"data.valid has the same files as data.train ({names}), so valid_loss measures data that the model is trained on: name others, or "
         "leave data.valid out and hold some out with data.valid_fraction"
     )
 
@@ -115,12 +115,12 @@ def open_samples(config: Config, sources: list[Corpus], part: str, shuffled: boo
 
 
 def note(samples: Samples) -> str | None:
-    """What a reader of the screen should know of the samples."""
+    """A note about the samples for the screen, if there is one."""
     return samples.note() if isinstance(samples, PairMixture | Mixture) else None
 
 
 def valid_notes(config: Config, valid: Mapping[str, Samples]) -> list[str]:
-    """A sentence for every validation set that is smaller than what an evaluation asks for: its numbers then weigh samples unequally."""
+    """A warning per validation set that has fewer samples than an evaluation takes, which then weighs samples unequally."""
     batch, steps = config.train.global_batch_size, config.train.eval_steps
     notes, asked = [], batch * steps
     for name, samples in valid.items():
@@ -128,10 +128,10 @@ def valid_notes(config: Config, valid: Mapping[str, Samples]) -> list[str]:
         if there is None or there >= asked:
             continue
         times, more = divmod(asked, there)
-        how_often = f"{more} of them count {_times(times + 1)} and the others {_times(times)}" if more else f"each counts {_times(times)}"
+        how_often = f"{more} of them count {_times(times + 1)} and the rest {_times(times)}" if more else f"each counts {_times(times)}"
         fix = f"train.eval_steps={there // batch} counts none twice" if there >= batch else "a larger set is needed, or a smaller batch"
         notes.append(
-            f"the validation set {name} has {there} samples, and an evaluation takes {asked} (train.eval_steps {steps} × "
+            f"the validation set {name} has {there} samples, but an evaluation takes {asked} (train.eval_steps {steps} × "
             f"train.global_batch_size {batch}): {how_often}; {fix}"
         )
     return notes
@@ -142,7 +142,7 @@ def _times(number: int) -> str:
 
 
 def own_samples(samples: Samples) -> int | None:
-    """How many different samples there are; None for an order that was drawn for as many as are asked for."""
+    """The number of different samples; None for an order that was drawn for the number needed."""
     if isinstance(samples, SpanMixture):
         samples = samples.text
     if isinstance(samples, Mixture):
@@ -151,13 +151,13 @@ def own_samples(samples: Samples) -> int | None:
 
 
 def masking_of(config: Config, vocabulary: int) -> Masking:
-    """How an encoder's samples, of a `vocabulary` without a mask that is no token, are masked."""
+    """The masking of an encoder's samples; `vocabulary` does not count an extra mask token."""
     mask = config.data.mask_token
     return Masking(config.run.seed, config.data.masked, vocabulary if mask is None else mask, vocabulary)
 
 
 def document_lengths(config: Config, samples: Samples, count: int = 32) -> list[int]:
-    """How many tokens of each document attention sees together, in the first `count` samples; nothing where it may cross documents."""
+    """Tokens per document segment in the first `count` samples; empty if attention may cross documents."""
     found: list[int] = []
     if config.train.packing == "documents" and isinstance(samples, Mixture | MegatronMixture):
         for number in range(count):

@@ -16,7 +16,7 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Corruption:
-    """`sizes` of every sample; marks are the pieces below `marks_end`, from the last one down, in the order in which they stand."""
+    """`sizes` of every sample; marks are the tokens below `marks_end`, used in descending order."""
 
     seed: int
     sizes: Spans
@@ -24,8 +24,8 @@ class Corruption:
     end: int
 
     def corrupt(self, tokens: Tokens, sample: int) -> tuple[Tokens, Tokens]:
-        """A window [sizes.tokens] of sample number `sample` → source [sizes.source] and target [sizes.target], each with the end token. A
-        function of its arguments alone, as masks are (masking.py). A run of text comes first and a hidden one last, as in T5's code.
+        """A window [sizes.tokens] of sample number `sample` → source [sizes.source] and target [sizes.target], each with the end token.
+        Depends only on its arguments, like masks (masking.py). The first run is text and the last one hidden, as in T5's code.
         """
         s = self.sizes
         shown = cut_up(s.tokens - s.hidden, s.spans, seed_of(self.seed, "shown", sample))

@@ -1,4 +1,4 @@
-"""Which tokens of a source are trained on and which are held out."""
+"""Splits a source into tokens to train on and tokens to hold out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megascale.data.order import split_documents
 
 @dataclass(frozen=True)
 class SplitPart:
-    """Of a token file: documents `documents` (None: all of them) end to end, and of that stream the tokens from `first` up to `end`
-    (None: to its end).
+    """Part of a token file: documents `documents` (None: all) end to end, and of that stream the tokens from `first` up to `end` (None: the
+    end).
     """
 
     documents: NDArray[np.int64] | None = None
@@ -23,7 +23,7 @@ class SplitPart:
 
 @dataclass(frozen=True)
 class Split:
-    """`by_tokens`: a document may be cut at the border, since whole ones could not be held out."""
+    """`by_tokens`: a document may be cut at the border, since no whole ones could be held out."""
 
     train: SplitPart
     valid: SplitPart
@@ -34,13 +34,12 @@ class Split:
 
 
 def split_source(lengths: NDArray[np.integer], fraction: float, sample: int) -> Split:
-    """The split of documents of `lengths` tokens, of which a `fraction` is held out, for samples of `sample` tokens.
+    """Splits documents of `lengths` tokens and holds out a `fraction`, for samples of `sample` tokens.
 
-    Documents are held out whole (`split_documents`), so that nothing of a held-out text is seen in training. Where that leaves a part
-    without a single sample, as with a corpus that is one text file, the tail of the stream is held out instead: `fraction` of its tokens,
-    and at least one sample. The tail and not a sample here and there, since neighbours share a text. The rule knows nothing of the run but
-    the length of a sample: whether and how often a run evaluates does not change what it trains on. Where not even one sample for each part
-    is there, the split is that of documents, and one part is too short.
+    Whole documents are held out (`split_documents`), so that training sees nothing of a held-out text. If a part would then have no sample,
+    as with a corpus of one text file, the tail of the stream is held out instead: `fraction` of its tokens, and at least one sample. It is
+    the tail rather than scattered samples, since neighbours share text. The rule depends on nothing else about the run, so evaluation does
+    not change what it trains on. If there is not even one sample for each part, documents are split, and one part is too short.
     """
     train, valid = split_documents(len(lengths), fraction)
     by_documents = Split(SplitPart(train), SplitPart(valid))

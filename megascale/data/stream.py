@@ -11,7 +11,7 @@ Tokens = NDArray[np.int64]
 
 
 class Documents(Protocol):
-    """What a stream reads from: a `TokenFile`, or `TokenLists` in memory. `lengths` [documents]: tokens of each."""
+    """The source of a stream: a `TokenFile`, or `TokenLists` in memory. `lengths` [documents]: tokens per document."""
 
     lengths: NDArray[np.integer]
 
@@ -22,8 +22,8 @@ class Documents(Protocol):
 
 
 class TokenStream:
-    """Documents `documents` (all of them where None) of a token file, end to end, of that the tokens from `first` up to `end`. Eight bytes
-    a document in memory.
+    """Documents `documents` (None: all) of a token file, end to end, and of these the tokens from `first` up to `end`. Eight bytes of
+    memory per document.
     """
 
     def __init__(self, file: Documents, documents: NDArray[np.int64] | None = None, first: int = 0, end: int | None = None) -> None:
@@ -37,9 +37,9 @@ class TokenStream:
         return self.end - self.first
 
     def read(self, start: int, length: int) -> tuple[Tokens, NDArray[np.int32]]:
-        """Tokens [start, start+length) and for each the number of its document in the stream; O(log documents).
+        """Tokens [start, start+length), and for each the number of its document in the stream; O(log documents).
 
-        Raises IndexError where the stream does not reach so far.
+        Raises IndexError if the stream is too short.
         """
         if not 0 <= start <= start + length <= len(self):
             raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")

@@ -1,4 +1,4 @@
-"""Text ↔ token numbers: SentencePiece models and Hugging Face tokenizer.json files behind one small interface."""
+"""Text ↔ token ids: SentencePiece models and Hugging Face tokenizer.json files behind one small interface."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from megascale.data.tokenizer_json import END_NAMES, MOST_TOKENS, NAMED_IN, NUMB
 from megascale.errors import UsageError
 from megascale.files import write_durably
 
-ENDINGS = (".model", ".tokenizer.json")  # of the tokenizer that prepare_data.py leaves beside a prefix
+ENDINGS = (".model", ".tokenizer.json")  # of the tokenizer that `megascale prepare` stores next to a prefix
 IN_FOLDERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # names in Hugging Face folders
-LONGEST_LINE = 4192  # bytes of a line that SentencePiece trains on
-RESERVED = "\u2585"  # a character that no line may have that it trains on
+LONGEST_LINE = 4192  # longest line in bytes that SentencePiece trains on
+RESERVED = "\u2585"  # a character that SentencePiece reserves: training lines must not have it
 
 
 class Tokenizer:
     """`encode_batch`, `encode_prompt`, `decode`, `vocab_size`, and a `fingerprint` that two equal tokenizers share.
 
-    `eos_id` ends a document and `bos_id` begins one; asking for one that no file names raises UsageError. `specials` are numbers of tokens
-    that no text should become. `begin`: what a document began with in the data beside; None where no data says so.
+    `eos_id` ends a document and `bos_id` begins one; reading one that no file defines raises UsageError. `specials` are ids of tokens that
+    no text should become. `begin`: tokens that began each document of the data next to it; None if no data say so.
     """
 
     def __init__(self, path: Path, prefix: str | None = None, eos: str | None = None) -> None:
@@ -45,7 +45,7 @@ class Tokenizer:
         if path.suffix == ".json":
             self._json, spec = open_json(path, data)
             numbers = self._json.get_vocab()
-            # The largest number and not the count of names: numbers may have gaps.
+            # The largest id, not the number of names: ids may have gaps.
             self.vocab_size = 1 + max(numbers.values(), default=-1)
             names = special_names(spec)
             self.specials = sorted(numbers[n] for n in names if n in numbers)
@@ -55,7 +55,7 @@ class Tokenizer:
             self._piece = guarded(lambda: sentencepiece.SentencePieceProcessor(model_proto=data), wrong)
             self.vocab_size = int(self._piece.vocab_size())
         if not 0 < self.vocab_size <= MOST_TOKENS:
-            raise UsageError(f"{path} numbers its tokens up to {self.vocab_size - 1}, and 0 to {MOST_TOKENS - 1} can be: correct it")
+            raise UsageError(f"{path} has token ids up to {self.vocab_size - 1}, but at most {MOST_TOKENS - 1} is supported: correct it")
         facts = _facts_of(path, prefix, self.fingerprint)
         self.begin: tuple[int, ...] | None = None
         if facts:
@@ -63,27 +63,27 @@ class Tokenizer:
         self._known = {key: int(facts[key]) for key in ("eos_id", "bos_id") if key in facts}
         for key, token in self._known.items():
             if token >= self.vocab_size:
-                raise UsageError(f"{key} of the data beside {path} is {token}, and it has {self.vocab_size} pieces: prepare the data again")
+                raise UsageError(f"{key} of the data next to {path} is {token}, not below {self.vocab_size}: prepare the data again")
         if eos is not None:
             self._known["eos_id"] = self._number(eos, "--eos")
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a document: as prepared or asked for, else as the model or the files beside it say, else by its name."""
+        """The token that ends a document: from preparation or the caller, else from the model or the files next to it, else by its name."""
         if "eos_id" not in self._known:
             self._known["eos_id"] = self._find("eos", self._ends)
         return self._known["eos_id"]
 
     @property
     def bos_id(self) -> int:
-        """The token that begins a document where that is asked for: as the model, the files beside it or its post-processor say."""
+        """The token that begins a document on request: from the model, the files next to it or its post-processor."""
         if "bos_id" not in self._known:
             self._known["bos_id"] = self._find("bos", ())
         return self._known["bos_id"]
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Token numbers of each text, without any that begin or end it. Names of special tokens in a text are text, as far as the
-        tokenizer can tell: those it reads otherwise are among `specials`.
+        """Token ids of each text, without any that begin or end it. Names of special tokens in a text are text if the tokenizer allows
+        that; those that it always recognizes are in `specials`.
         """
         if self._piece is not None:
             piece = self._piece
@@ -93,13 +93,13 @@ class Tokenizer:
         return [np.array(e.ids, np.int32) for e in found]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """A text that a model goes on from. It begins as the documents of the data beside did; without data, with the tokens that
-        tokenizer.json wants at a beginning, and names of special tokens are these. Nothing is put behind it.
+        """Tokens of a text to continue. It begins like the documents of the data next to the tokenizer; without data, like tokenizer.json
+        prescribes, and names of special tokens become those tokens. Nothing is appended.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise UsageError(f"the prompt {text[:60]!r} has halves of characters, which are no text: correct it") from None
+            raise UsageError(f"the prompt {text[:60]!r} has half a surrogate pair, which is not text: correct it") from None
         if self._json is None or self.begin is not None:
             return [*(self.begin or ()), *(int(i) for i in self.encode_batch([text])[0])]
         made = self._native(as_text=False)
@@ -107,8 +107,8 @@ class Tokenizer:
         return [int(i) for i in ids[: len(ids) - self._put_around()[1]]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token numbers; for models of `train_sentencepiece` exactly what was encoded, but that "▁" comes back as a space.
-        Numbers without a piece, with which vocabularies are filled up, say nothing.
+        """The text of token ids; for models of `train_sentencepiece` exactly what was encoded, except that "▁" becomes a space. Ids without
+        a piece, which pad vocabularies, give no text.
         """
         numbers = [int(i) for i in ids]
         if self._piece is not None:
@@ -117,13 +117,13 @@ class Tokenizer:
         return str(guarded(lambda: made.decode(numbers, skip_special_tokens=False), f"{self.path} cannot decode"))
 
     def _native(self, as_text: bool) -> tokenizers.Tokenizer:
-        """The tokenizer, which reads names of special tokens `as_text` or as the tokens."""
+        """The native tokenizer, which treats names of special tokens `as_text` or as tokens."""
         assert self._json is not None
         self._json.encode_special_tokens = as_text
         return self._json
 
     def _put_around(self) -> tuple[list[int], int]:
-        """What tokenizer.json puts before a text, and how many tokens it puts behind one."""
+        """The tokens that tokenizer.json puts before a text, and the number that it puts after one."""
         made = self._native(as_text=False)
         found = guarded(lambda: made.encode("a", add_special_tokens=True), f"{self.path} cannot encode a text")
         put = list(found.special_tokens_mask)
@@ -148,16 +148,16 @@ class Tokenizer:
             return self._number(names[0], str(self.path))
         if what == "bos":
             raise UsageError(
-                f"no file beside {self.path} says which token begins a document: write bos_token into tokenizer_config.json beside it, or "
+                f"no file next to {self.path} names the token that begins a document: write bos_token into tokenizer_config.json there, or "
                 "leave out --bos"
             )
         raise UsageError(
-            f"no file beside {self.path} says which token ends a document, and it has none called {', '.join(END_NAMES)}: prepare the data "
-            "with --eos TOKEN, or write eos_token into tokenizer_config.json beside it"
+            f"no file next to {self.path} names its end token, and it has none called {', '.join(END_NAMES)}: prepare the data "
+            "with --eos TOKEN, or write eos_token into tokenizer_config.json there"
         )
 
     def _number(self, token: str | int, where: str | Path) -> int:
-        """The number of a token that is named in `where`."""
+        """The id of a token that `where` names."""
         number: int | None = token if isinstance(token, int) else None
         if isinstance(token, str) and self._json is not None:
             number = self._json.token_to_id(token)
@@ -165,15 +165,15 @@ class Tokenizer:
             number = int(self._piece.piece_to_id(token))
             number = number if self._piece.id_to_piece(number) == token else None
         if number is None or not 0 <= number < self.vocab_size:
-            raise UsageError(f"{where} names the token {token!r}, and {self.path} has none such: correct one of them, or give --eos TOKEN")
+            raise UsageError(f"{where} names the token {token!r}, but {self.path} has no such token: correct one, or give --eos TOKEN")
         return number
 
 
 def load_tokenizer(path: str | Path, prefix: str | None = None, eos: str | None = None) -> Tokenizer:
-    """A .model file, a tokenizer.json, or a folder that holds one of them (tokenizer.json first). Raises UsageError.
+    """Opens a .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first). Raises UsageError.
 
-    `prefix`: of the data that a model was trained on, where the tokenizer does not lie beside it: PREFIX.json says how its documents began
-    and ended. `eos`: the name of the token that ends a document, whatever else is said.
+    `prefix`: of the data that a model was trained on, if the tokenizer is not stored with them: PREFIX.json says how its documents began
+    and ended. `eos`: the name of the token that ends a document; it overrides the files.
     """
     where = Path(path)
     if not is_file(where) and os.path.isdir(where):
@@ -193,13 +193,13 @@ def load_tokenizer(path: str | Path, prefix: str | None = None, eos: str | None 
 
 
 def _facts_of(path: Path, prefix: str | None, fingerprint: str) -> dict[str, Any]:
-    """What PREFIX.json says where this tokenizer, or one equal to it, made the tokens; empty for tokenizers from elsewhere."""
+    """The facts in PREFIX.json if this tokenizer, or an equal one, made the tokens; empty for other tokenizers."""
     prefixes = [] if prefix is None else [prefix]
     prefixes += [str(path)[: -len(end)] for end in reversed(ENDINGS) if path.name.endswith(end)][:1]
     for candidate in prefixes:
         try:
             facts = source_facts(candidate)
-        except UsageError:  # whoever uses the data says so; beside a tokenizer from elsewhere lies a .json of another kind
+        except UsageError:  # opening the data will report it; a foreign tokenizer may have an unrelated .json next to it
             continue
         if facts.get("tokenizer_fingerprint") == fingerprint:
             return facts
@@ -207,7 +207,7 @@ def _facts_of(path: Path, prefix: str | None, fingerprint: str) -> dict[str, Any
 
 
 def beside(prefix: str) -> Path | None:
-    """The tokenizer that prepare_data.py left beside a prefix."""
+    """The tokenizer that `megascale prepare` stored next to a prefix."""
     for end in ENDINGS:
         if is_file(Path(prefix + end)):
             return Path(prefix + end)
@@ -215,7 +215,7 @@ def beside(prefix: str) -> Path | None:
 
 
 def keep_beside(tokenizer: Tokenizer, prefix: str, files: Publication) -> Path:
-    """The tokenizer as PREFIX.model or PREFIX.tokenizer.json of `files`, in place of any other that lies there."""
+    """Stores the tokenizer as PREFIX.model or PREFIX.tokenizer.json in `files`, replacing any other one there."""
     target, other = (Path(prefix + end) for end in (ENDINGS if tokenizer.path.suffix != ".json" else reversed(ENDINGS)))
     files.remove(other)
     if not (target.exists() and target.samefile(tokenizer.path)):
@@ -224,8 +224,8 @@ def keep_beside(tokenizer: Tokenizer, prefix: str, files: Publication) -> Path:
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines as SentencePiece trains on. It leaves out, without a word, lines of more than LONGEST_LINE bytes, which are cut here in front
-    of a space, and lines with the character that it keeps for itself, at which they are cut.
+    """Lines for training SentencePiece. It silently drops lines of more than LONGEST_LINE bytes, which are split here before a space, and
+    lines with its reserved character, at which they are split.
     """
     for text in texts:
         for line in text.split("\n"):
@@ -234,7 +234,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def cut_line(line: str) -> Iterator[str]:
-    """Pieces of at most LONGEST_LINE bytes that together are the line."""
+    """Splits a line into pieces of at most LONGEST_LINE bytes."""
     if 4 * len(line) > LONGEST_LINE and len(data := line.encode()) > LONGEST_LINE:
         start = 0
         while len(data) - start > LONGEST_LINE:
@@ -253,12 +253,12 @@ def cut_line(line: str) -> Iterator[str]:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path, exact: bool = True) -> int:
-    """A unigram model that reproduces any text exactly: nothing is normalized, white space is kept, unknown characters become bytes.
+    """A unigram model that reproduces any text exactly: no normalization, white space is kept, unknown characters become bytes.
 
-    The texts are held in memory; about five seconds for 8192 pieces from 4 MB on two cores. Line ends are pieces of their own, so that a
-    text cut after a line end is encoded as the whole is, but for ties between equally likely pieces, which rounding over the length of a
-    text decides. The number of pieces: `vocab_size`, or without `exact` as many as there are where the texts have too few different words.
-    Raises UsageError where it cannot be.
+    The texts are held in memory; about five seconds for 8192 pieces from 4 MB on two cores. Line ends are separate pieces, so that a text
+    cut after a line end is encoded like the whole, except for ties between equally likely pieces, which rounding decides. The number of
+    pieces is `vocab_size`, or without `exact` as many as possible if the texts have too few different words.
+    Raises UsageError if that is impossible.
     """
     lines = list(training_lines(texts))
     failed = f"a tokenizer of {vocab_size} pieces cannot be trained on this text"
@@ -269,7 +269,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path, exact:
     except (RuntimeError, OSError, ValueError, TypeError, OverflowError) as error:
         reason = str(error).split("] ")[-1].strip() or str(error).strip()
         needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason)
-        if needed:  # SentencePiece's own advice is an option that this tool does not have
+        if needed:  # SentencePiece's own advice names an option that this tool does not have
             raise UsageError(f"{failed}: its characters alone need {needed[1]}: give --vocab-size {needed[1]} or more") from None
         most = re.search(r"Vocabulary size too high .*<= (\d+)", reason)
         if most is None:

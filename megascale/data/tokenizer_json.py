@@ -1,5 +1,5 @@
-"""Hugging Face's tokenizer.json, opened so that a document becomes the tokens of its text and nothing else; and which tokens begin and end
-a document, from the files that say so.
+"""Opens Hugging Face's tokenizer.json so that a document becomes the tokens of its text and nothing else, and finds the tokens that begin
+and end a document.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import tokenizers
 
 from megascale.errors import UsageError
 
-LARGEST = 512 << 20  # bytes of a tokenizer.json; those of vocabularies with 250,000 pieces have 35 MB
-MOST_TOKENS = 1 << 24  # a larger vocabulary is a mistake: the counts of its pieces alone would take gigabytes
-MOST_GROWTH = 1024  # times that a normalizer may lengthen a text
-# Names of the end where no file beside says which it is, in the order of preference.
+LARGEST = 512 << 20  # largest tokenizer.json in bytes; one with 250,000 tokens has 35 MB
+MOST_TOKENS = 1 << 24  # a larger vocabulary is a mistake: its token counts alone would take gigabytes
+MOST_GROWTH = 1024  # factor by which a normalizer may lengthen a text
+# Names of the end token if no file next to the tokenizer names one, in order of preference.
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 NUMBERED_IN = ("generation_config.json", "config.json")
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def guarded(call: Callable[[], T], what: str) -> T:
-    """The one place where native code of tokenizer libraries is called: they raise bare types, and panics that are no `Exception`."""
+    """Calls native code of tokenizer libraries, which raises bare types and panics that are not `Exception`s."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, GeneratorExit, UsageError):
@@ -36,14 +36,14 @@ def guarded(call: Callable[[], T], what: str) -> T:
 
 
 def open_json(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer and its specification. What the file says of truncation, padding and dropout is for other uses and switched off.
+    """The tokenizer and its specification. Truncation, padding and dropout from the file are switched off.
 
-    Raises UsageError for what is no tokenizer, or one that would take all memory.
+    Raises UsageError for a file that is not a tokenizer, or would take all memory.
     """
     wrong = f"{path} is not a tokenizer"
     fix = "give a SentencePiece .model or a Hugging Face tokenizer.json"
     if len(data) > LARGEST:
-        raise UsageError(f"{wrong}: it has {len(data)} bytes, and {LARGEST} are the most; {fix}")
+        raise UsageError(f"{wrong}: it has {len(data)} bytes, more than {LARGEST}; {fix}")
     try:
         spec = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def open_json(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, 
 
 
 def lengthening(normalizer: Any) -> float:
-    """How many times as long a text may become."""
+    """The factor by which the normalizer may lengthen a text."""
     if not isinstance(normalizer, Mapping):
         return 1.0
     kind, content = normalizer.get("type"), normalizer.get("content")
@@ -84,7 +84,7 @@ def lengthening(normalizer: Any) -> float:
 
 
 def _matches_nothing(pattern: Any) -> bool:
-    """Whether a regular expression matches the empty text, and so between any two characters; also where that cannot be told."""
+    """Whether a regular expression matches the empty text, and so between any two characters; True if unknown."""
     try:
         return not isinstance(pattern, str) or re.search(pattern, "") is not None
     except (re.error, RecursionError, OverflowError):
@@ -92,7 +92,7 @@ def _matches_nothing(pattern: Any) -> bool:
 
 
 def special_names(spec: Mapping[str, Any]) -> set[str]:
-    """Tokens that no text should become: the special ones but for the unknown token."""
+    """Tokens that no text should become: the special ones except the unknown token."""
     added = spec.get("added_tokens")
     names = {t["content"] for t in added if t.get("special")} if isinstance(added, list) else set()
     model = spec["model"]
@@ -103,7 +103,7 @@ def special_names(spec: Mapping[str, Any]) -> set[str]:
 
 
 def said_beside(path: Path, what: str, files: tuple[str, ...]) -> tuple[str | int, Path] | None:
-    """`what` ("eos" or "bos") as `files` beside a tokenizer say it, a token's name or number, and the file that says it."""
+    """`what` ("eos" or "bos") according to `files` next to a tokenizer: a token's name or id, and the file that says so."""
     for name in files:
         file = path.with_name(name)
         value = _read(file).get(f"{what}_token_id" if name in NUMBERED_IN else f"{what}_token")
@@ -117,13 +117,13 @@ def said_beside(path: Path, what: str, files: tuple[str, ...]) -> tuple[str | in
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """An object of JSON; empty where there is none. Raises UsageError for a file that cannot be read: what it says decides tokens."""
+    """Reads a JSON object; empty if there is no file. Raises UsageError for an unreadable file, since its content affects tokens."""
     try:
         if not path.is_file():
             return {}
         if path.stat().st_size > LARGEST:
-            raise UsageError(f"{path} has {path.stat().st_size} bytes, and {LARGEST} are the most: correct it, or take it away")
+            raise UsageError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}: correct it, or remove it")
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} beside the tokenizer cannot be read ({error}): correct it, or take it away") from None
+        raise UsageError(f"{path} next to the tokenizer cannot be read ({error}): correct it, or remove it") from None
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""The unpacked bytes of files that are plain or packed with gzip, Zstandard, xz or bzip2."""
+"""The unpacked bytes of files that are plain or compressed with gzip, Zstandard, xz or bzip2."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pyarrow
 import zstandard
 
 PACKED = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}  # endings
-MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ\0": "xz", b"BZh": "bz2"}  # what such files begin with
-WIDEST = 2**31  # bytes of the window of a Zstandard frame (zstd --long=31): as many as there are
+MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ\0": "xz", b"BZh": "bz2"}  # first bytes of such files
+WIDEST = 2**31  # largest window of a Zstandard frame in bytes (zstd --long=31)
 BUFFER = 1 << 18
 UNREADABLE = (
     OSError,
@@ -30,7 +30,7 @@ UNREADABLE = (
 
 
 class Input:
-    """The unpacked bytes of a file, and how far its stored bytes have been read. `packing`: a value of PACKED, or "" for none."""
+    """The unpacked bytes of a file, and how many stored bytes have been read. `packing`: a value of PACKED, or "" for none."""
 
     def __init__(self, path: Path, packing: str, start: int = 0) -> None:
         """`start`: for a plain file, the byte after which to begin, at the next line."""
@@ -62,9 +62,9 @@ class Input:
 
 
 class _Zstandard(io.RawIOBase):
-    """Frames of Zstandard one after the other. The package's own reader ends silently where a file was cut short; this one does not."""
+    """Reads consecutive Zstandard frames. The package's own reader ends silently in a truncated file; this one does not."""
 
-    STEP = 8192  # packed bytes at a time; even the most repetitive text unpacks to no more than 256 MiB from them
+    STEP = 8192  # compressed bytes at a time, which unpack to at most 256 MiB of the most repetitive text
 
     def __init__(self, raw: IO[bytes]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def _frame() -> Any:
 
 
 def why_unreadable(path: Path, packing: str, error: BaseException) -> str:
-    """What is wrong, and the fix, in the words of this tool."""
+    """What is wrong and the fix, in this tool's words."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         return "it needs more memory than there is; split it into smaller files"
@@ -104,7 +104,7 @@ def why_unreadable(path: Path, packing: str, error: BaseException) -> str:
     if "requires too much memory" in reason:
         return "its Zstandard window is larger than this machine can hold; pack it again without --long or --ultra"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}; mend that, or leave it out"
+        return f"{error.strerror}; fix that, or leave it out"
     return f"{reason}; make or copy it again, or leave it out"
 
 
@@ -117,5 +117,5 @@ def _begins(path: Path) -> str:
 
 
 def packing_of(head: bytes) -> str:
-    """How a file that begins so is packed."""
+    """The compression of a file with these first bytes."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")

@@ -17,12 +17,12 @@ from megascale.errors import UsageError
 
 
 def translates(config: Config) -> bool:
-    """Whether prefixes are of pairs: PREFIX.source and PREFIX.target."""
+    """Whether a prefix names pairs: PREFIX.source and PREFIX.target."""
     return config.model.family == "encoder_decoder" and not spans_asked(config)
 
 
 def extra_pieces(config: Config) -> int:
-    """Pieces of the vocabulary, its last ones, that no file holds: an encoder's mask and the marks of spans, unless they are the
+    """Number of tokens at the end of the vocabulary that no file holds: an encoder's mask and the span marks, unless they are among the
     tokenizer's.
     """
     if spans_asked(config):
@@ -31,19 +31,19 @@ def extra_pieces(config: Config) -> int:
 
 
 def first_prefix(config: Config, side: str = "target") -> str:
-    """Of the first training source; with translation of one of its sides."""
+    """The prefix of the first training source; under translation, of one of its sides."""
     source = read_sources(config.data.train, "data.train")[0]
     return side_of(source, side).path if translates(config) else source.path
 
 
 def first_facts(config: Config) -> dict[str, Any]:
-    """What is known of the tokens that are predicted."""
+    """The facts about the tokens that are predicted."""
     return source_facts(first_prefix(config))
 
 
 def resolve_vocabulary(config: Config) -> Config:
-    """`model.vocab_size` from the tokenizer where the config leaves it open; a tokenizer larger than the vocabulary is refused. Sources
-    with a table of their own have a vocabulary of their own. Fields have none.
+    """Sets `model.vocab_size` from the tokenizer if absent; refuses a tokenizer larger than the vocabulary. Sources with their own table
+    have their own vocabulary. Fields have none.
     """
     model, data = config.model, config.data
     if model.spacetime is not None:
@@ -51,10 +51,10 @@ def resolve_vocabulary(config: Config) -> Config:
     size = vocabulary(first_prefix(config), model.vocab_size, data.tokenizer, "", extra_pieces(config))
     for key, token in (("mask_token", data.mask_token), ("start_token", data.start_token), ("mark_token", data.mark_token)):
         if token is not None and token >= size:
-            raise UsageError(f"data.{key} is {token} and the vocabulary has {size} pieces, counted from 0: choose one of them")
+            raise UsageError(f"data.{key} is {token} but the vocabulary has {size} pieces, counted from 0: choose one of them")
     if data.mark_token is not None and data.mark_token < SENTINELS:
         raise UsageError(
-            f"data.mark_token is {data.mark_token}, and {SENTINELS} marks from it down leave no piece for text: choose a later"
+            f"data.mark_token is {data.mark_token}, but {SENTINELS} marks from it down leave no token for text: choose a later"
         )
     found = {"vocab_size": size}
     if translates(config) and not model.share_embeddings:
@@ -64,7 +64,7 @@ def resolve_vocabulary(config: Config) -> Config:
 
 
 def with_text(config: Config, fields: Spacetime) -> Spacetime:
-    """The fields with the vocabulary of their texts, where they have any."""
+    """The fields with the vocabulary of their texts, if they have any."""
     if not fields.text_len:
         return fields
     prefix = read_sources(config.data.train, "data.train")[0].path + ".text"
@@ -74,8 +74,8 @@ def with_text(config: Config, fields: Spacetime) -> Spacetime:
 
 
 def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str, more: int) -> int:
-    """The size of the vocabulary of the token files `prefix`: as `wanted`, else from the `tokenizer` (the one beside the files if absent),
-    with `more` pieces for what no file holds. `side` is how its keys' names begin.
+    """The vocabulary size of the token files `prefix`: `wanted`, else from the `tokenizer` (default: the one next to the files), with
+    `more` tokens that no file holds. `side` is the prefix of its keys' names.
     """
     path = tokenizer or beside(prefix)
     if path is None:
@@ -84,9 +84,9 @@ def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str
         if size is None and prefix == PLACE:
             raise UsageError("model.vocab_size is absent, and samples in memory have no tokenizer: set model.vocab_size or data.tokenizer")
         if size is None:
-            TokenFile(prefix)  # a wrong path is the likelier mistake, and named first
+            TokenFile(prefix)  # a wrong path is the likelier mistake, so report it first
             raise UsageError(
-                f"model.{side}vocab_size is absent and there is no tokenizer beside {prefix}: set one of model.{side}vocab_size and "
+                f"model.{side}vocab_size is absent and there is no tokenizer next to {prefix}: set one of model.{side}vocab_size and "
                 f"data.{side}tokenizer"
             )
         return int(size)
@@ -95,32 +95,32 @@ def vocabulary(prefix: str, wanted: int | None, tokenizer: str | None, side: str
     if size < pieces.vocab_size + more:
         why = {0: "", 1: " and an encoder needs one more for its mask"}.get(more, f" and span corruption needs {more} more for its marks")
         raise UsageError(
-            f"model.{side}vocab_size is {size} and the tokenizer {path} has {pieces.vocab_size} pieces{why}: leave {side}vocab_size out to "
+            f"model.{side}vocab_size is {size} but the tokenizer {path} has {pieces.vocab_size} pieces{why}: leave {side}vocab_size out to "
             "take them"
         )
     made_with = source_facts(prefix).get("tokenizer_fingerprint")
     if made_with is not None and made_with != pieces.fingerprint:
         raise UsageError(
             f"{prefix} was made with tokenizer {made_with} and data.{side}tokenizer {path} is {pieces.fingerprint}: they number words "
-            "differently; use the tokenizer beside the data"
+            "differently; use the data's tokenizer"
         )
     return size
 
 
 def end_token(config: Config) -> int:
-    """The piece that ends a text."""
+    """The token that ends a text."""
     prefix = first_prefix(config)
     known = source_facts(prefix).get("eos_id")
     if known is not None:
         if config.model.vocab_size is not None and known >= config.model.vocab_size:
-            raise UsageError(f"{prefix}.json: eos_id is {known}, and model.vocab_size is {config.model.vocab_size}: prepare the data again")
+            raise UsageError(f"{prefix}.json: eos_id is {known}, but model.vocab_size is {config.model.vocab_size}: prepare the data again")
         return int(known)
     path = config.data.tokenizer or beside(prefix)
     if path is None:
-        raise UsageError(f"nothing beside {prefix} says which token ends a text: set data.tokenizer, or prepare the data again")
+        raise UsageError(f"no file of {prefix} says which token ends a text: set data.tokenizer, or prepare the data again")
     return load_tokenizer(path).eos_id
 
 
 def start_token(config: Config) -> int:
-    """The piece that a decoder which has read a source begins with."""
+    """The token with which an encoder-decoder's target begins."""
     return end_token(config) if config.data.start_token is None else config.data.start_token

@@ -1,4 +1,4 @@
-"""Inputs and folders → the files to read, and what was left out, to be told."""
+"""Inputs and folders → the files to read, and messages about what was left out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path, PurePath
 from megascale.data.forms import Form, form_of, readers
 from megascale.errors import UsageError
 
-OUTPUTS = (".json", ".model", ".tokenizer.json", ".bin", ".idx")  # endings of what a preparation writes
-STREAMS = ("/dev/", "/proc/")  # where shells show what flows between programs
+OUTPUTS = (".json", ".model", ".tokenizer.json", ".bin", ".idx")  # endings of a preparation's output files
+STREAMS = ("/dev/", "/proc/")  # where shells expose pipes
 
 
 @dataclass
 class Chosen:
-    """`files` in order, with their `forms`. `left_out`: paths by the reason why they are."""
+    """`files` in order, with their `forms`. `left_out`: reason → paths."""
 
     files: list[Path] = field(default_factory=list)
     forms: dict[Path, Form] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Chosen:
         self.left_out.setdefault(why, []).append(path)
 
     def sentences(self) -> list[str]:
-        """What a reader of the screen should know."""
+        """Messages for the screen."""
         said = [f"left out {paths[0]}{f' and {n} more' if (n := len(paths) - 1) else ''}: {why}" for why, paths in self.left_out.items()]
         unusual = [path for path, form in self.forms.items() if form.unusual]
         if unusual:
@@ -43,9 +43,9 @@ class Chosen:
 def choose_files(
     inputs: Sequence[Path], pattern: str, exclude: Sequence[str], keys: tuple[str, ...], once: bool = True, outputs: Sequence[Path] = ()
 ) -> Chosen:
-    """The files below `inputs` (`find_files`) that can be read, each real file `once`, and without `outputs`.
+    """The files below `inputs` (`find_files`) that can be read, each real file only `once`, and without `outputs`.
 
-    What was found in a folder and cannot be read is left out and told. Raises UsageError for an input that was named itself, or where
+    Unreadable files found in a folder are left out and reported. Raises UsageError for an unreadable input that was named itself, or if
     nothing is left.
     """
     chosen = Chosen()
@@ -59,7 +59,7 @@ def choose_files(
         try:
             form = form_of(path, keys)
         except OSError as error:
-            form = Form("other", why=f"cannot be read ({error.strerror or error}): mend that, or leave it out")
+            form = Form("other", why=f"cannot be read ({error.strerror or error}): fix that, or leave it out")
         if form.kind != "other":
             if form.kind == "parquet" or form.packing:
                 check_not_empty(path)
@@ -76,16 +76,16 @@ def choose_files(
 
 
 def check_not_empty(path: Path) -> None:
-    """Raises UsageError for a file without a byte. Text may be such; a packed file or Parquet never is, and its text would be missing."""
+    """Raises UsageError for an empty file. Text may be empty; a compressed or Parquet file never is, so its text would be missing."""
     if path.stat().st_size == 0:
         raise UsageError(f"{path} has no bytes, as after a download that failed: make or copy it again, or leave it out")
 
 
 def find_files(inputs: Sequence[Path], pattern: str, exclude: Sequence[str] = (), chosen: Chosen | None = None) -> list[Path]:
-    """The inputs themselves, folders replaced by the files below that match `pattern`, in sorted order. Links to folders are followed, each
-    real folder once. Hidden ones, earlier outputs and folders that cannot be listed are left out and told to `chosen`.
+    """The inputs, with folders replaced by the files below that match `pattern`, in sorted order. Links to folders are followed, each real
+    folder once. Hidden files, earlier outputs and unreadable folders are left out and reported in `chosen`.
 
-    `exclude`: names of folders that are not entered, unless they are the input. Raises UsageError for an input that is not there.
+    `exclude`: names of folders to skip, unless they are the input. Raises UsageError for an input that does not exist.
     """
     chosen = chosen or Chosen()
     if not pattern or PurePath(pattern).is_absolute() or "\0" in pattern:
@@ -101,14 +101,14 @@ def find_files(inputs: Sequence[Path], pattern: str, exclude: Sequence[str] = ()
         elif os.path.exists(path):
             files.append(path)
         elif str(path) == "-" or str(path).startswith(STREAMS):
-            raise UsageError(f"{path} is not an ordinary file, and inputs are read more than once: write it into a file, and give that")
+            raise UsageError(f"{path} is not an ordinary file, but inputs are read more than once: write it to a file and give that")
         else:
             raise UsageError(f"there is no input {str(path)[:300]}: correct the path")
     return files
 
 
 def _below(root: Path, pattern: tuple[str, ...], exclude: set[str], seen: set[tuple[int, int]], chosen: Chosen) -> list[Path]:
-    """Files below a folder. Links come after all real folders, so that a file is known by its real path where both are below the root."""
+    """Files below a folder. Links come after all real folders, so that a file below the root twice keeps its real path."""
     files: list[Path] = []
     folders, links = [root], list[Path]()
     while folders or links:
@@ -123,7 +123,7 @@ def _below(root: Path, pattern: tuple[str, ...], exclude: set[str], seen: set[tu
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             if folder == root:
-                raise UsageError(f"the folder {folder} cannot be read ({error.strerror or error}): mend that, or leave it out") from None
+                raise UsageError(f"the folder {folder} cannot be read ({error.strerror or error}): fix that, or leave it out") from None
             chosen.leave(folder, f"cannot be read ({error.strerror or error})")
             continue
         made = _outputs({entry.name for entry in entries})
@@ -141,7 +141,7 @@ def _below(root: Path, pattern: tuple[str, ...], exclude: set[str], seen: set[tu
 
 
 def _hidden(path: Path, pattern: tuple[str, ...], chosen: Chosen) -> bool:
-    """Whether a name begins with a dot, which no pattern asks for that does not begin so."""
+    """Whether a name begins with a dot but the pattern does not."""
     if not path.name.startswith(".") or any(part.startswith(".") for part in pattern):
         return False
     chosen.leave(path, "is hidden, its name begins with a dot")
@@ -149,13 +149,13 @@ def _hidden(path: Path, pattern: tuple[str, ...], chosen: Chosen) -> bool:
 
 
 def _outputs(names: set[str]) -> set[str]:
-    """Of a folder's names those that a preparation has written: beside tokens and their index."""
+    """The names in a folder that a preparation wrote: those next to tokens and their index."""
     prefixes = {name[: -len(".idx")] for name in names if name.endswith(".idx") and name[: -len(".idx")] + ".bin" in names}
     return {prefix + ending for prefix in prefixes for ending in OUTPUTS} & names
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """As pathlib matches, `**` any number of folders."""
+    """Matches like pathlib; `**` is any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -164,13 +164,13 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _once(files: list[Path], chosen: Chosen) -> list[Path]:
-    """Without files that are another one of them, by a link or by being named twice; the real path stays."""
+    """Removes duplicates by link or by being named twice; the real path stays."""
     known: set[tuple[int, int]] = set()
     kept: set[int] = set()
     for place, path in sorted(enumerate(files), key=lambda item: (item[1].is_symlink(), item[0])):
         try:
             facts = path.stat()
-        except OSError:  # told when it is opened
+        except OSError:  # reported when it is opened
             kept.add(place)
             continue
         if (facts.st_dev, facts.st_ino) in known and stat.S_ISREG(facts.st_mode):

@@ -1,4 +1,4 @@
-"""Processes that work for another one: how many, and that none outlives it."""
+"""Worker processes: how many, and that none outlives its parent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PR_SET_PDEATHSIG = 1
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: of the machine, its affinity, SLURM's allocation for the task and the container's quota."""
+    """The number of cores this process may use: the machine's, limited by affinity, SLURM's allocation and the container's quota."""
     cores = len(own_cores())
     return min(cores, slurm_cores() or cores, core_quota() or cores)
 
 
 def end_with_parent() -> None:
-    """For the beginning of a worker: it ends when its parent does, however that ended."""
+    """Call at the start of a worker: it ends when its parent does, however that ends."""
     parent = os.getppid()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -41,7 +41,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process as an interrupt does, so that what it has begun is cleared away. For the main thread."""
+    """SIGTERM and SIGHUP end the process like an interrupt, so that it cleans up. Call in the main thread."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)

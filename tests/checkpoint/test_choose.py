@@ -66,10 +66,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is a folder": (lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()), SHARD),
     "an empty index": (lambda f: (f / "index.json").write_text(""), "index.json cannot be read"),
     "no index": (lambda f: (f / "index.json").unlink(), "there is no"),
-    "an index that is a pipe": (lambda f: ((f / "index.json").unlink(), os.mkfifo(f / "index.json")), "is no file"),
+    "an index that is a pipe": (lambda f: ((f / "index.json").unlink(), os.mkfifo(f / "index.json")), "is not a file"),
     "no trainer.json": (lambda f: (f / "trainer.json").unlink(), "there is no"),
     "another trainer.json": (rewrite("trainer.json", samples=7), "trainer.json has"),
-    "a key of another type": (rewrite("trainer.json", samples="7"), "samples is '7', and it should be a whole number"),
+    "a key of another type": (rewrite("trainer.json", samples="7"), "samples is '7', but it should be a whole number"),
     "a link that leads nowhere": (link_to_nowhere, "there is no"),
 }
 
@@ -101,7 +101,7 @@ def test_what_latest_names_and_is_gone_is_told(root: Path) -> None:
     """Catches steps that are lost without a word because somebody deleted their folder."""
     os.rename(root / step_name(3), root.parent / "moved")
     found, skipped = choose(root)
-    assert found == root / step_name(2) and "latest names step-00000003, and it is not there" in skipped[0].why
+    assert found == root / step_name(2) and "latest names step-00000003, which does not exist" in skipped[0].why
     for step in (1, 2):
         os.rename(root / step_name(step), root.parent / f"moved{step}")
     with pytest.raises(UsageError, match="latest names step-00000003"):
@@ -144,7 +144,7 @@ def test_a_newer_format_is_never_left_out(root: Path) -> None:
     """Catches an older program that goes back to what it can read and overwrites what a newer one has done."""
     rewrite("index.json", version=2)(root / step_name(3))
     for call in (choose, newest):
-        with pytest.raises(UsageError, match=r"format version 2 and this program reads 1"):
+        with pytest.raises(UsageError, match=r"format version 2 but this program reads 1"):
             call(root)
 
 
@@ -253,7 +253,7 @@ BAD_TRAINERS = {
 def test_trainer_json_is_checked_for_everybody(root: Path, key: str) -> None:
     """Catches a KeyError or TypeError somewhere in the program for a value of another kind."""
     rewrite("trainer.json", **{key: BAD_TRAINERS[key]})(root / step_name(3))
-    with pytest.raises(Damaged, match=rf"trainer.json: {key}.* is .*, and it should be"):
+    with pytest.raises(Damaged, match=rf"trainer.json: {key}.* is .*, but it should be"):
         read_trainer(root / step_name(3))
 
 
@@ -278,7 +278,7 @@ def test_names_that_no_disk_takes(tmp_path: Path, root: Path) -> None:
     raw = json.loads((root / step_name(3) / "index.json").read_text())
     raw["files"]["a" * 300 + ".safetensors"] = raw["files"].pop(SHARD)
     (root / step_name(3) / "index.json").write_text(json.dumps(raw))
-    with pytest.raises(Damaged, match="is no name of a shard file"):
+    with pytest.raises(Damaged, match="is not the name of a shard file"):
         read_index(root / step_name(3))
     assert read_json(root / step_name(2) / "trainer.json")["step"] == 2
     assert index_module.LONGEST == 255

@@ -67,9 +67,9 @@ ZERO, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is gone": (lambda f: (f / SECOND).unlink(), f"{SECOND} cannot be read: No such file"),
     "a bit flipped": (lambda f: flip(f / SECOND), f"{SECOND} has checksum"),
-    "a shard is short": (lambda f: os.truncate(f / ZERO, 100), f"{ZERO} has 100 bytes and index.json says"),
-    "shards exchanged": (lambda f: (f / ZERO).write_bytes((f / SECOND).read_bytes()), f"{ZERO} has .* and index.json says"),
-    "a forged shard": (forge, r"stores model\.a@4,0 as F32 \[5, 3\] and the index says F32 \[3, 5\]"),
+    "a shard is short": (lambda f: os.truncate(f / ZERO, 100), f"{ZERO} has 100 bytes but index.json says"),
+    "shards exchanged": (lambda f: (f / ZERO).write_bytes((f / SECOND).read_bytes()), f"{ZERO} has .* but index.json says"),
+    "a forged shard": (forge, r"stores model\.a@4,0 as F32 \[5, 3\] but the index says F32 \[3, 5\]"),
     "no index": (lambda f: (f / "index.json").unlink(), r"there is no .*index\.json"),
     "no trainer.json": (lambda f: (f / "trainer.json").unlink(), r"there is no .*trainer\.json"),
     "index is no JSON": (lambda f: (f / "index.json").write_text("{"), "cannot be read"),
@@ -79,10 +79,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another format's index": (lambda f: (f / "index.json").write_text('{"weight_map": {}}'), "format version None"),
     "index of the future": (lambda f: edit(f, lambda r: r.update(version=99)), "format version 99"),
     "version is true": (lambda f: edit(f, lambda r: r.update(version=True)), "format version True"),
-    "path up": (lambda f: edit(f, lambda r: name_file(r, "../x.safetensors")), "is no name of a shard file"),
-    "absolute path": (lambda f: edit(f, lambda r: name_file(r, "/etc/x.safetensors")), "is no name of a shard file"),
-    "zero byte": (lambda f: edit(f, lambda r: name_file(r, "x\0.safetensors")), "is no name of a shard file"),
-    "the folder itself": (lambda f: edit(f, lambda r: name_file(r, "..")), "is no name of a shard file"),
+    "path up": (lambda f: edit(f, lambda r: name_file(r, "../x.safetensors")), "is not the name of a shard file"),
+    "absolute path": (lambda f: edit(f, lambda r: name_file(r, "/etc/x.safetensors")), "is not the name of a shard file"),
+    "zero byte": (lambda f: edit(f, lambda r: name_file(r, "x\0.safetensors")), "is not the name of a shard file"),
+    "the folder itself": (lambda f: edit(f, lambda r: name_file(r, "..")), "is not the name of a shard file"),
     "file not listed": (lambda f: edit(f, lambda r: r["files"].pop(SECOND)), "which the index does not list"),
     "trainer.json not listed": (lambda f: edit(f, lambda r: r["files"].pop("trainer.json")), r"trainer\.json is not listed"),
     "a chunk is missing": (lambda f: edit(f, lambda r: a(r)["chunks"].pop()), "model.a hold 20 of its 35 elements"),
@@ -92,14 +92,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, lambda r: [c.update(offsets=[3 * (1 - i), 0]) for i, c in enumerate(a(r)["chunks"])]),
         "does not contain",
     ),
-    "negative size": (lambda f: edit(f, lambda r: a(r)["chunks"][0].update(sizes=[-4, 5])), "is no size"),
-    "size beyond all": (lambda f: edit(f, lambda r: a(r).update(shape=[10**30, 0])), "is no size"),
+    "negative size": (lambda f: edit(f, lambda r: a(r)["chunks"][0].update(sizes=[-4, 5])), "is not a size"),
+    "size beyond all": (lambda f: edit(f, lambda r: a(r).update(shape=[10**30, 0])), "is not a size"),
     "shape beyond memory": (lambda f: edit(f, lambda r: a(r).update(shape=[10**10, 10**10])), "beyond any memory"),
     "more than the file": (
         lambda f: edit(f, lambda r: a(r).update(shape=[7000], chunks=[{"offsets": [0], "sizes": [7000], "file": ZERO}])),
         "bytes and its chunks",
     ),
-    "sizes are text": (lambda f: edit(f, lambda r: a(r).update(shape="75")), "is no list"),
+    "sizes are text": (lambda f: edit(f, lambda r: a(r).update(shape="75")), "is not a list"),
     "unknown dtype": (lambda f: edit(f, lambda r: a(r).update(dtype="PICKLE")), "unknown dtype"),
     "files are a list": (lambda f: edit(f, lambda r: r.update(files=[])), "is damaged"),
     "trainer.json changed": (lambda f: (f / "trainer.json").write_text('{"step": 2}'), r"trainer\.json has"),
@@ -202,7 +202,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Piece], int], object], str]] = {
         "also holds optim.flags, optim.m, optim.seen and 1 more",
     ),
     "on one rank alone": (lambda s, rank: rank == 1 and other("model.a", (7, 4))(s, rank), "model.a has shape [7, 5] in "),
-    "no tensor": (lambda s, rank: rank == 1 and s.update({"model.a": 3.0}), "which is no tensor"),  # type: ignore[dict-item]
+    "no tensor": (lambda s, rank: rank == 1 and s.update({"model.a": 3.0}), "which is not a tensor"),  # type: ignore[dict-item]
 }
 
 
@@ -264,11 +264,11 @@ def test_finding(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert find(saved) == find(root) == saved
     assert find(run) == run / "checkpoints" / saved.name
     foreign = tmp_path_factory.mktemp("foreign")
-    for words in ("is no checkpoint and holds none", "has shards and no index.json"):
+    for words in ("is not a checkpoint and holds none", "has shards but no index.json"):
         with pytest.raises(UsageError, match=words):
             find(foreign)
         (foreign / "model.safetensors").touch()
-    with pytest.raises(UsageError, match="is no checkpoint"):
+    with pytest.raises(UsageError, match="is not a checkpoint"):
         find(foreign / "nowhere")
 
 
@@ -307,11 +307,11 @@ def rows(first: int, last: int, dtype: torch.dtype = torch.float32) -> Piece:
 
 
 BAD_STATES: dict[str, tuple[Callable[[dict[str, Piece], int], object], str]] = {
-    "a number": (lambda s, r: s.update({"optim.lr": 3.0}), "optim.lr = 3.0, which is no tensor"),  # type: ignore[dict-item]
-    "a number on one rank": (lambda s, r: r == 1 and s.update({"optim.lr": 3.0}), "optim.lr = 3.0, which is no tensor"),  # type: ignore[dict-item]
+    "a number": (lambda s, r: s.update({"optim.lr": 3.0}), "optim.lr = 3.0, which is not a tensor"),  # type: ignore[dict-item]
+    "a number on one rank": (lambda s, r: r == 1 and s.update({"optim.lr": 3.0}), "optim.lr = 3.0, which is not a tensor"),  # type: ignore[dict-item]
     "a dtype": (lambda s, r: s.update({"model.c": Piece((1,), (0,), torch.zeros(1, dtype=torch.complex64))}), "cannot be stored"),
     "outside": (lambda s, r: s.update({"model.c": Piece((3,), (1,), torch.zeros(3))}), "does not lie inside its shape [3]"),
-    "replicas": (lambda s, r: s.update(vector(float(r))), "model.norm should be the same on ranks 0 and 1, and it differs"),
+    "replicas": (lambda s, r: s.update(vector(float(r))), "model.norm should be the same on ranks 0 and 1, but it differs"),
     "one bit of a scalar": (lambda s, r: s["optim.step"].local.add_(r), "optim.step should be the same on ranks 0 and 1"),
     "a gap": (lambda s, r: s.update({"model.c": rows(2 * r, 2 * r + 1)}), "the ranks' pieces do not make whole tensors"),
     "an overlap": (lambda s, r: s.update({"model.c": rows(r, 3 + r)}), "the ranks' pieces do not make whole tensors"),

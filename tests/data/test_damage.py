@@ -41,19 +41,19 @@ def put(prefix: Path, place: int, form: str, *values: int) -> None:
     ("place", "form", "values", "words"),
     [
         (LENGTHS + 4, "<i", (-1,), "sequence 1 has -1 tokens"),
-        (LENGTHS, "<ii", (4, 0), "sequence 1 begins at byte 6, and those before it end at byte 8"),
-        (LENGTHS, "<i", (2**31 - 1,), "sequence 1 begins at byte 6, and those before it end at byte 4294967294"),
+        (LENGTHS, "<ii", (4, 0), "sequence 1 begins at byte 6, but those before it end at byte 8"),
+        (LENGTHS, "<i", (2**31 - 1,), "sequence 1 begins at byte 6, but those before it end at byte 4294967294"),
         (LENGTHS + 4, "<ii", (-(2**31), 2**31 - 1), "sequence 1 has -2147483648 tokens"),
         (OFFSETS, "<q", (2,), "sequence 0 begins at byte 2"),
         (OFFSETS + 8, "<q", (-6,), "sequence 1 begins at byte -6"),
-        (OFFSETS + 16, "<q", (7,), "sequence 2 begins at byte 7, and those before it end at byte 8"),
+        (OFFSETS + 16, "<q", (7,), "sequence 2 begins at byte 7, but those before it end at byte 8"),
         (OFFSETS + 16, "<q", (2**40,), "sequence 2 begins at byte 1099511627776"),
         (OFFSETS + 8, "<qq", (8, 6), "sequence 1 begins at byte 8"),
         (MARKS + 8, "<q", (3,), "document 1 begins at sequence 3 and the next at 2"),
         (MARKS + 8, "<q", (-1,), "document 0 begins at sequence 0 and the next at -1"),
         (MARKS + 24, "<q", (2**62,), "document 3 begins at sequence 4611686018427387904 and the next at 4"),
         (MARKS, "<q", (1,), "documents that reach over 1 to 4"),
-        (len(MAGIC) + 8, "<B", (7,), "holds float32, and tokens are integers"),
+        (len(MAGIC) + 8, "<B", (7,), "holds float32, but tokens are integers"),
     ],
 )
 def test_an_index_that_cannot_be_true_is_refused(
@@ -111,7 +111,7 @@ def test_an_order_of_megatron_is_bounded() -> None:
         ('{"mean": ["a"]}', r"mean is .*a list of finite numbers is needed"),
         ('{"vocab_size": ' + "9" * 5000 + "}", r"x\.json (cannot be read|: vocab_size)"),
         ("[" * 100_000, r"x\.json is nested too deeply"),
-        ("[1]", r"x\.json holds a list and not an object"),
+        ("[1]", r"x\.json holds a list, not an object"),
         ("{", r"x\.json cannot be read"),
         ("\udcff", r"x\.json cannot be read"),
     ],
@@ -129,7 +129,7 @@ def test_facts_that_are_absent_are_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"vocab_size": 7, "unigram_entropy": None, "more": {"a": 1}}))
     assert source_facts(str(tmp_path / "x")) == {"vocab_size": 7, "more": {"a": 1}}
     (tmp_path / "y.json").mkdir()
-    with pytest.raises(UsageError, match=r"y\.json is no file"):
+    with pytest.raises(UsageError, match=r"y\.json is not a file"):
         source_facts(str(tmp_path / "y"))
 
 

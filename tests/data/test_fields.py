@@ -67,9 +67,9 @@ def test_each_sample_has_the_text_of_its_run(tmp_path: Path) -> None:
                 assert batch.source is not None and batch.source[1].tolist() == [-1] * 3
                 assert batch.source[0].tolist() == ([10 * run + i for i in range(1 + run)] + [-1] * 3)[:3]
             small = FieldMixture([source], told.model_copy(update={"text_vocab_size": 20}), 7, "all", 0.0, shuffled=False)
-            with pytest.raises(UsageError, match=r"a.text holds token \d+, and model.spacetime.text_vocab_size is 20"):
+            with pytest.raises(UsageError, match=r"a.text holds token \d+ but model.spacetime.text_vocab_size is 20"):
                 [small.batch([n], CPU) for n in range(25)]
-    with pytest.raises(UsageError, match=r"holds 5 runs and .*a.text has 4 documents: one text a run is needed"):
+    with pytest.raises(UsageError, match=r"holds 5 runs but .*a.text has 4 documents: one text per run is needed"):
         FieldMixture([source], told, 7, "all", 0.0, shuffled=True)
 
 

@@ -50,7 +50,7 @@ def test_text_that_only_begins_like_json_is_text(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}]', r"is a JSON array.*jq -c '\.\[\]' FILE"),
         ("a.jsonl", b'\xef\xbb\xbf [{"text": "a"},\n{"text": "b"}]', "is a JSON array"),
         ("a.json", b"3\n", "is not JSON lines"),
-        ("a.json", b'{"body": "a"}\n', "with the keys body and no 'text': name the key with --text-key"),
+        ("a.json", b'{"body": "a"}\n', "with the keys body but no 'text': name the key with --text-key"),
         ("a.csv", b"text,url\na,b\n", "is CSV: make JSON lines"),
         ("a.TSV.gz", gzip.compress(b"text\turl\n", mtime=0), "is TSV: make JSON lines"),
         ("a.pdf", b"%PDF-1.4", "is a PDF"),
@@ -85,7 +85,7 @@ def test_pipes_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
     for path in (tmp_path / "a.txt", Path("/dev/zero")):
         if path.exists():
-            with pytest.raises(UsageError, match="is no file but a pipe, a device"):
+            with pytest.raises(UsageError, match="is not a file but a pipe, a device"):
                 texts(path)
 
 
@@ -110,7 +110,7 @@ def test_lines_that_are_no_object(tmp_path: Path) -> None:
     for line, words in (
         ('["a"]', "no JSON object but an array"),
         ("3", "no JSON object but a int"),
-        ('{"text": "b"} {"text": "c"}', "something follows behind its value"),
+        ('{"text": "b"} {"text": "c"}', "something follows its value"),
         ('{"text": "b"', "no JSON object: Expecting"),
         ('{"a": {"text": "b"}}', r"with the key 'text', it has a; name the key with --text-key"),
         ('{"text": ["b"]}', "'text' is a list"),
@@ -202,7 +202,7 @@ def test_a_long_line_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a\.jsonl\.gz, line 2 has more than 1000 bytes: split it, or raise --longest-line"):
         list(read_blocks(tmp_path / "a.jsonl.gz", "text", longest=1000))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b" * 5000]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"a\.parquet, row 2 has 5000 bytes under 'text' and 1000 are the most"):
+    with pytest.raises(UsageError, match=r"a\.parquet, row 2 has 5000 bytes under 'text' but 1000 are the most"):
         list(read_blocks(tmp_path / "a.parquet", "text", longest=1000))
 
 

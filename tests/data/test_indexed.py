@@ -83,8 +83,8 @@ def test_documents_of_several_sequences(tmp_path: Path, docs: list[list[int]], l
     [
         (lambda p: (p / "x.bin").unlink(), "no token file"),
         (lambda p: (p / "x.idx").unlink(), "no token file"),
-        (lambda p: (p / "x.bin").write_bytes(b"12"), "2 bytes and its index needs 8: it is truncated"),
-        (lambda p: (p / "x.bin").write_bytes(bytes(9)), "9 bytes and its index needs 8: they do not belong together"),
+        (lambda p: (p / "x.bin").write_bytes(b"12"), "2 bytes but its index needs 8: it is truncated"),
+        (lambda p: (p / "x.bin").write_bytes(bytes(9)), "9 bytes but its index needs 8: they do not belong together"),
         (lambda p: (p / "x.idx").write_bytes((p / "x.idx").read_bytes()[:20]), "not a token index"),
         (
             lambda p: (p / "x.idx").write_bytes((p / "x.idx").read_bytes()[:-8] + bytes(8)),

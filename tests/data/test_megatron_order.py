@@ -95,7 +95,7 @@ def test_runs_take_it(tmp_path: Path) -> None:
     assert run(other) == (0, "done") and losses(tmp_path / "b")[0] != losses(tmp_path)[0]
     source = Corpus(str(tmp_path / "tokens"), 1.0, "t")
     train = MegatronMixture([source], 16, 1, 40, "train", 0.2, 24)
-    with pytest.raises(UsageError, match="an order drawn for 24"):
+    with pytest.raises(UsageError, match="the order drawn for 24"):
         train.sample(24)
     with pytest.raises(UsageError, match="needs 5001"):
         MegatronMixture([source], 5000, 1, 40, "all", 0.0, 24)

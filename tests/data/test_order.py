@@ -55,7 +55,7 @@ def test_weight_too_small_to_draw() -> None:
     with pytest.raises(UsageError, match=r"weight 1e-09 of b"):
         plan_mixture([1.0, 1e-9], ["a", "b"], 0)
     for weight in (float("inf"), float("nan"), -1.0):
-        with pytest.raises(UsageError, match="positive number"):
+        with pytest.raises(UsageError, match="must be positive"):
             plan_mixture([1.0, weight], ["a", "b"], 0)
 
 

@@ -296,7 +296,7 @@ def test_tokens_beyond_the_vocabulary_and_short_data(prepared: str) -> None:
         Mixture([Corpus(prepared, 1.0, "p")], 1_000_000, 1, 305, "all", 0.0, shuffled=True)
     Path(prepared + ".json").unlink()
     mixture = Mixture([Corpus(prepared, 1.0, "p")], 16, 1, 5, "all", 0.0, shuffled=True)
-    with pytest.raises(UsageError, match=r"holds token \d+, and model.vocab_size is 5"):
+    with pytest.raises(UsageError, match=r"holds token \d+ but model.vocab_size is 5"):
         mixture.sample(0)
 
 

@@ -103,7 +103,7 @@ def test_parquet_columns_that_hold_no_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"row 1: the column 'text' holds int"):
         texts(tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match="has the columns text and no 'body'"):
+    with pytest.raises(UsageError, match="has the columns text but no 'body'"):
         list(read_blocks(tmp_path / "a.parquet", "body"))
 
 

@@ -108,7 +108,7 @@ def test_where_the_end_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"special_tokens_map.json names the token '<gone>', and .*tokenizer.json has none such"):
         _ = load_tokenizer(folder).eos_id
     (folder / "special_tokens_map.json").write_text("{")
-    with pytest.raises(UsageError, match=r"special_tokens_map.json beside the tokenizer cannot be read"):
+    with pytest.raises(UsageError, match=r"special_tokens_map.json next to the tokenizer cannot be read"):
         _ = load_tokenizer(folder).eos_id
     shutil.copy(INPUTS / "dstok" / "tokenizer.json", tmp_path / "alone.json")
     with pytest.raises(UsageError, match=r"which token ends a document.*--eos TOKEN"):
@@ -160,7 +160,7 @@ def test_the_facts_of_another_tokenizer_say_nothing(tmp_path: Path) -> None:
     prepared(tmp_path / "o", load_tokenizer(INPUTS / "plain.json"))
     facts = json.loads((tmp_path / "o.json").read_text())
     (tmp_path / "o.json").write_text(json.dumps({**facts, "eos_id": 500}))
-    with pytest.raises(UsageError, match=r"eos_id of the data beside .* is 500, and it has 289 pieces"):
+    with pytest.raises(UsageError, match=r"eos_id of the data next to .* is 500, not below 289"):
         load_tokenizer(tmp_path / "o.tokenizer.json")
 
 
@@ -186,8 +186,8 @@ def test_nothing_is_put_behind_a_prompt(tmp_path: Path, template: str) -> None:
         ),
         ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "a" * 2000}}, "2001 times as long"),
         ({"normalizer": {"type": "Prepend", "prepend": "a" * 2000}}, "2001 times as long"),
-        ({"model": {"type": "WordLevel", "vocab": {"a": 2**32 - 2}, "unk_token": "a"}}, "numbers its tokens up to"),
-        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}, "added_tokens": []}, "numbers its tokens up to"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 2**32 - 2}, "unk_token": "a"}}, "has token ids up to"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}, "added_tokens": []}, "has token ids up to"),
         ({"model": 3}, "it has no 'model'"),
         ({"model": {"type": "Nothing"}}, "is not a tokenizer"),
     ],

@@ -161,5 +161,5 @@ def test_a_name_that_promises_what_a_file_is_not(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize("name", ["-", "/dev/fd/987", "/proc/self/fd/987"])
 def test_what_flows_between_programs(tmp_path: Path, name: str) -> None:
     """Catches "correct the path" for a path that is right and no file."""
-    with pytest.raises(UsageError, match="is not an ordinary file, and inputs are read more than once"):
+    with pytest.raises(UsageError, match="is not an ordinary file, but inputs are read more than once"):
         find_files([Path(name)], "*")

@@ -29,7 +29,7 @@ def test_a_hugging_face_folder_is_told_the_way(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"not a whole one$"):
         open_source(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"megascale convert .* DST --from hf --to megascale, and give DST"):
+    with pytest.raises(UsageError, match=r"megascale convert .* DST --from hf --to megascale\), and give DST"):
         open_source(tmp_path)
 
 

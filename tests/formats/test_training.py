@@ -133,7 +133,7 @@ def test_exports_stand_beside_kept_checkpoints(tmp_path: Path) -> None:
         ({"model__norm_eps": 1e-4}, "model.norm_eps: 0.0001 in the config, 1e-06 in the file"),
         ({"model__num_layers": 3}, "model.num_layers: 3 in the config, 2 in the file"),
         ({"checkpoint__init_data": "continue"}, "does not record its position in the data: use restart"),
-        ({"checkpoint__init_from": "nowhere"}, "nowhere is no checkpoint and holds none"),
+        ({"checkpoint__init_from": "nowhere"}, "nowhere is not a checkpoint and holds none"),
         ({"checkpoint__export": "hf", "model__position": "alibi"}, "no Hugging Face family has what this model has"),
     ],
 )

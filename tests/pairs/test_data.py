@@ -80,10 +80,10 @@ def test_mistakes_in_pairs(tmp_path: Path) -> None:
     train_sentencepiece(SOURCES, 312, tmp_path / "t.model")
     with pytest.raises(UsageError, match=r"a.txt ends before line 6 and .*b.txt does not"):
         prepared(short, long, "--pairs", "--out", out, "--tokenizer", str(tmp_path / "t.model"))
-    with pytest.raises(UsageError, match="1 text files were given, and pairs are the lines of two"):
+    with pytest.raises(UsageError, match="1 text files were given, but pairs are the lines of two"):
         list(read_pairs([Path(short)], 0, ("source", "target")))
     rows = write_lines(tmp_path / "c.jsonl", ['{"source": "a"}'])
-    with pytest.raises(UsageError, match=r"c.jsonl is JSONL and .*a.txt is not"):
+    with pytest.raises(UsageError, match=r"c.jsonl is JSONL but .*a.txt is not"):
         list(read_pairs([Path(short), Path(rows)], 0, ("source", "target")))
     with pytest.raises(UsageError, match="line 1: no JSON object with the key 'target'"):
         list(read_pairs([Path(rows)], 0, ("source", "target")))
@@ -129,7 +129,7 @@ def test_long_pairs_are_left_out_and_said(tmp_path: Path) -> None:
     left = 80 - len(pairs.files[0])
     assert note(pairs) == f"{left} of 80 pairs are empty or do not fit into train.source_len 10 and train.seq_len 6: left out"
     assert note(mixture(make_pairs(tmp_path / "p"))) is None
-    with pytest.raises(UsageError, match=r"80 pairs in its all part and none fits into train.source_len 1 and train.seq_len 6"):
+    with pytest.raises(UsageError, match=r"80 pairs in its all part but none fits into train.source_len 1 and train.seq_len 6"):
         mixture(str(tmp_path / "p"), lengths=(1, 6))
 
 
@@ -139,7 +139,7 @@ def test_sides_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"was made with a vocabulary of 40, and model.vocab_size is 30"):
         mixture(prefix, vocab_sizes=(30, VOCAB))
     Path(prefix + ".source.json").unlink()
-    with pytest.raises(UsageError, match=r"p.source holds token \d+, and model.vocab_size is 30"):
+    with pytest.raises(UsageError, match=r"p.source holds token \d+ but model.vocab_size is 30"):
         [mixture(prefix, vocab_sizes=(30, VOCAB)).pair(n) for n in range(80)]
     with TokenWriter(prefix + ".source", np.uint16) as writer:
         writer.add(np.array([3, END]))
@@ -164,10 +164,10 @@ def test_vocabularies_of_two_sides(tmp_path: Path) -> None:
     spans = {"data__train": str(tmp_path / "q.source"), "data__objective": "span_corruption", "train__source_len": 20}
     assert model(**spans).vocab_size == 330 + SENTINELS
     with pytest.raises(
-        UsageError, match=r"vocab_size is 340 and the tokenizer .* has 330 pieces and span corruption needs 100 more for its marks"
+        UsageError, match=r"vocab_size is 340 but the tokenizer .* has 330 pieces and span corruption needs 100 more for its marks"
     ):
         resolve_vocabulary(build_config(pair_settings(tmp_path, **spans, model__vocab_size=340)))
-    with pytest.raises(UsageError, match=r"model.source_vocab_size is 20 and the tokenizer .*p.source.model has 312"):
+    with pytest.raises(UsageError, match=r"model.source_vocab_size is 20 but the tokenizer .*p.source.model has 312"):
         model(data__train=str(tmp_path / "p"), model__share_embeddings=False, model__source_vocab_size=20)
 
 
@@ -177,7 +177,7 @@ def test_the_end_token_is_known_or_asked_for(tmp_path: Path) -> None:
     config = build_config(pair_settings(tmp_path, data__train=prefix))
     assert end_token(config) == END
     Path(prefix + ".target.json").unlink()
-    with pytest.raises(UsageError, match=r"nothing beside .*p.target says which token ends a text: set data.tokenizer"):
+    with pytest.raises(UsageError, match=r"no file of .*p.target says which token ends a text: set data.tokenizer"):
         end_token(config)
 
 
@@ -269,7 +269,7 @@ def test_windows_of_a_text(tmp_path: Path) -> None:
     assert isinstance(other, SpanMixture)
     got = other.batch([4], CPU)
     assert got.tokens[0, 0] == 0 and got.targets[0, 0] == 137 == batch.targets[0, 0] - 2 and batch.tokens[0, 0] == END
-    for changes, words in (({"mark_token": 99}, "leave no piece for text"), ({"start_token": 140}, "start_token is 140 and the voc")):
+    for changes, words in (({"mark_token": 99}, "leave no token for text"), ({"start_token": 140}, "start_token is 140 but the voc")):
         with pytest.raises(UsageError, match=words):
             resolve_vocabulary(build_config({**values, "data": {**values["data"], **changes}}))
     same = pair_batch([(source, target)], [4], (10, 12), END, CPU)

@@ -98,7 +98,7 @@ def test_wrong_use_is_one_message(run_dir: Path, tmp_path: Path) -> None:
         ((run, "--input", str(tmp_path / "none")), "cannot be read"),
         ((run, "--input", long), "line 1 has"),
         ((run, "--input", sources, "--reference", long), "few.src has 12"),
-        ((str(tmp_path), "--input", sources), "is no checkpoint"),
+        ((str(tmp_path), "--input", sources), "is not a checkpoint"),
         ((run, "--input", sources, "--tokenizer", "nowhere"), "there is no tokenizer nowhere"),
     ):
         with pytest.raises(UsageError, match=words):

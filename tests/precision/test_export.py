@@ -66,7 +66,7 @@ def test_what_reads_and_what_refuses_an_export(tmp_path: Path) -> None:
         values = load_config(source / "config.yaml").plain()
         values["run"]["dir"], values["checkpoint"][key] = str(tmp_path / key), str(tmp_path / "small")
         code, message = run(values)
-        assert code == 2 and "in FP8, for inference: begin from" in message
+        assert code == 2 and "in FP8, for inference: start from" in message
 
 
 def test_other_models_are_not_narrowed(tmp_path: Path) -> None:
