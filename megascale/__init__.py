@@ -1,4 +1,4 @@
-"""megascale from Python: `import megascale as ms` (docs/python.md). Names are loaded when they are first asked for, torch with them."""
+"""megascale from Python: `import megascale as ms` (docs/python.md). Names are imported on first use, and torch with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m megascale`: the command `megascale` where no script of that name is on the PATH."""
+"""`python -m megascale`: the command `megascale` if its script is not on the PATH."""
 
 from megascale.commands.main import main
 

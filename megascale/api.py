@@ -1,6 +1,6 @@
-"""What `import megascale as ms` offers: thin functions over what the commands use, with plain data in and out.
+"""The functions of `import megascale as ms`: thin wrappers over those of the commands, with plain data in and out.
 
-Wrong use raises UsageError with a sentence. Nothing here is imported with torch before it is called.
+Wrong use raises UsageError with a message. Functions import torch only when called.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ ConfigLike = Config | Mapping[str, Any] | str | Path
 
 
 def load_config(source: ConfigLike, *overrides: str) -> Config:
-    """A YAML file, or the same as nested dicts, with overrides such as "train.steps=10". Without `data.train` it is for samples in
-    memory.
-    """
+    """Loads a YAML file or nested dicts, with overrides such as "train.steps=10"; for samples in memory if `data.train` is absent."""
     from megascale.data.memory import NAME, PLACE
 
     if isinstance(source, Config) and not overrides:
@@ -46,10 +44,10 @@ def load_config(source: ConfigLike, *overrides: str) -> Config:
 
 @contextmanager
 def training(config: ConfigLike, samples: Samples | None = None, *, run_dir: str | Path | EllipsisType | None = ...) -> Iterator[Session]:
-    """A run whose loop is the program's: `with ms.training(config) as run: for step in run: …`. Under a launcher all ranks call.
+    """A run whose loop is in the program: `with ms.training(config) as run: for step in run: …`. Collective under a launcher.
 
-    samples  documents as lists of token numbers, in place of the files of data.train
-    run_dir  where the run writes, as the config says if left out; None writes nothing
+    samples  documents as lists of token ids, instead of the files of data.train
+    run_dir  the run's directory, by default from the config; None writes nothing
     """
     from megascale.train.session import open_session
 
@@ -63,7 +61,7 @@ def training(config: ConfigLike, samples: Samples | None = None, *, run_dir: str
 def load_model(path: str | Path, *, device: str = "auto", dtype: str | None = None) -> LoadedModel:
     """A run, a checkpoint or a Hugging Face folder → a module: `model(tokens [b, s])` → logits [b, s, V].
 
-    dtype  fp32, bf16, fp16 or fp64 of weights and activations; the one that it was trained in if None
+    dtype  fp32, bf16, fp16 or fp64 of weights and activations; None: the one used in training
     """
     from megascale.generation.loaded import load_whole
 
@@ -81,9 +79,9 @@ def generate(
     ignore_end: bool = False,
     tokenizer: str | Path | None = None,
 ) -> list[dict[str, Any]]:
-    """What follows each prompt: [{"prompt", "tokens", "text"}], the text None for prompts of token numbers without a `tokenizer`.
+    """Continuations: [{"prompt", "tokens", "text"}]; the text is None for prompts of token ids without a `tokenizer`.
 
-    model  one that was loaded, the path of one, or a run under way in one process
+    model  a loaded model, a path, or a run in progress in one process
     """
     from megascale.generation.prompts import Asked, answer
 
@@ -92,7 +90,7 @@ def generate(
 
 
 def grow(source: str | Path, target: str | Path, *, data: str | None = None, workers: int = 1, **asked: Any) -> dict[str, Any]:
-    """Writes a larger checkpoint that starts where `source` stood and returns the report. `asked`: sizes such as hidden_size=128, and
+    """Writes a larger checkpoint that continues from `source` and returns the report. `asked`: sizes such as hidden_size=128, and
     methods such as depth="stack", named as in `Sizes` and `GrowthOptions` (expand/options.py).
     """
     from megascale.expand.grow import grow as grow_checkpoint
@@ -107,7 +105,7 @@ def grow(source: str | Path, target: str | Path, *, data: str | None = None, wor
 
 
 def convert(source: str | Path, target: str | Path, *, origin: str, to: str, dtype: str | None = None, **asked: Any) -> dict[str, Any]:
-    """Converts between "megascale", "hf" and "megatron" and returns the report. `asked` are more of `ConvertOptions` and `MegatronCut`
+    """Converts between "megascale", "hf" and "megatron" and returns the report. `asked`: fields of `ConvertOptions` and `MegatronCut`
     (formats/convert.py).
     """
     from megascale.formats.convert import ConvertOptions, MegatronCut, find_way
@@ -119,7 +117,7 @@ def convert(source: str | Path, target: str | Path, *, origin: str, to: str, dty
 
 
 def dry_run(config: ConfigLike, ranks: int = 1) -> dict[str, Any]:
-    """What `--dry-run` knows of a run on so many ranks: parameters, bytes per rank, FLOPs, schedule, the resolved config."""
+    """The report of `--dry-run` for a run on `ranks`: parameters, bytes per rank, FLOPs, schedule, the resolved config."""
     from megascale.train.estimate.dry_run import report_of
 
     if ranks < 1:
@@ -137,7 +135,7 @@ def _plain(source: Any) -> dict[str, Any]:
 
 
 def _split(call: str, asked: Mapping[str, Any], *kinds: Any) -> list[Any]:
-    """Keyword arguments dealt out to dataclasses by their fields. Raises UsageError for a name that none of them has."""
+    """Distributes keyword arguments to dataclasses by field. Raises UsageError for a name that none of them has."""
     known = [f.name for kind in kinds for f in fields(kind)]
     for key in asked:
         if key not in known:

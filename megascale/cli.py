@@ -1,4 +1,4 @@
-"""What all commands do alike: print one message instead of a traceback for what the user can mend."""
+"""Shared by all commands: errors that the user can fix give one message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megascale.screen import take_any_letter
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="laid over what the file says; may be repeated")]
-CLOSED = 141  # what a shell tells of a program whose reader went away (128 + SIGPIPE)
+CLOSED = 141  # a shell's exit code for a program whose reader has gone (128 + SIGPIPE)
 
 
 def new_app(help_text: str, completion: bool = False) -> typer.Typer:
@@ -28,12 +28,12 @@ def new_app(help_text: str, completion: bool = False) -> typer.Typer:
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's --help, one example a line."""
+    """The end of a command's --help, one example per line."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def command_of(app: typer.Typer) -> Any:
-    """The one command of an app, which is not begun with paths that were meant for a shell."""
+    """The single command of an app, which refuses paths that were meant for a shell."""
     check_paths_of(app)
     return typer.main.get_command(app)
 
@@ -45,14 +45,14 @@ def check_paths_of(app: typer.Typer) -> None:
 
 
 def run_tool(app: typer.Typer) -> None:
-    """Runs a command; what the user can mend becomes a message on standard error and an exit code. Other errors are bugs."""
+    """Runs a command; errors that the user can fix become a message on standard error and an exit code. Others are bugs."""
     take_any_letter()
     check_paths_of(app)
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # `tool | head` shows only here, where it can still be kept quiet
+            sys.stdout.flush()  # a closed pipe (`tool | head`) shows up here, where it can be silenced
     except MegascaleError as error:
         leave(Exit(error.code, str(error)))
     except KeyboardInterrupt:
@@ -69,14 +69,14 @@ def run_tool(app: typer.Typer) -> None:
 
 
 def ending_of(error: Exception) -> Exit | None:
-    """What comes of the machine and of files rather than of the code; None for anything else."""
+    """The ending for errors of the machine or of files; None for bugs."""
     known = as_exit(error)
     if known is not None:
         return known
     if isinstance(error, UnicodeError):
-        return Exit(2, f"a text or a name is no UTF-8 ({error}): convert or rename it")
+        return Exit(2, f"a text or a name is not UTF-8 ({error}): convert or rename it")
     if isinstance(error, BrokenProcessPool):
-        return Exit(4, "a worker process was killed, as a machine out of memory does: take fewer workers, or more memory")
+        return Exit(4, "a worker process was killed, probably for lack of memory: use fewer workers, or more memory")
     return None
 
 
@@ -86,7 +86,7 @@ def leave(ending: Exit) -> None:
 
 
 def with_checked_paths(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work`, which is not begun with paths that were meant for a shell."""
+    """`work`, which refuses paths that were meant for a shell."""
 
     @functools.wraps(work)
     def checked(**options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What can end a run on purpose, each with the exit code that scripts rely on.
+"""Errors that end a run on purpose, with the exit codes that scripts rely on.
 
 A message names the key or file, the two values that disagree, and the fix. The commands print it without a traceback;
 everything else that escapes is a bug and keeps its traceback.
@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
     """The exit codes that scripts rely on."""
 
     DONE = 0
-    BUG = 1  # an error that nobody foresaw: it keeps its traceback
+    BUG = 1  # an unexpected error: it keeps its traceback
     USAGE = 2
     TRAINING = 3
     OUT_OF_MEMORY = 4
@@ -34,7 +34,7 @@ class UsageError(MegascaleError):
 
 
 class TrainingError(MegascaleError):
-    """Training cannot go on; the message names the last good checkpoint."""
+    """Training cannot continue; the message names the last good checkpoint."""
 
     code = ExitCode.TRAINING
 
@@ -52,10 +52,10 @@ class PeerLostError(MegascaleError):
 
 
 class StopRequested(MegascaleError):
-    """Stopped on request after a whole checkpoint: run the same command again to continue."""
+    """Stopped on request after a complete checkpoint: run the same command again to continue."""
 
     code = ExitCode.STOPPED
 
 
 class Halted(Exception):
-    """All ranks leave the work under way at this point, since somebody asked to stop (train/faults/gate.py)."""
+    """All ranks leave the current work at this point, after a request to stop (train/faults/gate.py)."""

@@ -1,4 +1,4 @@
-"""Files that others find whole or not at all. Imports no torch."""
+"""Atomic files and folders: readers find them whole or not at all. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from megascale.errors import UsageError
 
-# What CIFS and several FUSE file systems answer to the fsync of a folder. They know none; the files in it are on disk all the same.
+# Errors of CIFS and several FUSE file systems for the fsync of a folder, which they do not support; files are on disk anyway.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives the name of a file beside `path` to write, renamed at the end: a reader sees the old file or the new one, never half of it.
-    Where anything is raised, nothing new is left.
+    """Yields a temporary name next to `path` to write, renamed at the end: a reader sees the old file or the new one, never half of it.
+    After an error nothing new is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,13 +36,13 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def copy_atomic(source: Path, target: Path) -> None:
-    """`target` becomes a copy of the file `source`: a reader sees the old one or the new one. A link stays a link. Raises OSError."""
+    """Copies the file `source` to `target`: a reader sees the old one or the new one. A link stays a link. Raises OSError."""
     with atomic_file(Path(os.path.realpath(target))) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """A small file, on disk when this returns. Raises OSError naming it."""
+    """Writes a small file and flushes it to disk. Raises OSError naming it."""
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -53,7 +53,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """The names in a folder, on disk when this returns, as far as the file system can do that. Raises OSError naming it."""
+    """Flushes the names in a folder to disk, if the file system supports it. Raises OSError naming it."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -66,7 +66,7 @@ def sync_folder(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a file, a link or a folder, as far as it goes; a link's target stays."""
+    """Deletes a file, a link or a folder as far as possible; a link's target stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -75,18 +75,18 @@ def discard(path: Path) -> None:
 
 
 def check_absent(folder: Path) -> None:
-    """Raises UsageError where something stands under this name."""
+    """Raises UsageError if something exists under this name."""
     if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty, and nothing is written over: name a folder that does not exist")
+        raise UsageError(f"{folder} is not empty, and nothing is overwritten: name a folder that does not exist")
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, and nothing is written over: name a folder that does not exist")
+        raise UsageError(f"{folder} is a file, and nothing is overwritten: name a folder that does not exist")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder `.tmp-…` beside it to write into, renamed at the end; what a killed run left in there stays for the next one.
+    """Yields a folder `.tmp-…` next to it, renamed at the end; leftovers of a killed run stay in it for the next one.
 
-    Raises UsageError where `folder` exists or its disk fails; then nothing is left.
+    Raises UsageError if `folder` exists or its disk fails; then nothing is left.
     """
     check_absent(folder)
     temporary = folder.absolute().with_name(f".tmp-{folder.name}")

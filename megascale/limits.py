@@ -1,7 +1,7 @@
-"""What the system lets this process have, beyond what the machine has: memory and cores of its control groups, and open files. No torch.
+"""Limits of this process below those of the machine: memory and cores of its control groups, and open files. No torch.
 
-A group's limit binds all that is in it, so those above count too. A job of SLURM or systemd stands in a group below the root; a container
-mostly sees its own as the root.
+A group's limit applies to everything in it, so enclosing groups count too. A job of SLURM or systemd is in a group below the root; a
+container usually sees its own group as the root.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-NO_LIMIT = 2**60  # bytes; version 1 writes no limit as a number a little below 2⁶³
+NO_LIMIT = 2**60  # bytes; version 1 represents no limit by a number slightly below 2⁶³
 
-MANY = 65536  # open files; where more are allowed, programs that close all they might have open take minutes for it
+MANY = 65536  # open files; with a higher limit, programs that close all possible files take minutes
 
 
 def memory_limits(groups: Path | None = None, membership: Path | None = None) -> list[tuple[float, float]]:
-    """[(limit, used), …] in bytes of every group around this process that has a limit. What the kernel gives back when it is needed, read
-    files that it keeps, is not counted as used.
+    """[(limit, used), …] in bytes for every group around this process that has a limit. Cached files that the kernel can release do not
+    count as used.
     """
     found = []
     for folder, version in _around("memory", groups, membership):
@@ -38,17 +38,17 @@ def memory_limits(groups: Path | None = None, membership: Path | None = None) ->
 
 
 def memory_limit(total: float, groups: Path | None = None, membership: Path | None = None) -> float:
-    """Bytes that the processes here may use together: of the machine's `total`, or less."""
+    """Bytes that the processes here may use together: the machine's `total`, or less."""
     return min(total, *(limit for limit, _ in memory_limits(groups, membership)), total)
 
 
 def memory_free(available: float, groups: Path | None = None, membership: Path | None = None) -> float:
-    """Bytes that they may still take: what is `available` on the machine, or less."""
+    """Bytes still free for them: those `available` on the machine, or less."""
     return min(available, *(max(0.0, limit - used) for limit, used in memory_limits(groups, membership)), available)
 
 
 def core_quota(groups: Path | None = None, membership: Path | None = None) -> int | None:
-    """Cores that the groups allow, rounded up; None where none limits them."""
+    """Cores that the groups allow, rounded up; None if none limits them."""
     found = []
     for folder, version in _around("cpu", groups, membership):
         with suppress(OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
@@ -69,14 +69,14 @@ def own_cores() -> frozenset[int]:
 
 
 def slurm_cores() -> int | None:
-    """What SLURM gives each task of this step; None where it does not say."""
+    """Cores that SLURM assigns to each task of this step; None if unknown."""
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return max(1, int(given)) if given.isdecimal() and len(given) < 6 else None
 
 
 def raise_open_files() -> None:
-    """Lets this process open as many files as it may, up to `MANY`: systems begin with 256 or 1,024, and a source of data takes two."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has no such limits, and some systems let nobody near the hard one
+    """Raises the limit of open files up to `MANY`: the default is 256 or 1,024, and a data source takes two."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limits, and some systems do not allow the hard limit
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -86,18 +86,18 @@ def raise_open_files() -> None:
 
 
 def _around(controller: str, groups: Path | None, membership: Path | None) -> Iterator[tuple[Path, int]]:
-    """The folders of the groups around this process that may limit `controller`, from its own outwards, and the version of their files."""
+    """Folders of the groups around this process that may limit `controller`, innermost first, with their cgroup version."""
     groups, membership = groups or GROUPS, membership or MEMBERSHIP
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         lines = []
     own = [(parts[1], parts[2]) for parts in lines if len(parts) == 3]
-    own.append(("", "/"))  # what can be seen of a container's own group where its path is one of the machine's
+    own.append(("", "/"))  # a container's own group, if its path is one on the host
     for controllers, path in own:
         if controllers and controller not in controllers.split(","):
             continue
-        # Version 1 has a tree for each set of controllers.
+        # Version 1 has a tree per set of controllers.
         for root in [groups / controllers, groups / controller] if controllers else [groups]:
             steps = [step for step in path.split("/") if step and step != ".."]
             for depth in range(len(steps), -1, -1):

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl and events.jsonl: what one is, and how files are read that a disk or a person may have damaged. No torch."""
+"""The rows of metrics.jsonl and events.jsonl: their format, and reading of files that a disk or a person may have damaged. No torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Mistake = Callable[[Row], str | None]
 
 NUMBERS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes")
 NESTED = ("sent_bytes", "valid_loss")
-LONGEST = 16 << 20  # bytes of a line; a row with hundreds of layers has some ten thousand
-LATEST_TIME = 1e11  # seconds since the epoch, some three thousand years; what is beyond is no time
+LONGEST = 16 << 20  # largest line in bytes; a row with hundreds of layers has about ten thousand
+LATEST_TIME = 1e11  # largest time in seconds since the epoch, about three thousand years
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a file as it stands there, without its line feed. `row` None: `wrong` says why it is none.
+    """One line of a file, without its line feed. `row` is None for an invalid line; then `wrong` says why.
 
-    `ended` False: the file ends here without a line feed, as it does while a run writes, or where it was killed while it wrote.
+    `ended` False: the file ends here without a line feed, because a run is writing or was killed meanwhile.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Line:
 
 
 def read_lines(path: Path, mistake: Mistake) -> Iterator[Line]:
-    """The lines of a JSONL file that are not empty, one after another, whatever stands in them. Raises OSError."""
+    """The non-empty lines of a JSONL file, valid or not. Raises OSError."""
     # Only a line feed ends a row: JSON allows other line separators inside a string.
     with path.open("rb") as file:
         number = 0
@@ -62,7 +62,7 @@ def _read(text: bytes, mistake: Mistake) -> tuple[Row | None, str]:
 
 
 def metric_mistake(row: Row) -> str | None:
-    """Why a row is none of metrics.jsonl."""
+    """Why a row is invalid in metrics.jsonl; None if it is valid."""
     if not is_step(row.get("step")):
         return "has no step that is a whole number"
     for key in NUMBERS:
@@ -76,7 +76,7 @@ def metric_mistake(row: Row) -> str | None:
 
 
 def event_mistake(row: Row) -> str | None:
-    """Why a row is none of events.jsonl."""
+    """Why a row is invalid in events.jsonl; None if it is valid."""
     if not is_step(row.get("step")):
         return "has no step that is a whole number"
     if not isinstance(row.get("event"), str):
@@ -85,7 +85,7 @@ def event_mistake(row: Row) -> str | None:
 
 
 def is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53  # floats count exactly up to there
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53  # floats are exact up to there
 
 
 def is_number_or_null(value: Any) -> bool:
@@ -93,33 +93,33 @@ def is_number_or_null(value: Any) -> bool:
 
 
 def as_time(value: Any) -> float:
-    """Seconds since the epoch; NaN for what no clock says."""
+    """Seconds since the epoch; NaN for an impossible time."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LATEST_TIME:
         return math.nan
     return float(value)
 
 
 def make_way(path: Path) -> str | None:
-    """Moves aside what holds the name of a log and is no file: a folder, a link to nothing, a pipe. Returns a sentence about it.
+    """Moves aside anything but a file under the name of a log: a folder, a dangling link, a pipe. Returns a message about it.
 
-    Raises UsageError where it cannot be moved, or where a file may not be read and written.
+    Raises UsageError if it cannot be moved, or if a file may not be read and written.
     """
     try:
         if path.is_file():
             if os.access(path, os.R_OK | os.W_OK):
                 return None
-            raise UsageError(f"{path} may not be read and written: give yourself the right to (chmod u+rw), or choose another run.dir")
+            raise UsageError(f"{path} may not be read and written: change its permissions (chmod u+rw), or choose another run.dir")
         if not os.path.lexists(path):
             return None
         kept = free_name(path, "set-aside")
         path.rename(kept)
     except OSError as error:
-        raise UsageError(f"{path} is no file and cannot be moved aside ({error.strerror}): remove it") from None
-    return f"{path} was no file and is now {kept.name}: a new one is begun"
+        raise UsageError(f"{path} is not a file and cannot be moved aside ({error.strerror}): remove it") from None
+    return f"{path} was not a file and is now {kept.name}: a new one is started"
 
 
 def free_name(path: Path, why: str) -> Path:
-    """NAME.why, or the first NAME.why-2, -3 … under which nothing stands."""
+    """NAME.why, or the first NAME.why-2, -3 … that is free."""
     name, number = path.with_name(f"{path.name}.{why}"), 2
     while os.path.lexists(name):
         name, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1

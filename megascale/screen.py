@@ -1,4 +1,4 @@
-"""The terminal's letters. Imports nothing that takes long."""
+"""Characters on the terminal. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def take_any_letter() -> None:
-    """From here on a letter that the screen's encoding does not have is written as its number, and ends no program."""
+    """From now on characters outside the screen's encoding are written as escapes instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

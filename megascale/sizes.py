@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-NONE = "–"  # where there is no number
+NONE = "–"  # for a missing number
 
 Units = Sequence[tuple[float, str]]
 COUNTS: Units = ((1e3, "K"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
@@ -24,7 +24,7 @@ def count_words(value: float) -> str:
 
 
 def model_words(parameters: int, active: int) -> str:
-    """ "46.7B parameters, 12.9B active per token"; the second part only for a model in which a token meets some of the parameters."""
+    """ "46.7B parameters, 12.9B active per token"; the second part only if a token uses part of the parameters."""
     return f"{count_words(parameters)} parameters" + (f", {count_words(active)} active per token" if active < parameters else "")
 
 
@@ -39,7 +39,7 @@ def work_words(value: float) -> str:
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """The unit in which `largest` is best told: its size in bytes and its sign."""
+    """The best unit for `largest`: its size in bytes and its symbol."""
     return next((unit for unit in reversed(BYTES) if largest >= unit[0]), BYTES[0])
 
 
@@ -65,5 +65,5 @@ def _measured(value: float, units: Units) -> str:
 
 
 def _unit(value: float, units: Units) -> tuple[float, str]:
-    """The first of rising units that leaves at most three digits before the point, once rounded."""
+    """The first of ascending units that leaves at most three digits before the point after rounding."""
     return next((unit for unit in units if abs(value) < 999.95 * unit[0]), units[-1])

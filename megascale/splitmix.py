@@ -1,4 +1,4 @@
-"""splitmix64's finalizer: a bijective scrambling of 64-bit numbers, after which nearby inputs are unrelated. Imports no torch.
+"""splitmix64's finalizer: a bijective scrambling of 64-bit numbers, that makes nearby inputs unrelated. Imports no torch.
 
 Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the constants are Stafford's variant 13.
 """
@@ -23,7 +23,7 @@ def mix64(x: Any) -> Any:
 
 
 def mix64_signed(x: Tensor) -> Tensor:
-    """The same bits for a tensor of int64, whose shifts copy the sign: masks make them logical."""
+    """The same bits for an int64 tensor, whose shifts copy the sign; masks make them logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * (FIRST - 2**64)
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * (SECOND - 2**64)
     return x ^ ((x >> 31) & 0x1FFFFFFFF)

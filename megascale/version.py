@@ -1,3 +1,3 @@
-"""The version, here alone: the package's metadata, `megascale version` and the configs of runs take it from here."""
+"""The only place of the version: the package's metadata, `megascale version` and the configs of runs read it."""
 
 __version__ = "0.1.0"

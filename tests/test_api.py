@@ -155,12 +155,12 @@ class Broken:
         ([[1, 2], [3, VOCAB]], f"samples hold token {VOCAB}, but the vocabulary has {VOCAB} entries"),
         ([[1, -2]], r"samples\[0\] holds -2 to 1"),
         ([[1, 2.5]], r"samples\[0\] is \[1, 2.5\], not a list of whole numbers"),
-        ([[True, False]], "no list of whole numbers"),
+        ([[True, False]], "not a list of whole numbers"),
         (["some text"], r"samples\[0\] is 'some text'"),
         ([[1], [[2]]], r"samples\[1\] is \[\[2\]\]"),
         ([[1, [2]]], r"samples\[0\] cannot be read as a list"),
         ([{"input_ids": [1]}], r"samples\[0\] is \{'input_ids'"),
-        ([[1 << 80]], "no list of whole numbers"),
+        ([[1 << 80]], "not a list of whole numbers"),
         (Broken(), r"samples\[0\] cannot be read as a list \(KeyError"),
         (iter([[1]]), "samples is a list_iterator"),
         ("text", "samples is a str"),
@@ -182,7 +182,7 @@ def test_samples_that_change_are_noticed() -> None:
     documents = [[1, 2, 3], [4, 5]]
     lists = TokenLists(documents)
     documents[0].pop()
-    with pytest.raises(ms.UsageError, match=r"samples\[0\] has 2 tokens and had 3 when training began"):
+    with pytest.raises(ms.UsageError, match=r"samples\[0\] has 2 tokens but had 3 when training began"):
         lists.read(0)
 
 

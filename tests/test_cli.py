@@ -37,7 +37,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (PermissionError(13, "Permission denied", "c.json"), 2, "c.json: Permission denied"),
         (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
         (MemoryError(), 4, "out of memory"),
-        (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"), 2, "no UTF-8"),
+        (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"), 2, "not UTF-8"),
         (BrokenProcessPool("a child process terminated abruptly"), 4, "worker process was killed"),
     ],
 )

@@ -173,7 +173,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     megascale_to_hf(tmp_path / "run", tmp_path / "hf", ConvertOptions())
     assert said(capsys, tmp_path / "hf", "--prompt", "cab c", "--prompt", "b") == lines
     app([str(tmp_path / "run"), "--tokens", "1,2,3,4", "--max-new-tokens", "13"], standalone_mode=False)
-    assert "has 4 tokens and up to 13 more are wanted, and the model was trained on 16" in capsys.readouterr().err
+    assert "has 4 tokens and up to 13 more are wanted, but the model was trained on 16" in capsys.readouterr().err
     app([str(tmp_path / "run"), "--tokens", "1,2,3,4", "--max-new-tokens", "12"], standalone_mode=False)
     assert "notice" not in capsys.readouterr().err
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "tools/generate.py", str(tmp_path / "run")]

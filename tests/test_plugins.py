@@ -214,7 +214,7 @@ def test_a_row_that_needs_what_is_not_there(install: Install, tmp_path: Path) ->
     code, message = run(acme_settings(tmp_path, optim__name="gone", optim__decay="cosine"))
     assert code == 2 and "the optimizer gone needs other_rows:Gone, which cannot be imported (AttributeError" in message
     code, message = run(acme_settings(tmp_path, optim__name="odd", optim__decay="cosine"))
-    assert code == 2 and "the optimizer odd keeps exp_avg and its row says m" in message
+    assert code == 2 and "the optimizer odd keeps exp_avg but its row says m" in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

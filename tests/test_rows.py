@@ -106,7 +106,7 @@ def test_rules_kernels_and_formats_read_the_row() -> None:
     for wrong in (3, ["rope"], {"rope": 1}, None):
         with pytest.raises(UsageError, match=r"model.ffn is .*"):
             built(ffn=wrong)
-    with pytest.raises(UsageError, match=r"model.norm is 'l1norm', and weights of megatron-core's GPT model"):
+    with pytest.raises(UsageError, match=r"model.norm is 'l1norm', but megatron-core's GPT model"):
         check_model(built(norm="l1norm"), Cut(1, 1, "te", 8))
     with pytest.raises(UsageError, match=r"run.kernels is te and model.norm is l1norm, which te does not have"):
         choose_kernels("te", "l1norm", torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Signal and gradient moments by depth at the first step, beside theory: one forward and backward of a config on its own tokens."""
+"""Signal and gradient moments by depth at the first step, compared with theory: one forward and backward of a config on its own tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PANELS = {
 
 
 def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) -> dict[str, Any]:
-    """What OUT.json holds."""
+    """The content of OUT.json."""
     config = check(on_all_ranks(lambda: resolve_vocabulary(config)), ranks.size)
     if config.model.moeut is not None or config.model.family == "spacetime" or config.parallel.engine == "deepspeed":
         raise UsageError(
@@ -71,8 +71,8 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
 
 
 def expected(config: Config, points: list[MeasuredMoments]) -> list[dict[str, Any]]:
-    """Theory from what the data give: the embedding's moments and the gradient behind the last block. It knows no experts, no stack that
-    attends to another, and of norms and feed-forwards those whose rows name a rule.
+    """Theory from what the data give: the embedding's moments and the gradient after the last block. It does not cover experts or
+    cross-attention, and only norms and feed-forwards whose rows name a rule.
     """
     known = config.model.norm_row.theory is not None and config.model.ffn_row.theory is not None
     if not known or config.model.moe is not None or config.model.encoder_layers is not None:
@@ -97,7 +97,7 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 
 def depths(points: list[dict[str, Any]]) -> list[float]:
-    """Blocks before each point, through all stacks: a stack's embedding stands where its first block begins."""
+    """Blocks before each point, counted through all stacks: a stack's embedding is at the start of its first block."""
     sublayers = Counter(p["layer"] for p in points)
     found: list[float] = []
     for i, p in enumerate(points):
@@ -107,7 +107,7 @@ def depths(points: list[dict[str, Any]]) -> list[float]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """One panel a moment, measurement as dots and theory as a line over the depth in blocks."""
+    """One panel per moment over the depth in blocks: dots are measured, the line is theory."""
     from matplotlib.figure import Figure
 
     model, points, theory = result["config"]["model"], result["points"], result["theory"]

@@ -1,8 +1,8 @@
-"""How the first two moments of a signal pass through each part of a transformer at its start, forward and back (arXiv 2403.09635).
+"""Propagates the first two moments of a signal through each part of a transformer at initialization, forward and back (arXiv 2403.09635).
 
 A signal is many tokens' vectors with independent channels: `mean`, `var` and, between two tokens of a sequence, the correlation `corr`.
-Gradients have mean zero: g2 is their variance. Where the paper has no closed form (correlations through GELU and SiLU, tanh) a
-Gauss–Hermite rule of 64 points takes the expectation over normal inputs.
+Gradients have mean zero: g2 is their variance. If the paper has no closed form (correlations through GELU and SiLU, tanh), a 64-point
+Gauss–Hermite rule takes the expectation over normal inputs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Signal(NamedTuple):
 
 
 def linear(x: Signal, in_dim: int, weight_var: float) -> Signal:
-    """Weights of mean zero: every output has variance in·w²(σ² + μ²), and two tokens share what their inputs share, means included."""
+    """Weights of mean zero: every output has variance in·w²(σ² + μ²), and two tokens share what their inputs share, including means."""
     var = in_dim * weight_var * x.square
     return Signal(0.0, var, (x.corr * x.var + x.mean**2) / x.square)
 
@@ -70,7 +70,7 @@ def norm_gradient(g2: float, var: float) -> float:
 
 
 def relu(x: Signal) -> Signal:
-    """Of an input of mean zero: mean σ/√(2π), variance σ²(π−1)/2π; covariance σ²/2π·(√(1−r²) + r(π − arccos r) − 1)."""
+    """For an input of mean zero: mean σ/√(2π), variance σ²(π−1)/2π; covariance σ²/2π·(√(1−r²) + r(π − arccos r) − 1)."""
     r = min(1.0, x.corr)
     product = (math.sqrt(1 - r * r) + r * (math.pi - math.acos(r))) / (2 * math.pi)
     var = (math.pi - 1) / (2 * math.pi)
@@ -82,7 +82,7 @@ def relu_gradient(g2: float) -> float:
 
 
 def gelu(x: Signal) -> Signal:
-    """Of an input of mean zero, a = σ²/(1+σ²): mean σ√a/√(2π), variance σ²/2π·(π − a − arccos a + 2a√((1−a)/(1+a)))."""
+    """For an input of mean zero, a = σ²/(1+σ²): mean σ√a/√(2π), variance σ²/2π·(π − a − arccos a + 2a√((1−a)/(1+a)))."""
     a = x.var / (1 + x.var)
     mean = math.sqrt(x.var * a / (2 * math.pi))
     var = x.var / (2 * math.pi) * (math.pi - a - math.acos(a) + 2 * a * math.sqrt((1 - a) / (1 + a)))
@@ -106,18 +106,18 @@ def tanh_gradient(g2: float, var: float, alpha: float) -> float:
 
 
 def swiglu(gate: Signal, up: Signal) -> Signal:
-    """silu(gate)·up of independent inputs of mean zero."""
+    """silu(gate)·up for independent inputs of mean zero."""
     var = expectation(lambda z: _silu(z) ** 2, gate.var) * up.var
     return Signal(0.0, var, joint(_silu, gate) * up.corr * up.var / var)
 
 
 def swiglu_gradients(g2: float, gate: Signal, up: Signal) -> tuple[float, float]:
-    """Of the gate and of up."""
+    """Gradient variances of the gate and of up."""
     return g2 * expectation(lambda z: _silu_slope(z) ** 2, gate.var) * up.var, g2 * expectation(lambda z: _silu(z) ** 2, gate.var)
 
 
 def slope_correlation(kind: str, x: Signal) -> float:
-    """What is left of a gradient's correlation behind φ: E[φ'(a)φ'(b)]/E[φ'²]. `kind`: relu, gelu, silu (slope) or gate (silu itself)."""
+    """Factor on a gradient's correlation through φ: E[φ'(a)φ'(b)]/E[φ'²]. `kind`: relu, gelu, silu (slope) or gate (silu itself)."""
     if kind == "relu":
         return (math.pi - math.acos(min(1.0, x.corr))) / math.pi
     f = {"gelu": _gelu_slope, "silu": _silu_slope, "gate": _silu}[kind]

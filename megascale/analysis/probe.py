@@ -1,7 +1,7 @@
-"""One forward and backward of any model on any layout, with the moments of the stream behind every sublayer.
+"""One forward and backward of any model on any layout, with the moments of the stream after every sublayer.
 
-Hooks look at the stream where a sublayer's input begins and where a block ends; nothing in a model knows of them. Sums and their counts
-are kept, so that one sum over all ranks makes them whole; what several ranks hold alike counts as often in both.
+Hooks read the stream where a sublayer's input begins and where a block ends; models know nothing of them. They keep sums and counts, so one
+all-reduce completes them; replicated values count equally often in both.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ COUNT, SUM, SQUARES, GRADIENT, PAIRS, CORR, GRADIENT_CORR, CHANGE, WEIGHT_GRADIE
 
 @dataclass(frozen=True)
 class MeasuredMoments:
-    """The stream behind one sublayer; layer −1 is the embedding, "source" that of an encoder–decoder's sources. Its layers are numbered
-    through both stacks, the encoder's first.
+    """The stream after one sublayer; layer −1 is the embedding, "source" the embedding of an encoder–decoder's sources. Its layers are
+    numbered through both stacks, encoder first.
 
-    mean, variance          of its entries
+    mean, variance          mean and variance of its entries
     correlation             mean cosine of two tokens of a sequence
     gradient                root mean square of the loss's gradient at an entry
     gradient_correlation    mean cosine of two tokens' gradients
@@ -52,7 +52,7 @@ class MeasuredMoments:
 
 
 def point_names(model: ParallelModel) -> list[tuple[int, str]]:
-    """(layer, sublayer) of all points of the whole model, in order, on every rank alike."""
+    """(layer, sublayer) of all points of the whole model in order, the same on every rank."""
     cfg = model.model.cfg
     encoder = cfg.encoder_layers or 0
 
@@ -72,16 +72,16 @@ def stacks(points: Sequence[MeasuredMoments]) -> list[list[MeasuredMoments]]:
 
 
 class Taps:
-    """What this rank saw, by point. `first` passes remember the stream; a pass after an update compares with it."""
+    """This rank's measurements by point. The first pass stores the stream; the pass after an update compares with it."""
 
     def __init__(self, model: ParallelModel, tokens_cut: bool) -> None:
         self.model, self.names = model, point_names(model)
         self.row = {name: i for i, name in enumerate(self.names)}
-        # Where ranks hold parts of one sequence.
+        # Axes over which ranks hold parts of one sequence.
         self.cuts = [model.mesh["cp"], *([model.mesh["tp"]] if tokens_cut else [])]
         self.sums = torch.zeros(len(self.names), 9, dtype=torch.float64)
         self.streams: dict[int, list[Tensor]] = {i: [] for i in range(len(self.names))}
-        # Sums over a sequence's tokens of vectors of length one, of the stream and of its gradient: their length gives the mean cosine.
+        # Sums of unit vectors over a sequence's tokens, for the stream and its gradient: the length of a sum gives the mean cosine.
         self.directions: dict[tuple[int, int], list[Tensor]] = {}
         self.seen: dict[int, int] = {}
         self.comparing = False
@@ -91,7 +91,7 @@ class Taps:
         handles: list[Any] = []
         for stage in self.model.stages:
             for name, block in stage.units():
-                assert isinstance(block, Block)  # the tool refuses models of other blocks
+                assert isinstance(block, Block)  # the tool refuses models with other blocks
                 layer = self._layer(name.split("."))
                 if name.endswith(".0"):
                     entry = self.row[-1, "source" if name.startswith("encoder") else "embedding"]
@@ -113,7 +113,7 @@ class Taps:
 
     def _look(self, row: int, x: Tensor) -> None:
         if torch._C._current_graph_task_id() >= 0:
-            return  # inside a backward pass: a block that is recomputed was seen before
+            return  # in backward: a recomputed block was already measured
         if self.comparing:
             before = self.streams[row][self.seen.get(row, 0)]
             self.seen[row] = self.seen.get(row, 0) + 1
@@ -132,7 +132,7 @@ class Taps:
         self.directions.setdefault((row, GRADIENT_CORR), []).append(_directions(g))
 
     def weight_gradients(self) -> None:
-        """Squares of the gradients of each sublayer's weights; those of the embedding are its own."""
+        """Adds up squared gradients of each sublayer's weights; the embedding has its own entry."""
         for w in self.model.weights:
             grad, row = w.local_grad, self._row_of(w.name)
             if grad is not None and row is not None:
@@ -148,11 +148,11 @@ class Taps:
         return next(self.row[layer, kind] for kind in kinds if (layer, kind) in self.row)
 
     def _layer(self, parts: Sequence[str]) -> int:
-        """The number through all stacks of the block whose name begins with these parts."""
+        """The block's number through all stacks; its name begins with these parts."""
         return int(parts[1]) + (self.model.model.cfg.encoder_layers or 0) * (parts[0] == "blocks")
 
     def points(self, loss_scale: float, lr: float) -> list[MeasuredMoments]:
-        """Of all ranks together. `loss_scale` is what gradients must be divided by to be those of the mean loss of a token."""
+        """The points over all ranks. Gradients ÷ `loss_scale` are those of the mean loss per token."""
         for (row, kind), found in self.directions.items():
             whole = torch.cat(found)  # [sequences, d]
             tokens = torch.tensor([float(self.streams[row][0].shape[1])])
@@ -169,7 +169,7 @@ class Taps:
 
 
 def _entries(block: Block) -> list[tuple[str, nn.Module]]:
-    """The sublayers that another of the block follows, each with the module that reads the stream behind it first."""
+    """The sublayers that another sublayer follows, each with the module that first reads the stream after it."""
     if block.row.one_norm:
         return []
     before = block.row.norm == "before"
@@ -215,13 +215,13 @@ def probe(
     all_weights: bool = False,
     loss_scale: float = 1.0,
 ) -> list[MeasuredMoments]:
-    """One pass forward and back, one step of plain gradient descent at `lr`, and one pass more for what that changed.
+    """One pass forward and back, one step of plain gradient descent at `lr`, and another pass to measure its effect.
 
-    places       tokens of the batches of all ranks
-    tokens_cut   the stream is cut along the sequence over the tensor axis
-    all_weights  the step moves everything; else the blocks' matrices, of which alone DeepNorm's bound speaks: gains of norms add a part
-                 that grows with their number under every scheme
-    loss_scale   that FP8 gradients need; what is returned is without it
+    places       tokens in the batches of all ranks
+    tokens_cut   the stream is split along the sequence over the tensor axis
+    all_weights  the step updates all weights; else only the blocks' matrices, which DeepNorm's bound covers: gains of norms add a part that
+                 grows with their number under every scheme
+    loss_scale   loss scale for FP8 gradients; results do not include it
     """
     taps = Taps(model, tokens_cut)
     model.train(True)
@@ -242,7 +242,7 @@ def probe(
 
 
 def warnings(points: list[MeasuredMoments]) -> list[str]:
-    """What looks wrong, in words. The thresholds are a factor of ten between the ends, and tokens within 25 degrees of one another."""
+    """Warnings. The thresholds are a factor of ten between the ends of a stack, and tokens within 25 degrees of each other."""
     every = stacks(points)
     if len(every) == 1:
         return _warnings(points)
@@ -250,7 +250,7 @@ def warnings(points: list[MeasuredMoments]) -> list[str]:
 
 
 def _warnings(points: list[MeasuredMoments]) -> list[str]:
-    """Of one stack."""
+    """Warnings about one stack."""
     found: list[str] = []
     stack = points[1:]
     if not all(math.isfinite(value) for p in points for value in (p.variance, p.gradient, p.weight_gradient)):

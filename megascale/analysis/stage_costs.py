@@ -1,4 +1,4 @@
-"""What a layer, the embedding and the head cost on this machine, and the `parallel.pp_layers` that balances the stages by it."""
+"""Measures the cost of a layer, the embedding and the head on this machine, and the `parallel.pp_layers` that balances stages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WARM, ROUNDS = 1, 7
 
 
 def balance(config: Config) -> None:
-    """Prints seconds of forward and backward of each part at the config's micro-batch, and the split by measured and by estimated cost."""
+    """Prints the forward and backward time of each part at the config's micro-batch, and the split by measured and by estimated cost."""
     p = config.parallel
     if p.pp == 1:
         raise UsageError("parallel.pp is 1, so there are no stages to balance: add parallel.pp=4")
     if config.model.family != "decoder":
-        raise UsageError(f"model.family is {config.model.family}, and this tool measures decoders: set parallel.pp_layers by hand")
+        raise UsageError(f"model.family is {config.model.family}, but this tool measures decoders: set parallel.pp_layers by hand")
     config = check(resolve_vocabulary(config), p.pp * p.tp * p.cp)
     device = choose_device(config, RankInfo())
     names = ("a layer", "embedding", "head and loss")
@@ -37,7 +37,7 @@ def balance(config: Config) -> None:
     costs: list[float] = []
     for name, part in zip(names, parts):
         costs.append(seconds(config, part, device))
-        # At once: a large model takes minutes on a CPU.
+        # Print each at once: a large model takes minutes on a CPU.
         print(f"{name:<14}{costs[-1] * 1e3:10.2f} ms forward and backward, {costs[-1] / costs[0]:6.2f} layers", flush=True)
     layer, before, after = costs
     stages = p.pp * p.stages_per_rank
@@ -50,9 +50,9 @@ def balance(config: Config) -> None:
 
 
 def seconds(config: Config, part: StagePart, device: torch.device) -> float:
-    """Least seconds of one micro-batch through a stage that holds `part`, whole tensors (tp cuts all parts alike).
+    """Minimum seconds of one micro-batch through a stage with `part`, unsharded (tp shards all parts alike).
 
-    The least of the rounds: whatever else the machine does only adds to a round.
+    The minimum over rounds, since other load on the machine only adds to a round.
     """
     t, cfg = config.train, config.model
     compute = DTYPES[config.precision.compute]

@@ -1,8 +1,8 @@
-"""What a stack should look like at its first step: variance, token correlation and gradient behind every sublayer, by the rules of
-moments.py and the rows of the residual table.
+"""Predicts a stack at its first step: variance, token correlation and gradient after every sublayer, by the rules of moments.py and the
+rows of the residual table.
 
-Assumed, as the rules' paper does: branches are independent of the stream they join, attention is nearly uniform over what it sees, and
-gradients reach its input through values alone. Each part returns its output and a function that carries a gradient back.
+Assumptions, as in the rules' paper: branches are independent of the stream they join, attention is nearly uniform, and gradients reach its
+input through values only. Each part returns its output and a function that propagates a gradient back.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from megascale.config.schema import Model
 from megascale.model.residual import Residual, Stack, residual
 
 Pull = Callable[[Gradient], Gradient]
-# Rounding a normal weight to −1, 0, 1 times its mean size √(2/π)σ leaves this of its variance: P(|z| > ½√(2/π))·2/π.
+# Rounding a normal weight to −1, 0, 1 times its mean size √(2/π)σ keeps this share of its variance: P(|z| > ½√(2/π))·2/π.
 TERNARY = math.erfc(0.5 * math.sqrt(2 / math.pi) / math.sqrt(2)) * 2 / math.pi
 
 
 class PredictedMoments(NamedTuple):
-    """The stream behind one sublayer."""
+    """The stream after one sublayer."""
 
     layer: int
     sublayer: str
@@ -51,7 +51,7 @@ class PredictedMoments(NamedTuple):
 
 
 def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Signal, last: Gradient) -> list[PredictedMoments]:
-    """All points of a stack in order, from the signal that enters it and the gradient behind its last block.
+    """All points of a stack in order, from the signal that enters it and the gradient after its last block.
 
     warm  the factor that BranchNorm's branches have at this step
     """
@@ -81,7 +81,7 @@ Sublayer = Callable[[Model, Residual, Signal, int, bool], tuple[Signal, Pull]]
 def _join(
     cfg: Model, row: Residual, x: Signal, sublayers: list[Sublayer], seq_len: int, causal: bool, warm: float, attends: bool
 ) -> tuple[Signal, Pull]:
-    """The stream behind skip·x + branch·Σ F, normalized before, after, or at the branch's end."""
+    """The stream after skip·x + branch·Σ F, normalized before, after, or at the branch's end."""
     alpha = cfg.dyt_alpha[0 if attends else 1]
     h, pull_before = _norm(cfg, x, alpha) if row.norm == "before" else (x, _unchanged)
     factor = row.branch * (warm if row.branch_period else 1.0) * (1.0 if row.channel_scale is None else row.channel_scale)
@@ -102,13 +102,13 @@ def _join(
 
 
 def _normed(cfg: Model, alpha: float, y: Signal, pull_branch: Pull) -> tuple[Signal, Pull]:
-    """A branch with a norm at its end."""
+    """Adds a norm at the end of a branch."""
     normed, pull_norm = _norm(cfg, y, alpha)
     return normed, lambda g: pull_branch(pull_norm(g))
 
 
 def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) -> tuple[Signal, Pull]:
-    """Output product of averaged values. A query that sees n tokens has Σa² = e^{(1−r)s²}/n, s² the variance of its scores."""
+    """Output product of averaged values. A query that attends to n tokens has Σa² = e^{(1−r)s²}/n, s² the variance of its scores."""
     d, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     scores = 1.0 if cfg.attention_scale is None else cfg.attention_scale**2 * cfg.head_dim
     for role, width in (("query", wide), ("key", narrow)):
@@ -116,7 +116,7 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
         scores *= (_norm(cfg, z, cfg.dyt_alpha[1])[0] if cfg.qk_norm or row.qk_norm else z).square
     peak = math.exp(min(50.0, (1 - h.corr) * scores))
     seen = np.arange(1, seq_len + 1) if causal else np.full(seq_len, seq_len)
-    own = float(np.minimum(1.0, peak / seen).mean())  # Σa² over what a query sees
+    own = float(np.minimum(1.0, peak / seen).mean())  # Σa² over a query's keys
     later = np.arange(1, seq_len + 1)
     shared = float(((later - 1) / seen).sum() * 2 / max(1, seq_len * (seq_len - 1)))  # Σab of two queries
     values, pull_values = _product(cfg, row, h, "value", narrow, d)
@@ -124,7 +124,7 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
     y = y._replace(corr=values.var * (values.corr + (1 - values.corr) * shared) / y.var)
     inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.inner_norms else (y, _unchanged)
     out, pull_out = _product(cfg, row, inner, "attention_out", d, wide)
-    # What a token gets back from all that see it: Σ over them of a.
+    # Gradient of a value: Σ of a over all queries that attend to it.
     weight = 1 / seen
     received = np.cumsum(weight[::-1])[::-1] if causal else np.ones(seq_len)
     squared, alone = float((received**2).mean()), float(np.minimum(1.0, peak / seen).sum() / seq_len)
@@ -135,7 +135,7 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
         g = pull_inner(pull_out(g))
         var = g.var * (g.corr * squared + (1 - g.corr) * alone)
         cov = g.var * (g.corr * crossed + (1 - g.corr) * met)
-        # Queries of a group share a value: its gradients add up.
+        # Queries of a group share a value, so its gradients add up.
         return pull_values(Gradient(var * wide / narrow, min(1.0, cov / var)))
 
     return out, pull
@@ -175,7 +175,7 @@ def _product(cfg: Model, row: Residual, x: Signal, role: str, out_dim: int, in_d
 def _norm(cfg: Model, x: Signal, alpha: float) -> tuple[Signal, Pull]:
     if cfg.norm_row.theory == "tanh":
         return tanh(x, alpha), lambda g: Gradient(tanh_gradient(g.var, x.var, alpha), g.corr)
-    # A token's entries share no mean unless all tokens share it, which the correlation says.
+    # A token's entries share a mean only if all tokens share it, which the correlation shows.
     corr = (x.corr * x.var + x.mean**2) / x.square
     return norm(Signal(0.0, x.square, corr)), lambda g: Gradient(norm_gradient(g.var, x.square), g.corr)
 

@@ -1,4 +1,4 @@
-"""A chain of attempts at one run, each disturbed at a random moment, until the run is done."""
+"""A chain of attempts at one run, each disturbed at a random moment, until the run is finished."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from megascale.chaos.faults import PROCESS, damage
 from megascale.chaos.job import Job
 
-STARTING = 8.0  # seconds within which a fault of a start comes
-PATIENCE = 5.0  # times what an attempt may take at most, until it counts as hung
+STARTING = 8.0  # seconds within which a fault during start-up strikes
+PATIENCE = 5.0  # factor on the longest expected time, after which an attempt counts as hung
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, the overrides that lay the run out over them, and how they are started: alone, by hand or torchrun (see `job.commands`)."""
+    """Ranks, the overrides for their layout, and how they are started: alone, by hand or with torchrun (see `job.commands`)."""
 
     ranks: int
     overrides: tuple[str, ...]
@@ -30,9 +30,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a chain needs to know.
+    """The settings of a chain.
 
-    arguments  of `megascale train`, shared by all attempts
+    arguments  arguments of `megascale train`, shared by all attempts
     limit      run.collective_timeout in seconds
     calm       seconds that the undisturbed run took
     """
@@ -48,17 +48,17 @@ class Plan:
 
     @property
     def patience(self) -> float:
-        """Seconds after which an attempt counts as hung: it may have to notice a lost peer and to run from the start to the end."""
+        """Seconds after which an attempt counts as hung: it may have to detect a lost peer and to run from start to end."""
         return PATIENCE * (self.limit + self.calm) + 60
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was done to one attempt and what came of it.
+    """What was done to one attempt, and the outcome.
 
-    process_faults  each with the last step in metrics.jsonl when it struck; several where the ranks live through the first
-    codes           of the processes that were started; None where they had to be killed
-    ending          the code in exit.json; None where there is none
+    process_faults  each with the last step in metrics.jsonl when it struck; several if the ranks survive the first
+    codes           exit codes of the started processes; None if they had to be killed
+    ending          the code in exit.json; None without one
     before, after   the last step in metrics.jsonl
     """
 
@@ -80,7 +80,7 @@ class Attempt:
 
 
 def losses(run: Path) -> list[tuple[int, float | None]]:
-    """(step, loss) of every sound row of a run's metrics, in the file's order."""
+    """(step, loss) of every valid row of a run's metrics, in file order."""
     found = []
     path = run / "metrics.jsonl"
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -104,7 +104,7 @@ def undisturbed(plan: Plan, folder: Path) -> Job:
 
 
 def disturbed(plan: Plan, run: Path) -> Iterator[Attempt]:
-    """Attempts until the run is done or three in a row get nowhere. Once the time is over, it is left alone."""
+    """Yields attempts until the run is finished or three in a row make no progress. After the time is up, no more faults."""
     chance, done, number, stuck = random.Random(plan.seed), 0, 0, 0
     end = time.monotonic() + 60 * plan.minutes
     while stuck < 3:
@@ -118,16 +118,16 @@ def disturbed(plan: Plan, run: Path) -> Iterator[Attempt]:
 
 
 def one_attempt(plan: Plan, run: Path, number: int, faults_left: int, chance: random.Random) -> Attempt:
-    """Damages a file (perhaps), starts the ranks, disturbs them at a random moment, waits until all are gone."""
+    """Possibly damages a file, starts the ranks, disturbs them at a random moment, waits until all are gone."""
     layout = chance.choice(plan.layouts)
     file_fault = damage(run, chance) if faults_left and number > 1 and chance.random() < 0.5 else None
     before, begun = last_step(run), time.monotonic()
     arguments = [*plan.arguments, *layout.overrides, f"run.dir={run}"]
     job = Job(layout.launcher, layout.ranks, arguments, run.parent, f"{run.name}-{number:03d}")
     struck: list[tuple[str, int]] = []
-    while len(struck) < faults_left:  # the ranks live through some faults: then the next one comes
+    while len(struck) < faults_left:  # the ranks survive some faults; then the next one strikes
         now = last_step(run)
-        apart = max(2, 3 * (plan.steps - now) // max(1, faults_left - len(struck)))  # the faults are spread over what is left of the run
+        apart = max(2, 3 * (plan.steps - now) // max(1, faults_left - len(struck)))  # spreads the faults over the rest of the run
         moment = chance.choice(("starting", "training", "training", "saving") if not struck else ("training", "saving"))
         if not wait_for(moment, job, run, min(plan.steps, max(before, now) + chance.randrange(1, 1 + apart)), plan.patience, chance):
             break
@@ -153,7 +153,7 @@ def one_attempt(plan: Plan, run: Path, number: int, faults_left: int, chance: ra
 
 
 def wait_for(moment: str, job: Job, run: Path, step: int, patience: float, chance: random.Random) -> bool:
-    """Waits until the moment of a fault has come; False where the job had ended before."""
+    """Waits for the moment of a fault; False if the job ended before."""
     if moment == "starting":
         time.sleep(STARTING * chance.random())
         return job.running()

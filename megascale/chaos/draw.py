@@ -1,4 +1,4 @@
-"""The faults of a chain, drawn over the curve that they did not change."""
+"""Draws the faults of a chain over the unchanged loss curve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Curve = Sequence[tuple[int, float | None]]
 
 
 def draw(expected: Curve, found: Curve, attempts: Sequence[Attempt], path: Path) -> None:
-    """Above, the loss of both runs and a tick for every fault where it struck; below, how far the curves lie apart."""
+    """Above, the loss of both runs with a tick for every fault; below, the distance between the curves."""
     with style():
         figure = new_figure(9, 5.2)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

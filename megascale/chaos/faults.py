@@ -1,4 +1,4 @@
-"""What can happen to a run: faults of its processes and of its files. A new one is a row of `PROCESS` or `FILES`."""
+"""Faults of a run's processes and files. A new fault is a row of `PROCESS` or `FILES`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megascale.chaos.job import Job
 
-SHORT = 2.0  # seconds of a freeze that nobody should mind
-# Files whose content cannot be had again if it is destroyed: only what may be put right by reading is done to them.
+SHORT = 2.0  # seconds of a harmless freeze
+# Files whose content cannot be recreated: only damage that reading can repair is done to them.
 IRREPLACEABLE = {"metrics.jsonl": ("garbage appended",), "events.jsonl": ("garbage appended", "one bit flipped", "truncated")}
 
 
@@ -57,7 +57,7 @@ def _stop_file(job: Job, run: Path, limit: float, chance: random.Random) -> bool
     return run.is_dir()
 
 
-# name → what is done at the moment of the fault, and whether it hit anything; `limit` is run.collective_timeout in seconds.
+# name → action at the moment of the fault, which returns whether it hit anything; `limit` is run.collective_timeout in seconds.
 PROCESS: dict[str, Callable[[Job, Path, float, random.Random], bool]] = {
     "SIGKILL all ranks": _signal(signal.SIGKILL, "all"),
     "SIGKILL one rank": _signal(signal.SIGKILL, "one"),
@@ -92,7 +92,7 @@ def _replace(make: Callable[[Path], object]) -> Callable[[Path, random.Random], 
     return act
 
 
-# name → what is done to a file between two attempts.
+# name → change of a file between two attempts.
 FILES: dict[str, Callable[[Path, random.Random], object]] = {
     "truncated": lambda path, chance: os.truncate(path, path.stat().st_size // 2),
     "emptied": lambda path, chance: path.write_bytes(b""),
@@ -104,7 +104,7 @@ FILES: dict[str, Callable[[Path, random.Random], object]] = {
     "dangling link in its place": _replace(lambda path: path.symlink_to("/nowhere/to/be/found")),
     "pipe in its place": _replace(os.mkfifo),
 }
-# name → what is put into the run's directory or its checkpoints between two attempts.
+# name → entry added to the run's directory or its checkpoints between two attempts.
 ODD_FOLDERS = ("step-00000001", "step-99999999", ".tmp-step-00000007", "step-000x", ".tmp-del-step-00000003")
 
 
@@ -114,9 +114,9 @@ def _append(path: Path) -> None:
 
 
 def damage(run: Path, chance: random.Random) -> str | None:
-    """Damages one file of a stopped run; says what was done, or None where there is nothing to damage.
+    """Damages one file of a stopped run; returns a description, or None if there is nothing to damage.
 
-    The oldest checkpoint is spared, since a run must have something to go on from.
+    Spares the oldest checkpoint, since a run needs something to continue from.
     """
     steps = sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and not p.is_symlink())
     files: dict[str, list[Path]] = {}
@@ -139,11 +139,11 @@ def damage(run: Path, chance: random.Random) -> str | None:
 
 
 def _is_set_aside(path: Path) -> bool:
-    """What a start has put aside belongs to the run no more."""
+    """Whether a start has set the path aside, so that it no longer belongs to the run."""
     return any(word in str(path) for word in ("damaged", "aside"))
 
 
 def remove(path: Path) -> None:
-    """Removes what an earlier chain left."""
+    """Removes leftovers of an earlier chain."""
     if path.exists():
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The processes of one attempt at a run: started, watched, signalled, waited for."""
+"""The processes of one attempt at a run: starting, watching, signalling, waiting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRETRAIN = ["-m", "megascale", "train"]
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses at this moment."""
+    """A TCP port of the loopback interface that is free at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -37,7 +37,7 @@ def commands(launcher: str, ranks: int, arguments: Sequence[str]) -> list[tuple[
 
 
 class Job:
-    """One attempt. `logs` has a file for each started process: what it and its children print."""
+    """One attempt. `logs` has a file per started process with its output and its children's."""
 
     def __init__(self, launcher: str, ranks: int, arguments: Sequence[str], folder: Path, name: str) -> None:
         self.launcher, self.logs, self.processes, self._seen = launcher, [], [], set[psutil.Process]()
@@ -52,7 +52,7 @@ class Job:
             self.processes.append(process)
 
     def ranks(self) -> list[int]:
-        """The process ids of the ranks that live, lowest rank first as far as that can be known."""
+        """Process ids of the living ranks, lowest rank first if known."""
         if self.launcher != "torchrun":
             return [p.pid for p in self.processes if p.poll() is None]
         return sorted(p.pid for p in self._family() if p.pid != self.processes[0].pid and _trains(p))
@@ -63,11 +63,11 @@ class Job:
                 os.kill(pid, number)
 
     def running(self) -> bool:
-        """Whether any process of the attempt lives, those included whose launcher is gone."""
+        """Whether any process of the attempt lives, including those whose launcher is gone."""
         return any(p.poll() is None for p in self.processes) or any(_lives(p) for p in self._family())
 
     def wait(self, seconds: float) -> list[int] | None:
-        """The exit codes of the started processes once all are gone, children too; None where that takes longer."""
+        """The exit codes of the started processes once all are gone, children too; None if that takes longer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if not self.running():
@@ -76,7 +76,7 @@ class Job:
         return None
 
     def kill(self) -> None:
-        """Ends what is left."""
+        """Kills the remaining processes."""
         pids = [p.pid for p in self._family() if _lives(p)]
         self.signal(pids, SIGCONT)
         self.signal(pids, SIGKILL)
@@ -86,7 +86,7 @@ class Job:
         return "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in self.logs)
 
     def _family(self) -> set[psutil.Process]:
-        """All processes that ever belonged to the attempt, as far as they were seen."""
+        """All processes of the attempt that were ever observed."""
         for process in self.processes:
             with suppress(psutil.Error):
                 parent = psutil.Process(process.pid)
@@ -102,7 +102,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _trains(process: psutil.Process) -> bool:
-    """Whether this is a rank and not its launcher; torchrun starts python with -u."""
+    """Whether this is a rank rather than its launcher; torchrun starts python with -u."""
     try:
         words = [word for word in process.cmdline() if word != "-u"]
         return words[1 : 1 + len(PRETRAIN)] == PRETRAIN

@@ -1,4 +1,4 @@
-"""What a chain proves: the curve of the disturbed run beside the undisturbed one, and how its attempts ended."""
+"""The verdict on a chain: compares the disturbed run's curve with the undisturbed one, and checks how its attempts ended."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from megascale.chaos.chain import Attempt, losses
 
-ROUNDING = 1e-5  # relative; where attempts had other layouts than the undisturbed run
+ROUNDING = 1e-5  # relative difference allowed if attempts had other layouts than the undisturbed run
 LEFT_OVER = (".tmp-*", "*.tmp", ".writable")
 # Exit codes that a disturbed attempt may have: done, stopped, a peer lost, interrupted twice. 1 to 4 would be this program's fault.
 ALLOWED = {0, 5, 75, 130}
 
 
 def gap(expected: Sequence[tuple[int, float | None]], found: Sequence[tuple[int, float | None]]) -> float:
-    """The largest relative difference of the losses of a step; infinite where a step is missing or only one of the two is a number."""
+    """The largest relative difference of losses at a step; infinite if a step is missing or only one loss is finite."""
     then, now = dict(expected), dict(found)
     if set(then) != set(now):
         return math.inf
@@ -32,13 +32,13 @@ def gap(expected: Sequence[tuple[int, float | None]], found: Sequence[tuple[int,
 
 
 def problems(expected: Sequence[tuple[int, float | None]], run: Path, attempts: Sequence[Attempt], same_layout: bool) -> list[str]:
-    """Sentences about everything that should not have happened; none where the run survived all."""
+    """Lists everything that should not have happened; empty if the run survived."""
     found = [p for attempt in attempts for p in attempt_problems(attempt)]
     rows = losses(run)
     twice = [step for step, count in Counter(step for step, _ in rows).items() if count > 1]
     missing = sorted({s for s, _ in expected} - {s for s, _ in rows})
     if twice:
-        found.append(f"steps {_some(twice)} stand more than once in metrics.jsonl")
+        found.append(f"steps {_some(twice)} occur more than once in metrics.jsonl")
     if missing:
         found.append(f"steps {_some(missing)} are missing in metrics.jsonl")
     worst = gap(expected, rows)
@@ -51,11 +51,11 @@ def problems(expected: Sequence[tuple[int, float | None]], run: Path, attempts: 
 
 
 def attempt_problems(attempt: Attempt) -> list[str]:
-    """What an attempt should not have done."""
+    """Lists what went wrong in an attempt."""
     what = f"attempt {attempt.number} ({'; '.join(attempt.faults) or 'undisturbed'})"
     if attempt.codes is None:
         return [f"{what} hung: {attempt.message}"]
-    # torchrun turns every code into 1; exit.json has the rank's own.
+    # torchrun turns every exit code into 1; exit.json has the rank's own.
     codes = {c for c in ([attempt.ending] if "torchrun" in attempt.layout else attempt.codes) if c is not None and c >= 0}
     found = []
     if attempt.traceback:

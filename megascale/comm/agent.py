@@ -1,12 +1,12 @@
-"""torchrun's agent on one node, as launchers/torchrun.sh starts it: RANKS SCRIPT [ARGUMENT …].
+"""torchrun's agent on one node, started by launchers/torchrun.sh: RANKS SCRIPT [ARGUMENT …].
 
-torchrun's own ways to meet (--standalone, c10d) keep the state of the agents pickled in a store, and unpickle whatever stands there: who
-reaches its port runs code on every node. Here the nodes are numbered beforehand (torch's static rendezvous), and nothing is unpickled. The
-store of one node listens on loopback alone.
+torchrun's own rendezvous (--standalone, c10d) keeps the agents' state pickled in a store and unpickles whatever it finds: anyone who
+reaches its port can run code on every node. Here nodes are numbered beforehand (torch's static rendezvous), and nothing is unpickled.
+The store of a single node listens on loopback only.
 
 NODES, HEAD, NODE_RANK   as launchers/torchrun.sh describes them
-Ends with the code of the rank that failed first, where torchrun would end with 1; asked to end by a signal, with 75 once the ranks
-have saved.
+Exits with the code of the rank that failed first, where torchrun would exit with 1; after a signal, with 75 once the ranks have
+saved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 MEET_SECONDS = 600
-DOCUMENTED = set(ExitCode) - {ExitCode.DONE, ExitCode.BUG}  # codes of which the rank itself has said why
+DOCUMENTED = set(ExitCode) - {ExitCode.DONE, ExitCode.BUG}  # exit codes whose reason the rank itself has printed
 
 
 def main(argv: list[str], env: dict[str, str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         head = None if nodes == 1 else read_head(env.get("HEAD") or "")
         node = None if not env.get("NODE_RANK") else number("NODE_RANK", env["NODE_RANK"], 0)
         if node is not None and node >= nodes:
-            raise UsageError(f"NODE_RANK is {node} and NODES is {nodes}: nodes are numbered from 0 to {nodes - 1}")
+            raise UsageError(f"NODE_RANK is {node} but NODES is {nodes}: nodes are numbered from 0 to {nodes - 1}")
         return run(ranks, nodes, head, node, argv[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,17 +56,17 @@ def read_head(text: str) -> tuple[str, int]:
 
 
 def place_of(head: tuple[str, int]) -> bool:
-    """Whether this node is the head. Raises UsageError where the others could not reach it, or this one not the head."""
+    """Whether this node is the head. Raises UsageError if the other nodes could not reach it, or this one not the head."""
     found = towards(head[0])
     if not found:
-        raise UsageError(f"this node finds no way to {head[0]}: give HEAD the address of the first node under which the others reach it")
+        raise UsageError(f"this node finds no way to {head[0]}: set HEAD to the first node's address that the others can reach")
     if found[1] and is_loopback(found[0]):
-        raise UsageError(f"HEAD is {head[0]}, which means every node itself ({found[0]}): give the address under which the others reach it")
+        raise UsageError(f"HEAD is {head[0]}, which means every node itself ({found[0]}): give an address that the other nodes can reach")
     return bool(found[1])
 
 
 def run(ranks: int, nodes: int, head: tuple[str, int] | None, node: int | None, command: list[str]) -> int:
-    """torch's agent until its ranks have ended. Raises UsageError where the nodes cannot meet."""
+    """Runs torch's agent until its ranks have ended. Raises UsageError if the nodes cannot connect."""
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,7 +75,7 @@ def run(ranks: int, nodes: int, head: tuple[str, int] | None, node: int | None, 
     address, port = ("127.0.0.1", 0) if head is None else head
     try:
         if head is None:
-            node, store = 0, open_loopback()  # kept to the end: torch opens one more on its port, and gets this one
+            node, store = 0, open_loopback()  # keep a reference: torch opens another store on this port and gets this one
             port = store.port
         else:
             node = node_number(head, nodes, node)
@@ -86,18 +86,18 @@ def run(ranks: int, nodes: int, head: tuple[str, int] | None, node: int | None, 
         if code not in DOCUMENTED:
             print(error, file=sys.stderr)
         return code if code > 0 else 128 - code
-    except SignalException as error:  # passed on to the ranks, which have ended since
+    except SignalException as error:  # forwarded to the ranks, which have ended by now
         return asked_to_end(codes_of_ranks(error), int(error.sigval))
     except dist.DistError as error:
         raise UsageError(
-            f"the nodes cannot meet at {address}:{port} ({str(error).splitlines()[0]}): see that HEAD is right and free"
+            f"the nodes cannot meet at {address}:{port} ({str(error).splitlines()[0]}): check that HEAD is right and its port free"
         ) from None
     return 0
 
 
 def codes_of_ranks(error: BaseException) -> list[int | None]:
-    """With what the ranks of this node have ended; None for one that goes on. torch's agent knows, and does not tell: it stands in a frame
-    through which its error came. Empty where no rank had been started.
+    """Exit codes of this node's ranks; None for a running one. torch's agent has them only in a frame of the error's traceback. Empty if no
+    rank was started.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         context = getattr(frame.f_locals.get("self"), "_pcontext", None)
@@ -107,8 +107,8 @@ def codes_of_ranks(error: BaseException) -> list[int | None]:
 
 
 def asked_to_end(codes: list[int | None], sign: int) -> int:
-    """The code of an agent whose ranks ended with `codes` after it passed a signal on to them: 75 where all have saved (0 where all were
-    done), that of a rank which failed for a reason of its own, else the signal's.
+    """The agent's exit code after it forwarded a signal and its ranks ended with `codes`: 75 if all have saved (0 if all were done), the
+    code of a rank that failed for another reason, else the signal's.
     """
     failed = [code for code in codes if code in DOCUMENTED and code != ExitCode.STOPPED]
     if failed:
@@ -119,7 +119,7 @@ def asked_to_end(codes: list[int | None], sign: int) -> int:
 
 
 def open_loopback() -> dist.TCPStore:
-    """A store on a free port that only this machine reaches; torch's own listens on every interface."""
+    """A store on a free port that only this machine can reach; torch's own listens on every interface."""
     import torch.distributed as dist
 
     listener = socket.socket()
@@ -132,16 +132,16 @@ def open_loopback() -> dist.TCPStore:
 
 
 def node_number(head: tuple[str, int], nodes: int, given: int | None) -> int:
-    """This node's: 0 on the head's, else as given, or in the order in which the nodes come."""
+    """This node's number: 0 on the head, else as given, or in order of arrival."""
     import torch.distributed as dist
 
     is_head = place_of(head)
     if given is not None or is_head:
         if not is_head and given == 0:
-            raise UsageError(f"NODE_RANK is 0 and HEAD is {head[0]}, which is another node: number this one from 1 on")
+            raise UsageError(f"NODE_RANK is 0 but HEAD is {head[0]}, which is another node: number this one from 1 on")
         return given or 0
     store = dist.TCPStore(*head, None, False, timedelta(seconds=MEET_SECONDS), wait_for_workers=False)
     number = store.add("megascale/nodes", 1)
     if number >= nodes:
-        raise UsageError(f"NODES is {nodes}, and as many have met at {head[0]}:{head[1]} already: start all of them anew")
+        raise UsageError(f"NODES is {nodes}, but that many have already met at {head[0]}:{head[1]}: restart all of them")
     return number

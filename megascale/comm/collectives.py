@@ -1,7 +1,7 @@
 """Collectives that count the bytes they send, plain and as autograd functions.
 
-Counting follows the ring: an all-gather or reduce-scatter of N ranks sends (N−1)/N of the whole tensor from each rank, an all-reduce twice
-that; an all-to-all and a message are counted as they are, without what a rank keeps. The autograd functions are opaque to torch.compile:
+Counting follows the ring algorithm: an all-gather or reduce-scatter over N ranks sends (N−1)/N of the whole tensor from each rank, an
+all-reduce twice that; an all-to-all and a message count the bytes that leave the rank. The autograd functions are opaque to torch.compile:
 counts and groups are Python objects, and inductor has nothing to fuse there.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from megascale.comm.graphs import outside_graphs
 from megascale.comm.mesh import Axis
 
-# torch 2.13 renamed the two and warns at the old names; 2.11 and 2.12 know only those.
+# torch 2.13 renamed these two and warns about the old names, the only ones in 2.11 and 2.12.
 gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -63,7 +63,7 @@ def local_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
-    """`parts[i]` goes to rank i; returns what every rank i sent here, of `shapes[i]`. Sizes may differ: nothing is padded."""
+    """Sends `parts[i]` to rank i; returns the tensor of `shapes[i]` received from each rank i. Sizes may differ, without padding."""
     flat = torch.cat([p.reshape(-1) for p in parts])
     sizes = [math.prod(shape) for shape in shapes]
     out = flat.new_empty(sum(sizes))
@@ -74,7 +74,7 @@ def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: A
 
 @dataclass
 class Passing:
-    """A block on its way to the next rank, and the one that comes from the rank before. `sent` must stay alive until `wait`."""
+    """A block in flight to the next rank, and the one coming from the previous rank. `sent` must stay alive until `wait`."""
 
     works: list[dist.Work]
     sent: Tensor
@@ -87,7 +87,7 @@ class Passing:
 
 
 def pass_on(x: Tensor, shape: Sequence[int], axis: Axis) -> Passing:
-    """Starts sending `x` to the next rank of the ring and receiving a tensor of `shape` from the one before."""
+    """Starts sending `x` to the next rank of the ring and receiving a tensor of `shape` from the previous one."""
     assert axis.group is not None
     x = x.contiguous()
     buffer = x.new_empty(*shape)
@@ -190,13 +190,13 @@ class _GatherUnequal(torch.autograd.Function):
 
 
 def split_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
-    """This rank's part, of `lengths[rank]` along `dim`, of a tensor that all ranks have; backward joins the parts' gradients."""
+    """This rank's part, `lengths[rank]` long along `dim`, of a replicated tensor; backward joins the parts' gradients."""
     return x if axis.size == 1 else _Split.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
 @outside_graphs
 def gather_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
-    """Parts of `lengths` along `dim` joined, where all ranks go on alike; backward takes the part of a gradient that all ranks have."""
+    """Joins parts of `lengths` along `dim`, for identical use on all ranks; backward takes this rank's part of the equal gradients."""
     return x if axis.size == 1 else _GatherUnequal.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
@@ -220,7 +220,7 @@ def share_sum(x: Tensor, axis: Axis) -> Tensor:
 
 @outside_graphs
 def max_over_ranks(x: Tensor, axis: Axis) -> Tensor:
-    """The largest of all ranks' values; it has no gradient."""
+    """The maximum over all ranks; it has no gradient."""
     return all_reduce(x.detach().clone(), axis, "max")
 
 

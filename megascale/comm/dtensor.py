@@ -1,4 +1,4 @@
-"""DTensor without its import, which costs a start more than half a second: a rank that shards nothing has none."""
+"""Checks for DTensor without its import, which takes over half a second: a rank that shards nothing does not need it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """No tensor is one before somebody has imported the class."""
+    """Whether it is a DTensor. None can be before somebody has imported the class."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)

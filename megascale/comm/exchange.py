@@ -1,6 +1,6 @@
-"""Rows that go to other ranks in uneven numbers, under way while something else is computed.
+"""Exchanges of uneven numbers of rows between ranks that overlap with computation.
 
-Bytes are counted as they are: what a rank keeps for itself is not sent.
+Counted bytes are those that leave the rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megascale.comm.mesh import Axis
 
 @dataclass
 class Flight:
-    """Rows on their way between the ranks of an axis: how many go to and come from each, the operation under way, and where it writes."""
+    """Rows in flight between the ranks of an axis: how many go to and come from each, the operation, and its output."""
 
     send: list[int]
     receive: list[int]
@@ -46,8 +46,8 @@ class Flight:
 
 
 class _TakeOff(torch.autograd.Function):
-    """Starts an exchange; what it returns has its values only after _Land. Backward, _Land's starts the way back and this one waits for it:
-    whatever ran between the two in forward runs between them in backward too.
+    """Starts an exchange; its result is valid only after _Land. In backward, _Land starts the way back and this one waits for it: whatever
+    ran between the two in forward also runs between them in backward.
     """
 
     @staticmethod
@@ -76,19 +76,19 @@ class _Land(torch.autograd.Function):
 
 @outside_graphs
 def start_exchange(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> tuple[Tensor, Flight]:
-    """Begins to send `send[r]` rows of x [n, …], in order, to each rank r; to be ended by `finish_exchange`."""
+    """Starts sending `send[r]` rows of x [n, …], in order, to each rank r; end it with `finish_exchange`."""
     flight = Flight(send, receive, axis)
     return _TakeOff.apply(x, flight), flight
 
 
 @outside_graphs
 def finish_exchange(rows: Tensor, flight: Flight) -> Tensor:
-    """The rows that came, `receive[r]` from each rank r, in the order of ranks."""
+    """The received rows, `receive[r]` from each rank r, in rank order."""
     return _Land.apply(rows, flight)  # type: ignore[no-any-return]
 
 
 def exchange_counts(counts: Tensor, axis: Axis) -> Tensor:
-    """counts [N, …], row r for rank r → the rows that the ranks have for this one. Control, not payload: it is not counted."""
+    """counts [N, …], row r for rank r → the rows that all ranks have for this one. Control data, so its bytes are not counted."""
     if axis.size == 1:
         return counts
     received = torch.empty_like(counts)

@@ -1,4 +1,4 @@
-"""Plain values from rank to rank, as JSON in tensors. torch's object collectives unpickle what peers send, which runs what is in it."""
+"""Exchanges plain values as JSON in tensors. torch's object collectives unpickle what peers send, which can execute code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LARGEST = 2**26  # bytes of one rank's value
+LARGEST = 2**26  # largest value of one rank in bytes
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Everybody's `value` by rank, on every rank; collective. What JSON holds: tuples come back as lists, keys as text.
+    """Every rank's `value`, in rank order, on every rank; collective. As JSON: tuples come back as lists, keys as text.
 
-    Raises TypeError where a value is no plain data, before anything is sent; ValueError on all ranks where one is too large or no JSON.
+    Raises TypeError if a value is not plain data, before anything is sent; ValueError on all ranks if one is too large or not JSON.
     """
     text = json.dumps(value)
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
@@ -26,7 +26,7 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     dist.all_gather_into_tensor(sizes, torch.tensor([len(mine)], device=device), group=group)
     lengths = sizes.tolist()
     if max(lengths) > LARGEST:
-        raise ValueError(f"a rank's value has {max(lengths):,} bytes, and {LARGEST:,} are the most")
+        raise ValueError(f"a rank's value has {max(lengths):,} bytes, more than {LARGEST:,}")
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: len(mine)] = mine.to(device)
     found = torch.empty(ranks * len(padded), dtype=torch.uint8, device=device)
@@ -36,7 +36,7 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group exchanges tensors: on the host, where it has a backend for it."""
+    """The device on which the group exchanges tensors: the host if it has a backend for it."""
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

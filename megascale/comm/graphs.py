@@ -1,4 +1,4 @@
-"""What stays out of compiled graphs, without importing the compiler for it: that takes longer than everything else at a start."""
+"""Keeps functions out of compiled graphs without importing the compiler, which would dominate the start-up time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ R = TypeVar("R")
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """As `torch.compiler.disable`, which imports the compiler at once: here the real one is called where the compiler is there already.
+    """Like `torch.compiler.disable`, which imports the compiler at once; this calls it only if the compiler is already imported.
 
-    A graph breaks at the wrapper, since it bears the mark that torch gives to disabled functions.
+    A graph breaks at the wrapper, since it has torch's mark of disabled functions.
     """
 
     @functools.wraps(function)
@@ -39,7 +39,7 @@ def _nothing() -> None: ...
 
 
 def skip_wrappers() -> None:
-    """To be called before anything is compiled: the compiler is not to look into the frames of the wrappers, which have one code."""
+    """Call before compiling anything: makes the compiler skip the frames of the wrappers, which share one code object."""
     from torch._dynamo.decorators import skip
 
     skip(_nothing)

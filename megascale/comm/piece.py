@@ -1,4 +1,4 @@
-"""A rank's rectangle of a global tensor: the one currency between layouts, weights and checkpoints."""
+"""A rank's rectangle of a global tensor: the common form of tensors between layouts, weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank holds of a tensor.
+    """One rank's part of a tensor.
 
-    shape   the whole, unsharded tensor's shape (padding never counts)
+    shape   the whole, unsharded tensor's shape (without padding)
     offset  where `local` begins in it, one index per dimension
-    local   this rank's data, contained in `shape`; empty where the rank holds nothing. It may be a view of live training state:
+    local   this rank's data, inside `shape`; empty if the rank holds nothing. It may be a view of live training state:
             writing into it changes the state.
     """
 
@@ -23,7 +23,7 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """True when this rank holds all of the tensor."""
+        """Whether this rank holds the whole tensor."""
         return tuple(self.local.shape) == self.shape
 
 

@@ -1,6 +1,6 @@
-"""The roll call before ranks become a group: who has come, and whether all of them can train together.
+"""The roll call before ranks form a group: which ranks have come, and whether they can train together.
 
-Afterwards a rank that is missing, or one that opens gloo where the others open nccl, is a time-out without a name.
+Later, a missing rank, or one that opens gloo while the others open nccl, would only be an anonymous time-out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megascale.errors import MegascaleError, PeerLostError, UsageError
 from megascale.launch.ranks import RankInfo, node_name, slurm_node_of
 
 VERDICT = "roll/verdict"
-GRACE = 30.0  # seconds that the others wait for the first rank's verdict longer than it waits for them
-READING = 1.0  # seconds for which the store outlives a verdict that ends the run: it may live in the first rank's process
-SHOWN = 8  # ranks that a message names
+GRACE = 30.0  # extra seconds that other ranks wait for the first rank's verdict
+READING = 1.0  # seconds that the store, perhaps in the first rank's process, outlives a verdict that ends the run
+SHOWN = 8  # most ranks that a message names
 
 
 @dataclass(frozen=True)
 class Word:
-    """What a rank says when it comes. `device`: "cpu" or "cuda"; `problem`: why it cannot train."""
+    """A rank's entry in the roll call. `device`: "cpu" or "cuda"; `problem`: why it cannot train."""
 
     node: str
     device: str
@@ -33,7 +33,7 @@ class Word:
 
 
 def disagreement(words: Sequence[Word]) -> str | None:
-    """Why these ranks cannot train together, the lowest rank's reason first; None where they can."""
+    """Why these ranks cannot train together, the lowest rank's reason first; None if they can."""
     for rank, word in enumerate(words):
         if word.problem:
             return f"rank {rank} on {word.node}: {word.problem}"
@@ -41,14 +41,14 @@ def disagreement(words: Sequence[Word]) -> str | None:
         if word.device != words[0].device:
             bare, have = ((rank, word), (0, words[0])) if word.device == "cpu" else ((0, words[0]), (rank, word))
             return (
-                f"torch finds no CUDA device for rank {bare[0]} on {bare[1].node}, and rank {have[0]} on {have[1].node} has one: look at "
+                f"torch finds no CUDA device for rank {bare[0]} on {bare[1].node}, but rank {have[0]} on {have[1].node} has one: check "
                 f"the driver of {bare[1].node} (nvidia-smi), leave that node out, or set run.device=cpu for all"
             )
     return None
 
 
 def roll_call(store: dist.Store, ranks: RankInfo, device: str, problem: str, patience: float) -> None:
-    """Collective. Raises on all ranks that have come, alike: UsageError where they cannot train together, and PeerLostError naming those
+    """Collective. Raises the same error on all ranks that have come: UsageError if they cannot train together, PeerLostError naming those
     that have not come within `patience` seconds.
     """
     store.set(_key(ranks.rank), json.dumps(asdict(Word(node_name(), device, problem))))
@@ -62,7 +62,7 @@ def roll_call(store: dist.Store, ranks: RankInfo, device: str, problem: str, pat
     try:
         store.wait([VERDICT], timedelta(seconds=patience + GRACE))
     except dist.DistStoreError:
-        raise PeerLostError(f"rank 0 came, and has been silent for {patience + GRACE:.0f} s; run the same command again") from None
+        raise PeerLostError(f"rank 0 came, but has been silent for {patience + GRACE:.0f} s; run the same command again") from None
     code, text = json.loads(store.get(VERDICT))
     if code:
         raise (PeerLostError if code == PeerLostError.code else UsageError)(text)
@@ -81,7 +81,7 @@ def _found(store: dist.Store, ranks: RankInfo, patience: float) -> MegascaleErro
 
 
 def missing(absent: Sequence[int], size: int, patience: float) -> str:
-    """Who has not come, each with its node where SLURM knows it."""
+    """The ranks that have not come, each with its node if SLURM knows it."""
     nodes = {rank: slurm_node_of(rank, os.environ) for rank in absent[:SHOWN]}
     names = ", ".join(f"{rank} on {node}" if node else str(rank) for rank, node in nodes.items())
     more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""

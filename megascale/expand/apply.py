@@ -1,6 +1,6 @@
-"""Any rectangle of a grown tensor, from the source's rectangles that it needs. A pure function: the same numbers for any cut into slabs.
+"""Computes any rectangle of a grown tensor from the source. A pure function: the numbers do not depend on how slabs are cut.
 
-Elements that are copied as they are stay as they are, bit for bit; where weights or noise act, the arithmetic is fp64 and rounded once.
+Plain copies keep every bit; with weights or noise the arithmetic is fp64 and rounded once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Read = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
 # (first row, past the last row) of a matrix → those rows whole
 Rows = Callable[[int, int], Tensor]
 
-BLOCK = 1 << 22  # elements formed at once: they stay near the processor, and fp64 beside a slab costs little
-GAP = 64  # source rows that lie as near as this are read in one go
+BLOCK = 1 << 22  # elements computed at once: they fit into caches, and their fp64 copy is small compared with a slab
+GAP = 64  # source rows closer than this are read together
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a target tensor needs beside its maps, resolved: the start of fresh elements, its seed, and noise."""
+    """What a target tensor needs besides its maps: initial values of fresh elements, their seed, and noise."""
 
     name: str
     spec: ParamSpec
@@ -41,7 +41,7 @@ class Values:
 
 def element_block(growth: Growth, plan: TensorPlan, shapes: dict[str, tuple[int, ...]], read: Read, dtype: torch.dtype,
                   offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:  # fmt: skip
-    """The rectangle of size `shape` at `offset` of the target tensor that `plan` describes; `shapes` of the source's tensors."""
+    """The rectangle of size `shape` at `offset` of the target tensor that `plan` describes; `shapes`: those of the source's tensors."""
     axes = growth.axes_of(plan)
     if plan.source is None and plan.drawn is None:
         return _started(plan, growth.seed, dtype, offset, shape)
@@ -62,14 +62,14 @@ def _started(plan: TensorPlan, seed: int, dtype: torch.dtype, offset: tuple[int,
 
 
 def _start_value(plan: TensorPlan, growth: Growth) -> float:
-    """At which a new channel's learned factor starts."""
+    """Initial value of a new channel's learned factor."""
     scale = {"attention": "attention_scale", "ffn": "ffn_scale"}[plan.name.split(".")[2]]
     wanted = f"blocks.{plan.name.split('.')[1]}.{scale}"
     return next(t.spec.mean for t in growth.tensors if t.name == wanted)
 
 
 def _matrices(plan: TensorPlan, shapes: dict[str, tuple[int, ...]], read: Read, seed: int) -> Callable[[int], Rows]:
-    """The source as a bank of matrices: its number → a reader of rows. Vectors are matrices of one column."""
+    """The source as a bank of matrices: a matrix's number → a reader of its rows. Vectors are matrices of one column."""
     if plan.drawn is not None:
         spec = plan.drawn
 
@@ -104,7 +104,7 @@ def _matrices(plan: TensorPlan, shapes: dict[str, tuple[int, ...]], read: Read, 
 
 def _nested(values: Values, axes: tuple[AxisMap, ...], matrices: Callable[[int], Rows], dtype: torch.dtype, offset: tuple[int, ...],
             shape: tuple[int, ...]) -> Tensor:  # fmt: skip
-    """Banks matrix by matrix, everything else as one."""
+    """Computes banks matrix by matrix, everything else as one matrix."""
     if len(shape) < 3:
         rows, columns = axes[0], axes[1] if len(axes) > 1 else same(1)
         whole = tuple(a.size for a in axes)
@@ -127,7 +127,7 @@ def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype
     out = torch.empty((count, columns.size), dtype=dtype)
     column = Columns(columns, values.noise != "none")
     height = max(1, BLOCK // columns.size)
-    height = height // TILE[0] * TILE[0] or height  # whole tiles of the start, where they are drawn
+    height = height // TILE[0] * TILE[0] or height  # draw whole tiles of initial values
     mean_rows: Tensor | None = None
     begin = 0
     while begin < count:
@@ -152,7 +152,7 @@ def _matrix(values: Values, rows: AxisMap, columns: AxisMap, source: Rows, dtype
 
 
 class Columns:
-    """A column map taken apart: `runs` that are copied as they are, `altered` columns that have weights or noise, what has no source."""
+    """A column map in parts: `runs` of plain copies, `altered` columns with weights or noise, and columns without a source."""
 
     def __init__(self, columns: AxisMap, noisy: bool) -> None:
         self.map = columns
@@ -162,7 +162,7 @@ class Columns:
         self.weight = torch.from_numpy(columns.weight[altered])
         self.noisy = noisy and bool((columns.copies[altered] > 1).any())
         self.runs = [(low, high, int(columns.source[low])) for low, high in _runs(np.where(altered, FRESH, columns.source), together=False)]
-        # Few stretches are copied as such; where neighbours come from everywhere, an index is faster.
+        # A few runs are copied as slices; if sources are scattered, an index is faster.
         plain = np.flatnonzero(columns.known & ~altered)
         self.index = None if len(self.runs) <= 64 else (torch.from_numpy(plain), torch.from_numpy(columns.source[plain]))
         self.lacking = [
@@ -170,14 +170,14 @@ class Columns:
         ]
 
     def widen(self, row: Tensor) -> Tensor:
-        """[old columns] in fp64 → [columns] with their weights; those without a source hold the mean, or zero where they must."""
+        """[old columns] in fp64 → [columns] with their weights; those without a source get the mean or zero."""
         wide = row[torch.from_numpy(np.maximum(self.map.source, 0))] * torch.from_numpy(self.map.weight)
         for kind, low, high in self.lacking:
             wide[low:high] = 0 if kind == ZERO else row.mean()
         return wide
 
     def copy(self, found: Tensor, target: Tensor) -> None:
-        """[b, old] → the columns of [b, new] that are copied as they are."""
+        """Copies the plain columns of [b, old] into [b, new]."""
         if self.index is not None:
             target[:, self.index[0]] = found[:, self.index[1]].to(target.dtype)
             return
@@ -187,7 +187,7 @@ class Columns:
 
 def _known(values: Values, rows: AxisMap, column: Columns, source: Rows, lead: tuple[int, ...], whole: tuple[int, ...], first: int,
            target: Tensor) -> None:  # fmt: skip
-    """Fills target rows that all have a source; their sources lie near each other."""
+    """Fills target rows that all have a source; the sources are close to each other."""
     part = slice(first, first + target.shape[0])
     wanted, weight = rows.source[part], rows.weight[part] * values.scale
     low, high = int(wanted.min()), int(wanted.max()) + 1
@@ -212,8 +212,8 @@ def _known(values: Values, rows: AxisMap, column: Columns, source: Rows, lead: t
 
 
 def _noise(values: Values, column: Columns, lead: tuple[int, ...], whole: tuple[int, ...], first: int, known: Tensor) -> Tensor:
-    """For the altered columns [b, n]: fresh starts of the copies less their mean, so that they add up to zero; with snr scaled against the
-    row. A column that is alone has none.
+    """Noise for the altered columns [b, n]: fresh initial values of the copies minus their mean, so that they add up to zero; with snr
+    scaled relative to the row. Columns without copies get none.
     """
     columns, count = column.map, known.shape[0]
     drawn = torch.zeros(known.shape, dtype=torch.float64)
@@ -233,7 +233,7 @@ def _noise(values: Values, column: Columns, lead: tuple[int, ...], whole: tuple[
 
 
 def _draw_into(values: Values, lead: tuple[int, ...], whole: tuple[int, ...], row: int, column: int, target: Tensor) -> None:
-    """A rectangle of the target's own start, rounded once."""
+    """Draws a rectangle of the target's initial values, rounded once."""
     if len(whole) == 1 or values.spec.equal_rows:
         target.copy_(_draw(values, lead, whole, row, target.shape[0], column, target.shape[1]))
     else:
@@ -241,7 +241,7 @@ def _draw_into(values: Values, lead: tuple[int, ...], whole: tuple[int, ...], ro
 
 
 def _draw(values: Values, lead: tuple[int, ...], whole: tuple[int, ...], row: int, rows: int, column: int, columns: int) -> Tensor:
-    """A rectangle of the target's own start, as a matrix: fp32, in which it is drawn, or exact where it is one number."""
+    """Draws a rectangle of the target's initial values as a matrix, in fp32, or exactly if it is a constant."""
     dtype = torch.float32 if values.spec.std else torch.float64
     if len(whole) == 1:
         out = torch.empty(rows, dtype=dtype)
@@ -267,7 +267,7 @@ def _mean_of_rows(source: Rows, rows: AxisMap, by: Tensor | None) -> Tensor:
 
 
 def _runs(source: np.ndarray, together: bool = True) -> Iterator[tuple[int, int]]:
-    """Stretches of indices that have a source: with `together` their sources lie near each other, else they follow one another."""
+    """Runs of indices with a source: with `together` the sources are close to each other, else consecutive."""
     known = source >= 0
     step = np.diff(source)
     apart = (np.abs(step) > GAP) if together else (step != 1)

@@ -1,7 +1,7 @@
-"""How one dimension of a grown tensor comes from its source's: plain index maps with weights, built and combined by pure functions.
+"""Maps one dimension of a grown tensor to its source's: plain index maps with weights, built and combined by pure functions.
 
-Writers put values into the residual stream (embedding columns, rows of the attention's and feed-forward's output products), readers take
-them out. A dimension that is duplicated is repeated where it is written, and shared where it is read: the copies' weights add up to one.
+Writers put values into the residual stream (embedding columns, rows of attention's and feed-forward's output products), readers take them
+out. A duplicated dimension is repeated where it is written, and shared where it is read: the copies' weights add up to one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 Weights = NDArray[np.float64]
 
-# What an index without a source holds: a start as the target model draws it, zero, or the mean over the source's dimension.
+# Values of an index without a source: a fresh draw of the target model, zero, or the mean over the source's dimension.
 FRESH, ZERO, MEAN = -1, -2, -3
 
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """source [n'] of every target index: where it comes from, or FRESH, ZERO, MEAN; weight [n'] of what comes; `old` the source's length.
+    """source [n'] of every target index: its source index, or FRESH, ZERO, MEAN; weight [n']: its weight; `old`: the source's length.
 
-    shared  the copies of a source add up to it, so that noise which sums to zero over them changes nothing
+    shared  the copies of a source add up to it, so noise that sums to zero over them changes nothing
     """
 
     source: Indices
@@ -41,13 +41,13 @@ class AxisMap:
 
     @cached_property
     def copies(self) -> Indices:
-        """How many target indices [n'] have the same source; 1 where there is none."""
+        """The number of target indices with the same source, per target index [n']; 1 without a source."""
         counts = np.bincount(self.source[self.known], minlength=self.old)
         return np.where(self.known, counts[np.maximum(self.source, 0)], 1)
 
     @cached_property
     def uniform_copies(self) -> int | None:
-        """The number of copies where every source index has as many; None where they differ."""
+        """The number of copies if it is the same for every source index; None if they differ."""
         counts = np.bincount(self.source[self.known], minlength=self.old)
         return int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
 
@@ -57,14 +57,14 @@ class AxisMap:
 
     @property
     def unused(self) -> int:
-        """Source indices that no target index takes."""
+        """Number of source indices that no target index uses."""
         return self.old - len(np.unique(self.source[self.known]))
 
     def scaled(self, factor: float) -> AxisMap:
         return replace(self, weight=self.weight * factor)
 
     def filled(self, kind: int) -> AxisMap:
-        """The same, with every index that has no source holding `kind`."""
+        """The same map, with `kind` at every index without a source."""
         return replace(self, source=np.where(self.known, self.source, kind))
 
 
@@ -90,7 +90,7 @@ def circular(old: int, size: int) -> AxisMap:
 
 
 def shared(whole: AxisMap, split: tuple[float, float] = (1.0, 1.0)) -> AxisMap:
-    """A map whose copies add up to their source: the first copy gets split[0] parts, every other one split[1]."""
+    """A map whose copies add up to their source: the first copy gets split[0] parts, each other copy split[1]."""
     first, other = split
     seen: dict[int, int] = {}
     parts = np.ones(whole.size)
@@ -104,7 +104,7 @@ def shared(whole: AxisMap, split: tuple[float, float] = (1.0, 1.0)) -> AxisMap:
 
 
 def inside(outer: AxisMap, inner: AxisMap) -> AxisMap:
-    """The map of outer × inner (heads × channels of a head), inner running faster. A part without a source decides; zero before fresh."""
+    """The map of outer × inner (heads × channels of a head), inner running faster. A part without a source decides, zero before fresh."""
     o, i = outer.source[:, None], inner.source[None, :]
     lacking = np.where((o == ZERO) | (i == ZERO), ZERO, np.where((o == MEAN) | (i == MEAN), MEAN, FRESH))
     source = np.where((o >= 0) & (i >= 0), o * inner.old + i, lacking)
@@ -113,8 +113,8 @@ def inside(outer: AxisMap, inner: AxisMap) -> AxisMap:
 
 
 def cancelling(rows: AxisMap) -> tuple[AxisMap, AxisMap]:
-    """Pairs of neighbours that are the same on the way in and opposite on the way out (LEMON, arXiv 2310.07999): the rows' map, and the
-    columns' that takes their outputs. An odd one's output is zero.
+    """Neighbouring pairs with equal inputs and opposite outputs (LEMON, arXiv 2310.07999): the rows' map, and the map of the columns that
+    take their outputs. An odd one's output is zero.
     """
     number = np.arange(rows.size)
     lone = (rows.size % 2 == 1) & (number == rows.size - 1)

@@ -1,8 +1,8 @@
-"""Which layer of a deeper model comes from which, and what norms behind a sum need so that an inserted layer changes nothing.
+"""The source of each layer of a deeper model, and the changes of post-sum norms that make inserted layers exact.
 
-Before-norm layers change nothing where their outputs are zero. Behind the sum, an inserted norm meets the output of another one: gain and
-bias move from that to the last inserted one, and epsilons make up for normalizing again. With v the statistic of the stream, a mean of its
-p-th powers, a norm maps v → v/(v + ε); a chain of n of them with ε₁ and then δ, each gain (1 + δ)^(1/p), is v/(v + ε₁·(δ/(1 + δ))ⁿ⁻¹), so
+Pre-norm layers change nothing if their outputs are zero. After the sum, an inserted norm gets the output of another norm: gain and bias
+move from that to the last inserted norm, and epsilons compensate for normalizing again. With v the statistic of the stream, a mean of its
+p-th powers, a norm maps v → v/(v + ε); a chain of n of them with ε₁, then δ, and gains (1 + δ)^(1/p), is v/(v + ε₁·(δ/(1 + δ))ⁿ⁻¹), so
 ε₁ = ε·((1 + δ)/δ)ⁿ⁻¹ is exact.
 """
 
@@ -19,7 +19,7 @@ EXACT = ("identity", "cancel")
 
 @dataclass(frozen=True)
 class Layer:
-    """A target layer: a copy of layer `source`, kept as it is, or inserted with outputs that are zero or cancel."""
+    """A target layer: a copy of layer `source`, kept unchanged, or inserted with outputs that are zero or cancel."""
 
     source: int
     mode: Mode = "keep"
@@ -27,8 +27,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class NormChange:
-    """What a norm behind the sum becomes: epsilon as `factor` times the model's or as `absolute`; gain and bias from the norm `affine`
-    (its source name within the model, None: one and zero), times `gain`.
+    """The change of a norm after the sum: epsilon as `factor` times the model's or as `absolute`; gain and bias from the norm `affine` (its
+    source name within the model, None: one and zero), times `gain`.
     """
 
     affine: str | None
@@ -38,10 +38,10 @@ class NormChange:
 
 
 def grow_layers(old: int, new: int, method: str, placement: str, period: int) -> tuple[Layer, ...]:
-    """The layers of a stack of `new` from one of `old`. Raises UsageError for a depth that the method does not reach.
+    """The layers of a stack of `new` from one of `old`. Raises UsageError for a depth that the method cannot reach.
 
-    period     layers that belong together (experts in every n-th, dimensions of a grid in turn): whole periods are inserted
-    placement  of inserted layers: spread evenly, or all at the end
+    period     layers that belong together (experts in every n-th layer, alternating grid dimensions): whole periods are inserted
+    placement  positions of inserted layers: spread evenly, or all at the end
     """
     if new < old:
         raise UsageError(f"num_layers is {old} and cannot grow to {new}: choose at least {old}, or use megascale shrink")
@@ -70,7 +70,7 @@ def grow_layers(old: int, new: int, method: str, placement: str, period: int) ->
         case _:
             raise UsageError(f"no depth method {method}")
     if any((i - layer.source) % period for i, layer in enumerate(layers)):
-        raise UsageError(f"{method} to {new} layers would put layers into places of another kind; layers come in groups of {period}")
+        raise UsageError(f"{method} to {new} layers would put layers into positions of another kind; layers come in groups of {period}")
     return layers
 
 
@@ -89,8 +89,8 @@ def _insert(old: int, new: int, placement: str, period: int, mode: Mode) -> tupl
 
 
 def norm_chain(layers: tuple[Layer, ...], skips: list[float], power: float) -> dict[str, NormChange]:
-    """Changes of norms behind the sum, by name (blocks.3.ffn_norm), where layers are inserted; `skips` of the target's layers. `power` of
-    the norms' statistic.
+    """Changes of norms after the sum, by name (blocks.3.ffn_norm), for inserted layers; `skips`: coefficients of the target's layers;
+    `power` of the norms' statistic.
     """
     changes: dict[str, NormChange] = {}
     start = 0
@@ -106,7 +106,7 @@ def norm_chain(layers: tuple[Layer, ...], skips: list[float], power: float) -> d
             gain = (1 + delta) ** (1 / power)
             for i in range(start + 1, end):
                 last = i == end - 1
-                # The norm sees skip·x: its epsilon counts skip^−p times.
+                # The norm's input is skip·x, so its epsilon counts skip^−p times.
                 eps = delta * skips[i] ** power
                 changes[f"blocks.{i}.attention_norm"] = NormChange(None, gain, absolute=eps)
                 changes[f"blocks.{i}.ffn_norm"] = NormChange(origin if last else None, gain, absolute=eps)

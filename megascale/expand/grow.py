@@ -1,4 +1,4 @@
-"""Growing a checkpoint from start to end: plan, proof in fp64, slabs written by workers, proof of what is stored, report."""
+"""Grows a checkpoint: plan, proof in fp64, workers write slabs, proof of the stored model, report."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from megascale.optim.rates import MATRICES
 def grow(
     source: str | Path, target: Path, sizes: Sizes, options: GrowthOptions, effort: Effort, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Writes the grown checkpoint into `target` and returns the report. Raises UsageError before anything is written, and TrainingError
-    where the source turns out damaged on the way; nothing is left of it then.
+    """Writes the grown checkpoint into `target` and returns the report. Raises UsageError before anything is written, and TrainingError if
+    the source turns out to be damaged; then nothing is left.
     """
     begun = time.perf_counter()
     opened = open_source(source, effort.check)
@@ -50,12 +50,12 @@ def grow(
         proof["transform"] = prove(opened, growth, GrownTensors(growth, opened.index, dtype=torch.float64), tokens[0])
         if not math.isfinite(proof["transform"]["logits_max"]):
             raise UsageError(
-                f"the logits of {source} or of what it would become are not finite in fp64, so nothing can be proven: use an older "
+                f"the logits of {source} or of the grown model are not finite in fp64, so nothing can be proven: use an older "
                 "checkpoint, or milder --symmetry and --split; no checkpoint was made"
             )
         if options.lossless == "require" and not proof["transform"]["logits_max"] <= limit(proof["transform"]["logits_std"]):
             raise UsageError(
-                f"the grown model's logits differ by {proof['transform']['logits_max']:.1e} in fp64 and --lossless require allows {EXACT:g}"
+                f"the grown model's logits differ by {proof['transform']['logits_max']:.1e} in fp64 but --lossless require allows {EXACT:g}"
                 f" (first diverging layer: {proof['transform']['first_diverging_layer']}); no checkpoint was made"
             )
     how = {"by": "grow", "optimizer": options.optimizer}
@@ -90,19 +90,19 @@ def grow(
 
 
 def refuse_nothing(growth: Growth, options: GrowthOptions) -> None:
-    """Raises UsageError for a growth to what the source is already."""
+    """Raises UsageError for a growth that changes nothing."""
     same = (growth.target, growth.seq_lens[1]) == (growth.source, growth.seq_lens[0])
     if same and options.vocabulary is None:
         raise UsageError("nothing grows: name a size that is larger than the source's, such as --num-layers or --hidden-size")
 
 
 def grown_config(config: Config, growth: Growth, options: GrowthOptions) -> tuple[Config, dict[str, Multiplier], list[str]]:
-    """The target's config, the multipliers by weight, and the names for which these are means. The config has them with transformed
-    optimizer state only: fresh state has no steps to keep.
+    """The target's config, the multipliers by weight, and the names for which these are means. The config has multipliers only with
+    transformed optimizer state: fresh state has no steps to preserve.
     """
     factors, uneven = multipliers(growth)
     if config.optim.base_width is not None:
-        # The width's own rate changes already; what a matrix moves by must not count it twice.
+        # Unit scaling already changes the rate with the width; do not count it twice.
         ratio = (growth.target.hidden_size / growth.source.hidden_size) ** 0.5
         roles: dict[str, Role] = {t.name: t.spec.role for t in growth.tensors}
         for name, m in factors.items():
@@ -119,7 +119,7 @@ def grown_config(config: Config, growth: Growth, options: GrowthOptions) -> tupl
 
 
 def precision_notes(before: Config, after: Config) -> list[str]:
-    """What the proof leaves out of a run with FP8 products, and what FP8 wants of sizes that the grown model has not."""
+    """Notes on FP8 runs: what the proof leaves out, and rules about sizes that the grown model breaks."""
     if after.precision.fp8 == "false":
         return []
     alone = [c.model_copy(update={"parallel": Parallel()}) for c in (before, after)]

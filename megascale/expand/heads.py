@@ -1,8 +1,8 @@
-"""Which query and KV heads a grown attention takes from where, and which channels of a head.
+"""Sources of the query heads, KV heads and head channels of a grown attention.
 
 g KV heads with m query heads each become g' with m'. A source group may spread over several target groups, whose slots its query heads fill
-in order and again from the first. So query heads are copied inside their group, groups with all their query heads, and KV heads alone where
-m' < m. Tiling query heads across groups would give them other keys.
+cyclically in order. So query heads are copied within their group, groups with all their query heads, and KV heads alone if m' < m. Tiling
+query heads across groups would give them other keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megascale.expand.axes import FRESH, ZERO, AxisMap, axis, cancelling, inside
 
 @dataclass(frozen=True)
 class Heads:
-    """Maps over heads: `query` (rows), `key_value` (rows), and `out`, by which the output product's columns take the heads' results."""
+    """Maps over heads: `query` (rows), `key_value` (rows), and `out` (columns of the output product)."""
 
     query: AxisMap
     key_value: AxisMap
@@ -26,10 +26,10 @@ class Heads:
 
 
 def grow_heads(old: tuple[int, int], new: tuple[int, int], method: str, split: tuple[float, float], silent: bool) -> Heads:
-    """(query heads, KV heads) → more of them. Raises UsageError where no map exists.
+    """(query heads, KV heads) → more of them. Raises UsageError if no map exists.
 
-    method   duplicate: slots beyond the source's heads hold copies that share its output; zero: new heads, whose output counts nothing yet
-    silent   a norm follows the heads: new heads must not be heard there, and it is their values that are zero
+    method   duplicate: slots beyond the source's heads get copies that share its output; zero: new heads with zero output
+    silent   a norm follows the heads, so new heads must not affect it: their values are zero
     """
     (h, g), (h2, g2) = old, new
     m, m2 = h // g, h2 // g2
@@ -53,7 +53,7 @@ def grow_heads(old: tuple[int, int], new: tuple[int, int], method: str, split: t
             key_value.append(j if used else (ZERO if silent else FRESH))
     if (
         silent and method == "zero" and any(key_value[i // m2] >= 0 and query[i] < 0 for i in range(len(query)))
-    ):  # a new head beside old ones has their values, and would be heard
+    ):  # a new head in an old group has its values and would affect the norm
         raise UsageError(
             f"num_heads grows from {h} to {h2} with {g2} KV heads under inner norms: a new query head would bring its KV head's values "
             "into the norm; duplicate a whole number of times, or add KV heads with their query heads"
@@ -62,7 +62,7 @@ def grow_heads(old: tuple[int, int], new: tuple[int, int], method: str, split: t
 
 
 def cancelling_heads(heads: Heads, query_heads: int, kv_heads: int) -> Heads:
-    """Pairs of heads whose outputs cancel: inside each KV head's group where it serves several, else pairs of KV heads with their query."""
+    """Pairs of heads whose outputs cancel: within each KV head's group if it has several, else pairs of KV heads with their query head."""
     group = query_heads // kv_heads
     if group == 1:
         query, out = cancelling(heads.query)
@@ -83,8 +83,8 @@ def _joined(parts: list[AxisMap]) -> AxisMap:
 
 @dataclass(frozen=True)
 class Channels:
-    """Maps over the channels of one head: rows of queries, keys and values, the output product's columns, and the norms of queries and
-    keys. `exponents` of the rotary pairs where they are not the plain ones any more; `dead` why some channels never get a gradient.
+    """Maps over the channels of one head: rows of queries, keys and values, columns of the output product, and norms of queries and keys.
+    `exponents` of the rotary pairs if they changed; `dead`: why some channels never get a gradient.
     """
 
     query: AxisMap
@@ -101,10 +101,10 @@ class Channels:
 def grow_channels(
     old: int, new: int, norm: NormRow | None, rotary: bool, exponents: tuple[float, ...] | None, method: str, silent: bool
 ) -> Channels:
-    """A head of `old` channels → `new`. Raises UsageError where nothing is exact.
+    """A head of `old` channels → `new`. Raises UsageError if no map is exact.
 
-    norm      of queries and keys, None without one
-    rotary    pairs (i, i + e/2) turn, at θ^−u with the pair's exponent u, 2i/e unless given
+    norm      norm of queries and keys, if any
+    rotary    pairs (i, i + e/2) rotate with θ^−u with the pair's exponent u, 2i/e unless given
     """
     plain = same(old)
     if new == old:
@@ -117,7 +117,7 @@ def grow_channels(
     copied = power is not None and new % old == 0
     place, turns = _pairs(old, new, rotary, exponents, copied)
     if copied:
-        # The same channels several times, at the same frequencies: the norm's statistics stay, and so does the product over √new.
+        # Repeated channels with the same frequencies keep the norm's statistics and the product over √new.
         both = axis(place, old)
         gain = both.scaled(ratio**-0.5)
         return Channels(both, both, value, out, gain, both, 1.0, turns)
@@ -125,7 +125,7 @@ def grow_channels(
     if norm is None:
         return Channels(where, where.filled(ZERO).scaled(ratio**0.5), value, out, plain, plain, 1.0, turns)
     if power is None:
-        # Without statistics new query channels may be alive at once; the keys' stay zero through the norm.
+        # Without statistics new query channels may be nonzero at once; the keys' stay zero through the norm.
         quiet = where.filled(ZERO)
         return Channels(where, quiet, value, out, where, where.scaled(ratio**0.5), 1.0, turns)
     if norm.centres or norm.bias:
@@ -133,17 +133,17 @@ def grow_channels(
             f"head_dim grows from {old} to {new} under QK-norm: new channels would move its {'mean' if norm.centres else 'bias'}; choose a "
             f"multiple of {old}"
         )
-    # With zeros beside the old channels both norms give ratio^(1/power) times as much, and the product is divided by √new.
+    # With added zeros both norms return ratio^(1/power) times as much, and the product is divided by √new.
     shrink = ratio ** (0.5 - 2 / power)
     quiet = where.filled(ZERO)
-    dead = f"new query and key channels beside {old} normalized ones are zero on both sides: a multiple of {old} would be alive"
+    dead = f"new query and key channels next to {old} normalized ones are zero on both sides: a multiple of {old} would train"
     return Channels(quiet, quiet, value, out, where.scaled(shrink), where, (ratio ** (-1 / power)) ** power, turns, dead)
 
 
 def _pairs(
     old: int, new: int, rotary: bool, exponents: tuple[float, ...] | None, copied: bool
 ) -> tuple[list[int], tuple[float, ...] | None]:
-    """Source channel of every target channel (FRESH: new), and the exponents of the pairs where 2i/new would not keep the old ones."""
+    """Source channel of every target channel (FRESH: new), and the pairs' exponents if 2i/new would not keep the old ones."""
     if not rotary:
         return [i % old if copied or i < old else FRESH for i in range(new)], None
     half, half2 = old // 2, new // 2
@@ -152,7 +152,7 @@ def _pairs(
         pair = [p % half for p in range(half2)]
         turns: tuple[float, ...] | None = tuple(was[p] for p in pair)
     elif new % old == 0 and exponents is None:
-        # Old pair i is the new pair ratio·i, which turns at the same frequency.
+        # Old pair i becomes pair ratio·i, which has the same frequency.
         step = new // old
         pair, turns = [p // step if p % step == 0 else FRESH for p in range(half2)], None
     else:

@@ -1,6 +1,6 @@
-"""What a trained model can do without: importance of channels, neurons and heads on given tokens, and of blocks by leaving one out.
+"""Importance of a trained model's channels, neurons and heads on given tokens, and of its blocks by leaving one out.
 
-The model passes layer by layer, as in verify.py, so that it is never in memory as a whole. Shapes: b sequences, s positions, d hidden.
+The model runs layer by layer, as in verify.py, so that it is never in memory as a whole. Shapes: b sequences, s positions, d hidden.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megascale.model.shape import Shape
 
 @dataclass(frozen=True)
 class Importance:
-    """Of each channel of the stream [d], each layer's neurons [f] and heads [h] (empty where a layer has experts), and the loss without
-    each block, None where it was not asked for.
+    """Importance of each channel of the stream [d] and of each layer's neurons [f] and heads [h] (empty if the layer has experts), and the
+    loss without each block, None if not requested.
     """
 
     stream: Tensor
@@ -39,8 +39,8 @@ class Importance:
 
 @torch.no_grad()
 def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, blocks: bool) -> Importance:
-    """On tokens [b, s], in fp32. A channel counts by its mean size over tokens and layers, each layer alike; a neuron or head by the mean
-    size of its output times that of the weights that take it. `blocks`: also the loss without each inner block.
+    """Measures on tokens [b, s] in fp32. A channel's importance is its mean size over tokens and layers, equally weighted; a neuron's or
+    head's the mean size of its output times that of the weights that take it. `blocks`: also the loss without each inner block.
     """
     parts = layered_parts(model.num_layers)
     first, *inner, last = parts
@@ -86,7 +86,7 @@ def _load(model: Model, seq_len: int, read: Read, part: StagePart) -> Any:
 
 
 def _watch(product: nn.Module, name: str, seen: dict[str, Tensor]) -> None:
-    """Keeps the mean size over tokens of each input [in] of a product."""
+    """Records the mean size over tokens of each input [in] of a product."""
     inner: Callable[[Tensor], Tensor] = product.product  # type: ignore[assignment]
 
     def watched(x: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def _loss(logits: Tensor, tokens: Tensor) -> float:
 
 
 def ranked(importance: Tensor, keep: int, ranking: str, seed: int) -> list[int]:
-    """The `keep` indices to hold on to, in their old order: most important ones, or for comparison random or least important ones, or the
-    first (`prefix`).
+    """The `keep` indices to retain, in their old order: the most important ones, or for comparison random ones, the least important ones,
+    or the first (`prefix`).
     """
     if ranking == "prefix":
         return list(range(keep))

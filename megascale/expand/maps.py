@@ -1,4 +1,4 @@
-"""The axis maps of a growth, by the names that the plan's table uses, and what follows from them for norms, gates and the config."""
+"""The axis maps of a growth, by the names in the plan's table, and their consequences for norms, gates and the config."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megascale.model.residual import ends
 @dataclass
 class Maps:
     """axes        by name
-    target      the target's config with what heads and vocabulary need
+    target      the target's config with changes for heads and vocabulary
     eps_factor  by norm: "stream", "qk_norm", "attention_inner_norm", "ffn_inner_norm"
-    gain        η, of every norm over the stream; `fold` is the last one's further factor
-    gate_sum    of an expert's output product; `router_bias` of the bias in the choice; `parts` that a source expert is cut into;
-                `uniform_router` where all gates must be equal
-    by_layer    axes that every source layer has its own of, as name@layer
-    lossy       what cannot be exact, each as a sentence with the way that is; `dead` what never gets a gradient, `notes` for the report
+    gain        η for every norm over the stream; `fold` is the last norm's additional factor
+    gate_sum    factor on an expert's output product; `router_bias`: on the bias of the choice; `parts` that a source expert is cut into;
+                `uniform_router`: whether all gates must be equal
+    by_layer    axes that differ between source layers, as name@layer
+    lossy       sentences about what cannot be exact, with an exact alternative; `dead`: what never gets a gradient; `notes` for the report
     """
 
     axes: dict[str, AxisMap]
@@ -45,7 +45,7 @@ class Maps:
 def build_maps(
     source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: GrowthOptions, layers: tuple[Layer, ...]
 ) -> Maps:
-    """All maps between two configs. Raises UsageError for rows that no map exists for; what is merely lossy is told in `lossy`."""
+    """All maps between two configs. Raises UsageError for rows without a map; what is merely lossy is in `lossy`."""
     row = row_of(source, 0)
     maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
     _stream(maps, source, options, row.norm)
@@ -59,7 +59,7 @@ def build_maps(
     if source.linear == "bitlinear":
         _quantized(maps, options)
     if source.tokenformer is not None and maps.target.tokenformer is not None:
-        # Keys of zeros score nothing; the values beside them may start as they like.
+        # Zero keys have zero scores, so their values may start anywhere.
         n, more = source.tokenformer.tokens, maps.target.tokenformer.tokens - source.tokenformer.tokens
         tokens = axis([*range(n), *[FRESH] * more], n)
         maps.axes |= {"new_keys": tokens.filled(ZERO), "new_values": tokens}
@@ -91,7 +91,7 @@ def _stream(maps: Maps, source: Model, options: GrowthOptions, position: str) ->
         where = f"hidden_size {old} → {new} under {source.norm}"
         if position != "before":
             maps.lossy.append(
-                f"{where} behind the sum: {rest} channels cannot have the mean of the others after a gain; choose a multiple of {old}"
+                f"{where} after the sum: {rest} channels cannot have the mean of the others after a gain; choose a multiple of {old}"
             )
         elif fill == ZERO:
             maps.lossy.append(f"{where} with zeros: they move its mean; average and duplicate are exact")
@@ -162,7 +162,7 @@ def _heads(maps: Maps, source: Model, options: GrowthOptions, silent: bool, norm
 
 
 def _check_head_size(source: Model, new: int) -> None:
-    """Raises UsageError for heads whose size is part of something that does not grow with it."""
+    """Raises UsageError for heads whose size enters something that does not grow with it."""
     if source.qk_norm == "width":
         raise UsageError(
             f"--head-dim is {new} and model.qk_norm is width: new channels would move the norm over all heads; grow num_heads instead"
@@ -172,7 +172,7 @@ def _check_head_size(source: Model, new: int) -> None:
 
 
 def _widths(maps: Maps, source: Model, options: GrowthOptions, silent: bool) -> None:
-    """Feed-forward, experts and shared experts: what goes in by rows, what comes out by columns."""
+    """Feed-forward, experts and shared experts: inputs by rows, outputs by columns."""
     target = maps.target
     kinds = {"ffn": (source.ffn_size, target.ffn_size)}
     if target.moe is not None and target.moe.ffn_size is not None:
@@ -215,7 +215,7 @@ def _inner_norm(maps: Maps, name: str, norm: str, channels: AxisMap, source: Mod
 
 
 def _pairs(maps: Maps, heads: Heads, channels: Channels, source: Model) -> None:
-    """For inserted layers whose outputs cancel: neighbours in pairs, the second with the opposite output."""
+    """For inserted layers whose outputs cancel: pairs of neighbours, the second with the opposite output."""
     target = maps.target
     paired = cancelling_heads(heads, target.num_heads, target.num_kv_heads)
     plain = replace(channels.out, weight=abs(channels.out.weight))
@@ -264,22 +264,22 @@ def _experts(maps: Maps, source: Model, sizes: Sizes) -> None:
         maps.lossy.append(
             f"experts under the {was.router} router with top_k 1: its gate is not divided by a sum, and with more experts it is"
         )
-    # A gate that is divided by a sum is shared by all copies and parts; σ-MoE's is not.
+    # All copies and parts share a normalized gate; σ-MoE's is not normalized.
     maps.gate_sum = 1 / copies if was.router == "sigma" else float(parts)
     if was.router == "softmax_topk":
-        maps.router_bias = 1 / (copies * parts)  # it is added to probabilities, which the copies share
+        maps.router_bias = 1 / (copies * parts)  # it is added to probabilities, which the copies split
     if moe.capacity_factor is not None:
         maps.notes.append("capacity is counted for every copy of an expert as it was for the one")
     maps.notes.append(f"the {copies * parts} successors of an expert are always chosen together until noise on the router parts them")
 
 
 def _upcycled(maps: Maps, experts: int, chosen: int, parts: int) -> None:
-    """Gates must add up to one, or equal ones must be made up for."""
+    """Handles experts made from a dense layer: gates must add up to one, or equal gates are compensated."""
     moe = maps.target.moe
     assert moe is not None
     maps.gate_sum = float(parts)
     if moe.router in ("topk_softmax", "xmoe", "sigmoid") and moe.top_k > 1:
-        return  # divided by their sum
+        return  # normalized gates
     if parts > 1:
         maps.lossy.append(
             f"--granularity {parts} with router {moe.router}: equal gates do not choose all parts of an expert; topk_softmax does"
@@ -304,7 +304,7 @@ def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: GrowthO
     assert old is not None and new is not None
     ids = options.vocabulary or tuple(i if i < old else None for i in range(new))
     if source.family == "encoder" and new > old and options.vocabulary is None:
-        ids = (*range(old - 1), *[None] * (new - old), old - 1)  # the mask stays the last token
+        ids = (*range(old - 1), *[None] * (new - old), old - 1)  # the mask token stays last
     if len(ids) != new or any(i is not None and not 0 <= i < old for i in ids):
         raise UsageError(
             f"the vocabulary map has {len(ids)} entries for a vocabulary of {new}: give the old id (below {old}) or null for each"
@@ -331,7 +331,7 @@ def _ends(maps: Maps, source: Model, seq_lens: tuple[int, int], options: GrowthO
 
 
 def _quantized(maps: Maps, options: GrowthOptions) -> None:
-    """BitLinear rounds a weight by its mean size and an input by its largest: whole, equal copies keep both, nothing else does."""
+    """BitLinear scales weights by their mean size and inputs by the largest: only whole, equal copies keep both."""
     uneven = [name for name, a in maps.axes.items() if not a.is_identity and (a.uniform_copies is None or not a.known.all())]
     uneven = [n for n in uneven if n not in ("vocabulary", "positions")]
     noisy = any(a.shared and (a.copies > 1).any() for a in maps.axes.values())
@@ -341,4 +341,4 @@ def _quantized(maps: Maps, options: GrowthOptions) -> None:
     if uneven:
         maps.lossy.append(f"linear bitlinear with {', '.join(uneven[:3])} not repeated a whole number of times: its rounding would change")
     elif noisy and (options.symmetry != "none" or options.split[0] != options.split[1]):
-        maps.lossy.append("linear bitlinear: rounding sees what tells copies apart; --symmetry none with --split 1:1 is exact")
+        maps.lossy.append("linear bitlinear: rounding depends on what distinguishes copies; --symmetry none with --split 1:1 is exact")

@@ -1,4 +1,4 @@
-"""What a growth is asked to do: new sizes, and how each axis is filled."""
+"""Options of a growth: new sizes, and how each axis is filled."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megascale.errors import UsageError
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the target; None: as the source's. `seq_len` is the context, `experts` counts experts of the source's width (or of the dense
-    feed-forward's), each cut into `granularity` finer ones.
+    """Sizes of the target; None: the source's. `seq_len` is the context; `experts` counts experts as wide as the source's (or its dense
+    feed-forward), each cut into `granularity` finer ones.
     """
 
     hidden_size: int | None = None
@@ -34,13 +34,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GrowthOptions:
-    """How. Every field is a flag of `megascale grow`.
+    """How to grow. Every field is a flag of `megascale grow`.
 
-    width      new channels of the stream: duplicate (the rest as the norm allows), zero, or average (the mean of the others)
-    ffn, heads duplicate: copies that share their output; zero: new ones whose output counts nothing yet
-    symmetry   what tells copies apart without a change of the function: project (a fresh start's projection), snr:DB, or none
-    split      shares of the first copy and of each other one
-    lossless   require: refuse all that cannot be exact; prefer: refuse what has an exact way instead; off: do as told
+    width      new channels of the stream: duplicate (a remainder as the norm allows), zero, or average (the mean of the others)
+    ffn, heads duplicate: copies that share their output; zero: new ones with zero output
+    symmetry   what makes copies differ without changing the function: project (a projection of fresh values), snr:DB, or none
+    split      shares of the first and of each other copy
+    lossless   require: refuse everything that cannot be exact; prefer: refuse what has an exact alternative; off: refuse nothing
     """
 
     width: str = "duplicate"
@@ -52,7 +52,7 @@ class GrowthOptions:
     split: tuple[float, float] = (1.0, 1.0)
     optimizer: str = "drop"
     router: str = "topk_softmax"
-    vocabulary: tuple[int | None, ...] | None = None  # the old id of every new one
+    vocabulary: tuple[int | None, ...] | None = None  # the old id of every new id
     enable_vocabulary: bool = False
     lossless: str = "prefer"
     seed: int = 1234
@@ -72,11 +72,11 @@ CHOICES = {
 
 METHODS = ("width", "ffn", "heads", "depth")  # their flags end in -method
 MOST_TIMES = 4096
-LARGEST_RATIO = 60  # dB: noise that much above the weights leaves few of their digits, that much below is none
+LARGEST_RATIO = 60  # dB: beyond it, noise above the weights leaves few of their digits, and noise below them vanishes
 
 
 def check_options(options: GrowthOptions) -> GrowthOptions:
-    """Raises UsageError naming the flag, its value and what there is."""
+    """Raises UsageError naming the flag, its value and the choices."""
     for name, choices in CHOICES.items():
         value = getattr(options, name)
         if value not in choices:
@@ -109,14 +109,14 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
         if new is None or new == old:
             continue
         if old is None:
-            raise UsageError(f"--{key.replace('_', '-')} is {new} and this model has no {key}")
+            raise UsageError(f"--{key.replace('_', '-')} is {new} but this model has no {key}")
         if new < old:
             by_shrinking = "" if key in ("head_dim", "vocab_size") else ", megascale shrink does"
-            raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: growth does not shrink{by_shrinking}")
+            raise UsageError(f"--{key.replace('_', '-')} is {new} but the source has {old}: growth does not shrink{by_shrinking}")
         check_times(f"--{key.replace('_', '-')}", old, new)
         changes[key] = new
     if "num_heads" in changes and sizes.num_kv_heads is None and source.num_kv_heads == source.num_heads:
-        changes["num_kv_heads"] = changes["num_heads"]  # every query head keeps a KV head of its own
+        changes["num_kv_heads"] = changes["num_heads"]  # every query head keeps its own KV head
     moe = _target_experts(source, sizes, router, changes)
     if moe is not None:
         changes["moe"] = moe
@@ -126,17 +126,17 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
 
 
 def check_times(flag: str, old: int, new: int) -> None:
-    """Raises UsageError for a size that is a slip of the hand: its maps alone would fill the memory."""
+    """Raises UsageError for an implausible size, whose maps alone would fill the memory."""
     if new > MOST_TIMES * old:
-        raise UsageError(f"{flag} is {new} and the source has {old}: more than {MOST_TIMES} times as much is no growth, check the number")
+        raise UsageError(f"{flag} is {new} but the source has {old}: more than {MOST_TIMES} times as much is implausible, check the number")
 
 
 def _target_tokens(source: Model, size: int) -> dict[str, Any]:
     old = source.tokenformer
     if old is None:
-        raise UsageError(f"--tokenformer-size is {size} and the source's products are {source.linear}: only linear tokenformer has tokens")
+        raise UsageError(f"--tokenformer-size is {size} but the source's products are {source.linear}: only linear tokenformer has tokens")
     if size < old.tokens:
-        raise UsageError(f"--tokenformer-size is {size} and the source has {old.tokens}: growth does not shrink")
+        raise UsageError(f"--tokenformer-size is {size} but the source has {old.tokens}: growth does not shrink")
     check_times("--tokenformer-size", old.tokens, size)
     return {"tokenformer": old.model_copy(update={"tokens": size, "scale": old.scale or old.tokens**0.5})}
 
@@ -162,15 +162,15 @@ def _target_experts(source: Model, sizes: Sizes, router: str, changes: dict[str,
     assert width is not None
     experts = sizes.experts or old
     if experts < old or experts % old:
-        raise UsageError(f"--num-experts is {experts} and the source has {old}: give a multiple")
+        raise UsageError(f"--num-experts is {experts} but the source has {old}: give a multiple")
     check_times("--num-experts", old, experts)
     before = (source.moe.ffn_size if source.moe is not None else None) or source.ffn_size or 0
     if width < before:
         raise UsageError(
-            f"--expert-ffn-size is {width} and the source's feed-forward has {before}: experts start as wide, --granularity cuts them"
+            f"--expert-ffn-size is {width} but the source's feed-forward has {before}: experts start as wide, --granularity cuts them"
         )
     if parts < 1 or width % parts:
-        raise UsageError(f"--granularity is {parts} and an expert has {width} channels: give a divisor")
+        raise UsageError(f"--granularity is {parts} but an expert has {width} channels: give a divisor")
     if sizes.granularity > 1 and width != before:
         raise UsageError("experts grow in width or are cut into finer ones, one at a time: leave one of --granularity and the width out")
     update = {"num_experts": experts * parts, "top_k": top_k * parts, "ffn_size": width // parts}

@@ -1,5 +1,5 @@
-"""The plan of a growth: for every target tensor where its elements come from, and what the config has to say differently. Plain data, made
-from two model configs without reading a weight.
+"""The plan of a growth: the source of every target tensor's elements, and changes of the config. Plain data, made from two model configs
+without reading a weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megascale.model.spec import ParamSpec
 from megascale.optim.rates import MATRICES
 
 NORM_AXES = {"weight": ("gain",), "bias": ("shift",), "alpha": ("one",)}
-# The axes of every tensor, by its name behind the layer's number. Banks of experts have theirs in front.
+# The axes of every tensor, by its name after the layer's number. Banks of experts have theirs in front.
 AXES: dict[str, tuple[str, ...]] = {
     "embedding.weight": ("vocabulary", "stream"),
     "position.weight": ("positions", "stream"),
@@ -88,26 +88,26 @@ WRITERS = (
     "attention.o.weight", "attention.o.values", "attention.o.bias", "ffn.down.weight", "ffn.down.values", "ffn.down.bias",
     "ffn.experts.down.weight", "ffn.shared.down.weight",
 )  # fmt: skip
-# A layer whose outputs cancel takes its inner rows in pairs.
+# Inner rows of a layer whose outputs cancel come in pairs.
 PAIRED = {
     "query": "pair_query", "key": "pair_key", "value": "pair_value", "heads": "pair_heads", "heads_gain": "pair_heads_gain",
     "heads_shift": "pair_heads_shift", "ffn": "pair_ffn", "ffn_out": "pair_ffn_out", "ffn_gain": "pair_ffn_gain",
     "ffn_shift": "pair_ffn_shift", "expert": "pair_expert", "expert_out": "pair_expert_out", "together": "pair_together",
     "together_out": "pair_together_out",
 }  # fmt: skip
-UNIT_SCALED = (*MATRICES, "router")  # the roles whose products are multiplied with 1/√fan_in there
+UNIT_SCALED = (*MATRICES, "router")  # roles of products that unit scaling multiplies by 1/√fan_in
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """target[i, j, …] = scale · w_i·w_j·… · source[map(i), map(j), …], with noise where copies share a source.
+    """target[i, j, …] = scale · w_i·w_j·… · source[map(i), map(j), …], with noise if copies share a source.
 
-    name, source  canonical, without "model."; source None: `constant` everywhere, or the target's own start where that is None too
-    parts         the source's matrices are each cut into so many along `parts_dim` (of the matrix) and stacked: finer experts
-    lifted        the source is one matrix and the target a bank of them
-    drawn         the source is no stored tensor but a start of this spec, by the target's name
-    mean_by       of the source, weights of MEAN rows: a learned factor on each channel stands behind them
-    inserted      of a layer that the source has not: its optimizer state starts anew
+    name, source  canonical, without "model."; source None: `constant` everywhere, or the target's initial values if that is also None
+    parts         each source matrix is split into this many along its `parts_dim` and stacked: finer experts
+    lifted        the source is one matrix, the target a bank of them
+    drawn         the source is not a stored tensor but initial values of this spec, by the target's name
+    mean_by       source tensor with weights for MEAN rows: a learned factor per channel that follows them
+    inserted      belongs to a new layer, so its optimizer state starts fresh
     """
 
     name: str
@@ -125,7 +125,7 @@ class TensorPlan:
 
     @property
     def formula(self) -> str:
-        """In one line, for the report."""
+        """One line for the report."""
         if self.constant is not None:
             return f"{self.constant:g}"
         if self.source is None and self.drawn is None:
@@ -138,8 +138,8 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Growth:
-    """A growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact, with the reason; `dead`: parameters that never
-    get a gradient; `notes`: for the report.
+    """A growth as data: `tensors` refer to `axes` by name. `lossy`: what cannot be exact and why; `dead`: parameters that never get a
+    gradient; `notes`: for the report.
     """
 
     source: Model
@@ -175,7 +175,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: GrowthOption
     target = target_model(source, sizes, options.router)
     seq_lens = (seq_len, sizes.seq_len or seq_len)
     if seq_lens[1] < seq_lens[0]:
-        raise UsageError(f"--seq-len is {seq_lens[1]} and the source was trained at {seq_lens[0]}: growth does not shrink")
+        raise UsageError(f"--seq-len is {seq_lens[1]} but the source was trained at {seq_lens[0]}: growth does not shrink")
     check_times("--seq-len", *seq_lens)
     layers, target, depth_lossy = plan_layers(source, target, options)
     maps = build_maps(source, target, seq_lens, sizes, options, layers)
@@ -183,7 +183,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: GrowthOption
     power = growth_of(target).power
     chain = norm_chain(layers, skips, power) if row_of(target, 0).norm == "after" and power is not None else {}
     target = with_epsilons(maps.target, source, layers, chain, maps)
-    # The support table has the last word on what a model may be.
+    # The support table decides whether the model is allowed.
     check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
     tensors = plan_tensors(source, target, seq_lens, layers, maps, chain)
     lossy = (*depth_lossy, *maps.lossy)
@@ -194,35 +194,33 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: GrowthOption
 
 
 def in_fp32(value: float) -> float:
-    """The number that an inserted layer's coefficient is in any dtype that it may be stored in, for epsilons to count on."""
+    """The value of an inserted layer's coefficient in any dtype that may store it, on which epsilons rely."""
     return float(np.float32(value))
 
 
 def refuse_unknown_parts(source: Model) -> None:
-    """Neither growth nor shrinking knows BERT's ends and T5's attention, nor parts whose rows do not say how they grow."""
+    """Refuses what neither growth nor shrinking supports: BERT's ends, T5's attention, and parts whose rows do not say how they grow."""
     growth_of(source)
     if not source.ffn_row.grows:
         known = ", ".join(name for name, row in activations().items() if row.grows)
         raise UsageError(
-            f"model.ffn is {source.ffn}, whose row does not say that it grows: sizes cannot be changed of a model that has it; set `grows` "
+            f"model.ffn is {source.ffn}, whose row does not say that it grows: a model with it cannot change its sizes; set `grows` "
             f"in its row, or use a model with one of {known}"
         )
     for key in ("embedding_norm", "mlm_head", "attention_scale"):
         if getattr(source, key):
-            raise UsageError(f"model.{key} is set: sizes cannot be changed of a model that has it; use one without")
+            raise UsageError(f"model.{key} is set: a model with it cannot change its sizes; use one without")
     if not source.position_row.grows:
         known = ", ".join(name for name, row in positions().items() if row.grows)
-        raise UsageError(f"model.position is {source.position}: sizes cannot be changed of a model that has it; use one of {known}")
+        raise UsageError(f"model.position is {source.position}: a model with it cannot change its sizes; use one of {known}")
 
 
 def _refuse(growth: Growth, options: GrowthOptions, asked: tuple[str, ...]) -> None:
-    """Under `require` nothing lossy passes; under `prefer` only what was asked for by its own name (a depth method) does."""
+    """Under `require` refuses everything lossy; under `prefer` allows only what was requested by name (a depth method)."""
     refused = growth.lossy if options.lossless == "require" else tuple(x for x in growth.lossy if x not in asked)
     if refused and options.lossless != "off":
         lines = "\n  ".join(refused)
-        raise UsageError(
-            f"this growth would not keep the function (--lossless {options.lossless}):\n  {lines}\n--lossless off does it all the same"
-        )
+        raise UsageError(f"this growth would not keep the function (--lossless {options.lossless}):\n  {lines}\n--lossless off allows it")
 
 
 def suffix_of(name: str) -> tuple[int | None, str]:
@@ -234,7 +232,7 @@ def suffix_of(name: str) -> tuple[int | None, str]:
 
 
 def with_epsilons(target: Model, source: Model, layers: tuple[Layer, ...], chain: dict[str, NormChange], maps: Maps) -> Model:
-    """Every norm's epsilon, as few exceptions as say it."""
+    """Sets every norm's epsilon with as few exceptions as possible."""
     stream = maps.eps_factor["stream"]
     plain = source.norm_eps * stream
     own: dict[str, float] = {}
@@ -257,7 +255,7 @@ def with_epsilons(target: Model, source: Model, layers: tuple[Layer, ...], chain
 
 
 def _by_kind(own: dict[str, float], layers: int) -> dict[str, float]:
-    """Exceptions of every layer alike become one of the norm's kind."""
+    """Merges equal exceptions of all layers into one for the norm's kind."""
     kinds: dict[str, list[float]] = {}
     for name, eps in own.items():
         if name.startswith("blocks."):
@@ -301,11 +299,11 @@ def _tensor(
 ) -> TensorPlan:
     inserted = layer is not None and layer.mode != "keep"
     if spec.role == "coefficient":
-        # As it is stored, not as the config has it: rounded to fp32 it is another number, and a kept layer's logits would move.
+        # The stored value, not the config's, which rounds to another fp32 number and would change a kept layer's logits.
         return TensorPlan(name, spec, constant=in_fp32(spec.mean), inserted=True) if inserted else TensorPlan(name, spec, ("one",), origin)
     axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix)
     if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router == "xmoe":
-        axes = ("routes", "routing")  # rows in a space of their own
+        axes = ("routes", "routing")  # rows in a separate space
     if axes is None:
         raise UsageError(f"growth does not know what the dimensions of {name} are")
     if layer is not None and layer.mode == "identity":
@@ -314,7 +312,7 @@ def _tensor(
         if row_of(target, 0).norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
     if layer is not None and layer.mode == "cancel":
-        # Under ALiBi every head looks at its own distance, under a norm over all heads each has gains of its own: no two cancel.
+        # Under ALiBi every head has its own slope, under a norm over all heads its own gains: no two cancel.
         alone = target.position_row.slopes or target.qk_norm == "width"
         silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if alone else ()))
         if suffix in silent:
@@ -338,7 +336,7 @@ def _tensor(
 
 
 def _expert(plan: TensorPlan, suffix: str, old: dict[str, ParamSpec], maps: Maps) -> TensorPlan:
-    """A bank from a bank or from the one feed-forward that every expert copies; down's outputs make up for the gates' sum."""
+    """A bank from a bank, or from one feed-forward that every expert copies; `down` compensates for the sum of gates."""
     assert plan.source is not None
     down = suffix.endswith("down.weight")
     dense = plan.source.replace(".experts.", ".")
@@ -354,7 +352,7 @@ def _expert(plan: TensorPlan, suffix: str, old: dict[str, ParamSpec], maps: Maps
 
 
 def _router(plan: TensorPlan, suffix: str, maps: Maps) -> TensorPlan:
-    """The router of a model that had none: zero where the gates must be equal, else a start whose rows repeat over an expert's parts."""
+    """The router of a formerly dense model: zero if gates must be equal, else initial rows that repeat over an expert's parts."""
     if suffix.endswith(".bias") or (suffix == "ffn.router.weight" and maps.uniform_router):
         return replace(plan, source=None, axes=(), constant=0.0)
     if suffix == "ffn.router.weight" and maps.parts > 1:
@@ -369,7 +367,7 @@ def _router(plan: TensorPlan, suffix: str, maps: Maps) -> TensorPlan:
 
 
 def _chained(plan: TensorPlan, change: NormChange, maps: Maps) -> TensorPlan:
-    """A norm of an inserted layer, or the one before it (depth.py)."""
+    """A norm of an inserted layer, or the norm before it (depth.py)."""
     leaf = plan.name.rpartition(".")[2]
     if change.affine is None:
         return replace(plan, source=None, axes=(), constant=change.gain * maps.gain if leaf == "weight" else 0.0)
@@ -377,12 +375,12 @@ def _chained(plan: TensorPlan, change: NormChange, maps: Maps) -> TensorPlan:
 
 
 def _unit_scale(old: ParamSpec, new: ParamSpec) -> float:
-    """μS multiplies hidden products by fan_in^−½: weights make up for a fan_in that grew. The head's 1/fan_in is the last norm's affair."""
+    """μS multiplies hidden products by fan_in^−½: weights compensate for a larger fan_in. The last norm handles the head's 1/fan_in."""
     return (new.shape[-1] / old.shape[-1]) ** 0.5 if new.role in UNIT_SCALED else 1.0
 
 
 def grid_axes(suffix: str) -> tuple[str, ...] | None:
-    """Of the spacetime family's own tensors: a table of positions for every dimension."""
+    """Axes of the spacetime family's own tensors: a table of positions per dimension."""
     first, _, rest = suffix.partition(".")
     if first == "position":
         return (f"positions.{rest.partition('.')[0]}", "stream")

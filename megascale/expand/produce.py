@@ -23,10 +23,10 @@ from megascale.optim.rates import MATRICES
 
 @dataclass(frozen=True)
 class GrownTensors:
-    """Picklable, so that any number of processes can make the same rectangles. `dtype` of the weights; None: as they are stored.
+    """Picklable, so that any number of processes can make the same rectangles. `dtype` of the weights; None: as stored.
 
-    optimizer  what becomes of its state: transform, reset or drop
-    kept_by    the optimizer that kept it, by the name of its row
+    optimizer  fate of its state: transform, reset or drop
+    kept_by    the optimizer that kept the state, by its row's name
     """
 
     growth: Growth
@@ -49,7 +49,7 @@ class GrownTensors:
 
     @cached_property
     def moments(self) -> dict[int, tuple[Growth, dict[str, TensorPlan]]]:
-        """By power of β."""
+        """Growth plans of the moments, by power of β."""
         found = {}
         for power in sorted({power for power in self.powers.values() if power is not None}):
             growth = state_plan(self.growth, power)
@@ -83,12 +83,12 @@ class GrownTensors:
 
     @cached_property
     def storage(self) -> torch.dtype:
-        """Of most weights of the source."""
+        """The dtype of most of the source's weights."""
         kinds = [t.dtype for n, t in self.index.tensors.items() if n.startswith("model.")]
         return DTYPES[max(set(kinds), key=kinds.count)]
 
     def dtype_of(self, plan: TensorPlan) -> torch.dtype:
-        """As the source's tensor is stored; what the source has not takes the model's, coefficients and routers' biases at least fp32."""
+        """The dtype of the source's tensor; new tensors take the model's, with at least fp32 for coefficients and router biases."""
         if self.dtype is not None:
             return self.dtype
         entry = self.index.tensors.get(f"model.{plan.source}") if plan.source else None
@@ -101,12 +101,12 @@ class GrownTensors:
             return torch.float32
         source = self.plans[weight].source
         entry = self.index.tensors.get(f"optim.{key}.{source}")
-        if entry is None:  # of a weight that the source has not: as the others
+        if entry is None:  # a new weight: like the others
             entry = next(t for n, t in self.index.tensors.items() if n.startswith(f"optim.{key}."))
         return DTYPES[entry.dtype]
 
     def targets(self) -> list[Target]:
-        """Everything that is to be written, in the model's order."""
+        """All tensors to write, in the model's order."""
         found = [Target(f"model.{t.name}", self.dtype_of(t), t.spec.shape) for t in self.growth.tensors]
         if self.optimizer == "drop":
             return found
@@ -120,13 +120,13 @@ class GrownTensors:
         keys = sorted({n.split(".")[1] for n in self.index.tensors if n.startswith("optim.")})
         unknown = [k for k in keys if k not in (*self.powers, *self.counts)]
         if unknown or (not keys and (self.powers or self.counts)):
-            what = f"holds {unknown[0]}, which is no state of {self.kept_by}" if unknown else "holds no optimizer state"
+            what = f"holds {unknown[0]}, which is not a state of {self.kept_by}" if unknown else "holds no optimizer state"
             raise UsageError(f"{self.index.folder} {what}: use --optimizer drop")
         return keys
 
     def _has_state(self, key: str, plan: TensorPlan) -> bool:
-        """Whether the optimizer keeps `key` for a weight: as it does for the source's. One that the source has not is a router's: as for
-        others that are no hidden matrices, between which and the rest is all the difference that optimizers make.
+        """Whether the optimizer keeps `key` for a weight, as it does for the source's. A new one is a router's: it has what other weights
+        besides hidden matrices have, the only distinction that optimizers make.
         """
         if plan.name in self.unlearned:
             return False
@@ -141,7 +141,7 @@ class GrownTensors:
 
     @cached_property
     def stamp(self) -> str:
-        """Of the source's content and of the plan: another growth does not go on with this one's files."""
+        """Identifies the source's content and the plan, so that another growth does not reuse this one's files."""
         digest = hashlib.sha256()
         for name, file in sorted(self.index.files.items()):
             digest.update(f"{name} {file.bytes} {file.crc32}\n".encode())
@@ -149,7 +149,7 @@ class GrownTensors:
             digest.update(f"{t}\n".encode())
         for name, axis in sorted(self.growth.axes.items()):
             digest.update(name.encode() + axis.source.tobytes() + axis.weight.tobytes())
-        digest.update(f"{self.growth.target} {self.growth.seq_lens}".encode())  # what the config says and no tensor
+        digest.update(f"{self.growth.target} {self.growth.seq_lens}".encode())  # in the config but in no tensor
         digest.update(f"{self.growth.symmetry} {self.growth.seed} {self.optimizer} {self.dtype}".encode())
         return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""The proof of a growth: both models on the same tokens, in fp64 straight from the transform, and in the run's dtype as stored."""
+"""Verifies a growth: both models on the same tokens, in fp64 directly from the transform, and in the run's dtype as stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def some_tokens(source: GrowthSource, effort: Effort) -> tuple[Tensor, str]:
-    """Tokens [b, s] to compare the models on, and what they are: of the given data, of the source's own, or random where that is gone."""
+    """Tokens [b, s] for the comparison and their description: from the given data, else the source's own, else random."""
     if source.model.spacetime is not None:
         fields = source.model.spacetime
         shape = (1, fields.frames, *fields.shape[1:], fields.channels)
@@ -42,11 +42,11 @@ def some_tokens(source: GrowthSource, effort: Effort) -> tuple[Tensor, str]:
         if effort.data is not None:
             raise
     drawn = torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(0))
-    return drawn, f"{count} × {length} random tokens, the source's data not being here"
+    return drawn, f"{count} × {length} random tokens, since the source's data are not here"
 
 
 def prove(opened: GrowthSource, growth: Growth, made: GrownTensors, tokens: Tensor) -> dict[str, Any]:
-    """Both models in fp64, the grown one straight from the transform."""
+    """Compares both models in fp64, the grown one directly from the transform."""
 
     def new(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         return made(f"model.{name}", offset, shape)
@@ -56,8 +56,8 @@ def prove(opened: GrowthSource, growth: Growth, made: GrownTensors, tokens: Tens
 
 
 def prove_stored(opened: GrowthSource, growth: Growth, index: Index, tokens: Tensor, transform: dict[str, Any]) -> dict[str, Any]:
-    """Both models in the run's dtype, the grown one as it is stored, against the small one in fp64; and what is stored against the
-    transform, number by number.
+    """Compares both models in the run's dtype, the grown one as stored, with the small one in fp64, and stored numbers with the
+    transform's, one by one.
     """
     made = GrownTensors(growth, opened.index, dtype=torch.float64)
 
@@ -73,7 +73,7 @@ def prove_stored(opened: GrowthSource, growth: Growth, index: Index, tokens: Ten
 def judge(
     growth: Growth, source: Read, exact: Read, stored: Read, compute: str, tokens: Tensor, transform: dict[str, Any]
 ) -> dict[str, Any]:
-    """The verdict on a growth of `source` that should store `exact`, rounded, and has `stored`."""
+    """The verdict on a growth of `source` that should store `exact`, rounded, and has stored `stored`."""
     dtype, units = COMPUTE[compute], [0.0]
 
     def checked(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -112,8 +112,8 @@ def judge(
 
 
 def units_apart(stored: Tensor, exact: Tensor) -> float:
-    """The largest distance of stored numbers from exact ones, in units of the last place of the dtype that they are stored in; inf where
-    one of them is no number.
+    """The largest distance of stored numbers from exact ones, in units of the last place of the stored dtype; inf if one of them is not a
+    number.
     """
     kind = torch.finfo(stored.dtype)
     unit = exact.to(torch.float64).abs().clamp(min=kind.tiny) * kind.eps

@@ -1,4 +1,4 @@
-"""What a growth did, as data: where every tensor comes from, what is covered, what the config says differently."""
+"""The report of a growth as data: the source of every tensor, coverage, and changes of the config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megascale.expand.source import GrowthSource
 
 
 def describe(growth: Growth, source: GrowthSource, config: Config, index: Index) -> dict[str, Any]:
-    """The part of the report that follows from the plan, and from the `index` of what was written."""
+    """The part of the report that follows from the plan and from the `index` of the written checkpoint."""
     was, now = flatten({"model": source.model.model_dump(mode="json")}), flatten({"model": config.model.model_dump(mode="json")})
     changed = {k: [was.get(k), now.get(k)] for k in sorted({*was, *now}) if was.get(k) != now.get(k)}
     parameters = [sum(t.numel for t in _specs(growth, name)) for name in ("source", "target")]
@@ -39,8 +39,8 @@ def _specs(growth: Growth, which: str) -> list[Any]:
 
 
 def coverage(growth: Growth, source: GrowthSource, index: Index) -> dict[str, Any]:
-    """Of the target: elements that were written (an index is read only where its chunks fill every tensor once). Of the source: the share
-    of every tensor that the plan takes nowhere.
+    """Of the target: elements written (an index is read only if its chunks fill every tensor once). Of the source: the share of every
+    tensor that the plan does not use.
     """
     used: dict[str, float] = {}
     for t in growth.tensors:
@@ -56,12 +56,12 @@ def coverage(growth: Growth, source: GrowthSource, index: Index) -> dict[str, An
 
 
 def _constant(growth: Growth, name: str) -> bool:
-    """Coefficients stand in the config; norms whose affine part moved are taken by another tensor."""
+    """Coefficients are in the config; another tensor takes norms whose affine part moved."""
     return name.endswith((".skip", ".branch"))
 
 
 def plan_hash(growth: Growth, plan: TensorPlan) -> str:
-    """Of everything that decides a tensor's elements beside the source's: equal plans on equal sources give equal bits."""
+    """Hash of everything besides the source that determines a tensor's elements: equal plans on equal sources give equal bits."""
     digest = hashlib.sha256(f"{plan} {growth.symmetry} {growth.seed}".encode())
     for axis in growth.axes_of(plan):
         digest.update(np.ascontiguousarray(axis.source).tobytes() + np.ascontiguousarray(axis.weight).tobytes())

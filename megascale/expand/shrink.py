@@ -1,4 +1,4 @@
-"""Smaller models out of a trained one: weight subcloning (arXiv 2312.09299) and MatFormer's prefixes, as the same plans as growth."""
+"""Makes smaller models from a trained one: weight subcloning (arXiv 2312.09299) and MatFormer's prefixes, as the same plans as growth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RANKINGS = ("importance", "random", "reversed")
 
 @dataclass(frozen=True)
 class Smaller:
-    """Sizes of the target; None: as the source's. `ffn_sizes`: of each target layer, prefixes of a MatFormer (Mix'n'Match)."""
+    """Sizes of the target; None: the source's. `ffn_sizes`: per target layer, prefixes of a MatFormer (Mix'n'Match)."""
 
     hidden_size: int | None = None
     num_heads: int | None = None
@@ -47,7 +47,7 @@ class Smaller:
 
 @dataclass(frozen=True)
 class Kept:
-    """Source indices that stay: channels of the stream, layers, and of every source layer its neurons, query heads and KV heads."""
+    """Source indices to keep: channels of the stream, layers, and per source layer its neurons, query heads and KV heads."""
 
     stream: list[int]
     layers: list[int]
@@ -57,7 +57,7 @@ class Kept:
 
 
 def smaller_model(source: Model, sizes: Smaller) -> Model:
-    """The target's config. Raises UsageError for sizes that grow, and for what shrinking is not built for."""
+    """The target's config. Raises UsageError for larger sizes, and for models that cannot shrink."""
     if source.qk_norm == "width" and (sizes.num_heads or sizes.num_kv_heads):
         raise UsageError("model.qk_norm is width: fewer heads would move its statistics; shrink hidden_size, ffn_size or num_layers")
     if source.family == "encoder_decoder":
@@ -70,7 +70,7 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     for key in ("hidden_size", "num_heads", "num_kv_heads", "ffn_size", "num_layers"):
         old, new = getattr(source, key), getattr(sizes, key)
         if new is not None and new > old:
-            raise UsageError(f"--{key.replace('_', '-')} is {new} and the source has {old}: shrinking does not grow, megascale grow does")
+            raise UsageError(f"--{key.replace('_', '-')} is {new} but the source has {old}: shrinking does not grow, megascale grow does")
         if new is not None and new < old:
             changes[key] = new
     if "num_heads" in changes and sizes.num_kv_heads is None and source.num_kv_heads == source.num_heads:
@@ -86,10 +86,10 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
         if sizes.ffn_size is not None:
             raise UsageError("--ffn-size is one width for all layers and --ffn-sizes one for each: give one of the two")
         if source.matformer is None:
-            raise UsageError("--ffn-sizes mixes prefixes that were trained together, and the source has no model.matformer: use --ffn-size")
+            raise UsageError("--ffn-sizes mixes prefixes that were trained together, but the source has no model.matformer: use --ffn-size")
         if len(sizes.ffn_sizes) != changes.get("num_layers", source.num_layers):
             raise UsageError(
-                f"--ffn-sizes has {len(sizes.ffn_sizes)} widths and the target {changes.get('num_layers', source.num_layers)} layers"
+                f"--ffn-sizes has {len(sizes.ffn_sizes)} widths but the target {changes.get('num_layers', source.num_layers)} layers"
             )
         changes["ffn_sizes"] = sizes.ffn_sizes
     if source.matformer is not None:
@@ -140,7 +140,7 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
 
 
 def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growth:
-    """The plan that keeps these indices, as data: the same tables as growth, with maps onto fewer indices."""
+    """The plan that keeps these indices, as data: the tables of growth with maps to fewer indices."""
     row, d = row_of(source, 0), source.hidden_size
     assert source.vocab_size
     maps = Maps({}, target)
@@ -161,7 +161,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         own |= _inner(growth, "heads", query) | _inner(growth, "ffn", neurons)
         maps.axes |= {f"{name}@{i}": a for name, a in own.items()}
     if source.qk_norm or row.qk_norm:
-        maps.eps_factor["qk_norm"] = 1.0  # a head keeps its channels
+        maps.eps_factor["qk_norm"] = 1.0  # a head keeps all channels
     if row.inner_norms and growth.power is not None:
         maps.eps_factor |= {
             "attention_inner_norm": source.num_heads / target.num_heads,
@@ -191,19 +191,19 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
 
 
 def _norm_axis(source: Model, heads: int) -> AxisMap:
-    """Of QK-norm: a head's channels, or all heads'."""
+    """The axis of QK-norm: a head's channels, or all heads'."""
     return same(source.head_dim * (heads if source.qk_norm == "width" else 1))
 
 
 def _inner(growth: NormGrowth, name: str, kept: AxisMap) -> dict[str, AxisMap]:
-    """Of a norm over these channels: what stays is as large as if the rest had been nothing."""
+    """Changes of a norm over these channels: the kept ones are as large as if the others had been zero."""
     return {f"{name}_gain": kept.scaled(growth.gain(kept.old / kept.size)), f"{name}_shift": kept}
 
 
 def shrink(
     source: str | Path, target: Path, sizes: Smaller, ranking: str, seed: int, effort: Effort, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Writes the smaller checkpoint (weights alone) into `target` and returns the report. Errors as `grow`."""
+    """Writes the smaller checkpoint (weights only) into `target` and returns the report. Errors as `grow`."""
     begun = time.perf_counter()
     if ranking not in RANKINGS:
         raise UsageError(f"--ranking is {ranking}: choose one of {', '.join(RANKINGS)}")

@@ -1,4 +1,4 @@
-"""A pretrained model as growing and shrinking see it: config, index, and rectangles of its tensors. Opening it reads no weight."""
+"""A pretrained model for growing and shrinking: config, index, and rectangles of its tensors. Opening it reads no weight."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class GrowthSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored weights: that of most."""
+        """The dtype of most stored weights."""
         kinds = [t.dtype for n, t in self.index.tensors.items() if n.startswith("model.")]
         return DTYPES[max(set(kinds), key=kinds.count)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the model's tensors, by their names in it."""
+        """Shapes of the model's tensors by name."""
         return {n.removeprefix("model."): t.shape for n, t in self.index.tensors.items() if n.startswith("model.")}
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -52,7 +52,7 @@ class GrowthSource:
 
 
 def open_source(path: str | Path, check: bool = True) -> GrowthSource:
-    """A step folder or a run. Raises UsageError where it is no whole checkpoint of a model; `check` reads all files for their checksums."""
+    """A step folder or a run. Raises UsageError if it is not a whole checkpoint of a model; `check` reads all files for their checksums."""
     folder = find(path)
     index = read_index(folder)
     trainer = read_trainer(folder)
@@ -66,7 +66,7 @@ def open_source(path: str | Path, check: bool = True) -> GrowthSource:
         raise UsageError(
             f"{folder / TRAINER} holds no config: growing and shrinking start from checkpoints of megascale train, convert, or their own"
         )
-    # A converted checkpoint knows its model and context; what a run needs beside them is the user's to say.
+    # A converted checkpoint knows its model and context; the user must set everything else that a run needs.
     train = trainer["config"].get("train", {})
     if not isinstance(train, dict):
         raise UsageError(f"{folder / TRAINER} says train is {train!r}: the checkpoint is damaged, use an older one")
@@ -87,14 +87,14 @@ def open_source(path: str | Path, check: bool = True) -> GrowthSource:
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry.bytes:
             size = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
-            raise UsageError(f"{folder} is not whole: {file} {size} and the index says {entry.bytes}; use another checkpoint")
+            raise UsageError(f"{folder} is not whole: {file} {size} but the index says {entry.bytes}; use another checkpoint")
     if check and (problems := verify(index)):
         raise UsageError(f"{folder} is not whole: {'; '.join(problems)}; use another checkpoint")
     return source
 
 
 def _without_runs(config: Config) -> Config:
-    """The config without what belongs to the source's own run: its directory, where it began, what it was allowed."""
+    """The config without keys of the source's own run: its directory, its start, its allowed changes."""
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": None, "allow_change": []}),
@@ -104,5 +104,5 @@ def _without_runs(config: Config) -> Config:
 
 
 def renamed(config: Config, ending: str) -> Config:
-    """The config of the model made from it, as a run of its own."""
+    """The config of the new model as a separate run."""
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-{ending}"})})

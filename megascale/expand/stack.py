@@ -35,12 +35,12 @@ def row_of(model: Model, layer: int) -> Residual:
 
 
 def growth_of(model: Model) -> NormGrowth:
-    """How the model's norms grow. Raises UsageError for one that does not say."""
+    """How the model's norms grow. Raises UsageError for a norm that does not say."""
     growth = model.norm_row.growth
     if growth is None:
         known = ", ".join(name for name, row in norms().items() if row.growth is not None)
         raise UsageError(
-            f"model.norm is {model.norm}, whose row does not say how it grows: sizes cannot be changed of a model that has it; set "
+            f"model.norm is {model.norm}, whose row does not say how it grows: a model with it cannot change its sizes; set "
             f"`growth` in its row, or use a model with one of {known}"
         )
     return growth
@@ -52,7 +52,7 @@ def specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
 
 
 def unlearned(model: Model, seq_len: int) -> frozenset[str]:
-    """Names of what a model stores and no optimizer moves: coefficients, biases in a router's choice."""
+    """Names of stored tensors that no optimizer updates: coefficients, router biases."""
     return frozenset(states_of(_whole(model, seq_len)))
 
 
@@ -61,14 +61,14 @@ def _whole(model: Model, seq_len: int) -> nn.Module:
 
 
 def plan_layers(source: Model, target: Model, options: GrowthOptions) -> tuple[tuple[Layer, ...], Model, tuple[str, ...]]:
-    """Layers, the target with their coefficients where these are not its scheme's own, and what is lossy about them."""
+    """Layers, the target with their coefficients if they differ from its scheme's, and what is lossy about them."""
     period = _period(source, target)
     layers = grow_layers(source.num_layers, target.num_layers, options.depth, options.placement, period)
     target = target.model_copy(update={"num_layers": len(layers), "layer_coefficients": None})
     rows = [row_of(source, layer.source) for layer in layers]
     position = rows[0].norm
     coefficients = [
-        # Zero outputs leave the stream as it is only where it is not scaled; a norm behind the sum undoes a scale.
+        # Zero outputs keep the stream only if it is not scaled; a norm after the sum undoes a scale.
         (1.0 if layer.mode != "keep" and position != "after" else row.skip, row.branch)
         for layer, row in zip(layers, rows)
     ]
@@ -89,15 +89,15 @@ def plan_layers(source: Model, target: Model, options: GrowthOptions) -> tuple[t
             lossy = (f"--depth-method {options.depth}: {WHY_LOSSY[options.depth]}; identity and cancel are exact",)
         elif position == "after" and growth_of(source).behind is not None:
             raise UsageError(
-                f"num_layers grows from {source.num_layers} to {len(layers)} with norm {source.norm} behind the sum: "
-                f"{growth_of(source).behind}, so no inserted layer leaves the stream as it is; grow in width, or use --depth-method stack, "
+                f"num_layers grows from {source.num_layers} to {len(layers)} with norm {source.norm} after the sum: "
+                f"{growth_of(source).behind}, so no inserted layer keeps the stream unchanged; grow in width, or use --depth-method stack, "
                 "which is lossy"
             )
     return layers, target, lossy
 
 
 def _period(source: Model, target: Model) -> int:
-    """Layers that belong together: up to the next one with experts, or along every dimension of a grid."""
+    """Layers that belong together: up to the next one with experts, or one per dimension of a grid."""
     if source.spacetime is not None:
         return len(source.spacetime.shape)
     moe = source.moe or target.moe

@@ -1,8 +1,8 @@
-"""What optimizer state and step sizes become, so that a grown run moves as the source's would have.
+"""Transforms optimizer state and step sizes so that a grown run takes the same steps as the source's would have.
 
-A target element T = w·S of which there are n copies with equal gradients: S moves by one of theirs, so g_T = g_S/(n·w). First moments are
-multiplied with β = 1/(n·w), second ones with β²; AdamW then takes the source's steps where its epsilon is β times, its rate w times and its
-decay 1/w times as large, and a norm over all gradients is the source's where T's part counts 1/(√n·β) times.
+A target element T = w·S with n copies that have equal gradients: S moves by one copy's, so g_T = g_S/(n·w). First moments are multiplied by
+β = 1/(n·w), second moments by β²; AdamW then takes the source's steps if its epsilon is multiplied by β, its rate by w and its decay by
+1/w, and a norm over all gradients is the source's if T's part counts 1/(√n·β) times.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from megascale.expand.plan import Growth, TensorPlan
 
 
 def powers(optimizer: str) -> dict[str, int | None]:
-    """The power of β that each tensor of an optimizer's state takes."""
+    """The power of β for each tensor of an optimizer's state."""
     return {key: power for row in rows_of(optimizer) for key, power in row.state.items()}
 
 
 def counts(optimizer: str) -> set[str]:
-    """Keys of its state that are numbers of updates."""
+    """Keys of its state that count updates."""
     return {key for row in rows_of(optimizer) for key in row.counts}
 
 
 def check_state_grows(optimizer: str, fate: str) -> None:
-    """`fate`: of the state, transform, reset or drop. Raises UsageError where the optimizer's row does not say what growth makes of it."""
+    """`fate` of the state: transform, reset or drop. Raises UsageError if the optimizer's row does not say how it grows."""
     unknown = [key for key, power in powers(optimizer).items() if power is None]
     if fate != "transform" or not (unknown or not all(row.scale_free for row in rows_of(optimizer))):
         return
     why = f"its row says no power of the gradient for {', '.join(unknown)}" if unknown else "its row does not say that it is scale_free"
     raise UsageError(
         f"optim.name is {optimizer} and its state is to be transformed: growth does not know how, since {why}; choose optimizer reset, "
-        "which starts it anew (tools/grow.py also has --optimizer drop), or complete the row if that is true of it"
+        "which starts it fresh (tools/grow.py also has --optimizer drop), or complete the row if that is true of it"
     )
 
 
 def state_axis(axis: AxisMap, power: int) -> AxisMap:
-    """The map of a moment: β^power per element. New elements have no first moment; their second one is the mean of the others, or the
-    first step of an element whose v is zero would be far too large.
+    """The map of a moment: β^power per element. New elements have no first moment; their second one is the mean of the others, since an
+    element with v = 0 would take a far too large first step.
     """
     weight = np.divide(1.0, axis.copies * axis.weight, out=np.zeros_like(axis.weight), where=axis.weight != 0) ** power
     return AxisMap(axis.source, weight, axis.old).filled(MEAN if power == 2 else ZERO)
 
 
 def state_plan(growth: Growth, power: int) -> Growth:
-    """The growth of one kind of moment. Tensors of inserted layers, and those without a source, start at zero."""
+    """The growth of one kind of moment. Tensors of inserted layers and tensors without a source start at zero."""
     tensors = tuple(
         replace(t, source=None, drawn=None, axes=(), constant=0.0)
         if t.inserted or t.source is None
@@ -62,8 +62,8 @@ def state_plan(growth: Growth, power: int) -> Growth:
 
 
 def multipliers(growth: Growth) -> tuple[dict[str, Multiplier], list[str]]:
-    """By name (blocks.*.… where all layers agree): factors of rate, decay, epsilon and of the part in the gradient norm, for tensors that
-    have any but one; and the names for which these are means over elements that differ.
+    """Per name (blocks.*.… if all layers agree): factors on rate, decay, epsilon and the part of the gradient norm, for tensors with a
+    factor other than one; and the names for which these are means over elements that differ.
     """
     found: dict[str, tuple[Multiplier, bool]] = {}
     for t in growth.tensors:

@@ -1,4 +1,4 @@
-"""Small and grown model on the same tokens, layer by layer, so that neither is ever in memory as a whole.
+"""Compares the small and the grown model on the same tokens, layer by layer, so that neither is ever in memory as a whole.
 
 Shapes: b sequences, s positions, d hidden, V vocabulary.
 """
@@ -21,14 +21,14 @@ from megascale.expand.plan import Growth
 from megascale.model.families import build_part
 from megascale.model.shape import Shape
 
-LATE = 1 << 40  # a step at which every scheme that follows the step has arrived
-EXACT = 1e-10  # on logits, in fp64, before anything is stored: of their size, where that is above 1
-UNITS = 1.0  # in the last place: rounding once makes half of one
+LATE = 1 << 40  # a step by which every scheme that depends on the step has settled
+EXACT = 1e-10  # tolerance for logits in fp64 before storing; relative to their size if that is above 1
+UNITS = 1.0  # units in the last place: rounding once gives at most half of one
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What a model makes of tokens [b, s]: the stream [b, s, d] behind the embedding and behind every layer, and logits [b, s, V]."""
+    """A model's results on tokens [b, s]: the stream [b, s, d] after the embedding and after every layer, and logits [b, s, V]."""
 
     streams: list[Tensor]
     logits: Tensor
@@ -38,7 +38,7 @@ class Passed:
 def run(
     model: Model, seq_len: int, read: Read, dtype: torch.dtype, tokens: Tensor, keep: Callable[[int], bool] = lambda layer: True
 ) -> Passed:
-    """One part of the model at a time is built, filled by `read`, asked and let go. `keep`: layers whose stream is wanted."""
+    """Builds, fills with `read`, runs and frees one part of the model at a time. `keep`: layers whose stream is kept."""
     shape, stream, streams = Shape(seq_len, dtype, dtype), None, []
     for number, part in enumerate(layered_parts(model.num_layers)):
         module = build_part(model, shape, part)
@@ -54,13 +54,13 @@ def run(
 
 
 def fill(module: nn.Module, read: Read) -> None:
-    """Weights and states by their canonical names, in the module's own dtypes."""
+    """Fills weights and states by their canonical names, in the module's own dtypes."""
     for name, tensor in [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n != "warm")]:
         tensor.data.copy_(read(name, (0,) * tensor.ndim, tuple(tensor.shape)))
 
 
 def checkpoints(growth: Growth) -> dict[int, int]:
-    """Target layer → source layer behind which the streams must be the same: where inserted layers are done."""
+    """Target layer → source layer after which the streams must be equal: after all inserted layers there."""
     layers = growth.layers
     if [x.source for x in layers if x.mode == "keep"] != list(range(growth.source.num_layers)):
         return {}
@@ -68,7 +68,7 @@ def checkpoints(growth: Growth) -> dict[int, int]:
 
 
 def compare(growth: Growth, small: Passed, grown: Passed, tokens: Tensor) -> dict[str, Any]:
-    """Largest and mean |Δ| of the old tokens' logits, of the loss, and of the stream layer by layer."""
+    """Largest and mean |Δ| of the old tokens' logits, of the loss, and of the stream per layer."""
     old_ids = growth.axes["vocabulary"].source if growth.source.spacetime is None else np.arange(small.logits.shape[-1])
     new_ids = torch.from_numpy(np.flatnonzero(old_ids >= 0))
     a = small.logits[..., torch.from_numpy(old_ids[old_ids >= 0])].to(torch.float64)
@@ -97,13 +97,13 @@ def loss(logits: Tensor, tokens: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a verdict depends on: how far logits of a typical size `size` moved.
+    """Measurements for the verdict: how far logits of a typical size `size` moved.
 
-    transform   largest |Δ| in fp64, the grown model straight from the transform
-    units       largest distance of a stored number from the transform's, in units of the last place of the dtype that it is stored in
+    transform   largest |Δ| in fp64, with the grown model directly from the transform
+    units       largest distance of a stored number from the transform's, in units of the last place of the stored dtype
     own, stored    largest |Δ| from the small model in fp64: of the small model and of the stored grown one, in the run's dtype
-    own_typical, stored_typical    the same, of a typical token (`typical`)
-    slack       how many times the small model's own rounding error the grown one's may be
+    own_typical, stored_typical    the same for a typical token (`typical`)
+    slack       allowed ratio of the grown model's rounding error to the small model's
     """
 
     size: float
@@ -117,19 +117,19 @@ class Measured:
 
     @property
     def allowed(self) -> float:
-        """Of `stored_typical`; where the run is in fp64 both models are exact, and what is left is a few roundings."""
+        """Limit of `stored_typical`; in fp64 both models are exact up to a few roundings."""
         return self.slack * self.own_typical + limit(self.size)
 
 
 def limit(size: float) -> float:
-    """How far fp64 may move logits of a typical size: sums in another order move them by some 1e-14 of it, nothing exact by more."""
+    """Allowed change in fp64 of logits of a typical size: reordering sums changes them by about 1e-14 of it, nothing exact by more."""
     return EXACT * max(1.0, size)
 
 
 def slack(growth: Growth) -> float:
-    """How many times the small model's own rounding error the grown one's may be. Rounding errors add up over layers and over the terms of
-    a sum, in the worst case as many times as there are more of these; four times that is beyond any chance for the error of a typical
-    token, an average over a vocabulary and a median over tokens.
+    """Allowed ratio of the grown model's rounding error to the small model's. Rounding errors add up over layers and over the terms of a
+    sum, in the worst case in proportion to their numbers; four times that cannot happen by chance for a typical token, an average over a
+    vocabulary and a median over tokens.
     """
     a, b = growth.source, growth.target
     widths = (b.hidden_size / a.hidden_size, b.num_heads * b.head_dim / (a.num_heads * a.head_dim), b.ffn_size / a.ffn_size)
@@ -137,18 +137,18 @@ def slack(growth: Growth) -> float:
 
 
 def typical(found: Tensor, true: Tensor) -> float:
-    """Of a typical token: the median over tokens of the root mean square over the vocabulary. A token whose experts another rounding has
-    chosen, and what comes behind it, do not count.
+    """For a typical token: the median over tokens of the root mean square over the vocabulary. So tokens whose experts changed because of
+    rounding, and the tokens after them, do not count.
     """
     return (found.to(torch.float64) - true.to(torch.float64)).square().mean(-1).sqrt().median().item()
 
 
 def verdict(found: Measured) -> str:
-    """exact: the transform is, and what is stored is the transform, rounded; rounding: the transform moves logits by less than the small
-    model's own rounding error; else lossy.
+    """exact: the transform is exact, and the stored numbers are the transform's, rounded; rounding: the transform moves logits by less than
+    the small model's own rounding error; else lossy.
 
-    What is exact cannot miss this by chance: in fp64 it stays orders of magnitude below the limit, each stored number is the transform's,
-    rounded once, and the error in the run's dtype, which chance has a say in, is judged by its typical size.
+    An exact growth cannot fail this by chance: in fp64 it stays orders of magnitude below the limit, each stored number is the transform's,
+    rounded once, and the error in the run's dtype, which is random, is judged by its typical size.
     """
     if not (found.units <= UNITS and found.stored_typical <= found.allowed):
         return "lossy"

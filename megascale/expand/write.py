@@ -1,4 +1,4 @@
-"""From a plan to a checkpoint on disk, for growing and shrinking: where it may go, how much machine it takes, and going on after a kill."""
+"""From a plan to a checkpoint on disk, for growing and shrinking: target folder, use of the machine, and continuing after a kill."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from megascale.sizes import byte_words
 
 @dataclass(frozen=True)
 class Effort:
-    """How much machine a growth may use, and how much it is checked. None of it changes a bit of the result.
+    """Resources and checks of a growth. They do not change a bit of the result.
 
-    slab_bytes  of target rows formed at once; a worker holds about three times as much
-    tokens      to compare small and grown model on; 0 skips that
-    check       read the source's files for their checksums first
+    slab_bytes  bytes of target rows computed at once; a worker needs about three times as much
+    tokens      number of tokens to compare both models on; 0 skips that
+    check       verify the checksums of the source's files first
     """
 
     workers: int = 1
@@ -40,13 +40,13 @@ class Effort:
 
 
 def check_target(target: Path, opened: GrowthSource, made: GrownTensors) -> Path | None:
-    """The checkpoint that this very growth had written before it was killed, None where it is still to be written.
+    """The checkpoint that this same growth wrote before it was killed; None if it must still be written.
 
-    Raises UsageError where the target holds something else, lies in the source, or has no room. A killed growth's folder is welcome.
+    Raises UsageError if the target holds something else, is inside the source, or has no room. A killed growth's folder is accepted.
     """
     source = opened.index.folder
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise UsageError(f"{target} lies in the source {source}: name a folder beside it")
+        raise UsageError(f"{target} is inside the source {source}: name a folder next to it")
     written = _written(target, step_of(opened), made.stamp)
     known = {LATEST, step_name(step_of(opened))} if written is not None else set()
     if target.exists() and (not target.is_dir() or any(not p.name.startswith(".tmp-") and p.name not in known for p in target.iterdir())):
@@ -57,13 +57,13 @@ def check_target(target: Path, opened: GrowthSource, made: GrownTensors) -> Path
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in target.glob(".tmp-*/*") if f.is_file())
     if written is None and free < made.nbytes:
         raise UsageError(
-            f"{target} needs {byte_words(made.nbytes)} and its disk has {byte_words(free)} free: make room, or name another disk"
+            f"{target} needs {byte_words(made.nbytes)} but its disk has {byte_words(free)} free: make room, or name another disk"
         )
     return written
 
 
 def _written(target: Path, step: int, stamp: str) -> Path | None:
-    """The step folder of the same growth, where its config does not stand beside it yet: that is the last thing to be written."""
+    """The step folder of the same growth if it has no config yet, which is written last."""
     folder = target / step_name(step)
     if not folder.is_dir() or (target / CONFIG).exists():
         return None
@@ -72,7 +72,7 @@ def _written(target: Path, step: int, stamp: str) -> Path | None:
 
 
 def step_of(opened: GrowthSource) -> int:
-    """At which the source stood; a converted checkpoint has none."""
+    """The source's training step; 0 for a converted checkpoint, which has none."""
     step = opened.trainer.get("step")
     return step if isinstance(step, int) else 0
 
@@ -82,7 +82,7 @@ def write(
 ) -> Index:
     """Streams the checkpoint into `target` and returns its index, whose chunks fill every tensor once. `how` goes into its trainer.json.
 
-    Raises TrainingError where the source turns out damaged on the way, UsageError where the disk is too small or fails; nothing is left.
+    Raises TrainingError if the source turns out to be damaged, UsageError if the disk is too small or fails; then nothing is left.
     """
     trainer = {
         **{k: v for k, v in opened.trainer.items() if k not in ("identity", "config", "made")},
@@ -107,7 +107,7 @@ def write(
 
 
 def finish(target: Path, config: Config) -> None:
-    """The config beside the checkpoint, by which a rerun knows that nothing is left to do."""
+    """Writes the config next to the checkpoint, which tells a rerun that nothing is left to do."""
     try:
         write_durably(target / CONFIG, stamped(to_yaml(config.plain())).encode())
     except OSError as error:

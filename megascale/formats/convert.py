@@ -1,4 +1,4 @@
-"""Conversions from folder to folder, and what is told of them."""
+"""Conversions from folder to folder, and their reports."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from megascale.formats.sources import Foreign, OpenCheckpoint, open_checkpoint
 from megascale.formats.tokenizer_files import check_fits, export_files, find_tokenizer, gather
 
 NAMES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
-FP8 = "fp8"  # no dtype of a whole model: of its hidden matrices alone
+FP8 = "fp8"  # not the dtype of a whole model, only of its hidden matrices
 
 
 @dataclass(frozen=True)
 class MegatronCut:
-    """How weights for Megatron are cut, what experts are (sequential, grouped), where norms stand (te, local), what the vocabulary is
-    padded to a multiple of, times tp, and whether files are of ranks (torch) or of no layout (torch_dist).
+    """How to split weights for Megatron: kind of experts (sequential, grouped), norm spec (te, local), the number that times tp the padded
+    vocabulary is a multiple of, and whether files are per rank (torch) or independent of the layout (torch_dist).
     """
 
     tp: int = 1
@@ -47,12 +47,12 @@ class MegatronCut:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How a conversion is done, whatever the formats.
+    """Options of a conversion between any formats.
 
     dtype      of the weights; the stored one if None
-    tokens     on which logits are compared; None: they are not
-    config     what model Megatron's weights are of
-    tokenizer  the one to write into a Hugging Face folder; the one that is found if None, none at all without `with_tokenizer`
+    tokens     to compare logits on; None: no comparison
+    config     the config of Megatron's model
+    tokenizer  the one to write into a Hugging Face folder; None: the one that is found; none at all without `with_tokenizer`
     """
 
     dtype: torch.dtype | None = None
@@ -68,8 +68,8 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. `tokenizer`: the files that encode text; `logits`: the largest |Δ| in fp32 against transformers, None where it
-    was not asked for; `notes`: what else is to be known.
+    """Report of a conversion. `tokenizer`: the files that encode text; `logits`: the largest |Δ| to transformers in fp32, None if not
+    requested; `notes`: further remarks.
     """
 
     source: str
@@ -101,7 +101,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def hf_to_megascale(source: Path, target: Path, options: ConvertOptions) -> Report:
-    """A Hugging Face folder → `target`/step-00000000, with model.yaml, the tokenizer's files and the generation config beside it."""
+    """A Hugging Face folder → `target`/step-00000000, with model.yaml, the tokenizer's files and the generation config next to it."""
     foreign = read_hf(source, dtype=options.dtype)
     check_comparable(foreign.model, foreign.seq_len, options.tokens)
     extra = {p.name: p.read_bytes() for p in tokenizer_files(source)} if options.with_tokenizer else {}
@@ -123,7 +123,7 @@ def write_ours(
     extra: dict[str, bytes],
     source: Path,
 ) -> Path:
-    """The checkpoint of a foreign model, and the files beside it. Raises UsageError, and leaves nothing."""
+    """Writes the checkpoint of a foreign model and the files next to it. Raises UsageError and then leaves nothing."""
     trainer: dict[str, Any] = {
         "step": 0,
         "converted": origin,
@@ -152,7 +152,7 @@ def write_ours(
 
 
 def whole_checkpoint(path: Path) -> OpenCheckpoint:
-    """A checkpoint of ours whose files have their checksums. Raises UsageError: nothing damaged goes on into another format."""
+    """Opens a checkpoint of ours and verifies its checksums. Raises UsageError, so that no damage spreads into another format."""
     checkpoint = open_checkpoint(path)
     problems = verify(checkpoint.source.index)
     if problems:
@@ -237,19 +237,17 @@ def megascale_to_megatron(source: Path, target: Path, options: ConvertOptions) -
 
 
 def model_of(path: Path | None) -> tuple[Model, int]:
-    """The model section of a config file and its sequence length, for formats that do not say what model they hold."""
+    """The model section of a config file and its sequence length, for formats that do not describe the model."""
     if path is None:
-        raise UsageError(
-            "Megatron's files do not say what model they hold: give --config FILE with the sections model and train (its seq_len)"
-        )
+        raise UsageError("Megatron's files do not describe the model: give --config FILE with the sections model and train (its seq_len)")
     values = read_yaml(path)
     if not isinstance(values.get("model"), Mapping):
-        raise UsageError(f"{path} has no section model: say there what model the weights are of")
+        raise UsageError(f"{path} has no section model: describe the weights' model there")
     config = build_config({"data": {"train": "none"}, "train": {"steps": 1}, **{k: values[k] for k in ("model", "train") if k in values}})
     if config.model.vocab_size is None:
         raise UsageError(
-            f"{path} leaves model.vocab_size out, and Megatron's files have rows of padding: write `vocab_size: N` into its section model, "
-            "the number of tokens that the tokenizer has"
+            f"{path} leaves model.vocab_size out, but Megatron's files have rows of padding: write `vocab_size: N` into its section model, "
+            "the tokenizer's number of tokens"
         )
     return config.model, config.train.seq_len
 
@@ -263,7 +261,7 @@ WAYS: dict[tuple[str, str], Way] = {
 
 
 def find_way(origin: str, to: str, dtype: str | None) -> tuple[Way, torch.dtype | None]:
-    """What converts from one format to another, and the dtype to store weights in, None for what is stored. Raises UsageError."""
+    """The converter between two formats, and the dtype to store weights in (None: as stored). Raises UsageError."""
     if (origin, to, dtype) == ("megascale", "megascale", FP8):
         return megascale_to_fp8, None
     if (origin, to) not in WAYS:

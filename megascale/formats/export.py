@@ -1,4 +1,4 @@
-"""The Hugging Face folder beside a kept checkpoint, `hf/step-N` in a run's directory."""
+"""The Hugging Face folder next to a kept checkpoint, `hf/step-N` in a run's directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "hf"
 def export_beside(folder: Path, dtype: torch.dtype) -> Path:
     """Exports `checkpoints/step-N` as `hf/step-N`, its weights in `dtype`, and deletes exports of checkpoints that are gone.
 
-    Raises UsageError where it cannot be written; then nothing is left of it. Reads the checkpoint's files: memory is that of a few slabs.
+    Raises UsageError if it cannot be written; then nothing is left. Reads the checkpoint's files, with memory for a few slabs.
     """
     root = folder.parent.parent / FOLDER
     target = root / folder.name

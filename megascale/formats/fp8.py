@@ -1,4 +1,6 @@
-"""Checkpoints for inference with hidden matrices in e4m3: the bits that static FP8 products make of the masters, in a quarter the room."""
+"""Checkpoints for inference with hidden matrices in e4m3: the same bits as static FP8 products cast from the masters, in a quarter of the
+space.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from megascale.precision.fp8 import E4M3, weight_to_fp8
 
 @dataclass(frozen=True)
 class Narrowed:
-    """A `ReadSlice` of weights as a forward pass sees them: `matrices` in e4m3, the rest in the compute dtype, states as they are."""
+    """A `ReadSlice` of weights as a forward pass uses them: `matrices` in e4m3, the rest in the compute dtype, states unchanged."""
 
     source: StoredTensors
     dtypes: dict[str, torch.dtype]
@@ -32,7 +34,7 @@ class Narrowed:
 
 @dataclass(frozen=True)
 class Inference:
-    """What is to be written: tensors, how they are made, and trainer.json."""
+    """A planned checkpoint: tensors, how to make them, and trainer.json."""
 
     targets: list[Target]
     produce: Narrowed
@@ -45,7 +47,7 @@ def plan_inference(checkpoint: OpenCheckpoint) -> Inference:
     precision = section if isinstance(section, dict) else {}
     if precision.get("fp8") != "static":
         raise UsageError(
-            f"--dtype is fp8 and {checkpoint.folder} was trained with precision.fp8 {precision.get('fp8', 'false')}: weights in e4m3 are "
+            f"--dtype is fp8 but {checkpoint.folder} was trained with precision.fp8 {precision.get('fp8', 'false')}: weights in e4m3 are "
             "what precision.fp8 static computes with, and would be another model here; give --dtype bf16"
         )
     compute = torch.bfloat16 if precision.get("compute") == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""JSON that others wrote: read whole, or refused in one sentence that names the file."""
+"""Reads foreign JSON files, or refuses them in one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, NoReturn
 
 from megascale.errors import UsageError
 
-MOST = 64 << 20  # bytes of a file: parsed, the worst text takes some twenty times as much memory
+MOST = 64 << 20  # largest file in bytes: parsing takes up to twenty times as much memory
 
 
 def read_json(path: Path, fix: str = "get the file again") -> Any:
-    """What a JSON file holds. Numbers that JSON does not have (NaN, Infinity, 1e999) are refused.
+    """Reads a JSON file. Refuses numbers that JSON does not have (NaN, Infinity, 1e999).
 
-    fix  what to do about a file that is damaged
+    fix  advice for a damaged file
 
-    Raises UsageError, FileNotFoundError where there is none.
+    Raises UsageError, or FileNotFoundError without a file.
     """
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is no file: {fix}")
+            raise UsageError(f"{path} is not a file: {fix}")
         size = path.stat().st_size
         if size > MOST:
-            raise UsageError(f"{path} has {size} bytes, and {MOST} is the most for a file of its kind: {fix}")
+            raise UsageError(f"{path} has {size} bytes, more than the limit of {MOST}: {fix}")
         return json.loads(path.read_bytes(), parse_constant=_no_number, parse_float=_finite)
     except FileNotFoundError:
         raise
@@ -37,7 +37,7 @@ def read_json(path: Path, fix: str = "get the file again") -> Any:
 
 
 def read_object(path: Path, absent: str = "name a folder that transformers saved", fix: str = "get the file again") -> dict[str, Any]:
-    """A JSON object. `absent`: what to do where there is no such file. Raises UsageError."""
+    """Reads a JSON object. `absent`: advice if the file does not exist. Raises UsageError."""
     try:
         value = read_json(path, fix)
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def read_object(path: Path, absent: str = "name a folder that transformers saved
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _finite(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Weights of any format into a model on any layout: every rank reads the rectangles that it holds."""
+"""Weights of any format into a model on any layout: every rank reads the rectangles that it needs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megascale.model.shape import Shape
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.model import ParallelModel
 
-SLAB = 1 << 26  # elements asked for at once
+SLAB = 1 << 26  # elements per read
 
 
 @torch.no_grad()
 def fill(pieces: Mapping[str, Piece], produce: ReadSlice) -> None:
-    """Copies into every piece its rectangle, rounded to the dtype that it has. Raises UsageError of the source."""
+    """Fills every piece with its rectangle, rounded to the piece's dtype. Raises the source's UsageError."""
     for name, piece in pieces.items():
         if not piece.local.numel():
             continue
@@ -40,15 +40,15 @@ def load_model(
     dtype: torch.dtype,
     fp8: Fp8 = "false",
 ) -> ParallelModel:
-    """A model for reading alone, of weights and activations in `dtype`.
+    """A model for inference, with weights and activations in `dtype`.
 
-    seq_len  the longest sequence, where positions are learned
-    fp8      how hidden products are computed
+    seq_len  the longest sequence, if positions are learned
+    fp8      whether and how hidden products run in FP8
     """
     built = parallelize(build_stages(model, Shape(seq_len, dtype, dtype), parallel, 0), mesh, parallel, device, fp8)
     for w in built.weights:
         with torch.no_grad():
-            w.local.zero_()  # padding of a cut vocabulary
+            w.local.zero_()  # padding of a sharded vocabulary
     pieces = {f"{MODEL}{w.name}": built.piece(w, w.local) for w in built.weights}
     fill({**pieces, **{f"{MODEL}{s.name}": s.piece for s in built.states}}, produce)
     built.train(False)

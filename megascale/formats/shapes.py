@@ -1,4 +1,4 @@
-"""What tensors a model of ours has."""
+"""The tensors of our models."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from megascale.model.families import build_part
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, specs_of, states_of
 
-LARGEST = 1 << 48  # of a size
-MODEL = "model."  # what the names of weights begin with in a checkpoint
+LARGEST = 1 << 48  # largest size
+MODEL = "model."  # prefix of weights in a checkpoint
 
 
 def check_depth(model: Model, tensors: int, where: str) -> None:
-    """Raises UsageError for a model with more layers than stored tensors, each layer having one at least, and for sizes that are absent or
-    beyond any memory: before it is built. `where`: the file that describes it.
+    """Raises UsageError for a model with more layers than stored tensors, and for sizes that are absent or beyond any memory, before it is
+    built. `where`: the file that describes it.
     """
     for key, value in flatten(model.model_dump(mode="json")).items():
         if isinstance(value, int) and value > LARGEST and key not in ("num_layers", "encoder_layers"):
-            raise UsageError(f"{where}: model.{key} would be {value}, and no size is above {LARGEST}: correct it or get the file again")
+            raise UsageError(f"{where}: model.{key} would be {value}, but no size is above {LARGEST}: correct it or get the file again")
     if model.vocab_size is None and model.spacetime is None:
         raise UsageError(f"{where}: model.vocab_size is absent: correct it or get the file again")
     layers = model.total_layers if model.moeut is None else model.moeut.group_size
     if layers > tensors:
         raise UsageError(
-            f"{where} describes a model of {layers} layers, and {tensors} tensors are stored: correct it or get the files again"
+            f"{where} describes a model of {layers} layers, but {tensors} tensors are stored: correct it or get the files again"
         )
 
 
 def check_floating(tensors: Mapping[str, Target], where: str) -> None:
-    """Raises UsageError for numbers that no weight has, such as those of a quantized model."""
+    """Raises UsageError for other numbers than weights have, such as those of a quantized model."""
     odd = next((n for n, t in tensors.items() if not t.dtype.is_floating_point), None)
     if odd is not None:
         said = str(tensors[odd].dtype).removeprefix("torch.")
-        raise UsageError(f"{where} stores {odd} as {said}, and weights are floating-point numbers: get the model unquantized")
+        raise UsageError(f"{where} stores {odd} as {said}, but weights are floating-point numbers: get the model unquantized")
 
 
 def our_shapes(model: Model, seq_len: int) -> dict[str, Sizes]:
@@ -51,9 +51,9 @@ def our_shapes(model: Model, seq_len: int) -> dict[str, Sizes]:
 def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     """Canonical name → spec of every weight and state of a model, in the order of the forward pass.
 
-    seq_len  how many learned positions there are
+    seq_len  number of learned positions
 
-    Raises UsageError for sizes beyond what torch counts.
+    Raises UsageError for sizes that torch cannot count.
     """
     shape = Shape(seq_len, torch.float32, torch.float32)
     try:

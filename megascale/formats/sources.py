@@ -1,4 +1,4 @@
-"""Sources of tensors: whatever has an index with chunks in safetensors files, and our own checkpoints among them."""
+"""Sources of tensors: anything with an index of chunks in safetensors files, including our own checkpoints."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ class OpenCheckpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config of the run, as far as it is known."""
+        """The config of the run, as far as known."""
         return self.trainer["config"]  # type: ignore[no-any-return]
 
     @property
     def step(self) -> int:
-        """At which the run stood; 0 where it does not say."""
+        """The run's training step; 0 if unknown."""
         step = self.trainer.get("step")
         return step if type(step) is int and 0 <= step < LAST_STEP else 0
 
 
 def open_checkpoint(path: str | Path) -> OpenCheckpoint:
-    """A step folder or a run. Raises UsageError where it does not say what model it is, or holds other weights."""
+    """A step folder or a run. Raises UsageError if its model is unknown or its weights do not match it."""
     folder = find(path)
     index, trainer = read_index(folder), read_trainer(folder)
     config = trainer.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise UsageError(f"{folder / TRAINER} does not say what model this is (no config): it was not written by pretraining or convert.py")
+        raise UsageError(f"{folder / TRAINER} does not describe the model (no config): it was not written by pretraining or convert.py")
     try:
         model = Model.model_validate(config["model"])
         seq_len = int(config["train"]["seq_len"])
@@ -75,7 +75,7 @@ def open_checkpoint(path: str | Path) -> OpenCheckpoint:
         first = error.errors()[0]
         key, value = ".".join(str(part) for part in first["loc"]), repr(first["input"])[:60]
         raise UsageError(
-            f"{folder / TRAINER} describes a model that cannot be (model.{key} is {value}: {first['msg']}): use an older checkpoint"
+            f"{folder / TRAINER} describes an impossible model (model.{key} is {value}: {first['msg']}): use an older checkpoint"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder / TRAINER} does not say train.seq_len ({error}): use an older checkpoint") from None
@@ -88,7 +88,7 @@ def open_checkpoint(path: str | Path) -> OpenCheckpoint:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model in another format, checked: `model` as ours, its longest sequence, how to make our weights, and `notes` to be told."""
+    """A checked model in another format: our `model`, its longest sequence, how to make our weights, and `notes` for the user."""
 
     model: Model
     seq_len: int

@@ -1,7 +1,7 @@
-"""How tensors of another format hold the numbers of ours: as links between rectangles, read in either direction by the same code.
+"""Maps between our tensors and another format's, as pairs of rectangles that the same code uses in both directions.
 
-A link says that a rectangle of one of our tensors is a rectangle of one of theirs, dimension by dimension. Fused projections, transposed
-products, banks of experts and stacked layers are all lists of links; nothing else knows them.
+A map says that a rectangle of one of our tensors is a rectangle of one of theirs, dimension by dimension. Fused projections, transposed
+products, banks of experts and stacked layers are all lists of maps; no other code knows them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Sizes = tuple[int, ...]
 class TensorMap:
     """The rectangle `size` at `at` of our tensor is one of theirs, at `to`.
 
-    axes  for each dimension of ours the dimension of theirs; None where theirs has none, our size being 1 there. Dimensions of theirs that
-          no dimension of ours is have size 1.
+    axes  for each dimension of ours the dimension of theirs; None if theirs has none and our size is 1. Dimensions of theirs without one of
+          ours have size 1.
     """
 
     ours: str
@@ -44,30 +44,30 @@ class TensorMap:
 
 
 def whole(ours: str, shape: Sizes, theirs: str, *, transposed: bool = False, to: Sizes | None = None) -> TensorMap:
-    """All of our tensor, at `to` of theirs (its beginning if absent)."""
+    """Our whole tensor at `to` of theirs (default: the beginning)."""
     axes = tuple(reversed(range(len(shape)))) if transposed and len(shape) == 2 else tuple(range(len(shape)))
     return TensorMap(ours, (0,) * len(shape), shape, theirs, to or (0,) * len(shape), axes)
 
 
 class TensorSource(Protocol):
-    """Stored tensors of any format. Plain data, so that it can go to other processes."""
+    """Stored tensors of any format. Plain data, so that it can be sent to other processes."""
 
     @property
     def tensors(self) -> Mapping[str, Target]:
-        """By name: dtype and shape."""
+        """Dtype and shape by name."""
 
     @property
     def stamp(self) -> str:
-        """What changes whenever the stored numbers do."""
+        """A text that changes whenever the stored numbers do."""
 
     def read(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
-        """A rectangle. Raises UsageError where it is not stored."""
+        """Reads a rectangle. Raises UsageError if it is not stored."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One copy into a target tensor: the rectangle `size` at `at` from one of `source`, at `begin`. `axes`: the source's dimension for each
-    of the target's, None where it has none.
+    """One copy into a target tensor: the rectangle `size` at `at` from `source` at `begin`. `axes`: the source's dimension for each of the
+    target's, None if it has none.
     """
 
     at: Sizes
@@ -78,7 +78,7 @@ class Copy:
 
 
 def copies_to_ours(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
-    """Our names → what they are made of."""
+    """Our names → the copies that fill them."""
     steps: dict[str, list[Copy]] = {}
     for link in links:
         steps.setdefault(link.ours, []).append(Copy(link.at, link.size, link.theirs, link.to, link.axes))
@@ -86,7 +86,7 @@ def copies_to_ours(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
 
 
 def copies_to_theirs(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
-    """Their names → what they are made of."""
+    """Their names → the copies that fill them."""
     steps: dict[str, list[Copy]] = {}
     for link in links:
         axes: list[int | None] = [None] * len(link.to)
@@ -99,9 +99,9 @@ def copies_to_theirs(links: Iterable[TensorMap]) -> dict[str, tuple[Copy, ...]]:
 
 @dataclass(frozen=True)
 class Rearranged:
-    """Makes rectangles of target tensors from a source: a `ReadSlice` for the streaming writer. What no step covers is zero.
+    """Makes rectangles of target tensors from a source: a `ReadSlice` for the streaming writer. Elements without a copy are zero.
 
-    dtypes  of the targets
+    dtypes  dtypes of the targets
     """
 
     source: TensorSource
@@ -137,13 +137,13 @@ class Rearranged:
 
 
 def extents(steps: Mapping[str, tuple[Copy, ...]]) -> dict[str, Sizes]:
-    """The shapes that targets must have at least."""
+    """The least shapes of the targets."""
     return {name: tuple(max(s.at[d] + s.size[d] for s in parts) for d in range(len(parts[0].at))) for name, parts in steps.items()}
 
 
 def compare_names(expected: Mapping[str, Sizes], found: Mapping[str, Target], where: str, padded: frozenset[str] = frozenset()) -> None:
-    """Raises UsageError where stored tensors are not those that are expected: missing, foreign, or of another shape. `padded` ones may have
-    more rows.
+    """Raises UsageError if stored tensors are not the expected ones: missing, foreign, or of another shape. `padded` ones may have more
+    rows.
     """
     missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = []
@@ -155,7 +155,7 @@ def compare_names(expected: Mapping[str, Sizes], found: Mapping[str, Target], wh
         want, have = expected[name], found[name].shape
         rows = name in padded and len(have) == len(want) and have[0] >= want[0] and have[1:] == want[1:]
         if want != have and not rows:
-            problems.append(f"{name} has shape {list(have)} and the config makes it {list(want)}")
+            problems.append(f"{name} has shape {list(have)} but the config makes it {list(want)}")
     if problems:
         raise UsageError(
             f"{where} does not hold what its config describes: {'; '.join(problems[:4])}: correct the config or get the files again"

@@ -1,4 +1,4 @@
-"""Tokenizers that lie in a folder as vocab.json and merges.txt, or as vocab.txt, put together without transformers."""
+"""Builds tokenizers from vocab.json and merges.txt, or from vocab.txt, without transformers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megascale.errors import UsageError
 from megascale.formats.hf.folder import BESIDE, CONFIG, encoders
 from megascale.formats.json_file import read_object
 
-# Classes of transformers whose vocab.json and merges.txt are byte pairs, and how text is cut before: None as GPT-2 does.
+# Classes of transformers whose vocab.json and merges.txt are byte-pair encodings, and their pre-tokenization: None: GPT-2's.
 BYTE_PAIRS: Mapping[str, str | None] = {
     "GPT2Tokenizer": None,
     "Qwen2Tokenizer": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# What a family's tokenizer is where no tokenizer_config.json says it.
+# A family's tokenizer class if no tokenizer_config.json names one.
 OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen3": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer", "bert": "BertTokenizer"}
 FIX = (
     "make a tokenizer.json with transformers (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), or give one with --tokenizer"
@@ -29,23 +29,23 @@ FIX = (
 
 
 def open_tokenizer(path: Path, prefix: str | None = None) -> Tokenizer:
-    """As `load_tokenizer`; a folder may also hold vocab.json with merges.txt, or vocab.txt. Raises UsageError with what is missing."""
+    """Like `load_tokenizer`, but folders may also have vocab.json with merges.txt, or vocab.txt. Raises UsageError with what is missing."""
     names = {p.name for p in encoders(path)} if path.is_dir() else set()
     if not names or "tokenizer.json" in names or any(n.endswith(".model") for n in names):
         return load_tokenizer(path, prefix)
     text = build(path)
-    with tempfile.TemporaryDirectory() as folder:  # a Tokenizer is of a file, and looks at those beside it
+    with tempfile.TemporaryDirectory() as folder:  # a Tokenizer belongs to a file and reads those next to it
         for name in BESIDE:
             if (path / name).is_file():
                 (Path(folder) / name).write_bytes((path / name).read_bytes())
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
         made = load_tokenizer(Path(folder), prefix)
-        end_of(made)  # looked for in the files beside, which are gone afterwards
+        end_of(made)  # read now from the files next to it, which are deleted afterwards
         return made
 
 
 def end_of(tokenizer: Tokenizer) -> int | None:
-    """The token that ends a text; None where nothing says which."""
+    """The token that ends a text; None if unknown."""
     try:
         return tokenizer.eos_id
     except UsageError:
@@ -53,7 +53,7 @@ def end_of(tokenizer: Tokenizer) -> int | None:
 
 
 def build(folder: Path) -> str:
-    """The text of a tokenizer.json. Raises UsageError where the files do not say enough."""
+    """Builds the text of a tokenizer.json. Raises UsageError if the files are insufficient."""
     said = _object(folder / "tokenizer_config.json")
     kind = said.get("tokenizer_class") or OF_MODEL.get(str(_object(folder / CONFIG).get("model_type")))
     kind = kind.removesuffix("Fast") if isinstance(kind, str) else kind
@@ -79,7 +79,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _byte_pairs(folder: Path, said: Mapping[str, Any], cut: str | None) -> tokenizers.Tokenizer:
     if not (folder / "merges.txt").is_file():
-        raise UsageError(f"{folder} holds vocab.json without merges.txt: get the file that lies beside it")
+        raise UsageError(f"{folder} holds vocab.json without merges.txt: get the missing file")
     read_object(folder / "vocab.json")
     made = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     made.decoder = decoders.ByteLevel()
@@ -109,19 +109,17 @@ def _word_pieces(folder: Path, said: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _add(made: tokenizers.Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
-    """Tokens beside the vocabulary, under the numbers that the files give them."""
+    """Adds tokens outside the vocabulary, with the ids in the files."""
     stored = said.get("added_tokens_decoder") or {}
     added = {str(t["content"]): (int(i), bool(t.get("special", True))) for i, t in stored.items()}
     added |= {name: (int(i), True) for name, i in _object(folder / "added_tokens.json").items() if name not in added}
     for name, (number, special) in sorted(added.items(), key=lambda entry: entry[1][0]):
         made.add_tokens([tokenizers.AddedToken(name, special=special, normalized=False)])
         if made.token_to_id(name) != number:
-            raise UsageError(
-                f"the tokenizer in {folder} gives {name!r} the number {number}, which does not follow on its vocabulary: {FIX}"
-            )
+            raise UsageError(f"the tokenizer in {folder} gives {name!r} the number {number}, which does not follow its vocabulary: {FIX}")
     marks = json.loads(made.to_str())["added_tokens"]
     known = {t["content"] for t in marks}
     ends = [said.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad", "cls", "sep", "mask")]
     names = [str(e["content"]) if isinstance(e, Mapping) else str(e) for e in ends if e]
-    names += ["<|endoftext|>"]  # GPT-2's, which its files need not name
+    names += ["<|endoftext|>"]  # GPT-2's end token, which its files may omit
     made.add_special_tokens([n for n in names if n not in known and made.token_to_id(n) is not None])

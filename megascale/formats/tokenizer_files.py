@@ -1,4 +1,4 @@
-"""The files of a tokenizer in a Hugging Face folder, made from whatever tokenizer a model was trained with."""
+"""The files of a tokenizer in a Hugging Face folder, made from the tokenizer that a model was trained with."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megascale.errors import UsageError
 from megascale.formats.hf.folder import GENERATION, as_json, encoders, tokenizer_files
 from megascale.formats.tokenizer_build import end_of, open_tokenizer
 
-POSITION = "megascale.json"  # where in its data the run stood that exported the folder
-# What a config.json says of generation, where no generation_config.json does.
+POSITION = "megascale.json"  # the exporting run's position in its data
+# Keys for generation in a config.json, used without a generation_config.json.
 SAID_BY_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SPACE = "▁"
 NEVER = -1e6  # the score of pieces that no text may match: bytes, control symbols
-# A SentencePiece model is also given as tokenizer.json where both encode these alike: white space, accents, full width, digits, bytes.
+# A SentencePiece model is also exported as tokenizer.json if both encode these alike: white space, accents, full width, digits, bytes.
 PROBES = (
     "The quick brown fox.",
     " leading,  double  and trailing ",
@@ -36,8 +36,8 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a tokenizer for a folder, name → content; how many pieces it has and which of them ends a text, where it can be read;
-    and what is to be told of it.
+    """A tokenizer's files for a folder, name → content; its number of pieces and its end token, if it can be read; and notes for the
+    user.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Found:
 def gather(path: Path | None, asked: bool) -> Found:
     """The tokenizer at `path`, a file or a folder; None: there is none.
 
-    asked  somebody named it: it must be one that can be read. One that was found travels as it is, with a note.
+    asked  the user named it, so it must be readable. One that was found is copied as it is, with a note.
 
     Raises UsageError.
     """
@@ -62,12 +62,12 @@ def gather(path: Path | None, asked: bool) -> Found:
         if asked:
             raise
         files = {p.name: p.read_bytes() for p in tokenizer_files(path)} if path.is_dir() else {}
-        what = "its files are copied and not compared with the model" if files else "the folder has none"
+        what = "its files are copied without comparing them with the model" if files else "the folder has none"
         return Found(files, notes=(f"{error}; {what}",))
 
 
 def tokenizer_content(path: Path, tokenizer: Tokenizer | None = None) -> dict[str, bytes]:
-    """A tokenizer's file or folder → the files of it in a Hugging Face folder. Raises UsageError where it is none."""
+    """A tokenizer's file or folder → its files in a Hugging Face folder. Raises UsageError if it is not a tokenizer."""
     if path.is_dir() and tokenizer_files(path):
         return {p.name: p.read_bytes() for p in tokenizer_files(path)}
     tokenizer = tokenizer or load_tokenizer(path)
@@ -92,8 +92,8 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def as_tokenizers(piece: Any) -> str | None:
-    """A SentencePiece unigram model as the text of a tokenizer.json; None where it would not encode alike, such as BPE, a model that
-    normalizes its text, or one that lacks a character of a hidden piece's name: there an unknown character costs more than the name.
+    """A SentencePiece unigram model as the text of a tokenizer.json; None if it would not encode alike: BPE, a model that normalizes its
+    text, or one that lacks a character of a hidden piece's name, where an unknown character costs more than the name.
     """
     numbers = range(piece.vocab_size())
     hidden = [piece.is_control(i) or piece.is_byte(i) or piece.is_unknown(i) or piece.is_unused(i) for i in numbers]
@@ -105,7 +105,7 @@ def as_tokenizers(piece: Any) -> str | None:
     made.normalizer = normalizers.Replace(" ", SPACE)
     made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     plain = [i for i in numbers if not hidden[i]]
-    # User-defined symbols are found before anything else. The library does not say which they are; they have score 0, which no other has.
+    # User-defined symbols are matched before anything else. The library does not list them; only they have score 0.
     marks = [piece.id_to_piece(i) for i in plain if piece.get_score(i) == 0.0]
     made.add_tokens([tokenizers.AddedToken(m, normalized=False, special=False) for m in marks])
     if made.get_vocab_size() != piece.vocab_size():
@@ -115,7 +115,7 @@ def as_tokenizers(piece: Any) -> str | None:
 
 
 def find_tokenizer(config: Mapping[str, Any], folder: Path) -> Path | None:
-    """What encoded a checkpoint's text: beside the converted model, else what the run's config names, else beside its data."""
+    """Finds a checkpoint's tokenizer: next to the converted model, else the one in the run's config, else next to its data."""
     if encoders(folder.parent):
         return folder.parent
     data = config.get("data")
@@ -127,7 +127,7 @@ def find_tokenizer(config: Mapping[str, Any], folder: Path) -> Path | None:
 
 
 def find_prefix(config: Mapping[str, Any]) -> str | None:
-    """Of the first training data that a run's config names."""
+    """The prefix of the first training data in a run's config."""
     sources = (config.get("data") or {}).get("train")
     first = sources[0] if isinstance(sources, list) and sources else sources
     prefix = first.get("path") if isinstance(first, Mapping) else first
@@ -135,8 +135,8 @@ def find_prefix(config: Mapping[str, Any]) -> str | None:
 
 
 def export_files(tokenizer: Found, trainer: Mapping[str, Any]) -> dict[str, bytes]:
-    """What stands in an exported folder beside the model: the tokenizer; the generation config it came with, else one that says with which
-    token generation ends; and where in its data the run stood.
+    """Files of an exported folder besides the model: the tokenizer; the generation config it came with, else one that names the end token;
+    and the run's position in its data.
     """
     content = dict(tokenizer.files)
     if "samples" in trainer:
@@ -152,9 +152,9 @@ def export_files(tokenizer: Found, trainer: Mapping[str, Any]) -> dict[str, byte
 
 
 def check_fits(tokenizer: Found, path: Path | None, vocab_size: int) -> None:
-    """Raises UsageError for a tokenizer with more pieces than the model has rows; fewer are padding."""
+    """Raises UsageError for a tokenizer with more pieces than the model has rows; the rest is padding."""
     if tokenizer.vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UsageError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} pieces and the model {vocab_size} rows: give the tokenizer that it was "
+            f"the tokenizer {path} has {tokenizer.vocab_size} pieces but the model {vocab_size} rows: give the tokenizer that it was "
             "trained with, or --no-tokenizer"
         )

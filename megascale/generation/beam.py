@@ -1,9 +1,9 @@
-"""Beam search for encoder–decoders on one process, for evaluation: the source is encoded once, the target decoded anew for each token.
+"""Beam search for encoder–decoders on one process, for evaluation: the source is encoded once, the target is decoded again for each token.
 
-Nothing of a prefix is kept between tokens, so a target of n tokens costs n(n+1)/2 of them: fine for sentences, and the exact forward pass
-that training ran.
+No keys and values are kept between tokens, so a target of n tokens costs n(n+1)/2 token passes: fine for sentences, and the same forward
+pass as in training.
 
-Shapes: b sources, t source, w hypotheses of a source, n tokens so far, V vocabulary.
+Shapes: b sources, t source, w hypotheses per source, n tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def beam_search(
     length_penalty: float = 1.0,
     start: int | None = None,
 ) -> list[Hypothesis]:
-    """The best target of each source [b, t] (negative beyond its end), of at most `longest` tokens with the end. Targets
-    begin behind `start`, the end token if absent.
+    """The best target of each source [b, t] (negative beyond its end), of at most `longest` tokens including the end. The decoder's input
+    begins with `start`, by default the end token.
 
-    At each step the `width` likeliest of all continued hypotheses go on, and what ends among them is set aside. A source is done when none
-    that goes on can come to a better score: it only loses probability, and at best becomes as long as allowed. With width 1, which is
-    greedy search, the first end is taken.
+    Each step keeps the `width` likeliest of all continued hypotheses and collects those that ended. A source is done once no remaining
+    hypothesis can reach a better score: it only loses probability, and at best becomes as long as allowed. Width 1 is greedy search, which
+    takes the first end.
     """
     b, done = source.shape[0], [list[Hypothesis]() for _ in range(source.shape[0])]
     valid = source >= 0
@@ -47,13 +47,13 @@ def beam_search(
     memory = model.memory(read.repeat_interleave(width, 0), valid.repeat_interleave(width, 0))
     assert memory is not None
     tokens = torch.full((b, width, 1), end if start is None else start, device=source.device)
-    # All hypotheses of a source begin alike: only the first may go on, or they would stay alike.
+    # All hypotheses of a source start equal: only the first may continue, or they would stay equal.
     scores = torch.full((b, width), float("-inf"), dtype=torch.float64, device=source.device)
     scores[:, 0] = 0.0
     for length in range(1, longest + 1):
         total = scores.unsqueeze(2) + next_log_probabilities(model, tokens.flatten(0, 1), memory).unflatten(0, (b, width))
         vocab = total.shape[2]
-        # Twice as many as go on: at most half of them end.
+        # Twice as many as are kept: at most half of them end.
         best, place = total.flatten(1).topk(2 * width)
         parent, token = place // vocab, place % vocab
         ends = token == end
@@ -72,6 +72,6 @@ def beam_search(
 
 
 def next_log_probabilities(model: EncoderDecoder, tokens: Tensor, memory: Memory) -> Tensor:
-    """tokens [b·w, n] → log-probabilities [b·w, V] of what follows, in fp64."""
+    """tokens [b·w, n] → log-probabilities [b·w, V] of the next token, in fp64."""
     x = model.decode(model.embed(tokens, None), tokens, memory, tables=model.tables())
     return torch.log_softmax(model.finish(x[:, -1:], None, 1.0)[:, 0].to(torch.float64), -1)

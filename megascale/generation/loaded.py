@@ -19,11 +19,11 @@ from megascale.launch.ranks import RankInfo
 from megascale.parallel.model import ParallelModel
 from megascale.train.device import choose_device
 
-FAMILIES = ("decoder", "encoder")  # whose logits follow from tokens alone
+FAMILIES = ("decoder", "encoder")  # families whose logits depend only on tokens
 
 
 class LoadedModel(nn.Module):
-    """A whole model for reading: in evaluation mode, its weights without gradients."""
+    """A whole model for inference: in evaluation mode, weights without gradients."""
 
     def __init__(self, held: ParallelModel, opened: Opened) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class LoadedModel(nn.Module):
         return self.held.model.cfg.vocab_size or 0
 
     def forward(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """tokens [b, s] → logits [b, s, V]. Raises UsageError for tokens that the model has no row for."""
+        """tokens [b, s] → logits [b, s, V]. Raises UsageError for tokens beyond the vocabulary."""
         tokens = torch.as_tensor(tokens, device=next(self.module.parameters()).device)
         if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise UsageError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}: whole numbers [batch, sequence] are needed")
@@ -48,12 +48,12 @@ class LoadedModel(nn.Module):
 
 
 def load_whole(path: Path, device: str, dtype: str | None) -> LoadedModel:
-    """Raises UsageError for what is no model, or one whose logits do not follow from tokens alone."""
+    """Raises UsageError if the path is no model, or its logits depend on more than tokens."""
     opened = open_any(path)
     if opened.model.family not in FAMILIES:
-        raise UsageError(f"{path} is of family {opened.model.family}, and only a decoder or an encoder maps tokens to logits by itself")
+        raise UsageError(f"{path} is of family {opened.model.family}, but only a decoder or an encoder maps tokens to logits by itself")
     if dist.is_initialized() and dist.get_world_size() > 1:
-        raise UsageError(f"{dist.get_world_size()} ranks train here, and a model is loaded whole: load it outside of the training block")
+        raise UsageError(f"{dist.get_world_size()} ranks train here, but a model is loaded whole: load it outside of the training block")
     config = layout(opened, 1, device)
     where = choose_device(config, RankInfo())
     mesh = build_mesh(axis_sizes(config.parallel, 1), where.type)

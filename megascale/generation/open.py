@@ -24,9 +24,9 @@ from megascale.model.layers import Fp8
 
 @dataclass(frozen=True)
 class Opened:
-    """What was found: how to make the weights, the dtype to compute in, what encodes text (None: nothing was found), the tokens that end
-    it as the generation config says, else config.json (empty: the tokenizer knows), how hidden products are computed, and the prefix of the
-    data, whose facts say how documents began.
+    """An opened model: how to build the weights, the dtype to compute in, the tokenizer (None: not found), the end tokens from the
+    generation config, else config.json (empty: the tokenizer knows), the product function, and the prefix of the data, whose facts say how
+    documents began.
     """
 
     model: Model
@@ -40,15 +40,15 @@ class Opened:
 
 
 def open_model(path: Path) -> Opened:
-    """Raises UsageError for what is no model, or none that says what comes next."""
+    """Raises UsageError if the path is no model, or not one that generates text."""
     found = open_any(path)
     if found.model.family != "decoder":
-        raise UsageError(f"{path} is of family {found.model.family}, and only a decoder says what comes next: give a decoder's checkpoint")
+        raise UsageError(f"{path} is of family {found.model.family}, but only a decoder generates text: give a decoder's checkpoint")
     return found
 
 
 def open_any(path: Path) -> Opened:
-    """A model of any family. Raises UsageError for what is none."""
+    """Opens a model of any family. Raises UsageError if the path is no model."""
     if is_hf_folder(path):
         foreign = read_hf(path)
         dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
@@ -68,24 +68,24 @@ def open_any(path: Path) -> Opened:
 
 
 def ends_of(generation: Mapping[str, Any]) -> frozenset[int]:
-    """`eos_token_id` of a generation config, or of a config.json where there is none: one number, several, or none."""
+    """`eos_token_id` of a generation config, or of config.json if that has none: one number, several, or none."""
     ends = generation.get("eos_token_id")
     return frozenset(e for e in (ends if isinstance(ends, list) else [ends]) if type(e) is int)
 
 
 def layout(opened: Opened, ranks: int, device: str) -> Config:
-    """The config of a process that reads alone, its ranks on tp. Raises UsageError where the model cannot be cut over so many."""
+    """The config for inference, with all ranks on tp. Raises UsageError if the model cannot be sharded over that many."""
     values = {
         "run": {"device": device},
         "model": opened.model.model_dump(mode="json"),
         "parallel": {"tp": ranks, "dp_shard": 1},
         "train": {"steps": 1, "seq_len": opened.seq_len},
-        "optim": {"weight_decay": 0.0},  # nothing is trained: rules of unit scaling about decay have no say
+        "optim": {"weight_decay": 0.0},  # nothing is trained: unit scaling's rules about decay do not apply
         "precision": {"fp8": opened.fp8},
         "data": {"train": "none"},
     }
     config = check(build_config(values), ranks)
-    if config.model.moe is not None:  # an expert that is full in training is not, a token at a time
+    if config.model.moe is not None:  # an expert that overflows in training does not, one token at a time
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"moe": config.model.moe.model_copy(update={"capacity_factor": None})})}
         )

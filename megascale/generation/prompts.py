@@ -1,4 +1,4 @@
-"""Prompts as text or as token numbers → continuations as plain data, for Python programs."""
+"""Prompts as text or token ids → continuations as plain data, for Python programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megascale.train.session import Session
 
 @dataclass(frozen=True)
 class Asked:
-    """How to go on, as `api.generate` takes it."""
+    """How to continue, as the arguments of `api.generate`."""
 
     max_new_tokens: int
     temperature: float
@@ -41,7 +41,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Speaker:
-    """What answers: the model that this process holds, its tokenizer's place, the prefix of its data, the tokens that end a text."""
+    """The parts needed to answer: model, path of its tokenizer, prefix of its data, end tokens."""
 
     held: ParallelModel
     tokenizer: Path | None
@@ -58,7 +58,7 @@ def answer(model: LoadedModel | Session, prompts: str | Sequence[Any], asked: As
     texts = [isinstance(prompt, str) for prompt in given]
     place = asked.tokenizer or speaker.tokenizer
     if any(texts) and place is None:
-        raise UsageError("there is no tokenizer beside the model or its data: give tokenizer=, or prompts as lists of token numbers")
+        raise UsageError("there is no tokenizer next to the model or its data: give tokenizer=, or prompts as lists of token numbers")
     tokenizer = open_tokenizer(place, speaker.prefix) if place is not None and (any(texts) or asked.tokenizer) else None
     ids = [tokenizer.encode_prompt(p) if tokenizer is not None and text else numbers(i, p) for i, (p, text) in enumerate(zip(given, texts))]
     ends = speaker.ends or (frozenset() if tokenizer is None else frozenset({tokenizer.eos_id}))
@@ -74,16 +74,16 @@ def speaker_of(model: LoadedModel | Session) -> Speaker:
         plain = model.config.plain()
         speaker = Speaker(model.model, find_tokenizer(plain, Path(model.config.run_dir)), find_prefix(plain), frozenset())
     else:
-        raise UsageError(f"the model is a {type(model).__name__}: give a path, what load_model returned, or a run under way")
+        raise UsageError(f"the model is a {type(model).__name__}: give a path, what load_model returned, or a run in progress")
     if not isinstance(speaker.held.model, Decoder) or speaker.held.model.cfg.family != "decoder":
-        raise UsageError(f"the model is of family {speaker.held.model.cfg.family}, and only a decoder says what comes next")
+        raise UsageError(f"the model is of family {speaker.held.model.cfg.family}, but only a decoder generates text")
     if speaker.held.mesh.size > 1:
-        raise UsageError(f"the run has {speaker.held.mesh.size} ranks, and a model generates in one process: load its checkpoint later")
+        raise UsageError(f"the run has {speaker.held.mesh.size} ranks, but a model generates in one process: load its checkpoint later")
     return speaker
 
 
 def numbers(place: int, prompt: Any) -> list[int]:
-    """Raises UsageError for what is no list of whole numbers."""
+    """Checks a prompt. Raises UsageError if it is not a list of whole numbers."""
     tokens = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(tokens, list | tuple) or not all(type(t) is int for t in tokens):
         raise UsageError(f"prompt {place + 1} is {str(prompt)[:60]!r}: give a text, or a list of token numbers")

@@ -1,4 +1,4 @@
-"""Prompts → continuations, in one process or with the weights cut over tensor ranks."""
+"""Prompts → continuations, in one process or with weights sharded over tensor ranks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from megascale.model.relative import bias_by_distance
 from megascale.parallel.model import ParallelModel
 from megascale.sizes import byte_words
 
-SEEDS = range(-(1 << 63), 1 << 64)  # that torch's generators take
+SEEDS = range(-(1 << 63), 1 << 64)  # seeds that torch's generators accept
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen (`sample.choose`), and when to end: after `most` tokens, or behind one of `ends`."""
+    """How tokens are chosen (`sample.choose`), and when to stop: after `most` tokens, or after one of `ends`."""
 
     most: int = 64
     temperature: float = 0.0
@@ -38,10 +38,10 @@ class Sampling:
 
 @torch.no_grad()
 def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampling) -> list[list[int]]:
-    """The tokens that follow each prompt, an end among them where it came; every rank calls and gets the same.
+    """The tokens that follow each prompt, including the end token if reached. Collective; all ranks get the same.
 
-    Each pass computes new tokens alone; a long prompt takes several. The model is afterwards what it was. Raises UsageError for a prompt
-    that is empty, holds a token that the model does not know, is too long where positions are learned, or does not fit into memory.
+    Each pass computes only new tokens; a long prompt takes several passes. The model is left as it was. Raises UsageError for a prompt that
+    is empty, holds an unknown token, is longer than learned positions, or does not fit into memory.
     """
     stage = model.model
     assert isinstance(stage, Decoder) and stage.cfg.vocab_size is not None
@@ -76,7 +76,7 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
 
 @contextmanager
 def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
-    """The model in evaluation, its head asked about the last token only, XPos of all passes counted from one place; behind it as it was."""
+    """Puts the model into evaluation mode, with logits of the last token only and one XPos origin for all passes; restores it after."""
     middle, head = stage.xpos_middle, stage.exchanges.enter_head
     modes = [(m, m.training) for module in model.modules for m in module.modules()]
     try:
@@ -90,20 +90,20 @@ def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
 
 
 def check_memory(stage: Decoder, batch: int, length: int, most: int, device: torch.device) -> None:
-    """Raises UsageError where what prompts of `length` and `most` new tokens leave in the caches does not fit into memory."""
+    """Raises UsageError if the caches for prompts of `length` plus `most` new tokens do not fit into memory."""
     cfg = stage.cfg
     share = (stage.exchanges.num_heads) / cfg.num_heads
     needed = 2 * cfg.num_layers * batch * (length + most) * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
     free = free_memory(device)
     if needed > free:
         raise UsageError(
-            f"keys and values of {batch} prompts of {length} tokens and {most} new ones take {byte_words(needed)} and {byte_words(free)} "
+            f"keys and values of {batch} prompts of {length} tokens and {most} new ones take {byte_words(needed)} but {byte_words(free)} "
             "are free: lower --max-new-tokens, give fewer or shorter prompts, or more ranks"
         )
 
 
 def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """What the heads here add to scores for distances [b, n, t] → [b, h, n, t]; None where they look at no distance."""
+    """Score biases of the local heads as a function: distances [b, n, t] → [b, h, n, t]; None if they have none."""
     cfg = stage.cfg
     if stage.relative is not None:
         return partial(bias_by_distance, stage.relative.weight, furthest=cfg.relative_distance, causal=True)
@@ -114,18 +114,18 @@ def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Te
 
 
 def beyond(seq_len: int, prompts: Sequence[Sequence[int]], most: int) -> str | None:
-    """What to say where a continuation may be longer than any text that the model was trained on."""
+    """A notice if a continuation may be longer than any text that the model was trained on."""
     longest = max(map(len, prompts))
     if longest + most <= seq_len:
         return None
     return (
-        f"notice: the longest prompt has {longest} tokens and up to {most} more are wanted, and the model was trained on {seq_len} at "
+        f"notice: the longest prompt has {longest} tokens and up to {most} more are wanted, but the model was trained on {seq_len} at "
         "once: the text after that length may make no sense"
     )
 
 
 def _last(x: Tensor, then: Any) -> Tensor:
-    """The head is asked about the last token only."""
+    """Computes logits of the last token only."""
     return then(x[:, -1:])  # type: ignore[no-any-return]
 
 
@@ -156,6 +156,6 @@ def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> No
             )
         if stage.cfg.position_row.table and len(prompt) + how.most > stage.shape.seq_len:
             raise UsageError(
-                f"prompt {number + 1} has {len(prompt)} tokens and {how.most} are wanted, and the model has {stage.shape.seq_len} learned "
+                f"prompt {number + 1} has {len(prompt)} tokens and {how.most} are wanted, but the model has {stage.shape.seq_len} learned "
                 "positions: shorten the prompt or --max-new-tokens"
             )

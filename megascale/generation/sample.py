@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """logits [b, V] → tokens [b]. Temperature 0 takes the largest; else one is drawn from softmax(logits/temperature), cut to the fewest
-    tokens that together have probability `top_p` (nucleus sampling, arXiv 1904.09751).
+    """logits [b, V] → tokens [b]. Temperature 0 takes the largest; otherwise one is drawn from softmax(logits/temperature), restricted to
+    the fewest tokens whose probability adds up to `top_p` (nucleus sampling, arXiv 1904.09751).
 
     Drawn on the CPU in fp64, so that every rank with the same logits and seed draws the same.
     """

@@ -1,4 +1,6 @@
-"""Targets for sources from an encoder–decoder's checkpoint or a T5 folder, greedily or by a beam; scored against references (sacrebleu)."""
+"""Targets for sources from an encoder–decoder's checkpoint or a T5 folder, with greedy or beam search, scored against references
+(sacrebleu).
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ from megascale.train.state import model_pieces
 
 @dataclass(frozen=True)
 class Search:
-    """How targets are searched for: hypotheses of a beam, the power of the length that a score is divided by, tokens of a target at most
-    (None: as in training), and sources at a time.
+    """Settings of the search: hypotheses of a beam, the power of the length that divides a score, most tokens of a target (None: as in
+    training), and sources per batch.
     """
 
     beam: int
@@ -52,7 +54,7 @@ def translate(
     tokenizer: Path | None,
     source_tokenizer: Path | None,
 ) -> None:
-    """Writes or prints the target of every line of `inputs`, and with a reference how good they are. Runs on one process."""
+    """Writes or prints the target of every line of `inputs`, and the score if there is a reference. Runs in one process."""
     sources, wanted = read_lines(inputs), None if reference is None else read_lines(reference)
     if wanted is not None and len(wanted) != len(sources):
         raise UsageError(f"{reference} has {len(wanted)} lines and {inputs} has {len(sources)}: give a reference for each source")
@@ -61,7 +63,7 @@ def translate(
     model = opened.model
     if search.longest is not None and model.cfg.position_row.table and search.longest > opened.longest:
         raise UsageError(
-            f"--longest is {search.longest} and the model has learned {opened.longest} positions (train.seq_len): choose a smaller one"
+            f"--longest is {search.longest} but the model has learned {opened.longest} positions (train.seq_len): choose a smaller one"
         )
     found: list[str] = []
     longest = search.longest or opened.longest
@@ -104,7 +106,7 @@ def import_sacrebleu() -> Any:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with what reads sources `into` it and tells what comes `out`: targets begin behind `start` and go to `end`."""
+    """A model with tokenizers of its input (`into`) and output (`out`). The decoder's input starts with `start`, targets end with `end`."""
 
     model: EncoderDecoder
     device: torch.device
@@ -129,10 +131,10 @@ def open_run(checkpoint: Path, tokenizer: Path | None, source_tokenizer: Path | 
 
 
 def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None) -> Opened:
-    """T5: its distances are relative, so it takes sources of any length."""
+    """Opens a T5 folder: its position biases are relative, so it takes sources of any length."""
     found = open_any(folder)
     if found.model.family != "encoder_decoder":
-        raise UsageError(f"{folder} is of family {found.model.family}, and only an encoder_decoder has sources: use megascale generate")
+        raise UsageError(f"{folder} is of family {found.model.family}, but only an encoder_decoder has sources: use megascale generate")
     out = open_tokenizer(tokenizer or folder)
     into = out if source_tokenizer is None else open_tokenizer(source_tokenizer)
     said = read_object(folder / CONFIG)
@@ -148,13 +150,13 @@ def open_hf(folder: Path, tokenizer: Path | None, source_tokenizer: Path | None)
 
 
 def saved_config(folder: Path) -> tuple[Config, int]:
-    """The config of the run behind a checkpoint, for one process, and its step."""
+    """The config of a checkpoint's run, for one process, and its step."""
     trainer = read_trainer(folder)
     if not isinstance(trainer.get("config"), dict):
         raise UsageError(f"{folder / 'trainer.json'} has no config of a run: give a checkpoint that pretraining wrote")
     config = build_config({**trainer["config"], "parallel": {}})
     if config.model.family != "encoder_decoder":
-        raise UsageError(f"model.family of {folder} is {config.model.family}, and only an encoder_decoder has sources")
+        raise UsageError(f"model.family of {folder} is {config.model.family}, but only an encoder_decoder has sources")
     return config.model_copy(update={"parallel": Parallel(dp_shard=1)}), int(trainer.get("step", 1))
 
 
@@ -162,7 +164,7 @@ def chosen(config: Config, given: Path | None, configured: str | None, side: str
     path = given or configured or beside(first_prefix(config, side))
     if path is None:
         option = "--source-tokenizer" if side == "source" else "--tokenizer"
-        raise UsageError(f"there is no tokenizer beside {first_prefix(config, side)}: name it with {option}")
+        raise UsageError(f"there is no tokenizer next to {first_prefix(config, side)}: name it with {option}")
     return load_tokenizer(path, first_prefix(config, side))
 
 

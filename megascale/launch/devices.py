@@ -1,8 +1,8 @@
-"""Which device a rank takes, and whether it is its own. Plain data; no torch.
+"""Chooses a rank's device and checks that no other rank has it. Plain data; no torch.
 
-Ranks of a node may see all of its devices, or each its own alone (srun --gpus-per-task, --gpu-bind=single), and nothing in their
-environment says which: CUDA numbers what a process sees from 0 on. The number of what is seen chooses, and the devices' UUIDs tell whether
-the choice was right.
+Ranks of a node may see all of its devices, or only their own (srun --gpus-per-task, --gpu-bind=single), and the environment does not say
+which: CUDA numbers the visible devices of a process from 0. The number of visible devices decides, and the devices' UUIDs verify the
+choice.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def device_index(ranks: RankInfo, visible: int) -> int:
 
 
 def shared_device(taken: Sequence[tuple[str, str]]) -> str | None:
-    """A sentence where two ranks took one device; `taken`: (node, UUID) by rank."""
+    """An error if two ranks took the same device; `taken`: (node, UUID) by rank."""
     first: dict[str, int] = {}
     for rank, (node, device) in enumerate(taken):
         other = first.setdefault(device, rank)
         if other != rank:
             return (
-                f"ranks {other} and {rank} on {node} have one device, {device}: every rank needs its own; start fewer ranks per node, or "
+                f"ranks {other} and {rank} on {node} share the device {device}: every rank needs its own; start fewer ranks per node, or "
                 "give each its own (srun --gpus-per-task=1, or all of the node's devices to all of its ranks)"
             )
     return None

@@ -1,4 +1,4 @@
-"""How a process ends: exit codes, and exit.json for scripts whose launcher changes them."""
+"""How a process ends: exit codes, and exit.json for scripts, since launchers may change the code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from megascale.rows import free_name
 if TYPE_CHECKING:
     from megascale.config.schema import Config
 
-# Of torch.distributed; by name, since nothing here imports torch.
+# Errors of torch.distributed, by name since nothing here imports torch.
 PEER_ERRORS = {"DistNetworkError", "DistStoreError", "DistBackendError"}
-# What torch and the communication libraries say, in lower case, where they raise plain RuntimeErrors for a peer that is gone or silent.
+# Lower-case words of torch and communication libraries in plain RuntimeErrors about a lost or silent peer.
 PEER_WORDS = (
     "connection closed by peer",
     "connection was likely closed",
@@ -35,7 +35,7 @@ PEER_WORDS = (
 )
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 PORT_WORDS = ("eaddrinuse", "address already in use")
-# What the user can do about an error of the system.
+# What the user can do about a system error.
 ADVICE = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room in the quota",
@@ -46,11 +46,11 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "it is a loop of links: name the real path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EIO: "the disk or its network failed: look at it, and run the same command again",
+    errno.EIO: "the disk or its network failed: check it, and run the same command again",
     errno.ESTALE: "the network file system lost it (stale handle): run the same command again",
 }
 
-# How all ranks end alike, so that rank 0 alone writes it down.
+# Endings that all ranks share, so that only rank 0 records them.
 TOLD_BY_ALL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.TRAINING, ExitCode.STOPPED)
 
 
@@ -61,12 +61,12 @@ class Exit:
 
 
 def as_exit(error: BaseException) -> Exit | None:
-    """What an error that nobody wrote a sentence for comes to: memory, peers and the system by its type and what it says.
+    """The ending for an error without a message of ours: memory, lost peers and system errors, by type and message.
 
     None for anything else, which is a bug and keeps its traceback.
     """
     if error.__cause__ is not None and (known := as_exit(error.__cause__)) is not None:
-        return known  # the pipeline's runtime wraps what a stage raises
+        return known  # the pipeline's runtime wraps a stage's errors
     text = f"{type(error).__name__}: {error}".lower()
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError) or any(w in text for w in MEMORY_WORDS):
@@ -85,7 +85,7 @@ def as_exit(error: BaseException) -> Exit | None:
 
 
 def of_system(error: OSError) -> str:
-    """A sentence: which file, what is wrong with it, what to do."""
+    """A message with the file, the error and the fix."""
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
     shown = name if len(name) <= 200 else name[:200] + "…"
     what = error.strerror or str(error) or type(error).__name__
@@ -93,9 +93,9 @@ def of_system(error: OSError) -> str:
 
 
 def of_this_run(config: Config, run_dir: Path) -> bool:
-    """Whether an earlier attempt of this run has left how it ended: an exit.json, and a config.yaml of the same name and model.
+    """Whether the exit.json there is from an earlier attempt of this run: its config.yaml has the same name and model.
 
-    A config.yaml that cannot be read is taken for the run's own: nobody can go on beside it, and scripts must hear of that.
+    An unreadable config.yaml counts as the run's own: nobody can continue there, and scripts must learn of it.
     """
     from megascale.config.load import build_config, flatten, read_yaml
 
@@ -108,15 +108,15 @@ def of_this_run(config: Config, run_dir: Path) -> bool:
     except UsageError:
         return True
     then, now = (flatten(c.plain()) for c in (there, config))
-    known = {k: v for k, v in now.items() if k.startswith("model.") and v is not None}  # a vocabulary may follow from the tokenizer
+    known = {k: v for k, v in now.items() if k.startswith("model.") and v is not None}  # the vocabulary may come from the tokenizer
     return there.run.name == config.run.name and all(then.get(k) == v for k, v in known.items())
 
 
 def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -> None:
-    """exit.json of the run. Rank 0 writes it; another rank does when it knows of a failure that rank 0 may not live to tell.
+    """Writes the run's exit.json. Rank 0 does; another rank does if it knows of a failure that rank 0 may not survive.
 
-    Who says first that a peer is lost is right: a rank that was frozen finds the others gone when it wakes, and did not see why. What an
-    earlier attempt left is gone by then, since the run takes it away when it claims its directory.
+    The first report of a lost peer is the right one: a rank that was frozen finds the others gone when it wakes, and did not see why. An
+    earlier attempt's file is gone by then, since the run removes it when it claims its directory.
     """
     if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in TOLD_BY_ALL):
         return

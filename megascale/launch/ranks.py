@@ -1,4 +1,4 @@
-"""Who am I among the ranks? Read from what torchrun, srun or an MPI launcher set, without importing torch."""
+"""Finds this process's rank from the environment of torchrun, srun or an MPI launcher, without importing torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megascale.launch import rendezvous
 
 
 def node_name() -> str:
-    """What the scheduler calls this node, which is the name that it excludes by; else what the node calls itself."""
+    """The scheduler's name of this node, which its exclude option needs; else the host name."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Global rank of `size`, place on its node, and where the ranks meet (None for a process alone)."""
+    """Global rank of `size`, local rank, and the rendezvous address and port (None for a single process)."""
 
     rank: int = 0
     size: int = 1
@@ -36,12 +36,12 @@ class RankInfo:
 
     @property
     def url(self) -> str:
-        """Where torch's ranks meet. An IPv6 address stands in brackets."""
+        """torch's rendezvous URL. IPv6 addresses get brackets."""
         return f"tcp://[{self.address}]:{self.port}" if ":" in (self.address or "") else f"tcp://{self.address}:{self.port}"
 
 
 class Variables(NamedTuple):
-    """The names under which a launcher tells a process its place."""
+    """A launcher's environment variables for a process's rank."""
 
     launcher: str
     rank: str
@@ -55,30 +55,30 @@ SLURM = Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID
 _OMPI, _MV2 = "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_"
 OPENMPI = Variables("mpirun", _OMPI + "RANK", _OMPI + "SIZE", _OMPI + "LOCAL_RANK", _OMPI + "LOCAL_SIZE")
 MVAPICH = Variables("mpirun", _MV2 + "RANK", _MV2 + "SIZE", _MV2 + "LOCAL_RANK", _MV2 + "LOCAL_SIZE")
-# MPICH, Intel MPI and whatever else starts its processes through Hydra or another PMI server.
+# MPICH, Intel MPI and others that start processes through Hydra or another PMI server.
 PMI = Variables("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PMI_KVS")  # the same in all processes of one mpirun, new in the next
-# Prefixes of variables that tell a process it was started by an MPI, though not its place.
+MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PMI_KVS")  # the same in all processes of one mpirun only
+# Prefixes of variables that show that an MPI started the process, but not its rank.
 MPI_TRACES = ("OMPI_", "PMI_", "PMIX_", "PMI2_", "MPI_", "MPIR_", "MPIEXEC_", "MV2_", "I_MPI_", "HYDRA_", "PALS_", "JSM_", "ALPS_", "PRTE_")
-UNKNOWN = -1  # a place on the node that only MPI itself knows
+UNKNOWN = -1  # a local rank that only MPI itself knows
 
 
 def find_ranks(
     environment: Mapping[str, str] | None = None, communicator: Callable[[], rendezvous.Communicator | None] | None = None
 ) -> RankInfo:
-    """This process's place, and an address and a port that all ranks agree on.
+    """This process's rank, and a rendezvous address and port that all ranks agree on.
 
-    communicator  opens mpi4py's world where the environment says less than is needed; returns None when there is no mpi4py
+    communicator  opens mpi4py's world if the environment is insufficient; returns None without mpi4py
 
-    Raises UsageError for a half-set environment, naming what is missing, and for an address or a port that cannot work.
+    Raises UsageError for an incomplete environment, naming what is missing, and for an impossible address or port.
     """
     env = os.environ if environment is None else environment
     world = rendezvous.mpi_world if communicator is None else communicator
     found = read_ranks(env)
     if found is None:
-        # An MPI without variables of its own still leaves traces; without any, mpi4py is not asked, since starting MPI costs a second.
+        # An MPI without its own rank variables still leaves traces; without any, mpi4py is not used, since starting MPI takes a second.
         traces = rendezvous.mpi_running() or any(name.startswith(MPI_TRACES) for name in env)
         mpi = world() if traces else None
         if mpi is None or mpi.size == 1:
@@ -94,31 +94,31 @@ def find_ranks(
 
 
 def read_ranks(env: Mapping[str, str]) -> RankInfo | None:
-    """What the environment alone says: None when no launcher speaks in it; address and port None, and the place on the node UNKNOWN,
-    where they are left to be found.
+    """Ranks from the environment alone: None without a launcher's variables; address and port None, and the local rank UNKNOWN, if they
+    must still be found.
 
-    Of launchers inside each other the inner one counts: torchrun under srun, and mpirun, whose daemons srun starts.
+    Of nested launchers the inner one counts: torchrun under srun, and mpirun, whose daemons srun starts.
     """
     if any(name in env for name in TORCHRUN[1:4]):
         _require(env, (*TORCHRUN[1:4], *MEETING), "torchrun")
         size = _number(env, "WORLD_SIZE")
         return _info(env, TORCHRUN, (_number(env, "LOCAL_RANK"), _number(env, "LOCAL_WORLD_SIZE", size)))
     for names in (OPENMPI, MVAPICH, PMI):
-        # srun --mpi=pmi2 sets PMI's rank and size beside its own, which say more.
+        # srun --mpi=pmi2 sets PMI's rank and size as well as its own variables, which say more.
         if (names.rank in env or names.size in env) and not (names is PMI and _srun_says_the_same(env)):
             return _mpi(env, names)
     if "SLURM_STEP_ID" in env or SLURM.size in env:
         return _srun(env)
     if SLURM.rank in env and env.get("SLURM_NTASKS", "1") != "1":
         raise UsageError(
-            f"SLURM_NTASKS is {env['SLURM_NTASKS']} and SLURM_STEP_NUM_TASKS is missing: this is a batch script itself, not one of its "
+            f"SLURM_NTASKS is {env['SLURM_NTASKS']} but SLURM_STEP_NUM_TASKS is missing: this is a batch script itself, not one of its "
             "tasks; write srun in front of the command (srun --ntasks=1 for one process)"
         )
     return None
 
 
 def _srun(env: Mapping[str, str]) -> RankInfo:
-    """A SLURM task. How many stand on its node is in a list over all nodes of the step: "4(x2),3"."""
+    """A SLURM task. The tasks per node are in a list over all nodes of the step: "4(x2),3"."""
     _require(env, SLURM[1:], "srun")
     counts, node = tasks_per_node(env[SLURM.local_size]), 0
     if len(counts) > 1:
@@ -134,7 +134,7 @@ def _srun_says_the_same(env: Mapping[str, str]) -> bool:
 
 
 def _mpi(env: Mapping[str, str], names: Variables) -> RankInfo:
-    """A process of an MPI launcher. PMI itself does not tell the place on the node; Hydra does, others leave it to mpi4py."""
+    """A process of an MPI launcher. PMI itself does not give the local rank; Hydra does, others leave it to mpi4py."""
     unknown = names is PMI and names.local_rank not in env and names.local_size not in env
     _require(env, names[1:3] if unknown else names[1:], names.launcher)
     return _info(env, names, (UNKNOWN, UNKNOWN) if unknown else (_number(env, names.local_rank), _number(env, names.local_size)))
@@ -146,7 +146,7 @@ def _info(env: Mapping[str, str], names: Variables, local: tuple[int, int]) -> R
         raise UsageError(f"{names.rank} is {rank} and {names.size} is {size}: a rank must be from 0 to {size - 1}")
     if UNKNOWN not in local and not 0 <= local[0] < local[1] <= size:
         raise UsageError(
-            f"{names.local_rank} is {local[0]} of {local[1]} ranks on this node, and {names.size} is {size}: this cannot be one job"
+            f"{names.local_rank} is {local[0]} of {local[1]} ranks on this node, but {names.size} is {size}: this cannot be one job"
         )
     if size == 1 and names is not TORCHRUN:
         return RankInfo(launcher=names.launcher)
@@ -157,39 +157,39 @@ def _info(env: Mapping[str, str], names: Variables, local: tuple[int, int]) -> R
 
 
 def _meet_through_mpi(found: RankInfo, env: Mapping[str, str], mpi: rendezvous.Communicator | None) -> RankInfo:
-    """Rank 0 picks a routable address and a free port and tells all. Without mpi4py the ranks of one node still find each other."""
+    """Rank 0 picks a routable address and a free port and broadcasts them. Without mpi4py ranks on one node still find each other."""
     if mpi is not None:
         if (mpi.rank, mpi.size) != (found.rank, found.size):
             raise UsageError(
-                f"the environment says rank {found.rank} of {found.size} and mpi4py says {mpi.rank} of {mpi.size}: mpi4py belongs to "
+                f"the environment says rank {found.rank} of {found.size} but mpi4py says {mpi.rank} of {mpi.size}: mpi4py belongs to "
                 "another MPI than the launcher; install the launcher's, or start with launchers/mpirun.sh"
             )
         local_rank, local_size, address, port = mpi.meet(found.address, found.port)
         return replace(found, local_rank=local_rank, local_size=local_size, address=address, port=port)
     if found.local_rank == UNKNOWN:
         raise UsageError(
-            f"{PMI.rank} is {found.rank} of {found.size}, and {PMI.local_rank} and {PMI.local_size} are missing: set them, or install "
+            f"{PMI.rank} is {found.rank} of {found.size}, but {PMI.local_rank} and {PMI.local_size} are missing: set them, or install "
             "mpi4py, which knows them"
         )
     job = next((env[name] for name in MPI_JOBS if name in env), None)
     if job is None or not found.one_node:
         raise UsageError(
-            f"{found.size} ranks from {found.launcher}, and MASTER_ADDR and MASTER_PORT are missing: start with launchers/mpirun.sh, "
-            "which sets them, or install mpi4py, through which rank 0 tells them"
+            f"{found.size} ranks from {found.launcher}, but MASTER_ADDR and MASTER_PORT are missing: start with launchers/mpirun.sh, "
+            "which sets them, or install mpi4py, through which rank 0 sends them"
         )
     return replace(found, address="127.0.0.1", port=rendezvous.port_of(job))
 
 
 def _check_meeting(found: RankInfo, env: Mapping[str, str]) -> None:
-    """Refuses what would only show as a time-out: an address that other nodes cannot reach, a port that somebody else holds."""
+    """Refuses what would otherwise end in a time-out: an address that other nodes cannot reach, a port that is in use."""
     assert found.address is not None and found.port is not None
     if not 0 < found.port < 65536:
         raise UsageError(f"MASTER_PORT is {found.port}: a port from 1 to 65535 is needed")
-    # SLURM may run several nodes on one machine; then it says so itself.
+    # SLURM may run several nodes on one machine; then its own variables say so.
     if not found.one_node and rendezvous.is_loopback(found.address) and not rendezvous.slurm_is_local(env):
         raise UsageError(
-            f"MASTER_ADDR is {found.address}, which means every node itself, and {found.size} ranks run on several nodes: set it to an "
-            "address of rank 0's node that the others reach"
+            f"MASTER_ADDR is {found.address}, which means every node itself, but {found.size} ranks run on several nodes: set it to an "
+            "address of rank 0's node that the others can reach"
         )
     # torchrun's agent already listens there for its workers.
     if found.rank == 0 and found.launcher != "torchrun" and not rendezvous.is_free(found.port):
@@ -208,7 +208,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def slurm_node_of(rank: int, env: Mapping[str, str]) -> str | None:
-    """The node of any rank of this SLURM step, whose ranks stand in blocks; None outside of SLURM."""
+    """The node of any rank of this SLURM step, whose ranks are numbered in blocks; None outside SLURM."""
     if "SLURM_STEP_NODELIST" not in env or "SLURM_STEP_TASKS_PER_NODE" not in env:
         return None
     by_rank = [
@@ -225,9 +225,9 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     try:
         return int(env[name])
     except KeyError:
-        raise UsageError(f"{name} is missing in the environment, and the launcher's other variables are there") from None
+        raise UsageError(f"{name} is missing in the environment, although the launcher's other variables are set") from None
     except ValueError:
-        raise UsageError(f"{name} is {env[name]!r} in the environment, and a whole number is needed") from None
+        raise UsageError(f"{name} is {env[name]!r} in the environment, but a whole number is needed") from None
 
 
 def _require(env: Mapping[str, str], names: tuple[str, ...], start: str) -> None:
@@ -235,6 +235,6 @@ def _require(env: Mapping[str, str], names: tuple[str, ...], start: str) -> None
     if missing:
         given = [name for name in names if name in env] or ["a part"]
         raise UsageError(
-            f"the environment of ranks is half set: {', '.join(given)} given, {', '.join(missing)} missing; start with {start}, or unset "
+            f"the environment of ranks is incomplete: {', '.join(given)} given, {', '.join(missing)} missing; start with {start}, or unset "
             "them to run one process"
         )

@@ -1,4 +1,4 @@
-"""Where ranks meet: addresses that other nodes reach, and ports that are free and that all agree on. Imports no torch."""
+"""Rendezvous of ranks: addresses that other nodes can reach, and free ports that all agree on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import psutil
 
 from megascale.errors import UsageError
 
-# Below the ports that kernels hand out to outgoing connections (32768–60999 on Linux), above those of services.
+# Below the ports that kernels use for outgoing connections (32768–60999 on Linux), above those of services.
 FIRST_PORT, PORTS = 20000, 12000
 
 
 def port_of(job: str) -> int:
-    """The same port for everybody who knows the job's name, another one for the next job."""
+    """The same port for everybody who knows the job's name, usually another one for the next job."""
     return FIRST_PORT + zlib.crc32(job.encode()) % PORTS
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """A step's port: neighbouring jobs and the steps of one job differ."""
+    """A step's port, different for neighbouring jobs and for steps of one job."""
     return port_of(f"{env.get('SLURM_JOB_ID', env.get('SLURM_JOBID', ''))}.{env.get('SLURM_STEP_ID', '')}")
 
 
@@ -42,7 +42,7 @@ def is_free(port: int) -> bool:
 
 
 def free_port(job: str) -> int:
-    """A port that nobody on this node listens on, looked for from the job's own on."""
+    """A port that nobody on this node listens on, starting the search at the job's own."""
     start = port_of(job) - FIRST_PORT
     for i in range(PORTS):
         port = FIRST_PORT + (start + i) % PORTS
@@ -52,7 +52,7 @@ def free_port(job: str) -> int:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `address` means the machine itself wherever it is read."""
+    """Whether `address` means the local machine on every machine."""
     if address == "localhost":
         return True
     try:
@@ -74,7 +74,7 @@ def own_addresses() -> dict[str, str]:
 
 
 def address_towards(target: str) -> str | None:
-    """This node's address on the way to `target`, by asking the kernel for a route; nothing is sent. None without a route."""
+    """This node's source address towards `target`, from the kernel's routes without sending anything. None without a route."""
     try:
         options = socket.getaddrinfo(target, 1, type=socket.SOCK_DGRAM)
     except OSError:
@@ -90,7 +90,7 @@ def address_towards(target: str) -> str | None:
 
 
 def towards(head: str) -> tuple[str, int] | tuple[()]:
-    """This node's address on the way to the node `head`, and 1 if that node is this one; nothing where no way leads there."""
+    """This node's address towards the node `head`, and 1 if that is this node; empty without a route."""
     here = address_towards(head)
     if here is None:
         return ()
@@ -98,16 +98,16 @@ def towards(head: str) -> tuple[str, int] | tuple[()]:
 
 
 def interface_towards(target: str) -> str | None:
-    """The name of the interface that messages to `target` leave through. Libraries that resolve the host's own name instead end at
-    127.0.1.1 on machines where /etc/hosts says so, and no other node reaches them there.
+    """The interface through which messages to `target` leave. Libraries that resolve the host's own name instead get 127.0.1.1 on machines
+    whose /etc/hosts says so, where no other node reaches them.
     """
     address = address_towards(target)
     return None if address is None else own_addresses().get(address)
 
 
 def routable_address() -> str:
-    """An address of this node that others reach: the one on the way out, else the first that is not loopback. Raises UsageError."""
-    # 192.0.2.0/24 is set aside for documentation: it stands for "somewhere else", and only the default route leads there.
+    """An address of this node that others can reach: that of the default route, else the first that is not loopback. Raises UsageError."""
+    # 192.0.2.0/24 is reserved for documentation, so only the default route leads there.
     out = address_towards("192.0.2.1")
     if out is not None and not is_loopback(out):
         return out
@@ -116,7 +116,7 @@ def routable_address() -> str:
         if not (ip.is_loopback or ip.is_link_local):
             return address
     raise UsageError(
-        "this node has no address that others could reach, and the ranks run on several nodes: set MASTER_ADDR and MASTER_PORT"
+        "this node has no address that others could reach, but the ranks run on several nodes: set MASTER_ADDR and MASTER_PORT"
     )
 
 
@@ -132,10 +132,10 @@ def first_node(nodes: str) -> str:
 
 
 def slurm_head(env: Mapping[str, str]) -> str:
-    """The address of a step's first node, where rank 0 is. SLURM's names need not resolve, so SLURM itself is asked first."""
+    """The address of a step's first node, where rank 0 is. SLURM's node names may not resolve, so ask SLURM itself first."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if not nodes:
-        raise UsageError("srun started several tasks, and SLURM_STEP_NODELIST is missing: set MASTER_ADDR and MASTER_PORT")
+        raise UsageError("srun started several tasks, but SLURM_STEP_NODELIST is missing: set MASTER_ADDR and MASTER_PORT")
     name = first_node(nodes)
     address = node_address(name) or name
     try:
@@ -148,7 +148,7 @@ def slurm_head(env: Mapping[str, str]) -> str:
 
 
 def expand_nodes(nodes: str) -> list[str]:
-    """ "gpu[07-09],login1" → the single names, by SLURM's own rules; nothing where scontrol is missing or does not answer."""
+    """ "gpu[07-09],login1" → single names, by SLURM's own rules; empty if scontrol is missing or does not answer."""
     try:
         said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -157,7 +157,7 @@ def expand_nodes(nodes: str) -> list[str]:
 
 
 def node_address(name: str) -> str | None:
-    """NodeAddr of a SLURM node; None where scontrol cannot tell."""
+    """NodeAddr of a SLURM node; None if scontrol does not know."""
     if shutil.which("scontrol") is None:
         return None
     try:
@@ -169,7 +169,7 @@ def node_address(name: str) -> str | None:
 
 
 def slurm_is_local(env: Mapping[str, str]) -> bool:
-    """Whether SLURM keeps this node under a loopback address: then all its nodes are this machine, and loopback reaches them."""
+    """Whether SLURM lists this node under a loopback address: then all its nodes are this machine, and loopback reaches them."""
     address = node_address(env["SLURMD_NODENAME"]) if "SLURMD_NODENAME" in env else None
     return address is not None and is_loopback(address)
 
@@ -180,7 +180,7 @@ def mpi_running() -> bool:
 
 
 class Communicator:
-    """mpi4py's world, used once to agree on a meeting place."""
+    """mpi4py's world, used once to agree on a rendezvous."""
 
     def __init__(self, mpi: Any, ours: bool) -> None:
         self._mpi, self._world, self._ours = mpi, mpi.COMM_WORLD, ours
@@ -188,9 +188,9 @@ class Communicator:
         self.size: int = self._world.Get_size()
 
     def meet(self, address: str | None, port: int | None) -> tuple[int, int, str, int]:
-        """(local rank, ranks on this node, address, port), collective. What is given stays.
+        """(local rank, ranks on this node, address, port), collective. Given values are kept.
 
-        MPI ends here if it was begun here: a process that leaves with a code of its own must not look to mpirun as if it had crashed.
+        Finalizes MPI if it was initialized here: otherwise mpirun would take a process with its own exit code for crashed.
         """
         node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         local_rank, local_size = node.Get_rank(), node.Get_size()
@@ -211,7 +211,7 @@ class Communicator:
 
 
 def mpi_world() -> Communicator | None:
-    """MPI, begun if need be; None without mpi4py or without a working MPI library beneath it."""
+    """MPI's world, initialized if necessary; None without mpi4py or a working MPI library."""
     try:
         import mpi4py
 

@@ -1,4 +1,4 @@
-"""SLURM batch scripts as text: a pure function from plain data. The script is meant to be read, and lives without this package."""
+"""SLURM batch scripts as text: a pure function from plain data. The script is meant to be read, and does not need this package."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megascale.launch.words import check_line_words, check_mounts, check_sbatch_
 
 SCRIPTS = {"train": "pretrain.py", "preflight": "launchers/preflight.py"}
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-SAVE_SECONDS = 600  # that torchrun gives its ranks between SIGTERM and SIGKILL; it would give 30
+SAVE_SECONDS = 600  # seconds between SIGTERM and SIGKILL under torchrun, whose default is 30
 
 
 @dataclass(frozen=True)
 class Container:
-    """An image and how it is entered: pyxis (srun's own flags) or apptainer. `mounts`: folders it must see."""
+    """An image and its runtime: pyxis (srun's own flags) or apptainer. `mounts`: folders it must see."""
 
     image: str
     runtime: str
@@ -28,11 +28,11 @@ class Container:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a script says. Paths are absolute; overrides are section.key=value.
+    """Everything in a script. Paths are absolute; overrides are section.key=value.
 
-    root      the project's folder; None where the package is installed for `python`
-    variants  an array: (label, overrides) of every task, each with a run directory of its own
-    chained   a link of a chain ends well at the time limit, so that the next one starts; otherwise the job requeues itself
+    root      the project's folder; None if the package is installed for `python`
+    variants  an array: (label, overrides) of every task, each with its own run directory
+    chained   a link of a chain succeeds at the time limit, so that the next one starts; otherwise the job requeues itself
     """
 
     name: str
@@ -63,7 +63,7 @@ class Job:
 
 
 def check_job(job: Job) -> None:
-    """Refuses what SLURM would refuse later, or do otherwise than meant."""
+    """Refuses what SLURM would refuse later or misinterpret."""
     _check_words(job)
     if job.time is not None and not re.fullmatch(r"[0-9]+|([0-9]+-)?[0-9]{1,2}(:[0-9]{1,2}){0,2}|[0-9]+:[0-9]{2}(:[0-9]{2})?", job.time):
         raise UsageError(f"--time is {job.time!r}: minutes, hours:minutes:seconds or days-hours:minutes are needed")
@@ -85,7 +85,7 @@ def check_job(job: Job) -> None:
 
 
 def _check_words(job: Job) -> None:
-    """Every text that goes into the script, by how it is quoted there."""
+    """Checks every text in the script, according to its quoting there."""
     pools = [w for p in job.pools for w in (("--nodes", p.nodes), ("--partition", p.partition), ("--constraint", p.constraint))]
     check_sbatch_words([("run.name", job.name), ("run.dir", job.run_dir), ("--account", job.account), ("--qos", job.qos), *pools])
     check_sbatch_words([("--exclude", job.exclude), ("--time", job.time)])
@@ -104,7 +104,7 @@ def _check_words(job: Job) -> None:
 
 
 def render(job: Job) -> str:
-    """The script. Raises UsageError for a job that cannot be."""
+    """The script. Raises UsageError for an impossible job."""
     check_job(job)
     parts = [_header(job), _settings(job), _BEGIN, _MEETING, _traps(job), _preflight(job), _loop(job), _end(job)]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
@@ -120,7 +120,7 @@ def variant_label(overrides: tuple[str, ...]) -> str:
 
 
 def chain_commands(script: str, links: int) -> list[str]:
-    """Shell lines that submit `links` jobs, each waiting for the one before to end well."""
+    """Shell lines that submit `links` jobs, each waiting for the success of the previous one."""
     lines = [f"job=$(sbatch --parsable {shlex.quote(script)})"]
     again = f'job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="afterok:${{job%%;*}}" {shlex.quote(script)})'
     return lines + [again] * (links - 1)
@@ -158,7 +158,7 @@ def _pool_directives(job: Job, pool: Pool) -> list[str]:
     tasks = 1 if job.torchrun else pool.ranks_per_node
     cpus = (job.cpus_per_rank or 1) * pool.ranks_per_node // tasks
     if "-" in pool.nodes:
-        # With tasks named, SLURM gives the smallest number of nodes that holds the smallest number of tasks; with CPUs, as many as it can.
+        # Given tasks, SLURM allocates the fewest nodes for the fewest tasks; given CPUs, as many nodes as it can.
         room = [f"--mincpus={cpus * tasks}"]
     else:
         room = [f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if job.cpus_per_rank else [])]
@@ -173,7 +173,7 @@ def _pool_directives(job: Job, pool: Pool) -> list[str]:
 
 def _settings(job: Job) -> str:
     lines = [
-        *job.setup,  # before `set -u`, which the scripts of many clusters do not bear
+        *job.setup,  # before `set -u`, under which the scripts of many clusters fail
         "set -u -o pipefail",
         "",
         *([f"root={shlex.quote(job.root)}"] if job.root is not None else []),
@@ -239,7 +239,7 @@ def _traps(job: Job) -> str:
         if job.torchrun
         else "# srun passes USR1 on to its tasks."
     )
-    # An older request, of a job that was killed before it could take its file away, is none of this one.
+    # Ignore an older request of a job that was killed before it could remove its file.
     stale = '\nrm -f "$run_dir/STOP"' if job.torchrun else ""
     return f"""
 {why}{stale}
@@ -304,24 +304,24 @@ next_port
 
 
 def _program(job: Job, command: str) -> str:
-    """What python runs: a script of the project, or a command of the installed package."""
+    """The program for python: a script of the project, or a command of the installed package."""
     if job.root is None:
         return f"-m megascale {command}"
     return f'"$root/{SCRIPTS[command]}"'
 
 
 def _srun(job: Job, program: str, kill: bool = True) -> str:
-    """The line that starts the ranks, a block of neighbours on every node, without the end of the line.
+    """The command that starts the ranks, a block of neighbours per node, without the line's end.
 
-    kill  whether one that fails ends the others, too
+    kill  whether a failing rank ends the others, too
     """
-    # Said aloud, since sites set them otherwise: SLURM_EXPORT_ENV=NONE would keep back what is exported above, and a WaitTime would kill
+    # Set explicitly, since sites have other defaults: SLURM_EXPORT_ENV=NONE would drop what is exported above, and a WaitTime would kill
     # ranks that still write when the first one has ended.
     flags = ["--export=ALL", "--wait=0", f"--kill-on-bad-exit={int(kill)}", "--distribution=block"]
     names = ["MASTER_ADDR", "MASTER_PORT", *(["OMP_NUM_THREADS", SHUTDOWN] if job.torchrun else []), *(key for key, _ in job.exports)]
     before = ""
     if job.container is not None and job.container.runtime == "pyxis":
-        flags.append(f"--container-env={','.join(dict.fromkeys(names))}")  # else the image's own values win
+        flags.append(f"--container-env={','.join(dict.fromkeys(names))}")  # otherwise the image's own values win
         mounts = ",".join(f"{m}:{m}" for m in job.container.mounts)
         flags += [f"--container-image={job.container.image}", f"--container-mounts={mounts}", f"--container-workdir={job.workdir}"]
     inside: list[str] = []
@@ -329,7 +329,7 @@ def _srun(job: Job, program: str, kill: bool = True) -> str:
         before = "".join(f'APPTAINERENV_{name}="${name}" ' for name in dict.fromkeys(names))  # the same
         inside = ["apptainer", "exec", *(["--nv"] if job.pools[0].gpus_per_node else [])]
         inside += [*(w for m in job.container.mounts for w in ("--bind", m)), "--pwd", job.workdir, job.container.image]
-    shared = " ".join(map(shlex.quote, flags))  # said again for every part of a heterogeneous job
+    shared = " ".join(map(shlex.quote, flags))  # repeated for every part of a heterogeneous job
     command = f'"$python" {program}'
     enter = " ".join(map(shlex.quote, inside)) + " " if inside else ""
     blocks = []
@@ -338,14 +338,14 @@ def _srun(job: Job, program: str, kill: bool = True) -> str:
         count = f"SLURM_JOB_NUM_NODES_HET_GROUP_{i}" if len(job.pools) > 1 else "SLURM_JOB_NUM_NODES"
         where = f'{f"--het-group={i} " if len(job.pools) > 1 else ""}--nodes="${count}" --ntasks="$(({count} * {tasks}))"'
         where += f" --ntasks-per-node={tasks}"
-        if job.cpus_per_rank:  # srun does not take it over from sbatch
+        if job.cpus_per_rank:  # srun does not inherit it from sbatch
             where += f" --cpus-per-task={job.cpus_per_rank * pool.ranks_per_node // tasks}"
         blocks.append(f"{shared} \\\n    {where} \\\n    {enter}{_torchrun(pool, program) if job.torchrun else command}")
     return f"  {before}srun " + " : \\\n    ".join(blocks)
 
 
 def _torchrun(pool: Pool, program: str) -> str:
-    """One agent a node. Every one knows the meeting place, so no agent has to find out who it is by its host's name."""
+    """One agent per node. Each knows the rendezvous, so none has to identify itself by its host name."""
     agent = (
         'exec "$0" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" '
         f'--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node {pool.ranks_per_node} "$@"'

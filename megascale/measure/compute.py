@@ -1,4 +1,4 @@
-"""How fast is a rank: measured or known peak, and the FLOPs that a token costs."""
+"""The speed of a rank: measured or known peak rate, and FLOPs per token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megascale.model.spec import ParamSpec
 
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. SXM parts where several exist.
 KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-LIMIT = 2.0  # seconds that a measurement may take which a run makes by itself
-SMALLEST = 128  # of the products that are tried
+LIMIT = 2.0  # most seconds of a measurement that a run makes by itself
+SMALLEST = 128  # smallest product that is tried
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this rank at its best: the data sheet for known GPUs in bf16, else a measured product."""
+    """Peak FLOP/s of this rank: the data sheet's for known GPUs in bf16, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, peak in KNOWN_PEAKS.items():
@@ -30,10 +30,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 3, seconds: float = LIMIT) -> float:
-    """FLOP/s of the model's own product, the fastest of `repeats` square ones or more.
+    """FLOP/s of the model's own product: the fastest of at least `repeats` square ones.
 
-    Sizes double up to `size` while the next one, with eight times the work, fits in what is left of `seconds`. The rate of a smaller size
-    is a little too low. It is tried again for half of the time, since on a busy machine a few products say little.
+    Sizes double up to `size` while the next one, with eight times the work, fits into the rest of `seconds`. A smaller size gives a
+    slightly lower rate. It is repeated for half of the time, since on a busy machine a few products are not representative.
     """
     begun, rate = time.perf_counter(), 0.0
     left = lambda: seconds - (time.perf_counter() - begun)  # noqa: E731
@@ -51,7 +51,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeat
 
 
 def _fastest(a: Tensor, b: Tensor, repeats: int, left: Callable[[], float]) -> float:
-    """Seconds of the fastest product after a warm-up; one is measured, the others while the time that is `left` allows."""
+    """Seconds of the fastest product after a warm-up; at least one is measured, more while time is `left`."""
     best = float("inf")
     for i in range(repeats + 1):
         _wait(a.device)
@@ -65,10 +65,10 @@ def _fastest(a: Tensor, b: Tensor, repeats: int, left: Callable[[], float]) -> f
 
 
 def keys_met(cfg: Model, seq_len: int, documents: Sequence[int] = ()) -> float:
-    """Keys that a query of a text meets, in the mean.
+    """Mean number of keys per query of a text.
 
-    All of the sequence, although causal masks skip half, as the field counts; but with a sliding window, or inside `documents` (lengths of
-    those in some samples; none where attention may cross them), what is computed and no more.
+    The whole sequence, although causal masks skip half, as is customary; but with a sliding window, or inside `documents` (their lengths in
+    some samples; empty if attention may cross them), exactly what is computed.
     """
     window = min(cfg.sliding_window or seq_len, seq_len)
     if window == seq_len and not documents:
@@ -78,16 +78,16 @@ def keys_met(cfg: Model, seq_len: int, documents: Sequence[int] = ()) -> float:
 
 
 def _pairs(length: int, window: int) -> int:
-    """Queries and keys that meet when each of `length` tokens sees the last `window`, itself among them."""
+    """Query-key pairs if each of `length` tokens attends to the last `window`, including itself."""
     return window * (2 * length - window + 1) // 2
 
 
 def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0, documents: Sequence[int] = ()) -> float:
-    """Training FLOPs of one token: 6 for each weight in a product and use, 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
+    """Training FLOPs of one token: 6 per weight in a product and per use, 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
 
-    An input embedding that is not also the head takes part in no product. s are the keys that a query meets (`keys_met`); on a grid the
-    length along the dimension that a layer attends over. Of an encoder–decoder a token is one of the target, which bears its share of the
-    source: three times what both stacks cost forward.
+    An input embedding that is not also the head is in no product. s is the number of keys per query (`keys_met`); on a grid the length of
+    the dimension that a layer attends over. For an encoder–decoder a token is a target token, which includes its share of the source: three
+    times the forward cost of both stacks.
     """
     if cfg.encoder_layers is not None:
         encoder, decoder, head = pair_costs(cfg, seq_len, source_len)
@@ -97,7 +97,7 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
         met = sum(fields.grid[cfg.attended(i)] + text for i in range(cfg.num_layers))
         products: float = sum(s.numel for s in specs.values() if s.role != "position")
         if text:
-            # Texts are looked up, and their keys and values made once for all patches of a sample.
+            # Texts are looked up; their keys and values are computed once for all patches of a sample.
             assert fields.text_vocab_size is not None
             told = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cfg.hidden_size
             products -= fields.text_vocab_size * cfg.hidden_size + told * (1 - text / fields.tokens)

@@ -1,4 +1,4 @@
-"""Which nodes are slow, broken or different, from what all ranks measured. Pure functions on plain data."""
+"""Which nodes are slow, broken or different, from the measurements of all ranks. Pure functions on plain data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from megascale.measure.health import Health
 
-SKEW = 2.0  # seconds of clock difference from which logs and file times mislead
+SKEW = 2.0  # seconds of clock difference beyond which logs and file times mislead
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`node` is unfit because of `what`; `grave` findings end the job, others are told."""
+    """`node` is unfit because of `what`; `grave` findings end the job, others are reported."""
 
     node: str
     what: str
@@ -33,7 +33,7 @@ def diagnose(
     missing  (rank, node or "?") that did not report in time
     skew     node → seconds ahead of rank 0
     links    pair of nodes → GB per second
-    share    of the median of all ranks, below which a rate is slow
+    share    a rate below this share of the median of all ranks is slow
     """
     found = [Finding(node, f"rank {rank} did not report") for rank, node in missing]
     for name, unit, values in (
@@ -42,7 +42,7 @@ def diagnose(
         ("disk", "MB/s", [(h.node, h.disk_mb_per_second) for h in known if h.disk_mb_per_second is not None]),
         ("free memory", "GB", [(h.node, h.free_memory_gb) for h in known]),
     ):
-        # A shared disk swings by itself; a slow one stalls saves and nothing else.
+        # The rate of a shared disk varies anyway; a slow one only stalls saves.
         found += _slow(name, unit, values, share, grave=name != "disk")
     found += _slow_links(links, share)
     found += _other_versions(known)
@@ -51,7 +51,7 @@ def diagnose(
 
 
 def exclude_line(findings: Sequence[Finding]) -> str | None:
-    """What sbatch needs to stay away from the unfit nodes."""
+    """The sbatch option that excludes the unfit nodes."""
     nodes = sorted({f.node for f in findings if f.grave and f.node != "?"})
     return f"--exclude={','.join(nodes)}" if nodes else None
 
@@ -59,13 +59,13 @@ def exclude_line(findings: Sequence[Finding]) -> str | None:
 def _slow(name: str, unit: str, values: Sequence[tuple[str, float]], share: float, grave: bool) -> list[Finding]:
     if len(values) < 2:
         return []
-    # Of an even number the upper middle: of two, the better one is the measure of the other.
+    # The upper median: of two nodes, the better one is the reference for the other.
     usual = statistics.median_high([v for _, v in values])
     return [Finding(n, f"{name} {v:.4g} {unit}, and the median is {usual:.4g}", grave) for n, v in values if v < share * usual]
 
 
 def _slow_links(links: Mapping[tuple[str, str], float], share: float) -> list[Finding]:
-    """A node all of whose links are slow is named; a single slow link is told with both ends, since either may be the cause."""
+    """A node all of whose links are slow is named; a single slow link is reported with both ends, since either may be the cause."""
     if len(links) < 2:
         return []
     usual = statistics.median_high(links.values())

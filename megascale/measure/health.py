@@ -1,4 +1,4 @@
-"""What a rank can do, alone, with a partner and with all others: the numbers of the preflight."""
+"""Measures a rank alone, with a partner and with all others: the numbers of the preflight."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ CLOCK_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Health:
-    """One rank by itself. Rates are of the fastest of a few repeats: what the hardware can do, not what a neighbour left of it."""
+    """One rank by itself. Rates are the best of a few repeats, to measure the hardware rather than its other load."""
 
     rank: int
     node: str
     gemm_tflops: float
     memory_gb_per_second: float
     free_memory_gb: float
-    disk_mb_per_second: float | None  # None on ranks that share the node with the one that wrote
+    disk_mb_per_second: float | None  # None on ranks whose node another rank measured
     free_disk_gb: float
     versions: dict[str, str]
 
 
 def examine(ranks: RankInfo, device: torch.device, folder: Path, gemm_size: int, disk_mb: int) -> Health:
-    """Measures this rank. `folder`: where the run will write; one rank of a node writes there, with fsync, and deletes it again."""
+    """Measures this rank. `folder`: where the run will write; one rank per node writes a file there, with fsync, and deletes it again."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     disk = disk_rate(folder / f".preflight-{node_name()}-{ranks.rank}", disk_mb) if ranks.local_rank == 0 else None
     return Health(
@@ -54,7 +54,7 @@ def examine(ranks: RankInfo, device: torch.device, folder: Path, gemm_size: int,
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What must be equal on all ranks."""
+    """Versions that must be equal on all ranks."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
@@ -85,7 +85,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def disk_rate(path: Path, megabytes: int) -> float:
-    """Bytes per second written and synchronized to the disk. Raises OSError where that cannot be."""
+    """Bytes per second written and synchronized to the disk. Raises OSError if that fails."""
     block = os.urandom(1 << 20)
     start = time.perf_counter()
     try:
@@ -100,7 +100,7 @@ def disk_rate(path: Path, megabytes: int) -> float:
 
 
 def clock_skew(ranks: RankInfo) -> float:
-    """Seconds by which this node's clock is ahead of rank 0's, collective; exact to the time in which a barrier lets all go."""
+    """Seconds by which this node's clock is ahead of rank 0's, collective; accurate to the time in which a barrier releases all ranks."""
     ahead = []
     for _ in range(CLOCK_ROUNDS if ranks.size > 1 else 0):
         dist.barrier()
@@ -119,7 +119,7 @@ def tournament(players: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def link_rate(partner: int, first: bool, device: torch.device, megabytes: int, repeats: int = 2) -> float:
-    """Bytes per second that reach the partner, the fastest of a few; both call, and the message goes there and back."""
+    """Bytes per second that reach the partner, the best of a few; both call, and the message goes back and forth."""
     message = torch.ones(megabytes * 250_000, device=device)
     best = float("inf")
     for i in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""The examination of a job's nodes before it trains: products, memory, disk, clocks, versions, links."""
+"""Examines a job's nodes before it trains: products, memory, disk, clocks, versions, links."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNFIT = 5
 
 @dataclass(frozen=True)
 class Effort:
-    """Sizes of what is measured: a product of matrices of `gemm_size`², and megabytes to disk and over a link."""
+    """Sizes of the measurements: a product of matrices of `gemm_size`², and megabytes to disk and over a link."""
 
     gemm_size: int
     disk_mb: int
@@ -50,7 +50,7 @@ def preflight(out: Path, share: float, timeout: float, effort: Effort) -> NoRetu
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", device_index(ranks, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)  # collectives of the group take place there
+        torch.cuda.set_device(device)  # the group's collectives use it
     torch.set_num_threads(max(1, len(own_cores()) // ranks.local_size))
     try:
         store = open_store(ranks, timeout) if ranks.size > 1 else None
@@ -73,19 +73,19 @@ def preflight(out: Path, share: float, timeout: float, effort: Effort) -> NoRetu
 
 
 class Phases:
-    """Phases after which rank 0 knows who has reported. They meet in the store alone, where a dead rank blocks nobody."""
+    """Phases after each of which rank 0 knows which ranks have reported. They only use the store, where a dead rank blocks nobody."""
 
     def __init__(self, ranks: RankInfo, store: dist.Store | None, timeout: float) -> None:
         self.ranks, self.store, self.timeout = ranks, store, timeout
         self.missing: list[tuple[int, str]] = []
 
     def run(self, name: str, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-        """Everybody's results on rank 0, this rank's alone elsewhere. `missing` is the same on all ranks afterwards."""
+        """All ranks' results on rank 0, only this rank's elsewhere. Afterwards `missing` is the same on all ranks."""
         if self.store is None:
             return [work()]
         self.store.set(f"preflight/node/{self.ranks.rank}", node_name())
         own: dict[str, Any] | None = None
-        with suppress(RuntimeError, OSError):  # a rank that fails does not report, which is what is asked
+        with suppress(RuntimeError, OSError):  # a rank that fails does not report
             own = work()
             self.store.set(f"preflight/{name}/{self.ranks.rank}", json.dumps(own))
         if self.ranks.rank == 0:
@@ -111,7 +111,7 @@ class Phases:
         return [json.loads(text) for text in texts.values() if text is not None]
 
     def _get(self, key: str, seconds: float) -> str | None:
-        """The key's value, waiting for it; None where it does not come."""
+        """Waits for the key's value; None if it does not come."""
         assert self.store is not None
         deadline = time.monotonic() + seconds
         with suppress(RuntimeError):
@@ -124,7 +124,7 @@ class Phases:
 
 
 def with_others(phases: Phases, device: torch.device, link_mb: int) -> dict[str, Any]:
-    """Clock, links and collectives of this rank. One rank of each node plays in the tournament; on one node all do."""
+    """Clock, links and collectives of this rank. One rank per node takes part in the tournament; on a single node all do."""
     ranks = phases.ranks
     assert phases.store is not None
     join(phases.store, ranks, "nccl" if device.type == "cuda" else "gloo", phases.timeout)
@@ -143,7 +143,7 @@ def with_others(phases: Phases, device: torch.device, link_mb: int) -> dict[str,
 
 
 def written_since(out: Path, began: float) -> bool:
-    """Whether rank 0 lives after all and has reported: then this rank's own way to it is broken, and that report says so."""
+    """Whether rank 0 has reported after all: then only this rank's connection to it is broken, and that report says so."""
     time.sleep(3.0)
     with suppress(OSError):
         return (out / "preflight.json").stat().st_mtime > began
@@ -206,7 +206,7 @@ def readable(
 
 
 def leave(code: int) -> NoReturn:
-    """A peer that is gone must not hold this process in destructors."""
+    """Exits at once: destructors could wait for a lost peer."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

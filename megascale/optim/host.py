@@ -1,4 +1,4 @@
-"""An optimizer in host memory under a model that lies on a device: gradients go down, new weights come back (ZeRO-Offload, 2101.06840)."""
+"""An optimizer in host memory for a model on a device: gradients are copied down, new weights back up (ZeRO-Offload, arXiv 2101.06840)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Mirror:
 
     def __init__(self, weights: list[Weight]) -> None:
         self.pairs = [(w, Weight(w.name, nn.Parameter(_like(w.local)), w.placement, w.replicas)) for w in weights if w.local.numel() > 0]
-        self.fresh = True  # the weights have been drawn or loaded since
+        self.fresh = True  # the weights were drawn or loaded after the last copy
 
     @property
     def weights(self) -> list[Weight]:
@@ -28,7 +28,7 @@ class Mirror:
 
     @torch.no_grad()
     def bring(self) -> None:
-        """Gradients to the host, the first time the weights too. The host waits: it computes next."""
+        """Copies gradients to the host, and the first time also the weights. Waits, since the host computes next."""
         for w, host in self.pairs:
             grad = w.local_grad
             if grad is None:
@@ -45,13 +45,13 @@ class Mirror:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """New weights to the device, queued before the next forward."""
+        """Copies new weights to the device, queued before the next forward."""
         for w, host in self.pairs:
             w.local.copy_(host.local, non_blocking=True)
 
 
 class OnHost:
-    """`inner` works on host tensors: the weights themselves where they are offloaded, else `mirror`'s copies of them."""
+    """`inner` works on host tensors: the weights themselves if offloaded, else `mirror`'s copies."""
 
     def __init__(self, inner: Optimizer, mirror: Mirror | None) -> None:
         self.inner, self.mirror = inner, mirror

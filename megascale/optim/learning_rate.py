@@ -9,8 +9,8 @@ FASTER = 0.6  # LEMON's BERT decays in 132k of 220k steps (arXiv 2310.07999, sec
 
 
 def begun_again(cfg: Optim, total_steps: int) -> Optim:
-    """LEMON's schedule for a grown model: the same largest rate, a warm-up where there is none, and a decay that ends at 0.6 of the run
-    where the config does not say when.
+    """LEMON's schedule for a grown model: the same peak rate, a warm-up if there is none, and a decay that ends at 0.6 of the run unless
+    the config says otherwise.
     """
     warmup = cfg.warmup_steps or max(1, total_steps // 50)
     return cfg.model_copy(update={"warmup_steps": warmup, "decay_steps": cfg.decay_steps or max(warmup + 1, round(FASTER * total_steps))})
@@ -24,7 +24,7 @@ def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
 
 
 def schedule_note(cfg: Optim, total_steps: int) -> str | None:
-    """A sentence where the run and its schedule fit badly, which is right for a trial and unusual for anything else."""
+    """A warning if the run and its schedule do not match, which is fine for a trial but unusual otherwise."""
     run = f"optim.warmup_steps is {cfg.warmup_steps} and the run has {total_steps} step{'' if total_steps == 1 else 's'}"
     if 0 < total_steps <= cfg.warmup_steps:
         reached = learning_rate(cfg, total_steps, total_steps)

@@ -1,4 +1,4 @@
-"""Which stored weights are too coarse to move: updates below half the distance to the next number are rounded away. Pure numbers."""
+"""Finds stored weights that are too coarse to change: updates below half the spacing of numbers are rounded away."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from megascale.config.schema import Config, Optim
 from megascale.model.spec import ParamSpec
 from megascale.optim.rates import rate_of
 
-PLACES = 8  # binary digits of a bf16 number
+PLACES = 8  # significant bits of a bf16 number
 
 
 def smallest_step(size: float) -> float:
-    """The change below which a bf16 number of this size stays what it is, in the direction in which numbers are denser."""
+    """The smallest change of a bf16 number of this size that is not rounded away, in the direction of denser numbers."""
     mantissa, exponent = math.frexp(size)  # size = mantissa·2^exponent, mantissa from ½ to 1
     return 2.0 ** (exponent - PLACES - (2 if mantissa == 0.5 else 1))
 
 
 def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[str, float]:
-    """Weight → the smallest step that it can take as it starts, where an update at the peak rate is smaller. All are stored in bf16.
+    """Weight → smallest possible change of its initial value in bf16, for weights whose update at the peak rate is smaller.
 
-    An update of a scale-free optimizer is about as large as the rate. A weight starts at its mean, else around its deviation; from zero any
-    step is possible.
+    An update of a scale-free optimizer is about as large as the rate. A weight starts at its mean, else around its standard deviation; from
+    zero any change is possible.
     """
     found = {}
     for name, spec in specs.items():
@@ -34,7 +34,7 @@ def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[
 
 
 def immovable_note(config: Config, specs: Mapping[str, ParamSpec]) -> str | None:
-    """A sentence where the masters are bf16 and some of them cannot move."""
+    """A warning if masters are bf16 and some of them cannot change."""
     if config.precision.storage != "bf16" or not optimizers()[config.optim.name].scale_free:
         return None
     found = immovable(specs, config.optim, config.model.hidden_size)

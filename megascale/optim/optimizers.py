@@ -1,7 +1,7 @@
 """AdamW, Lion and Muon over the local parts of the weights; config/optimizers.py has their rows.
 
 Elementwise rules need no other rank's numbers, so they run on plain local tensors that share the parameters' memory. A step takes the
-factor for its gradients and whether they are finite as device tensors: a bad step changes nothing, and the host never waits to know.
+gradients' factor and whether they are finite as device tensors: a bad step changes nothing, without a host synchronization.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megascale.plugins import resolve
 
 
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
-    """`offload` as in the config: with "optimizer" the state lies in host memory, with "parameters" the weights lie there already."""
+    """`offload` as in the config: "optimizer" puts the state into host memory; with "parameters" the weights already are there."""
     if "parameters" in offload:
         return OnHost(optimizer_over(model.weights, model, cfg), None)
     if "optimizer" in offload:
@@ -37,7 +37,7 @@ def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] =
 
 
 def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
-    """The optimizer of `cfg` for some weights of the model, where they lie."""
+    """The optimizer of `cfg` for some weights of the model, on their device."""
     rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
     row = optimizers()[cfg.name]
     hidden = [w for w in weights if w.placement.spec.role in MATRICES]
@@ -49,19 +49,19 @@ def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> O
 
 
 def _build(name: str, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> Optimizer:
-    """One optimizer by its row, whose state is what the row says. Raises UsageError where it is not."""
+    """Builds an optimizer from its row. Raises UsageError if its state is not what the row says."""
     row = optimizers()[name]
     made: Optimizer = resolve(row.build, f"the optimizer {name}")(weights, cfg, rates, mesh)
     state = made.state()
     expected = {*row.state, *row.counts}
     if set(state) != expected:
-        raise UsageError(f"the optimizer {name} keeps {_words(state)} and its row says {_words(expected)}: make the row say what it keeps")
+        raise UsageError(f"the optimizer {name} keeps {_words(state)} but its row says {_words(expected)}: make the row say what it keeps")
     for w in weights:
         for key, tensors in state.items():
             shape = list(w.local.shape) if key in row.state else []
             found = list(tensors[w.name].shape) if w.name in tensors else shape
             if found != shape:
-                raise UsageError(f"the optimizer {name} keeps {key} of {w.name} as {found}, and its row says {shape}: correct one of them")
+                raise UsageError(f"the optimizer {name} keeps {key} of {w.name} as {found}, but its row says {shape}: correct one of them")
     return made
 
 
@@ -93,7 +93,7 @@ class AdamW:
     def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
         self.weights = [w for w in weights if w.local.numel() > 0]
         self.locals = {w.name: w.local for w in self.weights}
-        # By name, as the rates are: a weight without a gradient is left out of its group at a step.
+        # By name, like the rates: a step leaves a weight without a gradient out of its group.
         self.groups, self.betas = grouped_by_rate({name: name for name in self.locals}, rates, cfg.eps), cfg.betas
         self.steps = {n: torch.zeros((), dtype=torch.float32, device=x.device) for n, x in self.locals.items()}
         self.exp_avg = {n: torch.zeros_like(x) for n, x in self.locals.items()}
@@ -101,7 +101,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
-        """By torch's function, since its class imports the compiler."""
+        """Calls torch's functional form, since its class imports the compiler."""
         scale_gradients(self.weights, factor)
         grads = {w.name: grad for w in self.weights if (grad := w.local_grad) is not None}
         for group in self.groups:
@@ -156,9 +156,9 @@ class Lion:
 class Muon:
     """Orthogonalized momentum, for hidden matrices.
 
-    The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which sees one whole
-    matrix. Here a matrix may lie on several ranks: one of them, its owner, gets the whole momentum, orthogonalizes it in the weight's own
-    precision, so that every layout takes the same step, and sends the pieces back.
+    The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which needs a whole
+    matrix. If several ranks share a matrix, one of them, its owner, gathers the momentum, orthogonalizes it in the weight's own precision,
+    so that every layout takes the same step, and sends the pieces back.
     """
 
     ROUNDS = 5
@@ -184,7 +184,7 @@ class Muon:
                 local.mul_(1 - own * rate.decay * go).sub_(update * (own * size * go))
 
     def _direction(self, w: Weight, finite: Tensor) -> Tensor:
-        """Moves the weight's momentum and looks one step ahead (Nesterov)."""
+        """Updates the weight's momentum and looks one step ahead (Nesterov)."""
         beta, m = self.cfg.betas[0], self.momentum[w.name]
         grad = torch.zeros_like(m) if w.local_grad is None else torch.where(finite, w.local_grad, torch.zeros_like(m))
         m.add_((grad - m) * ((1 - beta) * finite.to(m.dtype)))
@@ -209,7 +209,7 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], roun
 
 
 def orthogonalization_flops(shape: tuple[int, ...]) -> float:
-    """Of one round, for matrices of `shape`: three products with the smaller side's Gram matrix."""
+    """FLOPs of one round, for matrices of `shape`: three products with the smaller side's Gram matrix."""
     small, large = sorted(shape[-2:])
     return math.prod(shape[:-2]) * (4.0 * small**2 * large + 2.0 * small**3)
 

@@ -1,8 +1,8 @@
-"""Work on whole matrices, shared among the ranks that hold their pieces: each goes to one owner, and its result comes back in pieces.
+"""Work on whole matrices, distributed over the ranks that hold their pieces: one owner works on each and sends back pieces of the result.
 
-Axis by axis the pieces are brought together on the owner's rank, all matrices of a turn in one all-to-all; then the owner has the whole.
-With N ranks on an axis and matrices of S bytes altogether, a rank sends 2(N−1)/N²·S where they are cut, and (N−1)/N·S where every rank
-holds them whole and only results travel. Gathering everywhere would send (N−1)/N·S and do the work N times.
+Axis by axis the pieces are gathered on the owner's rank, all matrices of a turn in one all-to-all. With N ranks on an axis and matrices of
+S bytes altogether, a rank sends 2(N−1)/N²·S if they are split, and (N−1)/N·S if every rank holds them whole and only results are sent.
+Gathering everywhere would send (N−1)/N·S and repeat the work N times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megascale.parallel.model import Weight
 
 @dataclass(frozen=True)
 class GatherStep:
-    """One axis on the way from a rank's piece to the whole: cut along `dim`, which then has `length`; or None, held alike by all ranks."""
+    """One axis between a rank's piece and the whole: split along `dim` of total `length`; None: replicated on all its ranks."""
 
     axis: Axis
     dim: int | None = None
@@ -40,7 +40,7 @@ class GatherStep:
         return torch.cat(list(pieces), self.dim)
 
     def shape(self, piece: Tensor, rank: int) -> list[int]:
-        """Of what `rank` holds, where this rank holds `piece`."""
+        """Shape of the piece of `rank`, given this rank's `piece`."""
         shape = list(piece.shape)
         if self.dim is not None:
             first, last = chunk_bounds(self.length, self.axis.size, rank)
@@ -50,7 +50,7 @@ class GatherStep:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight, the steps from its piece to the whole, and the owner's rank at each of them."""
+    """A weight, the steps from its piece to the whole, and the owner's rank at each step."""
 
     weight: Weight
     steps: tuple[GatherStep, ...]
@@ -58,9 +58,9 @@ class Matrix:
 
 
 def steps_to_whole(w: Weight, mesh: Mesh) -> tuple[GatherStep, ...]:
-    """Copies first, for what only one of them works on need not be brought together by the others. Axes of one rank are left out.
+    """Replicated axes first, since only one replica then needs to gather. Axes of size one are skipped.
 
-    Experts are matrices of their own and stay where ep has dealt them; on axes of their own they have copies over dp_replicate alone.
+    Each expert is a separate matrix and stays on its ep rank; with their own axes experts are replicated over dp_replicate only.
     """
     p, tp, own_axes = w.placement, mesh["tp"], w.placement.shard == "edp"
     steps = [GatherStep(mesh["dp_replicate"] if w.sharded or own_axes else mesh["replicas"])]
@@ -74,7 +74,7 @@ def steps_to_whole(w: Weight, mesh: Mesh) -> tuple[GatherStep, ...]:
 
 
 def take_turns(weights: Sequence[Weight], mesh: Mesh, cost: Callable[[Weight], float]) -> list[list[Matrix]]:
-    """Matrices in turns of one for every owner. The most costly come first, so that those of a turn cost about the same."""
+    """Groups matrices into turns with one per owner, most expensive first, so that those of a turn cost about the same."""
 
     def kind(m: Matrix) -> tuple[tuple[str, bool], ...]:
         return tuple((step.axis.name, step.dim is None) for step in m.steps)
@@ -92,13 +92,13 @@ def take_turns(weights: Sequence[Weight], mesh: Mesh, cost: Callable[[Weight], f
 
 
 def work_shared(turn: Sequence[Matrix], pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """`pieces` of the turn's matrices → this rank's pieces of `work`(matrix), which keeps the shape. Only its owner works on one."""
+    """`pieces` of the turn's matrices → this rank's pieces of `work`(matrix), which keeps the shape. Only the owner runs `work`."""
     done = _share(turn, dict(enumerate(pieces)), work, 0)
     return [done[i] for i in range(len(turn))]
 
 
 def _share(turn: Sequence[Matrix], held: dict[int, Tensor], work: Callable[[Tensor], Tensor], level: int) -> dict[int, Tensor]:
-    """Numbers in the turn → pieces as they lie before step `level`, and the same of the results."""
+    """{number in the turn: piece before step `level`} → the same for the results."""
     if not held:
         return {}  # the last turn has fewer matrices than owners
     if level == len(turn[0].steps):
@@ -108,7 +108,7 @@ def _share(turn: Sequence[Matrix], held: dict[int, Tensor], work: Callable[[Tens
 
 
 def _collect(turn: Sequence[Matrix], held: dict[int, Tensor], level: int) -> dict[int, Tensor]:
-    """What this rank owns on the axis of step `level`, brought together along it."""
+    """Gathers, along the axis of step `level`, the matrices that this rank owns there."""
     axis = turn[0].steps[level].axis
     mine = [i for i in held if turn[i].owner[level] == axis.rank]
     if turn[0].steps[level].dim is None:
@@ -120,7 +120,7 @@ def _collect(turn: Sequence[Matrix], held: dict[int, Tensor], level: int) -> dic
 
 
 def _spread(turn: Sequence[Matrix], wholes: dict[int, Tensor], held: dict[int, Tensor], level: int) -> dict[int, Tensor]:
-    """The inverse: every rank's piece of what it `held`, from those who own it."""
+    """The inverse of `_collect`: every rank gets its piece of what it `held` from the owners."""
     axis = turn[0].steps[level].axis
     sent = [[turn[i].steps[level].piece(whole, rank) for i, whole in wholes.items()] for rank in range(axis.size)]
     owned = [[i for i in held if turn[i].owner[level] == rank] for rank in range(axis.size)]
@@ -131,7 +131,7 @@ def _spread(turn: Sequence[Matrix], wholes: dict[int, Tensor], held: dict[int, T
 def _exchange(
     sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]], axis: Axis, like: dict[int, Tensor]
 ) -> list[list[Tensor]]:
-    """`sent[i]` goes to rank i; what every rank sent here, tensors of `shapes[i]` from rank i. One all-to-all."""
+    """Sends `sent[i]` to rank i and returns tensors of `shapes[i]` from each rank i. One all-to-all."""
     empty = next(iter(like.values())).new_empty(0)
     sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
     flat = all_to_all([torch.cat([empty, *(x.flatten() for x in xs)]) for xs in sent], [[sum(n)] for n in sizes], axis)

@@ -1,4 +1,4 @@
-"""The learning rate and the decay of a weight, by its role and the model's width. Pure numbers."""
+"""The learning rate and the decay of a weight, by its role and the model's width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MATRICES: tuple[Role, ...] = ("query", "key", "value", "attention_out", "up", "g
 
 
 class Rate(NamedTuple):
-    """`factor` times the schedule's rate is a weight's own; an update multiplies it with 1 − own rate·`decay` first. `eps` is a factor."""
+    """A weight's rate is `factor` times the schedule's; an update first multiplies it by 1 − rate·`decay`. `eps`: factor on epsilon."""
 
     factor: float
     decay: float
@@ -22,10 +22,10 @@ class Rate(NamedTuple):
 
 
 def rate_of(spec: ParamSpec, cfg: Optim, width: int, name: str = "") -> Rate:
-    """Of the weight `name` in a model of hidden size `width`; the name decides where `optim.multipliers` knows it.
+    """The rate of the weight `name` in a model of hidden size `width`; `optim.multipliers` may list the name.
 
-    With `base_width` hidden matrices move at √(base_width/width) of the rate (μS, arXiv 2502.05967). With `independent_decay` a weight is
-    multiplied with 1 − weight_decay·lr/peak lr at every update, whatever its rate.
+    With `base_width` hidden matrices use √(base_width/width) of the rate (μS, arXiv 2502.05967). With `independent_decay` every update
+    multiplies a weight by 1 − weight_decay·lr/peak lr, whatever its rate.
     """
     factor = math.sqrt(cfg.base_width / width) if cfg.base_width is not None and spec.role in (*MATRICES, "router") else 1.0
     decay = 0.0
@@ -36,7 +36,7 @@ def rate_of(spec: ParamSpec, cfg: Optim, width: int, name: str = "") -> Rate:
 
 
 def grouped_by_rate(parameters: Mapping[str, Any], rates: Mapping[str, Rate], eps: float) -> list[dict[str, Any]]:
-    """A torch optimizer's groups: weights of one rate together, under `params`, `factor`, `weight_decay` and `eps`."""
+    """Parameter groups for a torch optimizer: weights with one rate together, as `params`, `factor`, `weight_decay` and `eps`."""
     return [
         {
             "params": [p for name, p in parameters.items() if rates[name] == rate],

@@ -1,4 +1,4 @@
-"""The passes over a finished model, in one ordered list, and what the rest of the system needs to know of the result."""
+"""The passes over a finished model in one ordered list, and what the rest of the system needs to know about the result."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.recompute import compile_blocks, recompute_blocks
 from megascale.parallel.tensor import Placement, cut_model
 
-# How context parallelism cuts what a family says its sequence is.
+# How context parallelism splits each kind of sequence that a family may have.
 SPREAD: dict[str, Callable[[Any, Mesh, Parallel], None]] = {"tokens": spread_sequence, "grid": spread_grid}
 
 
 def build_stages(cfg: Model, shape: Shape, parallel: Parallel, pp_rank: int) -> list[Family]:
-    """The meta modules of one pipeline rank, in stage order; the whole model where there is no pipeline."""
+    """The meta modules of one pipeline rank, in stage order; the whole model without a pipeline."""
     parts = stage_parts(cfg, parallel, shape.seq_len, shape.source_len)
     mine = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.pp_virtual, pp_rank) if parallel.pp > 1 else range(len(parts))
     return [build_part(cfg, shape, parts[i]) for i in mine]
 
 
 def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
-    """The passes that cut layers themselves. Name → where this rank's part of each weight stands, of which it now has the shape."""
+    """The passes that split layers. Returns name → placement of this rank's part of each weight, which now has the part's shape."""
     placements = cut_model(stage, specs_of(stage), axes["tp"], cfg.tp_sequence)
     return placements if stage.cfg.moe is None else cut_experts(stage, placements, axes, cfg)
 
@@ -52,15 +52,15 @@ def parallelize(
 ) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn.
 
-    fp8          how hidden products are computed
-    norm_kernel  what norms call, where not torch's own
+    fp8          whether and how hidden products run in FP8
+    norm_kernel  the kernel of norms, if not torch's own
     """
     weights: list[Weight] = []
     states: list[State] = []
     modules, tied_copy = [], None
     micro_batch: MicroBatchScope = lambda last: nullcontext()  # noqa: E731
     pipeline, layered, on_host = mesh["pp"].size > 1, cfg.accumulation == "layered", "parameters" in cfg.offload
-    # Ranks with other samples, or with other tokens of the same, sum the gradients of the same weights.
+    # Ranks with different samples, or different tokens of the same samples, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
     sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
     for stage in stages:
@@ -77,9 +77,9 @@ def parallelize(
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:
-            from megascale.parallel.data import shard_model  # FSDP2 and what it imports
+            from megascale.parallel.data import shard_model  # imports FSDP2
 
-            # A pipeline passes a stage once per micro-batch: it is gathered once a step, or every pass would gather it again.
+            # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
             reshard = cfg.reshard_after_forward and not pipeline
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
         allocate(stage, device, on_host)
@@ -104,11 +104,11 @@ def parallelize(
 
 
 def allocate(stage: Family, device: torch.device, on_host: bool) -> None:
-    """Memory for weights (in the host's where they are offloaded) and buffers."""
+    """Memory for weights (host memory if offloaded) and buffers."""
     home = torch.device("cpu") if on_host else device
 
     def fresh(x: torch.Tensor) -> torch.Tensor:
-        # Of a plain meta tensor empty_like runs in Python, and imports half of the compiler for it.
+        # empty_like of a plain meta tensor runs in Python and imports half of the compiler.
         return torch.empty_like(x, device=home) if is_dtensor(x) else torch.empty(x.shape, dtype=x.dtype, device=home)
 
     stage._apply(fresh)

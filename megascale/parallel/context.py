@@ -1,9 +1,9 @@
-"""Context parallelism: every rank holds some positions of each sequence, and attention is where they meet.
+"""Context parallelism: every rank holds some positions of each sequence, and attention exchanges them.
 
-Ulysses (arXiv 2309.14509) trades tokens for heads in one all-to-all, attends as one process would, and trades back. A ring (arXiv
-2310.01889) leaves queries where they are and passes keys and values from rank to rank; it has no limit in the number of heads. Both
-together: neighbours trade heads, groups of them form the ring. Exchanges enter the model as callables; everything else in it works token by
-token on the positions at hand.
+Ulysses (arXiv 2309.14509) trades tokens for heads in one all-to-all, attends like a single process, and trades back. A ring (arXiv
+2310.01889) keeps queries in place and passes keys and values from rank to rank; the number of heads does not limit it. Combined, neighbours
+trade heads and groups of them form the ring. Exchanges enter the model as callables; everything else works token by token on the local
+positions.
 
 Shapes: b micro-batch, h query heads, g KV heads, s positions here, e head size.
 """
@@ -31,15 +31,15 @@ HEADS, SEQUENCE = 1, 2  # dimensions of [b, h, s, e]
 
 
 def cut_evenly(length: int, parts: int) -> list[int]:
-    """Lengths that differ by one at most."""
+    """Lengths that differ by at most one."""
     return [length * (i + 1) // parts - length * i // parts for i in range(parts)]
 
 
 def places(length: int, ring: int, ulysses: int = 1, grain: int = 1) -> list[list[range]]:
-    """The positions that each cp rank holds, in multiples of `grain`; neighbours of one ring place come one after the other.
+    """The positions that each cp rank holds, in multiples of `grain`; the ranks of one ring place hold consecutive parts.
 
-    With causal attention a late query sees more than an early one. So the sequence is cut into 2·ring pieces and ring place i holds pieces
-    i and 2·ring−1−i: the same work for all (zig-zag).
+    With causal attention a late query attends to more keys than an early one. So the sequence is cut into 2·ring pieces and ring place i
+    holds pieces i and 2·ring−1−i: equal work for all (zig-zag).
     """
     pieces = cut_evenly(length // grain, 2 * ring)
     ends = [0, *accumulate(n * grain for n in pieces)]
@@ -55,7 +55,7 @@ def places(length: int, ring: int, ulysses: int = 1, grain: int = 1) -> list[lis
 
 
 def _joined(ranges: Ranges) -> list[range]:
-    """Touching ranges made one, empty ones left out."""
+    """Merges adjacent ranges and drops empty ones."""
     result: list[range] = []
     for r in ranges:
         if result and result[-1].stop == r.start:
@@ -82,7 +82,7 @@ def total(ranges: Ranges) -> int:
 
 @dataclass(frozen=True)
 class Spread:
-    """Who holds what: `held` positions of every cp rank, `met` those of every ring place, which one rank has in attention."""
+    """Positions by rank: `held` by every cp rank, and `met` by every ring place, the positions that a rank has within attention."""
 
     held: list[list[range]]
     met: list[list[range]]
@@ -95,11 +95,11 @@ class Spread:
 
 
 def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
-    """Cuts tokens over cp where they enter the model and hangs the exchange into its attentions. After the tensor pass, whose heads it cuts
-    further. Identity at size one.
+    """Splits tokens over cp where they enter the model and installs the exchange in its attentions. Runs after the tensor pass, whose heads
+    it splits further. Identity at size one.
 
-    An encoder–decoder's sources and targets are cut each by their own length; attention of targets to sources has cut queries and meets all
-    keys, gathered once for all layers.
+    An encoder–decoder's sources and targets are split separately by their own lengths; cross-attention has split queries and all keys,
+    which are gathered once for all layers.
     """
     cp, ring, ulysses = mesh["cp"], mesh["cp_ring"], mesh["cp_ulysses"]
     if cp.size == 1:
@@ -118,7 +118,7 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
 
 
 def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:
-    """How tokens meet that would meet by `alone`, attend or attend_all, on one rank."""
+    """The distributed form of `alone`, which is attend or attend_all on one rank."""
     meet = alone if ring.size == 1 else partial(ring_attention, axis=ring, met=spread.met, causal=alone is attend)
     if ulysses.size == 1:
         return meet
@@ -128,8 +128,8 @@ def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:
 
 
 def whole(x: Tensor, enter: Callable[[Tensor], Tensor], held: list[list[range]], axis: Axis) -> Tensor:
-    """A memory's tokens [b, t_here, d], through the tensor ranks' `enter`, from all cp ranks and in the order of their positions [b, t, d];
-    backward each rank gets the sum of all ranks' gradients of its own.
+    """A memory's tokens [b, t_here, d], through the tensor ranks' `enter`, gathered from all cp ranks in order of position [b, t, d]. In
+    backward each rank gets the sum of all ranks' gradients of its own tokens.
     """
     x = copy_to_ranks(gather_unequal(enter(x), axis, 1, [total(r) for r in held]), axis)
     ranges = [r for part in held for r in part]
@@ -145,18 +145,18 @@ def take(x: Tensor, ranges: Ranges) -> Tensor:
 
 @outside_graphs
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]: tokens for heads, attention of this rank's heads, heads for tokens.
+    """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]: trades tokens for heads, attends with this rank's heads, trades back.
 
-    lengths  positions that each rank of the axis holds
+    lengths  positions held by each rank of the axis
 
-    A KV head goes to every rank whose query heads use it, so there may be fewer of them than ranks.
+    A KV head goes to every rank whose query heads use it, so there may be fewer KV heads than ranks.
     """
     heads = cut_evenly(q.shape[HEADS], axis.size)
     group = q.shape[HEADS] // k.shape[HEADS]
     queries = [range(end - n, end) for n, end in zip(heads, accumulate(heads))]
     served = [kv_heads_of(r, group) for r in queries]
-    # One message for all three: for each rank its query heads, then the KV heads they use. A head sent twice gets its gradients summed by
-    # the slices' own backward.
+    # One message for all three: for each rank its query heads, then the KV heads they use. The slices' backward sums the gradients of a
+    # head that is sent twice.
     packed = torch.cat([x[:, r.start : r.stop] for mine, (kv, _) in zip(queries, served) for x, r in ((q, mine), (k, kv), (v, kv))], HEADS)
     parts = [len(mine) + 2 * len(kv) for mine, (kv, _) in zip(queries, served)]
     kv, expand = served[axis.rank]
@@ -171,17 +171,17 @@ def ring_attention(
 ) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] of this ring place's positions → [b, h, s, e].
 
-    met     the positions of every place of the ring
-    causal  where `mask` is None: a token sees itself and what is before it, else everything
+    met     the positions of every ring place
+    causal  if `mask` is None: whether attention is causal or attends to everything
     """
     return _Ring.apply(q, k, v, mask or AttentionMask(causal), axis, met)  # type: ignore[no-any-return]
 
 
 class _Ring(torch.autograd.Function):
-    """Keys and values go once around; in the backward pass again, and their gradients follow one step behind.
+    """Keys and values go around once in forward and once in backward, where their gradients follow one step behind.
 
-    While a block is attended to, the next is already on its way. A rank's own block contributes to its gradients at home, so that those on
-    the road make one step fewer.
+    While a block is attended to, the next one is in flight. A rank's own block adds to its gradients locally, so travelling gradients make
+    one step fewer.
     """
 
     @staticmethod
@@ -220,7 +220,9 @@ class _Ring(torch.autograd.Function):
 
 
 def _around(block: Tensor, axis: Axis, met: list[list[range]]) -> Iterator[tuple[Tensor, int, int]]:
-    """Yields (keys and values [2, b, g, t, e], the ring place they belong to, step), one's own first, while the next is on its way."""
+    """Yields (keys and values [2, b, g, t, e], the ring place they belong to, step), the rank's own first, while the next block is in
+    flight.
+    """
     for step in range(axis.size):
         owner = (axis.rank - step) % axis.size
         coming = None

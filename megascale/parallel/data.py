@@ -1,6 +1,6 @@
-"""Data parallelism by torch's own engines, set so that gradients are plain sums and every byte is counted.
+"""Data parallelism with torch's own engines, configured so that gradients are plain sums and every byte is counted.
 
-FSDP2 and DDP average by default; our loss is a sum over the global batch already divided once, so both are told to sum. Their traffic does
+FSDP2 and DDP average by default; our loss is a sum over the global batch that is divided once, so both are set to sum. Their traffic does
 not pass through our collectives, hence the counting hooks.
 """
 
@@ -27,7 +27,7 @@ from megascale.parallel.expert import banks
 from megascale.parallel.model import MicroBatchScope
 from megascale.parallel.tensor import Placement
 
-# torch 2.13 renamed the one and warns at the old name; 2.11 and 2.12 know only that.
+# torch 2.13 renamed it and warns about the old name, the only one in 2.11 and 2.12.
 BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 
@@ -40,12 +40,12 @@ def shard_model(
     on_host: bool,
     placements: Mapping[str, Placement],
 ) -> MicroBatchScope:
-    """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) where that is larger than one.
+    """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) if that is larger than one.
 
-    One group a block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts a
-    stage of a single layer into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
-    reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with axes of their own are groups over
-    edp; where nothing is left to shard or sum there, they are plain weights.
+    One group per block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts
+    the single layer of a stage into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
+    reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with their own axes form groups over edp;
+    if there is nothing to shard or sum, they are plain weights.
     """
     assert mesh.device_mesh is not None
     storage = model.shape.storage
@@ -88,7 +88,7 @@ def shard_model(
 
     @contextmanager
     def scope(last: bool) -> Iterator[None]:
-        # Replicas are summed once a step, after the last micro-batch; until then each keeps the sums of its own shard group.
+        # Replicas are summed once per step, after the last micro-batch; until then each keeps the sums of its own shard group.
         model.set_requires_all_reduce(last)  # type: ignore[operator]
         model.set_is_last_backward(last)  # type: ignore[operator]
         yield
@@ -97,9 +97,9 @@ def shard_model(
 
 
 def replicate_model(model: Family, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
-    """DDP over dp_replicate and cp together: gradients summed once a step in buckets that overlap with backward."""
+    """DDP over dp_replicate and cp together: gradients summed once per step in buckets that overlap with backward."""
     axis = mesh["replicas"]
-    # Declared states are equal on all ranks by construction; DDP would send rank 0's before every forward.
+    # Buffers are equal on all ranks by construction; DDP would broadcast rank 0's before every forward.
     quiet: dict[str, Any] = {"init_sync": False, BUFFERS: False}
     wrapped = DistributedDataParallel(model, process_group=axis.group, gradient_as_bucket_view=True, **quiet)
     wrapped.register_comm_hook(axis, _summing_hook)
@@ -141,7 +141,7 @@ class CountingReduceScatter(ReduceScatter):
 
 
 def _count_all_reduce(axis: Axis) -> Callable[[Tensor], None]:
-    """FSDP2 calls this with the result of HSDP's all-reduce."""
+    """A hook that FSDP2 calls with the result of HSDP's all-reduce."""
 
     def hook(reduced: Tensor) -> None:
         axis.traffic.add(axis.name, "all_reduce", 2 * reduced.nbytes * (axis.size - 1) // axis.size)

@@ -1,9 +1,9 @@
-"""Expert parallelism: experts are dealt out over the `ep` axis, and tokens travel to them and back.
+"""Expert parallelism: experts are distributed over the `ep` axis, and tokens are sent to them and back.
 
-The ranks of a replica are seen twice, as (dp_shard, cp, tp) by dense weights and as (edp, ep, etp) by experts, etp being fastest. Each of
-the ep ranks holds E/ep experts for the tokens of all of them; over edp the same experts serve other tokens, so FSDP2 shards them there.
-An expert is cut over tp like a dense matrix (etp = tp: every tensor rank sends the same tokens to its own ep group), or not at all (etp =
-1: each tensor rank sends the tokens it has).
+The ranks of a replica form two grids, (dp_shard, cp, tp) for dense weights and (edp, ep, etp) for experts, with etp fastest. Each of the
+ep ranks holds E/ep experts for the tokens of all of them; over edp the same experts process other tokens, so FSDP2 shards them there. An
+expert is split over tp like a dense matrix (etp = tp: every tensor rank sends the same tokens to its own ep group), or not at all (etp =
+1: each tensor rank sends its own tokens).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
 
 def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
-    """Deals the experts out and hangs their exchange into the model, which the tensor pass has cut already. Returns where all weights
-    stand now.
+    """Distributes the experts and installs their exchange in the model, which the tensor pass has already split. Returns the placements of
+    all weights.
     """
     own_axes = axes["ep"].size * axes["edp"].size > 1
     placements = {n: _place(p.spec, axes, cfg, own_axes) if p.spec.experts else p for n, p in placements.items()}
@@ -43,7 +43,7 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
         if axes["ep"].size > 1:
             moe.dispatch = partial(dispatch, axis=axes["ep"])
         if not whole:
-            # Tokens stay cut along the sequence here; only the shared experts need all of them.
+            # Tokens stay split along the sequence here; only the shared experts need all of them.
             if moe.shared is not None:
                 moe.shared.enter, moe.shared.leave = moe.enter, moe.leave
             moe.enter = moe.leave = _as_it_is
@@ -78,18 +78,18 @@ def _place(spec: ParamSpec, axes: Mapping[str, Axis], cfg: Parallel, own_axes: b
 
 
 def shard_dim(shape: list[int], ranks: int) -> int:
-    """Where to cut [experts, rows, columns] over `ranks`: between experts where that comes out even, else within them where that does."""
+    """The dimension of [experts, rows, columns] to shard over `ranks`: between experts if that divides evenly, else within them."""
     return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
 def dispatch(rows: Tensor, counts: Tensor, axis: Axis) -> Arrival:
-    """rows [n, d] sorted by expert to the ranks that hold the experts; see `Dispatch` in model/experts.py."""
+    """Sends rows [n, d], sorted by expert, to the ranks that hold the experts; see `Dispatch` in model/experts.py."""
     here = exchange_counts(counts.view(axis.size, -1), axis)  # [ranks, experts here]
-    # The one place where the host must know: it allocates what will come.
+    # The host needs the counts here, to allocate the incoming rows.
     send, receive = torch.stack((counts.view(axis.size, -1).sum(1), here.sum(1))).tolist()
     total = sum(send)
     travelling, flight = start_exchange(rows[:total], send, receive, axis)
-    # They come sorted by rank, then by expert; the products want them by expert.
+    # Rows arrive sorted by rank, then by expert; products need them sorted by expert.
     expert = torch.arange(here.shape[1], device=here.device).repeat(axis.size).repeat_interleave(here.flatten(), output_size=sum(receive))
     order = expert.argsort(stable=True)
     inverse = inverse_of(order)
@@ -117,13 +117,13 @@ def _sum_over(x: Tensor, axes: list[Axis]) -> Tensor:
 
 @torch.no_grad()
 def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tensor) -> None:
-    """After an update, and before what the step told is taken: moves the selection biases by the load of the whole global batch, in one
-    message for all layers here, and brings X-MoE's expert rows back to their length. A step that was not `finite` moves nothing.
+    """After an update, before the step's metrics are read: moves the selection biases by the load of the whole global batch, in one message
+    for all local layers, and renormalizes X-MoE's expert rows. A step that was not `finite` moves nothing.
     """
     layers = [moe for stage in stages for moe in mixtures(stage)]
     balanced = [(moe.router.bias, moe) for moe in layers if moe.router.bias is not None]
     if balanced:
-        # Ranks with the same tokens count them all: only the signs of differences matter.
+        # Ranks with the same tokens all count them: only the signs of differences matter.
         counts = torch.stack([moe.metrics.totals["counts"] for _, moe in balanced])
         for axis in AXES:
             if not axis.other_layers:

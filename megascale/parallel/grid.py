@@ -1,8 +1,8 @@
 """Sequence parallelism on a grid: DSP, Ulysses and ring for models that attend along one dimension at a time.
 
-DSP (arXiv 2403.10266) cuts the stream along a dimension that the next layer does not attend over, and between layers switches it to
-another where it must; attention itself never communicates. Ulysses and the ring cut along one dimension for good, and meet in the layers
-that attend over it. Exchanges are arguments of the model: it has `moves` between layers and an `attend` in each.
+DSP (arXiv 2403.10266) splits the stream along a dimension that the next layer does not attend over, and switches it between layers if it
+must; attention itself never communicates. Ulysses and the ring split along one fixed dimension and communicate in the layers that attend
+over it. Exchanges are arguments of the model: `moves` between layers and an `attend` in each.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megascale.parallel.context import cut_evenly, places, ring_attention, total
 
 
 def move(x: Tensor, axis: Axis, shape: tuple[int, ...], source: int | None, target: int | None) -> Tensor:
-    """The stream x [b, n, d] of a grid that is `shape` as a whole, from cut along dimension `source` to cut along `target`; None is whole.
+    """The stream x [b, n, d] of a grid that is `shape` as a whole, resharded from dimension `source` to `target`; None is unsharded.
 
-    keep    i → i: nothing is sent
+    keep    i → i: no communication
     split   whole → i: a slice; backward gathers
     switch  i → j: one all-to-all, M·(N−1)/N² bytes from each rank; backward switches back
     gather  i → whole: M·(N−1)/N bytes; backward takes the slice
@@ -47,7 +47,7 @@ def move(x: Tensor, axis: Axis, shape: tuple[int, ...], source: int | None, targ
 
 
 def spread_grid(model: Spacetime, mesh: Mesh, cfg: Parallel) -> None:
-    """Cuts the grid over cp and hangs the exchanges of `cfg.cp_method` into the model. After the tensor pass. Identity at size one."""
+    """Splits the grid over cp and installs the exchanges of `cfg.cp_method`. Runs after the tensor pass. Identity at size one."""
     axis = mesh["cp"]
     if axis.size == 1:
         return
@@ -67,7 +67,7 @@ def spread_grid(model: Spacetime, mesh: Mesh, cfg: Parallel) -> None:
 
 
 def cut_dimension(cfg: Model, ranks: int) -> int:
-    """Where Ulysses and the ring cut: the dimension that fewest layers attend over, the longest among equals."""
+    """The dimension that Ulysses and the ring split: the one that fewest layers attend over, the longest among equals."""
     assert cfg.spacetime is not None
     over, grid = [cfg.attended(i) for i in range(cfg.num_layers)], cfg.spacetime.grid
     return min((i for i, n in enumerate(grid) if n >= ranks), key=lambda i: (over.count(i), -grid[i]))
@@ -83,7 +83,7 @@ def _parts(length: int, ranks: int) -> list[range]:
 
 
 def _across(model: Spacetime, layer: int, axis: Axis, met: list[list[range]], method: str) -> Attend:
-    """Attention along the dimension that is cut."""
+    """Attention along the split dimension."""
     if method == "ring":
         return partial(ring_attention, axis=axis, met=met, causal=model.causal(layer))
     return partial(ulysses_attention, axis=axis, lengths=[total(r) for r in met], inner=model.alone(layer))

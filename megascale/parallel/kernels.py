@@ -1,4 +1,4 @@
-"""Which implementation modules call, where there is another than torch's own."""
+"""Replaces torch's implementation of an operation in a model's modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megascale.model.norms import NormKernel
 
 
 def call_norm_kernel(stage: nn.Module, kernel: NormKernel) -> None:
-    """Has every norm call `kernel`, which `choose_kernels` chose. The parts of a norm whose dimension is cut are not a kernel's work."""
+    """Makes every norm call `kernel`, from `choose_kernels`. Norms over a sharded dimension are left out: no kernel supports them."""
     for module in stage.modules():
         if isinstance(module, Norm):
             module.kernel = kernel

@@ -1,4 +1,4 @@
-"""What a rank holds once the passes are done: its weights with their place in the whole, and the modules to call."""
+"""The state of a rank after the passes: its weights with their placement, and the modules to call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MicroBatchScope = Callable[[bool], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter as its rank holds it: `parameter` with its gradient, and where its part stands in the whole."""
+    """A parameter as its rank holds it: `parameter` with its gradient, and the placement of its part."""
 
     name: str
     parameter: nn.Parameter
@@ -34,7 +34,7 @@ class Weight:
 
     @property
     def sharded(self) -> bool:
-        """Cut further by FSDP2, over the axis that its placement names."""
+        """Whether FSDP2 shards it further, over the axis in its placement."""
         return is_dtensor(self.parameter)
 
     @property
@@ -47,8 +47,8 @@ class Weight:
         return None if self.parameter.grad is None else local_tensor(self.parameter.grad)
 
     def forget_gradient(self) -> None:
-        """After its update. What products add to in place stays and becomes zero: filling new memory for 25M weights takes a CPU 48 ms, for
-        its pages; zeroing what is there 5.
+        """After its update. A gradient that products add to in place stays and is zeroed: on a CPU, filling new memory for 25M weights
+        takes 48 ms because of page faults, zeroing 5 ms.
         """
         parameter = self.parameter
         if self.placement.spec.experts and not self.sharded and parameter.grad is not None and adds_in_place(parameter):
@@ -74,9 +74,9 @@ class State:
 class ParallelModel:
     """What one rank holds: its `stages` (one without a pipeline) and the `modules` to call for them, in stage order.
 
-    `weights` in canonical order, `states` what checkpoints keep beside them. `tied_copy` is the last stage's copy of a tied embedding,
-    where another stage owns it: it takes the owner's value before a step and gives its gradient after, so that norm, optimizer and
-    checkpoint know one weight only.
+    `weights` in canonical order, `states` the buffers that checkpoints also keep. `tied_copy` is the last stage's copy of a tied embedding
+    if another stage owns it: it takes the owner's value before a step and adds its gradient after, so that norm, optimizer and checkpoint
+    handle only one weight.
     """
 
     stages: list[Family]
@@ -105,7 +105,7 @@ class ParallelModel:
             module.train(mode)
 
     def piece(self, weight: Weight, local: Tensor) -> Piece:
-        """The rectangle of the unsharded tensor that `local` (the weight, or a state shaped like it) covers; padding is cut off."""
+        """The rectangle of the unsharded tensor covered by `local` (the weight, or a state shaped like it), without padding."""
         placement = weight.placement
         shape, whole = placement.spec.shape, placement.shape
         offset = [0] * len(shape)
@@ -118,8 +118,8 @@ class ParallelModel:
         return Piece(shape, tuple(min(o, s) for o, s in zip(offset, shape)), local[keep])
 
     def finish_gradients(self, weights: list[Weight] | None = None) -> None:
-        """After the last micro-batch: gradients (of `weights` alone, where given) that are shares of a sum over the tensor axis are summed,
-        in one message.
+        """After the last micro-batch: sums gradients that are partial over the tensor axis (of `weights` only, if given), in one
+        message.
         """
         grads = [g for w in (self.weights if weights is None else weights) if w.placement.partial and (g := w.local_grad) is not None]
         if grads:
@@ -127,10 +127,10 @@ class ParallelModel:
             torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
 
     def draw_weights(self, seed: int) -> Iterator[str]:
-        """Gives every weight its start from (seed, name), yielding names as it goes."""
+        """Initializes every weight from (seed, name), yielding names as it goes."""
         for w in self.weights:
             with torch.no_grad():
-                w.local.zero_()  # vocabulary padding stays zero for ever: its gradient is zero
+                w.local.zero_()  # vocabulary padding stays zero, since its gradient is zero
                 initialize(self.piece(w, w.local), w.name, w.placement.spec, seed)
             yield w.name
         for state in self.states:

@@ -1,8 +1,8 @@
-"""Block inputs in host memory between forward and backward, and the room that offloading needs there.
+"""Keeps block inputs in host memory between forward and backward.
 
-With full recomputation a block's input is all that lives from its forward to its backward. It is written to the host once, right after the
-block has run, and read back once, one block ahead of its use, both beside the computation on CUDA. On a machine without a device the
-same code copies within host memory: nothing is gained, and every layout can be tried.
+With full recomputation only a block's input lives from its forward to its backward. It is copied to the host right after the block has
+run, and back one block ahead of its use; on CUDA both overlap with computation. On a machine without a GPU the same code copies within
+host memory: no gain, but every layout can be tested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from megascale.model.family import Family
 
 @dataclass
 class Parcel:
-    """One tensor away from its device. `back` is its copy there once the way back has begun; `copied` ends the copy under way on CUDA."""
+    """One tensor away from its device. `back` is its copy on the device once the transfer has begun; `copied` marks the end of the current
+    copy on CUDA.
+    """
 
     host: Tensor
     device: torch.device
@@ -31,9 +33,9 @@ class Parcel:
 
 @dataclass
 class HostStash:
-    """Tensors sent to the host and called back, mostly in opposite order: the one sent before is fetched ahead.
+    """Tensors sent to the host and called back, mostly in reverse order: the one sent before is prefetched.
 
-    Buffers are used again, since fresh pages cost more than the copy. `held` is the bytes away at present, `most` their maximum.
+    Buffers are reused, since fresh pages cost more than the copy. `held`: bytes currently on the host; `most`: their maximum.
     """
 
     device: torch.device
@@ -70,7 +72,7 @@ class HostStash:
             torch.cuda.current_stream(self.device).wait_event(parcel.copied)
             back.record_stream(torch.cuda.current_stream(self.device))
         self.held -= parcel.host.nbytes
-        # The next tensor written here is written on the same stream, after this one has been read.
+        # The next tensor is written here on the same stream, after this one has been read.
         self.free[parcel.host.shape, parcel.host.dtype].append(parcel.host)
         return back
 
@@ -92,7 +94,7 @@ class HostStash:
 
 
 def offload_block_inputs(model: Family, device: torch.device) -> HostStash:
-    """Hangs the stash into every block; blocks recompute, so that their inputs are all they keep. Returns it for those who count."""
+    """Installs a stash in every block; blocks recompute, so they keep only their inputs. Returns the stash, for its byte counts."""
     stash = HostStash(device)
     for _, block in model.units():
         block.forward = _stashing(block.forward, stash)  # type: ignore[method-assign]
@@ -101,11 +103,11 @@ def offload_block_inputs(model: Family, device: torch.device) -> HostStash:
 
 def _stashing(forward: Callable[..., Tensor], stash: HostStash) -> Callable[..., Tensor]:
     def stashed(x: Tensor, *args: Any) -> Tensor:
-        # Not x itself: autograd keeps the hooks, and with them whatever they refer to.
+        # Not x itself: autograd keeps the hooks and everything that they refer to.
         stream = x.data_ptr(), x.shape
 
         def pack(saved: Tensor) -> Tensor | Parcel:
-            # The stream alone: weights and rotary angles that a compiled block saves are needed elsewhere anyway.
+            # Only the stream: weights and rotary angles that a compiled block saves are needed elsewhere anyway.
             return stash.send(saved) if (saved.data_ptr(), saved.shape) == stream else saved
 
         def unpack(kept: Tensor | Parcel) -> Tensor:

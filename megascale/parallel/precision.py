@@ -1,4 +1,4 @@
-"""The products of a model's layers in FP8, and their weights gathered in it."""
+"""Computes the products of a model's layers in FP8, and gathers their weights in FP8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megascale.precision.watch import SUMS, cast_losses, shares
 
 
 def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
-    """Tells every hidden product. Embedding, head, router, norms and attention itself stay as they are."""
+    """Sets FP8 in every hidden product. Embedding, head, router, norms and attention are unchanged."""
     for _, block in stage.units():
         for module in block.modules():
             if isinstance(module, Linear):
@@ -35,7 +35,7 @@ def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
 
 @contextmanager
 def watched_casts(stages: list[Family], on: bool) -> Iterator[None]:
-    """Inside, if `on`, every FP8 product counts what its casts lose. Weights are counted here, as their shards are.
+    """Inside the context, if `on`, every FP8 product counts cast losses. Weights are counted here by their shards.
 
     Compiled blocks run uncompiled meanwhile: a second graph, with counters in it, would take as long to compile as the first.
     """
@@ -61,10 +61,10 @@ def _tell(metrics: ModuleMetrics, what: str, before: Tensor, after: Tensor) -> N
 
 
 def gather_in_fp8(stage: Family, placements: dict[str, Placement]) -> None:
-    """Has FSDP2 send the weights of static products in e4m3: half the bytes of bf16, and the bits that the products would make of it.
+    """Makes FSDP2 gather the weights of static products in e4m3: half the bytes of bf16, and the same bits as casting afterwards.
 
-    FSDP2 asks a parameter's local tensor for these two functions before and after it gathers. Weights cut along another dimension than
-    the first are gathered in the compute dtype.
+    FSDP2 calls these two functions of a parameter's local tensor before and after gathering it. Weights sharded along another dimension
+    than the first are gathered in the compute dtype.
     """
     for path, module in stage.named_modules():
         if isinstance(module, Linear | Bank) and module.fp8 in (True, "static"):
@@ -75,14 +75,14 @@ def gather_in_fp8(stage: Family, placements: dict[str, Placement]) -> None:
 
 def _gather_in_fp8(local: Any, shape: tuple[int, ...], compute: torch.dtype) -> None:
     def before(mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
-        mine = weight_to_fp8(local, compute).view(torch.uint8)  # gloo knows no FP8
+        mine = weight_to_fp8(local, compute).view(torch.uint8)  # gloo does not support FP8
         missing = -(-shape[0] // mesh.size()) - mine.shape[0]
         padding = [0, 0] * (mine.ndim - 1) + [0, missing]
         return (F.pad(mine, padding) if missing else mine,), None
 
     def after(outputs: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
         if out is not None:
-            return None  # it lies in the same memory as before
+            return None  # the same memory as before
         return HeldFp8(outputs[0][: shape[0]].view(E4M3), dtype), ()
 
     local.fsdp_pre_all_gather, local.fsdp_post_all_gather = before, after

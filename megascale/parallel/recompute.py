@@ -1,4 +1,4 @@
-"""Recomputation and compilation: both replace a block's forward in place, so names and hooks stay as they are."""
+"""Recomputation and compilation: both replace a block's forward in place, so names and hooks do not change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megascale.model.family import Family
 from megascale.model.ops.compiled import compile_static
 
 aten = torch.ops.aten
-# What selective recomputation keeps: results of products and of attention, where nearly all time goes. Norms, activations and rotations
-# are cheap to do again, and they are what fills memory.
+# Selective recomputation keeps the results of products and of attention, which take nearly all time. Norms, activations and rotations are
+# cheap to recompute, and they fill the memory.
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
@@ -40,7 +40,7 @@ PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def recompute_blocks(model: Family, mode: str) -> None:
-    """`none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th's, and those of one group at a time)."""
+    """`none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th input, and those of one group at a time)."""
     if mode == "none":
         return
     options = PLAIN
@@ -53,8 +53,8 @@ def recompute_blocks(model: Family, mode: str) -> None:
 
 
 def in_groups(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
-    """`in_turn`, recomputed in groups of the root of their number (Chen et al., arXiv 1604.06174, section 4): backward runs a group forward
-    again for its blocks' inputs, and each block for what is inside. n blocks keep about 2√n inputs and cost two forwards more.
+    """`in_turn`, recomputed in ⌈√n⌉ groups (Chen et al., arXiv 1604.06174, section 4): backward runs a group forward again for its blocks'
+    inputs, and each block for its intermediates. n blocks keep about 2√n inputs and cost two more forwards.
     """
     passes = list(blocks)
     size = group_size(len(passes))
@@ -64,7 +64,7 @@ def in_groups(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
 
 
 def group_size(blocks: int) -> int:
-    """Blocks of a group: with ⌈√n⌉ of them groups and their members are as many, to one."""
+    """Blocks per group, ⌈√n⌉, so that the number of groups differs by at most one."""
     return max(1, math.isqrt(blocks - 1) + 1) if blocks else 1
 
 
@@ -73,7 +73,7 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def compile_blocks(model: Family) -> None:
-    """Blocks share one compiled graph; exchanges between ranks stay outside it. A loss whose vocabulary is whole has one of its own."""
+    """Blocks share one compiled graph; exchanges between ranks stay outside it. A loss over an unsharded vocabulary has its own graph."""
     model.exchanges.compiled_loss = True
     for _, block in model.units():
         block.forward = compile_static(block.forward)  # type: ignore[method-assign]

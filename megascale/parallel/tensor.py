@@ -1,8 +1,8 @@
-"""Tensor parallelism: each rank holds its part of every wide matrix, and two exchanges a sublayer keep the tokens whole.
+"""Tensor parallelism: each rank holds its part of every wide matrix, with two exchanges per sublayer.
 
-Without `tp_sequence` all ranks hold all tokens: identity in, sum out. With it the stream between sublayers is cut over the ranks along the
-sequence: gather in, reduce-scatter out; the same bytes, 1/tp of the memory for norms and residuals (Korthikanti et al., arXiv 2205.05198).
-Weights are plain local tensors; where a part belongs in the whole is in `Placement`, beside them.
+Without `tp_sequence` all ranks hold all tokens: identity before a sublayer, all-reduce after it. With it the stream between sublayers is
+split along the sequence: all-gather before, reduce-scatter after; the same bytes, and 1/tp of the memory for norms and residuals
+(Korthikanti et al., arXiv 2205.05198). Weights are plain local tensors; `Placement` records where a part belongs in the whole.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from megascale.model.family import Family
 from megascale.model.layers import Linear, Norm
 from megascale.model.spec import ParamSpec
 
-SEQUENCE = 1  # the dimension of [b, s, d] and [b, s] that is cut
+SEQUENCE = 1  # the split dimension of [b, s, d] and [b, s]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A weight cut along `dim` over the ranks of `axis`, `part` being this rank's length, padding included."""
+    """A weight split along `dim` over the ranks of `axis`; `part` is this rank's length, including padding."""
 
     axis: str
     dim: int
@@ -43,11 +43,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where this rank's part of a weight stands.
+    """The placement of this rank's part of a weight.
 
-    cuts       what parallelism within a layer cuts; empty where every rank holds all of it
-    partial    the gradient is this rank's share of a sum over the tensor axis
-    shard      the axis over which FSDP2 cuts what is left, along `shard_dim`
+    cuts       slices by parallelism within a layer; empty if every rank holds all of it
+    partial    the gradient is a partial sum over the tensor axis
+    shard      the axis over which FSDP2 shards the rest along `shard_dim`
     """
 
     spec: ParamSpec
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def shape(self) -> list[int]:
-        """Of this rank's part before FSDP2 cuts it, padding included."""
+        """Shape of this rank's part before FSDP2 shards it, including padding."""
         shape = list(self.spec.shape)
         for cut in self.cuts:
             shape[cut.dim] = cut.part
@@ -66,8 +66,8 @@ class Placement:
 
 
 def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
-    """Replaces meta parameters by this rank's parts and hangs the exchanges into the model. Identity at size one. Experts are left whole
-    for the pass that deals them out (parallel/expert.py).
+    """Replaces meta parameters by this rank's parts and installs the exchanges in the model. Identity at size one. Experts stay whole for
+    the expert pass (parallel/expert.py).
     """
     if axis.size == 1:
         return {name: Placement(spec) for name, spec in specs.items()}
@@ -102,7 +102,7 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
 
 
 def _cut_kv_heads(model: Family, axis: Axis) -> bool:
-    """True when the KV heads are cut like the query heads; otherwise gives each attention the rows that its query heads need."""
+    """Whether KV heads are split like query heads; if not, gives each attention the rows that its query heads need."""
     cfg = model.cfg
     if cfg.num_kv_heads % axis.size == 0:
         return True
@@ -114,7 +114,7 @@ def _cut_kv_heads(model: Family, axis: Axis) -> bool:
 
 
 def _share_statistics(model: nn.Module, placements: dict[str, Placement], axis: Axis) -> None:
-    """Norms over a cut dimension and quantized products take their statistics over all parts, which are equal in size."""
+    """Norms over a split dimension and quantized products take statistics over all parts, which have equal size."""
 
     def mean(x: Tensor) -> Tensor:
         return share_sum(x, axis) / axis.size
@@ -141,5 +141,5 @@ def resize(model: nn.Module, name: str, placement: Placement) -> None:
 
 @torch.no_grad()
 def local_tensor(x: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank, sharing its memory."""
+    """This rank's part of a tensor, sharing its memory."""
     return x.to_local() if is_dtensor(x) else x.detach()

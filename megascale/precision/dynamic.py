@@ -1,4 +1,4 @@
-"""FP8 for models that are not unit-scaled: scales measured at every product, by torchao (extra); what static scales are compared with."""
+"""FP8 for models that are not unit-scaled: scales measured at every product, by torchao (extra); the baseline for static scales."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Recipe = Literal["tensorwise", "rowwise"]
 
 
 def check_torchao() -> None:
-    """Raises UsageError where the package is missing."""
+    """Raises UsageError if the package is missing."""
     if importlib.util.find_spec("torchao") is None:
-        raise UsageError("precision.fp8 is dynamic and the package torchao is missing: pip install torchao, or use precision.fp8 false")
+        raise UsageError("precision.fp8 is dynamic but the package torchao is missing: pip install torchao, or use precision.fp8 false")
 
 
 @lru_cache(maxsize=4)
 def linear_config(recipe: Recipe, on_cuda: bool) -> Any:
-    """torchao's settings. Off CUDA its products are computed in higher precision from rounded factors."""
+    """torchao's settings. Without CUDA its products are computed in higher precision from rounded factors."""
     from dataclasses import replace
 
     from torchao.float8 import Float8LinearConfig

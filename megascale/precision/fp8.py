@@ -1,8 +1,8 @@
-"""Products in FP8 with static scales: both factors are clamped, cast and multiplied; nothing is measured, nothing is remembered.
+"""Products in FP8 with static scales: both factors are clamped, cast and multiplied, without measurements or state.
 
 Values and weights go to e4m3 (±448), gradients to e5m2 (±57344), and the result of each product is multiplied with one constant (μnit
-Scaling, arXiv 2502.05967). Casts are plain tensor operations, so that a compiler fuses them with what comes before; the product is one
-operator, with the layout that CUDA's has, on every device.
+Scaling, arXiv 2502.05967). Casts are plain tensor operations, so that a compiler fuses them with what precedes; the product is one
+operator, with CUDA's layout on every device.
 
 Shapes: n rows (tokens), in and out features.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-# (what is cast, before, after), for those who count what casts lose
+# called with (what is cast, before, after) to count cast losses
 Watch = Callable[[str, Tensor, Tensor], None]
-ALIGNED = 16  # what CUDA's product wants of the summed dimension and of the second factor's rows
+ALIGNED = 16  # CUDA's alignment of the summed dimension and of the second factor's rows
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,13 +38,13 @@ def fp8_product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tenso
     check_product(a, b)
     if a.device.type != "cpu":
         return torch._scaled_mm(a, b.t(), scale_a=_on_device(scale, a.device), scale_b=_on_device(1.0, a.device), out_dtype=dtype)
-    # FP8 values are exact in fp32, and so are their products; what is left to chance is the order of the sum.
+    # FP8 values are exact in fp32, and so are their products; only the order of the sum varies.
     return (a.to(torch.float32) @ b.to(torch.float32).t()).mul_(scale).to(dtype)
 
 
 @lru_cache(maxsize=256)
 def _on_device(scale: float, device: torch.device) -> Tensor:
-    """Made once: a kernel that fills one number would wait in the line of every product."""
+    """A cached scalar tensor: otherwise every product would launch a kernel to fill one number."""
     return torch.full((), scale, dtype=torch.float32, device=device)
 
 
@@ -55,7 +55,7 @@ def _(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def check_product(a: Tensor, b: Tensor) -> None:
-    """CUDA's conditions, held to on every device, so that what runs on a laptop runs there. Raises ValueError."""
+    """CUDA's conditions, checked on every device, so that what runs on a laptop also runs there. Raises ValueError."""
     if a.shape[1] != b.shape[1] or a.shape[1] % ALIGNED or b.shape[0] % ALIGNED:
         raise ValueError(f"an FP8 product of {list(a.shape)} and {list(b.shape)}ᵀ: equal columns and multiples of {ALIGNED} are needed")
     if not (a.is_contiguous() and b.is_contiguous()):
@@ -65,8 +65,8 @@ def check_product(a: Tensor, b: Tensor) -> None:
 
 
 class HeldFp8(torch.Tensor):
-    """A weight that is there in e4m3 only, as FSDP2 gathers it, and stands for one of another dtype: autograd wants a leaf whose gradient
-    has the leaf's dtype. `fp8_linear` takes the data; every other operation sees them widened.
+    """A weight that exists only in e4m3, as FSDP2 gathers it, but claims another dtype: autograd needs a leaf whose gradient has the leaf's
+    dtype. `fp8_linear` uses the data; every other operation sees them widened.
     """
 
     data8: Tensor
@@ -80,7 +80,7 @@ class HeldFp8(torch.Tensor):
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Of no numbers: compilers write tensors into their logs while there are none."""
+        """Shows no numbers: compilers log tensors before they have any."""
         return f"HeldFp8({list(self.shape)}, {self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -100,18 +100,18 @@ class HeldFp8(torch.Tensor):
 
 
 aten = torch.ops.aten
-# What FSDP2 and autograd do to a whole weight without touching its numbers.
+# Operations of FSDP2 and autograd on a whole weight that do not touch its numbers.
 _SAME = {aten.detach, aten.alias, aten.as_strided, aten.view, aten.view_as}
 
 
 def weight_to_fp8(weight: Tensor, compute: torch.dtype) -> Tensor:
-    """A weight in e4m3, through the compute dtype first: the same bits whether it was gathered in that dtype, in e4m3, or not at all."""
+    """A weight in e4m3, through the compute dtype first: the same bits whether gathered in that dtype, in e4m3, or not at all."""
     return weight.data8 if isinstance(weight, HeldFp8) else to_fp8(weight.to(compute), E4M3)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
-    """x [..., in] · weight [out, in]ᵀ · scale → [..., out] in x's dtype; forward and both products of backward in FP8. `watch` is told
-    how x and the gradient are cast.
+    """x [..., in] · weight [out, in]ᵀ · scale → [..., out] in x's dtype; forward and both products of backward in FP8. `watch` receives the
+    casts of x and the gradient.
     """
     return _Linear.apply(x, weight, scale, watch)  # type: ignore[no-any-return]
 
@@ -147,7 +147,9 @@ def input_gradient(g8: Tensor, w8: Tensor, scale: float, dtype: torch.dtype) -> 
 
 
 def weight_gradient(g8: Tensor, x8: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """g8 [n, out], x8 [n, in] → [out, in]. Rows of zeros bring n to what the product wants; an expert's number of rows is anything."""
+    """g8 [n, out], x8 [n, in] → [out, in]. Pads n with rows of zeros to the product's alignment, since an expert may have any number of
+    rows.
+    """
     missing = -g8.shape[0] % ALIGNED
     if missing:
         g8, x8 = (torch.cat((t, t.new_zeros((missing, t.shape[1])))) for t in (g8, x8))
@@ -200,14 +202,14 @@ def grouped_weight_gradient(g8: Tensor, x8: Tensor, counts: Tensor, scale: float
 
 
 def _in_one_kernel(x: Tensor) -> bool:
-    """On devices one kernel serves all experts, and the host needs no counts. Torch has it in FP8 for e4m3 alone: both products of backward
-    multiply the same rounded numbers in bf16, which holds every one of them.
+    """On CUDA one kernel serves all experts, so the host needs no counts. Torch has it in FP8 only for e4m3: both products of backward
+    multiply the same rounded numbers in bf16, which represents them exactly.
     """
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
 def _ends(counts: Tensor) -> Tensor:
-    """Where each expert's rows end, as grouped products want it."""
+    """End of each expert's rows, as grouped products need it."""
     return counts.cumsum(0).to(torch.int32)
 
 

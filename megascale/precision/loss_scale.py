@@ -1,4 +1,4 @@
-"""The static loss scale of FP8: gradients small enough to vanish in e5m2 are brought to the size that it holds best."""
+"""The static loss scale of FP8: scales gradients that would vanish in e5m2 into its range."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ HEADROOM = 2**6
 
 
 def loss_scale(config: Config) -> float:
-    """A power of two from shapes alone.
+    """A power of two that depends only on shapes.
 
-    A mean cross-entropy over T places and a head that divides by d give the last hidden state a gradient of about 1/(d·T), where e5m2's
-    smallest number is 1.5e-5; times d·T it is about 1. The headroom leaves room below, for gradients shrink while a model learns, and
+    A mean cross-entropy over T tokens and a head that divides by d give the last hidden state a gradient of about 1/(d·T), while e5m2's
+    smallest number is 1.5e-5; times d·T it is about 1. The headroom leaves room below, since gradients shrink while a model learns, and
     2¹⁵ ÷ 2⁶ above.
     """
     if config.precision.fp8 != "static":

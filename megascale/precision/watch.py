@@ -1,4 +1,4 @@
-"""What FP8 casts lose: the share of numbers that become zero, and the share beyond the largest one. Looked at on a few steps only."""
+"""Losses of FP8 casts: the share of numbers that become zero, and the share beyond the largest one. Measured on a few steps only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from megascale.config.schema import Config
 from megascale.precision.fp8 import LARGEST
 
-CAST = ("input", "weight", "gradient")  # of each product
+CAST = ("input", "weight", "gradient")  # casts of each product
 LOST = ("vanished", "clamped")
 SUMS = {f"{cast}_{what}": 1 for cast in CAST for what in (*LOST, "numbers")}
 
-# Beyond these shares a reading is worth a warning. GELU's zeros are harmless up to a third or so (arXiv 2502.05967, section 4).
+# Beyond these shares a reading is worth a warning. GELU's zeros are harmless up to about a third (arXiv 2502.05967, section 4).
 LIMITS = {"input_vanished": 0.5, "weight_vanished": 0.05, "gradient_vanished": 0.2} | dict.fromkeys((f"{c}_clamped" for c in CAST), 1e-3)
 KNOBS = {
     "input_vanished": "try model.ffn relu or gelu, or a larger model.mus_tau",
@@ -28,7 +28,7 @@ KNOBS = {
 
 
 def sampled_step(step: int, config: Config) -> bool:
-    """Whether casts are looked at: on the first step, and every `precision.fp8_watch` steps or so, when a row is written."""
+    """Whether casts are measured: on the first step, and about every `precision.fp8_watch` steps, when a row is logged."""
     every, logged = config.precision.fp8_watch, config.train.log_every
     if config.precision.fp8 != "static" or every == 0:
         return False
@@ -36,7 +36,7 @@ def sampled_step(step: int, config: Config) -> bool:
 
 
 def cast_losses(what: str, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """Counts of one cast, 0-dim: numbers that were not zero, those of them that are now, those beyond the largest."""
+    """Counts of one cast, 0-dim: nonzero numbers, those that became zero, and those beyond the largest."""
     with torch.no_grad():
         present = before != 0
         return {
@@ -47,12 +47,12 @@ def cast_losses(what: str, before: Tensor, after: Tensor) -> dict[str, Tensor]:
 
 
 def shares(totals: dict[str, Tensor]) -> dict[str, float]:
-    """Counts over all ranks → shares of what was there. Ratios of sums, so recomputation, which casts twice, changes nothing."""
+    """Counts over all ranks → shares. As ratios of sums they do not change under recomputation, which casts twice."""
     return {f"{c}_{lost}": float(totals[f"{c}_{lost}"]) / max(1.0, float(totals[f"{c}_numbers"])) for c in CAST for lost in LOST}
 
 
 def warnings(row: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """A row of readings, one a module → a sentence for each kind of loss that is too large, about its worst module."""
+    """A row of readings, one per module → a warning for each kind of loss that is too large, about its worst module."""
     found = {}
     for reading, limit in LIMITS.items():
         values = row[reading]

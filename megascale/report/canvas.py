@@ -1,6 +1,6 @@
-"""What all figures share: style, colours, text that comes from outside, and the way to SVG and PNG.
+"""Shared by all figures: style, colours, untrusted text, and export to SVG and PNG.
 
-Figures are made without pyplot, so nothing here holds a figure, a backend or a setting once a call has returned.
+Figures are made without pyplot, so no figure, backend or setting outlives a call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too pale for lines on white.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; without yellow, too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GREY, PALE, HALO = "#222222", "#6f6f6f", "#e8e8e8", "#c6cacf"
 STYLE = {
@@ -45,29 +45,29 @@ STYLE = {
     "ytick.major.size": 3,
     "legend.frameon": False,
     "legend.handlelength": 1.6,
-    # Letters as outlines look the same on every machine; a phone has another font, and labels would collide there.
+    # Text as outlines looks the same everywhere; a phone's own font would make labels collide.
     "svg.fonttype": "path",
-    # The same runs give the same page, byte for byte.
+    # Makes the same runs give the same page, byte for byte.
     "svg.hashsalt": "megascale",
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The settings of all figures; also around saving, since some are read only then."""
+    """The settings of all figures; also needed while saving, when some are read."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks becomes boxes in the picture; it stands in the page's text as well.
+        # Characters that the font lacks become boxes in the picture; the page's text has the name as well.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, known to no backend; whatever is put into it gets its room."""
+    """An empty figure in inches, without a backend, whose layout makes room for its contents."""
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07))
 
 
 def label(text: str, limit: int = 48) -> str:
-    """Text from a run, for a figure: no TeX, no control characters, no hidden legend entry, and of bounded length."""
+    """Text from a run for a figure: without TeX, control characters or hidden legend entries, and of bounded length."""
     clean = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
     clean = " ".join(clean.split()).replace("$", r"\$")
     clean = clean if len(clean) <= limit else clean[: limit - 1] + "…"
@@ -75,7 +75,7 @@ def label(text: str, limit: int = 48) -> str:
 
 
 def text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
-    """Inches that `text` will take."""
+    """Width of `text` in inches."""
     probe = figure.text(0, 0, text, fontsize=size, weight=weight)
     width = probe.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
     probe.remove()
@@ -83,7 +83,7 @@ def text_width(figure: Figure, text: str, size: float, weight: str = "normal") -
 
 
 def pack(spans: Sequence[tuple[float, float]], space: float) -> list[int]:
-    """The row of every (left, width), in the order of their left ends, so that no two in a row come nearer than `space`."""
+    """The row of every (left, width), in the order of their left ends, so that no two in a row are closer than `space`."""
     ends: list[float] = []
     rows = []
     for left, width in spans:
@@ -94,7 +94,7 @@ def pack(spans: Sequence[tuple[float, float]], space: float) -> list[int]:
 
 
 def heading(figure: Figure, title: str | None, handles: Sequence[Artist], size: float) -> None:
-    """A title, and beneath it a legend of as many columns as fit, above all axes; the figure grows by their height."""
+    """A title above a legend of as many columns as fit, above all axes; the figure grows by their height."""
     if not title and not handles:
         return
     wide, tall = figure.get_size_inches()
@@ -127,9 +127,9 @@ def step_axis(axes: Axes, last: float, ticks: int = 7) -> None:
 
 
 def svg(figure: Figure, description: str = "") -> str:
-    """The figure as an inline SVG element that several on one page cannot disturb.
+    """The figure as an inline SVG element that does not interfere with others on one page.
 
-    Comments, metadata and the names of groups are dropped: nothing refers to them, and they would repeat from figure to figure.
+    Comments, metadata and the names of groups are dropped: nothing refers to them, and figures would repeat them.
     """
     out = io.StringIO()
     with style():
@@ -144,6 +144,6 @@ def svg(figure: Figure, description: str = "") -> str:
 
 
 def png(figure: Figure, path: Path) -> None:
-    """The figure as a picture of 120 pixels an inch."""
+    """Saves the figure at 120 pixels per inch."""
     with style():
         figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

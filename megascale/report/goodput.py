@@ -1,6 +1,6 @@
 """Where a run's time went, over all its attempts: productive, data, saving, evaluating, lost, starting, waiting.
 
-An attempt is one process group's life, from the start of its first process to its last word: an event, a logged row, a heartbeat.
+An attempt lasts from the start of a group's first process to its last sign of life: an event, a logged row, a heartbeat.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from megascale.report.read import RunData, as_number
 from megascale.rows import Row, as_time
 from megascale.sizes import duration
 
-# What each second is counted as, in the order of drawing, with its colour.
+# Kinds of time in drawing order, with their colours.
 KINDS = {
     "productive": COLOURS[2],
     "data": COLOURS[3],
     "saving": COLOURS[5],
     "evaluating": COLOURS[0],
-    "lost": COLOURS[1],  # steps that were done again after a resume
+    "lost": COLOURS[1],  # steps repeated after a resume
     "starting": COLOURS[4],
-    "waiting": GREY,  # between two attempts: queue, or nobody there
+    "waiting": GREY,  # between two attempts: in the queue, or not started
 }
 MEANING = {
     "productive": "steps that count",
     "data": "steps waiting for their batch",
     "saving": "training stalled by a checkpoint",
     "evaluating": "validation",
-    "lost": "steps after the last checkpoint, done again",
+    "lost": "steps after the last checkpoint, repeated",
     "starting": "from the process to its first step",
     "waiting": "no process alive",
 }
@@ -49,14 +49,14 @@ class Attempt:
 
 
 def attempts(run: RunData) -> list[Attempt]:
-    """The attempts of a run in their order; none where its files do not tell times."""
+    """The attempts of a run in order; empty if its files have no times."""
     starts = [e for e in run.events if e["event"] in ("start", "resume") and math.isfinite(as_time(e.get("time")))]
     found: list[Attempt] = []
     for i, start in enumerate(starts):
         following = starts[i + 1] if i + 1 < len(starts) else None
         first = as_time(start["time"])
         end = _last_word(run, first, following)
-        # Two attempts of one process, as tests make them, share its beginning; a clock that was set back makes no time negative.
+        # Two attempts of one process, as in tests, share its start; a clock set back must not make times negative.
         began = min(max(_time(start.get("began"), first), found[-1].ended if found else 0.0), first)
         inside = [e for e in run.events if first <= _time(e.get("time"), -1.0) <= end]
         rows = [r for r in run.metrics if first < _time(r.get("time"), -1.0) <= end]
@@ -88,7 +88,7 @@ def goodput(found: Sequence[Attempt]) -> float:
 
 
 def goodput_figure(run: RunData) -> Figure | None:
-    """One bar an attempt on a common clock, coloured by what the time went into; None for a run without times."""
+    """One bar per attempt on a common clock, coloured by kind of time; None for a run without times."""
     found = attempts(run)
     if not found or found[-1].ended <= found[0].began:
         return None
@@ -100,7 +100,7 @@ def goodput_figure(run: RunData) -> Figure | None:
         axes = figure.subplots()
         for i, attempt in enumerate(shown):
             left = attempt.began - shown[0].began
-            # Kinds are drawn one after the other, not where they happened: a save takes milliseconds, and there may be thousands.
+            # Kinds are drawn as sums, not where they happened: a save takes milliseconds, and there may be thousands.
             for kind in ("starting", "productive", "data", "evaluating", "saving", "lost"):
                 axes.barh(i, attempt.seconds[kind] / scale, left=left / scale, height=0.62, color=KINDS[kind], linewidth=0)
                 left += attempt.seconds[kind]
@@ -116,7 +116,7 @@ def goodput_figure(run: RunData) -> Figure | None:
 
 
 def goodput_table(run: RunData) -> list[list[str]]:
-    """Rows of kind, time, share, meaning, and a last one with the sum."""
+    """Rows of kind, time, share and meaning, and a last row with the sum."""
     sums = totals(attempts(run))
     whole = sum(sums.values())
     rows = [[kind, duration(s), f"{100 * s / whole:.1f} %", MEANING[kind]] for kind, s in sums.items()] if whole > 0 else []
@@ -124,7 +124,7 @@ def goodput_table(run: RunData) -> list[list[str]]:
 
 
 def _last_word(run: RunData, start: float, following: Row | None) -> float:
-    """When an attempt was last alive, as far as the files know."""
+    """When an attempt was last alive, according to its files."""
     if following is not None:
         return max(start, min(_time(following.get("last_seen"), start), _time(following.get("time"), start)))
     times = [_time(row.get("time"), start) for row in [*run.metrics, *run.events]]
@@ -132,7 +132,7 @@ def _last_word(run: RunData, start: float, following: Row | None) -> float:
 
 
 def _lost(start: Row, first: float, end: float, following: Row | None, idle: float) -> float:
-    """Seconds of steps that the next attempt did again, at the attempt's own mean speed."""
+    """Seconds of steps that the next attempt repeated, at this attempt's mean speed."""
     if following is None:
         return 0.0
     again = _number(following.get("lost_steps"), 0.0)
@@ -142,7 +142,7 @@ def _lost(start: Row, first: float, end: float, following: Row | None, idle: flo
 
 
 def _data(rows: Sequence[Row], step: int) -> float:
-    """Seconds of waiting for batches: a row speaks for the steps since the one before, the attempt's first since its start at `step`."""
+    """Seconds of waiting for batches: a row covers the steps since the previous row, the first one since the start at `step`."""
     total = 0.0
     for row in rows:
         total += _number(row.get("data_seconds"), 0.0) * max(0, row["step"] - step)

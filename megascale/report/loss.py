@@ -1,4 +1,4 @@
-"""The figure of the loss: one continuous curve, coloured by layout, over the undisturbed run, and beneath it how far the two are apart."""
+"""The loss figure: one continuous curve, coloured by layout, over the undisturbed run, and below it the distance between the two."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from megascale.report.series import Gap, Segment, gap, markers, segments, smooth
 from megascale.report.words import count, scientific
 
 SHAPES = "osD^v"
-FULL_DETAIL = 400  # points up to which every step of a compared curve can be seen; beyond, its mean is drawn over it
+FULL_DETAIL = 400  # points up to which every step of a compared curve is visible; beyond, its mean is drawn over it
 
 
 @dataclass(frozen=True)
 class Look:
-    """Sizes in inches and points of the two renderings: for a page and a picture, and for a phone's width."""
+    """Sizes in inches and points, for two renderings: page or picture, and phone."""
 
     width: float
-    top: float  # height of the curve, its labels included
+    top: float  # height of the curve including labels
     bottom: float  # height of the distance
     size: float
     ticks: int
@@ -46,7 +46,7 @@ class Stretch:
 
 
 def loss_figure(runs: Sequence[RunData], title: str | None = None, look: Look = WIDE) -> Figure:
-    """Loss of all runs; with several, |Δ| against the last one beneath, on a log axis with the same steps."""
+    """Loss of all runs; with several, |Δ| to the last one below, on a log axis with the same steps."""
     reference = runs[-1] if len(runs) > 1 else None
     shown = list(runs[:-1]) if reference else list(runs)
     stretches = _colours(shown)
@@ -66,7 +66,7 @@ def loss_figure(runs: Sequence[RunData], title: str | None = None, look: Look = 
             step_axis(axes, last, look.ticks)
         lowest.set_xlabel("step", fontsize=look.size)
         figure.align_ylabels()
-        # What stands along the steps must know how wide the axes have become.
+        # Labels along the steps need the final width of the axes.
         figure.draw_without_rendering()
         inner = top.get_position().width * look.width
         _draw_markers(top, shown, last, inner, look)
@@ -76,7 +76,7 @@ def loss_figure(runs: Sequence[RunData], title: str | None = None, look: Look = 
 
 
 def _colours(runs: Sequence[RunData]) -> list[Stretch]:
-    """A colour per layout of every run while there are enough, else one per run."""
+    """A colour per layout of every run if there are enough colours, else one per run."""
     stretches = [(run, segment) for run in runs for segment in segments(run)]
     by_layout = list(dict.fromkeys((run.name, segment.layout) for run, segment in stretches))
     if len(by_layout) <= len(COLOURS):
@@ -86,7 +86,7 @@ def _colours(runs: Sequence[RunData]) -> list[Stretch]:
 
 
 def _handles(shown: Sequence[RunData], reference: RunData | None, stretches: Sequence[Stretch]) -> list[Line2D]:
-    """Legend entries. A single run's layouts stand above its curve and need none."""
+    """Legend entries. A single run's layouts are labelled above its curve instead."""
     handles: list[Line2D] = []
     if len(shown) == 1:
         handles.append(Line2D([], [], color=stretches[0].colour, linewidth=1.8, label=label(shown[0].name)))
@@ -112,25 +112,25 @@ def _dots(x: Sequence[float] | Array, y: Sequence[float] | Array, shape: str, na
 
 
 def _draw_curves(axes: Axes, shown: Sequence[RunData], reference: RunData | None, stretches: Sequence[Stretch]) -> None:
-    """Steps one by one where they can be told apart, else pale beneath their running mean. The reference is a broad grey line below all."""
+    """Single steps if distinguishable, else pale below their running mean. The reference is a broad grey line below all."""
     if reference:
         steps, loss = reference.series("loss")
         values = loss if len(loss) <= FULL_DETAIL else smooth(loss)
         axes.plot(*thin(steps, values), color=HALO, linewidth=5, solid_capstyle="round", solid_joinstyle="round", zorder=1.5)
     for number, run in enumerate(shown):
         steps, loss = run.series("loss")
-        # Curves that coincide would hide one another: all but the first are dashed, each where the others are not.
+        # Coinciding curves would hide each other: all but the first are dashed, with different phases.
         dash = (6.0 * number, (6.0, 6.0 * (len(shown) - 1))) if number else "-"
         detailed = len(loss) <= (FULL_DETAIL if reference else 30)
         mean = loss if detailed else smooth(loss)
         for stretch in (s for s in stretches if s.run is run):
-            # A stretch begins at the last step of the one before, so that the curve has no hole where the layout changes.
+            # A stretch begins at the last step of the one before, so that the curve has no gap where the layout changes.
             inside = (steps >= stretch.segment.first - 1) & (steps <= stretch.segment.last)
             if not detailed:
                 axes.plot(*thin(steps[inside], loss[inside]), color=stretch.colour, linewidth=0.7, alpha=0.35, zorder=2)
             curve = axes.plot(*thin(steps[inside], mean[inside]), color=stretch.colour, linewidth=1.7, linestyle=dash, zorder=2.5)
             if inside.sum() < 2:
-                curve[0].set_marker(".")  # one point is no line
+                curve[0].set_marker(".")  # one point makes no line
         for shape, name in zip(SHAPES, _sets(shown)):
             axes.add_line(_dots(*run.series("valid_loss", name), shape, label(name))).set_zorder(3)
     axes.relim()
@@ -160,7 +160,7 @@ def _draw_entropy(axes: Axes, runs: Sequence[RunData], look: Look) -> None:
 
 
 def _draw_markers(axes: Axes, shown: Sequence[RunData], last: int, inner: float, look: Look) -> None:
-    """Vertical lines, and what they mean along them; neighbours that would overlap share a label."""
+    """Labelled vertical lines; neighbours that would overlap share a label."""
     near = 1.9 * look.size / 72 / inner * last
     everything = sorted((m for run in shown for m in markers(run, near)), key=lambda m: m.step)
     labelled = -math.inf
@@ -190,7 +190,7 @@ StripLabel = tuple[float, str, str, int]  # left end as a share of the width, wo
 
 
 def _strip_labels(stretches: Sequence[Stretch], last: int, inner: float, look: Look) -> list[StripLabel]:
-    """Where the layouts' names stand above the curve; neighbours on the same layout share one."""
+    """Positions of the layouts' names above the curve; neighbours with the same layout share one."""
     probe = new_figure(look.width, 1)
     found: list[tuple[float, float, str, str]] = []
     for i, stretch in enumerate(stretches):
@@ -208,7 +208,7 @@ def _strip_labels(stretches: Sequence[Stretch], last: int, inner: float, look: L
 
 
 def _draw_strip(axes: Axes, stretches: Sequence[Stretch], labels: Sequence[StripLabel], look: Look) -> None:
-    """A bar above the curve that says which layout ran which steps."""
+    """A bar above the curve that shows which layout ran which steps."""
     across = axes.get_xaxis_transform()
     for stretch in stretches:
         bounds = (stretch.segment.first - 1, stretch.segment.last)
@@ -228,7 +228,7 @@ def _draw_strip(axes: Axes, stretches: Sequence[Stretch], labels: Sequence[Strip
 
 
 def _caption(shown: Sequence[RunData], reference: RunData, narrow: bool) -> list[str]:
-    """The largest distance, and how much of the two curves is equal."""
+    """Text with the largest distance, and how many steps are equal."""
     gaps = [gap(run, reference) for run in shown]
     steps = sum(len(g.steps) for g in gaps)
     if not steps:
@@ -244,7 +244,7 @@ def _caption(shown: Sequence[RunData], reference: RunData, narrow: bool) -> list
 
 
 def _write_caption(axes: Axes, lines: Sequence[str], look: Look) -> None:
-    """Above the axes, the first part in bold: side by side where there is room, else one under the other."""
+    """Writes the caption above the axes, first part in bold: side by side if there is room, else on two lines."""
     probe = new_figure(look.width, 1)
     x, y = 0.0, 5 + (len(lines) - 1) * look.size * 1.45 if look is NARROW else 5.0
     for i, line in enumerate(lines):
@@ -258,12 +258,12 @@ def _write_caption(axes: Axes, lines: Sequence[str], look: Look) -> None:
 
 
 def _draw_gaps(axes: Axes, stretches: Sequence[Stretch], reference: RunData) -> None:
-    """Every distance as a dot on a log axis; equality, which has no logarithm, in a band of its own at the bottom."""
+    """Every distance as a dot on a log axis; equal steps, which have no logarithm, in their own band at the bottom."""
     gaps = {s.run.name: gap(s.run, reference) for s in stretches}
     positive = np.concatenate([g.delta[g.delta > 0] for g in gaps.values()])
     low, high = (math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))) if len(positive) else (-8, -6)
     high = max(high, low + 1)
-    unit = (high - low) / 4  # decades that the band for equality takes
+    unit = (high - low) / 4  # height in decades of the band for equality
     ground = 10.0 ** (low - unit)
     axes.set_yscale("log")
     axes.axhspan(10.0 ** (low - 1.7 * unit), 10.0 ** (low - 0.3 * unit), color="#f4f4f4", linewidth=0, zorder=0.5)

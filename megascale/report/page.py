@@ -20,14 +20,14 @@ from megascale.report.read import Row, RunData, as_number
 from megascale.report.summary import headline, highlights, verdict
 from megascale.report.words import plain
 
-# More events than this are folded, and those beside it that come by the hundred are left to the fold.
+# If there are more events than this, they are folded away, and events that come by the hundred appear only in the fold.
 EVENTS_SHOWN = 40
 UNEVENTFUL = ("save", "saved", "skip")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the columns `numbers` stand at the right, and `named` rows have their first cell as their heading."""
+    """Cells as text; the columns `numbers` are right-aligned, and with `named` the first cell of a row is its heading."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -37,7 +37,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Events:
-    """What happened: the rows that are shown at once, those behind a fold, and how many there are; None for a table that is not needed."""
+    """Event tables: rows shown at once, rows in a fold, and their number; None for a table that is not needed."""
 
     shown: Table | None
     folded: Table | None
@@ -46,7 +46,7 @@ class Events:
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """All keys, those that differ between several runs, and whether one of these was resumed; None where there are none to tell."""
+    """All keys, those that differ between several runs, and whether one of these was resumed; None without any."""
 
     keys: Table | None
     differing: Table | None
@@ -54,7 +54,7 @@ class ConfigKeys:
 
 
 def page(runs: Sequence[RunData], title: str) -> str:
-    """The whole page. The template escapes everything that comes from a run; figures alone are markup."""
+    """The whole page. The template escapes everything that comes from a run; only figures are markup."""
     several = len(runs) > 1
     content = {
         "title": title,
@@ -92,7 +92,7 @@ def headline_table(runs: Sequence[RunData]) -> Table:
 
 
 def events_of(runs: Sequence[RunData]) -> Events:
-    """What happened, in the order in which it was written; many uneventful rows are folded away."""
+    """Events in the order written; many uneventful rows are folded away."""
     rows = [(run, event) for run in runs for event in run.events]
     several = len(runs) > 1
     head = (["run"] if several else []) + ["time (UTC)", "step", "event", "details"]
@@ -109,7 +109,7 @@ def events_of(runs: Sequence[RunData]) -> Events:
 
 
 def config_of(runs: Sequence[RunData]) -> ConfigKeys:
-    """All keys of the configs, and for several runs those that differ."""
+    """All config keys, and for several runs those that differ."""
     keys = list(dict.fromkeys(k for r in runs for k in r.config))
     rows = [[k, *(plain(r.config[k]) if k in r.config else "" for r in runs)] for k in keys]
     head = ["key", *(r.name for r in runs)]
@@ -139,7 +139,7 @@ LAYERS = (("Experts", "experts", EXPERTS), ("FP8 casts, the worst product of eac
 
 
 def _layers(runs: Sequence[RunData], group: str, readings: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What the modules of a group told, by layer and step, for the runs that have some."""
+    """Figures of a group's module metrics by layer and step, for the runs that have some."""
     parts = []
     for run in runs:
         named = ((f"{title} of {run.name}, by layer", heat_figure(run, group, key, title)) for key, title in readings.items())
@@ -149,7 +149,7 @@ def _layers(runs: Sequence[RunData], group: str, readings: Mapping[str, str]) ->
 
 
 def _time(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Where the time went, for the runs that tell it."""
+    """Sections about where the time went, for the runs that record it."""
     return [
         {
             "run": run.name if len(runs) > 1 else None,
@@ -182,11 +182,11 @@ def _when(event: Row) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(as_number(event.get("time"))))
     except (ValueError, OverflowError, OSError):
-        return ""  # no time, or none that a calendar has
+        return ""  # no time, or not a valid one
 
 
 def _details(event: Row) -> str:
-    """Free keys as "key value"; changes as "key: old → new"."""
+    """Other keys as "key value", changes as "key: old → new"."""
     parts = []
     for key, value in event.items():
         if key in ("time", "step", "event", "began", "last_seen") or value in (None, "", [], {}):

@@ -18,14 +18,14 @@ from megascale.report.series import markers, smooth, thin
 from megascale.report.words import scientific
 from megascale.sizes import byte_unit
 
-WIDTH, HEIGHT = 4.6, 2.6  # inches, the heading not counted
+WIDTH, HEIGHT = 4.6, 2.6  # inches, without the heading
 SIZE = 9.5
 NOISY = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "grad_norm")
-SMOOTHED_FROM = 60  # points; shorter curves are drawn as they are
+SMOOTHED_FROM = 60  # points; shorter curves are not smoothed
 
 
 def lines_figure(runs: Sequence[RunData], key: str, title: str, log: bool = False, scale: float = 1.0) -> Figure | None:
-    """One metric of all runs, times `scale`, or None where no run has it. The last of several runs is the grey reference."""
+    """One metric of all runs, times `scale`, or None if no run has it. The last of several runs is the grey reference."""
     drawn: list[tuple[RunData, str, Array, Array]] = []
     for i, run in enumerate(runs):
         steps, values = run.series(key)
@@ -40,12 +40,12 @@ def lines_figure(runs: Sequence[RunData], key: str, title: str, log: bool = Fals
     with style():
         handles = [Line2D([], [], color=c, linewidth=1.6, label=label(r.name, 40)) for r, c, _, _ in drawn] if len(runs) > 1 else []
         figure, axes = _panel(title, handles, max(r.last_step for r in runs))
-        # The reference first, so that it lies beneath.
+        # The reference first, so that it is below the others.
         for _, colour, steps, values in sorted(drawn, key=lambda d: d[1] != GREY):
             noisy = len(values) >= SMOOTHED_FROM and key in NOISY
             axes.plot(*thin(steps, values), color=colour, linewidth=0.7 if noisy else 1.5, alpha=0.4 if noisy else 1)
             if noisy:
-                # Rare slow steps would bend the mean around them.
+                # Rare slow steps would distort the mean around them.
                 usual = values if log else np.clip(values, *np.nanpercentile(values, (1, 99)))
                 axes.plot(*thin(steps, smooth(usual)), color=colour, linewidth=1.6)
         if log:
@@ -75,7 +75,7 @@ def traffic_figure(run: RunData, titled: bool = False) -> Figure | None:
         figure, axes = _panel(f"{sign} sent per step{whose}", handles, run.last_step)
         below = np.zeros(len(steps))
         for amount, colour, hatch in zip(amounts, colours, hatches):
-            # A row's bytes hold for the steps since the row before, which `pre` draws.
+            # A row's bytes apply to the steps since the previous row, as `pre` draws.
             above = below + amount / unit
             axes.fill_between(steps, below, above, step="pre", color=colour, hatch=hatch, linewidth=0, alpha=0.85)
             below = above
@@ -86,9 +86,9 @@ def traffic_figure(run: RunData, titled: bool = False) -> Figure | None:
 
 
 def heat_figure(run: RunData, group: str, reading: str, title: str, limit: int = 240) -> Figure | None:
-    """A reading that every layer of a group has (model/module_metrics.py), as colour over steps and layers; None where the run has none.
+    """A reading of every layer of a group (model/module_metrics.py) as a heat map over steps and layers; None without any.
 
-    A row stands for the steps since the row before; neighbours are averaged into at most `limit` columns.
+    A row covers the steps since the previous row; neighbours are averaged into at most `limit` columns.
     """
     rows = [(r["step"], found) for r in run.metrics if (found := _by_layer(r, group, reading))]
     layers = sorted({layer for _, found in rows for layer in found})
@@ -101,7 +101,7 @@ def heat_figure(run: RunData, group: str, reading: str, title: str, limit: int =
         figure, axes = _panel(title, [], run.last_step)
         axes.grid(False)
         places = np.arange(len(layers) + 1) - 0.5
-        # As a picture: a path for every cell would be larger than all the rest of the page.
+        # As a bitmap: a path per cell would be larger than the rest of the page.
         image = axes.pcolormesh(edges, places, np.ma.masked_invalid(values), cmap="cividis", rasterized=True)
         axes.set_ylabel("layer", fontsize=SIZE)
         shown = range(0, len(layers), -(-len(layers) // 8))
@@ -115,14 +115,14 @@ def heat_figure(run: RunData, group: str, reading: str, title: str, limit: int =
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are numbers; NaN where none is."""
+    """The mean of the finite values; NaN without any."""
     known = [v for v in values if np.isfinite(v)]
     return sum(known) / len(known) if known else np.nan
 
 
 def _by_layer(row: Row, group: str, reading: str) -> dict[int, float]:
-    """Layer → reading, the largest where a layer has several modules; empty where a row has no such group, or one that was not written by
-    the trainer.
+    """Layer → reading, the largest if a layer has several modules; empty if the row has no such group, or one that the trainer did not
+    write.
     """
     told = row.get(group)
     layers, values = (told.get(key) if isinstance(told, dict) else None for key in ("layers", reading))
@@ -135,14 +135,14 @@ def _by_layer(row: Row, group: str, reading: str) -> dict[int, float]:
 
 
 def _changes(rows: Sequence[Row], limit: int = 800) -> list[Row]:
-    """The rows where the bytes change, first and last of every plateau; evenly thinned where they change all the time."""
+    """The first and last row of every plateau of the bytes; evenly thinned if they change all the time."""
     sent = [r["sent_bytes"] for r in rows]
     kept = [r for i, r in enumerate(rows) if i in (0, len(rows) - 1) or sent[i] != sent[i - 1] or sent[i] != sent[i + 1]]
     return kept if len(kept) <= limit else [kept[i] for i in np.linspace(0, len(kept) - 1, limit).astype(int)]
 
 
 def _panel(title: str, handles: Sequence[Line2D], last: int) -> tuple[Figure, Axes]:
-    """One pair of axes; title and legend stand above them, where no curve can come."""
+    """One pair of axes with title and legend above them, clear of the curves."""
     figure = new_figure(WIDTH, HEIGHT)
     heading(figure, title, handles, SIZE - 1)
     axes = figure.subplots()
@@ -162,7 +162,7 @@ def _from_zero(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
         for steps, v in curves:
             far = np.isfinite(v) & (v > top)
             axes.plot(steps[far], np.full(int(far.sum()), top), "^", color=GREY, markersize=5, clip_on=False)
-        # The usual values end below, so there is room in the corner.
+        # The usual values end below the corner.
         far_up: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": SIZE - 1.5, "color": GREY}
         axes.text(0.99, 0.97, f"▲ up to {scientific(float(values.max()))}", transform=axes.transAxes, **far_up)
         axes.set_ylim(0, top)
@@ -183,7 +183,7 @@ def _tick(value: float, top: float) -> str:
 
 
 def _log_axis(axes: Axes, values: Array) -> None:
-    """Decades, and 2 and 5 between them where the values span little."""
+    """Ticks at decades, and at 2 and 5 between them if the values span little."""
     axes.set_yscale("log")
     known = values[np.isfinite(values)]
     little = known.max() / known.min() < 60

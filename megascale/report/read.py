@@ -1,6 +1,6 @@
 """A run's files → plain data for figures and tables.
 
-The files may belong to a run that is alive: what it is writing this moment is left out, everything else must be whole.
+The run may still be alive: a row that it is just writing is skipped, everything else must be valid.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from megascale.errors import UsageError
 from megascale.rows import Mistake, Row, event_mistake, metric_mistake, read_lines
 
 Array = NDArray[np.float64]
-LARGEST = 1e100  # what is beyond is no measurement, and overflows in the arithmetic of axes
+LARGEST = 1e100  # larger values are not measurements, and would overflow in the arithmetic of axes
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run. `metrics` has at least one row and its steps rise; `events` stand in the order in which they were written."""
+    """One run. `metrics` has at least one row and increasing steps; `events` are in the order written."""
 
     name: str
     folder: Path
     metrics: list[Row]
     events: list[Row]
     config: dict[str, Any]  # flat keys
-    ending: Row  # exit.json, empty while there is none
+    ending: Row  # exit.json, empty without one
 
     def series(self, *keys: str) -> tuple[Array, Array]:
-        """Steps and values of a (nested) metric; rows without it are left out, null becomes NaN, which draws as a gap."""
+        """Steps and values of a (nested) metric; rows without it are skipped, null becomes NaN, which is drawn as a gap."""
         steps, values = [], []
         for row in self.metrics:
             value: Any = row
@@ -57,11 +57,11 @@ class RunData:
 
     @property
     def starts(self) -> list[Row]:
-        """The starts and resumes, each with its layout, that the curve consists of."""
+        """The starts and resumes that make up the curve, each with its layout."""
         found: list[Row] = []
         for event in self.events:
             if event["event"] in ("start", "resume"):
-                # A later start from an earlier step takes over what came after that step.
+                # A later start from an earlier step replaces what came after that step.
                 found = [f for f in found if f["step"] < event["step"]] + [event]
         return found
 
@@ -73,7 +73,7 @@ class RunData:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Runs with names that tell them apart: the run's own, its folder where two share one, a number where that is the same too."""
+    """Runs with distinct names: the run's own, its folder if two share one, plus a number if those are equal too."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     runs = [run if names.count(run.name) == 1 else replace(run, name=run.folder.resolve().name) for run in runs]
@@ -87,13 +87,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def read_run(folder: Path) -> RunData:
-    """Raises UsageError for a folder that holds no run, or a line that is no row."""
+    """Raises UsageError for a folder without a run, or an invalid line."""
     metrics_path, events_path, config_path = folder / "metrics.jsonl", folder / "events.jsonl", folder / "config.yaml"
     if not metrics_path.is_file():
         raise UsageError(f"{_no_run(folder)}")
     metrics: list[Row] = []
     for row in _rows(metrics_path, metric_mistake):
-        # A run goes back to its checkpoint when it resumes: rows after that step belong to a past that no longer counts.
+        # A resume goes back to a checkpoint: rows after its step no longer count.
         while metrics and metrics[-1]["step"] >= row["step"]:
             metrics.pop()
         metrics.append(row)
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> RunData:
 
 
 def as_number(value: Any) -> float:
-    """JSON numbers as floats; null, other values and what no figure can hold as NaN."""
+    """JSON numbers as floats; null, other values and numbers too large for a figure become NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -118,29 +118,29 @@ def as_number(value: Any) -> float:
 
 def _no_run(folder: Path) -> str:
     if not folder.exists():
-        return f"there is no folder {folder}: name the folder that run.dir says"
+        return f"there is no folder {folder}: name the run's folder (run.dir)"
     if not folder.is_dir():
-        return f"{folder} is a file: name the folder of the run, as run.dir says it"
+        return f"{folder} is a file: name the run's folder (run.dir)"
     try:
         inside = sorted(str(p.parent) for p in folder.glob("*/metrics.jsonl"))
     except OSError as error:
         return f"{folder} cannot be read: {error}"
-    fix = f"did you mean {', '.join(inside[:4])}?" if inside else "name the folder that run.dir says"
-    return f"{folder} is no run: it has no metrics.jsonl; {fix}"
+    fix = f"did you mean {', '.join(inside[:4])}?" if inside else "name the run's folder (run.dir)"
+    return f"{folder} is not a run: it has no metrics.jsonl; {fix}"
 
 
 def _rows(path: Path, mistake: Mistake) -> list[Row]:
-    """The objects of a JSONL file. Raises UsageError naming the line that is none, or in which `mistake` finds one."""
+    """The objects of a JSONL file. Raises UsageError naming a line that is not one, or in which `mistake` finds a mistake."""
     rows = []
     try:
         for line in read_lines(path, mistake):
             if line.row is not None:
                 rows.append(line.row)
-            elif line.ended or line.wrong != "is not JSON":  # no line feed yet: the run is writing it, or was killed while it did
+            elif line.ended or line.wrong != "is not JSON":  # no line end yet: the run is writing it, or was killed meanwhile
                 text = line.text.decode("utf-8", errors="replace").strip()
-                raise UsageError(f"{path}, line {line.number} {line.wrong}: {text[:60]!r}; mend or remove that line")
+                raise UsageError(f"{path}, line {line.number} {line.wrong}: {text[:60]!r}; fix or remove that line")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; give yourself the right to read it") from None
+        raise UsageError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     return rows
 
 

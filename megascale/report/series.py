@@ -10,7 +10,7 @@ import numpy as np
 from megascale.report.read import Array, Row, RunData
 from megascale.report.words import layout_words
 
-# Where an event's row says more than its name, the key that says it.
+# event → key with a better word than the event's name
 WORDS = {
     "signal": "signal",
     "stop": "stopped",
@@ -25,11 +25,11 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Gap:
-    """|Δ loss| of two runs at the steps that both have with a finite loss."""
+    """|Δ loss| of two runs at the steps where both losses are finite."""
 
     steps: Array
     delta: Array
-    one_sided: int  # steps at which only one of the two is finite: no distance, and no equality either
+    one_sided: int  # steps at which only one of the two is finite: neither a distance nor equal
 
     @property
     def largest(self) -> float:
@@ -37,12 +37,12 @@ class Gap:
 
     @property
     def equal(self) -> int:
-        """How many steps agree to the last bit that the files hold."""
+        """Number of steps that agree to the last bit in the files."""
         return int((self.delta == 0).sum())
 
 
 def gap(run: RunData, reference: RunData) -> Gap:
-    """Distances by step number, so that runs which log at different steps, or end early, compare where they meet."""
+    """Distances by step number, so that runs which log at different steps or end early are compared at common steps."""
     a, b = (dict(zip(*(s.tolist() for s in r.series("loss")))) for r in (run, reference))
     common = sorted(a.keys() & b.keys())
     delta = np.array([abs(a[s] - b[s]) for s in common], float)
@@ -53,7 +53,7 @@ def gap(run: RunData, reference: RunData) -> Gap:
 
 @dataclass(frozen=True)
 class Segment:
-    """The steps first..last, all run on one layout."""
+    """The steps first..last, run on one layout."""
 
     first: int
     last: int
@@ -66,21 +66,21 @@ class Segment:
 
 
 def segments(run: RunData) -> list[Segment]:
-    """The stretches between resumes; one without a layout where the run recorded none."""
+    """The stretches between resumes; a single one without a layout if none was recorded."""
     starts = [s for s in run.starts if s["step"] < run.last_step] or [{"step": 0, "event": "start"}]
     ends = [s["step"] for s in starts[1:]] + [run.last_step]
     return [Segment(s["step"] + 1, e, str(s.get("layout") or ""), s["event"] == "resume") for s, e in zip(starts, ends)]
 
 
 def layouts(run: RunData) -> str:
-    """The layouts over the run's life in their order, each named once in a row."""
+    """The run's layouts in order, without consecutive repeats."""
     names = [s.layout or "not recorded" for s in segments(run)]
     return " → ".join(n for i, n in enumerate(names) if i == 0 or n != names[i - 1])
 
 
 @dataclass(frozen=True)
 class Marker:
-    """Events at neighbouring steps, told in one label; `step` is the first of them."""
+    """Events at neighbouring steps in one label; `step` is the first of them."""
 
     step: int
     text: str
@@ -88,7 +88,7 @@ class Marker:
 
 
 def markers(run: RunData, nearness: float = 0.0) -> list[Marker]:
-    """What happened to the curve. Events whose steps are at most `nearness` from the group's first share a label."""
+    """Events that affect the curve. Events within `nearness` steps of a group's first share a label."""
     groups: list[list[Row]] = []
     for event in sorted(_in_effect(run), key=lambda e: e["step"]):
         if groups and event["step"] - groups[-1][0]["step"] <= nearness:
@@ -132,8 +132,8 @@ def _word(event: Row) -> str:
 def smooth(values: Array, share: float = 0.02) -> Array:
     """A centred mean over `share` of the points on either side, taken twice.
 
-    The window shrinks towards both ends and stays symmetric, so that the steep first steps are not bent; NaN stays a gap and adds nothing
-    to its neighbours.
+    The window shrinks towards both ends and stays symmetric, so that steep first steps are not distorted; NaN stays a gap and does not
+    affect its neighbours.
     """
     reach = max(1, round(len(values) * share))
     place = np.arange(len(values))
@@ -149,7 +149,7 @@ def smooth(values: Array, share: float = 0.02) -> Array:
 
 
 def thin(steps: Array, values: Array, limit: int = 1600) -> tuple[Array, Array]:
-    """At most about `limit` points that look the same: the least and the largest of every bin, and gaps where a bin has one."""
+    """At most about `limit` points that look the same: the smallest and the largest of every bin, and its gaps."""
     if len(steps) <= limit:
         return steps, values
     kept: set[int] = {0, len(steps) - 1}

@@ -1,4 +1,4 @@
-"""The numbers that one asks for first, as words."""
+"""The most important numbers, as words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Facts = dict[str, str]
 
 
 def highlights(run: RunData) -> Facts:
-    """Few numbers for the top of the page; those that the run has not are left out."""
+    """A few numbers for the top of the page, without those that the run lacks."""
     best = {f"best validation loss, {n}": _best(run, n).partition(" ")[0] for n in run.nested("valid_loss")}
     facts = {
         "last loss": fixed(_last(run, "loss"), 4),
@@ -32,7 +32,7 @@ def highlights(run: RunData) -> Facts:
 
 
 def headline(run: RunData) -> Facts:
-    """All numbers of one run, label → value; a dash stands for what was not recorded."""
+    """All numbers of one run, label → value; a dash if it was not recorded."""
     facts = {
         "layouts over its life": layouts(run),
         "ranks": " → ".join(dict.fromkeys(str(s.get("ranks", NONE)) for s in run.starts)) or NONE,
@@ -61,7 +61,7 @@ def headline(run: RunData) -> Facts:
 
 
 def verdict(runs: Sequence[RunData]) -> list[str]:
-    """A sentence for every run but the last: how far its loss is from the last one's."""
+    """A sentence per run except the last: the distance of its loss from the last one's."""
     reference = runs[-1]
     sentences = []
     for run in runs[:-1]:
@@ -82,19 +82,19 @@ def verdict(runs: Sequence[RunData]) -> list[str]:
 
 
 def wall_seconds(run: RunData) -> float:
-    """From the first event to the last one, pauses between a stop and its resume included."""
+    """Seconds from the first event to the last, including pauses between a stop and its resume."""
     times = [t for e in run.events if math.isfinite(t := as_number(e.get("time")))]
     return max(times) - min(times) if len(times) > 1 else math.nan
 
 
 def step_seconds(run: RunData) -> float:
-    """Seconds in training steps; a logged row speaks for the steps since the row before."""
+    """Seconds in training steps; a logged row covers the steps since the previous row."""
     steps, seconds = run.series("step_seconds")
     return float(np.nansum(seconds * np.diff(steps, prepend=0))) if np.isfinite(seconds).any() else math.nan
 
 
 def ending(run: RunData) -> str:
-    """How the run ended. An exit.json from before its last resume tells about an earlier end."""
+    """How the run ended. An exit.json older than the last resume describes an earlier end."""
     if not run.ending:
         return "none recorded: running, or killed"
     words = f"{run.ending.get('reason') or 'no reason given'} (code {run.ending.get('code', '?')})"

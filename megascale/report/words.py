@@ -15,7 +15,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def layout_words(layout: Any) -> str:
-    """ "dp_shard2·tp2" → "2-way sharded data × 2-way tensor parallel"; what does not read like axes stays as it is."""
+    """ "dp_shard2·tp2" → "2-way sharded data × 2-way tensor parallel"; text that does not look like axes is returned unchanged."""
     if not isinstance(layout, str) or not layout:
         return "layout not recorded"
     axes, _, extra = layout.partition(" ")
@@ -27,7 +27,7 @@ def layout_words(layout: Any) -> str:
 
 
 def scientific(value: float, digits: int = 1) -> str:
-    """7.2e-07 → "7.2×10⁻⁷", a power of ten alone where `digits` is 0; plain between 0.01 and 10000."""
+    """7.2e-07 → "7.2×10⁻⁷", only the power of ten if `digits` is 0; plain between 0.01 and 10000."""
     if not math.isfinite(value):
         return NONE
     if value == 0 or (digits and 1e-2 <= abs(value) < 1e4):
@@ -38,12 +38,12 @@ def scientific(value: float, digits: int = 1) -> str:
 
 
 def fixed(value: float, digits: int, unit: str = "") -> str:
-    """A number with thousands separated and its unit; a dash where there is none."""
+    """A number with thousands separators and its unit; a dash if there is none."""
     return f"{value:,.{digits}f}{unit}" if math.isfinite(value) else NONE
 
 
 def plain(value: Any) -> str:
-    """A value of a config or an event: words bare, everything else as JSON writes it."""
+    """A value of a config or an event: words as they are, everything else as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and math.isfinite(value):

@@ -49,7 +49,7 @@ def test_an_equal_curve_has_no_problem(tmp_path: Path) -> None:
         ([*CALM[:-1], (8, 3.0 / 8 * (1 + 1e-7))], True, "differs by 1.00e-07"),
         ([*CALM[:-1], (8, 3.0 / 8 * (1 + 1e-3))], False, "differs by 1.00e-03"),
         (CALM[:-1], True, "steps 8 are missing"),
-        ([*CALM, CALM[-1]], True, "steps 8 stand more than once"),
+        ([*CALM, CALM[-1]], True, "steps 8 occur more than once"),
     ],
 )
 def test_another_curve_is_a_problem(tmp_path: Path, curve: list[tuple[int, float]], same: bool, word: str) -> None:

@@ -102,7 +102,7 @@ def test_where_the_end_is_looked_for(tmp_path: Path) -> None:
         (folder / name).write_text(json.dumps(content))
         assert load_tokenizer(folder).eos_id == end, name
     assert load_tokenizer(folder, eos="<pad>").eos_id == 0
-    with pytest.raises(UsageError, match=r"--eos names the token '<none>', and .* has none such"):
+    with pytest.raises(UsageError, match=r"--eos names the token '<none>', but .* has no such token"):
         load_tokenizer(folder, eos="<none>")
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<gone>"}))
     with pytest.raises(UsageError, match=r"special_tokens_map.json names the token '<gone>', and .*tokenizer.json has none such"):
@@ -137,7 +137,7 @@ def test_prompts_begin_as_documents_did(tmp_path: Path) -> None:
         assert ("bos_id" in json.loads((tmp_path / "o.json").read_text())) == bos
         for kept in (load_tokenizer(tmp_path / "o.tokenizer.json"), load_tokenizer(path, prefix=str(tmp_path / "o"))):
             assert kept.encode_prompt("the dog") == [*([0] if bos else []), *text]
-    with pytest.raises(UsageError, match=r"which token begins a document: write bos_token into tokenizer_config.json"):
+    with pytest.raises(UsageError, match=r"names the token that begins a document: write bos_token into tokenizer_config.json"):
         prepared(tmp_path / "p", load_tokenizer(INPUTS / "plain.json"), bos=True)
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "h"}))
     assert load_tokenizer(path).bos_id == tokenizers.Tokenizer.from_file(str(path)).token_to_id("h")
@@ -173,7 +173,7 @@ def test_nothing_is_put_behind_a_prompt(tmp_path: Path, template: str) -> None:
     assert tokenizer.encode_prompt("the dog") == [*begin, *text]
     assert tokenizer.encode_prompt("") == begin
     assert tokenizer.encode_batch(["the dog"])[0].tolist() == text
-    with pytest.raises(UsageError, match="halves of characters"):
+    with pytest.raises(UsageError, match="half a surrogate pair"):
         tokenizer.encode_prompt("\ud800")
 
 

@@ -133,7 +133,7 @@ def config_of(model: Model, seq_len: int) -> Config:
     ("changes", "sizes", "options", "words"),
     [
         ({"position": "relative"}, Sizes(hidden_size=30), GrowthOptions(), "model.position is relative"),
-        ({}, Sizes(hidden_size=16), GrowthOptions(), "--hidden-size is 16 and the source has 24: growth does not shrink"),
+        ({}, Sizes(hidden_size=16), GrowthOptions(), "--hidden-size is 16 but the source has 24: growth does not shrink"),
         ({}, Sizes(num_layers=1), GrowthOptions(), "growth does not shrink"),
         ({"norm": "layernorm", "residual": "post"}, Sizes(hidden_size=30), GrowthOptions(), "choose a multiple of 24"),
         ({"norm": "layernorm"}, Sizes(hidden_size=30), GrowthOptions(width="zero"), "average and duplicate are exact"),
@@ -155,7 +155,7 @@ def config_of(model: Model, seq_len: int) -> Config:
         ({"moe": {**MOE, "every": 2}}, Sizes(num_layers=3), GrowthOptions(), "grow by a multiple of 2"),
         ({}, Sizes(hidden_size=48), GrowthOptions(symmetry="loud"), "--symmetry is loud"),
         ({}, Sizes(hidden_size=48), GrowthOptions(depth="up"), "--depth-method is up: choose one of"),
-        ({}, Sizes(hidden_size=10**9), GrowthOptions(), "more than 4096 times as much is no growth"),
+        ({}, Sizes(hidden_size=10**9), GrowthOptions(), "more than 4096 times as much is implausible"),
         ({}, Sizes(hidden_size=48), GrowthOptions(symmetry="snr:-400"), "at most 60 dB"),
         ({}, Sizes(hidden_size=48), GrowthOptions(split=(float("inf"), 1.0)), "--split is inf:1: both parts must be finite"),
         ({}, Sizes(hidden_size=48), GrowthOptions(split=(float("nan"), 1.0)), "--split is nan:1: both parts must be finite"),

@@ -155,7 +155,7 @@ def test_nested_widths_are_trained_together(mode: str) -> None:
         ({}, Smaller(hidden_size=30), "shrinking does not grow"),
         ({}, Smaller(ffn_sizes=(8, 8)), "has no model.matformer"),
         ({"matformer": {"sizes": [8]}}, Smaller(ffn_size=12), "was not trained: model.matformer has 8, 32"),
-        ({"matformer": {"sizes": [8]}}, Smaller(ffn_sizes=(8,)), "has 1 widths and the target 2 layers"),
+        ({"matformer": {"sizes": [8]}}, Smaller(ffn_sizes=(8,)), "has 1 widths but the target 2 layers"),
         ({"moe": {"num_experts": 4, "ffn_size": 16}}, Smaller(ffn_size=16), "widths of experts"),
         ({"linear": "tokenformer", "tokenformer": {"tokens": 8}}, Smaller(hidden_size=12), "model.tokenformer is set"),
         ({"matformer": {"sizes": [8]}}, Smaller(ffn_size=8, ffn_sizes=(8, 32)), "give one of the two"),

@@ -187,12 +187,12 @@ def test_dtypes_are_as_asked(tmp_path: Path) -> None:
         ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
         ({"position": "alibi"}, "model.position is 'alibi'"),
         ({"bias": True, "norm": "layernorm"}, "model.bias is True"),
-        ({"family": "encoder", "num_kv_heads": 4}, "bert comes nearest, but model.bias is False"),
-        ({"family": "encoder_decoder", "num_kv_heads": 4}, "t5 comes nearest, but model.attention_scale is None (it has 1.0)"),
+        ({"family": "encoder", "num_kv_heads": 4}, "bert is nearest, but model.bias is False"),
+        ({"family": "encoder_decoder", "num_kv_heads": 4}, "t5 is nearest, but model.attention_scale is None (it has 1.0)"),
         ({"family": "spacetime"}, "model.family is spacetime"),
         ({"moe": {"num_shared": 1}}, "model.moe.num_shared is 1"),
         ({"moe": {"balance": "bias"}}, "model.moe.balance is 'bias'"),
-        ({"moe": {"top_k": 1}}, "qwen3_moe comes nearest, but model.qk_norm is False"),  # Mixtral's single gate is 1
+        ({"moe": {"top_k": 1}}, "qwen3_moe is nearest, but model.qk_norm is False"),  # Mixtral's single gate is 1
     ],
 )
 def test_what_no_family_has_is_not_exported(section: dict[str, Any], words: str) -> None:
@@ -244,7 +244,7 @@ def test_what_bert_holds_beside_its_language_model(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForPreTraining"]}))
     again = read_hf(folder, seq_len=20)
-    assert again.notes == ("left out, since no logit depends on them: bert.pooler.dense.weight, cls.seq_relationship.weight",)
+    assert again.notes == ("skipped, since they do not affect logits: bert.pooler.dense.weight, cls.seq_relationship.weight",)
     assert before.notes == ()
     assert len(before.targets) == len(again.targets)
     for target in again.targets:
@@ -292,7 +292,7 @@ def test_t5_as_older_files_have_it(tmp_path: Path) -> None:
         at = (0,) * len(target.shape)
         assert torch.equal(before.produce(target.name, at, target.shape), again.produce(target.name, at, target.shape)), target.name
     for changes, words in (
-        ({"tie_word_embeddings": True}, r"lm_head.weight of its own, and its config says tie_word_embeddings"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight of its own, but its config says tie_word_embeddings"),
         ({"dense_act_fn": "relu"}, r"dense_act_fn is 'relu', and feed_forward_proj 'gated-gelu' makes it 'gelu_new'"),
         ({"feed_forward_proj": "gated-tanh"}, r"feed_forward_proj is 'gated-tanh'"),
         ({"relative_attention_max_distance": 16}, r"relative_distance is 16"),
@@ -303,7 +303,7 @@ def test_t5_as_older_files_have_it(tmp_path: Path) -> None:
     told()
     copies["decoder.embed_tokens.weight"] += 1
     save_file({**held, **copies}, folder / "model.safetensors")
-    with pytest.raises(UsageError, match=r"decoder.embed_tokens.weight of its own, and it is always tied"):
+    with pytest.raises(UsageError, match=r"decoder.embed_tokens.weight of its own, but it is always tied"):
         read_hf(folder)
     tied = {n: t for n, t in held.items() if n != "lm_head.weight"}
     save_file(tied, folder / "model.safetensors")

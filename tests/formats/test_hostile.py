@@ -57,7 +57,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "a string longer than the file": (made(b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b"a."), "cannot be read"),
     "a storage longer than the file": (made(tensor_of(1 << 40, 0, 2, 1), data__0=b"\0" * 8), "should have 1099511627776 numbers"),
     "a tensor beyond its storage": (made(tensor_of(2, 0, 2, 1 << 40), data__0=b"\0" * 8), "reaches beyond the 2 numbers"),
-    "a tensor before its storage": (made(tensor_of(2, -4, 2, 1), data__0=b"\0" * 8), "made of something else than numbers"),
+    "a tensor before its storage": (made(tensor_of(2, -4, 2, 1), data__0=b"\0" * 8), "made of something other than numbers"),
     "a storage of another kind": (made(tensor_of(2, 0, 2, 1, "ComplexFloatStorage"), data__0=b"\0" * 16), "ComplexFloatStorage are not"),
     "no such storage": (made(tensor_of(2, 0, 2, 1)), "cannot be read"),
     "another byte order": (made(b"N.", byteorder=b"big"), "another byte order"),
@@ -135,7 +135,7 @@ def config(folder: Path, **changes: Any) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "more layers than tensors": (lambda f: config(f, num_hidden_layers=9000), "a model of 9000 layers, and 21 tensors are stored"),
+    "more layers than tensors": (lambda f: config(f, num_hidden_layers=9000), "a model of 9000 layers, but 21 tensors are stored"),
     "ten million layers": (lambda f: config(f, num_hidden_layers=10**7), "model.num_layers would be 10000000"),
     "beyond any integer": (lambda f: config(f, num_hidden_layers=10**30), "model.num_layers would be 1000000000"),
     "beyond any width": (lambda f: config(f, hidden_size=10**18, head_dim=8), "model.hidden_size would be 1000000000"),
@@ -143,13 +143,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "DDP": (lambda f: renamed(f, "module."), "named module.…, which is what DistributedDataParallel puts before"),
     "a long name": (
         lambda f: (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}})),
-        "which is no name of a safetensors file in this folder",
+        "which is not the name of a safetensors file in this folder",
     ),
     "integers": (
         lambda f: save_file(
             {n: t.to(torch.int8) for n, t in load_file(f / "model.safetensors").items()}, f / "model.safetensors"
         ),
-        "as int8, and weights are floating-point numbers",
+        "as int8, but weights are floating-point numbers",
     ),
 }  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_folders_of_others(case: str, whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "words"), [(9000, "a model of 9000 layers, and 21 tensors are stored"), (10**7, "model.num_layers is 10000000")]
+    ("layers", "words"), [(9000, "a model of 9000 layers, but 21 tensors are stored"), (10**7, "model.num_layers is 10000000")]
 )
 @pytest.mark.parametrize("opened", [open_checkpoint, open_source, open_any])
 def test_our_own_with_too_many_layers(opened: Callable[[Path], Any], layers: int, words: str, whole: Path, tmp_path: Path) -> None:

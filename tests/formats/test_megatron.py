@@ -261,7 +261,7 @@ def test_tampered_ranks(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vocab_size": 60}, "38 rows for model.embedding.weight, and model.vocab_size is 60"),
+        ({"vocab_size": 60}, "38 rows for model.embedding.weight, but model.vocab_size is 60"),
         ({"num_layers": 4}, "mp_rank_00/decoder.layers.2."),
         ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
         ({"moe": {}}, "mlp.experts.local_experts.0.linear_fc1.weight"),
@@ -304,7 +304,7 @@ def test_the_tool_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ((tmp_path / "out", tmp_path / "no", "--from", "megatron", "--to", "megascale"), "give --config FILE"),
         (
             (tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron", "--tp", 3),
-            "model.num_kv_heads is 4 and the weights",
+            "model.num_kv_heads is 4 but the weights",
         ),
         ((tmp_path / "ours", tmp_path / "no", "--from", "megascale", "--to", "megatron", "--spec", "x"), "--spec is x"),
         ((*out, "--ckpt-format", "zarr"), "--ckpt-format is zarr"),

@@ -101,7 +101,7 @@ def test_harmless_keys_pass(seen: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "pairs of neighbours": (LLAMA, {"rope_interleaved": True}, "rope_interleaved is True, and only False can be had here"),
+    "pairs of neighbours": (LLAMA, {"rope_interleaved": True}, "rope_interleaved is True, but only False is supported"),
     "dynamic": (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
     "su": (LLAMA, {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "rope_type is 'su'"),
     "longrope": (LLAMA, {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope_type is 'longrope'"),
@@ -118,12 +118,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         "rope_parameters and rope_scaling say different things",
     ),
-    "pruned": (BERT, {"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}, and only {} can be had here"),
-    "some windows": (QWEN3, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "all layers see alike"),
-    "other layers than layers": (QWEN3, {"layer_types": ["full_attention"]}, "layer_types has 1 entries, and there are 2 layers"),
+    "pruned": (BERT, {"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}, but only {} is supported"),
+    "some windows": (QWEN3, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "all layers attend alike"),
+    "other layers than layers": (QWEN3, {"layer_types": ["full_attention"]}, "layer_types has 1 entries, but there are 2 layers"),
     "an activation in a list": (GPT2, {"activation_function": ["gelu"]}, "activation_function is ['gelu']"),
     "layers in a mapping": (LLAMA, {"num_hidden_layers": {"a": 1}}, "model.num_layers would be {'a': 1}"),
-    "kinds that are a number": (QWEN3, {"layer_types": 3}, "layer_types is 3, and it is a list"),
+    "kinds that are a number": (QWEN3, {"layer_types": 3}, "layer_types is 3, but it must be a list"),
     "an architecture that is a number": (LLAMA, {"architectures": 1}, "architectures is 1, and of llama"),
     "no vocabulary": (LLAMA, {"vocab_size": None}, "has no vocab_size"),
     "a length below zero": (LLAMA, {"max_position_embeddings": -5}, "max_position_embeddings is -5"),
@@ -229,7 +229,7 @@ def test_numbers_and_depths_of_files(tmp_path: Path) -> None:
     for text, words in (
         ("[" * 200_000, "nested too deep"),
         ('{"a": ' + "9" * 5000 + "}", "cannot be read (Exceeds the limit"),
-        ('{"a": NaN}', "NaN is no number in JSON"),
+        ('{"a": NaN}', "NaN is not a number in JSON"),
         ('{"a": 1e999}', "1e999 is beyond any float"),
         ("{", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
@@ -240,7 +240,7 @@ def test_numbers_and_depths_of_files(tmp_path: Path) -> None:
         assert words in str(error.value) and str(path) in str(error.value)
     path.unlink()
     path.mkdir()
-    with pytest.raises(UsageError, match="is no file"):
+    with pytest.raises(UsageError, match="is not a file"):
         read_object(path)
     path.rmdir()
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(LLAMA).encode())

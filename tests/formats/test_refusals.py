@@ -82,15 +82,15 @@ def foreign_shard(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "unknown architecture": (lambda f: edit(f, model_type="mamba"), "model_type is 'mamba', and models of llama, mistral"),
+    "unknown architecture": (lambda f: edit(f, model_type="mamba"), "model_type is 'mamba', but only llama, mistral"),
     "roberta": (lambda f: edit(f, model_type="roberta"), "its positions begin behind its padding token"),
     "another attention": (lambda f: edit(f, model_type="gpt_oss"), "its attention has sinks"),
     "another head": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM that can be read"),
     "unknown key": (lambda f: edit(f, attention_sinks=4), "attention_sinks is 4, which is not understood"),
     "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "quantization_config is {'bits': 4}, which is not understood"),
     "remote code": (lambda f: edit(f, auto_map={"AutoModel": "x.py"}), "auto_map is"),
-    "bias": (lambda f: edit(f, attention_bias=True), "attention_bias is True, and only False can be had here"),
-    "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act is 'gelu', and only 'silu'"),
+    "bias": (lambda f: edit(f, attention_bias=True), "attention_bias is True, but only False is supported"),
+    "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act is 'gelu', but only 'silu'"),
     "rope kind": (
         lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type is 'longrope', and default, linear"
     ),
@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "mscale": 1.0}), "rope_scaling.mscale is 1.0"
     ),
     "rope without factor": (lambda f: edit(f, rope_parameters={"rope_type": "linear"}), "rope_scaling.factor is absent"),
-    "rope is no mapping": (lambda f: edit(f, rope_parameters=[1]), "which is no mapping"),
+    "rope is no mapping": (lambda f: edit(f, rope_parameters=[1]), "which is not a mapping"),
     "window": (lambda f: edit(f, sliding_window=4), "sliding_window is 4, which llama does not have"),
     "no heads": (lambda f: edit(f, num_attention_heads=0), "the number of heads is 0"),
     "text for a size": (lambda f: edit(f, num_hidden_layers="many"), "model.num_layers would be 'many'"),
@@ -106,7 +106,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no length": (lambda f: edit(f, max_position_embeddings=...), "has no max_position_embeddings"),
     "more layers": (lambda f: edit(f, num_hidden_layers=3), "model.layers.2."),
     "fewer layers": (lambda f: edit(f, num_hidden_layers=1), "have no place in a model of its config"),
-    "another width": (lambda f: edit(f, intermediate_size=40), "has shape [48, 32] and the config makes it [40, 32]"),
+    "another width": (lambda f: edit(f, intermediate_size=40), "has shape [48, 32] but the config makes it [40, 32]"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), "there is no"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list instead of an object"),
@@ -116,13 +116,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model.layers.0.self_attn.q_proj.bias has no place",
     ),
     "another shape": (
-        lambda f: tensors(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})), "has shape [31] and the config makes it [32]"
+        lambda f: tensors(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})), "has shape [31] but the config makes it [32]"
     ),
     "untied": (lambda f: edit(f, tie_word_embeddings=True), "has a lm_head.weight of its own"),
-    "hostile name": (point_elsewhere, "'../evil.safetensors', which is no name of a safetensors file"),
-    "hostile header": (header_beyond_the_file, "is no whole safetensors file"),
-    "overlapping tensors": (overlap, "is no whole safetensors file"),
-    "truncated": (cut_short, "is no whole safetensors file"),
+    "hostile name": (point_elsewhere, "'../evil.safetensors', which is not the name of a safetensors file"),
+    "hostile header": (header_beyond_the_file, "is not a whole safetensors file"),
+    "overlapping tensors": (overlap, "is not a whole safetensors file"),
+    "truncated": (cut_short, "is not a whole safetensors file"),
     "pickle only": (pickled, "pytorch_model.bin is no such file"),
     "missing shard": (lose_a_shard, "there is no such file"),
     "foreign shard": (foreign_shard, "the files do not belong together"),
@@ -176,7 +176,7 @@ def test_nothing_is_written_over(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter").write_text("dear")
     for convert, source in ((hf_to_megascale, "hf"), (megascale_to_hf, "ours")):
-        with pytest.raises(UsageError, match="is not empty, and nothing is written over"):
+        with pytest.raises(UsageError, match="is not empty, and nothing is overwritten"):
             convert(whole / source, tmp_path / "mine", ConvertOptions())
     assert (tmp_path / "mine/letter").read_text() == "dear" and [p.name for p in tmp_path.iterdir()] == ["mine"]
 

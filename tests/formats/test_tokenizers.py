@@ -123,7 +123,7 @@ def test_files_travel_with_the_model(tmp_path: Path) -> None:
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     save("llama", PLAIN["llama"], tmp_path / "small")
     hf_to_megascale(tmp_path / "small", tmp_path / "small-ours", ConvertOptions())
-    with pytest.raises(UsageError, match="has 400 pieces and the model 50 rows"):
+    with pytest.raises(UsageError, match="has 400 pieces but the model 50 rows"):
         megascale_to_hf(tmp_path / "small-ours", tmp_path / "no", ConvertOptions(tokenizer=tmp_path / "hf/tokenizer.json"))
     assert not (tmp_path / "no").exists()
 

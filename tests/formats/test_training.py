@@ -134,7 +134,7 @@ def test_exports_stand_beside_kept_checkpoints(tmp_path: Path) -> None:
         ({"model__num_layers": 3}, "model.num_layers: 3 in the config, 2 in the file"),
         ({"checkpoint__init_data": "continue"}, "does not record its position in the data: use restart"),
         ({"checkpoint__init_from": "nowhere"}, "nowhere is not a checkpoint and holds none"),
-        ({"checkpoint__export": "hf", "model__position": "alibi"}, "no Hugging Face family has what this model has"),
+        ({"checkpoint__export": "hf", "model__position": "alibi"}, "no Hugging Face family matches this model"),
     ],
 )
 def test_a_start_that_cannot_be_is_one_message(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

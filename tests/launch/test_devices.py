@@ -41,7 +41,7 @@ def test_two_ranks_on_one_device() -> None:
     """Catches a device that two ranks share unseen, and devices of different nodes or tasks that are taken for one."""
     assert shared_device([("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-2"), ("b", "GPU-3")]) is None
     said = shared_device([("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-2"), ("b", "GPU-2")])
-    assert said is not None and said.startswith("ranks 2 and 3 on b have one device, GPU-2") and "--gpus-per-task=1" in said
+    assert said is not None and said.startswith("ranks 2 and 3 on b share the device GPU-2") and "--gpus-per-task=1" in said
 
 
 @pytest.mark.parametrize(("uuids", "refused"), [(("x", "y"), False), (("x", "x"), True)])

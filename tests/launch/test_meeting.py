@@ -83,7 +83,7 @@ def test_who_stays_inside(ranks: RankInfo, env: dict[str, str], expected: bool) 
         ("1", {"NODES": "2"}, "several nodes need HEAD=host:port"),
         ("1", {"NODES": "2", "HEAD": "host"}, "several nodes need HEAD=host:port"),
         ("1", {"NODES": "2", "HEAD": "host:99999"}, "several nodes need HEAD=host:port"),
-        ("1", {"NODES": "2", "HEAD": "10.0.0.1:2000", "NODE_RANK": "2"}, "NODE_RANK is 2 and NODES is 2"),
+        ("1", {"NODES": "2", "HEAD": "10.0.0.1:2000", "NODE_RANK": "2"}, "NODE_RANK is 2 but NODES is 2"),
         ("1", {"NODES": "2", "HEAD": "127.0.0.1:2000"}, "HEAD is 127.0.0.1, which means every node itself"),
         ("1", {"NODES": "2", "HEAD": "no-such-name.invalid:2000"}, "finds no way to no-such-name.invalid"),
     ],

@@ -134,7 +134,7 @@ def test_mpi_fills_in() -> None:
         assert find_ranks(env, World) == RankInfo(5, 8, 1, 4, "10.0.0.9", 21000, launcher)  # type: ignore[arg-type]
     kept = find_ranks({"PMI_RANK": "5", "PMI_SIZE": "8", **MEET}, World)  # type: ignore[arg-type]
     assert (kept.local_rank, kept.address, kept.port) == (1, "10.0.0.1", 23456)
-    with pytest.raises(UsageError, match="says rank 5 of 8 and mpi4py says 0 of 1"):
+    with pytest.raises(UsageError, match="says rank 5 of 8 but mpi4py says 0 of 1"):
         find_ranks(OPENMPI, lambda: World(0, 1))  # type: ignore[arg-type,return-value]
 
 

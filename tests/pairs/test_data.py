@@ -78,7 +78,7 @@ def test_mistakes_in_pairs(tmp_path: Path) -> None:
     short, long = write_lines(tmp_path / "a.txt", SOURCES[:5]), write_lines(tmp_path / "b.txt", TARGETS[:6])
     out = str(tmp_path / "p")
     train_sentencepiece(SOURCES, 312, tmp_path / "t.model")
-    with pytest.raises(UsageError, match=r"a.txt ends before line 6 and .*b.txt does not"):
+    with pytest.raises(UsageError, match=r"a.txt ends before line 6 but .*b.txt does not"):
         prepared(short, long, "--pairs", "--out", out, "--tokenizer", str(tmp_path / "t.model"))
     with pytest.raises(UsageError, match="1 text files were given, but pairs are the lines of two"):
         list(read_pairs([Path(short)], 0, ("source", "target")))

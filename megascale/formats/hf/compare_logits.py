@@ -1,4 +1,4 @@
-"""The proof of a conversion: the largest difference of logits between our model and transformers' own on given tokens."""
+"""Verifies a conversion by the largest difference of logits between our model and transformers' on given tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megascale.formats.load import load_model
 
 @torch.no_grad()
 def our_logits(model: Model, seq_len: int, produce: ReadSlice, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """tokens [b, s] → logits [b, s, V] of this process alone. An encoder–decoder reads them as source and as target."""
+    """tokens [b, s] → logits [b, s, V] in this process. An encoder–decoder gets them as source and as target."""
     mesh = build_mesh(dict.fromkeys((*NAMES, *EXPERT_AXES), 1), "cpu")
     built = load_model(model, seq_len, produce, mesh, Parallel(), torch.device("cpu"), dtype)
     pair = {"source": tokens} if model.family == "encoder_decoder" else {}
@@ -25,7 +25,7 @@ def our_logits(model: Model, seq_len: int, produce: ReadSlice, tokens: torch.Ten
 
 
 def check_comparable(model: Model, seq_len: int, tokens: list[int] | None) -> None:
-    """Raises UsageError where logits cannot be compared on `tokens` (None: nobody asks), before anything is written."""
+    """Raises UsageError if logits cannot be compared on `tokens` (None: not requested), before anything is written."""
     assert model.vocab_size is not None
     if tokens is None:
         return
@@ -41,7 +41,7 @@ def check_comparable(model: Model, seq_len: int, tokens: list[int] | None) -> No
 
 @torch.no_grad()
 def hf_logits(folder: str | Path, tokens: torch.Tensor, family: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What transformers computes from a folder of a language model, as `our_logits`; `family` is ours."""
+    """The same logits from transformers for a folder of a language model; `family` is our name."""
     import transformers
 
     names = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
@@ -52,7 +52,7 @@ def hf_logits(folder: str | Path, tokens: torch.Tensor, family: str, dtype: torc
 
 
 def largest_difference(model: Model, seq_len: int, produce: ReadSlice, folder: str | Path, tokens: list[int]) -> float:
-    """max |Δlogit| in fp32 on tokens that `check_comparable` has seen. Both models are in memory, one after the other."""
+    """max |Δlogit| in fp32 on tokens checked by `check_comparable`. Both models are in memory, one after the other."""
     row = torch.tensor([tokens])
     theirs = hf_logits(folder, row, model.family)
     return (our_logits(model, seq_len, produce, row) - theirs).abs().max().item()

@@ -1,4 +1,4 @@
-"""config.json ↔ the model section. Nothing is guessed: what the table does not understand is refused with its key and value."""
+"""config.json ↔ the model section. Nothing is guessed: unknown keys and values are refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megascale.formats.hf.keys import ONLY, harmless
 from megascale.formats.hf.rope import ROPE, read_rope, rope_keys
 
 WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
-# Keys of the model section that no logit of a finished model depends on: how it starts and how it is trained. An export drops no token.
+# Keys of the model section that do not affect a trained model's logits: initialization and training. An export drops no token.
 TRAINING = frozenset(
     [
         "init_std",
@@ -33,17 +33,17 @@ TRAINING = frozenset(
         "moe.init",
     ]
 )
-LONGEST = 1 << 40  # sequence that a file may name
+LONGEST = 1 << 40  # longest sequence that a file may name
 SHOWN = 100  # characters of a value in a message
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family that a config.json is of. Raises UsageError for one that is not known."""
+    """The family of a config.json. Raises UsageError for an unknown one."""
     kind = config.get("model_type")
     known = ", ".join(f.model_type for f in FAMILIES)
     if not isinstance(kind, str) or kind not in BY_TYPE:
         reason = f" ({NOT_HERE[kind]})" if isinstance(kind, str) and kind in NOT_HERE else ""
-        raise UsageError(f"{where}: model_type is {kind!r}{reason}, and models of {known} can be read: use one of these")
+        raise UsageError(f"{where}: model_type is {kind!r}{reason}, but only {known} can be read: use one of these")
     family = BY_TYPE[kind]
     named = config.get("architectures") or [family.architecture]
     if not isinstance(named, list) or not {family.architecture, *family.also}.intersection(n for n in named if isinstance(n, str)):
@@ -55,18 +55,18 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | None]:
-    """config.json → the model section and the longest sequence, None where it does not say.
+    """config.json → the model section and the longest sequence, None if it does not say.
 
     where  the file, for messages
 
-    Raises UsageError naming every key that is not understood.
+    Raises UsageError naming every unknown key.
     """
     family = family_of(config, where)
     problems = _unknown(family, config)
     for key, allowed in {**ONLY, **family.fixed}.items():
         value = config.get(key, allowed[0])
         if value not in allowed and not (value is None and key in ONLY):
-            problems.append(f"{key} is {shown(value)}, and only {allowed[0]!r} can be had here")
+            problems.append(f"{key} is {shown(value)}, but only {allowed[0]!r} is supported")
     flat: dict[str, Any] = {"family": "decoder", **family.ours}
     for known_key in family.keys:
         value = config.get(known_key.theirs, config.get(known_key.also or known_key.theirs, known_key.default))
@@ -75,7 +75,7 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
         elif isinstance(value, str | bool) and value in known_key.values:
             flat[known_key.ours] = known_key.values[value]
         else:
-            problems.append(f"{known_key.theirs} is {shown(value)}, and {', '.join(map(repr, known_key.values))} can be had here")
+            problems.append(f"{known_key.theirs} is {shown(value)}, but only {', '.join(map(repr, known_key.values))} are supported")
     window, problem = _window(family, config, flat.get("num_layers"))
     flat["sliding_window"] = window
     length = config.get(family.length, family.default_length)
@@ -84,17 +84,17 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
         problems += trouble
     problems += [problem] if problem else []
     if flat.get("moe.top_k") == 1 and flat.get("moe.router") == "topk_softmax" and flat.get("moe.num_experts") != 1:
-        problems.append("one expert a token has a gate that is divided by itself, which is 1, and gates here are probabilities then")
+        problems.append("with one expert per token its normalized gate is 1, but here it is a probability")
     rows = config.get("type_vocab_size", 2)
     if family.model_type == "t5":
         flat["head_scale"] = t5.head_scale(config)
         problems += t5.problems(config)
     if family.segments is not None and (type(rows) is not int or rows < 1):
-        problems.append(f"type_vocab_size is {shown(rows)}, and there is one segment at least")
+        problems.append(f"type_vocab_size is {shown(rows)}, but there must be at least one segment")
     if problems:
         raise UsageError(f"{where} describes a {family.model_type} model that cannot be read: {'; '.join(problems)}")
     if length is not None and (type(length) is not int or not 1 <= length <= LONGEST):
-        raise UsageError(f"{where}: {family.length} is {shown(length)}, and it is the longest sequence of the model: correct the file")
+        raise UsageError(f"{where}: {family.length} is {shown(length)}, but it must be the model's longest sequence: correct the file")
     model = _validated(flat, where)
     if model.vocab_size is None:
         raise UsageError(f"{where} has no vocab_size: add the number of rows of its embedding")
@@ -102,7 +102,7 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
 
 
 def _unknown(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """What is said under keys that are not understood."""
+    """Lists unknown keys with their values."""
     known = {k.theirs for k in family.keys} | {k.also for k in family.keys if k.also is not None}
     known |= ONLY.keys() | family.fixed.keys() | WINDOW | {family.length} | (ROPE if family.theta is not None else set())
     return [
@@ -113,7 +113,7 @@ def _unknown(family: Family, config: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value for a message, shortened if long."""
     said = repr(value)
     return said if len(said) <= SHOWN else f"{said[:SHOWN]}…"
 
@@ -132,11 +132,11 @@ def _validated(flat: Mapping[str, Any], where: str) -> Model:
         key = ".".join(map(str, first["loc"]))
         said = str(first["msg"]).removeprefix("Value error, ")
         said = f"model.{key} would be {shown(first['input'])}: {said}" if key else said
-        raise UsageError(f"{where} describes a model that cannot be: {said}") from None
+        raise UsageError(f"{where} describes an impossible model: {said}") from None
 
 
 def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int | None, str | None]:
-    """The window of every layer, and what is wrong where layers differ."""
+    """The window of all layers, or what is wrong if layers differ."""
     value = config.get("sliding_window", family.default_window)
     kinds = config.get("layer_types")
     if family.window == "never":
@@ -146,27 +146,27 @@ def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int
     if asked and not config.get("use_sliding_window", False):
         value = None
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds)):
-        return None, f"layer_types is {shown(kinds)}, and it is a list with the kind of each layer"
+        return None, f"layer_types is {shown(kinds)}, but it must be a list with the kind of each layer"
     first = config.get("max_window_layers", 28)
     if asked and kinds is None and value is not None and type(first) is int and type(layers) is int:
-        # The first layers see everything, the others the window.
+        # The first layers attend to everything, the others to the window.
         kinds = [*(["full_attention"] if first > 0 else []), *(["sliding_attention"] if first < layers else [])]
     elif kinds is not None and len(kinds) != layers:
-        return None, f"layer_types has {len(kinds)} entries, and there are {shown(layers)} layers"
+        return None, f"layer_types has {len(kinds)} entries, but there are {shown(layers)} layers"
     if asked and kinds and set(kinds) == {"full_attention"}:
         value = None
     wanted = "full_attention" if value is None else "sliding_attention"
     if kinds is not None and any(k != wanted for k in kinds):
-        return None, f"layer_types is {shown(sorted(set(kinds)))} with sliding_window {shown(value)}, and all layers see alike here"
+        return None, f"layer_types is {shown(sorted(set(kinds)))} with sliding_window {shown(value)}, but all layers attend alike here"
     return value, None
 
 
 def functional(model: Model) -> dict[str, Any]:
-    """{"section.key": value} of what a finished model's logits depend on."""
+    """{"section.key": value} of everything that affects a trained model's logits."""
     flat = flatten({k: v for k, v in model.model_dump(mode="json").items() if v is not None})
     balance = flat.pop("moe.balance", None)
     if balance == "bias":
-        flat["moe.balance"] = balance  # it adds a bias to the choice of experts
+        flat["moe.balance"] = balance  # `bias` adds a bias to the choice of experts
     if model.moe is not None and model.moe.every == 1:
         flat.pop("ffn_size", None)  # no layer is dense
     if not model.position_row.rotates:
@@ -178,21 +178,21 @@ def functional(model: Model) -> dict[str, Any]:
 
 
 def differences(model: Model, other: Model) -> dict[str, tuple[Any, Any]]:
-    """{"key": (of model, of other)} where their logits would differ."""
+    """{"key": (value in model, value in other)} for keys that make their logits differ."""
     mine, theirs = functional(model), functional(other)
     return {k: (mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)}
 
 
 def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model: of the first family that has exactly what it has.
+    """The config.json of a model, for the first family that matches it exactly.
 
-    original  the config.json it once came from: its harmless keys are kept where the family is the same
+    original  the config.json it was converted from: its harmless keys are kept if the family is the same
 
-    Raises UsageError naming what stands in the way of the family that comes nearest.
+    Raises UsageError naming the differences to the nearest family.
     """
     nearest: tuple[Family, dict[str, tuple[Any, Any]]] | None = None
     if model.moe is not None and model.moe.top_k == 1 and model.moe.router == "topk_softmax":
-        model = model.model_copy(update={"moe": model.moe.model_copy(update={"router": "softmax_topk"})})  # the same with one gate
+        model = model.model_copy(update={"moe": model.moe.model_copy(update={"router": "softmax_topk"})})  # equivalent with one gate
     kind = (original or {}).get("model_type")
     for family in sorted(FAMILIES, key=lambda f: f.model_type != kind):
         found = _as_family(model, seq_len, family, original if family.model_type == kind else None)
@@ -205,14 +205,14 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
         if nearest is None or len(changed) < len(nearest[1]):
             nearest = (family, changed)
     if nearest is None:
-        raise UsageError(f"model.family is {model.family}, and no Hugging Face family here is of that kind: export text models")
+        raise UsageError(f"model.family is {model.family}, but no supported Hugging Face family is of that kind: export text models")
     family, changed = nearest
     said = ", ".join(f"model.{k} is {mine!r} (it has {theirs!r})" for k, (mine, theirs) in changed.items())
-    raise UsageError(f"no Hugging Face family has what this model has; {family.model_type} comes nearest, but {said}")
+    raise UsageError(f"no Hugging Face family matches this model; {family.model_type} is nearest, but {said}")
 
 
 def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The model's values under the family's keys; None where it is not even of its kind."""
+    """The model's values under the family's keys; None if it is of another kind."""
     flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
     if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None

@@ -1,7 +1,7 @@
-"""Hugging Face's families of models as data: what their config keys are here, and which of their modules hold our weights.
+"""Hugging Face's model families as data: our equivalents of their config keys, and the modules that hold our weights.
 
-A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or changes nothing in a forward pass (hf_keys.py). Any
-other key is refused by name: a model that is read half is another model.
+A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or does not affect the forward pass (keys.py). Any other
+key is refused by name: a model that is read half is another model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megascale.config.activations import ACTIVATIONS
 
 @dataclass(frozen=True)
 class Key:
-    """Their key and ours (`moe.top_k` is inside model.moe). `default`: what its absence means to transformers. `values`: theirs → ours.
-    `also`: another name that some version of transformers writes.
+    """A key of theirs and ours (`moe.top_k` is inside model.moe). `default`: transformers' value if absent. `values`: theirs → ours.
+    `also`: another name that some versions of transformers write.
     """
 
     theirs: str
@@ -28,12 +28,12 @@ class Key:
 
 @dataclass(frozen=True)
 class ModuleMap:
-    """The module of theirs that holds one of ours, below a layer; `{expert}` where each expert has its own.
+    """Their module, below a layer, that holds one of ours; `{expert}` if each expert has its own.
 
     transposed  weights are [in, out]
-    part        ours is the part-th of equal parts of theirs, side by side along the output
-    untied      where a model whose head is not its embedding holds it too; where both are stored, this one acts
-    gated       where a model whose feed-forward has a gate holds it
+    part        ours is the part-th of equal parts of theirs along the output
+    untied      its second place in models with an untied head; if both are stored, this one counts
+    gated       its place in models with a gated feed-forward
     """
 
     theirs: str
@@ -47,16 +47,16 @@ class ModuleMap:
 class Family:
     """One `model_type`.
 
-    ours    what a model of the family is here, whatever its config says
-    layer   the prefix of a layer's modules; `inner` the modules in it, by ours; `outer` those outside of layers
-    encoder, encoder_inner  the same of the layers of an encoder beside it
+    ours    our keys with fixed values for the family
+    layer   the prefix of a layer's modules; `inner`: our names → modules in it; `outer`: modules outside layers
+    encoder, encoder_inner  the same for the layers of its encoder
     theta   rope_theta if absent
-    window  whether `sliding_window` is for every layer where it is set: always, never, or where use_sliding_window says so
+    window  whether a `sliding_window` applies to every layer: always, never, or if use_sliding_window is set
     length    the key of the longest sequence, `default_length` if absent
-    copies    modules that hold the embedding once more
-    segments  the table of vectors by segment: the first is added to every position, and zeros are written, ours having none
-    unused    what the names of tensors begin with that logits do not depend on: they are left out, and that is said
-    also      other names of the architecture: what holds more than the language model, or is called otherwise in old files
+    copies    modules that hold another copy of the embedding
+    segments  the table of segment vectors: the first is added to every position; exports write zeros, since ours has none
+    unused    prefixes of tensors that do not affect logits: they are skipped, with a note
+    also      other architectures: with more than the language model, or under an old name
     """
 
     model_type: str

@@ -1,6 +1,6 @@
 """A Hugging Face folder: config.json, safetensors files with or without an index, and the files of its tokenizer.
 
-Nothing of it is unpickled or executed. Its index and headers are checked before they are believed, as those of a checkpoint are.
+Nothing of it is unpickled or executed. Its index and headers are checked before use, like those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megascale.formats.sources import StoredTensors
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_NAME = 255  # of a file
-# What encodes text, each alone or with the files beside it; and what says how it is used. As transformers, tokenizers, SentencePiece,
-# tiktoken and Mistral name them.
+# Files that encode text, each alone or with its companions, and files that say how they are used, as named by transformers, tokenizers,
+# SentencePiece, tiktoken and Mistral.
 ENCODERS = ("tokenizer.json", "*.model", "tokenizer.model.v*", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 BESIDE = (
     "tokenizer_config.json",
@@ -60,7 +60,7 @@ def open_hf(folder: Path) -> StoredTensors:
         if expected is not None and expected != found.keys():
             odd = sorted(expected ^ found.keys())
             raise UsageError(
-                f"{folder / INDEX} says that {name} holds {len(expected)} tensors, and it has {len(found)}; {odd[0]} is in one alone: "
+                f"{folder / INDEX} says that {name} holds {len(expected)} tensors, but it has {len(found)}; {odd[0]} is in one alone: "
                 "the files do not belong together, get them again"
             )
         twice = sorted(tensors.keys() & found.keys())
@@ -81,7 +81,7 @@ def _files_of_index(folder: Path) -> dict[str, set[str] | None]:
     for tensor, name in weights.items():
         if not isinstance(name, str) or len(name) > LONGEST_NAME or not SHARD_NAME.fullmatch(name):
             raise UsageError(
-                f"{path} puts {tensor[:100]} into {str(name)[:100]!r}, which is no name of a safetensors file in this folder: do not "
+                f"{path} puts {tensor[:100]} into {str(name)[:100]!r}, which is not the name of a safetensors file in this folder: do not "
                 "trust it"
             )
         expected = files.setdefault(name, set())
@@ -89,16 +89,16 @@ def _files_of_index(folder: Path) -> dict[str, set[str] | None]:
         expected.add(tensor)
     for name in files:
         if not (folder / name).is_file():
-            raise UsageError(f"{path} names {name}, and there is no such file in {folder}: get the missing file")
+            raise UsageError(f"{path} names {name}, but there is no such file in {folder}: get the missing file")
     return files
 
 
 def _header(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a file, as one chunk each."""
+    """The tensors of a file, each as one chunk."""
     found = {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())
                 if dtype not in DTYPES:
@@ -106,7 +106,7 @@ def _header(path: Path) -> dict[str, TensorEntry]:
                 chunks = (Chunk((0,) * len(shape), shape, path.name),) if math.prod(shape) else ()
                 found[name] = TensorEntry(dtype, shape, chunks)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} is no whole safetensors file ({error}): get it again") from None
+        raise UsageError(f"{path} is not a whole safetensors file ({error}): get it again") from None
     return found
 
 

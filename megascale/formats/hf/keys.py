@@ -1,7 +1,7 @@
-"""Keys of a config.json that no logit depends on, as data with the reason of each group.
+"""Keys of a config.json that do not affect logits, in groups with a reason.
 
-A family's own keys are in its table (families.py). These here are not read by the forward pass of any family in that table, whatever
-they say; a few may have one value only. Any key that is in neither place is refused by name.
+A family's own keys are in its table (families.py). The forward pass of no family in that table reads the keys here, whatever their value; a
+few may have only one value. A key in neither place is refused by name.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ HARMLESS: Mapping[str, frozenset[str]] = {
         ]
     ),
 }  # fmt: skip
-# Reason → what whole families of such keys are called.
+# Reason → pattern for groups of such keys.
 PATTERNS: Mapping[str, re.Pattern[str]] = {
     "the number of a token with a meaning": re.compile(r"[a-z_]*_token_ids?"),
     "dropout, which acts in training alone": re.compile(r"[a-z_]*(dropout|pdrop)(_rate|_prob)?"),
     "heads for other tasks": re.compile(r"(summary|pooler|classifier)_[a-z_]*"),
     "marks of the program that saved it": re.compile(r"unsloth_[a-z_]*"),
 }
-# Keys that every config may have with these values alone; another one changes logits.
+# Keys that may only have these values in any config; others change logits.
 ONLY: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),  # of nanotron: queries and keys in pairs of neighbours
     "pruned_heads": ({},),
@@ -74,5 +74,5 @@ _KEYS = frozenset[str]().union(*HARMLESS.values())
 
 
 def harmless(key: str) -> bool:
-    """Whether no logit depends on the key, whatever its value."""
+    """Whether the key never affects logits."""
     return key in _KEYS or any(p.fullmatch(key) for p in PATTERNS.values())

@@ -26,29 +26,29 @@ from megascale.formats.shapes import check_depth, check_floating
 from megascale.formats.sources import Foreign, OpenCheckpoint, StoredTensors
 from megascale.formats.tensor_maps import Rearranged, Sizes, TensorMap, compare_names, copies_to_ours, copies_to_theirs, extents
 
-# Buffers that older versions of transformers saved with the weights.
+# Buffers that older versions of transformers save with the weights.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(bert\.)?embeddings\.position_ids")
-# What the first BERTs, which came from TensorFlow, call the weight and the bias of a norm.
+# Names of a norm's weight and bias in the first BERTs, which came from TensorFlow.
 OLD_NORMS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
-# What wraps a model, and what it puts before every name.
+# Wrappers of models, and the prefix that they add to every name.
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "module.": "DistributedDataParallel",
     "_fsdp_wrapped_module.": "FSDP",
     "base_model.model.": "PEFT",
 }
-FILE_BYTES = 5 * 10**9  # of one file, as transformers has it
+FILE_BYTES = 5 * 10**9  # per file, as in transformers
 COMPARED = 1 << 24  # elements of tables compared at once
 
 
 def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None) -> Foreign:
     """The model in a Hugging Face folder.
 
-    model    what it must be, where that is known: Raises UsageError with the differences
-    seq_len  learned positions that are wanted, the first ones of theirs
-    dtype    of our weights; the stored one if absent
+    model    the expected model, if known: raises UsageError with the differences
+    seq_len  number of learned positions to take from the beginning of theirs
+    dtype    dtype of our weights; default: the stored one
 
-    Raises UsageError for anything in the folder that is not understood, missing or damaged. Reads headers only.
+    Raises UsageError for anything unknown, missing or damaged in the folder. Reads headers only.
     """
     folder = Path(folder)
     config = read_object(folder / CONFIG)
@@ -64,7 +64,7 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
         _must_agree(model, found, where)
     wanted = seq_len or length
     if found.position_row.table and wanted > length:
-        raise UsageError(f"train.seq_len is {wanted} and {where} has {length} learned positions: choose a shorter train.seq_len")
+        raise UsageError(f"train.seq_len is {wanted} but {where} has {length} learned positions: choose a shorter train.seq_len")
     _check_counts(found, source, where)
     links = links_of(family, model or found, wanted if found.position_row.table else length)
     unused = sorted(n for n in source.tensors if n.startswith(family.unused))
@@ -81,19 +81,19 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
     read = source if family.segments is None else Segmented(source, _position(family), f"{family.segments}.weight")
-    notes = (f"left out, since no logit depends on them: {', '.join(unused)}",) if unused else ()
+    notes = (f"skipped, since they do not affect logits: {', '.join(unused)}",) if unused else ()
     return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp, notes)
 
 
 def _check_counts(model: Model, source: StoredTensors, where: str) -> None:
-    """Raises UsageError for more layers or experts than there are tensors, before each is looked for, and for names with a prefix that
-    all have.
+    """Raises UsageError for more layers or experts than stored tensors, before looking for each, and for names that all have a wrapper's
+    prefix.
     """
     count = len(source.tensors)
     check_depth(model, count, where)
     experts = 0 if model.moe is None else model.moe.num_experts * (model.num_layers // model.moe.every)
     if experts > count:
-        raise UsageError(f"{where} describes {experts} experts in all layers, and {count} tensors are stored: get the files again")
+        raise UsageError(f"{where} describes {experts} experts in all layers, but {count} tensors are stored: get the files again")
     for prefix, of in WRAPPERS.items():
         if source.tensors and all(n.startswith(prefix) for n in source.tensors):
             raise UsageError(
@@ -103,13 +103,13 @@ def _check_counts(model: Model, source: StoredTensors, where: str) -> None:
 
 
 def _position(family: Family) -> str:
-    """The table of learned positions; of a family without one a name that no tensor has."""
+    """The name of the table of learned positions; an impossible name if the family has none."""
     return f"{family.outer['position'].theirs}.weight" if "position" in family.outer else ""
 
 
 def _as_stored(family: Family, links: list[TensorMap], held: Mapping[str, Target]) -> list[TensorMap]:
-    """The links, spelled as the files at hand spell them."""
-    if not any(n.startswith(family.prefix) for n in held):  # GPT-2's own files are of the model without its head
+    """The maps with the tensor names of the given files."""
+    if not any(n.startswith(family.prefix) for n in held):  # GPT-2's original files contain the model without its head
         links = [replace(link, theirs=link.theirs.removeprefix(family.prefix)) for link in links]
     for new, old in OLD_NORMS.items():
         if any(n.endswith(old) for n in held):
@@ -117,15 +117,15 @@ def _as_stored(family: Family, links: list[TensorMap], held: Mapping[str, Target
                 replace(link, theirs=f"{link.theirs.removesuffix(new)}{old}" if link.theirs.endswith(new) else link.theirs)
                 for link in links
             ]
-    # Until transformers 5 an untied head shared what it holds twice now, and it was stored once.
+    # Until transformers 5 an untied head stored the shared tensor only once.
     twice = {f"{place.untied}.bias" for place in family.outer.values() if place.untied is not None} - held.keys()
     return [link for link in links if link.theirs not in twice]
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """A `TensorSource` whose positions are those of the first segment: its vector, the first row of `segments`, is added to each row of
-    `positions`, and rounded only to what they become.
+    """A `TensorSource` whose positions are those of the first segment: adds its vector, the first row of `segments`, to each row of
+    `positions`, and rounds only the result.
     """
 
     source: StoredTensors
@@ -157,8 +157,8 @@ def _must_agree(model: Model, found: Model, where: str) -> None:
 
 
 def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: StoredTensors, folder: Path) -> None:
-    """Copies of the embedding, as a stored head of a tied model, must equal it, and so with a bias that it has twice; they are then left
-    out of `held`.
+    """Copies of the embedding, such as a stored head of a tied model, must equal it, as must two copies of a bias; removes them from
+    `held`.
     """
     table = family.outer["embedding"].theirs + ".weight"
     copies = {f"{module}.weight": table for module in family.copies}
@@ -171,12 +171,12 @@ def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: St
         if not _equal(source, held[copy], held.get(of)):
             what = "it is always tied" if copy.removesuffix(".weight") in family.copies else "its config says tie_word_embeddings"
             fix = "get the files again" if copy.removesuffix(".weight") in family.copies else f"set that to false in {CONFIG}"
-            raise UsageError(f"{folder} has a {copy} of its own, and {what}: {fix}")
+            raise UsageError(f"{folder} has a {copy} of its own, but {what}: {fix}")
         del held[copy]
 
 
 def _has_own_head(family: Family, source: StoredTensors) -> bool:
-    """Whether a head is stored that is not the embedding."""
+    """Whether a head is stored that differs from the embedding."""
     head, table = (source.tensors.get(family.outer[n].theirs + ".weight") for n in ("head", "embedding"))
     return head is not None and not _equal(source, head, table)
 
@@ -195,7 +195,7 @@ def _equal(source: StoredTensors, one: Target, other: Target | None) -> bool:
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint of ours as a Hugging Face model, checked and not yet written. `notes`: what is to be told."""
+    """A checkpoint of ours as a Hugging Face model, checked but not yet written. `notes`: remarks for the user."""
 
     config: dict[str, Any]
     files: list[FilePlan]
@@ -206,9 +206,9 @@ class Export:
 
 
 def plan_export(checkpoint: OpenCheckpoint, dtype: torch.dtype | None = None) -> Export:
-    """Raises UsageError where no Hugging Face family has what the model has.
+    """Raises UsageError if no Hugging Face family matches the model.
 
-    dtype  of the weights; the stored one if absent
+    dtype  dtype of the weights; default: the stored one
     """
     original = checkpoint.trainer.get("hf_config")
     config = hf_config(checkpoint.model, checkpoint.seq_len, original if isinstance(original, dict) else None)
@@ -217,9 +217,9 @@ def plan_export(checkpoint: OpenCheckpoint, dtype: torch.dtype | None = None) ->
     held = checkpoint.source.tensors
     dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
     config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
-    config.pop("dtype", None)  # the newer name of the same
+    config.pop("dtype", None)  # the newer name of torch_dtype
     targets = {name: Target(name, dtypes[name], shape) for name, shape in extents(steps).items()}
-    if family.segments is not None:  # no step makes it: zeros
+    if family.segments is not None:  # nothing writes it: zeros
         name = f"{family.segments}.weight"
         dtypes[name], steps[name] = dtypes[_position(family)], ()
         targets[name] = Target(name, dtypes[name], (config["type_vocab_size"], checkpoint.model.hidden_size))
@@ -229,7 +229,7 @@ def plan_export(checkpoint: OpenCheckpoint, dtype: torch.dtype | None = None) ->
 
 
 def _length_note(family: Family, config: Mapping[str, Any], seq_len: int) -> tuple[str, ...]:
-    """What to say where a config names another longest sequence for the sake of YaRN (`rope_keys`)."""
+    """A note if the config names another longest sequence because of YaRN (`rope_keys`)."""
     scaling = config.get("rope_scaling")
     if not isinstance(scaling, Mapping) or scaling["rope_type"] != "yarn" or config[family.length] == seq_len:
         return ()
@@ -237,7 +237,7 @@ def _length_note(family: Family, config: Mapping[str, Any], seq_len: int) -> tup
 
 
 def _files(targets: list[Target]) -> list[FilePlan]:
-    """Whole tensors over files, named as transformers names them."""
+    """Distributes whole tensors over files named like those of transformers."""
     groups: list[list[Target]] = [[]]
     for t in targets:
         if groups[-1] and sum(x.nbytes for x in groups[-1]) + t.nbytes > FILE_BYTES:
@@ -259,11 +259,11 @@ def write_hf(
     slab_bytes: int = 64 << 20,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the folder, which must not exist; it appears only when whole. What a killed run with the same source left is finished.
+    """Writes the folder, which must not exist; it appears only when complete. Completes what a killed run with the same source left.
 
     others  further files: name → content
 
-    Raises UsageError where it cannot be; then nothing is left of it.
+    Raises UsageError if that fails; then nothing is left.
     """
     with atomic_folder(Path(folder)) as temporary:
         write_files(temporary, export.files, export.produce, stamp=export.stamp, workers=workers, slab_bytes=slab_bytes, progress=progress)

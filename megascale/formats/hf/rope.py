@@ -1,5 +1,5 @@
-"""Rotary positions in a config.json: as transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) write them, and as both read
-them alike.
+"""Rotary positions in a config.json, as transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) write them, in a form that both
+read alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from megascale.config.schema import Model
 
 ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
-# What some kinds of scaling have and the others do not look at.
+# Keys that some kinds of scaling have and the others ignore.
 OF_KINDS = frozenset(
     ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"]
 )
@@ -19,12 +19,12 @@ OF_KINDS = frozenset(
 def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
     """θ, our scaling, and problems.
 
-    length  the longest sequence, which the original one is where nothing says it
+    length  the longest sequence, the default for the original one
     """
     stored = {k: config[k] for k in ("rope_parameters", "rope_scaling") if config.get(k)}
-    odd = [f"{k} is {v!r}, which is no mapping" for k, v in stored.items() if not isinstance(v, Mapping)]
+    odd = [f"{k} is {v!r}, which is not a mapping" for k, v in stored.items() if not isinstance(v, Mapping)]
     odd += [
-        f"{k} is nested by layer type ({', '.join(map(str, v))}), and all layers have the same positions here"
+        f"{k} is nested by layer type ({', '.join(map(str, v))}), but all layers have the same positions here"
         for k, v in stored.items()
         if isinstance(v, Mapping) and any(isinstance(x, Mapping) for x in v.values())
     ]
@@ -37,7 +37,7 @@ def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[A
     kind, other = rest.pop("rope_type", None), rest.pop("type", None)
     kind = _first(kind, other, "default")
     share = _first(rest.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), 1.0)
-    problems = [] if share == 1.0 else [f"partial_rotary_factor is {share!r}, and all channels of a head turn here"]
+    problems = [] if share == 1.0 else [f"partial_rotary_factor is {share!r}, but all channels of a head rotate here"]
     if kind == "default":
         problems += [f"{k} is {v!r}, which is not understood" for k, v in rest.items() if v is not None and k not in OF_KINDS]
         return theta, None, problems
@@ -47,12 +47,12 @@ def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[A
 
 
 def _first(*values: Any) -> Any:
-    """The first that is given."""
+    """The first value that is not None."""
     return next((v for v in values if v is not None), None)
 
 
 def _agree(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
-    """Whether what a file says in both ways is the same, θ aside."""
+    """Whether both forms in a file agree, apart from θ."""
 
     def plain(given: Mapping[str, Any]) -> dict[str, Any]:
         rest = {k: v for k, v in given.items() if k not in ("rope_theta", "type", "rope_type") and v is not None}
@@ -62,7 +62,7 @@ def _agree(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
 
 
 def _scaling(kind: Any, rest: dict[str, Any], length: Any) -> tuple[dict[str, Any], list[str]]:
-    """Our section of a scaling, and problems. Takes from `rest` what it understands."""
+    """Our section for a scaling, and problems. Removes known keys from `rest`."""
     problems = []
     original = _first(rest.pop("original_max_position_embeddings", None), length)
     wanted: dict[str, Any] = {"type": kind, "factor": rest.pop("factor", None)}
@@ -78,20 +78,20 @@ def _scaling(kind: Any, rest: dict[str, Any], length: Any) -> tuple[dict[str, An
         if rest.pop("truncate", True) is not True:
             problems.append("rope_scaling.truncate is not True, which is not understood")
     elif kind != "linear":
-        return wanted, [f"rope_type is {kind!r}, and default, linear, llama3 and yarn can be had here"]
+        return wanted, [f"rope_type is {kind!r}, but only default, linear, llama3 and yarn are supported"]
     problems += [f"rope_scaling.{k} is {v!r}, which is not understood" for k, v in rest.items() if v is not None]
     problems += [f"rope_scaling.{k} is absent" for k, v in wanted.items() if v is None and k != "attention_factor"]
     return wanted, problems
 
 
 def rope_keys(model: Model, length: int, key: str) -> dict[str, Any]:
-    """What an export says of positions, in the keys of transformers 4, which 5 reads as well.
+    """An export's keys for positions, those of transformers 4, which 5 also reads.
 
-    length  the longest sequence, which stands under `key`
+    length  the longest sequence, stored under `key`
 
-    Where YaRN's original length is stored, transformers 4 took the longest sequence divided by it for the factor, and not the factor that
-    is stored, until huggingface/transformers#40320. So it is left out where it is the longest sequence, which is its default; else
-    the longest sequence becomes what the factor makes of it, or the original one where that is no whole number.
+    If YaRN's original length is stored, transformers 4 used the longest sequence divided by it as the factor instead of the stored factor,
+    until huggingface/transformers#40320. So it is omitted if it equals the longest sequence, its default; otherwise the longest sequence
+    becomes original length × factor, or the original length if that is not a whole number.
     """
     scaling = model.rope_scaling
     if scaling is None:

@@ -1,7 +1,7 @@
-"""What of T5's config says two things at once: whether the head is the embedding, and what enters it.
+"""Keys of T5's config with two meanings: whether the head is tied to the embedding, and the scale of its input.
 
-Until transformers 5 `tie_word_embeddings` said both, for T5 1.0 ties and scales and 1.1 does neither. Since then `scale_decoder_outputs`
-has the scale, the key for ties is always true, and a head that is stored and differs from the embedding is one of its own.
+Until transformers 5 `tie_word_embeddings` meant both, since T5 1.0 ties and scales and 1.1 does neither. Since then `scale_decoder_outputs`
+has the scale, the key for ties is always true, and a stored head that differs from the embedding is untied.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 from megascale.config.schema import Model
 
 SCALED, TIED = "scale_decoder_outputs", "tie_word_embeddings"
-ACTIVATIONS = {"gated-gelu": "gelu_new"}  # where it is not what stands behind the dash
+ACTIVATIONS = {"gated-gelu": "gelu_new"}  # exceptions to "the word after the dash"
 
 
 def scaled(config: Mapping[str, Any]) -> bool:
-    """Whether what enters the head is multiplied with 1/√d_model."""
+    """Whether the head's input is multiplied by 1/√d_model."""
     return bool(config.get(SCALED, config.get(TIED) is not False))
 
 
 def with_ties(config: Mapping[str, Any], own_head: bool) -> dict[str, Any]:
-    """The config with a key for ties that says what is. own_head: a head is stored that is not the embedding."""
+    """The config with a correct key for ties. own_head: a stored head differs from the embedding."""
     return {**config, TIED: not own_head} if SCALED in config else dict(config)
 
 
@@ -31,7 +31,7 @@ def head_scale(config: Mapping[str, Any]) -> float | None:
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:
-    """Where what follows from `feed_forward_proj` is stored as well, and as something else."""
+    """Stored values that contradict `feed_forward_proj`."""
     kind = str(config.get("feed_forward_proj", "relu"))
     follows = {"dense_act_fn": ACTIVATIONS.get(kind, kind.rpartition("-")[2]), "is_gated_act": kind.startswith("gated-")}
     return [
@@ -42,5 +42,5 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def keys(model: Model) -> dict[str, Any]:
-    """What an export says beside the table's keys."""
+    """An export's keys in addition to the table's."""
     return {SCALED: model.head_scale is not None}

@@ -1,4 +1,4 @@
-"""A family's table of modules, spelled out as links for a model of given sizes."""
+"""A family's table of modules, expanded to tensor maps for a model of given sizes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BLOCK = re.compile(r"(blocks|encoder)\.(\d+)\.(.+)")
 
 
 def links_of(family: Family, model: Model, seq_len: int) -> list[TensorMap]:
-    """One link for each weight, or for each expert of a bank. Ours are named as in checkpoints.
+    """One map per weight, or per expert of a bank. Our names are those in checkpoints.
 
-    Raises UsageError for a weight that the family has no place for.
+    Raises UsageError for a weight that has no place in the family.
     """
     links = []
     for name, shape in our_shapes(model, seq_len).items():
@@ -29,7 +29,7 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[TensorMap]:
         held = place.gated if place.gated is not None and model.gated else place.theirs
         stem = f"{prefix}{block[2]}.{held}" if block else held
         if place.untied is not None and not model.tie_embeddings:
-            links += _links(MODEL + name, shape, f"{place.untied}.{leaf}", place)  # first, since the first of two is read
+            links += _links(MODEL + name, shape, f"{place.untied}.{leaf}", place)  # first, since the first of two is used
         links += _links(MODEL + name, shape, f"{stem}.{leaf}", place)
     return links
 

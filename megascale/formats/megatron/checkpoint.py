@@ -1,5 +1,5 @@
-"""Model weights of megatron-core: read from distributed checkpoints (torch_dist) and from files of tensor and pipeline ranks, written as
-either. Weights only: neither optimizer state nor the run's arguments, so the model comes from a config.
+"""Model weights of megatron-core: reads distributed checkpoints (torch_dist) and files per tensor and pipeline rank, and writes either.
+Weights only, without optimizer state or the run's arguments, so the model comes from a config.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 ITERATION = re.compile(r"[0-9]{1,18}")
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
-ELEMENTS = 1 << 24  # compared at once
+ELEMENTS = 1 << 24  # elements compared at once
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class RankFiles:
         held = read_torch(path)
         model = held.get("model") if isinstance(held, Mapping) else None
         if not isinstance(model, Mapping):
-            more = " (model0, model1: several stages a rank)" if isinstance(held, Mapping) and "model0" in held else ""
-            raise UsageError(f"{path} has no weights under model{more}: save them with one stage a rank")
+            more = " (model0, model1: several stages per rank)" if isinstance(held, Mapping) and "model0" in held else ""
+            raise UsageError(f"{path} has no weights under model{more}: save them with one stage per rank")
         return {str(n): t for n, t in model.items() if isinstance(t, Tensor) and not str(n).endswith("_extra_state")}
 
 
 def find_iteration(folder: Path) -> Path:
-    """A checkpoint folder of Megatron, or the iteration in it that was saved last. Raises UsageError."""
+    """A checkpoint folder of Megatron, or its last iteration. Raises UsageError."""
     if (folder / LATEST).is_file():
         with (folder / LATEST).open(encoding="utf-8", errors="replace") as file:
             text = file.read(100).strip()
         named = folder / ("release" if text == "release" else f"iter_{int(text):07d}" if ITERATION.fullmatch(text) else "")
         if named == folder or not named.is_dir():
-            raise UsageError(f"{folder / LATEST} says {text[:40]!r}, and there is no such iteration in {folder}: name the folder iter_…")
+            raise UsageError(f"{folder / LATEST} says {text[:40]!r}, but there is no such iteration in {folder}: name the folder iter_…")
         return named
     if (folder / "metadata.json").is_file() or any(RANK.fullmatch(p.name) for p in folder.glob("mp_rank_*")):
         return folder
@@ -79,7 +79,7 @@ def find_iteration(folder: Path) -> Path:
 
 
 def read_megatron(folder: str | Path, model: Model, seq_len: int, dtype: torch.dtype | None = None) -> Foreign:
-    """The weights of `model` in a checkpoint of Megatron. Raises UsageError where they are not those of such a model, or not whole."""
+    """The weights of `model` in a checkpoint of Megatron. Raises UsageError if they belong to another model or are incomplete."""
     where = find_iteration(Path(folder))
     said = f"the config given for {where}"
     if (where / "metadata.json").is_file():
@@ -111,19 +111,19 @@ def _foreign(
     targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
     short = next((t for t in targets if t.name.endswith(("embedding.weight", "head.weight")) and t.shape[0] != model.vocab_size), None)
     if short is not None:
-        raise UsageError(f"{where} has {short.shape[0]} rows for {short.name}, and model.vocab_size is {model.vocab_size}: lower it")
+        raise UsageError(f"{where} has {short.shape[0]} rows for {short.name}, but model.vocab_size is {model.vocab_size}: lower it")
     return Foreign(model, seq_len, targets, Rearranged(source, steps, dtypes), {}, source.stamp)
 
 
 def _same(copy: TensorMap, links: list[TensorMap], source: Any) -> None:
-    """Raises UsageError where a rank's copy of a tensor is not that of the rank it was read from."""
+    """Raises UsageError if a rank's copy of a tensor differs from the one that was read."""
     first = next(k for k in links if k.ours == copy.ours and k.at == copy.at)
     rows = max(1, ELEMENTS // max(1, math.prod(copy.size[1:])))
     for start in range(0, copy.size[0], rows):
         size = (min(rows, copy.size[0] - start), *copy.size[1:])
         a, b = (source.read(k.theirs, (k.to[0] + start, *k.to[1:]), size) for k in (first, copy))
         if not torch.equal(a, b):
-            raise UsageError(f"{copy.theirs} differs from {first.theirs}, of which it is a copy: the ranks are not of one checkpoint")
+            raise UsageError(f"{copy.theirs} differs from {first.theirs}, of which it is a copy: the ranks do not belong to one checkpoint")
 
 
 def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
@@ -144,7 +144,7 @@ def _open_ranks(folder: Path) -> tuple[RankFiles, Cut]:
     names = source.tensors
     table = names.get(f"{first}/embedding.word_embeddings.weight")
     if table is None or len(table.shape) != 2:
-        raise UsageError(f"{folder / first / FILE} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
+        raise UsageError(f"{folder / first / FILE} has no embedding.word_embeddings.weight: it is not a GPT model of megatron-core")
     spec = "te" if any(n.endswith("linear_qkv.layer_norm_weight") for n in names) else "local"
     experts = "grouped" if any(".mlp.experts.linear_fc1.weight" in n for n in names) else "sequential"
     return source, Cut(tp, pp, spec, table.shape[0] * tp, experts)
@@ -162,9 +162,9 @@ def write_megatron(
 ) -> Foreign:
     """Writes `folder`/iter_…/mp_rank_…/model_optim_rng.pt, one rank after the other: memory is that of one rank.
 
-    spec       where norms stand: te (fused, Megatron's default) or local
+    spec       kind of norm modules: te (fused, Megatron's default) or local
     divisible  rows of the vocabulary are padded with zeros to a multiple of this times tp
-    experts    grouped (one module with a weight for each, as --moe-grouped-gemm has them) or sequential
+    experts    grouped (one module with a weight per expert, as under --moe-grouped-gemm) or sequential
 
     Raises UsageError; then nothing is left.
     """
@@ -199,9 +199,9 @@ def write_megatron(
 
 
 def write_torch_dist(checkpoint: OpenCheckpoint, folder: Path, spec: str, divisible: int, dtype: torch.dtype | None) -> Foreign:
-    """Writes `folder`/iter_…, a distributed checkpoint that loads on any ranks; memory is that of a few rectangles, whatever the model's.
+    """Writes `folder`/iter_…, a distributed checkpoint that loads on any layout; needs memory for a few rectangles, for any model.
 
-    spec       te or local, which differ where there are experts
+    spec       te or local, which differ only with experts
     divisible  rows of the vocabulary are padded with zeros to a multiple of this
 
     Raises UsageError; then nothing is left.
@@ -219,7 +219,7 @@ def write_torch_dist(checkpoint: OpenCheckpoint, folder: Path, spec: str, divisi
     iteration = checkpoint.step
     with atomic_folder(folder) as temporary:
         into = temporary / f"iter_{iteration:07d}"
-        shutil.rmtree(into, ignore_errors=True)  # of a killed run: what it wrote has no marks to go on from
+        shutil.rmtree(into, ignore_errors=True)  # of a killed run: its files have no marks to continue from
         write_distributed(into, targets, produce, empty_states(model), iteration)
         (temporary / LATEST).write_text(str(iteration))
     return Foreign(model, checkpoint.seq_len, targets, produce, {}, checkpoint.source.stamp)

@@ -1,7 +1,8 @@
-"""Distributed checkpoints of megatron-core (torch_dist): read, and written a rectangle at a time.
+"""Distributed checkpoints of megatron-core (torch_dist): read, and written rectangle by rectangle.
 
-A folder has `.metadata`, a pickle that says which rectangle of which tensor lies where; `.distcp` files, each a row of what torch.save
-wrote; `common.pt`, what is no tensor; and metadata.json, the format's name. All layers of a kind are one tensor, layers first.
+A folder has `.metadata`, a pickle with the location of every rectangle of every tensor; `.distcp` files, each a sequence of torch.save
+outputs; `common.pt` for everything but tensors; and metadata.json with the format's name. All layers of a kind form one tensor, layers
+first.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from megascale.formats.tensor_maps import Sizes
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 STACKED = re.compile(r"decoder\.layers\.[^0-9]")
-CHUNK = 1 << 24  # elements of a rectangle that is written at once
-LARGEST = 1 << 48  # of a dimension
-FILE_BYTES = 4 * 10**9  # after which another file begins
+CHUNK = 1 << 24  # elements of a rectangle per write
+LARGEST = 1 << 48  # of a dimension's length
+FILE_BYTES = 4 * 10**9  # after which a new file begins
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class Distributed:
-    """The tensors of a torch_dist checkpoint. A chunk is read whole, the last few are kept: memory is theirs."""
+    """The tensors of a torch_dist checkpoint. Chunks are read whole, and the last few are cached."""
 
     folder: Path
     chunks: Mapping[str, tuple[StoredChunk, ...]]
@@ -87,7 +88,7 @@ class Distributed:
             whole = _chunk(self.folder / c.file, c.begin, c.length)
             if tuple(whole.shape) != c.size or whole.dtype != out.dtype:
                 raise UsageError(
-                    f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} and .metadata says {out.dtype} {list(c.size)}: {name} "
+                    f"{self.folder / c.file} holds {whole.dtype} {list(whole.shape)} but .metadata says {out.dtype} {list(c.size)}: {name} "
                     "is damaged"
                 )
             part = whole[tuple(slice(a - p, b - p) for a, b, p in zip(low, high, c.offset))]
@@ -112,7 +113,7 @@ def _chunk(path: Path, begin: int, length: int) -> Tensor:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}): the checkpoint is not whole") from None
     found = read_torch_bytes(data, f"{path} at {begin}")
     if not isinstance(found, Tensor):
-        raise UsageError(f"{path} at {begin} holds no tensor: the checkpoint is damaged")
+        raise UsageError(f"{path} at {begin} does not hold a tensor: the checkpoint is damaged")
     return found
 
 
@@ -126,23 +127,23 @@ def open_distributed(folder: Path) -> tuple[Distributed, Cut]:
     backend = read_object(folder / "metadata.json", "the checkpoint is not whole", DAMAGED).get("sharded_backend")
     if backend != "torch_dist":
         raise UsageError(
-            f"{folder / 'metadata.json'} says sharded_backend {backend!r}, and torch_dist can be read: save with --ckpt-format torch_dist"
+            f"{folder / 'metadata.json'} says sharded_backend {backend!r}, but only torch_dist is read: save with --ckpt-format torch_dist"
         )
     try:
         source = _read_metadata(folder)
     except (KeyError, AttributeError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(
-            f"{folder / '.metadata'} is not what torch writes ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}"
+            f"{folder / '.metadata'} is not in torch's format ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}"
         ) from None
     table = source.tensors.get("embedding.word_embeddings.weight")
     if table is None or len(table.shape) != 2:
-        raise UsageError(f"{folder} has no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
+        raise UsageError(f"{folder} has no embedding.word_embeddings.weight: it is not a GPT model of megatron-core")
     spec = "te" if any(".pre_mlp_layernorm." in n for n in source.tensors) else "dist_local"
     return source, Cut(1, 1, spec, table.shape[0])
 
 
 def _read_metadata(folder: Path) -> Distributed:
-    """The chunks of every model tensor. Optimizer state and objects are left where they are."""
+    """The chunks of every model tensor. Optimizer state and objects are ignored."""
     state = read_pickle(folder / ".metadata").state
     chunks: dict[str, list[StoredChunk]] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -155,7 +156,7 @@ def _read_metadata(folder: Path) -> Distributed:
         dtype = meta.state["properties"].state
         dtypes[name] = dtype[0] if isinstance(dtype, tuple) else dtype["dtype"]
         if not isinstance(dtypes[name], torch.dtype):
-            raise TypeError(f"{name} has no dtype that is read here")
+            raise TypeError(f"{name} has an unsupported dtype")
         for c in meta.state["chunks"]:
             offset, size = tuple(c.state["offsets"]), tuple(c.state["sizes"])
             place = places[name, offset]
@@ -174,9 +175,9 @@ def _read_metadata(folder: Path) -> Distributed:
 
 
 def write_distributed(folder: Path, targets: list[Target], produce: ReadSlice, states: list[str], iteration: int) -> None:
-    """Writes an iteration's folder: `targets`, and for `states` the empty objects that modules ask for beside their weights.
+    """Writes an iteration's folder: `targets`, and for `states` the empty objects that modules require besides their weights.
 
-    Memory is that of a rectangle of CHUNK elements. A layer's part is never in one rectangle with another's.
+    Needs memory for a rectangle of CHUNK elements. A rectangle never spans two layers.
     """
     folder.mkdir(parents=True)
     found: dict[str, Any] = {}
@@ -192,7 +193,7 @@ def write_distributed(folder: Path, targets: list[Target], produce: ReadSlice, s
             for offset, size in rectangles(target):
                 data = io.BytesIO()
                 part = produce(target.name, offset, size)
-                # What a view is part of would be written, too.
+                # A view would be written with its whole storage.
                 torch.save(part if part.untyped_storage().nbytes() == part.nbytes else part.clone(), data)
                 chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
                 storage[MetadataIndex(target.name, torch.Size(offset))] = files.add(data.getbuffer())
@@ -205,7 +206,7 @@ def write_distributed(folder: Path, targets: list[Target], produce: ReadSlice, s
 
 
 def rectangles(target: Target) -> Iterator[tuple[Sizes, Sizes]]:
-    """Of a tensor [layers, …] one layer after the other, else of all of it, at most CHUNK elements each where rows allow it."""
+    """Rectangles of a tensor, layer by layer if it is [layers, …], of at most CHUNK elements if rows allow it."""
     if not STACKED.match(target.name):
         yield from slabs((0,) * len(target.shape), target.shape, CHUNK)
         return
@@ -215,7 +216,7 @@ def rectangles(target: Target) -> Iterator[tuple[Sizes, Sizes]]:
 
 
 class Files:
-    """`.distcp` files, one begun when the last is full."""
+    """`.distcp` files; starts a new one when the last is full."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.number = folder, -1
@@ -231,7 +232,7 @@ class Files:
             self.file.close()
 
     def add(self, data: bytes | memoryview) -> _StorageInfo:
-        """Appends what torch.save wrote, and says where it lies."""
+        """Appends a torch.save output and returns its location."""
         if self.file is None or self.file.tell() >= FILE_BYTES:
             self.__exit__()
             self.number += 1

@@ -1,8 +1,8 @@
-"""Pickles of others, read without running anything in them, in memory that their own size bounds.
+"""Reads foreign pickles without executing anything in them, in memory bounded by their size.
 
-A pickle names functions and classes to call. Here every name becomes a record that remembers what it was called with, except for the few
-that put a tensor together from numbers. A few bytes may ask for gigabytes: opcodes are looked through before any is followed, and what
-torch.save wrote is taken from the archive by ourselves, since torch.load would inflate and allocate whatever it is told to.
+A pickle names functions and classes to call. Here every name becomes a record of its call, except the few that build a tensor from numbers.
+A few bytes may request gigabytes: opcodes are checked before any is executed, and archives of torch.save are read by our own code, since
+torch.load would inflate and allocate whatever they say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = {
     f"torch.{d}": getattr(torch, d)
     for d in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
-# Storages stand in pickles under the names of classes, one for each dtype.
+# Pickles refer to storages by class names, one per dtype.
 STORAGES: dict[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -39,15 +39,15 @@ STORAGES: dict[str, torch.dtype] = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-MOST = 1 << 30  # bytes of a pickle, tensors not counted
-ARGUMENTS = 256  # of a call: what is called with more is no part of a checkpoint
-NAMES = 4096  # different classes and functions in a pickle
-NESTED = 3  # dictionaries inside one another that tensors are looked for in
+MOST = 1 << 30  # bytes of a pickle, without tensors
+ARGUMENTS = 256  # of a call: no call in a checkpoint has more
+NAMES = 4096  # most different classes and functions in a pickle
+NESTED = 3  # most levels of dictionaries that are searched for tensors
 DAMAGED = "the checkpoint is damaged"
 
 
 class Record:
-    """What a pickle would have made: the arguments it was to be called with, and the state it was to be given."""
+    """What a pickle would have created: the arguments of the call and the state to set."""
 
     args: tuple[Any, ...]
     state: Any
@@ -58,24 +58,24 @@ class Record:
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """`__new__` has it all: a pickle may call that alone."""
+        """`__new__` does everything, since a pickle may call only that."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
     def append(self, item: Any) -> None:
-        """Items of a list's subclass: nobody asks for them."""
+        """Ignores items of a list's subclass."""
 
     def extend(self, items: Any) -> None:
         """As `append`."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Items of a dict's subclass: nobody asks for them."""
+        """Ignores items of a dict's subclass."""
 
 
 class Ordered(dict[Any, Any]):
-    """An OrderedDict as pickles make it: empty first, item by item then. Copies of another, which a pickle could order by the million, and
-    attributes are not made.
+    """An OrderedDict as pickles build it: empty first, then item by item. Refuses copies of another one, which a pickle could request by
+    the million, and ignores attributes.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -84,11 +84,11 @@ class Ordered(dict[Any, Any]):
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Attributes: nobody asks for them."""
+        """Ignores attributes."""
 
 
 class Held(Record):
-    """A tensor. It takes no state, which would be another storage for it."""
+    """A tensor. It ignores state, which would replace its storage."""
 
     tensor: Tensor
 
@@ -104,10 +104,10 @@ def _size(values: Any = ()) -> tuple[Any, ...]:
 
 
 def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Held:
-    """A tensor inside one of one dimension, which is all of a storage."""
+    """A view of a storage, given as a flat tensor."""
     numbers = (offset, *_few(size), *_few(stride))
     if not isinstance(flat, Tensor) or len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
-        raise pickle.UnpicklingError("a tensor is made of something else than numbers")
+        raise pickle.UnpicklingError("a tensor is made of something other than numbers")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride))
     if 0 not in size and last >= flat.numel():
         raise pickle.UnpicklingError(f"a tensor reaches beyond the {flat.numel()} numbers stored for it")
@@ -131,7 +131,7 @@ REAL: dict[str, Any] = {
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Finds nothing but what is in REAL; all else is a `Record`, under a name of its own. Storages are those of `archive`."""
+    """Finds only what is in REAL; everything else becomes a `Record`. Storages come from `archive`."""
 
     def __init__(self, data: bytes, archive: Archive | None = None) -> None:
         super().__init__(io.BytesIO(data))
@@ -155,9 +155,9 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 def _unpickle(data: bytes, archive: Archive | None = None) -> Any:
-    """Raises anything for a damaged pickle."""
+    """May raise any exception for a damaged pickle."""
     for opcode, argument, _ in pickletools.genops(data):
-        # A memo has room for as many objects as its largest number says, and no pickle writes numbers that are larger than its length.
+        # A memo allocates by its largest index, and no valid pickle has an index larger than its length.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError(f"it keeps {argument} objects in {len(data)} bytes")
     return SafeUnpickler(data, archive).load()
@@ -165,13 +165,13 @@ def _unpickle(data: bytes, archive: Archive | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Archive:
-    """What torch.save wrote: bytes `raw` [n], and where in them the storages lie, key → (offset, bytes)."""
+    """A torch.save archive: bytes `raw` [n], and the storages in them, key → (offset, bytes)."""
 
     raw: Tensor
     places: Mapping[str, tuple[int, int]]
 
     def storage(self, pid: Any) -> Tensor:
-        """All numbers of a storage, as one dimension."""
+        """A storage as a flat tensor."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], torch.dtype):
             kind = getattr(pid[1], "__name__", pid[1]) if isinstance(pid, tuple) and len(pid) > 1 else pid
             raise pickle.UnpicklingError(f"storages of kind {str(kind)[:60]} are not read")
@@ -184,11 +184,11 @@ class Archive:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a bare pickle holds. Raises UsageError for a file that is none."""
+    """Reads a bare pickle. Raises UsageError for any other file."""
     try:
         size = path.stat().st_size
         if size > MOST or not path.is_file():
-            raise UsageError(f"{path} is no file of at most {MOST} bytes: {DAMAGED}")
+            raise UsageError(f"{path} is not a file of at most {MOST} bytes: {DAMAGED}")
         return _unpickle(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"there is no {path}: the checkpoint is not whole") from None
@@ -200,7 +200,7 @@ def read_pickle(path: Path) -> Any:
 
 @lru_cache(maxsize=4)
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote, its tensors mapped from the file. Raises UsageError for files that are damaged or older than torch 1.6."""
+    """Reads a torch.save file, with tensors memory-mapped. Raises UsageError for files that are damaged or older than torch 1.6."""
     if not path.is_file():
         raise UsageError(f"there is no {path}: the checkpoint is not whole")
     check_archive(path, str(path))
@@ -233,7 +233,7 @@ def _read_archive(file: Path | io.BytesIO, raw: Tensor) -> Any:
                 raise ValueError(f"{info.filename[:60]} is compressed, which torch.save does not do, or reaches beyond the file")
             found[info.filename.partition("/")[2]] = (begin, info.file_size)
     if "byteorder" in found and _bytes(raw, *found["byteorder"]) != b"little":
-        raise ValueError("it was written on a machine of another byte order")
+        raise ValueError("it was written with another byte order")
     if found["data.pkl"][1] > MOST:
         raise ValueError(f"its pickle has more than {MOST} bytes")
     places = {name.removeprefix("data/"): place for name, place in found.items() if name.startswith("data/")}
@@ -245,7 +245,7 @@ def _bytes(raw: Tensor, offset: int, size: int) -> bytes:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Tensors as such, in dictionaries inside one another."""
+    """Converts records of tensors in nested dictionaries to tensors."""
     if isinstance(value, Held):
         return value.tensor
     if depth and isinstance(value, dict):
@@ -254,9 +254,9 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def check_archive(file: Path | io.BytesIO, where: str) -> None:
-    """Raises UsageError for what is no archive of pickled tensors, such as a program of TorchScript."""
+    """Raises UsageError for anything but an archive of pickled tensors, such as a TorchScript program."""
     if not zipfile.is_zipfile(file):
-        raise UsageError(f"{where} is no zip file as torch.save writes it since 1.6: it is damaged, or must be saved again")
+        raise UsageError(f"{where} is not a zip file of torch.save since 1.6: it is damaged, or must be saved again")
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()

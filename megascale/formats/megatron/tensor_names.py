@@ -1,8 +1,8 @@
-"""How a GPT model of megatron-core holds our weights, whole or cut over tensor and pipeline ranks, as links.
+"""Tensor maps between our weights and a GPT model of megatron-core, whole or split over tensor and pipeline ranks.
 
-Rows of linear_qkv stand by KV head: its queries, its key, its value. linear_fc1 of a gated model has the gate above the other. Embedding
-and head have rows of padding at the end, so that ranks hold equal parts. Experts are modules of their own (sequential) or numbered weights
-of one (grouped), and one more dimension in distributed checkpoints.
+Rows of linear_qkv are grouped by KV head: its queries, its key, its value. A gated linear_fc1 has the gate's rows first. Embedding and head
+have padding rows at the end, so that ranks hold equal parts. Experts are separate modules (sequential) or numbered weights of one
+(grouped), and an additional dimension in distributed checkpoints.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL
 from megascale.formats.tensor_maps import Sizes, TensorMap
 
-# Where norms stand: fused into the product behind them with Transformer Engine, modules of their own without; before experts always, but
-# that a distributed checkpoint from a model without it (dist_local) names it as if it were fused.
+# Norms are fused into the following product with Transformer Engine, and separate modules without it; before experts always separate, but a
+# distributed checkpoint from a model without it (dist_local) names them as if fused.
 FUSED = {"attention_norm": "self_attention.linear_qkv.layer_norm_", "ffn_norm": "mlp.linear_fc1.layer_norm_"}
 NORMS = {
     "te": {**FUSED, "sparse": "pre_mlp_layernorm."},
@@ -31,12 +31,12 @@ NORMS = {
 EXPERT = {"sequential": "mlp.experts.local_experts.{expert}.{product}.weight", "grouped": "mlp.experts.{product}.weight{expert}"}
 OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 ROUTERS = ("topk_softmax", "softmax_topk", "sigmoid")
-TIED_COPY = "output_layer.weight"  # of the embedding, on the last of several pipeline ranks
+TIED_COPY = "output_layer.weight"  # copy of the embedding on the last of several pipeline ranks
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The ranks that a model is cut over; `spec` says where norms stand; `rows` of the padded vocabulary, all ranks together; `experts`:
+    """The ranks over which a model is split; `spec`: kind of norm modules; `rows` of the padded vocabulary over all ranks; `experts`:
     sequential or grouped.
     """
 
@@ -48,12 +48,12 @@ class Cut:
 
 
 def rank_name(tp: int, pp: int, cut: Cut) -> str:
-    """The folder of a rank."""
+    """A rank's folder."""
     return f"mp_rank_{tp:02d}" if cut.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
 
 
 def check_model(model: Model, cut: Cut) -> None:
-    """Raises UsageError for what megatron-core's GPT model does not have, or what cannot be cut so."""
+    """Raises UsageError for a model that megatron-core's GPT model does not support, or that cannot be split so."""
     wanted: dict[str, tuple[Any, ...]] = {
         "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": tuple(n for n, f in norms().items() if f.megatron),
         "moeut": (None,), "position": tuple(n for n, f in positions().items() if f.megatron), "qk_norm": (False, True),
@@ -64,17 +64,15 @@ def check_model(model: Model, cut: Cut) -> None:
         value = getattr(model, key)
         if value not in allowed:
             said = " or ".join(map(str, allowed))
-            raise UsageError(
-                f"model.{key} is {value!r}, and weights of megatron-core's GPT model are exchanged with {said}: use Hugging Face's format"
-            )
+            raise UsageError(f"model.{key} is {value!r}, but megatron-core's GPT model needs {said}: use Hugging Face's format")
     if model.bias != model.norm_row.bias:
         raise UsageError(
-            f"model.norm is {model.norm} and model.bias is {model.bias}, and megatron-core's LayerNorm has a bias and its RMSNorm none: "
+            f"model.norm is {model.norm} and model.bias is {model.bias}, but megatron-core's LayerNorm has a bias and its RMSNorm none: "
             "exchange models with both or neither"
         )
     if model.moe is not None and model.moe.router not in ROUTERS:
         raise UsageError(
-            f"model.moe.router is {model.moe.router}, and megatron-core's have the weights of {', '.join(ROUTERS)}: use one of them"
+            f"model.moe.router is {model.moe.router}, but megatron-core has the weights of {', '.join(ROUTERS)}: use one of them"
         )
     sizes = {"num_kv_heads": model.num_kv_heads}
     if model.moe is not None:
@@ -83,13 +81,13 @@ def check_model(model: Model, cut: Cut) -> None:
         sizes["ffn_size"] = model.ffn_size
     for key, size in sizes.items():
         if size % cut.tp:
-            raise UsageError(f"model.{key} is {size} and the weights are cut over {cut.tp} tensor ranks: choose a divisor")
+            raise UsageError(f"model.{key} is {size} but the weights are split over {cut.tp} tensor ranks: choose a divisor")
     if model.num_layers % cut.pp:
-        raise UsageError(f"model.num_layers is {model.num_layers} and the weights are cut over {cut.pp} pipeline ranks: choose a divisor")
+        raise UsageError(f"model.num_layers is {model.num_layers} but the weights are split over {cut.pp} pipeline ranks: choose a divisor")
 
 
 def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[TensorMap], list[TensorMap]]:
-    """Links to the tensors of all ranks, named `mp_rank_…/name`; and links of what further ranks hold once more."""
+    """Maps to the tensors of all ranks, named `mp_rank_…/name`; and maps of the copies on further ranks."""
     links: list[TensorMap] = []
     copies: list[TensorMap] = []
     per_stage = model.num_layers // cut.pp
@@ -146,7 +144,7 @@ def rank_links(model: Model, seq_len: int, cut: Cut) -> tuple[list[TensorMap], l
 
 
 def _experts(model: Model, cut: Cut, tp: int) -> list[TensorMap]:
-    """The experts of one layer on one tensor rank, and those that every token meets. Names are below the layer."""
+    """The experts of one layer on one tensor rank, including shared ones. Names are relative to the layer."""
     assert model.moe is not None and model.moe.ffn_size is not None
     d, n = model.hidden_size, model.moe.ffn_size // cut.tp
     parts = (("gate", 0), ("up", n)) if model.gated else (("up", 0),)
@@ -168,8 +166,8 @@ def _experts(model: Model, cut: Cut, tp: int) -> list[TensorMap]:
 
 
 def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[TensorMap]:
-    """The products of one layer on one tensor rank, cut along rows; the output products, which are cut along columns, where `leaf` is
-    weight. Names are below the layer. `sparse`: experts stand for the feed-forward.
+    """The products of one layer on one tensor rank, split along rows; if `leaf` is weight also the output products, split along columns.
+    Names are relative to the layer. `sparse`: experts replace the feed-forward.
     """
     d, e, f = model.hidden_size, model.head_dim, model.ffn_size // cut.tp
     group, kv = model.num_heads // model.num_kv_heads, model.num_kv_heads // cut.tp
@@ -200,8 +198,8 @@ def _products(model: Model, cut: Cut, tp: int, leaf: str, sparse: bool) -> list[
 
 
 def stacked(link: TensorMap, layered: bool) -> TensorMap:
-    """A link to a rank alone → to the tensor of a distributed checkpoint, where all experts of a layer are one tensor, and all layers of a
-    kind if `layered`.
+    """A map to a single rank → to the tensor of a distributed checkpoint, which stacks all experts of a layer, and if `layered` all layers
+    of a kind.
     """
     name = link.theirs.partition("/")[2]
     if not name.startswith("decoder.layers."):
@@ -216,7 +214,7 @@ def stacked(link: TensorMap, layered: bool) -> TensorMap:
 
 
 def empty_states(model: Model) -> list[str]:
-    """Objects that megatron-core asks for beside the weights of a distributed checkpoint, one a layer and product: what FP8 would keep."""
+    """Objects that megatron-core requires besides the weights of a distributed checkpoint, one per layer and product: FP8 state."""
     found, n, layered = [], model.num_layers, homogeneous(model)
     for layer in range(n):
         names = ["self_attention.linear_qkv", "self_attention.linear_proj"]
@@ -235,5 +233,5 @@ def empty_states(model: Model) -> list[str]:
 
 
 def homogeneous(model: Model) -> bool:
-    """All layers have the same tensors, so that a distributed checkpoint stacks them."""
+    """Whether all layers have the same tensors, so that a distributed checkpoint stacks them."""
     return model.moe is None or model.moe.every == 1
