@@ -183,7 +183,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [json.loads(line) for line in other.stdout.splitlines() if line.startswith("{")] == lines
     for args, words in (
         ((), "there is no prompt"),
-        (("--prompt", "x", "--tokens", "10"), "how many tokens follow is --max-new-tokens"),
+        (("--prompt", "x", "--tokens", "10"), "the number of new tokens is --max-new-tokens"),
         (("--prompt", ""), "prompt 1 has no tokens"),
         (("--tokens", "1,a"), "--tokens is '1,a'"),
         (("--tokens", "1", "--top-p", "0"), "--top-p is 0"),

@@ -1,3 +1,3 @@
-"""The command line: one module a subcommand, each with `app`. They import torch and everything slow inside their functions, so that
-`--help` answers at once; what they do is in the rooms below.
+"""The command line: one module per subcommand, each with `app`. Modules import torch and everything slow inside functions, so that
+`--help` answers at once; the work itself is done by other packages.
 """

@@ -1,6 +1,6 @@
 """Measures a layer, the embedding and the head on this machine, and prints the `parallel.pp_layers` that balances the stages by it.
 
-Without the key, layers are balanced by estimated FLOPs, which know nothing of memory-bound norms or of a device's small products.
+Without the key, layers are balanced by estimated FLOPs, which ignore memory-bound norms and a device's inefficiency on small products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def main(
     file: ConfigFile,
     overrides: Overrides = None,
 ) -> None:
-    """Prints seconds of forward and backward of each part at the config's micro-batch, and the split by measured and by estimated cost."""
+    """Prints the forward and backward time of each part at the config's micro-batch, and the split by measured and by estimated cost."""
     from megascale.analysis.stage_costs import balance
     from megascale.config.load import load_config
 

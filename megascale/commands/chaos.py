@@ -20,7 +20,7 @@ from megascale.errors import TrainingError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-LIMIT = 30.0  # seconds of run.collective_timeout where the overrides name none: a frozen rank is to be missed soon
+LIMIT = 30.0  # default seconds of run.collective_timeout, so that a frozen rank is detected soon
 SPREADS = ((), ("parallel.tp=2",), ("parallel.cp=2",), ("parallel.pp=2",), ("parallel.dp_replicate=2", "parallel.dp_shard=-1"))
 app = new_app(__doc__ or "")
 
@@ -31,13 +31,13 @@ def main(
     overrides: Overrides = None,
     faults: Annotated[int, typer.Option(help="number of faults to inject", min=1, max=10_000)] = 100,
     minutes: Annotated[float, typer.Option(help="minutes after which no more faults are injected", min=0.1, max=1e4)] = 30.0,
-    seed: Annotated[int, typer.Option(help="of the order of faults")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of the order of faults")] = 1,
     ranks: Annotated[int, typer.Option(help="ranks of every attempt; with --mixed, the most", min=1, max=64)] = 2,
-    mixed: Annotated[bool, typer.Option(help="another layout and number of ranks at each attempt")] = False,
-    out: Annotated[Path, typer.Option(help="folder for both runs, what they print, and the picture")] = Path("runs/chaos"),
+    mixed: Annotated[bool, typer.Option(help="use another layout and number of ranks for each attempt")] = False,
+    out: Annotated[Path, typer.Option(help="folder for both runs, their output and the picture")] = Path("runs/chaos"),
     report: Annotated[Path | None, typer.Option("--json", help="write attempts and verdict here")] = None,
 ) -> None:
-    """Exit code 0 if the curve is that of the undisturbed run and nothing went wrong, 1 if not."""
+    """Exit code 0 if the curve equals that of the undisturbed run and nothing went wrong, otherwise 1."""
     from rich.console import Console
 
     from megascale.chaos.draw import draw
@@ -49,7 +49,7 @@ def main(
     more += ["train.log_every=1", "run.device=cpu", "checkpoint.resume=auto"]
     resolved = load_config(config, more)
     if not resolved.checkpoint.every:
-        raise UsageError("checkpoint.every is 0, so that every fault would cost the whole run: give a number of steps")
+        raise UsageError("checkpoint.every is 0, so every fault would cost the whole run: give a number of steps")
     layouts = choose_layouts(config, more, ranks, mixed)
     arguments = (str(config.absolute()), *more)
     plan = Plan(arguments, layouts, resolved.train.total_steps, resolved.run.collective_timeout, faults, minutes, seed)
@@ -59,13 +59,13 @@ def main(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be made ({error.strerror}): name a folder that you may write to") from None
+        raise UsageError(f"--out {out} cannot be created ({error.strerror}): name a folder that you may write to") from None
     console.print(f"the undisturbed run first: {plan.steps} steps, {layouts[0]}")
     begun = time.monotonic()
     reference = undisturbed(plan, calm)
     if (codes := reference.wait(60 * minutes)) is None or any(codes):
         reference.kill()
-        raise TrainingError(f"the undisturbed run did not end well (codes {codes}), see {reference.logs[0]}")
+        raise TrainingError(f"the undisturbed run failed (codes {codes}), see {reference.logs[0]}")
     plan = replace(plan, calm=time.monotonic() - begun)
     attempts: list[Attempt] = []
     for attempt in disturbed(plan, run):
@@ -89,7 +89,7 @@ def main(
 
 
 def choose_layouts(config: Path, overrides: list[str], ranks: int, mixed: bool) -> tuple[Layout, ...]:
-    """The layouts that attempts draw from: the config's own on `ranks`, or with `mixed` everything that the rules allow up to that many."""
+    """The layouts for attempts: the config's own on `ranks`, or with `mixed` all that the rules allow on up to that many."""
     sizes: list[int] = []
     spreads: list[tuple[str, ...]] = []
     for size in range(1, ranks + 1) if mixed else (ranks,):
@@ -101,18 +101,18 @@ def choose_layouts(config: Path, overrides: list[str], ranks: int, mixed: bool) 
             sizes.append(size)
             spreads.append(spread)
     if not sizes:
-        check(load_config(config, overrides), ranks)  # says why
+        check(load_config(config, overrides), ranks)  # raises with the reason
     return layouts_of(sizes, spreads)
 
 
 def describe(attempt: Attempt) -> str:
-    """One line while the chain goes on."""
+    """One line of progress."""
     faults = "; ".join(attempt.faults) or "undisturbed"
     return f"{attempt.number:4d}  step {attempt.before} → {attempt.after}  {attempt.layout}: {faults}  → {attempt.codes}"
 
 
 def table(attempts: list[Attempt]) -> Table:
-    """How often each fault was injected, and how the attempts that it met ended."""
+    """How often each fault was injected, and the exit codes of the attempts that it hit."""
     from rich.table import Table
 
     rows: dict[str, list[Attempt]] = {}

@@ -24,7 +24,7 @@ FROM_HF, TO_HF, FROM_MEGATRON, TO_MEGATRON = (
 )
 WAYS = (FROM_HF, TO_HF, FROM_MEGATRON, TO_MEGATRON)
 FP8 = ("megascale", "megascale")  # with --dtype fp8
-# Options that only some ways read, with the value that says nothing.
+# Options that only some conversions use, with their defaults.
 READ: dict[str, tuple[object, tuple[tuple[str, str], ...]]] = {
     "tokens": (None, (FROM_HF, TO_HF)),
     "tokenizer": (None, (TO_HF,)),
@@ -52,14 +52,14 @@ def main(
     target: Annotated[Path, typer.Argument(help="the folder to write, which must not exist")],
     origin: Annotated[str, typer.Option("--from", help="hf, megatron or megascale")],
     to: Annotated[str, typer.Option("--to", help="megascale, hf or megatron")],
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, fp64; fp8 from ours to ours; what is stored if absent")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes that write; the bytes do not depend on them")] = 1,
-    tokens: Annotated[str | None, typer.Option(help="numbers such as 1,5,9: compare logits with transformers on them")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, fp64; fp8 from megascale to megascale; as stored if absent")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="writing processes; the bytes do not depend on their number")] = 1,
+    tokens: Annotated[str | None, typer.Option(help="token ids such as 1,5,9 on which to compare logits with transformers")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
+        Path | None, typer.Option(help="a tokenizer's file or folder; default: the one of the checkpoint or its data")
     ] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="leave the tokenizer's files out")] = False,
-    config: Annotated[Path | None, typer.Option(help="from Megatron: a config whose sections model and train say what model it is")] = None,
+    config: Annotated[Path | None, typer.Option(help="from Megatron: a config whose sections model and train describe the model")] = None,
     tp: Annotated[int, typer.Option(min=1, help="to Megatron: tensor ranks")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="to Megatron: pipeline ranks")] = 1,
     spec: Annotated[str, typer.Option(help="to Megatron: te if Megatron runs with Transformer Engine, otherwise local")] = "te",
@@ -67,16 +67,16 @@ def main(
     ckpt_format: Annotated[
         str, typer.Option(help="to Megatron: torch, files of ranks, or torch_dist, a distributed checkpoint for any ranks")
     ] = "torch",
-    experts: Annotated[str, typer.Option(help="to Megatron's files of ranks: grouped (--moe-grouped-gemm) or sequential")] = "sequential",
-    report: Annotated[Path | None, typer.Option(help="write what is printed as JSON, too")] = None,
+    experts: Annotated[str, typer.Option(help="to Megatron's torch format: grouped (--moe-grouped-gemm) or sequential")] = "sequential",
+    report: Annotated[Path | None, typer.Option(help="also write the output as JSON")] = None,
 ) -> None:
-    """SRC → DST. Exit code 2, and nothing written, where anything in SRC is not understood."""
+    """Converts SRC to DST. Exit code 2, and nothing written, if anything in SRC is unknown."""
     way = (origin, to)
     given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
     given |= {"ckpt_format": ckpt_format, "experts": experts, "no_tokenizer": no_tokenizer}
     check_options(way, dtype, given)
     if report is not None and (report.is_dir() or not (report.parent.is_dir() or report.parent == target)):
-        raise UsageError(f"--report is {report}, and no file can be written there: name one in a folder that exists")
+        raise UsageError(f"--report is {report}, but no file can be written there: name one in a folder that exists")
     from megascale.formats.convert import ConvertOptions, MegatronCut, find_way
 
     convert, stored = find_way(origin, to, dtype)
@@ -100,7 +100,7 @@ def main(
 
 
 def check_options(way: tuple[str, str], dtype: str | None, given: dict[str, Any]) -> None:
-    """Raises UsageError for a way that there is not, and for options that it does not read."""
+    """Raises UsageError for an unsupported conversion, and for options that it does not use."""
     origin, to = way
     if way not in WAYS and (way != FP8 or dtype != "fp8"):
         ways = ", ".join(f"--from {a} --to {b}" for a, b in WAYS)
@@ -109,19 +109,19 @@ def check_options(way: tuple[str, str], dtype: str | None, given: dict[str, Any]
         if given[name] != nothing and way not in ways_of:
             raise UsageError(f"--{name.replace('_', '-')} is {given[name]}, and nothing from {origin} to {to} depends on it: leave it out")
     if given["tokenizer"] is not None and given["no_tokenizer"]:
-        raise UsageError(f"--tokenizer is {given['tokenizer']} and --no-tokenizer is given: leave one of them out")
+        raise UsageError(f"--tokenizer is {given['tokenizer']} but --no-tokenizer is given: leave one of them out")
     for name, choices in CHOICES.items():
         if given[name] not in choices:
             raise UsageError(f"--{name.replace('_', '-')} is {given[name]}: give {' or '.join(choices)}")
     tp, pp, experts = given["tp"], given["pp"], given["experts"]
     if given["ckpt_format"] == "torch_dist" and (tp, pp, experts) != (1, 1, "sequential"):
         raise UsageError(
-            f"--tp is {tp}, --pp is {pp} and --experts is {experts}, and a torch_dist checkpoint loads on any ranks: leave them out"
+            f"--tp is {tp}, --pp is {pp} and --experts is {experts}, but a torch_dist checkpoint loads on any ranks: leave them out"
         )
 
 
 def progress_line() -> Callable[[int, int], None]:
-    """What shows bytes done on a terminal."""
+    """Shows bytes done on a terminal."""
     from rich.console import Console
 
     terminal = Console(stderr=True)
@@ -144,7 +144,7 @@ def parse_tokens(text: str | None) -> list[int] | None:
 
 
 def told(report: Report, without: str) -> str:
-    """What a report says on a screen; `without`: what to do where no tokenizer is found."""
+    """A report as text; `without`: advice if no tokenizer is found."""
     logits = "not compared (give --tokens to compare them with transformers)"
     if report.logits is not None:
         logits = f"{report.logits:.3g} is the largest difference from transformers in fp32"

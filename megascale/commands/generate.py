@@ -1,4 +1,4 @@
-"""Samples from a checkpoint or a Hugging Face folder; under torchrun the weights are cut over its ranks (tp)."""
+"""Samples from a checkpoint or a Hugging Face folder; under torchrun the weights are sharded over its ranks (tp)."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ app = new_app(__doc__ or "")
 )
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="a folder step-…, a run, or a Hugging Face folder")],
-    prompt: Annotated[list[str] | None, typer.Option(help="text to go on from; several make a batch")] = None,
-    tokens: Annotated[list[str] | None, typer.Option(help="a prompt as token numbers, such as 1,5,9; several make a batch")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 40, help="how many tokens may follow")] = 64,
+    prompt: Annotated[list[str] | None, typer.Option(help="text to continue; several make a batch")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="a prompt as token ids, such as 1,5,9; several make a batch")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 40, help="most tokens to generate")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens with this probability together")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens that together have this probability")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="continue after the token that ends a document")] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="a tokenizer's file or folder; found beside the checkpoint or its data if absent")
+        Path | None, typer.Option(help="a tokenizer's file or folder; default: the one of the checkpoint or its data")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64; the one it was trained in if absent")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64; default: as in training")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a prompt")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per prompt")] = False,
 ) -> None:
-    """Prints what follows each prompt."""
+    """Prints a continuation of each prompt."""
     from megascale.comm.agreement import on_all_ranks
     from megascale.comm.mesh import build_mesh
     from megascale.config.layout import axis_sizes
@@ -58,7 +58,7 @@ def main(
     if bool(prompt) == bool(tokens):
         raise UsageError(both_or_none(bool(prompt)))
     if top_p == 0.0:
-        raise UsageError("--top-p is 0, and no token has that little probability: give temperature 0 for the likeliest token")
+        raise UsageError("--top-p is 0, but no token has that little probability: give temperature 0 for the likeliest token")
     for number, given in enumerate(prompt or []):
         check_text(number + 1, given)
     opened = open_model(checkpoint)
@@ -91,27 +91,27 @@ def main(
 def both_or_none(both: bool) -> str:
     if both:
         return (
-            "--prompt and --tokens are both given, and --tokens is a prompt as token numbers: give one of them; how many tokens follow is "
+            "--prompt and --tokens are both given, but --tokens is a prompt as token ids: give one of them; the number of new tokens is "
             "--max-new-tokens"
         )
-    return "there is no prompt: give --prompt TEXT, or --tokens with token numbers"
+    return "there is no prompt: give --prompt TEXT, or --tokens with token ids"
 
 
 def of_another(given: Tokenizer, opened: Opened) -> str | None:
-    """What to say where text is encoded by another tokenizer than the model's own, as far as that is known."""
+    """A warning if the tokenizer is known not to be the model's own."""
     from megascale.data.facts import source_facts
     from megascale.formats.tokenizer_build import open_tokenizer
 
     own, name = None, f"{opened.prefix}.json"
-    with suppress(UsageError):  # what cannot be read says nothing
+    with suppress(UsageError):  # an unreadable tokenizer cannot be compared
         own = source_facts(opened.prefix).get("tokenizer_fingerprint") if opened.prefix else None
         if own is None and opened.tokenizer is not None:
             own, name = open_tokenizer(opened.tokenizer).fingerprint, str(opened.tokenizer)
     if own in (None, given.fingerprint):
         return None
     return (
-        f"warning: the tokenizer {given.path} is {given.fingerprint}, and the model was trained with {own} ({name}): unless both number "
-        "words alike, what comes out makes no sense"
+        f"warning: the tokenizer {given.path} is {given.fingerprint}, but the model was trained with {own} ({name}): unless both number "
+        "words alike, the output makes no sense"
     )
 
 
@@ -119,12 +119,12 @@ def find(path: Path | None, prefix: str | None) -> Tokenizer:
     from megascale.formats.tokenizer_build import open_tokenizer
 
     if path is None:
-        raise UsageError("there is no tokenizer beside the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
+        raise UsageError("there is no tokenizer next to the checkpoint or its data: give --tokenizer, or prompts as numbers with --tokens")
     return open_tokenizer(path, prefix)
 
 
 def check_text(number: int, prompt: str) -> None:
-    """Raises UsageError for bytes that are no UTF-8, which a shell hands on as they are."""
+    """Raises UsageError for bytes that are not UTF-8, which a shell passes on."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Grows a checkpoint: a larger model that starts where the smaller one stood, with proof and a JSON report."""
+"""Grows a checkpoint: a larger model that continues from the smaller one, with a proof and a JSON report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def main(
     ffn_size: Size = None,
     expert_ffn_size: Size = None,
     num_layers: Size = None,
-    num_experts: Annotated[int | None, typer.Option(min=1, help="experts of the present width; dense layers become experts")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="number of experts of the current width; dense layers become experts")
+    ] = None,
     top_k: Size = None,
     granularity: Annotated[int, typer.Option(min=1, help="split each expert into this many finer ones")] = 1,
     vocab_size: Size = None,
@@ -56,23 +58,23 @@ def main(
     ffn: Annotated[str, typer.Option("--ffn-method", help="duplicate or zero")] = "duplicate",
     heads: Annotated[str, typer.Option("--heads-method", help="duplicate or zero")] = "duplicate",
     depth: Annotated[str, typer.Option("--depth-method", help="identity, cancel, stack, dus, interleave or inject")] = "identity",
-    placement: Annotated[str, typer.Option(help="of inserted layers: spread or end")] = "spread",
-    symmetry: Annotated[str, typer.Option(help="what parts copies: project, snr:DB or none")] = "project",
-    split: Annotated[str, typer.Option(help="A:B, shares of the first copy and of each other one")] = "1:1",
-    optimizer: Annotated[str, typer.Option(help="its state: transform, reset or drop")] = "drop",
-    router: Annotated[str, typer.Option(help="of experts made from dense layers")] = "topk_softmax",
-    vocabulary: Annotated[Path | None, typer.Option(help="JSON: a list with the old id, or null, of every new one")] = None,
+    placement: Annotated[str, typer.Option(help="where inserted layers go: spread or end")] = "spread",
+    symmetry: Annotated[str, typer.Option(help="what makes copies differ: project, snr:DB or none")] = "project",
+    split: Annotated[str, typer.Option(help="A:B, shares of the first and of each other copy")] = "1:1",
+    optimizer: Annotated[str, typer.Option(help="optimizer state: transform, reset or drop")] = "drop",
+    router: Annotated[str, typer.Option(help="router of experts made from dense layers")] = "topk_softmax",
+    vocabulary: Annotated[Path | None, typer.Option(help="JSON: a list with the old id, or null, for every new id")] = None,
     enable_vocabulary: Annotated[bool, typer.Option(help="let new tokens be predicted at once: not exact")] = False,
-    lossless: Annotated[str, typer.Option(help="require, prefer (refuse what has an exact way) or off")] = "prefer",
+    lossless: Annotated[str, typer.Option(help="require, prefer (refuse what has an exact alternative) or off")] = "prefer",
     seed: int = 1234,
     report: Report = None,
     data: TokenFiles = None,
-    tokens: Annotated[int, typer.Option(min=0, help="to compare both models on; 0: no proof")] = 128,
+    tokens: Annotated[int, typer.Option(min=0, help="tokens to compare both models on; 0: no proof")] = 128,
     workers: Workers = 1,
     max_slab_mb: Slab = 256,
     trust_source: Trust = False,
 ) -> None:
-    """Makes TARGET from SOURCE. Exit code 2 for what is refused, 3 for a source found damaged on the way; nothing is left half-written."""
+    """Makes TARGET from SOURCE. Exit code 2 for a refusal, 3 if the source turns out to be damaged; nothing is left half-written."""
     from megascale.expand.grow import grow
     from megascale.expand.options import GrowthOptions, Sizes, parse_split
     from megascale.expand.write import Effort
@@ -95,7 +97,7 @@ def main(
 
 
 def print_verdict(found: dict[str, Any]) -> None:
-    """Sizes, the proof, and what of the growth is not exact."""
+    """Prints sizes, the proof, and what is not exact."""
     proof = found["proof"]
     print_sizes(found)
     if "transform" in proof:

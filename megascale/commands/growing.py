@@ -1,4 +1,4 @@
-"""What `grow` and `shrink` have in common: where from and to, how much machine, and the report."""
+"""Shared by `grow` and `shrink`: source and target, resources, and the report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 From = Annotated[Path, typer.Argument(metavar="SOURCE", help="a folder step-…, or a run's directory")]
 To = Annotated[Path, typer.Argument(metavar="TARGET", help="a folder that does not exist yet")]
 Size = Annotated[int | None, typer.Option(min=1, rich_help_panel="sizes")]
-Report = Annotated[Path | None, typer.Option(help="write the report there as JSON")]
-TokenFiles = Annotated[str | None, typer.Option(help="prefix of token files to judge by; the source's own if absent")]
-Workers = Annotated[int, typer.Option(min=1, help="processes that write; the result does not depend on their number")]
-Slab = Annotated[int, typer.Option("--max-slab-mb", min=1, help="of a tensor formed at once; a worker holds about three times as much")]
-Trust = Annotated[bool, typer.Option("--trust-source", help="do not read its files for their checksums first")]
+Report = Annotated[Path | None, typer.Option(help="write the report as JSON to this file")]
+TokenFiles = Annotated[str | None, typer.Option(help="prefix of token files for measurements; default: the source's own")]
+Workers = Annotated[int, typer.Option(min=1, help="writing processes; the result does not depend on their number")]
+Slab = Annotated[int, typer.Option("--max-slab-mb", min=1, help="size of a slab; a worker needs about three times as much")]
+Trust = Annotated[bool, typer.Option("--trust-source", help="do not verify its files' checksums first")]
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def check_report(path: Path | None) -> None:
-    """Raises UsageError for a place that could not be written to in the end, after all the work."""
+    """Raises UsageError for a path that could not be written after all the work."""
     if path is None:
         return
     if not path.parent.is_dir():

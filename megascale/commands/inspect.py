@@ -1,4 +1,4 @@
-"""What is inside a checkpoint, its format version, and whether it is whole."""
+"""Shows what is inside a checkpoint, its format version, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(
     check: Annotated[bool, typer.Option("--verify", help="read every file and compare its checksum")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="list every tensor")] = False,
 ) -> None:
-    """Prints a summary of the checkpoint at FOLDER; exit code 2 when it is not whole."""
+    """Prints a summary of the checkpoint at FOLDER; exit code 2 if it is not whole."""
     from rich.console import Console
 
     from megascale.checkpoint.index import read_index
@@ -38,10 +38,10 @@ def main(
     if problems:
         raise UsageError(f"{path} is not whole: " + "; ".join(problems))
     terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=160)  # a pipe has no width, and half a path is no use
+    console = terminal if terminal.is_terminal else Console(width=160)  # a pipe has no width, and truncated paths are useless
     total = sum(entry.bytes for entry in index.files.values())
     say(console, f"{path}: format version {index.version}, {len(index.files)} files, {total / 1e6:,.1f} MB")
-    # The config repeats the identity and adds what may change at a resume; trainer.json has it for whoever asks.
+    # The config repeats the identity and adds what may change at a resume; trainer.json has it in full.
     for key, value in plain({k: v for k, v in trainer.items() if k != "config"}):
         say(console, f"  {key}: {value}")
     console.print(tensor_table(index))
@@ -53,12 +53,12 @@ def main(
         console,
         "whole: every file has the size and checksum that the index says"
         if check
-        else "every file has its size; --verify reads what is in them",
+        else "every file has its size; --verify also compares checksums",
     )
 
 
 def say(console: Console, line: str) -> None:
-    """A line as it is: names and paths may hold what rich takes for mark-up."""
+    """Prints a line verbatim: names and paths may look like rich's mark-up."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -71,14 +71,14 @@ def plain(trainer: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def size_problems(index: Index) -> list[str]:
-    """Files that are missing or of another size."""
+    """Files that are missing or have another size."""
     problems = []
     for name, entry in sorted(index.files.items()):
         path = index.folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")
         elif path.stat().st_size != entry.bytes:
-            problems.append(f"{path} has {path.stat().st_size} bytes and index.json says {entry.bytes}")
+            problems.append(f"{path} has {path.stat().st_size} bytes but index.json says {entry.bytes}")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The command `megascale`. A subcommand's module is imported when it is asked for."""
+"""The command `megascale`. A subcommand's module is imported on use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megascale.errors import UsageError
 from megascale.version import __version__
 
 COMMANDS = {
-    "train": "Pretrain the model of a config, or answer what it would need (--dry-run).",
+    "train": "Pretrain the model of a config, or report what it would need (--dry-run).",
     "prepare": "Turn text, JSON lines or Parquet into token files.",
     "generate": "Sample from a checkpoint or a Hugging Face folder.",
     "translate": "Translate with an encoder-decoder.",

@@ -1,7 +1,7 @@
 """Examines the nodes of a job before it trains: products, memory, disk, clocks, versions, links; names what is slow or broken.
 
-Runs under srun, torchrun, mpirun or alone. Ends with 0 when all is well and with 5 when a node is unfit; the report says which and prints
-the --exclude line for sbatch.
+Runs under srun, torchrun, mpirun or alone. Exits with 0 if all is well and with 5 if a node is unfit; the report names it and prints the
+--exclude line for sbatch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ app = new_app(__doc__ or "")
 @app.command(epilog=examples("srun megascale preflight --out runs/NAME", "megascale preflight --out runs/NAME"))
 def main(
     out: Annotated[Path, typer.Option(help="folder of the reports, on the file system where the run will write")],
-    share: Annotated[float, typer.Option(min=0.01, max=1, help="of the median, below which a rate is slow")] = 0.7,
-    timeout: Annotated[float, typer.Option(min=1, help="seconds that a phase may take before who is missing is named")] = 120.0,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="share of the median below which a rate is slow")] = 0.7,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds that a phase may take before missing ranks are reported")] = 120.0,
     gemm_size: Annotated[int, typer.Option(min=64)] = 2048,
     disk_mb: Annotated[int, typer.Option(min=1)] = 64,
     link_mb: Annotated[int, typer.Option(min=1)] = 16,

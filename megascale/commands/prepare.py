@@ -1,4 +1,4 @@
-"""Text, JSON lines or Parquet files and folders → token files that training reads; with --pairs sources and targets side by side."""
+"""Text, JSON lines or Parquet files and folders → token files that training reads; with --pairs aligned sources and targets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ app = new_app(__doc__ or "")
 
 @dataclass(frozen=True)
 class Request:
-    """What to make of the files: the options of the command, the keys of the text or of both sides, and the tokenizers that were given."""
+    """The options of the command, the keys of the text or of both sides, and the given tokenizers."""
 
     out: str
     keys: tuple[str, ...]
@@ -60,20 +60,20 @@ def main(
     ] = None,
     text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text, or a path such as meta.text")] = "text",
     pattern: Annotated[str, typer.Option(help="files to take from folders")] = "*",
-    exclude: Annotated[list[str], typer.Option(help="name of folders to leave out; may be repeated")] = ["site-packages"],  # noqa: B006
-    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="processes; the cores that may be used if absent")] = None,
+    exclude: Annotated[list[str], typer.Option(help="name of folders to skip; may be repeated")] = ["site-packages"],  # noqa: B006
+    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="processes; default: the usable cores")] = None,
     append_eos: Annotated[bool, typer.Option(help="end each document with the end token")] = True,
-    eos: Annotated[str | None, typer.Option(help="the end token's name; as the tokenizer and the files beside it say if absent")] = None,
+    eos: Annotated[str | None, typer.Option(help="the end token's name; default: from the tokenizer and the files next to it")] = None,
     bos: Annotated[bool, typer.Option("--bos", help="begin each document, and later each prompt, with the beginning token")] = False,
     longest_line: Annotated[
-        int | None, typer.Option(min=1, max=1 << 40, help="bytes of a JSON line or a Parquet value; 64 MiB if absent")
+        int | None, typer.Option(min=1, max=1 << 40, help="most bytes of a JSON line or a Parquet value; default: 64 MiB")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace existing output")] = False,
     pairs: Annotated[bool, typer.Option(help="INPUTS are two text files with a pair in each line, or JSON lines with both sides")] = False,
     source_key: Annotated[str, typer.Option(help="with --pairs, JSON key of the sources")] = "source",
     target_key: Annotated[str, typer.Option(help="with --pairs, JSON key of the targets")] = "target",
-    separate: Annotated[bool, typer.Option(help="with --pairs, a vocabulary for each side")] = False,
-    source_tokenizer: Annotated[Path | None, typer.Option(help="with --pairs, of the sources alone")] = None,
+    separate: Annotated[bool, typer.Option(help="with --pairs, a separate vocabulary for each side")] = False,
+    source_tokenizer: Annotated[Path | None, typer.Option(help="with --pairs, a tokenizer for the sources only")] = None,
 ) -> None:
     """Tokenizes INPUTS. One document is a text file, a JSON line, a Parquet row, or with --pairs one side of a pair."""
     if tokenizer is not None and vocab_size is not None:
@@ -81,7 +81,7 @@ def main(
     if not pairs and (separate or source_tokenizer is not None):
         raise UsageError("--separate and --source-tokenizer are for sources and targets: add --pairs, or leave them out")
     if pairs and bos:
-        raise UsageError("--bos is for documents, and targets of --pairs begin with data.start_token: leave one of them out")
+        raise UsageError("--bos is for documents, but targets of --pairs begin with data.start_token: leave one of them out")
     from rich.console import Console
 
     from megascale.data.publish import claim
@@ -116,7 +116,7 @@ def main(
 
 
 def tell(made: dict[str, Facts], out: str, seconds: float, sides: tuple[Tokenizer, Tokenizer], console: Console) -> None:
-    """What was written, and what of the text was not taken as it stands."""
+    """Prints what was written, and warnings about changes to the text."""
     speed = sum(f.source_bytes for f in made.values()) / 1e6 / seconds
     for side, facts in made.items():
         for warning in warnings(facts, sides[0] if side == SIDES[0] else sides[1]):
@@ -131,7 +131,7 @@ def tell(made: dict[str, Facts], out: str, seconds: float, sides: tuple[Tokenize
 def tokenizers(
     request: Request, files: list[Path], tokenizer: Path | None, source_tokenizer: Path | None, scratch: Path, console: Console
 ) -> tuple[Tokenizer, Tokenizer]:
-    """Those of sources and of targets, one for both where there are no pairs; trained on the files where none is given, into `scratch`."""
+    """Tokenizers of sources and of targets, the same without pairs; trained on the files into `scratch` if not given."""
     from megascale.data.aligned import pair_files
     from megascale.data.prepare import sample_texts
     from megascale.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -159,7 +159,7 @@ def tokenizers(
 
 
 def make(request: Request, files: list[Path], sources: Tokenizer, targets: Tokenizer, progress: Callable[[int], None]) -> dict[str, Facts]:
-    """Writes the token files; by side, what is in them."""
+    """Writes the token files and returns their facts by side."""
     from megascale.data.prepare import prepare, prepare_pairs
 
     if request.pairs:
@@ -171,16 +171,16 @@ def make(request: Request, files: list[Path], sources: Tokenizer, targets: Token
 
 
 def check_out(out: str, outputs: list[Path]) -> None:
-    """Raises UsageError for a prefix that cannot be one."""
+    """Raises UsageError for an invalid prefix."""
     check_path(out)
     if not out.isprintable() or max(len(os.fsencode(part)) for p in outputs for part in p.parts) > 240 or len(os.fsencode(out)) > 4000:
-        raise UsageError(f"--out {out[:80]!r} is no prefix of files: it has characters that do not print, or too many of them")
+        raise UsageError(f"--out {out[:80]!r} is not a prefix of files: it has unprintable characters, or too many")
     if Path(out).is_dir() or out.endswith(("/", os.sep)) or not Path(out).name:
-        raise UsageError(f"--out {out} is a folder, and a prefix is needed: for example {Path(out) / 'text'}")
+        raise UsageError(f"--out {out} is a folder, but a prefix is needed: for example {Path(out) / 'text'}")
 
 
 def check_free(outputs: list[Path], given: list[Path], overwrite: bool) -> None:
-    """Raises UsageError where output exists that is neither a tokenizer that was `given` nor to be replaced."""
+    """Raises UsageError if output exists that is neither a `given` tokenizer nor to be overwritten."""
     existing = [p for p in outputs if p.exists() and not any(p.samefile(t) for t in given)]
     folders = [p for p in existing if p.is_dir()]
     if folders:
@@ -192,11 +192,11 @@ def check_free(outputs: list[Path], given: list[Path], overwrite: bool) -> None:
 def with_progress(
     make: Callable[[Callable[[int], None]], dict[str, Facts]], files: list[Path], signs: list[Callable[[], None]], console: Console
 ) -> dict[str, Facts]:
-    """`make`, its progress shown on a terminal; after each part of it the `signs` of life are given."""
+    """Runs `make` with a progress bar on a terminal; calls the `signs` of life after each part."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    # Refreshed by hand: a refreshing thread could hold a lock at the moment when the workers are forked.
+    # Refreshed manually: a refresh thread could hold a lock when the workers are forked.
     with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
         task = bar.add_task("", total=sum(f.stat().st_size for f in files if f.exists()))
 
@@ -209,7 +209,7 @@ def with_progress(
 
 
 def warnings(facts: Facts, tokenizer: Tokenizer) -> list[str]:
-    """What of the text was not taken as it stands."""
+    """Warnings about changes to the text."""
     said: list[str] = []
     if facts.not_utf8_files:
         said.append(f"{facts.not_utf8_files} files are not valid UTF-8; what is not was replaced by U+FFFD")

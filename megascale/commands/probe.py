@@ -1,6 +1,6 @@
-"""Signal and gradient moments by depth at the first step, beside theory: one forward and backward of a config on its own tokens.
+"""Signal and gradient moments by depth at the first step, compared with theory: one forward and backward of a config on its own tokens.
 
-Alone or under torchrun, on any layout. Writes OUT.json and OUT.png and says in words what looks wrong.
+Alone or under torchrun, on any layout. Writes OUT.json and OUT.png and prints warnings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(
     out: Annotated[Path, typer.Option(help="where OUT.json and OUT.png go")] = Path("probe"),
     lr: Annotated[float, typer.Option(help="learning rate of the one SGD step; small, so that it measures a slope")] = 1e-4,
 ) -> None:
-    """Probes the config's model with one micro-batch a data rank (a pipeline: enough to fill it)."""
+    """Probes the config's model with one micro-batch per data rank (for a pipeline: enough to fill it)."""
     from megascale.analysis.first_step import measure, write
     from megascale.config.load import load_config
     from megascale.launch.ranks import find_ranks
@@ -30,7 +30,7 @@ def main(
     from megascale.train.process_group import process_group
 
     ranks = find_ranks()
-    # Compiled blocks have no inside to look at; the numbers are the same without.
+    # Hooks cannot look inside compiled blocks; the numbers are the same without compilation.
     config = load_config(str(file), [*(overrides or []), "parallel.compile=false"])
     device = choose_device(config, ranks)
     with process_group(config, ranks):

@@ -17,14 +17,14 @@ app = new_app(__doc__ or "")
 def main(
     runs: Annotated[list[Path], typer.Argument(help="run directories; with several, differences are against the last")],
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
-    picture: Annotated[Path | None, typer.Option("--png", help="also write the figure of the loss as a picture")] = None,
+    picture: Annotated[Path | None, typer.Option("--png", help="also write the loss figure as a picture")] = None,
     title: Annotated[str | None, typer.Option(help="heading of the page and the picture")] = None,
 ) -> None:
     """Reads RUNS and writes the page."""
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out writes a page, and {out} is named otherwise: name it {out.name or 'report'}.html")
+        raise UsageError(f"--out writes an HTML page, but the name is {out}: name it {out.name or 'report'}.html")
     if picture is not None and picture.suffix.lower() != ".png":
-        raise UsageError(f"--png writes a PNG file, and {picture} is named otherwise: name it {picture.with_suffix('.png')}")
+        raise UsageError(f"--png writes a PNG file, but the name is {picture}: name it {picture.with_suffix('.png')}")
     from megascale.files import atomic_file, write_atomic
     from megascale.report.canvas import png
     from megascale.report.loss import loss_figure
@@ -35,7 +35,7 @@ def main(
     html = page(data, title or " · ".join(run.name for run in data))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # JSON can hold halves of characters that no file can; they become question marks.
+        # JSON can hold half surrogate pairs, which no file can; they become question marks.
         write_atomic(out, html.encode("utf-8", "replace").decode("utf-8"))
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)

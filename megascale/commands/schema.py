@@ -1,4 +1,4 @@
-"""The config's JSON Schema, by which an editor completes and checks configs; or the reference page of all keys."""
+"""The config's JSON Schema, with which an editor completes and checks configs; or the reference page of all keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = new_app(__doc__ or "")
     epilog=examples(
         "megascale schema --out schema.json",
         "megascale schema --format markdown --out docs/config.md",
-        "Then begin a config in that folder with: # yaml-language-server: $schema=schema.json",
+        "Then start a config in that folder with: # yaml-language-server: $schema=schema.json",
     )
 )
 def main(

@@ -38,17 +38,17 @@ def main(
     num_kv_heads: Size = None,
     ffn_size: Size = None,
     num_layers: Size = None,
-    ffn_sizes: Annotated[str | None, typer.Option(help="a MatFormer's width for each layer, as 64,32,32,64")] = None,
-    ranking: Annotated[str, typer.Option(help="importance, or random or reversed to compare with")] = "importance",
+    ffn_sizes: Annotated[str | None, typer.Option(help="a MatFormer's width per layer, such as 64,32,32,64")] = None,
+    ranking: Annotated[str, typer.Option(help="importance; random or reversed for comparison")] = "importance",
     seed: int = 1234,
     report: Report = None,
     data: TokenFiles = None,
-    tokens: Annotated[int, typer.Option(min=1, help="to judge by")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens for measuring importance")] = 2048,
     workers: Workers = 1,
     max_slab_mb: Slab = 256,
     trust_source: Trust = False,
 ) -> None:
-    """Makes TARGET from SOURCE. Exit code 2 for what is refused; nothing is left half-written."""
+    """Makes TARGET from SOURCE. Exit code 2 for a refusal; nothing is left half-written."""
     from megascale.expand.shrink import Smaller, shrink
     from megascale.expand.write import Effort
 
@@ -56,7 +56,7 @@ def main(
     try:
         mixed = None if ffn_sizes is None else tuple(int(part) for part in ffn_sizes.split(","))
     except ValueError:
-        raise UsageError(f"--ffn-sizes is {ffn_sizes!r}: write a width for each layer, as 64,32,32,64") from None
+        raise UsageError(f"--ffn-sizes is {ffn_sizes!r}: write a width per layer, such as 64,32,32,64") from None
     sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed)
     effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
     with progress_bar() as progress:

@@ -38,49 +38,49 @@ PROJECT = Path(__file__).resolve().parents[2]
 def main(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[str | None, typer.Option(help="how many nodes: 4, or 2-4 for what SLURM can give")] = None,
+    nodes: Annotated[str | None, typer.Option(help="number of nodes: 4, or 2-4 for as many as SLURM can allocate")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="0 for CPUs")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="as many as GPUs if absent; 1 on CPUs")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="default: one per GPU, 1 on CPUs")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="submit instead of printing")] = False,
-    time: Annotated[str | None, typer.Option(help="time limit, as SLURM writes it; the partition's if absent")] = None,
-    partition: Annotated[str | None, typer.Option(help="one, or several with commas")] = None,
-    constraint: Annotated[str | None, typer.Option(help="features of the nodes")] = None,
+    time: Annotated[str | None, typer.Option(help="time limit in SLURM's format; default: the partition's")] = None,
+    partition: Annotated[str | None, typer.Option(help="one partition, or several separated by commas")] = None,
+    constraint: Annotated[str | None, typer.Option(help="required features of the nodes")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
-    exclude: Annotated[str | None, typer.Option(help="nodes to stay away from")] = None,
+    exclude: Annotated[str | None, typer.Option(help="nodes to avoid")] = None,
     cpus_per_rank: Annotated[int | None, typer.Option(min=1)] = None,
     pool: Annotated[
         list[str] | None, typer.Option(help="nodes=N,gpus=G[,ranks=R][,partition=P][,constraint=C]; several for unlike nodes in one job")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="1,2,3: an array with a run per seed")] = None,
-    each: Annotated[list[str] | None, typer.Option(help="'section.key=value …': a task of an array; give it several times")] = None,
+    each: Annotated[list[str] | None, typer.Option(help="'section.key=value …': a task of an array; may be repeated")] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="how many tasks of the array may run together")] = None,
     chain: Annotated[
         int, typer.Option(min=1, help="submit this many jobs in a chain, each continuing where the time of the previous one ended")
     ] = 1,
-    signal_seconds: Annotated[int, typer.Option(min=1, max=65535, help="how long before the time limit the ranks save")] = 120,
-    max_requeues: Annotated[int, typer.Option(min=0, help="how often the job may come back")] = 100,
-    max_restarts: Annotated[int, typer.Option(min=0, help="how often ranks may start again in place after a lost peer")] = 5,
+    signal_seconds: Annotated[int, typer.Option(min=1, max=65535, help="seconds before the time limit at which the ranks save")] = 120,
+    max_requeues: Annotated[int, typer.Option(min=0, help="how often the job may be requeued")] = 100,
+    max_restarts: Annotated[int, typer.Option(min=0, help="how often ranks may restart in place after a lost peer")] = 5,
     export: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the ranks' environment")] = None,
-    setup: Annotated[list[str] | None, typer.Option(help="a shell line before the ranks start, as `module load cuda`")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="any other #SBATCH option, as --sbatch=--mem=0")] = None,
+    setup: Annotated[list[str] | None, typer.Option(help="a shell line before the ranks start, such as `module load cuda`")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="any other #SBATCH option, such as --sbatch=--mem=0")] = None,
     container: Annotated[str | None, typer.Option(help="container image: apptainer if it ends in .sif, otherwise pyxis")] = None,
-    mount: Annotated[list[str] | None, typer.Option(help="a folder that the container must see, beside this one and the run's")] = None,
-    python: Annotated[str | None, typer.Option(help="the interpreter of the ranks; this one, or python3 in a container, if absent")] = None,
-    torchrun: Annotated[bool, typer.Option("--torchrun", help="one torchrun a node instead of one task a rank")] = False,
-    preflight: Annotated[bool, typer.Option("--preflight", help="examine the nodes first, and come back without unfit ones")] = False,
+    mount: Annotated[list[str] | None, typer.Option(help="another folder that the container must see")] = None,
+    python: Annotated[str | None, typer.Option(help="the ranks' interpreter; default: this one, or python3 in a container")] = None,
+    torchrun: Annotated[bool, typer.Option("--torchrun", help="one torchrun per node instead of one task per rank")] = False,
+    preflight: Annotated[bool, typer.Option("--preflight", help="examine the nodes first, and requeue without unfit ones")] = False,
 ) -> None:
     """Prints the SLURM batch script of a run, or submits it with --submit."""
     for path in (container or "", python or "", *(mount or [])):
-        check_path(path)  # quoted in the script, no shell expands it there either
+        check_path(path)  # quoted in the script, so no shell expands it there
     pools = _pools(nodes, gpus_per_node, ranks_per_node, partition, constraint, pool or [])
     given = load_config(config, overrides or [])
     if config.absolute().parts[1] in ("dev", "proc"):
-        raise UsageError(f"the config is {config}, which the job will not find again: give a file")
+        raise UsageError(f"the config is {config}, which the job could not read later: give a file")
     placed = (*(overrides or []), *replicas_over_pools(pools, given.parallel), *_on_gpus(pools, given, overrides or []))
     resolved = load_config(config, placed)
     if len(pools) > 1 or "-" not in pools[0].nodes:
-        check(resolved, sum(p.least_ranks for p in pools))  # what cannot be is refused before it waits in a queue
+        check(resolved, sum(p.least_ranks for p in pools))  # refuse impossible jobs before they wait in a queue
     workdir, run_dir = Path.cwd(), Path(resolved.run_dir).absolute()
     root = project()
     folders = dict.fromkeys(map(str, [*([root] if root else []), workdir, run_dir.parent, *(mount or [])]))
@@ -115,7 +115,7 @@ def main(
     if submit:
         _submit(job, run_dir / "launch", chain)
     else:
-        typer.echo(render(job).encode(), nl=False)  # bash reads bytes, whatever letters this screen has
+        typer.echo(render(job).encode(), nl=False)  # bash reads bytes, whatever this screen's encoding
         script = run_dir / "launch" / "job.sbatch"
         file, parent = shlex.quote(str(script)), shlex.quote(str(script.parent))
         lines = chain_commands(str(script), chain) if chain > 1 else [f"sbatch {file}"]
@@ -123,7 +123,7 @@ def main(
 
 
 def project() -> Path | None:
-    """The folder with pretrain.py where this is one; None where the package was installed, so that the ranks import it as well."""
+    """The checkout's folder (with pretrain.py); None if the package is installed, so that the ranks can import it."""
     return PROJECT if (PROJECT / "pretrain.py").is_file() else None
 
 
@@ -133,7 +133,7 @@ def _pools(
     if texts:
         for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus), ("--ranks-per-node", ranks), ("--partition", partition)):
             if value is not None:
-                raise UsageError(f"--pool says all about its nodes, and {name} is {value}: write it into the pools")
+                raise UsageError(f"--pool describes its nodes completely, but {name} is {value}: write it into the pools")
         return tuple(read_pool(t) for t in texts)
     for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus)):
         if value is None:
@@ -143,13 +143,13 @@ def _pools(
 
 
 def _on_gpus(pools: tuple[Pool, ...], config: Config, overrides: list[str]) -> tuple[str, ...]:
-    """GPUs that were asked for are to be used: where their driver does not work, `auto` would train on CPUs."""
+    """Requires the requested GPUs: if their driver fails, `auto` would train on CPUs."""
     said = config.run.device != "auto" or any(o.partition("=")[0].strip() == "run.device" for o in overrides)
     return () if said or not all(p.gpus_per_node for p in pools) else ("run.device=cuda",)
 
 
 def _variants(config: Path, placed: tuple[str, ...], seeds: str | None, each: list[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The tasks of an array, each checked as a config of its own."""
+    """The tasks of an array, each checked as a separate config."""
     if seeds and each:
         raise UsageError(f"--seeds {seeds} and --each {each[0]!r}: give one of them; --each can set run.seed, too")
     values = read_yaml(config)
@@ -167,10 +167,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _submit(job: Job, folder: Path, links: int) -> None:
-    """Writes script and config under the run's directory and hands the script to SLURM, `links` times for a chain."""
+    """Writes script and config under the run's directory and submits the script, `links` times for a chain."""
     if shutil.which("sbatch") is None:
         raise UsageError(
-            "--submit needs sbatch, and it is not on the PATH: run this on a login node, or print the script and copy it there"
+            "--submit needs sbatch, but it is not on the PATH: run this on a login node, or print the script and copy it there"
         )
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     copy, script = folder / f"submitted-{stamp}.yaml", folder / f"submitted-{stamp}.sbatch"
@@ -188,14 +188,14 @@ def _submit(job: Job, folder: Path, links: int) -> None:
         if done.returncode:
             said = " ".join(done.stderr.split()) or f"it ended with {done.returncode} and said nothing"
             if before:
-                raise UsageError(f"sbatch refused the next job of the chain ({said}): those that are told above stay, with {script}")
+                raise UsageError(f"sbatch refused the next job of the chain ({said}): the jobs above stay, with {script}")
             for path in (script, copy):
                 discard(path)
             for made in new:
-                with suppress(OSError):  # what else came there stays
+                with suppress(OSError):  # keep anything else that is there
                     made.rmdir()
             raise UsageError(f"sbatch refused the job ({said}): correct what it names; nothing was submitted, and its script is deleted")
         number = done.stdout.strip().split(";")[0]
         print(f"submitted job {number}" + (f", after {before[-1].rsplit(':', 1)[1]}" if before else ""))
         before = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{number}"]
-    print(f"script {script}; logs beside it")
+    print(f"script {script}; logs next to it")

@@ -1,6 +1,6 @@
 """Pretrains the model of a config, alone or as one of many ranks under torchrun, srun or mpirun.
 
-Signals are heard and mistakes are told before anything slow, such as torch, is imported.
+Handles signals and reports mistakes before it imports anything slow, such as torch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.limits import raise_open_files
 from megascale.train.faults.stop import StopFlag
 
-if TYPE_CHECKING:  # the last two import torch, and signals are to be heard before that
+if TYPE_CHECKING:  # the last two import torch, which must come after handling signals
     from megascale.config.schema import Config
     from megascale.train.faults.watchdog import Watchdog
     from megascale.train.trainer import Trainer
 
 app = new_app(__doc__ or "")
-# Any rank says it, and more is known of it than its error tells: who is missing, or what would fit.
+# Errors that any rank reports, with more than their own message: which rank is missing, or what would fit.
 KNOWN_HERE = (ExitCode.OUT_OF_MEMORY, ExitCode.PEER_LOST)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What to tell of a run that does not take place: as if started on `ranks`, also as JSON, and the pipeline's schedule drawn."""
+    """Options of a dry run: number of `ranks`, a JSON file, a drawing of the pipeline's schedule."""
 
     ranks: int | None = None
     json: str | None = None
@@ -51,30 +51,25 @@ class DryRun:
     )
 )
 def main(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")],  # a str, so that rank 0 alone tells what is wrong with it
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")],  # a str, so that only rank 0 reports errors in it
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say whether the run fits, and the exact bytes per rank and the schedule; allocate nothing")
+        bool, typer.Option("--dry-run", help="print whether the run fits, exact bytes per rank and the schedule; allocate nothing")
     ] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="with --dry-run: as if started on this many ranks")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="with --dry-run: assume this many ranks")] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: write the same as JSON")] = None,
     draw: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="with --dry-run: print every key of the resolved config, too")] = False,
-    device_memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="with --dry-run: as if each device had this much memory")
-    ] = None,
+    device_memory: Annotated[float | None, typer.Option(metavar="GB", help="with --dry-run: assume this much memory per device")] = None,
 ) -> None:
     """Trains until the config's last step. Run the same command again to resume."""
     if not dry_run and (ranks is not None or json or draw or show_config or device_memory is not None):
-        raise UsageError(
-            "--ranks, --json, --draw, --show-config and --device-memory describe a run that does not take place: add --dry-run, or leave "
-            "them out"
-        )
+        raise UsageError("--ranks, --json, --draw, --show-config and --device-memory describe a dry run: add --dry-run, or leave them out")
     if device_memory is not None and not 0 < device_memory < 1e9:
         raise UsageError(f"--device-memory is {device_memory}: give the memory of a device in GB, such as 80")
     try:
         code = run(config, overrides or [], DryRun(ranks, json, draw, show_config, device_memory) if dry_run else None)
-    except Exception:  # a bug; what else there is, `run` has told
+    except Exception:  # a bug; `run` has reported all other errors
         traceback.print_exc()
         code = 1
     end_process(code)
@@ -88,7 +83,7 @@ def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
     config: Config | None = None
     watch: Watchdog | None = None
     trainer: Trainer | None = None
-    with ExitStack() as group:  # closed last: the ranks part when exit.json is written
+    with ExitStack() as group:  # closed last, so that the process group outlives writing exit.json
         try:
             ranks = find_ranks()
             asked = load_config(file, overrides)
@@ -130,7 +125,7 @@ def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
 
 
 def judged(error: Exception, trainer: Trainer | None) -> Exit | None:
-    """What an error comes to; None for a bug, which keeps its traceback."""
+    """The ending for an error; None for a bug, which keeps its traceback."""
     if isinstance(error, MegascaleError):
         return Exit(error.code, str(error))
     known = as_exit(error)
@@ -138,11 +133,11 @@ def judged(error: Exception, trainer: Trainer | None) -> Exit | None:
         return known
     if not isinstance(error, OSError):
         return None
-    return Exit(ExitCode.TRAINING, f"training cannot go on: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
+    return Exit(ExitCode.TRAINING, f"training cannot continue: {known.reason}; the last good checkpoint is {trainer.reporter.last_good}")
 
 
 def leave(config: Config | None, ranks: RankInfo, watch: Watchdog | None, trainer: Trainer | None, ending: Exit) -> None:
-    """Tells the peers and exit.json. Before the run has claimed its directory, only what its earlier attempt left there is replaced."""
+    """Records the end for peers and in exit.json. Before the run has claimed its directory, replaces only an earlier attempt's file."""
     if watch is not None:
         watch.leaves(ending)
     run_dir = None if watch is None else watch.activity.run_dir
@@ -152,7 +147,7 @@ def leave(config: Config | None, ranks: RankInfo, watch: Watchdog | None, traine
 
 
 def end_process(code: int) -> NoReturn:
-    """A lost peer must not hold this process in destructors, and ranks that stop must not drift apart in them."""
+    """Exits without destructors: they could wait for a lost peer, and ranks that stop must end together."""
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

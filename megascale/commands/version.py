@@ -1,4 +1,4 @@
-"""The version of megascale, and of what decides how it computes."""
+"""Versions of megascale and of everything that affects its numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors")
 
 
 @app.command(epilog=examples("megascale version", "megascale version --short"))
-def main(short: Annotated[bool, typer.Option("--short", help="print the number alone")] = False) -> None:
+def main(short: Annotated[bool, typer.Option("--short", help="print only the number")] = False) -> None:
     """Prints the version of megascale, where it is installed, the versions of Python and the libraries it computes with, and plugins."""
     if short:
         print(__version__)

@@ -1,4 +1,4 @@
-"""What stands between the products of a feed-forward. The rows are in config/activations.py."""
+"""The functions between the products of a feed-forward. The rows are in config/activations.py."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Activation:
     phi: Callable[[Tensor], Tensor]
 
     def __call__(self, y: Tensor, gate: Tensor | None = None) -> Tensor:
-        """φ(y), or φ(gate) ⊙ y where there is a gate."""
+        """φ(y), or φ(gate) ⊙ y with a gate."""
         return self.phi(y) if gate is None else self.phi(gate) * y
 
 
 def activation(name: str) -> Activation:
-    """What `model.ffn` says. Raises UsageError for a row of a plugin whose function cannot be imported."""
+    """The activation of `model.ffn`. Raises UsageError for a plugin's row whose function cannot be imported."""
     return Activation(resolve(activations()[name].phi, f"the activation {name}"))
 
 

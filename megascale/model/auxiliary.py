@@ -1,7 +1,7 @@
-"""Losses beside the model's own, formed anywhere in a stack: a router's balance, the size of its logits.
+"""Auxiliary losses anywhere in a stack, such as a router's balance loss and z-loss.
 
 A middle stage of a pipeline sends its stream on and never sees the final loss, so such a loss cannot be added to it. It rides on the stream
-instead: an identity whose backward hands the stream's gradient through and starts the loss's own with its weight.
+instead: an identity whose backward passes the stream's gradient through and starts the auxiliary loss's own with its weight.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ class _Ride(torch.autograd.Function):
 def ride_on(x: Tensor, loss: Tensor, weight: float, report: Callable[[Tensor], None]) -> Tensor:
     """`x` unchanged; its backward adds `weight` times the gradient of the 0-dim `loss`.
 
-    report  called with the loss once a micro-batch. It is called from backward, since recomputation repeats forward.
+    report  called with the loss once per micro-batch, from backward, since recomputation repeats forward
     """
     return _Ride.apply(x, loss, weight, report)  # type: ignore[no-any-return]

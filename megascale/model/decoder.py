@@ -1,5 +1,5 @@
-"""The decoder and encoder families: tokens in, the sum of the cross-entropy over this rank's valid targets out. They differ in what a
-token sees and in their side of the residual table; that an encoder is asked for hidden tokens is a matter of its data.
+"""The decoder and encoder families: tokens in, the summed cross-entropy over this rank's valid targets out. They differ in attention masks
+and in their side of the residual table; that an encoder predicts hidden tokens is a matter of its data.
 
 Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 """
@@ -42,12 +42,12 @@ class Table(nn.Module):
     def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = declare(spec, dtype)
-        self.rows = spec.shape[0]  # of the whole table
+        self.rows = spec.shape[0]  # rows of the whole table
 
 
 def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Tensor:
-    """Rows of weight [V_here, d] for tokens [b, s] → [b, s, d]. With an axis the first of them is number `first`, and rows that live on
-    other ranks are zero.
+    """Rows of weight [V_here, d] for tokens [b, s] → [b, s, d]. With an axis the first row has the global number `first`, and rows on other
+    ranks are zero.
     """
     if axis is None:
         return F.embedding(tokens, weight)
@@ -57,9 +57,9 @@ def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Te
 
 
 class MaskedHead(nn.Module):
-    """What BERT has between its last block and the product with the table: N(φ(W·x + b)), φ being the feed-forward's activation (GELU
-    where that has a gate); and a bias for each token, which that product takes. Every tensor rank has all of it but the bias, and applies
-    it to the tokens that it has.
+    """BERT's layers between its last block and the product with the table: N(φ(W·x + b)), with φ the feed-forward's activation (GELU if
+    that is gated); and a bias per token for that product. Every tensor rank has all of it except the bias, and applies it to its own
+    tokens.
     """
 
     bias: Tensor | None
@@ -102,7 +102,7 @@ class Decoder(Family):
         self.embedding_scale: nn.Parameter | None = None
         if part.first and at_ends.embedding_scale is not None:
             self.embedding_scale = declare(ParamSpec((1,), "scale", "tokens", mean=at_ends.embedding_scale), dtype)
-        # Keyed by global numbers, so that names are the same however the layers are cut into stages.
+        # Keyed by global numbers, so that names do not depend on how layers are split into stages.
         self.blocks = nn.ModuleDict()
         for i in layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
@@ -113,7 +113,7 @@ class Decoder(Family):
         self.embedding_norm: Norm | None = None
         if part.first and cfg.embedding_norm:
             self.embedding_norm = Norm(d, cfg.norm, cfg.eps_of("embedding_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
-            # Layered accumulation has no weights of the embedding at hand in backward, and its table needs none.
+            # Under layered accumulation the embedding's weights are not available in backward, and its table does not need them.
             self.embedding_norm.copied = True
         self.final_norm: Norm | None = None
         if part.last and at_ends.final_norm:
@@ -122,18 +122,18 @@ class Decoder(Family):
         if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
         self.hidden_factor = at_ends.hidden_factor
-        # BranchNorm's factor is a function of the step, hence no state of checkpoints: `at_step` sets it.
+        # BranchNorm's factor is a function of the step, so checkpoints do not store it: `at_step` sets it.
         warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
         self.exchanges = Exchanges((0, cfg.num_heads))
         self.shared_weight = "embedding.weight" if cfg.tie_embeddings else None
-        self.width: int | None = None  # of the feed-forward while training, where its prefixes are trained too
-        self.xpos_middle: int | None = None  # the position that XPos counts from, where passes over parts of a text must agree on it
+        self.width: int | None = None  # width of the feed-forward in training if its prefixes are trained too
+        self.xpos_middle: int | None = None  # XPos's origin, if passes over parts of a text must share it
 
     @torch.no_grad()
     def at_step(self, step: int) -> None:
-        """Tells schemes that follow it the global step, counted from 1. A kernel's argument: neither a wait nor another compilation.
-        MatFormer draws the step's width by it.
+        """Sets the global step, counted from 1, for schemes that depend on it. A kernel argument, so neither a synchronization nor a
+        recompilation. MatFormer draws the step's width from it.
         """
         if self.cfg.matformer is not None and self.cfg.matformer.train == "sample":
             sizes = self.cfg.nested_sizes
@@ -142,7 +142,7 @@ class Decoder(Family):
             self.warm.fill_(min(1.0, step / self.cfg.branchnorm_period))
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Of the stream [b, s, d] as this stage takes it and as it gives it on, for a batch of tokens of this shape."""
+        """Shapes of the stream [b, s, d] that this stage receives and sends, for a batch of tokens of this shape."""
         here = self.here(torch.empty(batch, device="meta"))
         shape = here.shape[0], here.shape[1] + self.rows_behind, self.cfg.hidden_size
         return shape, shape
@@ -157,11 +157,11 @@ class Decoder(Family):
         return int(self.cfg.position_row.distances)
 
     def tables(self) -> list[Tensor]:
-        """Of biases by distance, [n, h here] each in the compute dtype; of the stage that has them."""
+        """Tables of biases by distance, [n, h here] each in the compute dtype, on the stage that has them."""
         return [] if self.relative is None else [self.relative.weight.to(self.shape.compute)]
 
     def taken(self, stream: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What another stage gave: the stream [b, s_here, d] and the tables behind it."""
+        """Splits the previous stage's output into the stream [b, s_here, d] and the tables appended to it."""
         return detach(self.cfg, stream, self.tables_behind, self.exchanges.num_heads)
 
     def units(self) -> Iterator[tuple[str, Unit]]:
@@ -169,7 +169,7 @@ class Decoder(Family):
             yield f"blocks.{number}", block  # type: ignore[misc]  # a ModuleDict's values are modules
 
     def here(self, x: Tensor) -> Tensor:
-        """A [b, S] tensor of whole sequences cut to this rank's tokens [b, s]."""
+        """This rank's part [b, s] of a [b, S] tensor of whole sequences."""
         return self.exchanges.tokens_here(self.exchanges.sequence_here(x))
 
     @property
@@ -189,10 +189,10 @@ class Decoder(Family):
     ) -> Tensor:
         """tokens [b, s] → with targets [b, s] (negative: not counted) their summed loss times `scale`, else logits [b, s, V_here].
 
-        A stage without the embedding takes the `stream` [b, s_here, d] of the stage before it, tables behind it where positions are
+        A stage without the embedding takes the `stream` [b, s_here, d] of the previous stage, with tables appended if positions are
         relative; one without the head returns its own.
 
-        documents [b, s] keep attention inside runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
+        documents [b, s] restrict attention to runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
         while training.
         """
         if self.cfg.matformer is not None:
@@ -204,7 +204,7 @@ class Decoder(Family):
         return self._forward(tokens, targets, documents, positions, samples, scale, stream)
 
     def _at_width(self, width: int | None, *inputs: Any) -> Tensor:
-        """`_forward` with the first channels of every feed-forward only."""
+        """`_forward` with only the first `width` channels of every feed-forward."""
         for _, block in self.units():
             if isinstance(block, Block) and isinstance(block.ffn, FeedForward):
                 block.ffn.use(width)
@@ -220,7 +220,7 @@ class Decoder(Family):
         scale: float,
         stream: Tensor | None,
     ) -> Tensor:
-        """`forward` at the present width."""
+        """`forward` at the current width."""
         x, tables = (self.embed(tokens, positions), self.tables()) if stream is None else self.taken(stream)
         mask = self.attention_mask(documents, tokens.shape[1], tokens.device, tables)
         contexts = self.contexts(self.part.layers, tokens, mask, positions, samples, self.loss_weights(targets, scale))
@@ -231,7 +231,7 @@ class Decoder(Family):
         return self.finish(x, targets, scale) if self.part.last else attach(x, tables)
 
     def finish(self, x: Tensor, targets: Tensor | None, scale: float) -> Tensor:
-        """The stream behind the last block → what `forward` returns."""
+        """The stream after the last block → the result of `forward`."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.hidden_factor != 1.0:
@@ -261,7 +261,7 @@ class Decoder(Family):
         )
 
     def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:
-        """The group of blocks as often as there are layers. What their experts got is judged over all repeats, at the end."""
+        """Runs the group of blocks repeatedly through all layers. The experts' load is judged over all repeats, at the end."""
         moe, moeut = self.cfg.moe, self.cfg.moeut
         assert moe is not None and moeut is not None
         masses_of: dict[str, list[Masses]] = {name: [] for name in self.blocks}
@@ -286,8 +286,8 @@ class Decoder(Family):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def look_up(self, tokens: Tensor, positions: Tensor | None, table: Table, places: Table | None) -> Tensor:
-        """Tokens [b, S] in a table [V_here, d], plus their places' vectors, → [b, s, d]. Rows of the vocabulary that live elsewhere count
-        zero before the sum.
+        """Tokens [b, S] in a table [V_here, d], plus vectors of their positions, → [b, s, d]. Rows of the vocabulary on other ranks count
+        as zero before the sum.
         """
         exchanges = self.exchanges
         if positions is None:
@@ -295,24 +295,24 @@ class Decoder(Family):
         tokens, positions = exchanges.sequence_here(tokens), exchanges.sequence_here(positions)
         x = exchanges.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, exchanges.first_row(table.rows), exchanges.rows))
         if self.embedding_scale is not None:
-            x = x * self.embedding_scale.to(x.dtype, copy=True)  # as embedding_norm's
+            x = x * self.embedding_scale.to(x.dtype, copy=True)  # like embedding_norm's output
         return x if places is None else x + F.embedding(exchanges.tokens_here(positions), places.weight.to(x.dtype))
 
     def weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
-        """The weight [b, S] of each token in auxiliary losses, where there are any."""
+        """The weight [b, S] of each token in auxiliary losses, if there are any."""
         if targets is None or self.cfg.moe is None:
             return None
         return (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
 
     def loss_weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
-        """`weights` of the tokens here [b, s]."""
+        """`weights` of the local tokens [b, s]."""
         weights = self.weights(targets, scale)
         return None if weights is None else self.exchanges.sequence_here(weights)
 
     def attention_mask(
         self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()
     ) -> AttentionMask | None:
-        """What tokens see; None where a kernel knows it without being told. `tables` of biases by distance: the stack's own comes last."""
+        """The attention mask; None if the kernel's default is right. `tables` of biases by distance: the stack's own is last."""
         cfg, slopes = self.cfg, None
         if tables:
             return biased(cfg, tables[-1], seq_len, cfg.causal, documents)

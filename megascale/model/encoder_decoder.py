@@ -1,8 +1,8 @@
-"""The encoder–decoder family: an encoder reads a source, a decoder writes its target and attends to what the encoder made of it.
+"""The encoder–decoder family: an encoder reads a source, a decoder writes its target and attends to the encoder's output.
 
-Layers are numbered through both stacks, the encoder's first, so that passes, stages and schedules see one row of blocks. Between two
-stages travels one tensor [b, t + s, d]: the source's tokens, which the decoder's layers only read, and the target's, which the encoder's
-layers only hand on. So both are embedded in the first stage, which alone has tables of the vocabulary.
+Layers are numbered through both stacks, encoder first, so that passes, stages and schedules see one list of blocks. Stages exchange one
+tensor [b, t + s, d]: the source's tokens, which the decoder's layers only read, and the target's, which the encoder's layers only pass on.
+So both are embedded in the first stage, the only one with tables of the vocabulary.
 
 Shapes: b micro-batch, t source, s target, d hidden, V vocabulary.
 """
@@ -27,9 +27,9 @@ from megascale.model.spec import ParamSpec
 
 
 class EncoderDecoder(Decoder):
-    """A decoder, whose blocks also attend to a memory, and the encoder that makes it; or the `part` of both that makes a stage.
+    """A decoder, whose blocks also attend to a memory, and the encoder that makes it; or the `part` of both that forms a stage.
 
-    `share_embeddings` says whether sources are looked up in the targets' table or in one of their own, for a vocabulary of their own.
+    `share_embeddings`: whether sources use the targets' table or their own, with their own vocabulary.
     """
 
     def __init__(self, cfg: Model, shape: Shape, part: StagePart | None = None) -> None:
@@ -59,7 +59,7 @@ class EncoderDecoder(Decoder):
         return shape, shape
 
     def held(self, x: Tensor) -> int:
-        """How many of the tokens x [b, t or s] are here."""
+        """Number of local tokens of x [b, t or s]."""
         return self.here(x).shape[1]
 
     @property
@@ -89,9 +89,9 @@ class EncoderDecoder(Decoder):
         stream: Tensor | None = None,
         source: Tensor | None = None,
     ) -> Tensor:
-        """`Decoder.forward` of the target's tokens [b, s] with a source [b, t], negative where it has ended; documents are none.
+        """`Decoder.forward` of the target's tokens [b, s] with a source [b, t], negative beyond its end; documents must be None.
 
-        The stream that stages take and give is [b, t_here + s_here, d], tables behind it where positions are relative.
+        Stages exchange a stream [b, t_here + s_here, d], with tables appended if positions are relative.
         """
         assert source is not None and documents is None
         valid = source >= 0
@@ -106,7 +106,7 @@ class EncoderDecoder(Decoder):
         return self.finish(written, targets, scale) if self.part.last else attach(torch.cat((read, written), 1), tables)
 
     def embed_source(self, source: Tensor) -> Tensor:
-        """source [b, t] → [b, t_here, d] in the compute dtype; what lies beyond its end is nobody's key and may be any token."""
+        """source [b, t] → [b, t_here, d] in the compute dtype; positions beyond its end are masked as keys and may hold any token."""
         places = self.source_position if self.cfg.position_row.table else None
         table = self.embedding if self.cfg.share_embeddings else self.source_embedding
         return self.look_up(source.clamp(min=0), None, table, places)
@@ -120,7 +120,7 @@ class EncoderDecoder(Decoder):
         loss_weights: Tensor | None,
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The stream of the source's tokens [b, t_here, d] through the encoder's blocks that are here, and the norm behind the last."""
+        """The stream of the source's tokens [b, t_here, d] through the local encoder blocks, and the norm after the last."""
         assert self.cfg.encoder_layers is not None
         layers = self.part.of_stack(0, self.cfg.encoder_layers)
         mask = key_padding_mask(valid)
@@ -131,7 +131,7 @@ class EncoderDecoder(Decoder):
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
     def memory(self, read: Tensor, valid: Tensor) -> Memory | None:
-        """What the decoder's blocks here attend to, whole on every tensor and context rank; gathered once for all of them."""
+        """The memory of the local decoder blocks, whole on every tensor and context rank; gathered once for all of them."""
         return Memory(self.exchanges.enter_memory(read), key_padding_mask(valid)) if self.blocks else None
 
     def decode(
@@ -144,7 +144,7 @@ class EncoderDecoder(Decoder):
         loss_weights: Tensor | None = None,
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The stream of the target's tokens [b, s_here, d] through the decoder's blocks that are here."""
+        """The stream of the target's tokens [b, s_here, d] through the local decoder blocks."""
         before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
         layers = range(before + mine.start, before + mine.stop)
         mask = self.attention_mask(None, tokens.shape[1], tokens.device, tables if layers else ())
@@ -153,7 +153,7 @@ class EncoderDecoder(Decoder):
         )
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
-        """The weight [b, t_here] of each source's token in auxiliary losses: all of a source weigh as much as all of its target."""
+        """The weight [b, t_here] of each source's token in auxiliary losses: a whole source weighs as much as its whole target."""
         asked = self.weights(targets, scale)
         if asked is None:
             return None

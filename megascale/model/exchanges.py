@@ -1,4 +1,4 @@
-"""What parallelism does to the tensors of a model, in one place."""
+"""The exchanges that parallelism adds to a model, in one place."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def in_turn(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
 
 @dataclass
 class Exchanges:
-    """The exchanges of a model outside its blocks. Passes set them; by default each is the identity, as on one rank.
+    """The exchanges of a model outside its blocks. Passes set them; by default each is the identity.
 
     enter_head       the stream's tokens of all tensor ranks, before the head
-    leave_embedding  the sum of the ranks' partial embeddings
-    enter_memory     the tokens of all ranks, where blocks attend to another stack's
-    sequence_here    a [b, S] tensor of whole sequences cut to the positions that this rank holds; sources by their own length
-    tokens_here      a [b, s] tensor of these positions cut to the tokens of this tensor rank
-    heads            the first query head here and the one behind the last, by global number
-    rows             the axis over whose ranks the rows of tables are cut; None: all rows are here
-    pass_blocks      the stream through blocks, which nested recomputation does in groups
-    compiled_loss    the loss's passes over the logits are compiled
+    leave_embedding  sums the ranks' partial embeddings
+    enter_memory     gathers the tokens of all ranks for cross-attention
+    sequence_here    this rank's positions of a [b, S] tensor of whole sequences; sources by their own length
+    tokens_here      this tensor rank's tokens of a [b, s] tensor of these positions
+    heads            global numbers of the first local query head and of the one after the last
+    rows             the axis over which the rows of tables are sharded; None: unsharded
+    pass_blocks      runs the stream through blocks; nested recomputation does so in groups
+    compiled_loss    whether the loss's passes over the logits are compiled
     """
 
     heads: tuple[int, int]

@@ -1,10 +1,10 @@
-"""Mixture of experts: a router, a bank of experts as stacked weights, shared experts, and the way of the tokens between them.
+"""Mixture of experts: a router, a bank of experts as stacked weights, shared experts, and the exchange of tokens between them.
 
-Shapes: b micro-batch, s sequence, T = b·s tokens, k chosen experts a token, E experts, n rows (assignments of a token to an expert), d
+Shapes: b micro-batch, s sequence, T = b·s tokens, k chosen experts per token, E experts, n rows (assignments of a token to an expert), d
 hidden, f this rank's share of an expert's width.
 
-Rows are sorted by expert, so that each expert's are one block and one grouped product serves all of them; an expert without rows costs
-nothing. `dispatch` is where expert parallelism sends rows to the ranks of their experts; alone it is the identity.
+Rows are sorted by expert, so that each expert's form one block and one grouped product serves all; an expert without rows costs nothing.
+`dispatch` is where expert parallelism sends rows to the ranks of their experts; on one rank it is the identity.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_grouped, grouped_weig
 
 
 class Arrival(NamedTuple):
-    """Rows under way to the ranks of their experts: `wait` for those that come here, with their number by expert here [E_here], and take
-    the results `back` to where the rows came from, in their order.
+    """Rows in flight to the ranks of their experts: `wait` for the incoming ones, with their number per local expert [E_here], and send the
+    results `back` to where the rows came from, in their order.
     """
 
     wait: Callable[[], tuple[Tensor, Tensor]]
     back: Callable[[Tensor], Tensor]
 
 
-# (rows [n, d] sorted by expert, counts [E] of them, those beyond the sum of the counts being of no expert) → their arrival.
+# (rows [n, d] sorted by expert, counts [E]; rows beyond the sum of the counts belong to no expert) → their arrival.
 Dispatch = Callable[[Tensor, Tensor], Arrival]
 
 
 def stay(rows: Tensor, counts: Tensor) -> Arrival:
-    """The dispatch of one process."""
+    """The dispatch without expert parallelism."""
     return Arrival(lambda: (rows, counts), identity)
 
 
@@ -95,7 +95,7 @@ def unscaled(in_dim: int) -> float:
 
 
 class ExpertInit(NamedTuple):
-    """How the weights of a mixture start: the deviation of each role, and whether it is truncated; `product_scale` as in `Residual`."""
+    """Initial weights of a mixture: the standard deviation of each role, and whether it is truncated; `product_scale` as in `Residual`."""
 
     std: dict[Role, float]
     truncated: bool = False
@@ -103,13 +103,13 @@ class ExpertInit(NamedTuple):
 
 
 def spread_through(bank: Bank, x: Tensor, experts: Tensor) -> Tensor:
-    """Each token x [n, in] through the matrices `experts` [n, k] of a bank → [n, k, out]."""
+    """Multiplies each token x [n, in] by the matrices `experts` [n, k] of a bank → [n, k, out]."""
     sort = Permutation.of(experts)
     return sort.gather(bank(sort.permute(x), load(experts, bank.weight.shape[0])))
 
 
 class Experts(nn.Module):
-    """The feed-forward sublayers of the experts here, each on its own block of rows."""
+    """The feed-forward sublayers of the local experts, each on its own block of rows."""
 
     def __init__(self, cfg: Model, moe: Moe, start: ExpertInit, dtype: torch.dtype) -> None:
         super().__init__()
@@ -127,17 +127,17 @@ class Experts(nn.Module):
         self.down = bank(d, f, "down", 2)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [n, d] sorted by expert, counts [E_here] → [n, d], a part of a sum where the width is cut over ranks."""
+        """x [n, d] sorted by expert, counts [E_here] → [n, d], a partial sum if the width is split over ranks."""
         y = self.up(x, counts)
         return self.down(self.activation(y, None if self.gate is None else self.gate(x, counts)), counts)  # type: ignore[no-any-return]
 
 
 class MixtureOfExperts(nn.Module):
-    """y = Σ over a token's chosen experts of gate · expert(x), plus shared experts that every token meets.
+    """y = Σ over a token's chosen experts of gate · expert(x), plus shared experts for every token.
 
-    `enter` and `leave` are tensor parallelism's, `dispatch` is expert parallelism's. `copies` counts the ranks that route the same tokens:
-    each takes its share of the auxiliary losses. Where tokens stay cut along the sequence, `loss_weights_here` picks this rank's and
-    `over_sequence` sums over the ranks that hold the others.
+    `enter` and `leave` are tensor parallelism's, `dispatch` is expert parallelism's. `copies` is the number of ranks that route the same
+    tokens: each takes its share of the auxiliary losses. If tokens stay split along the sequence, `loss_weights_here` selects this rank's
+    and `over_sequence` sums over the ranks that hold the others.
     """
 
     def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, start: ExpertInit | None = None) -> None:
@@ -163,13 +163,13 @@ class MixtureOfExperts(nn.Module):
 
     @outside_graphs
     def forward(self, x: Tensor, loss_weights: Tensor | None) -> Tensor:
-        """x [b, s, d] → [b, s, d]; `loss_weights` [b, s]: see router.py, None where no auxiliary loss is wanted."""
+        """x [b, s, d] → [b, s, d]; `loss_weights` [b, s]: see router.py, None without an auxiliary loss."""
         x = self.enter(x)
         return self.leave(self.chosen_by(x, x, loss_weights)[0])
 
     @outside_graphs
     def chosen_by(self, h: Tensor, x: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Choice]:
-        """What the experts that h [b, s, d] chooses make of x [b, s, d], and the choice."""
+        """Applies the experts chosen by h [b, s, d] to x [b, s, d]; returns the result and the choice."""
         logits, choice = self.router(h)
         kept = None
         if self.moe.capacity_factor is not None:
@@ -180,15 +180,15 @@ class MixtureOfExperts(nn.Module):
         return self._mix(x, choice, kept), choice
 
     def _mix(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
-        # What found no room belongs to no expert and is sorted behind all others.
+        # Dropped assignments belong to no expert and are sorted after all others.
         experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
         sort, counts = Permutation.of(experts), load(experts, self.num_experts)
         rows = sort.permute(x.flatten(0, 1))
-        # The products leave rows of no expert and their gradients undefined.
+        # The products leave rows without an expert, and their gradients, undefined.
         exists = None if kept is None else (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1)
         rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
         arrival = self.dispatch(rows, counts)
-        shared = self.shared(x) if self.shared is not None else None  # while the rows travel
+        shared = self.shared(x) if self.shared is not None else None  # while the rows are in flight
         rows_here, counts_here = arrival.wait()
         results = arrival.back(self.experts(rows_here, counts_here))
         results = results if exists is None else results.where(exists, results.new_zeros(()))
@@ -196,11 +196,11 @@ class MixtureOfExperts(nn.Module):
         y = y if shared is None else y + shared
         if not self.unit_gates:
             return y
-        # Experts are independent of each other at the start: their variances add up, and that of the shared ones counts in full.
+        # Experts are independent at initialization: their variances add up, and the shared ones count in full.
         squares = choice.gates.square().sum(-1, keepdim=True) + float(shared is not None)
         size = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
         if self.moe.top_k == 1 and shared is None:
-            size = size.detach()  # a gate over itself is 1 and teaches the router nothing; a gate over its value is 1, too
+            size = size.detach()  # a gate divided by itself would be 1 and give the router no gradient; divided by its value it is 1, too
         return y / size.to(y.dtype)
 
     def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, loss_weights: Tensor) -> Tensor:
@@ -229,20 +229,20 @@ class MixtureOfExperts(nn.Module):
 
 
 def load(experts: Tensor, num_experts: int) -> Tensor:
-    """How often each expert [E] was chosen (int64); numbers from E on count nowhere. Without waiting for the device, as bincount would."""
+    """How often each expert [E] was chosen (int64); ignores numbers from E on. Unlike bincount it does not synchronize with the device."""
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
     return counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:num_experts]
 
 
 def start_of(cfg: Model, moe: Moe, row: Residual) -> ExpertInit:
-    """Each expert as the scheme starts a feed-forward sublayer and the router as `init_std` says; or all √(0.1/fan_in), truncated at two
-    deviations (ST-MoE, arXiv 2202.08906, section 3).
+    """Each expert starts like the scheme's feed-forward and the router with `init_std`; or all with √(0.1/fan_in), truncated at two
+    standard deviations (ST-MoE, arXiv 2202.08906, section 3).
     """
     assert moe.ffn_size
     d, f = cfg.hidden_size, moe.ffn_size
     if moe.init == "model":
         roles: tuple[tuple[Role, int, int], ...] = (("up", f, d), ("gate", f, d), ("down", d, f))
-        # A router is no FP8 product, but unit scaling makes its start and its rate fit every width like the others'.
+        # A router is not an FP8 product, but unit scaling scales its initial weights and rate with the width like the others'.
         router = 1.0 if row.unit_scaled else cfg.init_std
         stds: dict[Role, float] = {"router": router, **{role: row.starts.std(role, out, into) for role, out, into in roles}}
         return ExpertInit(stds, product_scale=row.product_scale)
@@ -251,7 +251,7 @@ def start_of(cfg: Model, moe: Moe, row: Residual) -> ExpertInit:
 
 
 def readings(raw: Totals) -> dict[str, float]:
-    """One layer's totals over all ranks → how even its load is (entropy as a share of log E), what was dropped, losses a token, logits."""
+    """One layer's totals over all ranks → evenness of the load (entropy as a share of log E), dropped share, losses per token, logits."""
     counts, loss_weights = raw["counts"], float(raw["counted"])
     total = float(counts.sum())
     if total == 0.0:

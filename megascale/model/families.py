@@ -1,4 +1,4 @@
-"""The models that there are, by the name of their family."""
+"""The models by family name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model tells the passes over it: its units, how its sequence may be cut, and which weights its stages share."""
+"""The interface between models and passes: units, how the sequence may be split, and weights shared between stages."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megascale.model.shape import Shape
 
 
 class Unit(nn.Module):
-    """What passes wrap, recompute and compile as one: a block. `attention` is where its own tokens meet."""
+    """A block: the unit that passes wrap, recompute and compile. `attention` is its self-attention."""
 
     attention: Any
 
     @property
     def sublayers(self) -> list[Any]:
-        """The sublayers that a tensor rank has its part of. Each has an exchange before it, `enter`, and one behind it, `leave`."""
+        """The sublayers that tensor parallelism splits. Each has an exchange before it, `enter`, and one after it, `leave`."""
         raise NotImplementedError
 
 
 class Family(nn.Module):
-    """A model, or the `part` of it that makes a pipeline stage. It is built on the meta device with unsharded shapes; passes cut it before
-    it gets memory.
+    """A model, or the `part` of it that forms a pipeline stage. It is built on the meta device with unsharded shapes; passes shard it
+    before memory is allocated.
 
-    sequence       what is cut over context-parallel ranks: the tokens of a sequence, or a grid along one of its dimensions
-    shared_weight  the name of a weight that the first stage owns and the last one uses, too; None where there is none
+    sequence       what context parallelism splits: the tokens of a sequence, or a grid along one of its dimensions
+    shared_weight  the name of a weight that the first stage owns and the last one also uses; None without one
     """
 
     cfg: Model
@@ -45,12 +45,12 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def length_of(self, unit: str) -> int:
-        """How long the sequences are that a unit works on."""
+        """Length of the sequences in a unit."""
         return self.shape.seq_len
 
     def at_step(self, step: int) -> None:
-        """Sets the global step, counted from 1, for what follows it."""
+        """Sets the global step, counted from 1, for parts that depend on it."""
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Shapes of the stream [b, s, d] that this stage takes and that it gives on, for a batch of tokens of this shape."""
+        """Shapes of the stream [b, s, d] that this stage receives and sends, for a batch of tokens of this shape."""
         raise NotImplementedError

@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         self.leave: Callable[[Tensor], Tensor] = identity
 
     def use(self, width: int | None) -> None:
-        """Takes the first `width` channels only, until told otherwise (MatFormer); None: all. Both halves of a gate are cut."""
+        """Uses only the first `width` channels until the next call (MatFormer); None: all. Applies to both halves of a gate."""
         rows = None if width is None else (0, width)
         for part in (self.up, self.gate):
             if isinstance(part, Linear):

@@ -1,8 +1,8 @@
 """Weights drawn from (seed, name, index block): every layout starts from the same model, and no rank ever holds more than its own part.
 
-A tensor is covered by fixed tiles of its last two dimensions; each tile has a generator of its own. A rank draws the tiles that its
-rectangle touches and keeps what it needs. Numbers are drawn in fp32 on the CPU, so that neither the device nor the dtype changes the start.
-Orthogonal matrices, which are small, are the exception: every rank draws them whole, for all of their rows take part in each.
+A tensor is covered by fixed tiles of its last two dimensions, each with its own generator. A rank draws the tiles that its rectangle
+touches and keeps what it needs. Numbers are drawn in fp32 on the CPU, so that device and dtype do not change the initial weights.
+Orthogonal matrices, which are small, are the exception: every rank draws them whole, since all rows depend on each other.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from megascale.comm.piece import Piece
 from megascale.model.spec import ParamSpec
 
-TILE = (256, 1024)  # rows, columns; a change here is a change of every run's start
+TILE = (256, 1024)  # rows, columns; a change here changes the initial weights of every run
 
 
 @torch.no_grad()
 def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
-    """Fills `piece.local` with its part of the tensor's start."""
+    """Fills `piece.local` with its part of the tensor's initial values."""
     if spec.std == 0.0:
         piece.local.fill_(spec.mean)
         return
@@ -43,7 +43,7 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
     for index in itertools.product(*(range(a, b + 1) for a, b in zip(first, last))):
         begin = [i * t for i, t in zip(index, tile)]
         values = _draw(seed, name, index, [min(t, n - b) for t, n, b in zip(tile, shape, begin)], spec.truncated)
-        # The overlap of tile and rectangle, in the coordinates of each.
+        # The overlap of tile and rectangle, in both coordinate systems.
         low = [max(b, o) for b, o in zip(begin, offset)]
         high = [min(b + v, o + n) for b, v, o, n in zip(begin, values.shape, offset, local.shape)]
         source = tuple(slice(x - b, y - b) for x, y, b in zip(low, high, begin))
@@ -55,8 +55,8 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
 
 
 def orthogonal(normal: Tensor) -> Tensor:
-    """Standard normal [rows, columns] → the Q of its QR decomposition, in fp64: orthonormal rows or columns, whichever are fewer, uniform
-    over all such matrices since R's diagonal is made positive (Mezzadri, arXiv math-ph/0609050; as `torch.nn.init.orthogonal_`).
+    """Standard normal [rows, columns] → the Q of its QR decomposition in fp64: orthonormal rows or columns, whichever are fewer. Making R's
+    diagonal positive gives a uniform distribution (Mezzadri, arXiv math-ph/0609050; as `torch.nn.init.orthogonal_`).
     """
     wide = normal.shape[0] < normal.shape[1]
     q, r = torch.linalg.qr(normal.double().t() if wide else normal.double())
@@ -65,7 +65,7 @@ def orthogonal(normal: Tensor) -> Tensor:
 
 
 def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int], truncated: bool) -> Tensor:
-    """Standard normal numbers of one tile, those beyond two deviations replaced where `truncated`."""
+    """Standard normal numbers of one tile; if `truncated`, those beyond two standard deviations are redrawn."""
     digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     if truncated:

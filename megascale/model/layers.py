@@ -1,4 +1,4 @@
-"""The parts every family is made of: linear products, norms, dropout. Weights follow the dtype of what they are applied to."""
+"""Layers that all families use: linear products, norms, dropout. Weights are cast to the dtype of their input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megascale.splitmix import mix64_signed
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] · weight [out, in]ᵀ + bias → [..., out].
 
-    Every hidden product of the system goes through here, so that another precision or a deferred weight gradient has one place to go.
+    Every hidden product of the system goes through here, so that another precision or a deferred weight gradient needs only one change.
     """
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if matmul_cpu.takes(x, weight):
@@ -36,17 +36,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # How a product is computed: in the input's dtype, in FP8 with static scales, or with measured ones per tensor or per row.
 Fp8 = Literal["false", "static", "tensorwise", "rowwise"]
 
-# Weight gradients still to be computed, in the order in which backward met them.
+# Weight gradients still to be computed, in the order of the backward pass.
 Deferred = list[Callable[[], None]]
-# (gradient of a product's result, its input) → added to the gradient of its weight. It refers to the weight, a leaf that the optimizer or
-# FSDP owns, and is called after backward: a saved tensor would not do.
+# (gradient of a product's result, its input) → added to the gradient of its weight. It refers to the weight itself, a leaf that the
+# optimizer or FSDP owns, and is called after backward: a saved tensor would not do.
 AddGradient = Callable[[Tensor, Tensor], None]
 
 
 class _KeepInput(torch.autograd.Function):
-    """Identity on a product's input x. Its backward, which runs after the product's, queues the weight gradient from x and what
-    _MeetGradient met. One node that made both gradients would be run twice by a schedule that splits them; and x is saved before the
-    product runs, or recomputation, which stops at the last tensor saved, would do the product once more.
+    """Identity on a product's input x. Its backward, which runs after the product's, queues the weight gradient from x and the gradient
+    that _MeetGradient received. A single node for both gradients would run twice in a schedule that splits them; and x is saved before the
+    product runs, since recomputation, which stops at the last saved tensor, would otherwise repeat the product.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class _KeepInput(torch.autograd.Function):
 
 
 class _MeetGradient(torch.autograd.Function):
-    """Identity on a product's result; keeps the gradient that comes back."""
+    """Identity on a product's result; keeps the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, met: list[Tensor]) -> Tensor:
@@ -77,15 +77,16 @@ class _MeetGradient(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """A weight [out, in] with an optional bias; the product is multiplied with `scale`.
+    """A weight [out, in] with an optional bias; the product is multiplied by `scale`.
 
-    `rows`, set by the tensor pass, restricts a weight held whole to the output rows this rank needs. `deferred`, set by the pipeline, takes
-    the weight gradients of schedules that compute them apart. The precision pass sets `fp8`, `metrics` and, on some steps, `watch`.
+    `rows`, set by the tensor pass, restricts an unsharded weight to the output rows that this rank needs. `deferred`, set by the pipeline,
+    receives the weight gradients of schedules that compute them separately. The precision pass sets `fp8`, `metrics` and, on some steps,
+    `watch`.
     `kind` is dense or bitlinear (bitlinear.py).
     """
 
     bias: Tensor | None
-    columns: int | None = None  # set where a prefix of the inputs is all there is (MatFormer)
+    columns: int | None = None  # set if only a prefix of the inputs exists (MatFormer)
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class Linear(nn.Module):
         self.watch: Watch | None = None
         self.metrics: ModuleMetrics | None = None
         self.weight = declare(ParamSpec((out_dim, in_dim), role, cut, std), dtype)
-        # A bias is cut with the output dimension; the bias of an input-cut weight is added once, after the sum over ranks.
+        # A bias is split along the output dimension; with an input-split weight it is added once, after the sum over ranks.
         bias_cut: Cut = "tokens" if cut == 1 else cut
         self.bias = declare(ParamSpec((out_dim,), "bias", bias_cut), dtype) if bias else None
         self.rows: tuple[int, int] | None = None
@@ -119,7 +120,7 @@ class Linear(nn.Module):
         return linear(x, weight if self.rows is None else weight[slice(*self.rows)], self._bias())
 
     def product(self, x: Tensor) -> Tensor:
-        """The product without the bias: for input-cut weights, whose partial results are summed over ranks first."""
+        """The product without the bias: for input-split weights, whose partial results are summed over ranks first."""
         weight: Tensor = self.weight if self.columns is None else self.weight[:, : self.columns]
         if self.statistics is not None:
             x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
@@ -137,7 +138,7 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def _add_gradient(self, rows: slice, g: Tensor, x: Tensor) -> None:
-        """Of the product's result g [..., out] and its input x [..., in]."""
+        """Adds the weight gradient from the result's gradient g [..., out] and the input x [..., in]."""
         weight, g, x = self.weight, g.flatten(0, -2), x.flatten(0, -2)
         if self.fp8 == "static":
             part = weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), self.scale, g.dtype)
@@ -168,9 +169,9 @@ def deferred_product(x: Tensor, product: Callable[[Tensor], Tensor], add_gradien
 
 
 class Norm(nn.Module):
-    """A norm of config/norms.py over the last dimension: its row says what it computes and which weights it has.
+    """A norm of config/norms.py over the last dimension: its row defines the computation and the weights.
 
-    Where the tensor pass cuts the dimension, `mean_parts` makes a mean over this rank's equal part [..., 1] one over all.
+    If the tensor pass splits the dimension, `mean_parts` turns the mean over this rank's equal part [..., 1] into that over all.
     """
 
     bias: Tensor | None
@@ -180,14 +181,14 @@ class Norm(nn.Module):
         super().__init__()
         functions = norm_functions(kind)
         self.dim, self.row, self.functions, self.eps = dim, functions.row, functions, eps
-        self.kernel: NormKernel = functions.own_kernel()  # a pass may set another
+        self.kernel: NormKernel = functions.own_kernel()  # a pass may replace it
         self.weight = declare(ParamSpec((dim,), "norm", cut, mean=1.0), dtype)
         self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if self.row.bias and bias else None
-        # One number for all channels: where these are cut, each rank's gradient of it is a share of a sum.
+        # One number for all channels: if these are split, each rank has a partial gradient.
         alpha_cut: Cut = "heads" if cut == 0 else cut
         self.alpha = declare(ParamSpec((1,), "scale", alpha_cut, mean=alpha), dtype) if self.row.scale else None
         self.mean_parts: Callable[[Tensor], Tensor] | None = None
-        self.copied = False  # whether backward has values of its own, for weights that are not gathered again for it
+        self.copied = False  # whether backward uses copied values, for weights that are not gathered again
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype, copy=self.copied), None if self.bias is None else self.bias.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Head product and cross-entropy in one step, in chunks of tokens, so that [tokens, vocabulary] never exists as a whole.
+"""Head product and cross-entropy in one step, in chunks of tokens, so that [tokens, vocabulary] never exists at once.
 
 Shapes: T tokens, d hidden, V rows of the head here.
 """
@@ -18,10 +18,10 @@ from megascale.model.layers import linear
 from megascale.model.ops.compiled import compile_static
 from megascale.model.ops.matmul import product
 
-# Logits held at once: 512 MiB in bf16. Each chunk passes once over the gradient of the whole head, so that few of them are faster.
+# Logits held at once: 512 MiB in bf16. Each chunk passes once over the gradient of the whole head, so few chunks are faster.
 CHUNK_ELEMENTS = 1 << 28
-# On CPUs a chunk of 16 MiB stays in the cache between its passes and in the heap between steps, where larger ones are given back to the
-# system and faulted in anew; but below CPU_ROWS tokens products get slow.
+# On CPUs a chunk of 16 MiB stays in the cache between its passes and in the heap between steps, while larger ones are returned to the
+# system and faulted in again; but below CPU_ROWS tokens products get slow.
 CPU_ELEMENTS, CPU_ROWS = 1 << 22, 256
 
 
@@ -38,16 +38,16 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32.
 
-    x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, those from `vocab_size` on being padding; targets [T],
-    negative where not counted. With an axis the vocabulary is cut over its ranks and all of them return the same loss; the gradient of x is
-    then this rank's part of a sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: passes over a chunk are
-    fused, where the vocabulary is whole.
+    x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, where rows from `vocab_size` on are padding; targets [T],
+    negative ones are not counted. With an axis the vocabulary is sharded over its ranks and all return the same loss; the gradient of x is
+    then a partial sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: passes over a chunk are fused if the
+    vocabulary is unsharded.
     """
     return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, compiled, bias)  # type: ignore[no-any-return]
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Gradients are formed in the forward pass, while a chunk's logits are at hand: three products instead of recomputation's four."""
+    """Computes gradients in forward, while a chunk's logits exist: three products instead of recomputation's four."""
 
     @staticmethod
     def forward(
@@ -72,9 +72,9 @@ class _CrossEntropySum(torch.autograd.Function):
         elements = CHUNK_ELEMENTS
         if x.device.type == "cpu":
             elements = min(elements, max(CPU_ELEMENTS, CPU_ROWS * w.shape[0]))
-        # As equal as can be: a short last one would be slow, and each size is compiled for itself.
+        # As equal as possible: a short last chunk would be slow, and each size is compiled separately.
         step = -(-x.shape[0] // max(1, -(-x.shape[0] * w.shape[0] // elements)))
-        # A number that changes with every step is data to a compiler.
+        # A number that changes every step must be data for the compiler.
         factor = torch.full((), scale, dtype=exact, device=x.device)
         chunk = _compiled_chunk() if compiled and axis is None else _chunk
         for start in range(0, x.shape[0], max(1, step)):
@@ -105,7 +105,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + d_logitsᵀ·x [V, d] in `dtype`: chunks add up in full precision, in the product itself where that can be."""
+    """total + d_logitsᵀ·x [V, d] in `dtype`: chunks add up in full precision, in the product itself if possible."""
     if total is None:
         return product(d_logits.t(), x).to(dtype)
     if x.dtype == dtype:

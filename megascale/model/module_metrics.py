@@ -1,6 +1,6 @@
-"""Numbers that modules tell of a step, for metrics.jsonl: how busy experts are, how often a precision underflows.
+"""Metrics of modules in a step, for metrics.jsonl: load of experts, underflow of a precision.
 
-A module keeps a `ModuleMetrics` of its own and adds 0- and 1-dim tensors to it by name. Nothing is read until a step is logged, so the
+A module keeps its own `ModuleMetrics` and adds 0- and 1-dim tensors to it by name. Nothing is read until a step is logged, so the
 host never waits. train/log/module_metrics.py finds them, sums them over ranks and turns them into a row.
 """
 
@@ -17,13 +17,13 @@ Totals = dict[str, Tensor]
 
 @dataclass
 class ModuleMetrics:
-    """What one module tells.
+    """The metrics of one module.
 
-    group    under which its readings stand in a row; the modules of a group give one number each
-    sampled  told on a few steps only; the rows of others leave the group out
-    sums     name → length of what adds up over micro-batches and ranks
-    maxima   the same for what is largest over them; never negative
-    read     the totals of both over all ranks → named numbers. Ranks that see the same tokens all add them: only ratios mean something.
+    group    key of its readings in a row; each module of a group gives one number
+    sampled  measured on a few steps only; rows of other steps omit the group
+    sums     name → length of numbers that add up over micro-batches and ranks
+    maxima   the same for maxima over them; never negative
+    read     the totals of both over all ranks → named numbers. Ranks with the same tokens all add them, so only ratios are meaningful.
     """
 
     group: str
@@ -35,9 +35,9 @@ class ModuleMetrics:
 
     @torch.no_grad()
     def add(self, name: str, value: Tensor) -> None:
-        """To be called from backward or for what is idempotent: recomputation repeats a forward pass.
+        """Call from backward, or for idempotent values: recomputation repeats a forward pass.
 
-        The first time is the same operation as any other, with 0: selective recomputation refuses to run more of them than it saw.
+        The first call is the same operation as later ones, with 0: selective recomputation refuses additional operations.
         """
         assert name in self.sums
         self.totals[name] = value + self.totals.get(name, 0)

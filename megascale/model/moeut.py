@@ -1,9 +1,9 @@
 """MoEUT: a group of layers whose weights repeat in depth, with experts in attention as well (Csordás et al., arXiv 2405.16039).
 
-The stream is normalized only on its way into a softmax or sigmoid: queries, keys and selectors read N(x), values and experts the raw x, so
-that every repeat adds to the stream at its own size. Selectors are sigmoids whose k largest scores are gates as they are.
+The stream is normalized only before a softmax or sigmoid: queries, keys and selectors read N(x), values and experts the raw x, so that
+every repeat adds to the stream at its own size. Selectors are sigmoids whose k largest scores are the gates, without normalization.
 
-Shapes: b micro-batch, s sequence, T = b·s tokens, d hidden, h heads, e head size, E experts a head, k chosen ones.
+Shapes: b micro-batch, s sequence, T = b·s tokens, d hidden, h heads, e head size, E experts per head, k chosen ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megascale.model.spec import ParamSpec, declare, declare_repeated
 
 
 class Masses(NamedTuple):
-    """Counted probability that one pass through a layer gave its experts: feed-forward [b, E], values and outputs [b, h, E]."""
+    """Summed probabilities of the experts in one pass through a layer: feed-forward [b, E], values and outputs [b, h, E]."""
 
     ffn: Tensor
     value: Tensor
@@ -49,7 +49,7 @@ class SwitchHead(nn.Module):
         ut = cfg.moeut
         assert ut is not None
         d, e, h, n = cfg.hidden_size, cfg.head_dim, cfg.num_heads, ut.attention_experts
-        self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e  # `heads` of all tensor ranks
+        self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e  # `heads` counts those of all tensor ranks
         self.rotated = cfg.rotary_dim
         uses, wide = ut.attention_top_k / n, std / math.sqrt(d)
         self.q = Linear(h * e, d, "query", 0, wide, dtype)
@@ -64,12 +64,12 @@ class SwitchHead(nn.Module):
         self.over_sequence: Callable[[Tensor], Tensor] = identity
 
     def forward(self, x: Tensor, norm: Norm, rotary: Rotary | None, mask: AttentionMask | None) -> tuple[Tensor, Choice, Choice]:
-        """x [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs, of the heads and tokens met here."""
+        """x [b, s, d] → [b, s, d] and the choices [b, s, h, …] of experts for values and outputs, for the local heads and tokens."""
         x = self.enter(x)
         normed = norm(x)
         q, k = (part(normed).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k))
         if rotary is not None:
-            # Half of a head carries positions. Queries and keys are each scaled by e^(−1/4) in the paper, by e^(−1/2) together in `attend`.
+            # Half of a head has positions. The paper scales queries and keys by e^(−1/4) each, `attend` by e^(−1/2) together.
             q, k = self._rotate(q, rotary.q_cos, rotary.q_sin), self._rotate(k, rotary.k_cos, rotary.k_sin)
         into, out = self._choose(normed, self.value_selector), self._choose(normed, self.out_selector)
         v = self._values(x, into).transpose(1, 2)
@@ -112,8 +112,8 @@ class RepeatedBlock(Unit):
         d, moe, self.dropout = cfg.hidden_size, cfg.moe, cfg.dropout
         std = math.sqrt(2 / cfg.num_layers)
         assert moe.ffn_size is not None
-        # Norms stand behind the exchange that brings tensor ranks the stream, since values and experts need it without them: one exchange
-        # then serves both, and each rank's gradient of a norm is that of its own heads and experts.
+        # Norms come after the exchange that gives tensor ranks the stream, since values and experts need it unnormalized: one exchange
+        # serves both, and each rank's gradient of a norm is that of its own heads and experts.
         self.attention_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, cfg.bias)
         self.attention = SwitchHead(cfg, std, dtype)
         self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, cfg.bias)
@@ -121,12 +121,12 @@ class RepeatedBlock(Unit):
         start = ExpertInit({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
         self.ffn = MixtureOfExperts(cfg, Residual("before", InitStd("constant", cfg.init_std)), dtype, start)
         if moe.balance == "entropy":
-            self.ffn.balance_weight = 0.0  # the entropy is one of all repeats
+            self.ffn.balance_weight = 0.0  # the entropy loss covers all repeats
         assert cfg.moeut is not None
         declare_repeated(self, cfg.num_layers // cfg.moeut.group_size)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
-        """x [b, s, d] → [b, s, d], and what its experts got, where that counts."""
+        """x [b, s, d] → [b, s, d], and the experts' masses if they are counted."""
         keys, loss_weights = context.keys, context.loss_weights
         y, into, out = self.attention(x, self.attention_norm, context.rotary, context.mask)
         x = x + dropout(y, self.dropout, keys)
@@ -147,9 +147,9 @@ class RepeatedBlock(Unit):
 
 
 def repeats_loss(masses: list[Masses], block: RepeatedBlock, ffn_weight: float, attention_weight: float) -> Tensor:
-    """One layer's entropy losses over all its repeats, 0-dim: of its feed-forward, of its values and outputs (the mean over heads).
+    """One layer's entropy losses over all its repeats, 0-dim: for its feed-forward, and for its values and outputs (the mean over heads).
 
-    Ranks with the same tokens take equal shares of the first; of the others each has those of its own heads.
+    Ranks with the same tokens take equal shares of the first; of the others each takes those of its own heads.
     """
     ffn, value, out = (torch.stack(parts).sum(0) for parts in zip(*masses))
     attention = block.attention

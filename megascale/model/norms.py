@@ -1,4 +1,4 @@
-"""What norms compute. Their rows, which name these functions, stand in config/norms.py."""
+"""The functions of norms. Their rows, which name these functions, are in config/norms.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NormFunctions:
     kernel: NormKernel | None
 
     def own_kernel(self) -> NormKernel:
-        """The one that modules are built with."""
+        """The kernel that modules are built with."""
         return self.kernel or self._written_out
 
     def _written_out(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -38,7 +38,7 @@ class NormFunctions:
 
 
 def norm(name: str) -> NormFunctions:
-    """What `model.norm` says. Raises UsageError for a row of a plugin whose functions cannot be imported."""
+    """The norm of `model.norm`. Raises UsageError for a plugin's row whose functions cannot be imported."""
     row, whose = norms()[name], f"the norm {name}"
     return NormFunctions(row, resolve(row.normalize, whose), None if row.kernel is None else resolve(row.kernel, whose))
 
@@ -64,6 +64,6 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Ten
 
 
 def tanh(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """γ ⊙ tanh(αx) + b (DyT; Zhu et al., arXiv 2503.10622) of an αx."""
+    """γ ⊙ tanh(αx) + b (DyT; Zhu et al., arXiv 2503.10622) of x already multiplied by α."""
     y = torch.tanh(x)
     return y * weight if bias is None else torch.addcmul(bias, y, weight)

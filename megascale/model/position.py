@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles (stretched as Llama 3, YaRN or interpolation do), XPos decay and ALiBi slopes.
+"""Positions: rotary angles (stretched as in Llama 3, YaRN or interpolation), XPos decay and ALiBi slopes.
 
 Shapes: b micro-batch, s sequence, h heads, e head size.
 """
@@ -32,7 +32,7 @@ def pair_exponents(dim: int, own: Sequence[float] | None, device: torch.device) 
 
 
 def inverse_frequencies(exponents: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """θ^−u for exponents u [e/2], stretched as `scaling` says."""
+    """θ^−u for exponents u [e/2], stretched by `scaling`."""
     freq = theta**-exponents
     if scaling is None:
         return freq
@@ -50,7 +50,7 @@ def inverse_frequencies(exponents: Tensor, theta: float, scaling: RopeScaling | 
 
 
 def _yarn(freq: Tensor, exponents: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """YaRN's blend (arXiv 2309.00071, section 3.2): a ramp over channels, between those that turn beta_fast and beta_slow times."""
+    """YaRN's blend (arXiv 2309.00071, section 3.2): a ramp over channels, between those with beta_fast and beta_slow turns."""
 
     dim = 2 * freq.numel()
 
@@ -66,7 +66,7 @@ def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: tuple[Tens
     """Angles of positions [1 or b, s] in fp64, so that long contexts keep their phase, rounded once to `dtype`; YaRN has an `amplitude`.
 
     XPos (arXiv 2212.10554) multiplies queries by ζ^(n/512) and keys by ζ^(−n/512), ζ = (u + 0.4)/1.4 of exponents u. Only differences of
-    n act; counting from the middle of the sequence keeps both factors small. `xpos`: exponents and middle; None: no XPos.
+    n matter; counting from the middle of the sequence keeps both factors small. `xpos`: exponents and middle; None: no XPos.
     """
     angle = positions.to(torch.float64)[:, None, :, None] * freq
     cos, sin = angle.cos() * amplitude, angle.sin() * amplitude
@@ -86,7 +86,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """One slope a head (arXiv 2108.12409): geometric for powers of two, otherwise the next power's odd entries fill up."""
+    """One slope per head (arXiv 2108.12409): geometric for powers of two, otherwise the next power's odd entries fill up."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]

@@ -1,4 +1,4 @@
-"""The products of blocks: a matrix, or attention over tokens that are parameters."""
+"""The products of blocks: a matrix, or attention over parameter tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megascale.model.ops.matmul import linear, matmul
 from megascale.model.residual import InitStd, Residual
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 
-SMALLEST = 1e-12  # length below which scores count as none at all
+SMALLEST = 1e-12  # length below which scores count as zero
 
 
 class ParameterAttention(nn.Module):
-    """TokenFormer's product (arXiv 2410.23168): scores of x [..., in] with n keys, brought to the length `scale` and through GELU, weigh n
-    values [out]. Tokens can be added: a key of zeros has no score and leaves the length as it is, as long as `scale` stays.
+    """TokenFormer's product (arXiv 2410.23168): scores of x [..., in] with n keys, scaled to the length `scale` and passed through GELU,
+    weigh n values [out]. Tokens can be added: a zero key has zero score and leaves the length unchanged, as long as `scale` stays.
     """
 
     bias: Tensor | None
@@ -29,7 +29,7 @@ class ParameterAttention(nn.Module):
         super().__init__()
         n = cfg.tokens
         self.scale = cfg.scale or math.sqrt(n)
-        # Scores have unit size whatever the keys'; values start so that results are those of a matrix of deviation `std`.
+        # Scores have unit size whatever the keys; initial values make results like those of a matrix with deviation `std`.
         self.keys = declare(ParamSpec((n, in_dim), role, "tokens", std), dtype)
         self.values = declare(
             ParamSpec((n, out_dim), role, "tokens", std * math.sqrt(in_dim / (n * ACTIVATIONS["gelu"].second_moment))), dtype
@@ -63,7 +63,7 @@ def product_of(
     bias: bool,
     starts: InitStd | None = None,
 ) -> Product:
-    """The product that `cfg.linear` says, started as the layer's row does, or as `starts`."""
+    """The product for `cfg.linear`, initialized like the layer's row, or by `starts`."""
     std = (starts or row.starts).std(role, out_dim, in_dim)
     if cfg.tokenformer is not None:
         return ParameterAttention(cfg.tokenformer, out_dim, in_dim, role, std, dtype, bias)

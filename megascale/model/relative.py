@@ -1,8 +1,8 @@
-"""Learned biases by distance (T5, arXiv 1910.10683, section 2.1): every head adds to a score what its table has for how far the key is.
+"""Learned biases by distance (T5, arXiv 1910.10683, section 2.1): every head adds a bias from its table to each score, by distance.
 
-Distances share buckets: near ones have one each, far ones a logarithmic range, and all from a furthest one on the last. A stack has one
-table for all of its layers. It lies in the first stage; to the others it travels behind the stream's tokens, and its gradient comes back
-with theirs, so that no weight lies twice.
+Distances share buckets: small ones have one each, large ones a logarithmic range, and all beyond the last distance the last bucket. A stack
+has one table for all its layers. It is stored on the first stage and sent to the others appended to the stream's tokens, and its gradient
+returns with theirs, so that no weight is stored twice.
 
 Shapes: n buckets, h heads here, b micro-batch, s queries, t keys, d hidden, r rows of a stream that hold a table.
 """
@@ -20,9 +20,9 @@ from megascale.model.ops.attention_tiles import AttentionMask
 
 
 def buckets(back: Tensor, number: int, furthest: int, causal: bool) -> Tensor:
-    """Bucket of each distance (query − key), any shape. Where keys may come later, these have the second half of the buckets.
+    """Bucket of each distance (query − key), any shape. If not causal, later keys have the second half of the buckets.
 
-    The logarithm is rounded in fp32, as in T5's code: in fp64 some borders would lie elsewhere.
+    The logarithm is rounded in fp32, as in T5's code: in fp64 some borders would differ.
     """
     later = torch.zeros_like(back)
     if causal:
@@ -44,8 +44,8 @@ def bias_by_distance(table: Tensor, back: Tensor, furthest: int, causal: bool) -
 def biased(
     cfg: Model, table: Tensor, length: int, causal: bool, documents: Tensor | None = None, valid: Tensor | None = None
 ) -> AttentionMask:
-    """What `length` tokens see of themselves, with the biases of table [n, h]: of their own document, of `valid` [b, s] keys, and of what
-    is before them if `causal`. One tensor [1 or b, h, s, s] for all layers of a stack.
+    """The mask of `length` tokens on themselves, with biases from table [n, h]: their own document, `valid` [b, s] keys, and if `causal`
+    only earlier ones. One tensor [1 or b, h, s, s] for all layers of a stack.
     """
     place = torch.arange(length, device=table.device)
     back = place[:, None] - place
@@ -61,19 +61,19 @@ def biased(
 
 
 def rows_for(cfg: Model, heads: int) -> int:
-    """Rows [d] that a table of so many heads takes in a stream."""
+    """Rows [d] that a table with `heads` takes in a stream."""
     return -(-cfg.relative_buckets * heads // cfg.hidden_size)
 
 
 def attach(stream: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """The stream [b, s, d] with the tables behind its tokens, the same for every sample."""
+    """Appends the tables to the tokens of the stream [b, s, d], the same for every sample."""
     b, _, d = stream.shape
     rows = [torch.nn.functional.pad(t.flatten(), (0, -t.numel() % d)).view(-1, d) for t in tables]
     return torch.cat((stream, torch.cat(rows).expand(b, -1, -1)), 1) if rows else stream
 
 
 def detach(cfg: Model, stream: Tensor, count: int, heads: int) -> tuple[Tensor, list[Tensor]]:
-    """The stream without its tables, and these, `count` of [n, h]: those of the first sample."""
+    """Splits the stream from its tables, `count` of [n, h], taken from the first sample."""
     rows = rows_for(cfg, heads)
     tokens, *held = stream.split([stream.shape[1] - count * rows, *[rows] * count], 1)
     return tokens, [h[0].flatten()[: cfg.relative_buckets * heads].view(-1, heads) for h in held]

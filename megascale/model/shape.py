@@ -1,4 +1,4 @@
-"""How long a model's sequences are, and in which types it stores and computes."""
+"""Lengths of a model's sequences, and its dtypes for storage and computation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megascale.config.schema import Config
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model needs to know beside its config section."""
+    """What a model needs to know besides its config section."""
 
     seq_len: int
-    storage: torch.dtype  # of the weights
-    compute: torch.dtype  # of the activations
-    source_len: int = 0  # of an encoder–decoder's sources
+    storage: torch.dtype  # dtype of the weights
+    compute: torch.dtype  # dtype of the activations
+    source_len: int = 0  # length of an encoder–decoder's sources
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

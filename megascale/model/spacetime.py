@@ -1,10 +1,10 @@
 """The spacetime family: fields on a grid in, the summed squared error of predicted patches out.
 
-A sample [s₁ … s_K, c] is cut into patches, each of them a token. Every layer attends along one dimension of the grid, in turn, so that its
-cost grows with the sum of the lengths and not with their product (axial attention, arXiv 1912.12180); everything else works token by token.
-The stream stays [b, n, d], the tokens of the grid in row-major order. Which positions it holds may differ from layer to layer: `grids` says
-it, and `moves` brings the stream from one to the next. Where a text goes with each sample, every block also attends to its embedded tokens,
-which all ranks that share a sample have whole; between stages they travel behind the stream.
+A sample [s₁ … s_K, c] is cut into patches, each a token. Every layer attends along one dimension of the grid, in turn, so its cost grows
+with the sum of the lengths rather than their product (axial attention, arXiv 1912.12180); everything else works token by token. The stream
+stays [b, n, d], the tokens of the grid in row-major order. Its positions may differ from layer to layer: `grids` lists them, and `moves`
+reshards the stream in between. If a text goes with each sample, every block also attends to its embedded tokens, which are whole on all
+ranks that share a sample; between stages they are appended to the stream.
 
 Shapes: b micro-batch, n tokens here, d hidden, v numbers of a patch, e head size, t tokens of the text.
 """
@@ -34,12 +34,12 @@ from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
 from megascale.splitmix import mix64_signed
 
-Grid = Sequence[Sequence[range]]  # for every dimension the positions that are here
+Grid = Sequence[Sequence[range]]  # the local positions along every dimension
 
 
 class Spacetime(Family):
-    """Patch embedding, blocks, final norm, patch head, or the `part` of them that makes a stage. Embedding and head are cut over tensor
-    ranks along the numbers of a patch.
+    """Patch embedding, blocks, final norm, patch head, or the `part` of them that forms a stage. Tensor ranks split embedding and head
+    along the numbers of a patch.
     """
 
     sequence = "grid"
@@ -70,7 +70,7 @@ class Spacetime(Family):
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
         self.exchanges = Exchanges((0, cfg.num_heads))
         whole = [[range(n)] for n in self.fields.grid]
-        # Of every layer of the whole model, by global number.
+        # For every layer of the whole model, by global number.
         self.grids: list[Grid] = [whole] * cfg.num_layers
         self.moves: list[Callable[[Tensor], Tensor]] = [identity] * cfg.num_layers
         self.meet_along([self.alone(i) for i in range(cfg.num_layers)])
@@ -80,15 +80,15 @@ class Spacetime(Family):
             yield f"blocks.{number}", block  # type: ignore[misc]  # a ModuleDict's values are modules
 
     def alone(self, layer: int) -> Attend:
-        """Attention along a layer's dimension where all of it is here."""
+        """Attention along a layer's dimension if it is unsharded."""
         return attend if self.causal(layer) else attend_all
 
     def causal(self, layer: int) -> bool:
-        """Predicting the next step, a patch must not see later ones; in space all see all."""
+        """Whether the layer is causal: along time under next_step; attention in space is bidirectional."""
         return self.fields.objective == "next_step" and self.cfg.attended(layer) == 0
 
     def meet_along(self, attends: Sequence[Attend]) -> None:
-        """Gives each layer what its tokens do with each other along its dimension, on the grid that it has here; one for every layer."""
+        """Sets each layer's attention along its dimension on its local grid; one entry per layer."""
         for number, block in self.blocks.items():
             layer = int(number)
             block.attention.attend = partial(  # type: ignore[union-attr]
@@ -96,7 +96,7 @@ class Spacetime(Family):
             )
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Of the stream [b, n, d] as this stage takes it and as it gives it on, for a batch of fields of this shape."""
+        """Shapes of the stream [b, n, d] that this stage receives and sends, for a batch of fields of this shape."""
         last = self.part.layers[-1] if len(self.part.layers) else self.part.layers.start - 1
         before, after = (math.prod(sizes(self.grids[max(0, i)])) for i in (self.part.layers.start - 1, last))
         text = self.exchanges.tokens_here(torch.empty(1, self.fields.text_len or 0, device="meta")).shape[1]
@@ -115,10 +115,10 @@ class Spacetime(Family):
         source: Tensor | None = None,
     ) -> Tensor:
         """Fields [b, frames, s₂ … s_K, c] in `tokens` → with targets [b, S₁·…·S_K] (negative: not counted) the squared error summed over
-        the counted patches, the mean over a patch's numbers, times `scale`; else the predicted patches [b, n, v] of the positions here.
+        the counted patches, as the mean over a patch's numbers, times `scale`; else the predicted patches [b, n, v] of local positions.
 
-        With the masked objective the counted patches are the hidden ones. A stage without the embedding takes the `stream` of the one
-        before it; one without the head returns its own, the text's tokens behind it. `samples` [b] key the dropout masks while training;
+        Under the masked objective the counted patches are the hidden ones. A stage without the embedding takes the `stream` of the previous
+        one; one without the head returns its own, with the text's tokens appended. `samples` [b] key the dropout masks in training;
         `source` [b, t] is the text, negative beyond its end.
         """
         x, text = (self.embed(tokens, targets), self.embed_text(source)) if stream is None else self._apart(stream, source)
@@ -162,7 +162,7 @@ class Spacetime(Family):
         return x + nn.functional.embedding(where, self.text_position.weight.to(x.dtype))
 
     def _apart(self, stream: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What a stage was given: the stream, and behind it the text's tokens."""
+        """Splits a stage's input into the stream and the text's tokens appended to it."""
         if source is None or not self.fields.text_len:
             return stream, None
         text = self.exchanges.tokens_here(source).shape[1]
@@ -179,7 +179,7 @@ class Spacetime(Family):
         return loss if self.exchanges.rows is None else sum_over_ranks(loss, self.exchanges.rows)
 
     def contexts(self, device: torch.device, samples: Tensor | None, memory: Memory | None = None) -> Iterator[Context]:
-        """The context of each block: angles by the place along its dimension, dropout keys by the place in the whole grid."""
+        """The context of each block: angles by position along its dimension, dropout keys by position in the whole grid."""
         cfg = self.cfg
         freq = None
         if cfg.position_row.rotates:
@@ -198,7 +198,7 @@ class Spacetime(Family):
             yield Context(angles, None, keys, None, None, memory)
 
     def _values(self, fields: Tensor, grid: Grid, width: int) -> Tensor:
-        """Fields [b, s₁ … s_K, c] → the numbers of the patches of `grid` [b, n, width] that this tensor rank has, zero beyond the last."""
+        """Fields [b, s₁ … s_K, c] → the numbers of the patches of `grid` [b, n, width] on this tensor rank, zero beyond the last."""
         patch = self.fields.patch
         for dim, (ranges, p) in enumerate(zip(grid, patch)):
             fields = torch.cat([fields.narrow(1 + dim, r.start * p, len(r) * p) for r in ranges], 1 + dim)
@@ -222,14 +222,14 @@ def sizes(grid: Grid) -> tuple[int, ...]:
 
 
 def coordinate(grid: Grid, dim: int, device: torch.device) -> Tensor:
-    """The position along `dim` of each token here, [n]."""
+    """The position along `dim` of each local token, [n]."""
     place = torch.cat([torch.arange(r.start, r.stop, device=device) for r in grid[dim]])
     shape = sizes(grid)
     return place.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape).flatten()
 
 
 def along(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dim: int, shape: Sequence[int], inner: Attend) -> Tensor:
-    """Attention of tokens [b, heads, n, e] of a grid of `shape` with those that differ from them along `dim` only; the others are batch."""
+    """Attention of tokens [b, heads, n, e] of a grid of `shape` with those that differ only along `dim`; the other dimensions are batch."""
     q, k, v = (to_lines(x, shape, dim) for x in (q, k, v))
     return from_lines(inner(q, k, v, mask), shape, dim)
 

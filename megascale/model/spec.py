@@ -1,5 +1,5 @@
-"""What a parameter is, said once where it is made; everything else reads it: initialization, tensor parallelism, optimizer groups,
-checkpoints and the dry run.
+"""Declares what a parameter is, once where it is made; initialization, tensor parallelism, optimizer groups, checkpoints and the dry run
+read it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-# What a weight does. Optimizers and schemes choose by role, never by name.
-# "scale": a learned factor on a channel or on everything; "coefficient": a factor that is not learned.
+# The role of a weight. Optimizers and schemes choose by role, never by name.
+# "scale": a learned factor per channel or overall; "coefficient": a factor that is not learned.
 Role = Literal[
     "embedding",
     "position",
@@ -31,23 +31,23 @@ Role = Literal[
     "router",
 ]
 
-# How tensor parallelism treats a weight. A number is the dimension it is cut along. "tokens": every rank holds all of it and applies it to
-# the tokens it has, so with tokens cut over ranks its gradient is a partial sum. "heads": every rank holds all of it and applies it to its
-# own heads only, so its gradient is a partial sum always. "kv_heads": cut along dimension 0 where there are KV heads for all ranks, else
+# How tensor parallelism treats a weight. A number is the dimension along which it is split. "tokens": every rank has all of it and applies
+# it to its tokens, so with tokens split over ranks its gradient is a partial sum. "heads": every rank has all of it and applies it to its
+# own heads only, so its gradient is always a partial sum. "kv_heads": split along dimension 0 if there are KV heads for all ranks, else
 # like "heads".
 Cut = int | Literal["tokens", "heads", "kv_heads"]
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: unsharded `shape`, `role`, how tensor parallelism cuts it, and its start: normal of deviation `std` around `mean`.
+    """One weight: unsharded `shape`, `role`, how tensor parallelism splits it, and initial values: normal, deviation `std`, mean `mean`.
 
-    truncated   the start keeps to two deviations
-    orthogonal  the start is a random matrix with orthonormal rows or columns, whichever are fewer, instead of a normal one;
-                needs equal_rows
-    equal_rows  the start's rows are all brought to the length std·√columns
-    experts     dimension 0 counts experts, which expert parallelism cuts
-    uses        how often a token meets an element of it: less than once in a bank of experts, several times where layers repeat
+    truncated   truncated at two standard deviations
+    orthogonal  initialized as a random matrix with orthonormal rows or columns, whichever are fewer, instead of a normal one; needs
+                equal_rows
+    equal_rows  initial rows are all scaled to the length std·√columns
+    experts     dimension 0 counts experts, which expert parallelism splits
+    uses        uses of an element per token: below one in a bank of experts, several if layers repeat
     """
 
     shape: tuple[int, ...]
@@ -87,22 +87,22 @@ class SpecState(torch.Tensor):
 
 
 def declare(spec: ParamSpec, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter on the meta device: it has a shape and a dtype and costs nothing."""
+    """A parameter on the meta device: with shape and dtype, but without memory."""
     parameter = nn.Parameter(torch.empty(spec.shape, dtype=dtype, device="meta"))
     cast(SpecParameter, parameter).spec = spec
     return parameter
 
 
 def declare_repeated(module: nn.Module, times: int) -> None:
-    """A token passes `module` several times: its weights are used as often."""
+    """Marks the weights of `module` as used `times` times per token."""
     for parameter in module.parameters():
         spec = cast(SpecParameter, parameter).spec
         cast(SpecParameter, parameter).spec = replace(spec, uses=spec.uses * times)
 
 
 def declare_state(module: nn.Module, name: str, spec: ParamSpec, dtype: torch.dtype) -> None:
-    """Gives `module` a buffer on the meta device that starts as its spec says and belongs to checkpoints, but has neither gradient nor
-    optimizer state: coefficients of a layer, a router's bias. Every rank that holds the layer holds all of it, with equal values.
+    """Gives `module` a buffer on the meta device that is initialized by its spec and saved in checkpoints, but has neither gradient nor
+    optimizer state: coefficients of a layer, a router's bias. Every rank with the layer holds all of it, with equal values.
     """
     module.register_buffer(name, torch.empty(spec.shape, dtype=dtype, device="meta"))
     cast(SpecState, module.get_buffer(name)).spec = spec
@@ -119,5 +119,5 @@ def specs_of(model: nn.Module) -> dict[str, ParamSpec]:
 
 
 def active_parameters(specs: dict[str, ParamSpec]) -> int:
-    """The parameters that one token meets: of a bank of experts those that it chooses."""
+    """The parameters that one token uses: of a bank of experts only the chosen ones."""
     return round(sum(s.numel * min(1.0, s.uses) for s in specs.values()))

@@ -49,7 +49,7 @@ def test_whole_or_not(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert code == 2 and "rank-00001.safetensors has checksum" in err
     shard.write_bytes(data[:-1])
     code, _, err = tool(capsys, monkeypatch, folder)
-    assert code == 2 and "bytes and index.json says" in err
+    assert code == 2 and "bytes but index.json says" in err
     shard.unlink()
     code, _, err = tool(capsys, monkeypatch, folder)
     assert code == 2 and "rank-00001.safetensors" in err

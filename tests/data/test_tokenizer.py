@@ -318,5 +318,5 @@ def test_the_tool_takes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(UsageError, match=words):
             run(INPUTS / "docs.jsonl", "--tokenizer", INPUTS / "plain.json", *args)
     for out in ("a\nb", "x" * 300, "a\0b", "\ud800"):
-        with pytest.raises(UsageError, match="is no prefix of files"):
+        with pytest.raises(UsageError, match="is not a prefix of files"):
             command.main([str(INPUTS / "docs.jsonl"), "--out", out], standalone_mode=False)

@@ -229,7 +229,7 @@ def test_a_long_array_reads_its_config_once(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["/dev/stdin", "--nodes", "1", "--gpus-per-node", "8"], "which the job will not find again"),
+        (["/dev/stdin", "--nodes", "1", "--gpus-per-node", "8"], "which the job could not read later"),
         (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "9" * 20], "GPUs from 0 .CPUs. to 4096"),
         (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--account", "a\nb"], "--account is 'a\\\\nb'"),
         (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--sbatch", "hello"], "give an option of sbatch"),

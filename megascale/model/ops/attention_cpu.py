@@ -1,10 +1,10 @@
 """Causal attention for CPUs at ordinary lengths: about half the time of torch's flash kernel, forward and backward together.
 
-Queries go in blocks, each against the keys before its end only, so 9/16 of the square is computed at eight blocks. Probabilities are
-kept for the backward pass, where the flash kernel computes them again. Memory grows with the square of the
-length, so long sequences stay with the flash kernel.
+Queries are processed in blocks, each against the keys before its end, so 9/16 of the square is computed with eight blocks. Probabilities
+are kept for the backward pass, where the flash kernel computes them again. Memory grows with the square of the length, so long sequences
+use the flash kernel.
 
-Shapes: b micro-batch, h heads, s sequence, e head size, n rows of a block, t keys that it sees.
+Shapes: b micro-batch, h heads, s sequence, e head size, n rows of a block, t keys that it attends to.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _total(parts: list[Tensor]) -> Tensor:
-    """The sum of [b·h, t, e] for growing t, each filled up with zeros: one fused kernel where additions in place would be many."""
+    """The sum of [b·h, t, e] for growing t, each padded with zeros: one fused kernel instead of many in-place additions."""
     length = parts[-1].shape[1]
     total = _wide(parts[-1])
     for part in parts[:-1]:
@@ -80,7 +80,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _hidden(first: int, last: int, scores: Tensor) -> Tensor:
-    """[n, t]: −∞ where a key lies after its query, else 0."""
+    """[n, t]: −∞ for keys after their query, else 0."""
     query = torch.arange(first, last, device=scores.device)[:, None]
     key = torch.arange(last, device=scores.device)[None, :]
     return torch.zeros((), dtype=scores.dtype, device=scores.device).where(key <= query, float("-inf"))

@@ -1,6 +1,6 @@
-"""The same attention as attention_masked.py on GPUs: torch's FlexAttention, which skips tiles of the square in which nothing is seen.
+"""The same attention as attention_masked.py on GPUs: torch's FlexAttention, which skips fully masked tiles of the square.
 
-Which tiles those are follows from where documents begin, tile by tile, so that a mask of [s, s] exists nowhere.
+The tiles follow from the starts of documents, without ever building a mask of [s, s].
 
 Shapes: b micro-batch, h heads, g KV heads dividing h, s sequence, e head size, n tiles of a sequence.
 """
@@ -30,8 +30,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tens
 def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> AttentionMask:
     """`mask`, which must be causal, with torch's BlockMask for it.
 
-    A tile counts as whole where its last query sees its first key: then all see all. It takes part where its last key is not before what
-    its first query sees. In between the rule is asked for each pair.
+    A tile is full if its last query attends to its first key: then all attend to all. It is skipped if its last key is before the first key
+    of its first query. In between the rule is evaluated per pair.
     """
     assert mask.causal
     starts = None if mask.documents is None else document_starts(mask.documents)
@@ -40,7 +40,7 @@ def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> Atte
     lowest, highest = (_furthest(starts, mask.window, queries)[:, None, :, None] for queries in (first, last))  # [1 or b, 1, n, 1]
     whole = (first >= highest) & (last < first[:, None])
     partial = (last >= lowest) & (first <= last[:, None]) & ~whole
-    from torch.nn.attention.flex_attention import BlockMask  # it imports the compiler
+    from torch.nn.attention.flex_attention import BlockMask  # imports the compiler
 
     rule = _rule(starts, mask.window)
     blocks = BlockMask.from_kv_blocks(*_ordered(partial), *_ordered(whole), BLOCK_SIZE=TILE, mask_mod=rule, seq_lengths=(seq_len, seq_len))
@@ -48,7 +48,7 @@ def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> Atte
 
 
 def _furthest(starts: Tensor | None, window: int | None, queries: Tensor) -> Tensor:
-    """[1 or b, n]: the first key that each query sees."""
+    """[1 or b, n]: the first key that each query attends to."""
     first = torch.zeros_like(queries)[None] if starts is None else starts[:, queries]
     return first if window is None else torch.maximum(first, queries - window + 1)
 
@@ -75,7 +75,7 @@ def _bias(slopes: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], 
 
 @cache
 def _kernel(device: str) -> Any:
-    """Compiled on CUDA, where it would otherwise materialize the scores; plain elsewhere, for tests."""
+    """Compiled on CUDA, where it would otherwise materialize the scores; uncompiled elsewhere, for tests."""
     from torch.nn.attention.flex_attention import flex_attention as kernel
 
     return compile_static(kernel) if device == "cuda" else kernel

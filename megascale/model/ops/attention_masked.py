@@ -1,7 +1,7 @@
-"""Attention inside documents, windows and under ALiBi on one rank, without a mask of [s, s]: tile by tile over what is seen.
+"""Attention inside documents, windows and under ALiBi on one rank, without a mask of [s, s]: tile by tile over visible keys.
 
-Nothing but the result and each query's log Σ exp is kept; the backward pass computes probabilities again, as FlashAttention does (arXiv
-2205.14135). It is an operator of its own, so that torch.compile and selective recomputation take it as a whole.
+Only the result and each query's log Σ exp are kept; backward computes probabilities again, like FlashAttention (arXiv 2205.14135). It is a
+custom operator, so that torch.compile and selective recomputation treat it as a unit.
 
 Shapes: b micro-batch, h heads, g KV heads dividing h, s sequence, e head size.
 """
@@ -17,7 +17,7 @@ from megascale.model.ops.attention_tiles import AttentionMask, add_block, add_bl
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """softmax(q·kᵀ/√e + bias)·v over what is seen: q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]."""
+    """softmax(q·kᵀ/√e + bias)·v over visible keys: q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]."""
     return _attention(q, k, v, mask.documents, mask.slopes, mask.window, mask.causal)[0]  # type: ignore[no-any-return]
 
 
@@ -33,7 +33,7 @@ def _attention(
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
     everything = [range(q.shape[2])]
-    # Sample by sample: each has its own documents, and so its own tiles.
+    # Sample by sample: each has its own documents and therefore its own tiles.
     for i in range(q.shape[0]):
         one = slice(i, i + 1)
         mask = AttentionMask(causal, None if documents is None else documents[one], window, slopes)

@@ -1,7 +1,7 @@
-"""Attention over parts of a sequence, tile by tile: what a ring of ranks needs, and any length needs that must not keep its scores.
+"""Attention over parts of a sequence, tile by tile: for rings of ranks, and for lengths whose scores do not fit into memory.
 
-A rank has queries of some positions and meets keys of others, block after block. Results of the blocks are merged by their logarithmic
-sums (online softmax, arXiv 1805.02867), so the order of blocks does not matter beyond rounding. Scores exist for one tile at a time.
+A rank has queries at some positions and receives keys of others block by block. Results of blocks are merged with their log-sums (online
+softmax, arXiv 1805.02867), so the order of blocks only affects rounding. Scores exist for one tile at a time.
 
 Shapes: b micro-batch, g KV heads, r query heads for each, h = g·r, n queries here, t keys of a block, e head size, S whole sequence.
 """
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from megascale.model.ops.matmul import widens
 
-SCORES = 1 << 21  # of a tile, all heads together: 8 MiB in fp32
-ROWS = 16  # least queries of a tile, so that products stay products
-TALL = 128  # most of them, so that a tile reaches little beyond what they see
+SCORES = 1 << 21  # scores per tile over all heads: 8 MiB in fp32
+ROWS = 16  # least queries of a tile, so that matrix products stay efficient
+TALL = 128  # most queries of a tile, so that few of its pairs are masked
 
-Ranges = Sequence[range]  # consecutive positions each, ascending: where a rank's tokens stand in the whole sequence
+Ranges = Sequence[range]  # consecutive positions each, ascending: positions of a rank's tokens in the whole sequence
 
 
 class AttentionMask(NamedTuple):
-    """What a query sees, said by positions: keys up to its own (`causal`), the last `window` of them, of its own document
-    (`documents` [b, S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same for torch's
-    FlexAttention, where that runs. `valid` [b, t] says which keys there are, where samples have different lengths and order plays no part.
-    `bias` [1 or b, h, s, t] is all of it, added to scores: learned biases, −∞ where a query does not see.
+    """Which keys a query attends to, by position: up to its own (`causal`), the last `window`, those of its own document (`documents` [b,
+    S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same mask for torch's FlexAttention. `valid`
+    [b, t]: existing keys, if samples have different lengths and order does not matter. `bias` [1 or b, h, s, t] contains everything, added
+    to scores: learned biases, −∞ for masked pairs.
     """
 
     causal: bool = True
@@ -40,8 +40,8 @@ class AttentionMask(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries `rows` against `keys`, numbered as they lie here; `row` and `key` are the positions of the first. `partly`: some pairs are
-    hidden by order or window.
+    """Queries `rows` against `keys`, by local index; `row` and `key` are the positions of the first. `partly`: order or window mask some
+    pairs.
     """
 
     rows: slice
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 
 
 def document_starts(documents: Tensor) -> Tensor:
-    """[b, S] numbers → [b, S] int64: for each token the first position of its run of equal numbers."""
+    """[b, S] numbers → [b, S] int64: the first position of each token's run of equal numbers."""
     changed = torch.zeros_like(documents, dtype=torch.int64)
     place = torch.arange(documents.shape[1], device=documents.device)
     changed[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], place[1:], 0)
@@ -62,7 +62,7 @@ def document_starts(documents: Tensor) -> Tensor:
 def tiles(
     queries: Ranges, keys: Ranges, height: int, causal: bool, window: int | None, starts: Sequence[int] | None = None
 ) -> Iterator[Tile]:
-    """Covers every visible pair once, and no tile without one. `starts`: for each position the first one of its document."""
+    """Covers every visible pair once, without empty tiles. `starts`: the first position of each position's document."""
     above = 0
     for part in queries:
         for row in range(part.start, part.stop, height):
@@ -81,7 +81,7 @@ def tiles(
 
 
 def visible_pairs(queries: Ranges, keys: Ranges, causal: bool = True, window: int | None = None) -> int:
-    """How many (query, key) pairs a rank computes: its work, whatever the tiles."""
+    """The number of (query, key) pairs that a rank computes: its work, whatever the tiles."""
     pairs = 0
     for tile in tiles(queries, keys, 1, causal, window):
         pairs += tile.keys.stop - tile.keys.start
@@ -92,11 +92,11 @@ def visible_pairs(queries: Ranges, keys: Ranges, causal: bool = True, window: in
 def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, mask: AttentionMask) -> None:
     """Merges the attention of q [b, h, n, e] over one block k, v [b, g, t, e] into `out` [b, h, n, e] and `lse` [b, h, n, 1].
 
-    They begin as 0 and −∞, are of at least fp32, and after all blocks hold the result and log Σ exp of the scores.
+    They start as 0 and −∞ in at least fp32, and after all blocks hold the result and log Σ exp of the scores.
     """
     for tile in _tiles(q, k, queries, keys, mask):
         scores = _scores(q, k, tile, mask)
-        top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # −∞ − −∞ where a row sees nothing
+        top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # avoids −∞ − −∞ in fully masked rows
         scores.sub_(top).exp_()
         total = scores.sum(-1, keepdim=True)
         part = _ungroup(_product(scores.to(v.dtype), _keys(v, tile)), q)
@@ -104,7 +104,7 @@ def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries
         old = lse[:, :, tile.rows]
         both = torch.logaddexp(old, new)
         shift = both.clamp_min(torch.finfo(both.dtype).min)
-        # `part` is not yet divided by its sum: exp(top) is its scale, where exp(new) would be that of an average.
+        # `part` is not divided by its sum yet, so its scale is exp(top), not exp(new).
         out[:, :, tile.rows] *= (old - shift).exp()
         out[:, :, tile.rows] += part * (_ungroup(top, q) - shift).exp()
         lse[:, :, tile.rows] = both
@@ -123,7 +123,7 @@ def add_block_gradients(
     keys: Ranges,
     mask: AttentionMask,
 ) -> None:
-    """Adds to `grads` (of q, k, v, in at least fp32) what one block contributes. delta [b, h, n, 1] is Σ d_out·out over the channels."""
+    """Adds to `grads` (of q, k, v, in at least fp32) one block's contribution. delta [b, h, n, 1] is Σ d_out·out over the channels."""
     d_q, d_k, d_v = grads
     scale = q.shape[-1] ** -0.5
     for tile in _tiles(q, k, queries, keys, mask):
@@ -136,7 +136,7 @@ def add_block_gradients(
 
 
 def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, mask: AttentionMask) -> Iterator[Tile]:
-    """Of a height at which a tile has about SCORES entries. Other documents' keys are left out where all samples can."""
+    """Tiles with about SCORES entries. Skips keys of other documents if all samples can."""
     starts, reach = None, k.shape[2]
     if mask.documents is not None and mask.causal:
         starts = document_starts(mask.documents).amin(0).tolist()
@@ -148,7 +148,7 @@ def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, mask: AttentionM
 
 
 def _scores(q: Tensor, k: Tensor, tile: Tile, mask: AttentionMask) -> Tensor:
-    """[b·g, r·n, t] of one tile in at least fp32, −∞ where hidden."""
+    """[b·g, r·n, t] of one tile in at least fp32, −∞ for masked pairs."""
     scores = _product(_wide(_group(q, k, tile)), _wide(_keys(k, tile)).transpose(1, 2), q.shape[-1] ** -0.5)
     n, t = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
     grid = scores.view(q.shape[0], k.shape[1], -1, n, t)
@@ -169,7 +169,7 @@ def _scores(q: Tensor, k: Tensor, tile: Tile, mask: AttentionMask) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Batched a·b times `scale`. Not `bmm`, whose results selective recomputation keeps: scores must not be kept."""
+    """Batched a·b times `scale`. Not `bmm`, since selective recomputation keeps its results and scores must not be kept."""
     if widens(a, b):
         return _product(a.float(), b.float(), scale).to(a.dtype)
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)

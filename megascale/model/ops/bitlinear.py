@@ -1,6 +1,6 @@
 """BitLinear (b1.58, arXiv 2310.11453 and 2402.17764): products of weights −1, 0, 1 with 8-bit inputs, trained through the rounding.
 
-Functions of one weight and one input. Where these are cut over ranks, `Statistics` brings the parts' statistics together.
+Functions of one weight and one input. If these are split over ranks, `Statistics` combines the parts' statistics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass
 class Statistics:
-    """How a rank's part of a statistic becomes the whole; set by the tensor pass.
+    """Combines a rank's partial statistics; set by the tensor pass.
 
     weight_mean    mean |w| of this rank's equal part [] → of the whole weight
     input_mean     mean square of this rank's equal share of the features [..., 1] → of all, with gradients

@@ -1,6 +1,6 @@
 """Rows, the assignments of tokens to experts: sorted by expert, multiplied block by block with each expert's matrix, and put back.
 
-Shapes: n tokens or rows, k chosen experts a token, E experts.
+Shapes: n tokens or rows, k chosen experts per token, E experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megascale.model.ops import matmul, matmul_cpu
 
 
 class _Permute(torch.autograd.Function):
-    """x[order] for a permutation. Its gradient is another gather, where indexing's own would be a slow scattered sum."""
+    """x[order] for a permutation. Its gradient is another gather; indexing's own would be a slow scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _Permute(torch.autograd.Function):
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """x [n, …] in the order `order` [n]; `inverse` undoes it."""
+    """x [n, …] permuted by `order` [n]; `inverse` undoes it."""
     return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
 
 
@@ -52,7 +52,7 @@ def sum_of_rows(rows: Tensor, places: Tensor) -> Tensor:
     """Σᵢ rows[places[:, i]] for places [T, k] → [T, d], added up in at least fp32 and rounded once."""
     if rows.device.type != "cpu":
         return F.embedding_bag(places, rows, mode="sum")
-    # There `embedding_bag` rounds halves away from zero, which sums of two bf16 numbers often are: gradients would grow by 7e-4.
+    # There `embedding_bag` rounds ties, frequent in sums of two bf16 numbers, away from zero: gradients would grow by 7e-4.
     wide = rows.dtype if places.shape[1] <= 2 else torch.promote_types(rows.dtype, torch.float32)
     total = rows.index_select(0, places[:, 0]).to(wide)
     for i in range(1, places.shape[1]):
@@ -61,7 +61,7 @@ def sum_of_rows(rows: Tensor, places: Tensor) -> Tensor:
 
 
 class _UnpermuteTokens(torch.autograd.Function):
-    """Rows [T·k, d] in the order `order` and gates [T, k] → each token's sum [T, d]. Its gradient needs no rows in the tokens' order."""
+    """Rows [T·k, d] in the order `order` and gates [T, k] → each token's sum [T, d]. Its gradient needs no rows in token order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class _UnpermuteTokens(torch.autograd.Function):
 
 
 class Permutation(NamedTuple):
-    """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and what undoes it."""
+    """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and its inverse."""
 
     order: Tensor
     inverse: Tensor
@@ -109,7 +109,7 @@ def inverse_of(order: Tensor) -> Tensor:
 
 
 def adds_in_place(weight: Tensor) -> bool:
-    """Whether products may add to `weight.grad` themselves: on CPUs, where no hook wants to see what they add."""
+    """Whether products may add to `weight.grad` themselves: on CPUs, where no hook needs to see the addition."""
     return weight.is_leaf and weight.device.type == "cpu" and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
@@ -124,10 +124,10 @@ def add_by_expert(total: Tensor, x: Tensor, g: Tensor, sizes: list[int]) -> None
 
 @torch.library.custom_op("megascale::product_by_expert", mutates_args=())
 def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
-    """Rows x [n, in] sorted by expert through weight [E, out, in], or [n, out] through its transpose; `sizes` [E] rows of each.
+    """Rows x [n, in] sorted by expert through weight [E, out, in], or [n, out] through its transpose; `sizes` [E]: rows per expert.
 
-    One operator, so that recomputation can keep its result, and one buffer for a rounded matrix: memory that is handed out anew costs more
-    than rounding.
+    One operator, so that recomputation can keep its result, and one buffer for a rounded matrix: allocating new memory costs more than
+    rounding.
     """
     _, out_dim, in_dim = weight.shape
     y = x.new_empty((x.shape[0], in_dim if transposed else out_dim))
@@ -147,11 +147,11 @@ def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: b
 
 
 class _ByExpert(torch.autograd.Function):
-    """`grouped_product` one expert after the other, for CPUs and for what the grouped product does not take.
+    """`grouped_product` one expert after the other, for CPUs and for inputs that the grouped product does not support.
 
-    Weights are rounded to x's dtype when their expert's rows meet them, and their gradient is added to what earlier micro-batches left. A
-    rounded bank, its gradient and the widened gradient would be 8 bytes a weight of new memory every micro-batch, of which a CPU spends
-    longer on handing out the pages than on the copies; here one matrix at a time stays in the cache.
+    Weights are rounded to x's dtype when their expert's rows are multiplied, and their gradient is added to that of earlier micro-batches.
+    A rounded bank, its gradient and the widened gradient would be 8 bytes per weight of new memory every micro-batch, whose page faults
+    cost a CPU more than the copies; here one matrix at a time stays in the cache.
     """
 
     @staticmethod
@@ -174,7 +174,7 @@ class _ByExpert(torch.autograd.Function):
 
 
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x [n, in] sorted by expert, weight [E, out, in], counts [E] rows of each expert → [n, out].
+    """x [n, in] sorted by expert, weight [E, out, in], counts [E]: rows per expert → [n, out].
 
     Rows beyond the sum of the counts are undefined, and so are their gradients.
     """
@@ -184,12 +184,12 @@ def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def by_expert(x: Tensor, weight: Tensor) -> bool:
-    """PyTorch's grouped product knows fp32 and bf16 and rows of a multiple of 16 bytes; on CPUs it is the same loop, but in new memory."""
+    """PyTorch's grouped product supports fp32 and bf16 and rows of a multiple of 16 bytes; on CPUs it is the same loop with new memory."""
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     known = hasattr(torch, "_grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
     return x.device.type == "cpu" or not known
 
 
 def in_one(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_product` as one kernel, without waiting for the counts."""
+    """`grouped_product` as one kernel, without a synchronization for the counts."""
     return torch._grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))

@@ -1,8 +1,8 @@
-"""Products of bf16 values, also on CPUs without instructions for them: x86 before AVX512-BF16, and whatever torch's oneDNN does not serve.
+"""Products of bf16 values, also on CPUs without instructions for them: x86 before AVX512-BF16, and others without support by oneDNN.
 
 There bf16 products take 2.5 times as long as fp32's (AVX-512) or up to 400 times (AVX2). So both factors are widened to fp32, which is
-exact, multiplied, and the result is rounded to bf16: sums in fp32 and one rounding behind, as with the instructions, forward and backward.
-What waits for the backward pass waits in bf16. On every other device, and in every other dtype, these are torch's own functions.
+exact, multiplied, and the result is rounded to bf16: sums in fp32 and one rounding, as with the instructions, forward and backward. Tensors
+saved for backward stay in bf16. On every other device and in every other dtype these are torch's own functions.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Values of ONEDNN_MAX_CPU_ISA for which oneDNN still takes bf16, without instructions for it.
+# Values of ONEDNN_MAX_CPU_ISA for which oneDNN still accepts bf16, without instructions for it.
 EMULATED = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def has_bf16_products(limit: str) -> bool:
-    """Whether torch gives bf16 products to oneDNN here, and this has instructions for them. Nothing is measured. `limit`: what
-    ONEDNN_MAX_CPU_ISA says, which torch's own answer about the processor does not know.
+    """Whether torch uses oneDNN for bf16 products here, with instructions for them. Nothing is measured. `limit`: the value of
+    ONEDNN_MAX_CPU_ISA, which torch's own check of the processor ignores.
     """
     ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     taken = torch.backends.mkldnn.is_available() and ask is not None and bool(ask())
@@ -30,9 +30,9 @@ def has_bf16_products(limit: str) -> bool:
     return taken and limit.upper() not in EMULATED and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-# Asked once and here, since a compiler cannot ask it.
+# Evaluated once at import, since compiled code cannot do it.
 NATIVE = has_bf16_products(os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", ""))
-# Rows up to which torch's product of a bf16 matrix as it lies is as fast as fp32's, for it waits for memory: a step of generation.
+# Rows up to which torch's bf16 product is as fast as fp32's because it is memory-bound: a step of generation.
 FEW = 4
 
 
@@ -42,7 +42,7 @@ def widens(*factors: Tensor) -> bool:
 
 
 def way_of(dtype: torch.dtype) -> str:
-    """For the log: how products of this dtype are computed on this CPU."""
+    """How products of this dtype are computed on this CPU, for the log."""
     return "fp32" if widens(torch.empty((), dtype=dtype)) else "native"
 
 
@@ -57,7 +57,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """`matmul` where no gradient flows: inside kernels that have their own backward pass."""
+    """`matmul` without gradients: inside kernels that have their own backward pass."""
     return (a.float() @ b.float()).to(a.dtype) if widens(a, b) else a @ b
 
 

@@ -1,7 +1,7 @@
-"""fp32 products on CPUs by oneDNN, which torch itself asks for bf16 only.
+"""fp32 products on CPUs with oneDNN, which torch itself uses for bf16 only.
 
-torch's own are MKL's, which keeps AVX-512 for Intel's processors. On an AMD EPYC, inside a training step, oneDNN's take 0.85 to 0.90 of
-their time (docs/numbers.md). Gradients of weights stay with torch, whose products of a transpose are the faster ones.
+torch uses MKL, which uses AVX-512 only on Intel processors. On an AMD EPYC, inside a training step, oneDNN takes 0.85 to 0.90 of its time
+(docs/numbers.md). Weight gradients stay with torch, whose products with a transpose are faster.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Multiplications of a product below which oneDNN's preparation outweighs what it saves.
+# Multiplications of a product below which oneDNN's overhead outweighs its gain.
 SMALLEST = 1 << 26
-# Asked here, since a compiler cannot ask it; by symbol, since torch promises nothing of a name that begins so.
+# Evaluated at import, since compiled code cannot do it; by symbol, since torch guarantees nothing for private names.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is here and gains: torch's builds for Apple's processors, for one, have none."""
+    """Whether oneDNN is available and faster; torch's builds for Apple's processors, for example, lack it."""
     return ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() * weight.shape[0] >= SMALLEST
 
 
@@ -26,7 +26,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] · weight [out, in]ᵀ → [..., out].
 
-    An operator of our own, because to a compiler torch's is one whose weights are constant.
+    An operator of our own, because the compiler treats the weights of torch's as constant.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
 

@@ -1,7 +1,7 @@
-"""Which implementation of a fused operation runs, decided in one place and by symbol.
+"""Chooses the implementation of fused operations, in one place and by symbol.
 
-PyPI's `apex` is another project than NVIDIA's, so a module is taken only when it has the very function that is needed. Each choice is
-returned as plain data for the log; an explicit choice that cannot be met is an error, `auto` falls back to torch.
+PyPI's `apex` is not NVIDIA's, so a module is used only if it has the very function that is needed. Each choice is returned as plain data
+for the log; an explicit choice that is not available is an error, `auto` falls back to torch.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ class KernelChoice:
 
 
 def choose_kernels(wanted: str, norm: str, device: torch.device) -> KernelChoice:
-    """`wanted`: auto | torch | apex | te. Raises UsageError when an explicit choice is not installed or not for this device."""
+    """`wanted`: auto | torch | apex | te. Raises UsageError if an explicit choice is not installed or does not support this device."""
     row = norms()[norm]
     own = KernelChoice(functions_of(norm).own_kernel(), "torch", "torch's own")
     if wanted not in ("auto", "torch", *row.fused):
-        raise UsageError(f"run.kernels is {wanted} and model.norm is {norm}, which {wanted} does not have: use auto or torch")
+        raise UsageError(f"run.kernels is {wanted} but {wanted} does not have model.norm {norm}: use auto or torch")
     if wanted == "torch" or not row.fused or (wanted == "auto" and device.type != "cuda"):
         return own
     if device.type != "cuda" and wanted != "auto":
-        raise UsageError(f"run.kernels is {wanted}, which needs a CUDA device, and run.device is {device.type}: use auto or torch")
+        raise UsageError(f"run.kernels is {wanted}, which needs a CUDA device, but run.device is {device.type}: use auto or torch")
     if wanted == "auto":
-        # torch's own kernels fuse further under torch.compile, so another package is taken only when asked for by name.
+        # torch's own kernels fuse further under torch.compile, so another package is used only if requested by name.
         return KernelChoice(own.norm, "torch", "auto: torch's own compile into one kernel with their neighbours")
     found = probe(wanted, row)
     if found is None:
         module, symbol = row.fused[wanted]
         package = {"apex": "NVIDIA's apex (PyPI's `apex` is another project)", "te": "Transformer Engine"}[wanted]
-        raise UsageError(f"run.kernels is {wanted}, and {module} has no {symbol} here: install {package}, or set run.kernels to auto")
+        raise UsageError(f"run.kernels is {wanted}, but {module} has no {symbol} here: install {package}, or set run.kernels to auto")
     return KernelChoice(found, wanted, f"{row.fused[wanted][1]} found")
 
 
 def probe(source: str, row: NormRow) -> NormKernel | None:
-    """The norm of another package, or None where its symbol is missing."""
+    """The norm of another package, or None if its symbol is missing."""
     module_name, symbol = row.fused[source]
     try:
         function = getattr(importlib.import_module(module_name), symbol, None)
-    except Exception:  # a broken CUDA extension raises anything at import; it is as good as absent
+    except Exception:  # a broken CUDA extension may raise anything at import; treat it as absent
         return None
     if function is None:
         return None
