@@ -1,4 +1,4 @@
-"""What every benchmark needs: where it ran, how fast products are, and a JSON file beside the script."""
+"""Shared by all benchmarks: where it ran, how fast products are, and a JSON file next to the script."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def one_step(engine: Engine, batches: Sequence[Batch], scale: float) -> None:
 
 
 def in_turn(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Seconds of each step and the product rate measured right beside it, the candidates taking turns; medians over rounds."""
+    """Seconds of each step and the product rate measured right with it, the candidates taking turns; medians over rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -109,7 +109,7 @@ class Allocations(TorchDispatchMode):
 
 
 def write(script: str, name: str, result: dict[str, Any]) -> None:
-    """results/NAME.json beside the script; prints it as well."""
+    """Writes results/NAME.json next to the script and prints it."""
     path = Path(script).parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(result, indent=1)

@@ -1,4 +1,4 @@
-"""Many small trainings side by side, one process and one thread each; what is in a results file already is not trained again."""
+"""Many small training runs in parallel, one process and one thread each; runs that are already in a results file are not repeated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def last(losses: Sequence[float | None]) -> float:
 def study(
     path: Path, facts: Mapping[str, Any], config: Path, runs: Mapping[str, Sequence[str]], processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Trains what is missing of `runs` (name → overrides), in order; the file `path` keeps the losses of every row and FP8's readings."""
+    """Trains the missing ones of `runs` (name → overrides), in order; the file `path` keeps the losses of every row and FP8's readings."""
     found: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
     todo = [name for name in runs if name not in found]
     path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a tool ends, whatever it meets."""
+"""The endings of commands for all kinds of errors."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_all_tokens_to_one_rank(to: list[int]) -> None:
 
 
 def test_fewer_tokens_than_experts() -> None:
-    """Catches shapes that assume a row for every expert: 3 tokens a rank, 8 experts."""
+    """Catches shapes that assume a row for every expert: 3 tokens per rank, 8 experts."""
     assert_equal(Case(sparse(num_experts=8), Parallel(ep=2), seq_len=3, batch=2), 2)
 
 

@@ -1,4 +1,4 @@
-"""Which norm kernel runs, with modules that stand in for NVIDIA's packages."""
+"""The choice of the norm kernel, with fake modules for NVIDIA's packages."""
 
 from __future__ import annotations
 

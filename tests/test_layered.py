@@ -56,7 +56,7 @@ def test_every_model(model: str) -> None:
 
 @pytest.mark.parametrize("layout", ["one process", "zero", "hsdp"])
 def test_groups_of_micro_batches(layout: str) -> None:
-    """Catches reductions of one group that overwrite another's, and replicas summed once a group instead of once a step."""
+    """Catches reductions of one group that overwrite another's, and replicas summed once per group instead of once per step."""
     ranks, case = case_of(layout, breadth_first=2)
     assert_equal(replace(case, batch=4 * ranks), ranks)
 

@@ -1,4 +1,4 @@
-"""What control groups let a process have, from files as kernels and containers show them."""
+"""Limits of control groups, from files as kernels and containers show them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without bf16 products."""
+    """Behaves like a CPU without bf16 products."""
     monkeypatch.setattr(matmul, "NATIVE", False)
 
 

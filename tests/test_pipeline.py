@@ -126,7 +126,7 @@ def test_products_and_exchanges_run_once(recompute: str) -> None:
         results = run_ranks(4, counted, Case(deep("llama", 4), parallel, steps=1, keep_tensors=False))
         calls: dict[str, int] = {}
         for (axis, operation), count in ((k, c) for r in results for k, c in r["calls"].items()):
-            if axis == "tp" and operation != "all_reduce":  # finishing partial gradients takes one message a rank, whatever its stages
+            if axis == "tp" and operation != "all_reduce":  # finishing partial gradients takes one message per rank, whatever its stages
                 calls[operation] = calls.get(operation, 0) + count
         found[schedule] = calls, sum(r["flops"] for r in results), sum(r["sent"]["tp"] for r in results)
     assert len({str(f) for f in found.values()}) == 1, found
@@ -152,7 +152,7 @@ def test_bytes_between_stages(schedule: str) -> None:
 
 
 def recorded(case: Case) -> list[Action]:
-    """What this rank's runtime did in the last step."""
+    """The actions of this rank's runtime in the last step."""
     done: list[Action] = []
 
     def watch(name: str, kind: str) -> None:

@@ -35,7 +35,7 @@ def random(*shape: int) -> Tensor:
 
 
 class Products(TorchDispatchMode):
-    """How often the operator ran."""
+    """Counts calls of the operator."""
 
     count = 0
 

@@ -59,7 +59,7 @@ def test_every_method_equals_one_process(method: str, model: str) -> None:
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_equal_one_process(product: str) -> None:
-    """Catches gradients summed over cp twice or not at all, a loss counted once a rank, and a stage whose stream has another length."""
+    """Catches gradients summed over cp twice or not at all, a loss counted once per rank, and a stage whose stream has another length."""
     ranks, parallel = PRODUCTS[product]
     model = tiny(num_layers=4 if parallel.pp > 1 else 2, dropout=0.1, position="xpos" if parallel.tp > 1 else "rope")
     assert_equal(Case(model, parallel, seq_len=14 if parallel.tp_sequence else 13, packed=True, steps=2), ranks)

@@ -1,4 +1,4 @@
-"""What a token sees: documents, windows and ALiBi, against masks of [s, s]; and that no such mask is made."""
+"""Attention masks of documents, windows and ALiBi against masks of [s, s]; and that no such mask is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank imports before its first step, and that the shortcuts taken for it change no bit."""
+"""A rank's imports before its first step, and that its shortcuts change no bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint write speed beside `dd conv=fsync` of the same bytes, and how long an asynchronous save stalls training.
+"""Checkpoint write speed compared with `dd conv=fsync` of the same bytes, and how long an asynchronous save stalls training.
 
 All kinds of a table are measured in turn, round by round: a shared disk's speed changes from minute to minute. Medians over the rounds.
 """
@@ -147,7 +147,7 @@ def saving(state: dict[str, Piece], compare: bool = True) -> Measure:
 
 
 def stall(state: dict[str, Piece], scratch: Path, ranks: int, rounds: int) -> dict[str, Any]:
-    """What `save` takes of the training thread, beside copying the state into reused buffers and nothing else, in turn."""
+    """Time of the training thread in `save`, and in only copying the state into reused buffers, in turn."""
     saver = Checkpointer(scratch / "stall", keep_last=1, keep_every=None, asynchronous=True)
     buffers = [torch.empty_like(p.local) for p in state.values()]
     copies, saves = [], []

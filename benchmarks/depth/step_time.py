@@ -1,4 +1,4 @@
-"""Seconds of a training step under each residual scheme, norm and linear, beside pre-norm with RMSNorm at equal shapes.
+"""Seconds of a training step under each residual scheme, norm and linear, compared with pre-norm with RMSNorm at equal shapes.
 
 `python -m benchmarks.depth.step_time` takes turns: in every round each variant runs once, and its time is divided by pre-norm's in that
 round; medians over rounds. `--compile` compiles the blocks, as long runs do.

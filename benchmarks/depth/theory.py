@@ -1,4 +1,4 @@
-"""How far theory is from measurement behind every sublayer at the first step, scheme by scheme.
+"""Distance of theory from measurement after every sublayer at the first step, scheme by scheme.
 
 `python -m benchmarks.depth.theory --data data/stdlib512`: 48 blocks of width 64 on 4 × 128 real tokens, about a minute of one core. Written
 are the largest deviations over the stack: of the variance and of the gradient relative to theory, of the cosine absolute.

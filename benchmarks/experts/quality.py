@@ -22,7 +22,7 @@ from megascale.report.canvas import COLOURS, GREY, new_figure, png, style
 from megascale.report.read import read_run
 from megascale.train.setup import build_trainer
 
-# Every way of balancing is tried with its published weight, and with the z-loss beside it; the entropy with ten times its weight as well.
+# Every way of balancing is tried with its published weight, and with the z-loss added; the entropy with ten times its weight as well.
 BALANCES: dict[str, dict[str, Any]] = {
     "loss": {"balance": "loss"},
     "entropy": {"balance": "entropy"},

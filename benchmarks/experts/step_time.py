@@ -1,4 +1,4 @@
-"""A step with experts ÷ a dense step of equal active parameters, and tokens/s beside Hugging Face's Mixtral of the same shape.
+"""A step with experts ÷ a dense step of equal active parameters, and tokens/s compared with Hugging Face's Mixtral of the same shape.
 
     python -m benchmarks.experts.step_time --dtype bf16
 

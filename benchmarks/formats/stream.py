@@ -1,4 +1,4 @@
-"""Time and memory of tools/convert.py on a Llama of 7 billion parameters in bf16, beside `cp` of the same bytes to the same disk.
+"""Time and memory of tools/convert.py on a Llama of 7 billion parameters in bf16, compared with `cp` of the same bytes to the same disk.
 
 Both read files that are not in the page cache, and both are timed until their bytes are on the disk. Rounds take turns: a disk's speed
 changes. The files hold random bytes below a header that describes the model: conversion does not look at numbers.
@@ -60,7 +60,7 @@ def main(
     result: dict[str, Any] = {**machine(), "cores": os.cpu_count(), "bytes": size, "parameters": size // 2, "rounds": rounds}
     for name, runs in found.items():
         seconds = statistics.median(r["seconds"] for r in runs)
-        result["load_average"] = round(os.getloadavg()[1], 1)  # more than about 1 beside us, and seconds say little; CPU seconds hold
+        result["load_average"] = round(os.getloadavg()[1], 1)  # with more than about 1 from other processes only CPU seconds are meaningful
         result[name] = {
             "seconds": [round(r["seconds"], 1) for r in runs],
             "MB_per_second": round(size / 1e6 / seconds),

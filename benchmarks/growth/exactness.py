@@ -124,7 +124,7 @@ def fresh_beyond(axis: AxisMap) -> AxisMap:
 
 
 def appended(g: Growth) -> Growth:
-    """Old rotary pairs first, new ones behind, at the plain frequencies of the larger head."""
+    """Old rotary pairs first, then new ones, at the plain frequencies of the larger head."""
     old, new = g.source.head_dim or 0, g.target.head_dim or 0
     axes = {}
     for name, a in g.axes.items():
@@ -228,7 +228,7 @@ def result(row: Row) -> dict[str, Any]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The table as it stands in docs/growth.md."""
+    """The table in docs/growth.md."""
     lines = ["| axis | family | Δ logit, fp64 | naive variants |", "|---|---|---|---|"]
     for r in results:
         delta = "0" if r["delta"] == 0 else f"{r['delta']:.0e}" if r["delta"] < 1e-6 else f"**{r['delta']:.2g}**"

@@ -57,7 +57,7 @@ RATES = (0.5, 1.0)  # of the large model's own best, for what was grown
 
 @dataclass(frozen=True)
 class Arm:
-    """How the large model is begun. `width` and `depth`: whether the small model is smaller in it."""
+    """Initialization of the large model. `width` and `depth`: whether the small model is smaller in it."""
 
     name: str
     options: GrowthOptions | None = None  # None: overlaid on a fresh start
@@ -111,12 +111,12 @@ def overrides(width: int, layers: int, head: int, args: argparse.Namespace) -> l
 
 
 def flops(model: Model, args: argparse.Namespace) -> float:
-    """Of one training step."""
+    """FLOPs of one training step."""
     return flops_per_token(model, specs(model, args.seq_len), args.seq_len) * args.batch * args.seq_len
 
 
 def trained(config: Config, steps: int, lr: float, seed: int, folder: Path, init: Path | None = None) -> float:
-    """The final validation loss; the run lies in `folder`."""
+    """The final validation loss of the run in `folder`."""
     values: dict[str, dict[str, Any]] = {
         "train": {"steps": steps, "tokens": None, "eval_every": steps},
         "optim": {"lr": lr, "warmup_steps": max(1, steps // 10), "decay_steps": None},

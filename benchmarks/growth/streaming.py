@@ -1,4 +1,4 @@
-"""A 7B-shaped checkpoint of weights alone, in bf16, grown to 13B on two cores: memory and speed beside a plain copy of the result.
+"""A 7B-shaped checkpoint of weights alone, in bf16, grown to 13B on two cores: memory and speed compared with a plain copy of the result.
 
 `python -m benchmarks.growth.streaming WORK` needs 14 GB for the source, which is kept for the next time, and 26 GB for the result, which is
 not; `--layers 4` is an eighth of all that. The disk's copy speed is that of `cp` of the source with a sync, in bytes written; each is begun
@@ -59,7 +59,7 @@ def make_source(folder: Path, layers: int) -> None:
 
 
 def peak_memory(process: subprocess.Popen[bytes], found: list[int]) -> None:
-    """The largest PSS of a process and its children, looked at ten times a second."""
+    """The largest PSS of a process and its children, sampled ten times per second."""
     parent = psutil.Process(process.pid)
     while process.poll() is None:
         total = 0

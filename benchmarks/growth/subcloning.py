@@ -27,7 +27,7 @@ SIZES = Smaller(hidden_size=72, ffn_size=128, num_layers=3)
 
 
 def curve(config: Config, steps: int, lr: float, seed: int, folder: Path, init: Path | None, every: int) -> list[tuple[int, float]]:
-    """(step, validation loss) of a run; step 0 is the start where there is one."""
+    """(step, validation loss) of a run; step 0 is the start, if it was evaluated."""
     values: dict[str, dict[str, Any]] = {
         "train": {"steps": steps, "tokens": None, "eval_every": every},
         "optim": {"lr": lr, "warmup_steps": max(1, steps // 20)},

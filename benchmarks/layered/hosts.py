@@ -52,7 +52,7 @@ def limit_all(megabits: int | None, rank: int, per_host: int) -> None:
 def timed(
     ways: Mapping[str, Callable[[], object]], bandwidths: Sequence[int | None], rounds: int, rank: int, per_host: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a step of each way at every bandwidth (None: unlimited), all ranks together; rank 0 tells standard error.
+    """Seconds of a step of each way at every bandwidth (None: unlimited), all ranks together; rank 0 prints the standard error.
 
     Ways and bandwidths take turns in every round, so that a machine that drifts drifts for all of them.
     """

@@ -1,4 +1,4 @@
-"""Peak memory of a rank in a step, beyond what it holds between steps, by accumulation and offload, beside formulas for block inputs.
+"""Peak memory of a rank in a step, beyond what it holds between steps, by accumulation and offload, and formulas for block inputs.
 
 `python -m benchmarks.layered.memory`: two gloo ranks, ZeRO-3 with full recomputation, m = 2, 4, 8 micro-batches. Counted is what torch
 allocates during a second step, by storage, from the operation that makes it to its last reference. Buffers for offloaded inputs exist

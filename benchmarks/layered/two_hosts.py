@@ -38,9 +38,9 @@ def measure(per_host: int, micro_batch: int, steps: int, bandwidths: list[int]) 
 
 
 def predicted(per_host: int, micro_batch: int, compute_seconds: float) -> dict[str, float]:
-    """Mbit/s from which traffic hides behind computation: bytes that leave a host in a step ÷ seconds of computation.
+    """Mbit/s from which computation hides traffic: bytes that leave a host in a step ÷ seconds of computation.
 
-    Layered and depth-first: (2·b_w + b_g) bytes a parameter, once a step or once a micro-batch; replicas across the link 2·b_g ÷ shards of
+    Layered and depth-first: (2·b_w + b_g) bytes per parameter, once per step or per micro-batch; replicas across the link 2·b_g ÷ shards of
     a host, from every rank (parameters in fp32, ring exchanges, one ring edge leaves a host).
     """
     config = settings(Parallel(), 1, micro_batch)

@@ -1,4 +1,4 @@
-"""Share of the machine's own product rate that a training step reaches, and tokens/s beside Hugging Face's Llama of the same shape.
+"""Share of the machine's own product rate that a training step reaches, and tokens/s compared with Hugging Face's Llama of the same shape.
 
 `python -m benchmarks.one_process.throughput --dtype fp32` (or bf16); needs `pip install -e '.[hf]'` for the comparison. `--plain` also runs
 the loop that a tutorial would write, a control for the machine. On a GPU add `--config gpu`: a 1.2B decoder in bf16.
@@ -87,7 +87,7 @@ def tutorial_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor], d
 
 
 def both(cfg: Model, seq_len: int, batch: int, rounds: int) -> None:
-    """A step in bf16 beside one in fp32, not compiled, in turn on one thread: medians of processor time."""
+    """A step in bf16 compared with one in fp32, not compiled, in turn on one thread: medians of processor time."""
     torch.set_num_threads(1)
     assert cfg.vocab_size is not None
     tokens = torch.randint(0, cfg.vocab_size, (batch, seq_len + 1))
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--compare", action="store_true", help="also run Hugging Face's Llama (uses swiglu)")
     parser.add_argument("--plain", action="store_true", help="also run a plain loop in torch's own modules (on CPUs, with GELU)")
-    parser.add_argument("--both", action="store_true", help="only a step in bf16 beside one in fp32, on one thread of a CPU")
+    parser.add_argument("--both", action="store_true", help="only a step in bf16 compared with one in fp32, on one thread of a CPU")
     args = parser.parse_args()
     if args.plain and (args.compare or args.config == "gpu" or args.ffn != "gelu"):
         parser.error("--plain is a loop with GELU on CPUs: leave out --compare, --config gpu and --ffn")

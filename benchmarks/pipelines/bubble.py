@@ -1,4 +1,4 @@
-"""Idle share of every schedule on 4 ranks whose stages sleep for a calibrated time, beside the model's; and the runtime's own cost.
+"""Idle share of every schedule on 4 ranks whose stages sleep for a calibrated time, compared with the model's; and the runtime's own cost.
 
 `python -m benchmarks.pipelines.bubble` (six minutes, any machine: sleeping ranks need no cores).
 """

@@ -1,4 +1,4 @@
-"""A real step of two pipeline ranks as a picture: when each computation began and ended, beside the same order in model time.
+"""A real step of two pipeline ranks as a picture: when each computation began and ended, above the same order in model time.
 
 `python -m benchmarks.pipelines.trace [SCHEDULE] [PICTURE]` on a machine with two free cores.
 """

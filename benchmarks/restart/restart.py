@@ -76,7 +76,7 @@ def ranks_of(pattern: str) -> list[int]:
 
 
 def under_torchrun(folder: Path) -> float:
-    """torchrun's agent sees the death, ends the other rank and starts both again."""
+    """torchrun's agent notices the death, ends the other rank and restarts both."""
     file = config(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "pretrain.py"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

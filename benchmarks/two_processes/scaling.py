@@ -1,4 +1,4 @@
-"""Two processes of one thread against one process of one thread, ours beside plain PyTorch for the same axis, in turn in one run.
+"""Two processes of one thread against one process of one thread, ours and plain PyTorch for the same axis, in turn in one run.
 
 `python -m benchmarks.two_processes.scaling [ROUNDS]` on a machine with two free cores.
 """

@@ -94,7 +94,7 @@ def can_enter(path: Path) -> bool:
 def read_blocks(
     path: Path, text_key: str, start: int = 0, size: int = BLOCK_BYTES, longest: int = LONGEST, tally: Tally | None = None
 ) -> Iterator[TextBlock]:
-    """The documents of one file in order, long ones in blocks: of text files about `size` bytes. The rest is as in `Reading`.
+    """The documents of one file in order, long ones in blocks, for text files of about `size` bytes. Other arguments as in `Reading`.
 
     Raises UsageError naming file and line for invalid input.
     """

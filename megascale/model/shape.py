@@ -23,6 +23,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def shape_of(config: Config) -> Shape:
-    """What a model needs to know of the other sections."""
+    """The shape of a model from the other sections of its config."""
     t, p = config.train, config.precision
     return Shape(t.seq_len, DTYPES[p.storage], DTYPES[p.compute], t.source_length if config.model.encoder_layers else 0)

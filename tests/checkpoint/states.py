@@ -44,7 +44,7 @@ def cut_whole(ranks: int = 1) -> Layout:
 
 
 def cut_rows(ranks: int) -> Layout:
-    """As FSDP2 cuts: rows in chunks, the last ones smaller or empty."""
+    """Shards like FSDP2: rows in chunks, the last ones smaller or empty."""
     layout = cut_whole(ranks)
     for name, (shape, _) in TENSORS.items():
         if shape:

@@ -91,7 +91,7 @@ def test_part_of_the_ranks(tmp_path: Path) -> None:
 
 
 def plans_made(root: str) -> list[int]:
-    """How often this rank planned for each of four saves; the third has a tensor more on rank 1, the fourth is like it."""
+    """Number of plans of this rank for each of four saves; the third has a tensor more on rank 1, the fourth is like it."""
     made = 0
     real = DefaultSavePlanner.create_local_plan
 

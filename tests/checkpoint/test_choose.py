@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: damage falls back aloud, other trouble is refused, and all ranks take the same one."""
+"""The choice of the checkpoint to resume from: damage falls back with a warning, other errors are refused, all ranks choose the same."""
 
 from __future__ import annotations
 

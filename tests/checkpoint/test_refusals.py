@@ -1,4 +1,4 @@
-"""What is damaged, tampered with or does not fit is refused with words; what must not be saved is not."""
+"""Damaged, tampered or mismatching checkpoints are refused with a message; what must not be saved is not."""
 
 from __future__ import annotations
 

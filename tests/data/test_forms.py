@@ -1,4 +1,4 @@
-"""What a file is, and one rule for nulls, byte-order marks and damage in all of them."""
+"""Detection of file kinds, and one rule for nulls, byte-order marks and damage in all of them."""
 
 from __future__ import annotations
 

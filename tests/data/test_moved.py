@@ -1,4 +1,4 @@
-"""What a changed mixture repeats and leaves out, against the samples that are really drawn."""
+"""Samples that a changed mixture repeats and skips, compared with the samples that are really drawn."""
 
 from __future__ import annotations
 

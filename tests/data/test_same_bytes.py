@@ -1,4 +1,4 @@
-"""What was prepared from ordinary text stays byte for byte what it has been, so that runs go on with the data that they began with."""
+"""Token files of ordinary text stay the same byte for byte over versions, so that runs continue with the same data."""
 
 from __future__ import annotations
 

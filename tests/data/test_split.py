@@ -1,4 +1,4 @@
-"""What is held out: whole documents where that gives both parts a sample, else the tail of the tokens."""
+"""Held-out data: whole documents if that gives both parts a sample, else the tail of the tokens."""
 
 from __future__ import annotations
 

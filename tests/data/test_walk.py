@@ -1,4 +1,4 @@
-"""What is read of the inputs and below the folders, and what is left out aloud."""
+"""The files that are read from inputs and folders, and the reports about those left out."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ PROBED: dict[str, tuple[int, Parallel]] = {
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", PROBED)
 def test_the_probe_is_the_same_on_every_layout(layout: str) -> None:
-    """Catches moments of a rank's own tokens, gradients counted once a rank, and looks taken twice under recomputation."""
+    """Catches moments of a rank's own tokens, gradients counted once per rank, and looks taken twice under recomputation."""
     ranks, parallel = PROBED[layout]
     case = Case(scheme("deepnorm", num_layers=4, dropout=0.1), batch=8, seq_len=16)
     got = run_ranks(ranks, measured, replace(case, parallel=parallel))[-1]

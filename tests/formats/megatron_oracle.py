@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
 
 
 class Arguments:
-    """What a run of Megatron keeps beside its weights: an object of a class that a reader does not have."""
+    """Content of a Megatron checkpoint besides weights: an object of a class that a reader does not have."""
 
     def __init__(self) -> None:
         self.lr, self.path = 1e-3, Path("/somewhere")
@@ -123,7 +123,7 @@ def build(values: dict[str, Any], parallel_state: Any) -> Any:
 
 
 def mixture(moe: dict[str, Any] | None) -> dict[str, Any]:
-    """What a config says of experts."""
+    """A config's settings for experts."""
     if moe is None:
         return {}
     return {

@@ -128,7 +128,7 @@ def auto(family: str) -> Any:
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Of a model of transformers; an encoder–decoder reads the tokens as source and as target."""
+    """Logits of a transformers model; an encoder–decoder reads the tokens as source and as target."""
     pair = {"decoder_input_ids": tokens} if model.config.model_type == "t5" else {}
     return model(tokens, **pair).logits  # type: ignore[no-any-return]
 

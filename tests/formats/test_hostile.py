@@ -256,7 +256,7 @@ def fully(folder: Path, model: Model) -> None:
 
 
 def message(read: Callable[[Path], Any], folder: Path) -> str:
-    """What a reader refuses a folder with; nothing where it reads it."""
+    """A reader's refusal of a folder; empty if it reads it."""
     try:
         read(folder)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""Which device a rank takes, without one: what each sees is given as numbers, what it got as UUIDs."""
+"""The choice of a rank's device, tested without devices: visible ones are given as numbers, chosen ones as UUIDs."""
 
 from __future__ import annotations
 

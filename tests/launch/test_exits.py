@@ -1,4 +1,4 @@
-"""What an error comes to, and what exit.json says of it: a sentence and a code that a script may follow."""
+"""The ending of every error and its exit.json: a message and a code that scripts may rely on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runs import make_tokens, settings
 
 
 def caused(error: Exception) -> Exception:
-    """As the pipeline's runtime wraps it."""
+    """Wraps an error like the pipeline's runtime."""
     wrapped = RuntimeError("stage 1 failed")
     wrapped.__cause__ = error
     return wrapped

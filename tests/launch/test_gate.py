@@ -1,4 +1,4 @@
-"""Where ranks leave when somebody asks them to stop: all before the same micro-batch, whatever each of them is doing by then."""
+"""Where ranks leave after a request to stop: all before the same micro-batch, whatever each is doing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where ranks meet, and who else can: loopback on one node, and nothing that is unpickled on several."""
+"""The rendezvous and its exposure: loopback on one node, and no unpickling on several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is lost, who hangs: named by every rank that lives, within a set time, with code 5."""
+"""Lost and hung ranks: every living rank names them within a set time and exits with code 5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an encoder–decoder computes: against plain loops, what it sees, its stages, and beam search against all targets there are."""
+"""The encoder–decoder against plain loops: masks, stages, and beam search against all possible targets."""
 
 from __future__ import annotations
 

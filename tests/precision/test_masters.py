@@ -1,4 +1,4 @@
-"""Masters in bf16: which of them an update cannot move, and that a run says so."""
+"""bf16 masters: those that an update cannot change, and the run's warning about them."""
 
 from __future__ import annotations
 

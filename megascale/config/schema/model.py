@@ -109,7 +109,7 @@ class Spacetime(Section):
     text_len: Positive | None = None
     """Tokens of a text that accompanies each sample and that every block attends to. Absent: no text."""
     text_vocab_size: Positive | None = None
-    """Vocabulary size of that text. Default: from the tokenizer beside `PREFIX.text`."""
+    """Vocabulary size of that text. Default: from the tokenizer next to `PREFIX.text`."""
 
     @model_validator(mode="after")
     def _fits(self) -> Spacetime:

@@ -1,4 +1,4 @@
-"""What all sections of the config share."""
+"""The base class and types of all config sections."""
 
 from __future__ import annotations
 

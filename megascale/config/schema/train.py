@@ -180,7 +180,7 @@ class Data(Section):
     mean_span: Annotated[float, Field(ge=1)] | None = None
     """Mean length of a hidden span in tokens. Default: 3."""
     tokenizer: str | None = None
-    """Tokenizer file. Default: the one beside the first prefix."""
+    """Tokenizer file. Default: the one next to the first prefix."""
     source_tokenizer: str | None = None
     """Tokenizer of the sources in a translation without `share_embeddings`."""
 
