@@ -17,8 +17,9 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Parallel
 from megascale.model.ops import attention_tiles
 from megascale.model.ops.attention_tiles import AttentionMask, add_block, add_block_gradients, tiles, visible_pairs
-from megascale.parallel.context import Spread, places, ring_attention, take, total
+from megascale.parallel.context import Spread, places, take, total
 from megascale.parallel.recompute import KEPT
+from megascale.parallel.ring import Ring, ring_attention
 from tests.layouts import CPU, Case, build, fake_batch, tiny, train, worst
 from tests.ranks import run_ranks
 from tests.test_layouts import MODELS, assert_equal, single
@@ -181,7 +182,8 @@ def ring_errors(seen: AttentionMask, length: int) -> list[float]:
     mine = lambda x: torch.cat([x[:, :, r.start : r.stop] for r in met[axis.rank]], 2)  # noqa: E731
     q, k, v, d_out = inputs(length)
     whole, local = [x.clone().requires_grad_() for x in (q, k, v)], [mine(x).clone().requires_grad_() for x in (q, k, v)]
-    expected, got = plain(*whole, seen), ring_attention(*local, seen, axis, met)
+    ring = Ring.of(axis, met)
+    expected, got = plain(*whole, seen), ring_attention(*local, seen, ring)
     wanted = torch.autograd.grad(expected, whole, d_out)
     grads = torch.autograd.grad(got, local, mine(d_out))
     return [(a - mine(b)).abs().max().item() for a, b in zip((got, *grads), (expected, *wanted))]

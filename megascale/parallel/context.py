@@ -10,22 +10,21 @@ Shapes: b micro-batch, h query heads, g KV heads, s positions here, e head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megascale.comm.collectives import Passing, copy_to_ranks, gather_unequal, pass_on, switch
-from megascale.comm.graphs import outside_graphs
+from megascale.comm.collectives import copy_to_ranks, gather_unequal, switch
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
 from megascale.model.family import Family
-from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
+from megascale.model.ops.attention_tiles import AttentionMask, Ranges
+from megascale.parallel.ring import Ring, ring_attention
 
 HEADS, SEQUENCE = 1, 2  # dimensions of [b, h, s, e]
 
@@ -119,7 +118,7 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
 
 def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:
     """The distributed form of `alone`, which is attend or attend_all on one rank."""
-    meet = alone if ring.size == 1 else partial(ring_attention, axis=ring, met=spread.met, causal=alone is attend)
+    meet = alone if ring.size == 1 else partial(ring_attention, ring=Ring.of(ring, spread.met), causal=alone is attend)
     if ulysses.size == 1:
         return meet
     first = ring.rank * ulysses.size
@@ -143,7 +142,6 @@ def take(x: Tensor, ranges: Ranges) -> Tensor:
     return torch.cat([x[:, r.start : r.stop] for r in ranges], dim=1)
 
 
-@outside_graphs
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, lengths: list[int], inner: Attend) -> Tensor:
     """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]: trades tokens for heads, attends with this rank's heads, trades back.
 
@@ -163,73 +161,3 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Non
     whole = switch(packed, axis, HEADS, parts, SEQUENCE, lengths).split([heads[axis.rank], len(kv), len(kv)], HEADS)
     k, v = (x if expand is None else x[:, expand] for x in whole[1:])
     return switch(inner(whole[0], k, v, mask), axis, SEQUENCE, lengths, HEADS, heads)
-
-
-@outside_graphs
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, axis: Axis, met: list[list[range]], causal: bool = True
-) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] of this ring place's positions → [b, h, s, e].
-
-    met     the positions of every ring place
-    causal  if `mask` is None: whether attention is causal or attends to everything
-    """
-    return _Ring.apply(q, k, v, mask or AttentionMask(causal), axis, met)  # type: ignore[no-any-return]
-
-
-class _Ring(torch.autograd.Function):
-    """Keys and values go around once in forward and once in backward, where their gradients follow one step behind.
-
-    While a block is attended to, the next one is in flight. A rank's own block adds to its gradients locally, so travelling gradients make
-    one step fewer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, axis: Axis, met: list[list[range]]) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(q.shape, dtype=wide, device=q.device)
-        lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
-        for block, owner, _ in _around(torch.stack((k, v)), axis, met):
-            add_block(out, lse, q, block[0], block[1], met[axis.rank], met[owner], mask)
-        result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
-        ctx.arguments = mask, axis, met
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        mask, axis, met = ctx.arguments
-        d_out = grads[0]
-        delta = (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
-        d_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        home = torch.zeros((2, *k.shape), dtype=lse.dtype, device=q.device)
-        on_the_road: Passing | None = None
-        for block, owner, step in _around(torch.stack((k, v)), axis, met):
-            part = torch.zeros(block.shape, dtype=lse.dtype, device=q.device) if step else home
-            add_block_gradients((d_q, part[0], part[1]), d_out, delta, lse, q, block[0], block[1], met[axis.rank], met[owner], mask)
-            if step:
-                if on_the_road is not None:
-                    part += on_the_road.wait()
-                shape = list(block.shape)
-                shape[3] = total(met[(owner - 1) % axis.size])
-                on_the_road = pass_on(part, shape, axis)
-        if on_the_road is not None:
-            home += on_the_road.wait()
-        return d_q.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None
-
-
-def _around(block: Tensor, axis: Axis, met: list[list[range]]) -> Iterator[tuple[Tensor, int, int]]:
-    """Yields (keys and values [2, b, g, t, e], the ring place they belong to, step), the rank's own first, while the next block is in
-    flight.
-    """
-    for step in range(axis.size):
-        owner = (axis.rank - step) % axis.size
-        coming = None
-        if step < axis.size - 1:
-            shape = list(block.shape)
-            shape[3] = total(met[(owner - 1) % axis.size])
-            coming = pass_on(block, shape, axis)
-        yield block, owner, step
-        if coming is not None:
-            block = coming.wait()

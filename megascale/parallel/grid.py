@@ -18,7 +18,8 @@ from megascale.config.dsp import plan_cuts
 from megascale.config.schema import Model, Parallel
 from megascale.model.attention import Attend
 from megascale.model.spacetime import Grid, Spacetime
-from megascale.parallel.context import cut_evenly, places, ring_attention, total, ulysses_attention
+from megascale.parallel.context import cut_evenly, places, total, ulysses_attention
+from megascale.parallel.ring import Ring, ring_attention
 
 
 def move(x: Tensor, axis: Axis, shape: tuple[int, ...], source: int | None, target: int | None) -> Tensor:
@@ -85,5 +86,5 @@ def _parts(length: int, ranks: int) -> list[range]:
 def _across(model: Spacetime, layer: int, axis: Axis, met: list[list[range]], method: str) -> Attend:
     """Attention along the split dimension."""
     if method == "ring":
-        return partial(ring_attention, axis=axis, met=met, causal=model.causal(layer))
+        return partial(ring_attention, ring=Ring.of(axis, met), causal=model.causal(layer))
     return partial(ulysses_attention, axis=axis, lengths=[total(r) for r in met], inner=model.alone(layer))

@@ -1,0 +1,203 @@
+"""Ring attention (arXiv 2310.01889): queries stay where they are, keys and values pass from rank to rank.
+
+While a block is attended to, the next is already on its way. Blocks without documents, windows or slopes go through torch's fused kernels
+(model/ops/attention_fused.py), others tile by tile. It is an operator of its own, so that torch.compile and selective recomputation take it
+as a whole.
+
+Shapes: b micro-batch, h query heads, g KV heads, s positions here, e head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from megascale.comm.collectives import Passing, pass_on
+from megascale.comm.mesh import Axis
+from megascale.model.ops.attention_fused import block_attention, block_gradients, merge, takes
+from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
+
+# An operator's arguments are tensors, numbers and words. As torch finds a process group by its name, this finds the ring that has one.
+RINGS: WeakValueDictionary[str, Ring] = WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """The ranks of `axis`, and the positions that every place of the ring has in attention."""
+
+    axis: Axis
+    held: list[list[range]]
+
+    @staticmethod
+    def of(axis: Axis, held: list[list[range]]) -> Ring:
+        """One for all layers."""
+        ring = Ring(axis, held)
+        known = RINGS.get(ring.name)
+        if known is None or known.axis is not axis:
+            RINGS[ring.name] = known = ring
+        return known
+
+    @property
+    def name(self) -> str:
+        group = self.axis.group
+        return f"{group.group_name if group is not None else ''}/{self.held}"
+
+    @property
+    def here(self) -> Ranges:
+        return self.held[self.axis.rank]
+
+    def length(self, place: int) -> int:
+        return sum(map(len, self.held[place % self.axis.size]))
+
+    def around(self, block: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """Yields (keys and values [2, b, g, t, e], the place they belong to, step), one's own first, while the next is on its way."""
+        for step in range(self.axis.size):
+            owner = (self.axis.rank - step) % self.axis.size
+            coming = pass_on(block, self.shape(block, owner - 1), self.axis) if step < self.axis.size - 1 else None
+            yield block, owner, step
+            if coming is not None:
+                block = coming.wait()
+
+    def shape(self, block: Tensor, place: int) -> list[int]:
+        """Of the same block [2, b, g, t, e] of another place."""
+        return [*block.shape[:3], self.length(place), block.shape[4]]
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Queries `rows` against `keys`, as they lie here: all of them, or (`causal`) those before each query and its own."""
+
+    rows: slice
+    keys: slice
+    causal: bool
+
+
+def rectangles(queries: Ranges, keys: Ranges, causal: bool) -> list[Rectangle]:
+    """What queries see of a block: ranges of positions that are the same, or that have none in common."""
+    n, t = sum(map(len, queries)), sum(map(len, keys))
+    if not causal or list(queries) == list(keys):
+        return [Rectangle(slice(0, n), slice(0, t), causal)]
+    found: list[Rectangle] = []
+    row = 0
+    for part in queries:
+        seen = sum(len(block) for block in keys if block.stop <= part.start)  # ascending: what is seen comes first
+        if seen and found and found[-1].keys.stop == seen and found[-1].rows.stop == row:
+            found[-1] = Rectangle(slice(found[-1].rows.start, row + len(part)), slice(0, seen), False)
+        elif seen:
+            found.append(Rectangle(slice(row, row + len(part)), slice(0, seen), False))
+        row += len(part)
+    return found
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, ring: Ring, causal: bool = True) -> Tensor:
+    """q [b, h, s, e], k and v [b, g, s, e] of this place's positions → [b, h, s, e].
+
+    causal  where `mask` is None: a token sees itself and what is before it, else everything
+    """
+    mask = mask or AttentionMask(causal)
+    return _attention(q, k, v, mask.documents, mask.slopes, mask.valid, mask.window, mask.causal, ring.name)[0]  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op(
+    "megascale::ring_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? slopes, Tensor? valid, int? window, bool causal, str ring) "
+    "-> (Tensor, Tensor)",
+)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
+    mask, ring = _read(*masking)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=wide, device=q.device)
+    lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
+    for block, owner, _ in ring.around(torch.stack((k, v))):
+        if not _fused(q, mask):
+            add_block(out, lse, q, block[0], block[1], ring.here, ring.held[owner], mask)
+            continue
+        for part in rectangles(ring.here, ring.held[owner], mask.causal):
+            rows, keys = part.rows, part.keys
+            result = block_attention(q[:, :, rows], block[0][:, :, keys], block[1][:, :, keys], part.causal)
+            merge(out[:, :, rows], lse[:, :, rows], *result)
+    return out.to(q.dtype), lse
+
+
+@torch.library.custom_op(
+    "megascale::ring_attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, Tensor? slopes, Tensor? valid, "
+    "int? window, bool causal, str ring) -> (Tensor, Tensor)",
+)
+def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of q and, as one tensor [2, b, g, s, e], of k and v. These go around again, and their gradients follow one step behind. A
+    rank's own block adds to its gradients at home, so that those on the road make one step fewer.
+    """
+    mask, ring = _read(*masking)
+    d_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+    home = torch.zeros((2, *k.shape), dtype=lse.dtype, device=q.device)
+    fused = _fused(q, mask)
+    delta = None if fused else (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
+    on_the_road: Passing | None = None
+    for block, owner, step in ring.around(torch.stack((k, v))):
+        part = torch.zeros(block.shape, dtype=lse.dtype, device=q.device) if step else home
+        if delta is None:
+            _add_fused((d_q, part[0], part[1]), d_out, q, block, out, lse, rectangles(ring.here, ring.held[owner], mask.causal))
+        else:
+            grads = (d_q, part[0], part[1])
+            add_block_gradients(grads, d_out, delta, lse, q, block[0], block[1], ring.here, ring.held[owner], mask)
+        if step:
+            if on_the_road is not None:
+                part += on_the_road.wait()
+            on_the_road = pass_on(part, ring.shape(block, owner - 1), ring.axis)
+    if on_the_road is not None:
+        home += on_the_road.wait()
+    return d_q.to(q.dtype), home.to(k.dtype)
+
+
+def _add_fused(
+    grads: tuple[Tensor, Tensor, Tensor], d_out: Tensor, q: Tensor, block: Tensor, out: Tensor, lse: Tensor, parts: list[Rectangle]
+) -> None:
+    for part in parts:
+        rows, keys = part.rows, part.keys
+        k, v = block[0][:, :, keys], block[1][:, :, keys]
+        found = block_gradients(d_out[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows], part.causal)
+        for total, gradient, where in zip(grads, found, (rows, keys, keys)):
+            total[:, :, where] += gradient
+
+
+@_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((*q.shape[:3], 1), dtype=wide)
+
+
+@_attention_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), k.new_empty((2, *k.shape))
+
+
+def _read(
+    documents: Tensor | None, slopes: Tensor | None, valid: Tensor | None, window: int | None, causal: bool, ring: str
+) -> tuple[AttentionMask, Ring]:
+    return AttentionMask(causal, documents, window, slopes, valid=valid), RINGS[ring]
+
+
+def _fused(q: Tensor, mask: AttentionMask) -> bool:
+    return takes(q) and mask.documents is None and mask.slopes is None and mask.valid is None and mask.window is None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, documents, slopes, valid, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, documents, slopes, valid)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    d_q, (d_k, d_v) = _attention_backward(d_out, *ctx.saved_tensors, *ctx.rest)
+    return d_q, d_k, d_v, *[None] * 6
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
+OPERATOR = torch.ops.megascale.ring_attention.default
