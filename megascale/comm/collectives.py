@@ -1,8 +1,8 @@
 """Collectives that count the bytes they send, plain and as autograd functions.
 
 Counting follows the ring algorithm: an all-gather or reduce-scatter over N ranks sends (N−1)/N of the whole tensor from each rank, an
-all-reduce twice that; an all-to-all and a message count the bytes that leave the rank. The autograd functions are opaque to torch.compile:
-counts and groups are Python objects, and inductor has nothing to fuse there.
+all-reduce twice that; an all-to-all and a message count the bytes that leave the rank. Inside a compiled graph the same functions call
+torch's functional collectives, and comm/functional.py counts. Messages along a ring stay outside graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.comm.graphs import outside_graphs
+from megascale.comm import functional
 from megascale.comm.mesh import Axis
 
 # torch 2.13 renamed these two and warns about the old names, the only ones in 2.11 and 2.12.
@@ -29,6 +29,8 @@ def all_reduce(x: Tensor, axis: Axis, operation: str = "sum") -> Tensor:
     """Sum or max over the axis, in place where x is contiguous; returns the result."""
     if axis.size == 1:
         return x
+    if torch.compiler.is_compiling():
+        return functional.all_reduce(x.contiguous(), axis, operation)
     x = x.contiguous()
     axis.traffic.add(axis.name, "all_reduce", 2 * x.nbytes * (axis.size - 1) // axis.size)
     dist.all_reduce(x, _OPERATIONS[operation], group=axis.group)
@@ -40,6 +42,8 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     moved = x.movedim(dim, 0).contiguous()
+    if torch.compiler.is_compiling():
+        return functional.all_gather(moved, axis).movedim(0, dim)
     out = torch.empty((axis.size * moved.shape[0], *moved.shape[1:]), dtype=x.dtype, device=x.device)
     axis.traffic.add(axis.name, "all_gather", moved.nbytes * (axis.size - 1))
     gather_into(out, moved, group=axis.group)
@@ -51,6 +55,8 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     moved = x.movedim(dim, 0).contiguous()
+    if torch.compiler.is_compiling():
+        return functional.reduce_scatter(moved, axis).movedim(0, dim)
     out = torch.empty((moved.shape[0] // axis.size, *moved.shape[1:]), dtype=x.dtype, device=x.device)
     axis.traffic.add(axis.name, "reduce_scatter", out.nbytes * (axis.size - 1))
     scatter_into(out, moved, group=axis.group)
@@ -65,10 +71,13 @@ def local_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
     """Sends `parts[i]` to rank i; returns the tensor of `shapes[i]` received from each rank i. Sizes may differ, without padding."""
     flat = torch.cat([p.reshape(-1) for p in parts])
-    sizes = [math.prod(shape) for shape in shapes]
-    out = flat.new_empty(sum(sizes))
-    axis.traffic.add(axis.name, "all_to_all", flat.nbytes - parts[axis.rank].nbytes)
-    dist.all_to_all_single(out, flat, sizes, [p.numel() for p in parts], group=axis.group)
+    sizes, sent = [math.prod(shape) for shape in shapes], [p.numel() for p in parts]
+    if torch.compiler.is_compiling():
+        out = functional.all_to_all(flat, sizes, sent, axis)
+    else:
+        out = flat.new_empty(sum(sizes))
+        axis.traffic.add(axis.name, "all_to_all", flat.nbytes - parts[axis.rank].nbytes)
+        dist.all_to_all_single(out, flat, sizes, sent, group=axis.group)
     return [x.view(*shape) for x, shape in zip(out.split(sizes), shapes)]
 
 
@@ -156,7 +165,6 @@ class _Switch(torch.autograd.Function):
         return _Switch.apply(grads[0], *ctx.arguments), None, None, None, None, None
 
 
-@outside_graphs
 def switch(x: Tensor, axis: Axis, cut: int, parts: Sequence[int], join: int, lengths: Sequence[int]) -> Tensor:
     """Whole along `cut` and sharded along `join` → sharded along `cut` and whole along `join`, in one all-to-all; backward switches back.
 
@@ -194,43 +202,36 @@ def split_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Te
     return x if axis.size == 1 else _Split.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
-@outside_graphs
 def gather_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> Tensor:
     """Joins parts of `lengths` along `dim`, for identical use on all ranks; backward takes this rank's part of the equal gradients."""
     return x if axis.size == 1 else _GatherUnequal.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
-@outside_graphs
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
     """The same tensor on all ranks, each using it differently: identity forward, gradients summed backward."""
     return _Copy.apply(x, axis)  # type: ignore[no-any-return]
 
 
-@outside_graphs
 def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
     """Partial results summed forward; every rank's gradient is the same and passes through."""
     return _Reduce.apply(x, axis)  # type: ignore[no-any-return]
 
 
-@outside_graphs
 def share_sum(x: Tensor, axis: Axis) -> Tensor:
     """Partial results summed forward, each rank using the sum differently: gradients are summed backward too."""
     return _Copy.apply(_Reduce.apply(x, axis), axis)  # type: ignore[no-any-return]
 
 
-@outside_graphs
 def max_over_ranks(x: Tensor, axis: Axis) -> Tensor:
     """The maximum over all ranks; it has no gradient."""
     return all_reduce(x.detach().clone(), axis, "max")
 
 
-@outside_graphs
 def gather_parts(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Pieces along `dim` joined forward; backward each rank gets its piece of the summed gradient."""
     return _Gather.apply(x, axis, dim)  # type: ignore[no-any-return]
 
 
-@outside_graphs
 def scatter_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Partial results summed, each rank keeping its piece along `dim`; backward joins the pieces' gradients."""
     return _ScatterSum.apply(x, axis, dim)  # type: ignore[no-any-return]

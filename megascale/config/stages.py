@@ -12,6 +12,8 @@ from megascale.config.schema import Model, Parallel
 
 # Two stages per rank, the second on the way back: the first and the last stage share rank 0 (Qi et al., arXiv 2401.10241).
 V_SHAPED = ("zbv", "dualpipev")
+# They compute weight gradients apart from the gradients that the stage before waits for.
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
 
 @dataclass(frozen=True)

@@ -89,19 +89,40 @@ class Block(Unit):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
-        keys = context.keys
-        other_keys = None if keys is None else ~keys
-        attention = lambda h: self._scaled(self.attention(h, context.rotary, context.mask), self.attention_scale, keys)  # noqa: E731
-        inner = partial(self.ffn, loss_weights=context.loss_weights) if isinstance(self.ffn, MixtureOfExperts) else self.ffn
-        ffn = lambda h: self._scaled(inner(h), self.ffn_scale, other_keys)  # noqa: E731
-        if self.ffn_norm is None:
-            h = self.attention_norm(x)
-            y = attention(h) + ffn(h)
-            return self._add(x, y if self.cross is None else y + self._cross_attend(h, context), context)
-        x = self._join(x, self.attention_norm, attention, context)
+        return self.feed(self.meet(x, context), context) if self.ffn_norm is not None else self.both(x, context)
+
+    def both(self, x: Tensor, context: Context) -> Tensor:
+        """Attention and feed-forward of the same normalized stream, added to it together."""
+        h = self.attention_norm(x)
+        y = self._attend(h, context) + self._feed_forward(h, context)
+        return self._add(x, y if self.cross is None else y + self._cross_attend(h, context), context)
+
+    def meet(self, x: Tensor, context: Context) -> Tensor:
+        """The sublayers of attention."""
+        x = self._join(x, self.attention_norm, partial(self._attend, context=context), context)
         if self.cross_norm is not None:
             x = self._join(x, self.cross_norm, partial(self._cross_attend, context=context), context)
-        return self._join(x, self.ffn_norm, ffn, context)
+        return x
+
+    def feed(self, x: Tensor, context: Context) -> Tensor:
+        """The feed-forward sublayer."""
+        assert self.ffn_norm is not None
+        return self._join(x, self.ffn_norm, partial(self._feed_forward, context=context), context)
+
+    @property
+    def parts(self) -> dict[str, bool]:
+        if not isinstance(self.ffn, MixtureOfExperts):
+            return {"forward": True}
+        # How many rows a rank's experts get is known only when they are there.
+        return {"forward": False} if self.ffn_norm is None else {"meet": True, "feed": False}
+
+    def _attend(self, h: Tensor, context: Context) -> Tensor:
+        return self._scaled(self.attention(h, context.rotary, context.mask), self.attention_scale, context.keys)
+
+    def _feed_forward(self, h: Tensor, context: Context) -> Tensor:
+        keys = None if context.keys is None else ~context.keys
+        y = self.ffn(h, context.loss_weights) if isinstance(self.ffn, MixtureOfExperts) else self.ffn(h)
+        return self._scaled(y, self.ffn_scale, keys)
 
     @property
     def sublayers(self) -> list[Any]:

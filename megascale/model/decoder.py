@@ -256,7 +256,7 @@ class Decoder(Family):
             first,
             vocabulary,
             self.exchanges.rows,
-            self.exchanges.compiled_loss,
+            self.exchanges.loss_backend,
             bias,
         )
 

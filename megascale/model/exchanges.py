@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.model.attention import identity
+from megascale.model.ops.compiled import Backend
 
 Exchange = Callable[[Tensor], Tensor]
 Pass = tuple[nn.Module, Any]  # a block and its context
@@ -34,7 +35,7 @@ class Exchanges:
     heads            global numbers of the first local query head and of the one after the last
     rows             the axis over which the rows of tables are sharded; None: unsharded
     pass_blocks      runs the stream through blocks; nested recomputation does so in groups
-    compiled_loss    whether the loss's passes over the logits are compiled
+    loss_backend     the torch.compile backend for the loss's passes over the logits; None: eager
     """
 
     heads: tuple[int, int]
@@ -45,7 +46,7 @@ class Exchanges:
     tokens_here: Exchange = identity
     rows: Axis | None = None
     pass_blocks: Callable[[Tensor, Iterable[Pass]], Tensor] = in_turn
-    compiled_loss: bool = False
+    loss_backend: Backend | None = None
 
     def first_row(self, rows: int | None) -> int:
         """The global number of this rank's first row of a table of `rows`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Axis
 from megascale.model.layers import linear
-from megascale.model.ops.compiled import compile_static
+from megascale.model.ops.compiled import Backend, compile_static
 from megascale.model.ops.matmul import product
 
 # Logits held at once: 512 MiB in bf16. Each chunk passes once over the gradient of the whole head, so few chunks are faster.
@@ -33,17 +33,17 @@ def cross_entropy_sum(
     first: int,
     vocab_size: int,
     axis: Axis | None,
-    compiled: bool = False,
+    backend: Backend | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32.
 
     x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, where rows from `vocab_size` on are padding; targets [T],
     negative ones are not counted. With an axis the vocabulary is sharded over its ranks and all return the same loss; the gradient of x is
-    then a partial sum. `scale` is applied before gradients are rounded to x's dtype. `compiled`: passes over a chunk are fused if the
-    vocabulary is unsharded.
+    then a partial sum. `scale` is applied before gradients are rounded to x's dtype. `backend`: of torch.compile, which fuses the passes
+    over a chunk; None: eager.
     """
-    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, compiled, bias)  # type: ignore[no-any-return]
+    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias)  # type: ignore[no-any-return]
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _CrossEntropySum(torch.autograd.Function):
         first: int,
         vocab_size: int,
         axis: Axis | None,
-        compiled: bool,
+        backend: Backend | None,
         bias: Tensor | None,
     ) -> Tensor:
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -76,7 +76,7 @@ class _CrossEntropySum(torch.autograd.Function):
         step = -(-x.shape[0] // max(1, -(-x.shape[0] * w.shape[0] // elements)))
         # A number that changes every step must be data for the compiler.
         factor = torch.full((), scale, dtype=exact, device=x.device)
-        chunk = _compiled_chunk() if compiled and axis is None else _chunk
+        chunk = _chunk if backend is None else _compiled_chunk(backend)
         for start in range(0, x.shape[0], max(1, step)):
             rows = slice(start, start + step)
             raw = linear(x[rows], w, b)
@@ -116,8 +116,8 @@ def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch
 
 
 @cache
-def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
-    return compile_static(_chunk)
+def _compiled_chunk(backend: Backend) -> Callable[..., tuple[Tensor, Tensor]]:
+    return compile_static(_chunk, backend=backend)
 
 
 def _chunk(
@@ -135,7 +135,7 @@ def _chunk(
     real = vocab_size - first
     if real < logits.shape[1]:
         logits[:, max(real, 0) :] = float("-inf")
-    top = logits.max(dim=1, keepdim=True).values
+    top = logits.amax(dim=1, keepdim=True)
     if axis is not None:
         top = all_reduce(top, axis, "max")
     column = (targets - first).unsqueeze(1)
@@ -153,6 +153,10 @@ def _chunk(
         return loss, logits
     # d loss / d logits = softmax − one-hot, on valid rows, scaled before it is rounded.
     factor = (scale / denominator) * valid
+    if torch.compiler.is_compiling():
+        # A comparison is fused into the pass over the logits; a scatter makes the compiler write them out in fp32 and read them again.
+        at_target = (torch.arange(logits.shape[1], device=raw.device) == column) & here
+        return loss, torch.where(at_target, logits * factor - scale, logits * factor).to(raw.dtype)
     logits *= factor
     logits.scatter_add_(1, column, (here.to(exact) * -scale))
     return loss, logits.to(raw.dtype)

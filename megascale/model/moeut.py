@@ -125,6 +125,10 @@ class RepeatedBlock(Unit):
         assert cfg.moeut is not None
         declare_repeated(self, cfg.num_layers // cfg.moeut.group_size)
 
+    @property
+    def parts(self) -> dict[str, bool]:
+        return {"forward": False}
+
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
         """x [b, s, d] → [b, s, d], and the experts' masses if they are counted."""
         keys, loss_weights = context.keys, context.loss_weights

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from megascale.comm.dtensor import is_dtensor
+from megascale.comm.functional import counting_backend
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Model, Parallel
-from megascale.config.stages import stage_parts, stages_of_rank
+from megascale.config.stages import SPLIT_BACKWARD, stage_parts, stages_of_rank
 from megascale.model.families import build_part
 from megascale.model.family import Family
 from megascale.model.layers import Fp8
@@ -27,7 +28,7 @@ from megascale.parallel.kernels import call_norm_kernel
 from megascale.parallel.model import MicroBatchScope, ParallelModel, State, Weight
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
-from megascale.parallel.recompute import compile_blocks, recompute_blocks
+from megascale.parallel.recompute import wrap_blocks
 from megascale.parallel.tensor import Placement, cut_model
 
 # How context parallelism splits each kind of sequence that a family may have.
@@ -63,6 +64,7 @@ def parallelize(
     # Ranks with different samples, or different tokens of the same samples, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
     sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
+    backend = counting_backend(mesh.axes.values()) if mesh.size > 1 else "inductor"
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
@@ -71,9 +73,7 @@ def parallelize(
         multiply_in_fp8(stage, fp8)
         if norm_kernel is not None:
             call_norm_kernel(stage, norm_kernel)
-        recompute_blocks(stage, cfg.recompute)
-        if cfg.compile:
-            compile_blocks(stage)
+        wrap_blocks(stage, cfg.recompute, backend if cfg.compile else None, pipeline and cfg.pp_schedule in SPLIT_BACKWARD)
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:

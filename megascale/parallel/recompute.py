@@ -1,9 +1,9 @@
-"""Recomputation and compilation: both replace a block's forward in place, so names and hooks do not change."""
+"""Recomputation and compilation of blocks, in place, so names and hooks do not change."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megascale.comm import functional
 from megascale.model.exchanges import Pass, in_turn
 from megascale.model.family import Family
-from megascale.model.ops.compiled import compile_static
+from megascale.model.ops import attention_masked, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
+from megascale.model.ops.compiled import Backend, compile_static
+from megascale.parallel import ring
+from megascale.precision import fp8  # noqa: F401  one more
 
 aten = torch.ops.aten
 # Selective recomputation keeps the results of products and of attention, which take nearly all time. Norms, activations and rotations are
@@ -28,10 +32,16 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.megascale.masked_attention.default,
+    ring.OPERATOR,
     torch.ops.megascale.fp8_product.default,
     torch.ops.megascale.product.default,
     torch.ops.megascale.product_by_expert.default,
     torch.ops.higher_order.flex_attention,
+    # FP8 products, and what an exchange inside a graph returned: sending again costs more time than keeping it costs memory.
+    aten._scaled_mm.default,
+    functional.ops.all_reduce.default,
+    functional.ops.reduce_scatter_tensor.default,
+    functional.ops.all_to_all_single.default,
 }
 
 
@@ -39,17 +49,42 @@ KEPT = {
 PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
-def recompute_blocks(model: Family, mode: str) -> None:
-    """`none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th input, and those of one group at a time)."""
-    if mode == "none":
-        return
-    options = PLAIN
-    if mode == "selective":
-        options = PLAIN | {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) -> None:
+    """Recomputes and compiles every block.
+
+    mode     `none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th input, and those of one group at a time)
+    backend  the torch.compile backend; None: eager
+    split    the schedule computes weight gradients separately, which no graph can contain
+
+    A block that is one graph is recomputed inside it, where the compiler sees both passes. Around a graph break the compiler would run a
+    recomputed function entirely eager (pytorch#139989), so a block with breaks is compiled first, in pieces, and recomputed around them.
+    """
+    recomputed = recomputation(mode)
     for _, block in model.units():
-        block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+        parts = {name: one_graph and not split for name, one_graph in block.parts.items()}
+        if backend is None or (mode in ("full", "nested") and not all(parts.values())):
+            for name in () if backend is None else parts:
+                setattr(block, name, compile_static(getattr(block, name), backend=backend))
+            block.forward = recomputed(block.forward)  # type: ignore[method-assign]
+            continue
+        for name, one_graph in parts.items():
+            part = getattr(block, name)
+            if one_graph:
+                part = compile_static(recomputed(part), backend=backend)
+            else:
+                part = recomputed(compile_static(part, backend=backend))
+            setattr(block, name, part)
+    model.exchanges.loss_backend = backend
     if mode == "nested":
         model.exchanges.pass_blocks = in_groups
+
+
+def recomputation(mode: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of a function: the same one, whose backward pass recomputes what it needs."""
+    if mode == "none":
+        return lambda function: function
+    options = PLAIN | ({"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {})
+    return lambda function: partial(checkpoint, function, **options)
 
 
 def in_groups(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
@@ -70,10 +105,3 @@ def group_size(blocks: int) -> int:
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_blocks(model: Family) -> None:
-    """Blocks share one compiled graph; exchanges between ranks stay outside it. A loss over an unsharded vocabulary has its own graph."""
-    model.exchanges.compiled_loss = True
-    for _, block in model.units():
-        block.forward = compile_static(block.forward)  # type: ignore[method-assign]

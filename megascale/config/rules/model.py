@@ -7,6 +7,7 @@ import re
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
 from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
+from megascale.config.stages import SPLIT_BACKWARD
 
 ENCODERS = ("encoder", "encoder_decoder")  # families with bidirectional attention
 
@@ -304,7 +305,7 @@ MODEL_RULES: tuple[Rule, ...] = (
                     c.model.matformer.train == "sum"
                     and (c.parallel.pp > 1 or c.parallel.accumulation == "layered" or c.parallel.recompute != "none")
                 )
-                or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
+                or (c.parallel.pp > 1 and c.parallel.pp_schedule in SPLIT_BACKWARD)
             )
         ),
         "split-backward schedules need full-width weights, pipeline stages run each micro-batch once, and recomputation would run at "

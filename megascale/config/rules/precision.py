@@ -5,6 +5,7 @@ from __future__ import annotations
 from megascale.config.optimizers import optimizers
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
+from megascale.config.stages import SPLIT_BACKWARD
 
 LARGEST_DECAY = 0.02  # per step
 ALIGNED = 16  # CUDA's FP8 products need every dimension to be a multiple of it
@@ -63,10 +64,7 @@ PRECISION_RULES: tuple[Rule, ...] = (
         "fp8_dynamic_parts",
         ("precision.fp8", "model.moe", "parallel.pp_schedule"),
         lambda c, n: (
-            c.precision.fp8 == "dynamic"
-            and (
-                c.model.moe is not None or (c.parallel.pp > 1 and c.parallel.pp_schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"))
-            )
+            c.precision.fp8 == "dynamic" and (c.model.moe is not None or (c.parallel.pp > 1 and c.parallel.pp_schedule in SPLIT_BACKWARD))
         ),
         "dynamic FP8 scales do not support experts or split-backward schedules",
         "use precision.fp8 static with model.residual mus, no experts, or another schedule",

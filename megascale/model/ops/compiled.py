@@ -14,6 +14,8 @@ import torch
 
 from megascale.comm.graphs import skip_wrappers
 
+Backend = str | Callable[..., Any]  # of torch.compile: its name, or a function of a graph and its inputs
+
 
 def compile_static(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` through torch.compile for tensors of fixed shape; the disk cache is specific to this processor and thread count."""

@@ -1,0 +1,49 @@
+"""What of a step the compiler took: graphs, breaks, and products that ran eager (docs/gpu.md has the table)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale.model import layers
+
+
+@dataclass
+class Coverage:
+    """Of a process since the count began. `eager_products`: hidden products outside all graphs; `reasons`: why a graph ended early."""
+
+    graphs: int = 0
+    breaks: int = 0
+    eager_products: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+@contextmanager
+def counted_graphs() -> Iterator[Coverage]:
+    """Counts what happens inside; the compiler starts anew. The numbers are there at the end."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    counters: Any = dynamo.utils.counters
+    counters.clear()
+    coverage, plain = Coverage(), layers.linear
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            coverage.eager_products += 1
+        return plain(x, weight, bias)
+
+    counting: Callable[..., Tensor] = product
+    layers.linear = counting
+    try:
+        yield coverage
+    finally:
+        layers.linear = plain
+        coverage.graphs = counters["stats"].get("unique_graphs", 0)
+        coverage.breaks = sum(counters["graph_break"].values())
+        coverage.reasons = tuple(reason.splitlines()[0] for reason in counters["graph_break"])
