@@ -1,0 +1,122 @@
+"""Whole training steps on one device: tokens/s, MFU, peak memory, kernel launches, and the lines at which the host waits.
+
+    python -m benchmarks.gpu.step --shape 1.2b [--fp8] [--recompute selective] [--out FILE]
+
+`1.2b` is configs/llama-1.2b.yaml, `8b` eight layers of configs/llama-8b.yaml (all 32 of them need more than one GPU), `tiny` runs anywhere.
+Steps are those of a run: forward, backward, clipping, AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.common import machine, next_token_batch, one_step, toy, trained
+from megascale.config.load import load_config
+from megascale.config.schema import Model, Optim, Parallel, Precision
+from megascale.measure.compute import flops_per_token, peak_flops
+from megascale.model.families import build_part
+from megascale.model.shape import Shape
+from megascale.model.spec import specs_of
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def shape(name: str) -> tuple[Model, int, int]:
+    """Model, tokens of a sequence, sequences of a step."""
+    if name == "tiny":
+        return Model(num_layers=2, hidden_size=64, num_heads=4, vocab_size=256), 64, 2
+    model = load_config(str(CONFIGS / f"llama-{name}.yaml")).model
+    return (model, 4096, 2) if name == "1.2b" else (model.model_copy(update={"num_layers": 8}), 8192, 1)
+
+
+def host_waits(step: Any, device: torch.device) -> list[str]:
+    """The lines of a step at which torch says that the host waits for the device."""
+    if device.type != "cuda":
+        return []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in found if "synchroniz" in str(w.message)})
+
+
+def launches(step: Any, device: torch.device) -> int:
+    """Kernels that a step starts."""
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CUDA] if device.type == "cuda" else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        step()
+    return sum(event.count for event in profile.key_averages())
+
+
+def measure(name: str, device: torch.device, compute: str, compiled: bool, recompute: str, fp8: bool, rounds: int) -> dict[str, Any]:
+    model, seq_len, batch = shape(name)
+    if fp8:  # static scales need unit-scaled residuals
+        model = model.model_copy(update={"residual": "mus"})
+    precision = Precision(compute=compute, fp8="static" if fp8 else "false")  # type: ignore[arg-type]
+    parallel = Parallel(compile=compiled, recompute=recompute)  # type: ignore[arg-type]
+    config = toy(model, seq_len, parallel, precision=precision, optim=Optim(independent_decay=True, weight_decay=1e-4))
+    _, engine = trained(config, 1, device)
+    assert model.vocab_size is not None
+    batches = [next_token_batch(torch.randint(0, model.vocab_size, (batch, seq_len + 1), device=device))]
+
+    def step() -> None:
+        one_step(engine, batches, 1 / (batch * seq_len))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    begin = time.perf_counter()
+    step()
+    wait()
+    first = time.perf_counter() - begin
+    for _ in range(2):
+        step()
+    seconds = []
+    for _ in range(rounds):
+        wait()
+        begin = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - begin)
+    took = statistics.median(seconds)
+    flops = flops_per_token(model, specs_of(build_part(model, Shape(seq_len, torch.float32, torch.float32))), seq_len)
+    peak = peak_flops(device, torch.bfloat16 if compute == "bf16" else torch.float32)
+    return {
+        "shape": name, "tokens": batch * seq_len, "compute": compute, "fp8": fp8, "compile": compiled, "recompute": recompute,
+        "first_step_seconds": first, "step_seconds": took, "tokens_per_second": batch * seq_len / took,
+        "mfu": flops * batch * seq_len / took / peak, "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "host_waits": host_waits(step, device), "launches": launches(step, device),
+    }  # fmt: skip
+
+
+def main(
+    name: Annotated[str, typer.Option("--shape", help="tiny, 1.2b or 8b")] = "tiny",
+    compute: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
+    compiled: Annotated[bool, typer.Option("--compile/--eager")] = True,
+    recompute: Annotated[str, typer.Option()] = "none",
+    fp8: Annotated[bool, typer.Option("--fp8", help="products in FP8 with static scales")] = False,
+    rounds: Annotated[int, typer.Option()] = 10,
+    out: Annotated[Path | None, typer.Option(help="also write the result here")] = None,
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {"machine": machine(), **measure(name, device, compute, compiled, recompute, fp8, rounds)}
+    print(json.dumps(result, indent=1))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
