@@ -44,6 +44,10 @@ class Table(nn.Module):
         self.weight = declare(spec, dtype)
         self.rows = spec.shape[0]  # rows of the whole table
 
+    def forward(self) -> Tensor:
+        """The weight, asked for as a module's result: FSDP gathers it then."""
+        return self.weight
+
 
 def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Tensor:
     """Rows of weight [V_here, d] for tokens [b, s] → [b, s, d]. With an axis the first row has the global number `first`, and rows on other
@@ -173,9 +177,14 @@ class Decoder(Family):
         return self.exchanges.tokens_here(self.exchanges.sequence_here(x))
 
     @property
+    def tail(self) -> list[nn.Module]:
+        if not self.part.last or self.cfg.tie_embeddings:
+            return []
+        return [m for m in (self.final_norm, self.mlm, self.head) if m is not None]
+
     def head_weight(self) -> Tensor:
         """[V_here, d]; a tied head has no parameter of its own, so no pass can untie it."""
-        return (self.embedding if self.cfg.tie_embeddings else self.head).weight
+        return self.embedding.weight if self.cfg.tie_embeddings else self.head()  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -244,13 +253,13 @@ class Decoder(Family):
         assert vocabulary is not None
         first = self.exchanges.first_row(self.cfg.vocab_size)
         if targets is None:
-            logits = linear(x, self.head_weight, bias)
+            logits = linear(x, self.head_weight(), bias)
             if self.cfg.vocab_enabled is not None:
                 logits[..., max(0, vocabulary - first) :] = float("-inf")
             return logits
         return cross_entropy_sum(
             x.flatten(0, 1),
-            self.head_weight,
+            self.head_weight(),
             self.exchanges.sequence_here(targets).flatten(),
             scale,
             first,

@@ -49,6 +49,11 @@ class Family(nn.Module):
         """The blocks with their names."""
         raise NotImplementedError
 
+    @property
+    def tail(self) -> list[nn.Module]:
+        """The modules behind the last block that share no weight with the rest, in the order in which they run."""
+        return []
+
     def length_of(self, unit: str) -> int:
         """Length of the sequences in a unit."""
         return self.shape.seq_len

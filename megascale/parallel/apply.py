@@ -77,11 +77,13 @@ def parallelize(
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:
-            from megascale.parallel.data import shard_model  # imports FSDP2
+            from megascale.parallel.data import prefetch, shard_model  # imports FSDP2
 
             # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
             reshard = cfg.reshard_after_forward and not pipeline
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
+            if mesh["ep"].size > 1 and cfg.recompute != "selective" and not layered:
+                prefetch(stage)
         allocate(stage, device, on_host)
         gather_in_fp8(stage, placements)
         stage.at_step(1)

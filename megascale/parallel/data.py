@@ -9,6 +9,7 @@ not pass through our collectives, hence the counting hooks.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,10 +43,11 @@ def shard_model(
 ) -> MicroBatchScope:
     """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) if that is larger than one.
 
-    One group per block and one for the root (embedding, final norm, head), which stays gathered from forward to backward; `one_group` puts
-    the single layer of a stage into the root's. Stored weights are the masters; they are gathered in the compute dtype and gradients are
-    reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with their own axes form groups over edp;
-    if there is nothing to shard or sum, they are plain weights.
+    One group per block, one for final norm and head, and one for the root: the embedding, and a head tied to it. The last two stay gathered
+    from forward to backward; final norm and head are reduced first in the backward pass, behind the blocks' work, and the root last.
+    `one_group` puts the single layer of a stage into the root's. Stored weights are the masters; they are gathered in the compute dtype and
+    gradients are reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with their own axes form
+    groups over edp; if there is nothing to shard or sum, they are plain weights.
     """
     assert mesh.device_mesh is not None
     storage = model.shape.storage
@@ -55,10 +57,10 @@ def shard_model(
     dims = {p: placements[name].shard_dim for name, p in model.named_parameters()}
     alone: set[nn.Parameter] = set()
 
-    def shard(module: nn.Module, axis: Axis, grid: DeviceMesh, reshard: bool) -> None:
+    def shard(modules: list[nn.Module], axis: Axis, grid: DeviceMesh, reshard: bool) -> None:
         names = ("dp_replicate", axis.name) if replicate.size > 1 else (axis.name,)
         fully_shard(
-            module,
+            modules if len(modules) > 1 else modules[0],
             mesh=grid[names],
             reshard_after_forward=reshard,
             mp_policy=mixed,
@@ -66,6 +68,7 @@ def shard_model(
             shard_placement_fn=lambda p: Shard(dims[p]),
             ignored_params=alone,
         )
+        module = modules[0]
         assert isinstance(module, FSDPModule)
         # These do not recurse.
         module.set_gradient_divide_factor(1.0)
@@ -79,12 +82,15 @@ def shard_model(
     if mesh.expert_mesh is not None:
         for bank in banks(model):
             if mesh["edp"].size * replicate.size > 1:
-                shard(bank, mesh["edp"], mesh.expert_mesh, reshard_after_forward and not one_group)
+                shard([bank], mesh["edp"], mesh.expert_mesh, reshard_after_forward and not one_group)
             else:
                 alone.update(bank.parameters())
-    for _, block in () if one_group else model.units():
-        shard(block, mesh["shard"], mesh.device_mesh, reshard_after_forward)
-    shard(model, mesh["shard"], mesh.device_mesh, False)
+    blocks: list[nn.Module] = [] if one_group else [block for _, block in model.units()]
+    for block in blocks:
+        shard([block], mesh["shard"], mesh.device_mesh, reshard_after_forward)
+    if model.tail and not one_group:
+        shard(model.tail, mesh["shard"], mesh.device_mesh, False)
+    shard([model], mesh["shard"], mesh.device_mesh, False)
 
     @contextmanager
     def scope(last: bool) -> Iterator[None]:
@@ -94,6 +100,23 @@ def shard_model(
         yield
 
     return scope
+
+
+def prefetch(model: Family) -> None:
+    """Gathers the next block and its experts while the current block computes. FSDP2 does that by itself if the host runs ahead of the
+    device. A mixture makes the host wait for its row counts, so the experts' weights would be requested only afterwards.
+
+    Not with selective recomputation: it requires the same operations inside a block in forward and in recomputation, gathers included.
+    """
+
+    def groups(module: nn.Module) -> list[FSDPModule]:
+        return [m for m in (module, *banks(module)) if isinstance(m, FSDPModule)]
+
+    modules: list[nn.Module] = [model, *(block for _, block in model.units())]
+    for before, after in pairwise(modules):
+        groups(before)[0].set_modules_to_forward_prefetch(groups(after))
+    for after, before in pairwise(reversed(modules[1:])):
+        groups(after)[0].set_modules_to_backward_prefetch(groups(before))
 
 
 def replicate_model(model: Family, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:
