@@ -45,8 +45,8 @@ class Case:
     def config(self) -> Config:
         """The same as a run's config: what the core builds model and engine from."""
         fp8 = {"fp8": "dynamic", "fp8_recipe": self.fp8} if self.fp8 in ("tensorwise", "rowwise") else {"fp8": self.fp8}
-        sizes = {"seq_len": self.seq_len, "source_len": self.source_len}
-        batch = {"global_batch_size": self.batch, "micro_batch_size": self.micro_batch}
+        sizes: dict[str, Any] = {"seq_len": self.seq_len, "source_len": self.source_len}
+        batch: dict[str, Any] = {"global_batch_size": self.batch, "micro_batch_size": self.micro_batch}
         return Config(
             run=Run(seed=7, kernels="torch"),
             model=self.model,
@@ -54,7 +54,7 @@ class Case:
             train=Train(steps=self.steps, clip=self.clip, **sizes, **batch),
             optim=self.optim,
             data=Data(train="none"),
-            precision=Precision(compute=self.precision, **fp8),
+            precision=Precision(compute=self.precision, **fp8),  # type: ignore[arg-type]
         )
 
 

@@ -1,0 +1,79 @@
+"""What torch.compile takes of a step, layout by layout: graphs, breaks, hidden products that run eager.
+
+    python -m benchmarks.gpu.graphs
+
+Two gloo ranks on CPUs; graphs are made and not compiled, so that it takes seconds a row. Writes results/graphs.json and prints the table of
+docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.common import machine, write
+from megascale.analysis.compiled_graphs import Coverage, counted_graphs
+from megascale.config.schema import Model, Parallel
+from megascale.parallel import apply
+from megascale.train.build import build_schedule
+from tests.layouts import Case, build, fake_batch, tiny
+from tests.ranks import run_ranks
+
+MODES = ("none", "selective", "full", "nested")
+# Layouts of two ranks.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dense, fsdp": {"dp_shard": 2},
+    "ddp": {"engine": "ddp", "dp_replicate": 2},
+    "tp": {"tp": 2},
+    "tp, tp_sequence": {"tp": 2, "tp_sequence": True},
+    "cp ulysses": {"cp": 2, "cp_method": "ulysses"},
+    "cp ring": {"cp": 2},
+    "pp 1f1b": {"pp": 2},
+    "pp zbv": {"pp": 2, "pp_schedule": "zbv"},
+    "experts, fsdp": {"dp_shard": 2, "experts": True},
+    "experts, ep": {"dp_shard": 2, "ep": 2, "experts": True},
+}
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_size": 32}
+
+
+def case(row: dict[str, Any], mode: str) -> Case:
+    """A small model in a layout, its blocks compiled."""
+    model: Model = tiny(num_layers=4, num_heads=4, num_kv_heads=2, **({"moe": EXPERTS} if row.get("experts") else {}))
+    parallel = Parallel(compile=True, recompute=mode, **{k: v for k, v in row.items() if k != "experts"})  # type: ignore[arg-type]
+    return Case(model, parallel, precision="fp32", seq_len=32, batch=4, micro_batch=1)
+
+
+def _graphs_only(axes: Any) -> Any:
+    return "aot_eager"
+
+
+def coverage(cases: dict[str, Case], ranks: int) -> dict[str, Coverage]:
+    """Of each case, one after the other on these ranks; eager products are those of the second step."""
+    apply.counting_backend = _graphs_only
+    found: dict[str, Coverage] = {}
+    for name, each in cases.items():
+        with counted_graphs() as counted:
+            model = build(each, ranks)
+            schedule = build_schedule(model, each.parallel, torch.device("cpu"))
+            for _ in range(2):
+                counted.eager_products = 0
+                schedule.run([fake_batch(each, [i]) for i in range(4)], 1.0)
+        found[name] = counted
+    return found
+
+
+def main() -> None:
+    found = {}
+    for name, row in LAYOUTS.items():
+        modes = MODES if "zbv" not in name else MODES[:1]
+        found[name] = run_ranks(2, coverage, {mode: case(row, mode) for mode in modes}, 2, timeout=600)[0]
+    write(__file__, "graphs", {"machine": machine(), "coverage": {n: {m: vars(c) for m, c in row.items()} for n, row in found.items()}})
+    print("\n| layout | " + " | ".join(f"recompute {mode}" for mode in MODES) + " |\n|" + "---|" * (len(MODES) + 1))
+    for name, each in found.items():
+        cells = [f"{each[m].graphs}, {each[m].breaks}, {each[m].eager_products}" if m in each else "–" for m in MODES]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
