@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -83,6 +84,8 @@ def recomputation(mode: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """A function of a function: the same one, whose backward pass recomputes what it needs."""
     if mode == "none":
         return lambda function: function
+    # The compiler warns, on every rank, that in-place operations would go wrong under a policy: blocks have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     options = PLAIN | ({"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {})
     return lambda function: partial(checkpoint, function, **options)
 
