@@ -13,16 +13,16 @@ from megascale.parallel.model import ParallelModel
 
 
 class Schedule(Protocol):
-    """From micro-batches to gradients, in whatever order. Calls `Traffic.micro_batch` wherever all ranks may leave together."""
+    """Turns micro-batches into gradients, in any order. Calls `Traffic.micro_batch` wherever all ranks may leave together."""
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """Forward and backward of all micro-batches; gradients are left on the weights, summed over the global batch.
+        """Forward and backward of all micro-batches; the weights then hold gradients summed over the global batch.
 
-        Returns this rank's loss summed over its valid targets, times `scale`; 0-dim, detached; zero where the head is elsewhere.
+        Returns this rank's loss summed over its valid targets, times `scale`; 0-dim, detached; zero without the head.
         """
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """The loss summed over the batches' valid targets, without gradients; zero where the head is elsewhere."""
+        """The loss summed over the batches' valid targets, without gradients; zero without the head."""
 
 
 class Accumulation:

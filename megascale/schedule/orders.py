@@ -1,7 +1,7 @@
-"""Pipeline schedules as data: for every rank the order in which it runs (stage, micro-batch, direction). No devices, no processes.
+"""Pipeline schedules as data: for every rank the order of (stage, micro-batch, direction). No devices, no processes.
 
-The involved orders are torch's own (`torch.distributed.pipelining.schedules`); GPipe and 1F1B are written here because torch's versions of
-them carry a runtime of their own and restrict the number of micro-batches.
+The complex orders are torch's own (`torch.distributed.pipelining.schedules`); GPipe and 1F1B are written here because torch's versions have
+their own runtime and restrict the number of micro-batches.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from megascale.config.stages import stages_of_rank
 
 KINDS = {"F": engine._ComputationType.FORWARD, "B": engine._ComputationType.FULL_BACKWARD}
 WEIGHTS = {"UNSHARD": "G", "RESHARD": "U", "REDUCE_GRAD": "R"}
-Order = dict[int, list[Any]]  # rank → torch's actions, or steps; None is a step of waiting
+Order = dict[int, list[Any]]  # rank → torch's actions, or steps; None is idle
 
 
 @dataclass(frozen=True)
 class Action:
     """One computation. kind: F forward, B full backward, I gradient of the input only, W gradients of the weights.
 
-    Or what happens to a stage's weights, of no micro-batch (−1): G their gathering is started, R the backward that follows reduces their
-    gradients, U they are freed again.
+    Or an exchange of a stage's weights, without a micro-batch (−1): G starts gathering them, R makes the next backward reduce their
+    gradients, U frees them again.
     """
 
     kind: str
@@ -45,7 +45,7 @@ def compute_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
         "zbv": engine.ScheduleZBVZeroBubble,
         "dualpipev": engine.ScheduleDualPipeV,
     }[schedule]
-    # torch writes an order while it builds a schedule, from these facts of its stages alone.
+    # torch computes an order while it builds a schedule, only from these facts of its stages.
     own = stages_of_rank(schedule, ranks, virtual, 0)
     total = ranks * len(own)
     stand_ins: Any = [
@@ -65,11 +65,11 @@ def forward_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
 
 def layered_order(stages: int, micro_batches: int, breadth: int) -> list[Action]:
     """Layered accumulation on one rank (Lamy-Poirier, arXiv 2106.02679): each stage takes `breadth` micro-batches before the next stage
-    starts, so that its weights are gathered once a direction and its gradients reduced once, for all of them.
+    starts, so that its weights are gathered once per direction and its gradients reduced once, for all of them.
 
     The first stage is the embedding, whose backward needs no weights; the last is the head, where each micro-batch turns around at once.
-    The stage before the head stays gathered from forward to backward. Going back, micro-batches come in opposite order, so that what was
-    put away last is needed first. One stage ahead is gathered while the present one computes.
+    The stage before the head stays gathered from forward to backward. In backward, micro-batches run in reverse order, so that the last one
+    stored is needed first. The next stage is gathered while the current one computes.
     """
     order: list[Action] = []
     head = stages - 1
@@ -99,12 +99,12 @@ def _layers_forward(stages: range, last: int, group: range, keep: int | None) ->
 
 
 def steps(actions: list[Any]) -> list[Action]:
-    """A rank's computations without waiting: what is drawn and what is compared with what ran."""
+    """A rank's computations without idle steps, for drawing and for comparison with the real run."""
     return [s for s in as_steps(actions) if s.micro_batch >= 0]
 
 
 def as_steps(actions: list[Any]) -> list[Action]:
-    """Torch's actions (or steps already) as steps: computations, and what happens to weights. Messages and waiting are left out."""
+    """Torch's actions (or steps already) as steps: computations and exchanges of weights, without messages and idle steps."""
     return [step for action in actions if (step := _as_step(action)) is not None]
 
 
@@ -118,18 +118,18 @@ def _as_step(action: Any) -> Action | None:
 
 
 def with_weights(order: Order, micro_batches: int) -> Order:
-    """An order of computations and, between them, what torch's runtime does to the weights of stages that FSDP2 shards."""
+    """An order of computations with the exchanges of weights that torch's runtime inserts for FSDP2's stages."""
     return {r: engine._add_reduce_grad([*engine._add_unshard_reshard(actions)], micro_batches) for r, actions in order.items()}
 
 
 def splits_backward(order: Order) -> bool:
-    """Whether weight gradients are computed apart from input gradients."""
+    """Whether weight gradients are computed separately from input gradients."""
     return any(s.kind == "W" for actions in order.values() for s in steps(actions))
 
 
 def _apart(action: Any) -> list[Any]:
-    """DualPipeV's pairs of a forward and a backward as two actions. torch's runtime does not overlap a pair: it runs the two one after the
-    other once the messages of both are there, which doubles the idle time.
+    """Splits DualPipeV's pairs of a forward and a backward into two actions. torch's runtime does not overlap a pair: it runs both one
+    after the other once both messages have arrived, which doubles the idle time.
     """
     return list(action.sub_actions) if action is not None and action.sub_actions else [action]
 
@@ -138,7 +138,7 @@ def _breadth_first(schedule: str, ranks: int, virtual: int, m: int, rank: int, b
     own = stages_of_rank(schedule, ranks, virtual, rank)
     actions = [engine._Action(s, KINDS["F"], i) for s in own for i in range(m)]
     if backward:
-        # The same order of micro-batches on the way back: the first one forward is the first one whose gradient the stage before needs.
+        # Backward keeps the order of micro-batches: the previous stage needs the gradient of the first one first.
         actions += [engine._Action(s, KINDS["B"], i) for s in reversed(own) for i in range(m)]
     return actions
 

@@ -1,4 +1,4 @@
-"""An embedding that also is the head, where the first and the last stage are different modules, maybe on different ranks."""
+"""An embedding tied to the head if the first and the last stage are different modules, possibly on different ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megascale.parallel.model import ParallelModel, Weight
 
 
 class TiedEmbedding:
-    """The first stage owns the weight. The last one has a copy, `tied_copy`, that takes the owner's value before a step and gives its
-    gradient after. Nothing happens where embedding and head are not tied.
+    """The first stage owns the weight. The last one has a copy, `tied_copy`, that receives the owner's value before a step and sends its
+    gradient after. Does nothing if embedding and head are not tied.
     """
 
     def __init__(self, model: ParallelModel) -> None:

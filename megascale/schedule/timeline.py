@@ -1,4 +1,4 @@
-"""When each computation of a schedule would run, were every stage equally fast: bubble, live activations, sends; and a picture of it."""
+"""Simulates a schedule with equally fast stages: when each computation runs, bubble, live activations, sends; and draws it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from megascale.schedule.orders import Action, Order, as_steps, steps
 
-# In units of a forward. A full backward is two products for one: the input's gradient and the weights'.
+# In units of a forward. A full backward has two products for each one of forward: gradients of input and weights.
 DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 COLORS = {"F": "#4c78a8", "B": "#f58518", "I": "#e8a45c", "W": "#54a24b"}
 MARKS = {"G": ("^", "#2a7f62", "weights gathered"), "R": ("v", "#b5304f", "gradients reduced")}
@@ -32,8 +32,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Timeline:
-    """lanes: spans by rank. bubble: share of the ranks' time spent waiting. live: by rank, the most forwards whose backward is still to
-    come. sends: by rank, messages of activations and gradients. marks: by rank, exchanges of weights, where the order has them.
+    """lanes: spans by rank. bubble: share of the ranks' time spent waiting. live: by rank, the most forwards whose backward has not run
+    yet. sends: by rank, messages of activations and gradients. marks: by rank, exchanges of weights, if the order has them.
     """
 
     lanes: list[list[Span]]
@@ -44,7 +44,7 @@ class Timeline:
 
 
 def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
-    """Runs an order in model time; messages take none. Raises ValueError where ranks would wait for each other for ever."""
+    """Runs an order in model time; messages take no time. Raises ValueError for a deadlock."""
     queues = {r: steps(actions) for r, actions in order.items()}
     rank_of = {s.stage: r for r, queue in queues.items() for s in queue}
     stages = len(rank_of)
@@ -76,7 +76,7 @@ def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
 
 
 def text_lanes(timeline: Timeline, width: int = 100) -> list[str]:
-    """A line a rank, a column a unit of time: F, B, I, W, and a dot for waiting; cut at `width` columns."""
+    """A line per rank, a column per unit of time: F, B, I, W, and a dot for idle time; truncated to `width` columns."""
     lines = []
     for r, lane in enumerate(timeline.lanes):
         row = ["."] * round(max(s.end for lane in timeline.lanes for s in lane))
@@ -99,7 +99,7 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     for r, lane in enumerate(lanes):
         own = sorted({s.step.stage for s in lane})
         for s in lane:
-            # Later stages of a rank are drawn lighter, so that the loops of a looped schedule can be told apart.
+            # Later stages of a rank are drawn lighter, to distinguish the loops of a looped schedule.
             alpha = 1.0 - 0.6 * own.index(s.step.stage) / max(1, chunks)
             axes.barh(r, s.end - s.start, 0.86, s.start, color=COLORS[s.step.kind], alpha=alpha, edgecolor="white", linewidth=0.7)
             if length <= 160:
@@ -125,7 +125,7 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
 
 
 def _key(kind: str, stage: int, micro_batch: int) -> tuple[str, int, int]:
-    # The stage before waits for the input's gradient, whether or not the weights' came with it.
+    # The previous stage waits for the input's gradient, whether or not the weights' are computed with it.
     return ("I" if kind == "B" else kind, stage, micro_batch)
 
 
@@ -141,13 +141,13 @@ def _needs(step: Action, stages: int) -> list[tuple[str, int, int]]:
 
 
 def _marks(queue: list[Action], lane: list[Span]) -> list[Mark]:
-    """When the exchanges of `queue` happen, given when its computations ran."""
+    """Times of the exchanges in `queue`, given those of its computations."""
     marks, ran = [], 0
     for i, step in enumerate(queue):
         if step.micro_batch >= 0:
             ran += 1
         elif step.kind in MARKS:
-            # A reduction that is announced before the last backward of its stage happens at that one's end.
+            # A reduction announced before the last backward of its stage happens at the end of that backward.
             ahead = step.kind == "R" and i + 1 < len(queue) and queue[i + 1].stage == step.stage and queue[i + 1].micro_batch >= 0
             place = ran if ahead else ran - 1
             marks.append(Mark(step.kind, step.stage, lane[place].end if place >= 0 else 0.0))
