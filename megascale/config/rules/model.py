@@ -232,8 +232,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         + ", ".join(OUTER_NORMS)
         + ", or "
         + ", ".join(BLOCK_NORMS)
-        + ", of all layers or of one that exists "
-        "(blocks.3.ffn_norm); MoEUT's have one",
+        + ", of all layers or of one existing layer (blocks.3.ffn_norm); MoEUT has one epsilon for all norms",
         "use such names, or leave norm_eps_of out",
     ),
     Rule(
