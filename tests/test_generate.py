@@ -254,7 +254,7 @@ def test_what_no_memory_holds_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     """Catches a machine that is killed, or an allocator's traceback, where the room is known not to be there."""
     model = build(Case(MODELS["llama"], seq_len=64), 1)
     monkeypatch.setattr("megascale.generation.run.free_memory", lambda device: 1000.0)
-    with pytest.raises(UsageError, match=r"keys and values of 4 prompts of 9 tokens and 2 new ones take .* and 1.00 kB are free"):
+    with pytest.raises(UsageError, match=r"keys and values of 4 prompts of 9 tokens and 2 new ones take .* but 1.00 kB are free"):
         generate(model, PROMPTS, Sampling(2))
     monkeypatch.undo()
     with pytest.raises(UsageError, match=r"1 prompts of 1 tokens and 100000000000 new ones take .* --max-new-tokens"):

@@ -105,7 +105,7 @@ def test_where_the_end_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--eos names the token '<none>', but .* has no such token"):
         load_tokenizer(folder, eos="<none>")
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<gone>"}))
-    with pytest.raises(UsageError, match=r"special_tokens_map.json names the token '<gone>', and .*tokenizer.json has none such"):
+    with pytest.raises(UsageError, match=r"special_tokens_map.json names the token '<gone>', but .*tokenizer.json has no such token"):
         _ = load_tokenizer(folder).eos_id
     (folder / "special_tokens_map.json").write_text("{")
     with pytest.raises(UsageError, match=r"special_tokens_map.json next to the tokenizer cannot be read"):

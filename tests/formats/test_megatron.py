@@ -207,7 +207,7 @@ def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     with zipfile.ZipFile(tmp_path / "torn", "w") as file:
         file.writestr("archive/data.pkl", b"\x80\x02garbage")
-    for name, words in (("torn", "cannot be read"), ("bare", "no zip file"), ("absent", "there is no")):
+    for name, words in (("torn", "cannot be read"), ("bare", "not a zip file"), ("absent", "there is no")):
         with pytest.raises(UsageError, match=words):
             read_torch(tmp_path / name)
 
@@ -231,7 +231,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "a rank of experts": (lambda f: (f / "iter_0000007/mp_rank_00_000_001").mkdir(), "only tensor and pipeline ranks can be read"),
     "no such iteration": (lambda f: (f / "latest_checkpointed_iteration.txt").write_text("../../x"), "there is no such iteration"),
     "copies differ": (
-        lambda f: change(f, "mp_rank_01_001", "decoder.final_layernorm.weight", torch.ones(24)), "of which it is a copy: the ranks are"
+        lambda f: change(f, "mp_rank_01_001", "decoder.final_layernorm.weight", torch.ones(24)), "of which it is a copy: the ranks do"
     ),
     "a foreign tensor": (lambda f: change(f, "mp_rank_00_000", "decoder.layers.0.mlp.linear_fc3.weight", torch.ones(2)), "has no place"),
     "another shape": (lambda f: change(f, "mp_rank_00_000", "decoder.layers.0.mlp.linear_fc2.weight", torch.ones(2, 2)), "has shape"),

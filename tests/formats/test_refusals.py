@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bias": (lambda f: edit(f, attention_bias=True), "attention_bias is True, but only False is supported"),
     "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act is 'gelu', but only 'silu'"),
     "rope kind": (
-        lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type is 'longrope', and default, linear"
+        lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type is 'longrope', but only default, linear"
     ),
     "rope key": (
         lambda f: edit(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "mscale": 1.0}), "rope_scaling.mscale is 1.0"

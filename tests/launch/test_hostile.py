@@ -233,7 +233,7 @@ def test_a_long_array_reads_its_config_once(monkeypatch: pytest.MonkeyPatch) -> 
         (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "9" * 20], "GPUs from 0 .CPUs. to 4096"),
         (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--account", "a\nb"], "--account is 'a\\\\nb'"),
         (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--sbatch", "hello"], "give an option of sbatch"),
-        (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--container", "i", "--mount", "/a,b"], "divide its mounts"),
+        (["configs/llama-1m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--container", "i", "--mount", "/a,b"], "separate its mounts"),
     ],
 )
 def test_hostile_arguments(monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
