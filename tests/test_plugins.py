@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from megascale.config.json_schema import schema_text
 from megascale.config.load import build_config
 from megascale.config.norms import NORMS
 from megascale.config.optimizers import OPTIMIZERS, optimizers
-from megascale.config.schema import Optim
+from megascale.config.routers import ROUTERS
+from megascale.config.schema import Optim, Parallel
 from megascale.data.forms import READERS, readers
 from megascale.data.readers import Tally, read_blocks
 from megascale.data.walk import choose_files
@@ -33,6 +35,7 @@ from megascale.optim.learning_rate import learning_rate
 from megascale.train.log.step_metrics import LoggedStep, StepMetric, metrics_of, step_metrics
 from megascale.train.start.alike import shared_values
 from tests.expand.test_growing import train as train_and_grow
+from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 
@@ -110,6 +113,30 @@ def test_a_plugin_trains_on_every_layout_and_resumes(install: Install, tmp_path:
     assert saved["plugins"] == first["plugins"] == again["plugins"] == {"megascale-acme": "0.1"}
 
 
+def train_all(cases: list[Case]) -> list[dict[str, Any]]:
+    return [train(case) for case in cases]
+
+
+EXPERTS: dict[str, Any] = {"moe": {"num_experts": 4, "top_k": 2, "ffn_size": 16, "router": "softplus", "balance": "bias"}}
+LAYOUTS = {
+    "router": (EXPERTS, [{"tp": 2, "tp_sequence": True}, {"dp_shard": 2, "ep": 2}]),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("part", LAYOUTS)
+def test_parts_of_blocks_train_alike_on_every_layout(install: Install, part: str) -> None:
+    """Catches a part of a plugin that an axis, a schedule or recomputation takes for one of ours."""
+    install()
+    changes, layouts = LAYOUTS[part]
+    case = Case(tiny(**changes), steps=2)
+    alone = train(case)
+    cases = [replace(case, parallel=Parallel(**layout)) for layout in layouts]
+    for layout, cut in zip(layouts, run_ranks(2, train_all, cases)[0]):
+        assert cut["loss"] == pytest.approx(alone["loss"], rel=1e-12), layout
+        assert worst(cut["grad"], alone["grad"])[0] < 1e-10, layout
+
+
 def test_growth_follows_the_row_and_refuses_what_it_does_not_say(install: Install, tmp_path: Path) -> None:
     """Catches state of a plugin's optimizer that grows by a guess: the doubled run would leave the small one's curve, without a word."""
     install()
@@ -127,6 +154,10 @@ def test_growth_follows_the_row_and_refuses_what_it_does_not_say(install: Instal
     silent["optim"]["name"], silent["model"]["norm"] = "signum", "silent"
     code, message = train_and_grow(silent)
     assert code == 2 and "model.norm is silent, whose row does not say how it grows" in message
+    silent["model"] |= {"norm": "l1norm", **EXPERTS}
+    silent["grow"] = [{"step": 3, "num_experts": 8}]
+    code, message = train_and_grow(silent)
+    assert code == 2 and "model.moe.router is softplus, whose row does not say how it grows" in message
     assert not (tmp_path / "silent" / "run").exists()
 
 
@@ -301,6 +332,7 @@ def test_every_built_in_row_names_what_is_there() -> None:
     """Catches a row whose module or name was moved: nothing imports it until somebody asks for it."""
     parts = [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]
     parts += [*((n, p) for n, r in NORMS.items() for p in (r.normalize, r.kernel) if p), *((n, r.phi) for n, r in ACTIVATIONS.items())]
+    parts += [(n, r.score) for n, r in ROUTERS.items()]
     for name, part in parts:
         assert callable(plugins.resolve(part, name))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import megascale.model.ops.grouped_matmul
 from megascale.comm.piece import Piece
+from megascale.config.routers import routers
 from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts, readings
 from megascale.model.init import initialize, orthogonal
@@ -19,6 +20,7 @@ from megascale.model.ops.grouped_matmul import Permutation, grouped_product, in_
 from megascale.model.residual import Stack, residual
 from megascale.model.router import Choice, Router, balance_loss, choose, entropy_loss, moved_bias, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, specs_of
+from megascale.plugins import resolve
 from tests.layouts import tiny
 
 B, S, E, K = 2, 7, 5, 2
@@ -26,6 +28,10 @@ B, S, E, K = 2, 7, 5, 2
 
 def logits_of(seed: int = 0, **keys: Any) -> Tensor:
     return torch.randn(B, S, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), **keys) * 2
+
+
+def chosen_by(router: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
+    return choose(resolve(routers()[router].score, router), logits, top_k, bias)
 
 
 def filled(module: torch.nn.Module) -> Any:
@@ -54,7 +60,7 @@ def test_each_rule_against_its_formula(rule: str, biased: bool) -> None:
     """Catches a softmax on the wrong side of the selection, a bias that leaks into gates, and sigmoid gates that do not sum to one."""
     logits = logits_of()
     bias = torch.linspace(-1, 1, E, dtype=torch.float64) if biased else None
-    got = choose(rule, logits, K, bias)
+    got = chosen_by(rule, logits, K, bias)
     for b in range(B):
         for s in range(S):
             x = logits[b, s].tolist()
@@ -75,14 +81,14 @@ def test_each_rule_against_its_formula(rule: str, biased: bool) -> None:
 
 def test_a_single_sigmoid_gate_is_not_normalized() -> None:
     """Catches σ/σ = 1: with one expert a token the router would get no gradient."""
-    got = choose("sigmoid", logits_of(), 1, None)
+    got = chosen_by("sigmoid", logits_of(), 1, None)
     assert torch.equal(got.gates.squeeze(-1), torch.sigmoid(logits_of()).amax(-1))
 
 
 @pytest.mark.parametrize("rule", ["topk_softmax", "xmoe"])
 def test_a_single_gate_is_a_probability(rule: str) -> None:
     """Catches softmax over one logit, which is 1: Switch's and X-MoE's gate is the probability among all experts."""
-    got = choose(rule, logits_of(), 1, torch.linspace(-1, 1, E, dtype=torch.float64))
+    got = chosen_by(rule, logits_of(), 1, torch.linspace(-1, 1, E, dtype=torch.float64))
     assert torch.equal(got.gates, torch.softmax(logits_of(), -1).gather(-1, got.experts))
 
 
@@ -105,7 +111,7 @@ def test_one_expert_a_token_teaches_the_router(rule: str, shared: int, unit: boo
 def test_sigmoids_that_all_underflow(rule: str, top_k: int) -> None:
     """Catches 0/0 in gates, in the probabilities that balance is judged by, and in the size that unit gates are divided by."""
     logits = (logits_of().float() - 200).requires_grad_()
-    got = choose(rule, logits, top_k, None)
+    got = chosen_by(rule, logits, top_k, None)
     if rule == "sigmoid":
         # σ tends to the exponential, and its shares to a softmax, from which they differ by nothing in fp32.
         torch.testing.assert_close(got.probabilities, torch.softmax(logits, -1))
@@ -130,7 +136,7 @@ COUNTED = torch.tensor([[0.1] * 5 + [0.0] * 2, [0.0] * 2 + [0.3] * 5], dtype=tor
 def test_losses_against_loops() -> None:
     """Catches a balance loss over the whole micro-batch instead of each sequence, and tokens that should not count."""
     logits = logits_of()
-    choice = choose("topk_softmax", logits, K, None)
+    choice = chosen_by("topk_softmax", logits, K, None)
     balance = entropy = z = 0.0
     for b in range(B):
         weights = COUNTED[b].tolist()
@@ -151,7 +157,7 @@ def test_losses_against_loops() -> None:
 @pytest.mark.parametrize("form", [balance_loss, entropy_loss])
 def test_losses_do_not_depend_on_how_the_batch_is_cut(form: Any) -> None:
     """Catches what makes a curve depend on the layout: sequences alone, or cut in two with their loads summed, give the same losses."""
-    choice = choose("softmax_topk", logits_of(), K, None)
+    choice = chosen_by("softmax_topk", logits_of(), K, None)
     whole = float(form(choice, COUNTED))
     apart = sum(float(form(Choice(*(t[b : b + 1] for t in choice)), COUNTED[b : b + 1])) for b in range(B))
     assert apart == pytest.approx(whole, rel=1e-14)
@@ -178,7 +184,7 @@ def test_gradients_of_the_losses_by_finite_differences(kind: str) -> None:
         if kind == "z":
             return z_loss(x, COUNTED)
         form = entropy_loss if kind == "entropy" else balance_loss
-        return form(choose("topk_softmax", x, K, None), COUNTED)
+        return form(chosen_by("topk_softmax", x, K, None), COUNTED)
 
     value(logits).backward()
     assert logits.grad is not None
@@ -195,7 +201,7 @@ def test_gradients_of_the_losses_by_finite_differences(kind: str) -> None:
 
 def test_capacity_against_a_loop() -> None:
     """Catches second choices served before first ones, room that is rounded down, and room shared between sequences."""
-    experts = choose("topk_softmax", logits_of(5), K, None).experts
+    experts = chosen_by("topk_softmax", logits_of(5), K, None).experts
     for factor in (0.5, 1.0, 1.25, 10.0):
         kept = within_capacity(experts, E, factor)
         room = math.ceil(S * K / E * factor)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.growth.exactness import MOE, SEQ, measure, random_state, toy
 from megascale.config.activations import ACTIVATIONS, ActivationRow
 from megascale.config.load import build_config
 from megascale.config.norms import NORMS, NormGrowth, NormRow
 from megascale.config.positions import POSITIONS, PositionRow
+from megascale.config.routers import ROUTERS, RouterGrowth, RouterRow
 from megascale.config.schema import Model, Parallel
 from megascale.errors import UsageError
-from megascale.expand.options import GrowthOptions, Sizes
+from megascale.expand.options import GrowthOptions, Sizes, check_options
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import Smaller, smaller_model
 from megascale.formats.megatron.tensor_names import Cut, check_model
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.router import Choice, Scored
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 
@@ -29,7 +34,25 @@ from tests.ranks import run_ranks
 L1NORM = NormRow(lambda x, mean, eps: x / (mean(x.abs()) + eps), growth=NormGrowth(1.0))
 SQUARE = ActivationRow(lambda x: x.relu().square(), False, 1.5, 2.0, grows=True)
 NOPE = PositionRow(grid=True, grows=True)
+# Gates are softplus of their own logits, divided by their sum.
+SOFTPLUS = RouterRow("tests.test_rows:softplus_gates", growth=RouterGrowth(normed=True, alone=math.log(2)))
 OURS = {"norm": "l1norm", "ffn": "relu2", "position": "nope", "bias": True}
+
+
+def softplus_gates(logits: Tensor) -> Scored:
+    scores = F.softplus(logits)
+
+    def choice(experts: Tensor) -> Choice:
+        own = scores.gather(-1, experts)
+        gates = own / own.sum(-1, keepdim=True) if experts.shape[-1] > 1 else own
+        return Choice(experts, gates, torch.softmax(logits, -1))
+
+    return Scored(scores, choice)
+
+
+def _undivided(logits: Tensor) -> Scored:
+    scores = F.softplus(logits)
+    return Scored(scores, lambda experts: Choice(experts, scores.gather(-1, experts), torch.softmax(logits, -1)))
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +60,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NORMS, "l1norm", L1NORM)
     monkeypatch.setitem(ACTIVATIONS, "relu2", SQUARE)
     monkeypatch.setitem(POSITIONS, "nope", NOPE)
+    monkeypatch.setitem(ROUTERS, "softplus", SOFTPLUS)
 
 
 @pytest.mark.dist
@@ -69,6 +93,39 @@ def test_new_rows_grow_as_they_say(changes: dict[str, Any], sizes: Sizes, monkey
         monkeypatch.setitem(NORMS, "l1norm", replace(L1NORM, bias=False))
     growth = plan_growth(toy(**{**OURS, **changes}), SEQ, sizes, GrowthOptions())
     assert measure(growth, random_state(growth.source))["logits_max"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, Sizes(experts=4)),
+        ({}, Sizes(experts=4, top_k=1)),
+        ({}, Sizes(experts=4, granularity=2)),
+        ({"moe": {**MOE, "router": "softplus"}}, Sizes(experts=8)),
+        ({"moe": {**MOE, "router": "softplus"}}, Sizes(experts=8, granularity=2)),
+        ({"moe": {**MOE, "router": "softplus"}, "norm": "rmsnorm"}, Sizes(hidden_size=48)),
+    ],
+    ids=["from dense", "one gate", "finer from dense", "more", "more and finer", "width"],
+)
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_new_router_grows_as_its_row_says(changes: dict[str, Any], sizes: Sizes, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gates whose sum is made up for as if they were a softmax's."""
+    if not normed:
+        row = RouterRow(_undivided, growth=RouterGrowth(normed=False, alone=math.log(2)))
+        monkeypatch.setitem(ROUTERS, "softplus", row)
+    model = toy(**changes)
+    if not normed and model.moe is None and sizes.granularity > 1:
+        with pytest.raises(UsageError, match="equal gates do not choose all parts"):
+            plan_growth(model, SEQ, sizes, GrowthOptions(router="softplus"))
+        return
+    growth = plan_growth(model, SEQ, sizes, GrowthOptions(router="softplus"))
+    assert measure(growth, random_state(growth.source))["logits_max"] < 1e-10
+    monkeypatch.setitem(ROUTERS, "softplus", replace(SOFTPLUS, growth=None))
+    if sizes.experts is None:
+        plan_growth(model, SEQ, sizes, GrowthOptions())
+        return
+    with pytest.raises(UsageError, match=r"model.moe.router is softplus, whose row does not say how it grows"):
+        plan_growth(model, SEQ, sizes, GrowthOptions(router="softplus"))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +165,14 @@ def test_rules_kernels_and_formats_read_the_row() -> None:
             built(ffn=wrong)
     with pytest.raises(UsageError, match=r"model.norm is 'l1norm', but megatron-core's GPT model"):
         check_model(built(norm="l1norm"), Cut(1, 1, "te", 8))
+    with pytest.raises(UsageError, match=r"model.moe.router is softplus, but megatron-core has the weights of topk_softmax"):
+        check_model(built(moe={"router": "softplus"}), Cut(1, 1, "te", 8))
+    with pytest.raises(ValueError, match="the gate of a zero logit is 0"):
+        RouterGrowth(True, 0.0)
+    with pytest.raises(UsageError, match=r"model.moe.router is 'softplush': .* did you mean softplus\?"):
+        built(moe={"router": "softplush"})
+    with pytest.raises(UsageError, match=r"--router is soft: choose one of topk_softmax, .*, softplus"):
+        check_options(GrowthOptions(router="soft"))
     with pytest.raises(UsageError, match=r"run.kernels is te but te does not have model.norm l1norm"):
         choose_kernels("te", "l1norm", torch.device("cuda"))
     assert {"l1norm"} < set(Model.model_json_schema()["properties"]["norm"]["enum"])
@@ -115,7 +180,7 @@ def test_rules_kernels_and_formats_read_the_row() -> None:
 
 def test_nobody_asks_for_a_name() -> None:
     """Catches the next `if cfg.norm == …`: what it wants to know belongs into the row."""
-    tables: dict[str, dict[str, Any]] = {"norm": NORMS, "ffn": ACTIVATIONS, "position": POSITIONS}
+    tables: dict[str, dict[str, Any]] = {"norm": NORMS, "ffn": ACTIVATIONS, "position": POSITIONS, "router": ROUTERS}
     asked = []
     for path in [*Path("megascale").rglob("*.py"), *Path("tools").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -10,7 +10,7 @@ from megascale.expand.axes import FRESH, MEAN, ZERO, AxisMap, axis, cancelling, 
 from megascale.expand.depth import Layer
 from megascale.expand.heads import Channels, Heads, cancelling_heads, channel_rows, grow_channels, grow_heads
 from megascale.expand.options import GrowthOptions, Sizes
-from megascale.expand.stack import growth_of, row_of
+from megascale.expand.stack import gates_of, growth_of, row_of
 from megascale.model.position import alibi_slopes
 from megascale.model.residual import ends
 
@@ -47,7 +47,7 @@ def build_maps(
 ) -> Maps:
     """All maps between two configs. Raises UsageError for rows without a map; what is merely lossy is in `lossy`."""
     row = row_of(source, 0)
-    maps = Maps({"one": same(1), "routing": same(16), "plain": same(target.hidden_size)}, target)
+    maps = Maps({"one": same(1), "routing": routing_space(target), "plain": same(target.hidden_size)}, target)
     _stream(maps, source, options, row.norm)
     silent = row.inner_norms
     heads, channels = _heads(maps, source, options, silent, bool(source.qk_norm or row.qk_norm))
@@ -254,40 +254,49 @@ def _experts(maps: Maps, source: Model, sizes: Sizes) -> None:
         return
     if moe.num_experts == was.num_experts:
         return
+    gates = gates_of(was)
     if moe.top_k != was.top_k * copies * parts:
         maps.lossy.append(
             f"experts {was.num_experts} → {moe.num_experts} with top_k {moe.top_k}: a token would reach only a part of the experts it "
             "reached before; "
             f"top_k {was.top_k * copies * parts} is exact"
         )
-    if was.top_k == 1 and (was.router == "sigmoid" or (was.router in ("topk_softmax", "xmoe") and before > 1)):
+    if was.top_k == 1 and gates.normed and (gates.alone is not None or before > 1):
         maps.lossy.append(
             f"experts under the {was.router} router with top_k 1: its gate is not divided by a sum, and with more experts it is"
         )
-    # All copies and parts share a normalized gate; σ-MoE's is not normalized.
-    maps.gate_sum = 1 / copies if was.router == "sigma" else float(parts)
-    if was.router == "softmax_topk":
-        maps.router_bias = 1 / (copies * parts)  # it is added to probabilities, which the copies split
+    maps.gate_sum = 1 / copies if gates.own else float(parts)  # all copies and parts split any other gate
+    if gates.by_share:
+        maps.router_bias = 1 / (copies * parts)  # it is added to scores, which the copies split
     if moe.capacity_factor is not None:
         maps.notes.append("capacity is counted for every copy of an expert as it was for the one")
     maps.notes.append(f"the {copies * parts} successors of an expert are always chosen together until noise on the router parts them")
+
+
+def routing_space(model: Model) -> AxisMap:
+    """The space in which tokens are compared with experts' rows, where it is not the stream."""
+    of = model.moe.router_row.directions if model.moe is not None else None
+    return same(1 if of is None else of.dim)
 
 
 def _upcycled(maps: Maps, experts: int, chosen: int, parts: int) -> None:
     """Handles experts made from a dense layer: gates must add up to one, or equal gates are compensated."""
     moe = maps.target.moe
     assert moe is not None
+    gates = gates_of(moe)
     maps.gate_sum = float(parts)
-    if moe.router in ("topk_softmax", "xmoe", "sigmoid") and moe.top_k > 1:
-        return  # normalized gates
+    if gates.normed and moe.top_k > 1:
+        return
     if parts > 1:
         maps.lossy.append(
             f"--granularity {parts} with router {moe.router}: equal gates do not choose all parts of an expert; topk_softmax does"
         )
-    share = experts / chosen
-    maps.gate_sum = {"softmax_topk": share, "topk_softmax": share, "xmoe": share, "sigmoid": 2.0, "sigma": 2.0 / chosen}[moe.router]
-    if moe.router == "xmoe":
-        maps.lossy.append("dense → experts under the xmoe router with top_k 1: directions have no zero at which its gates would be equal")
+    maps.gate_sum = experts / chosen if gates.alone is None else 1 / gates.alone / chosen
+    if moe.router_row.directions is not None:
+        maps.lossy.append(
+            f"dense → experts under the {moe.router} router with top_k {moe.top_k}: directions have no zero at which its gates would be "
+            "equal"
+        )
         return
     maps.uniform_router = True
     maps.notes.append(f"the router starts at zero: under {moe.router} equal gates are the only exact ones")

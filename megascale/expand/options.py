@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megascale.config.routers import routers
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 
@@ -65,7 +66,6 @@ CHOICES = {
     "depth": ("identity", "cancel", "stack", "dus", "interleave", "inject"),
     "placement": ("spread", "end"),
     "optimizer": ("transform", "reset", "drop"),
-    "router": ("topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"),
     "lossless": ("require", "prefer", "off"),
 }
 
@@ -77,7 +77,7 @@ LARGEST_RATIO = 60  # dB: beyond it, noise above the weights leaves few of their
 
 def check_options(options: GrowthOptions) -> GrowthOptions:
     """Raises UsageError naming the flag, its value and the choices."""
-    for name, choices in CHOICES.items():
+    for name, choices in {**CHOICES, "router": tuple(routers())}.items():
         value = getattr(options, name)
         if value not in choices:
             flag = f"{name}-method" if name in METHODS else name
@@ -151,7 +151,7 @@ def _target_experts(source: Model, sizes: Sizes, router: str, changes: dict[str,
                 raise UsageError("--granularity, --top-k and --expert-ffn-size are for experts: give --num-experts, or leave them out")
             return None
         width = sizes.expert_ffn_size or changes.get("ffn_size") or source.ffn_size
-        moe, old, top_k = Moe(router=router, num_experts=1, top_k=1, ffn_size=width), 1, sizes.top_k or min(2, sizes.experts)  # type: ignore[arg-type]
+        moe, old, top_k = Moe(router=router, num_experts=1, top_k=1, ffn_size=width), 1, sizes.top_k or min(2, sizes.experts)
     else:
         moe, old = source.moe, source.moe.num_experts
         width = sizes.expert_ffn_size or (changes.get("ffn_size") if moe.ffn_size == source.ffn_size else None) or moe.ffn_size

@@ -302,7 +302,7 @@ def _tensor(
         # The stored value, not the config's, which rounds to another fp32 number and would change a kept layer's logits.
         return TensorPlan(name, spec, constant=in_fp32(spec.mean), inserted=True) if inserted else TensorPlan(name, spec, ("one",), origin)
     axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix)
-    if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router == "xmoe":
+    if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router_row.directions is not None:
         axes = ("routes", "routing")  # rows in a separate space
     if axes is None:
         raise UsageError(f"growth does not know what the dimensions of {name} are")

@@ -19,7 +19,7 @@ from megascale.expand.axes import AxisMap, axis, same
 from megascale.expand.depth import Layer
 from megascale.expand.heads import channel_rows
 from megascale.expand.importance import Importance, measure, ranked
-from megascale.expand.maps import Maps
+from megascale.expand.maps import Maps, routing_space
 from megascale.expand.plan import Growth, plan_tensors, refuse_unknown_parts, with_epsilons
 from megascale.expand.produce import GrownTensors
 from megascale.expand.proof import prove, prove_stored, some_tokens
@@ -149,7 +149,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     maps.gain, maps.eps_factor["stream"] = growth.gain(ratio), ratio
     stream = axis(kept.stream, d)
     head = same(source.head_dim)
-    maps.axes |= {"one": same(1), "routing": same(16), "vocabulary": same(source.vocab_size), "positions": same(seq_len)}
+    maps.axes |= {"one": same(1), "routing": routing_space(source), "vocabulary": same(source.vocab_size), "positions": same(seq_len)}
     maps.axes |= {"stream": stream, "read": stream, "gain": stream.scaled(maps.gain), "shift": stream, "scale": stream}
     maps.axes |= {"query_norm": _norm_axis(source, source.num_heads), "key_norm": _norm_axis(source, source.num_kv_heads)}
     maps.by_layer = frozenset(("query", "key", "value", "heads", "heads_gain", "heads_shift", "ffn", "ffn_out", "ffn_gain", "ffn_shift"))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from megascale.config.norms import NormGrowth, norms
-from megascale.config.schema import Model
+from megascale.config.routers import RouterGrowth, routers
+from megascale.config.schema import Model, Moe
 from megascale.errors import UsageError
 from megascale.expand.depth import EXACT, Layer, grow_layers
 from megascale.expand.options import GrowthOptions
@@ -42,6 +43,18 @@ def growth_of(model: Model) -> NormGrowth:
         raise UsageError(
             f"model.norm is {model.norm}, whose row does not say how it grows: a model with it cannot change its sizes; set "
             f"`growth` in its row, or use a model with one of {known}"
+        )
+    return growth
+
+
+def gates_of(moe: Moe) -> RouterGrowth:
+    """How the gates of a mixture take more experts. Raises UsageError for a router that does not say."""
+    growth = moe.router_row.growth
+    if growth is None:
+        known = ", ".join(name for name, row in routers().items() if row.growth is not None)
+        raise UsageError(
+            f"model.moe.router is {moe.router}, whose row does not say how it grows: the number of experts cannot be changed under it; set "
+            f"`growth` in its row, or use a router such as {known}"
         )
     return growth
 

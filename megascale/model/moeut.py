@@ -27,7 +27,7 @@ from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import weighted_sum
 from megascale.model.position import Rotary, rotate
 from megascale.model.residual import InitStd, Residual
-from megascale.model.router import Choice, choose, entropy_of, mass_of
+from megascale.model.router import Choice, choose, entropy_of, mass_of, sigma
 from megascale.model.spec import ParamSpec, declare, declare_repeated
 
 
@@ -81,7 +81,7 @@ class SwitchHead(nn.Module):
     def _choose(self, normed: Tensor, selector: Tensor) -> Choice:
         exact = torch.promote_types(normed.dtype, torch.float32)
         logits = F.linear(normed.to(exact), selector.to(normed.dtype).to(exact)).unflatten(2, (-1, self.experts))
-        return choose("sigma", logits, self.top_k, None)
+        return choose(sigma, logits, self.top_k, None)
 
     @outside_graphs
     def _values(self, x: Tensor, choice: Choice) -> Tensor:

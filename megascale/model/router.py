@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascale.config.routers import routers
 from megascale.config.schema import Moe
 from megascale.model.attention import identity
 from megascale.model.spec import ParamSpec, declare, declare_state
-
-ROUTING_DIM = 16  # of X-MoE's low-dimensional space
-EXPERT_NORM = 1.5  # to which X-MoE's expert rows return after every update
-TEMPERATURE = 0.3  # at X-MoE's start
+from megascale.plugins import resolve
 
 
 class Choice(NamedTuple):
@@ -36,30 +34,57 @@ class Choice(NamedTuple):
     probabilities: Tensor
 
 
-def choose(rule: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
-    """logits [b, s, E] → the choice of each token.
+class Scored(NamedTuple):
+    """What a router's `score` makes of logits [..., E]: `scores` of which the k largest are chosen, and a function from the chosen experts
+    [..., k] to the `Choice`.
+    """
 
-    topk_softmax, xmoe   softmax over the k largest logits (Mixtral, arXiv 2401.04088); of a single one that over all, for softmax over one
-                         is 1 whatever the router says (Switch; X-MoE's and TorchScale's top-1 gate)
-    softmax_topk         the k largest of the softmax over all, as they are (Switch, arXiv 2101.03961)
-    sigmoid              the k largest σ + bias; gates σ, divided by their sum when k > 1 (DeepSeek-V3, arXiv 2412.19437)
-    sigma                the k largest σ, as they are (σ-MoE, arXiv 2310.10837); balance is judged by the softmax
+    scores: Tensor
+    choice: Callable[[Tensor], Choice]
 
-    A `bias` [E] takes part in the selection only, under every rule.
+
+def choose(score: Callable[[Tensor], Scored], logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
+    """logits [..., E] → the choice of each token: the k largest scores. A `bias` [E] takes part in the selection only."""
+    scores, choice = score(logits)
+    return choice((scores if bias is None else scores + bias).topk(top_k, -1).indices)
+
+
+def topk_softmax(logits: Tensor) -> Scored:
+    """Gates are the softmax over the chosen logits (Mixtral, arXiv 2401.04088); of a single one that over all, for softmax over one is 1
+    whatever the router says (Switch; X-MoE's and TorchScale's top-1 gate).
     """
     probabilities = torch.softmax(logits, -1)
-    if rule in ("topk_softmax", "xmoe"):
-        scores = logits
-    else:
-        scores = probabilities if rule == "softmax_topk" else torch.sigmoid(logits)
-    experts = (scores if bias is None else scores + bias).topk(top_k, -1).indices
-    gates = scores.gather(-1, experts)
-    if scores is logits:
-        gates = torch.softmax(gates, -1) if top_k > 1 else probabilities.gather(-1, experts)
-    elif rule == "sigmoid":
-        gates = _divided(gates, logits.gather(-1, experts)) if top_k > 1 else gates
-        probabilities = _divided(scores, logits)
-    return Choice(experts, gates, probabilities)
+
+    def choice(experts: Tensor) -> Choice:
+        several = experts.shape[-1] > 1
+        gates = torch.softmax(logits.gather(-1, experts), -1) if several else probabilities.gather(-1, experts)
+        return Choice(experts, gates, probabilities)
+
+    return Scored(logits, choice)
+
+
+def softmax_topk(logits: Tensor) -> Scored:
+    """Gates are those of the softmax over all, as they are (Switch, arXiv 2101.03961)."""
+    probabilities = torch.softmax(logits, -1)
+    return Scored(probabilities, lambda experts: Choice(experts, probabilities.gather(-1, experts), probabilities))
+
+
+def sigmoid(logits: Tensor) -> Scored:
+    """Gates are σ, divided by the sum of the chosen where there are several (DeepSeek-V3, arXiv 2412.19437)."""
+    scores = torch.sigmoid(logits)
+
+    def choice(experts: Tensor) -> Choice:
+        own = scores.gather(-1, experts)
+        gates = _divided(own, logits.gather(-1, experts)) if experts.shape[-1] > 1 else own
+        return Choice(experts, gates, _divided(scores, logits))
+
+    return Scored(scores, choice)
+
+
+def sigma(logits: Tensor) -> Scored:
+    """Gates are σ, as it is; balance is judged by the softmax (σ-MoE, arXiv 2310.10837)."""
+    probabilities, scores = torch.softmax(logits, -1), torch.sigmoid(logits)
+    return Scored(scores, lambda experts: Choice(experts, scores.gather(-1, experts), probabilities))
 
 
 def _divided(scores: Tensor, logits: Tensor) -> Tensor:
@@ -140,8 +165,7 @@ def moved_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
 class Router(nn.Module):
     """Tokens → logits → choice, with weights rounded like all others to the compute dtype and the product in at least fp32.
 
-    `scale` multiplies the product with the tokens. `bias`, with `balance: bias`, is state: `moved_bias` sets it after each step. xmoe
-    projects a token to 16 dimensions and compares directions with the experts' rows there, at a learned temperature (arXiv 2204.09179).
+    `scale` multiplies the product with the tokens. `bias`, with `balance: bias`, is state: `moved_bias` sets it after each step.
     """
 
     bias: Tensor | None
@@ -149,17 +173,17 @@ class Router(nn.Module):
     def __init__(self, hidden: int, cfg: Moe, std: float, truncated: bool, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
-        self.rule, self.top_k = cfg.router, cfg.top_k
+        self.row, self.top_k = routers()[cfg.router], cfg.top_k
+        self.score = resolve(self.row.score, f"the router {cfg.router}")
         # Every rank holds a router whole and sees its own experts' share of the gates' gradients, hence "heads".
-        # σ-MoE's rows start at equal length, or the longest would be chosen first.
-        wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated, equal_rows=cfg.router == "sigma")
+        wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated, equal_rows=self.row.equal_rows)
         self.project: nn.Parameter | None = None
         self.temperature: nn.Parameter | None = None
-        if cfg.router == "xmoe":
-            row_std = EXPERT_NORM / math.sqrt(ROUTING_DIM)
-            wide = ParamSpec((cfg.num_experts, ROUTING_DIM), "router", "heads", row_std, orthogonal=True, equal_rows=True)
-            self.project = declare(ParamSpec((ROUTING_DIM, hidden), "router", "heads", std, truncated=truncated), dtype)
-            self.temperature = declare(ParamSpec((1,), "norm", "heads", mean=TEMPERATURE), dtype)
+        if (of := self.row.directions) is not None:
+            row_std = of.length / math.sqrt(of.dim)
+            wide = ParamSpec((cfg.num_experts, of.dim), "router", "heads", row_std, orthogonal=True, equal_rows=True)
+            self.project = declare(ParamSpec((of.dim, hidden), "router", "heads", std, truncated=truncated), dtype)
+            self.temperature = declare(ParamSpec((1,), "norm", "heads", mean=of.temperature), dtype)
         self.weight = declare(wide, dtype)
         if cfg.balance == "bias":
             declare_state(self, "bias", ParamSpec((cfg.num_experts,), "bias", "tokens"), torch.float32)
@@ -181,4 +205,4 @@ class Router(nn.Module):
         """x [b, s, d] → logits [b, s, E] and the choice."""
         logits = self.logits(x)
         bias = None if self.bias is None else self.bias.to(logits.dtype)
-        return logits, choose(self.rule, logits, self.top_k, bias)
+        return logits, choose(self.score, logits, self.top_k, bias)

@@ -23,7 +23,7 @@ from megascale.model.experts import Arrival, Experts, MixtureOfExperts
 from megascale.model.family import Family
 from megascale.model.moeut import SwitchHead
 from megascale.model.ops.grouped_matmul import inverse_of, permute
-from megascale.model.router import EXPERT_NORM, moved_bias
+from megascale.model.router import moved_bias
 from megascale.model.spec import ParamSpec
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
@@ -118,7 +118,7 @@ def _sum_over(x: Tensor, axes: list[Axis]) -> Tensor:
 @torch.no_grad()
 def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tensor) -> None:
     """After an update, before the step's metrics are read: moves the selection biases by the load of the whole global batch, in one message
-    for all local layers, and renormalizes X-MoE's expert rows. A step that was not `finite` moves nothing.
+    for all local layers, and renormalizes the expert rows of routers by direction. A step that was not `finite` moves nothing.
     """
     layers = [moe for stage in stages for moe in mixtures(stage)]
     balanced = [(moe.router.bias, moe) for moe in layers if moe.router.bias is not None]
@@ -131,6 +131,6 @@ def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tenso
         for (bias, moe), count in zip(balanced, counts):
             bias.copy_(moved_bias(bias, count, moe.moe.bias_rate).where(finite, bias))
     for moe in layers:
-        if moe.router.rule == "xmoe":
+        if (of := moe.router.row.directions) is not None:
             rows = local_tensor(moe.router.weight)
-            rows.mul_(EXPERT_NORM / rows.norm(dim=-1, keepdim=True))
+            rows.mul_(of.length / rows.norm(dim=-1, keepdim=True))

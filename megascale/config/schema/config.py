@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from megascale.config.routers import routers
 from megascale.config.schema.model import Model
 from megascale.config.schema.parallel import Parallel
+from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Layers, Positive, Seconds, Section, Seed, Threads
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
@@ -97,7 +99,7 @@ class GrowAt(Section):
     """Relative shares of the output for the first copy and for each other copy."""
     optimizer: Literal["transform", "reset"] = "transform"
     """Transform the optimizer's state along with the weights, or reset it."""
-    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    router: Annotated[str, RowName(routers)] = "topk_softmax"
     """Router of experts that are made from dense layers."""
     lossless: Literal["require", "prefer", "off"] = "prefer"
     """`require` refuses everything that cannot be exact; `prefer` refuses what has an exact alternative; `off` refuses nothing."""

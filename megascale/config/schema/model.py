@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from megascale.config.activations import ActivationRow, activations
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
+from megascale.config.routers import RouterRow, routers
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, NonNegative, Positive, Section, Share
 
@@ -29,7 +30,7 @@ class Moe(Section):
     """Width of one expert. Default: `model.ffn_size`."""
     every: Positive = 1
     """Every n-th layer has experts; the others are dense."""
-    router: Literal["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"] = "topk_softmax"
+    router: Annotated[str, RowName(routers)] = "topk_softmax"
     """How scores become choices and weights: softmax over the chosen or over all experts, sigmoid scores, SIGMA, or X-MoE's cosine scores.
     """
     balance: Literal["loss", "entropy", "bias", "none"] = "loss"
@@ -46,6 +47,10 @@ class Moe(Section):
     """The same in evaluation, if `capacity_factor` is set."""
     init: Literal["model", "st_moe"] = "model"
     """Initial weights of the experts: as the rest of the model, or ST-MoE's truncated normal of variance 0.1/fan_in."""
+
+    @property
+    def router_row(self) -> RouterRow:
+        return routers()[self.router]
 
 
 class Moeut(Section):

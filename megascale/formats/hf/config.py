@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megascale.config.load import flatten
+from megascale.config.routers import routers
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.hf import t5
@@ -83,7 +84,7 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
         flat["rope_theta"], flat["rope_scaling"], trouble = read_rope(config, family.theta, length)
         problems += trouble
     problems += [problem] if problem else []
-    if flat.get("moe.top_k") == 1 and flat.get("moe.router") == "topk_softmax" and flat.get("moe.num_experts") != 1:
+    if flat.get("moe.top_k") == 1 and flat.get("moe.num_experts") != 1 and _normalized_alone(flat.get("moe.router")):
         problems.append("with one expert per token its normalized gate is 1, but here it is a probability")
     rows = config.get("type_vocab_size", 2)
     if family.model_type == "t5":
@@ -161,6 +162,11 @@ def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int
     return value, None
 
 
+def _normalized_alone(router: str | None) -> bool:
+    """Whether the gate of a Hugging Face model with this router is always 1 with one expert per token."""
+    return router is not None and routers()[router].single is not None
+
+
 def functional(model: Model) -> dict[str, Any]:
     """{"section.key": value} of everything that affects a trained model's logits."""
     flat = flatten({k: v for k, v in model.model_dump(mode="json").items() if v is not None})
@@ -191,8 +197,8 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
     Raises UsageError naming the differences to the nearest family.
     """
     nearest: tuple[Family, dict[str, tuple[Any, Any]]] | None = None
-    if model.moe is not None and model.moe.top_k == 1 and model.moe.router == "topk_softmax":
-        model = model.model_copy(update={"moe": model.moe.model_copy(update={"router": "softmax_topk"})})  # equivalent with one gate
+    if model.moe is not None and model.moe.top_k == 1 and model.moe.router_row.single is not None:
+        model = model.model_copy(update={"moe": model.moe.model_copy(update={"router": model.moe.router_row.single})})
     kind = (original or {}).get("model_type")
     for family in sorted(FAMILIES, key=lambda f: f.model_type != kind):
         found = _as_family(model, seq_len, family, original if family.model_type == kind else None)
@@ -216,7 +222,7 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
     if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None
-    if model.moe is not None and model.moe.top_k == 1 < model.moe.num_experts and family.ours.get("moe.router") == "topk_softmax":
+    if model.moe is not None and model.moe.top_k == 1 < model.moe.num_experts and _normalized_alone(family.ours.get("moe.router")):
         return None  # its only gate is 1
     config: dict[str, Any] = {k: v for k, v in (original or {}).items() if harmless(k)}
     config |= {"architectures": [family.architecture], "model_type": family.model_type}

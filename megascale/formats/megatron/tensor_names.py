@@ -14,6 +14,7 @@ from typing import Any
 
 from megascale.config.norms import norms
 from megascale.config.positions import positions
+from megascale.config.routers import routers
 from megascale.config.schema import Model
 from megascale.config.stages import has_experts
 from megascale.errors import UsageError
@@ -30,7 +31,6 @@ NORMS = {
 }
 EXPERT = {"sequential": "mlp.experts.local_experts.{expert}.{product}.weight", "grouped": "mlp.experts.{product}.weight{expert}"}
 OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
-ROUTERS = ("topk_softmax", "softmax_topk", "sigmoid")
 TIED_COPY = "output_layer.weight"  # copy of the embedding on the last of several pipeline ranks
 
 
@@ -70,10 +70,9 @@ def check_model(model: Model, cut: Cut) -> None:
             f"model.norm is {model.norm} and model.bias is {model.bias}, but megatron-core's LayerNorm has a bias and its RMSNorm none: "
             "exchange models with both or neither"
         )
-    if model.moe is not None and model.moe.router not in ROUTERS:
-        raise UsageError(
-            f"model.moe.router is {model.moe.router}, but megatron-core has the weights of {', '.join(ROUTERS)}: use one of them"
-        )
+    if model.moe is not None and not model.moe.router_row.megatron:
+        known = ", ".join(n for n, r in routers().items() if r.megatron)
+        raise UsageError(f"model.moe.router is {model.moe.router}, but megatron-core has the weights of {known}: use one of them")
     sizes = {"num_kv_heads": model.num_kv_heads}
     if model.moe is not None:
         sizes["moe.ffn_size"] = model.moe.ffn_size or 0
