@@ -25,6 +25,7 @@ from megascale.config.json_schema import schema_text
 from megascale.config.load import build_config
 from megascale.config.norms import NORMS
 from megascale.config.optimizers import OPTIMIZERS, optimizers
+from megascale.config.residuals import RESIDUALS
 from megascale.config.routers import ROUTERS
 from megascale.config.schema import Optim, Parallel
 from megascale.data.forms import READERS, readers
@@ -40,7 +41,7 @@ from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 
 ACME = Path(__file__).parent / "plugin"
-PARTS = {"model__norm": "l1norm", "model__ffn": "relu2", "model__position": "nope"}
+PARTS = {"model__norm": "l1norm", "model__ffn": "relu2", "model__position": "nope", "model__residual": "halves"}
 Install = Callable[..., Path]
 
 
@@ -120,6 +121,7 @@ def train_all(cases: list[Case]) -> list[dict[str, Any]]:
 EXPERTS: dict[str, Any] = {"moe": {"num_experts": 4, "top_k": 2, "ffn_size": 16, "router": "softplus", "balance": "bias"}}
 LAYOUTS = {
     "router": (EXPERTS, [{"tp": 2, "tp_sequence": True}, {"dp_shard": 2, "ep": 2}]),
+    "residual": ({"residual": "halves"}, [{"tp": 2}, {"pp": 2, "recompute": "full"}]),
 }
 
 
@@ -332,7 +334,7 @@ def test_every_built_in_row_names_what_is_there() -> None:
     """Catches a row whose module or name was moved: nothing imports it until somebody asks for it."""
     parts = [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]
     parts += [*((n, p) for n, r in NORMS.items() for p in (r.normalize, r.kernel) if p), *((n, r.phi) for n, r in ACTIVATIONS.items())]
-    parts += [(n, r.score) for n, r in ROUTERS.items()]
+    parts += [*((n, r.score) for n, r in ROUTERS.items()), *((n, p) for n, r in RESIDUALS.items() for p in (r.layer, r.ends))]
     for name, part in parts:
         assert callable(plugins.resolve(part, name))
 

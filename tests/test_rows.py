@@ -18,14 +18,17 @@ from megascale.config.activations import ACTIVATIONS, ActivationRow
 from megascale.config.load import build_config
 from megascale.config.norms import NORMS, NormGrowth, NormRow
 from megascale.config.positions import POSITIONS, PositionRow
+from megascale.config.residuals import RESIDUALS, ResidualScheme
 from megascale.config.routers import ROUTERS, RouterGrowth, RouterRow
 from megascale.config.schema import Model, Parallel
+from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.expand.options import GrowthOptions, Sizes, check_options
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import Smaller, smaller_model
 from megascale.formats.megatron.tensor_names import Cut, check_model
 from megascale.model.ops.norm_kernels import choose_kernels
+from megascale.model.residual import InitStd, Residual, Stack
 from megascale.model.router import Choice, Scored
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
@@ -37,6 +40,15 @@ NOPE = PositionRow(grid=True, grows=True)
 # Gates are softplus of their own logits, divided by their sum.
 SOFTPLUS = RouterRow("tests.test_rows:softplus_gates", growth=RouterGrowth(normed=True, alone=math.log(2)))
 OURS = {"norm": "l1norm", "ffn": "relu2", "position": "nope", "bias": True}
+
+
+# The sum of stream and branch keeps the size of one; nothing is said of grids, Megatron or any key.
+HALVES = ResidualScheme("before", "tests.test_rows:halves")
+UNIT = ResidualScheme("within", "tests.test_rows:halves", inner_norms=True, unit_scaled=True, reads=("mus_tau",))
+
+
+def halves(cfg: Model, stack: Stack, layer: int) -> Residual:
+    return Residual(cfg.residual_row, InitStd("xavier"), skip=math.sqrt(0.5), branch=math.sqrt(0.5))
 
 
 def softplus_gates(logits: Tensor) -> Scored:
@@ -61,10 +73,12 @@ def added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ACTIVATIONS, "relu2", SQUARE)
     monkeypatch.setitem(POSITIONS, "nope", NOPE)
     monkeypatch.setitem(ROUTERS, "softplus", SOFTPLUS)
+    monkeypatch.setitem(RESIDUALS, "halves", HALVES)
+    monkeypatch.setitem(RESIDUALS, "unit", UNIT)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("residual", ["pre", "subln"])
+@pytest.mark.parametrize("residual", ["pre", "subln", "halves", "unit"])
 def test_new_rows_train_alike_on_every_layout(residual: str) -> None:
     """Catches a norm whose statistics are of this rank's channels alone, and a module that knows no other than our own rows."""
     case = Case(tiny(**OURS, residual=residual, qk_norm="width"), steps=2)
@@ -83,9 +97,11 @@ def test_new_rows_train_alike_on_every_layout(residual: str) -> None:
         ({"qk_norm": True, "bias": False}, Sizes(head_dim=8)),
         ({"residual": "post"}, Sizes(num_layers=4, hidden_size=48)),
         ({"residual": "subln"}, Sizes(ffn_size=64)),
+        ({"residual": "halves"}, Sizes(num_layers=4, hidden_size=48)),
+        ({"residual": "unit", "init_std": 0.02}, Sizes(num_layers=3, hidden_size=48, ffn_size=64)),
         ({"moe": MOE, "bias": False}, Sizes(experts=8)),
     ],
-    ids=["width and depth", "heads", "channels", "behind the sum", "inner norms", "experts"],
+    ids=["width and depth", "heads", "channels", "behind the sum", "inner norms", "a scheme", "unit scaling", "experts"],
 )
 def test_new_rows_grow_as_they_say(changes: dict[str, Any], sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches gains and epsilons of a root mean square under a norm that takes another mean."""
@@ -165,6 +181,8 @@ def test_rules_kernels_and_formats_read_the_row() -> None:
             built(ffn=wrong)
     with pytest.raises(UsageError, match=r"model.norm is 'l1norm', but megatron-core's GPT model"):
         check_model(built(norm="l1norm"), Cut(1, 1, "te", 8))
+    with pytest.raises(UsageError, match=r"model.residual is 'halves', but megatron-core's GPT model needs pre"):
+        check_model(built(residual="halves"), Cut(1, 1, "te", 8))
     with pytest.raises(UsageError, match=r"model.moe.router is softplus, but megatron-core has the weights of topk_softmax"):
         check_model(built(moe={"router": "softplus"}), Cut(1, 1, "te", 8))
     with pytest.raises(ValueError, match="the gate of a zero logit is 0"):
@@ -178,9 +196,35 @@ def test_rules_kernels_and_formats_read_the_row() -> None:
     assert {"l1norm"} < set(Model.model_json_schema()["properties"]["norm"]["enum"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"residual": "unit", "optim": {"name": "muon", "weight_decay": 0.0}}, "steps of this optimizer do not follow weights"),
+        ({"residual": "unit", "optim": {"weight_decay": 0.1}}, "weight decay multiplied by the learning rate would change"),
+        ({"residual": "unit", "moe": {}, "optim": {"weight_decay": 0.0}}, "experts have neither inner norms"),
+        ({"residual": "halves", "mus_tau": 0.1}, "only unit-scaled blocks have a τ"),
+        ({"residual": "halves", "branchnorm_period": 3}, "only residual branchnorm uses it"),
+        ({"residual": "halves", "deepscale_unit": "gradient"}, "other schemes have no such choice"),
+        ({"residual": "halves", "precision": {"fp8": "static"}}, "static FP8 scales need a unit-scaled model"),
+        (
+            {"residual": "halves", "family": "spacetime", "spacetime": {"shape": [4, 4], "patch": [2, 2], "channels": 1}},
+            "blocks over grids",
+        ),
+        ({"residual": "halves", "moeut": {}, "moe": {}}, "MoEUT is a decoder with a fixed block"),
+    ],
+)
+def test_rules_ask_a_scheme_for_facts(changes: dict[str, Any], words: str) -> None:
+    """Catches a rule that knows schemes by name, and lets pass what a new one cannot be combined with."""
+    sections = {k: changes[k] for k in ("optim", "precision") if k in changes}
+    model = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 8, **{k: v for k, v in changes.items() if k not in sections}}
+    seq_len = 4 if "spacetime" in model else 16
+    with pytest.raises(UsageError, match=words):
+        check(build_config({"model": model, "train": {"steps": 1, "seq_len": seq_len}, "data": {"train": "x"}, **sections}), 1)
+
+
 def test_nobody_asks_for_a_name() -> None:
     """Catches the next `if cfg.norm == …`: what it wants to know belongs into the row."""
-    tables: dict[str, dict[str, Any]] = {"norm": NORMS, "ffn": ACTIVATIONS, "position": POSITIONS, "router": ROUTERS}
+    tables: dict[str, dict[str, Any]] = {"norm": NORMS, "ffn": ACTIVATIONS, "position": POSITIONS, "router": ROUTERS, "residual": RESIDUALS}
     asked = []
     for path in [*Path("megascale").rglob("*.py"), *Path("tools").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

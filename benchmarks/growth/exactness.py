@@ -48,14 +48,14 @@ def random_state(model: Model, seed: int = 0, seq_len: int = SEQ) -> dict[str, T
     """Weights at which every norm, gain and bias has a say; μS has its own size."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    matrix = 1.0 if model.residual == "mus" else 0.2
+    matrix = 1.0 if model.residual_row.unit_scaled else 0.2
     for name, spec in specs(model, seq_len).items():
         drawn = torch.randn(spec.shape, generator=generator, dtype=torch.float64)
         if spec.role == "coefficient":
             state[name] = torch.full(spec.shape, spec.mean, dtype=torch.float64)
         elif spec.role in ("norm", "scale"):
             state[name] = spec.mean + 0.3 * drawn
-        elif spec.role == "head" and model.residual == "mus":
+        elif spec.role == "head" and model.residual_row.unit_scaled:
             state[name] = drawn * math.sqrt(model.hidden_size)  # else the logits would be small and so would their differences
         else:
             state[name] = drawn * {"bias": 0.2, "embedding": 1.0}.get(spec.role, matrix)

@@ -57,7 +57,7 @@ def point_names(model: ParallelModel) -> list[tuple[int, str]]:
     encoder = cfg.encoder_layers or 0
 
     def behind(layers: range, *kinds: str) -> list[tuple[int, str]]:
-        return [(layer, kind) for layer in layers for kind in (("block",) if cfg.residual == "parallel" else kinds)]
+        return [(layer, kind) for layer in layers for kind in (("block",) if cfg.residual_row.one_norm else kinds)]
 
     if not encoder:
         return [(-1, "embedding"), *behind(range(cfg.num_layers), "attention", "ffn")]
@@ -98,7 +98,7 @@ class Taps:
                     handles.append(block.register_forward_pre_hook(self._before(entry)))
                 for kind, entered in _entries(block):
                     handles.append(entered.register_forward_pre_hook(self._before(self.row[layer, kind])))
-                handles.append(block.register_forward_hook(self._after(self.row[layer, "block" if block.row.one_norm else "ffn"])))
+                handles.append(block.register_forward_hook(self._after(self.row[layer, "block" if block.row.scheme.one_norm else "ffn"])))
         try:
             yield
         finally:
@@ -170,9 +170,9 @@ class Taps:
 
 def _entries(block: Block) -> list[tuple[str, nn.Module]]:
     """The sublayers that another sublayer follows, each with the module that first reads the stream after it."""
-    if block.row.one_norm:
+    if block.row.scheme.one_norm:
         return []
-    before = block.row.norm == "before"
+    before = block.row.scheme.norm == "before"
     entries: list[tuple[str, nn.Module | None]] = []
     if block.cross is not None:
         entries.append(("attention", block.cross_norm if before else block.cross))

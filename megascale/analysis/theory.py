@@ -62,7 +62,7 @@ def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Sig
     for layer in range(stack.layers):
         row = residual(cfg, stack, layer)
         parts: list[tuple[str, list[Sublayer]]] = [("attention", [attention]), ("ffn", [feed_forward])]
-        if row.one_norm:
+        if row.scheme.one_norm:
             parts = [("block", [attention, feed_forward])]
         for kind, sublayers in parts:
             x, pull = _join(cfg, row, x, sublayers, seq_len, stack.side == "decoder", warm, kind != "ffn")
@@ -83,15 +83,15 @@ def _join(
 ) -> tuple[Signal, Pull]:
     """The stream after skip·x + branch·Σ F, normalized before, after, or at the branch's end."""
     alpha = cfg.dyt_alpha[0 if attends else 1]
-    h, pull_before = _norm(cfg, x, alpha) if row.norm == "before" else (x, _unchanged)
+    h, pull_before = _norm(cfg, x, alpha) if row.scheme.norm == "before" else (x, _unchanged)
     factor = row.branch * (warm if row.branch_period else 1.0) * (1.0 if row.channel_scale is None else row.channel_scale)
     branches = [f(cfg, row, h, seq_len, causal) for f in sublayers]
-    if row.norm == "within":
+    if row.scheme.norm == "within":
         branches = [_normed(cfg, alpha, *branch) for branch in branches]
     parts = [(row.skip, x)] + [(factor, dropout(y, cfg.dropout)) for y, _ in branches]
     var = sum(c * c * s.var for c, s in parts)
     out = Signal(sum(c * s.mean for c, s in parts), var, sum(c * c * s.var * s.corr for c, s in parts) / var)
-    joined, pull_after = _norm(cfg, out, alpha) if row.norm == "after" else (out, _unchanged)
+    joined, pull_after = _norm(cfg, out, alpha) if row.scheme.norm == "after" else (out, _unchanged)
 
     def pull(g: Gradient) -> Gradient:
         g = pull_after(g)
@@ -113,7 +113,7 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
     scores = 1.0 if cfg.attention_scale is None else cfg.attention_scale**2 * cfg.head_dim
     for role, width in (("query", wide), ("key", narrow)):
         z, _ = _product(cfg, row, h, role, width, d)
-        scores *= (_norm(cfg, z, cfg.dyt_alpha[1])[0] if cfg.qk_norm or row.qk_norm else z).square
+        scores *= (_norm(cfg, z, cfg.dyt_alpha[1])[0] if cfg.qk_norm or row.scheme.qk_norm else z).square
     peak = math.exp(min(50.0, (1 - h.corr) * scores))
     seen = np.arange(1, seq_len + 1) if causal else np.full(seq_len, seq_len)
     own = float(np.minimum(1.0, peak / seen).mean())  # Σa² over a query's keys
@@ -122,7 +122,7 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
     values, pull_values = _product(cfg, row, h, "value", narrow, d)
     y = Signal(0.0, values.var * (values.corr + (1 - values.corr) * own), 0.0)
     y = y._replace(corr=values.var * (values.corr + (1 - values.corr) * shared) / y.var)
-    inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.inner_norms else (y, _unchanged)
+    inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.scheme.inner_norms else (y, _unchanged)
     out, pull_out = _product(cfg, row, inner, "attention_out", d, wide)
     # Gradient of a value: Σ of a over all queries that attend to it.
     weight = 1 / seen
@@ -148,7 +148,7 @@ def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: boo
     gate, pull_gate = _product(cfg, row, h, "gate", f, d)
     rule = cfg.ffn_row.theory
     y = swiglu(gate, up) if rule == "swiglu" else relu(up) if rule == "relu" else gelu(up)
-    inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.inner_norms else (y, _unchanged)
+    inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.scheme.inner_norms else (y, _unchanged)
     out, pull_out = _product(cfg, row, inner, "down", d, f)
 
     def pull(g: Gradient) -> Gradient:

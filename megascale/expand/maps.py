@@ -10,7 +10,7 @@ from megascale.expand.axes import FRESH, MEAN, ZERO, AxisMap, axis, cancelling, 
 from megascale.expand.depth import Layer
 from megascale.expand.heads import Channels, Heads, cancelling_heads, channel_rows, grow_channels, grow_heads
 from megascale.expand.options import GrowthOptions, Sizes
-from megascale.expand.stack import gates_of, growth_of, row_of
+from megascale.expand.stack import gates_of, growth_of
 from megascale.model.position import alibi_slopes
 from megascale.model.residual import ends
 
@@ -46,11 +46,10 @@ def build_maps(
     source: Model, target: Model, seq_lens: tuple[int, int], sizes: Sizes, options: GrowthOptions, layers: tuple[Layer, ...]
 ) -> Maps:
     """All maps between two configs. Raises UsageError for rows without a map; what is merely lossy is in `lossy`."""
-    row = row_of(source, 0)
     maps = Maps({"one": same(1), "routing": routing_space(target), "plain": same(target.hidden_size)}, target)
-    _stream(maps, source, options, row.norm)
-    silent = row.inner_norms
-    heads, channels = _heads(maps, source, options, silent, bool(source.qk_norm or row.qk_norm))
+    _stream(maps, source, options, source.residual_row.norm)
+    silent = source.residual_row.inner_norms
+    heads, channels = _heads(maps, source, options, silent, bool(source.qk_norm or source.residual_row.qk_norm))
     _widths(maps, source, options, silent)
     if any(layer.mode == "cancel" for layer in layers):
         _pairs(maps, heads, channels, source)

@@ -18,7 +18,6 @@ from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
 from megascale.expand.options import GrowthOptions, Sizes, check_options, check_times, target_model
 from megascale.expand.stack import growth_of, plan_layers, row_of, specs
-from megascale.model.residual import ends
 from megascale.model.spec import ParamSpec
 from megascale.optim.rates import MATRICES
 
@@ -181,7 +180,7 @@ def plan_growth(source: Model, seq_len: int, sizes: Sizes, options: GrowthOption
     maps = build_maps(source, target, seq_lens, sizes, options, layers)
     skips = [in_fp32(row_of(maps.target, i).skip) for i in range(target.num_layers)]
     power = growth_of(target).power
-    chain = norm_chain(layers, skips, power) if row_of(target, 0).norm == "after" and power is not None else {}
+    chain = norm_chain(layers, skips, power) if target.residual_row.norm == "after" and power is not None else {}
     target = with_epsilons(maps.target, source, layers, chain, maps)
     # The support table decides whether the model is allowed.
     check(Config(model=target, train=Train(steps=1, seq_len=seq_lens[1]), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)
@@ -268,7 +267,7 @@ def plan_tensors(
     source: Model, target: Model, seq_lens: tuple[int, int], layers: tuple[Layer, ...], maps: Maps, chain: dict[str, NormChange]
 ) -> tuple[TensorPlan, ...]:
     old, new = specs(source, seq_lens[0]), specs(target, seq_lens[1])
-    last = f"blocks.{len(layers) - 1}.ffn_norm." if not ends(target).final_norm else "final_norm."
+    last = f"blocks.{len(layers) - 1}.ffn_norm." if not target.residual_row.final_norm else "final_norm."
     plans = []
     for name, spec in new.items():
         number, suffix = suffix_of(name)
@@ -280,7 +279,7 @@ def plan_tensors(
             plan = _chained(plan, change, maps)
         if name.startswith(last) and not name.endswith(".alpha"):
             plan = replace(plan, scale=plan.scale * maps.fold) if plan.constant is None else plan
-        if target.residual == "mus" and plan.source is not None and plan.drawn is None:
+        if target.residual_row.unit_scaled and plan.source is not None and plan.drawn is None:
             plan = replace(plan, scale=plan.scale * _unit_scale(old[plan.source], spec))
         plans.append(plan)
     return tuple(plans)
@@ -307,9 +306,9 @@ def _tensor(
     if axes is None:
         raise UsageError(f"growth does not know what the dimensions of {name} are")
     if layer is not None and layer.mode == "identity":
-        if suffix in WRITERS and row_of(target, 0).norm in ("before", "after"):
+        if suffix in WRITERS and target.residual_row.norm in ("before", "after"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
-        if row_of(target, 0).norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
+        if target.residual_row.norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
     if layer is not None and layer.mode == "cancel":
         # Under ALiBi every head has its own slope, under a norm over all heads its own gains: no two cancel.

@@ -141,7 +141,7 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
 
 def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growth:
     """The plan that keeps these indices, as data: the tables of growth with maps to fewer indices."""
-    row, d = row_of(source, 0), source.hidden_size
+    d = source.hidden_size
     assert source.vocab_size
     maps = Maps({}, target)
     growth = growth_of(source)
@@ -160,9 +160,9 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         own = {"query": query, "key": key_value, "value": key_value, "heads": query, "ffn": neurons, "ffn_out": neurons}
         own |= _inner(growth, "heads", query) | _inner(growth, "ffn", neurons)
         maps.axes |= {f"{name}@{i}": a for name, a in own.items()}
-    if source.qk_norm or row.qk_norm:
+    if source.qk_norm or source.residual_row.qk_norm:
         maps.eps_factor["qk_norm"] = 1.0  # a head keeps all channels
-    if row.inner_norms and growth.power is not None:
+    if source.residual_row.inner_norms and growth.power is not None:
         maps.eps_factor |= {
             "attention_inner_norm": source.num_heads / target.num_heads,
             "ffn_inner_norm": source.ffn_size / (target.ffn_size or source.ffn_size),

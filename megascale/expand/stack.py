@@ -79,7 +79,7 @@ def plan_layers(source: Model, target: Model, options: GrowthOptions) -> tuple[t
     layers = grow_layers(source.num_layers, target.num_layers, options.depth, options.placement, period)
     target = target.model_copy(update={"num_layers": len(layers), "layer_coefficients": None})
     rows = [row_of(source, layer.source) for layer in layers]
-    position = rows[0].norm
+    position = source.residual_row.norm
     coefficients = [
         # Zero outputs keep the stream only if it is not scaled; a norm after the sum undoes a scale.
         (1.0 if layer.mode != "keep" and position != "after" else row.skip, row.branch)

@@ -43,11 +43,11 @@ class Attention(nn.Module):
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
-            bias = cfg.bias and role not in row.unbiased
+            bias = cfg.bias and role not in row.scheme.unbiased
             return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, bias, starts)
 
         def norm(dim: int, cut: Cut, name: str) -> Norm:
-            bias = cfg.bias and "norm" not in row.unbiased
+            bias = cfg.bias and "norm" not in row.scheme.unbiased
             return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, bias, cfg.dyt_alpha[1])
 
         self.head_dim = e
@@ -57,10 +57,10 @@ class Attention(nn.Module):
         self.k = product(kv_heads * e, d, "key", "kv_heads")
         self.v = product(kv_heads * e, d, "value", "kv_heads")
         self.o = product(d, heads * e, "attention_out", 1)
-        normed, self.norm_width = cfg.qk_norm or row.qk_norm, cfg.qk_norm == "width"
+        normed, self.norm_width = cfg.qk_norm or row.scheme.qk_norm, cfg.qk_norm == "width"
         self.q_norm = (norm(heads * e, 0, "qk_norm") if self.norm_width else norm(e, "heads", "qk_norm")) if normed else None
         self.k_norm = (norm(kv_heads * e, 0, "qk_norm") if self.norm_width else norm(e, "heads", "qk_norm")) if normed else None
-        self.inner_norm = norm(heads * e, 0, "attention_inner_norm") if row.inner_norms else None
+        self.inner_norm = norm(heads * e, 0, "attention_inner_norm") if row.scheme.inner_norms else None
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = attend if causal else attend_all

@@ -61,7 +61,7 @@ class Block(Unit):
     def __init__(self, cfg: Model, row: Residual, stack: Stack, dtype: torch.dtype, sparse: bool) -> None:
         super().__init__()
         self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
-        bias = cfg.bias and "norm" not in row.unbiased
+        bias = cfg.bias and "norm" not in row.scheme.unbiased
 
         def norm(name: str, alpha: float) -> Norm:
             return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, bias, alpha)
@@ -72,10 +72,10 @@ class Block(Unit):
         self.cross: Attention | None = None
         self.cross_scale: nn.Parameter | None = None
         if "cross" in stack.sublayers:
-            self.cross_norm = None if row.one_norm else norm("cross_norm", cfg.dyt_alpha[0])
+            self.cross_norm = None if row.scheme.one_norm else norm("cross_norm", cfg.dyt_alpha[0])
             self.cross = Attention(cfg, row, dtype, False, row.cross)
             self.cross_scale = self._channel_scale(d, dtype)
-        self.ffn_norm = None if row.one_norm else norm("ffn_norm", cfg.dyt_alpha[1])
+        self.ffn_norm = None if row.scheme.one_norm else norm("ffn_norm", cfg.dyt_alpha[1])
         self.ffn = MixtureOfExperts(cfg, row, dtype) if sparse else FeedForward(cfg, row, dtype)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)
@@ -135,9 +135,9 @@ class Block(Unit):
         return self._scaled(self.cross(h, None, context.memory.mask, context.memory.tokens), self.cross_scale, keys)
 
     def _join(self, x: Tensor, norm: Norm, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:
-        if self.row.norm == "before":
+        if self.row.scheme.norm == "before":
             return self._add(x, sublayer(norm(x)), context)
-        if self.row.norm == "within":
+        if self.row.scheme.norm == "within":
             return self._add(x, norm(sublayer(x)), context)
         return norm(self._add(x, sublayer(x), context))
 

@@ -120,7 +120,7 @@ class Decoder(Family):
             # Under layered accumulation the embedding's weights are not available in backward, and its table does not need them.
             self.embedding_norm.copied = True
         self.final_norm: Norm | None = None
-        if part.last and at_ends.final_norm:
+        if part.last and cfg.residual_row.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
         self.mlm = MaskedHead(cfg, at_ends.head, dtype) if part.last and cfg.mlm_head else None
         if part.last and not cfg.tie_embeddings:

@@ -49,7 +49,7 @@ class EncoderDecoder(Decoder):
             {str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, has_experts(cfg, i)) for i in self.part.of_stack(0, count)}
         )
         self.encoder_norm: Norm | None = None
-        if count - 1 in self.part.layers and at_ends.final_norm:
+        if count - 1 in self.part.layers and cfg.residual_row.final_norm:
             self.encoder_norm = Norm(d, cfg.norm, cfg.norm_eps, "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
 
     def stream_shapes(self, batch: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -145,7 +145,7 @@ class MixtureOfExperts(nn.Module):
         moe = cfg.moe
         assert moe is not None and moe.ffn_size is not None
         start = start or start_of(cfg, moe, row)
-        self.moe, self.num_experts, self.unit_gates = moe, moe.num_experts, row.unit_gates
+        self.moe, self.num_experts, self.unit_gates = moe, moe.num_experts, row.scheme.unit_gates
         self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
         router_scale = start.product_scale(cfg.hidden_size)
         self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype, router_scale)
@@ -243,7 +243,7 @@ def start_of(cfg: Model, moe: Moe, row: Residual) -> ExpertInit:
     if moe.init == "model":
         roles: tuple[tuple[Role, int, int], ...] = (("up", f, d), ("gate", f, d), ("down", d, f))
         # A router is not an FP8 product, but unit scaling scales its initial weights and rate with the width like the others'.
-        router = 1.0 if row.unit_scaled else cfg.init_std
+        router = 1.0 if row.scheme.unit_scaled else cfg.init_std
         stds: dict[Role, float] = {"router": router, **{role: row.starts.std(role, out, into) for role, out, into in roles}}
         return ExpertInit(stds, product_scale=row.product_scale)
     wide, narrow = math.sqrt(0.1 / d), math.sqrt(0.1 / f)

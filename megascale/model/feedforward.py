@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         self.gate: Product | None = product(f, d, "gate", 0) if cfg.gated else None
         self.down = product(d, f, "down", 1)
         self.inner_norm: Norm | None = None
-        if row.inner_norms:
+        if row.scheme.inner_norms:
             self.inner_norm = Norm(f, cfg.norm, row.norm_eps["ffn_inner_norm"], 0, dtype, cfg.bias, cfg.dyt_alpha[1])
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity

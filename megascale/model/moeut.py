@@ -119,7 +119,7 @@ class RepeatedBlock(Unit):
         self.ffn_norm = Norm(d, cfg.norm, cfg.norm_eps, "heads", dtype, cfg.bias)
         wide = std / math.sqrt(d)
         start = ExpertInit({"router": wide, "up": wide, "gate": wide, "down": std / math.sqrt(moe.num_experts * moe.ffn_size)})
-        self.ffn = MixtureOfExperts(cfg, Residual("before", InitStd("constant", cfg.init_std)), dtype, start)
+        self.ffn = MixtureOfExperts(cfg, Residual(cfg.residual_row, InitStd("constant", cfg.init_std)), dtype, start)
         if moe.balance == "entropy":
             self.ffn.balance_weight = 0.0  # the entropy loss covers all repeats
         assert cfg.moeut is not None

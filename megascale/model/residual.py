@@ -1,11 +1,8 @@
-"""How a sublayer joins the stream, as a table: (scheme, depth, architecture, layer) → where the norm stands, what the skip and the branch
-are multiplied with, and how weights start, by role.
+"""How a sublayer joins the stream, as a table: (scheme, depth, architecture, layer) → what the skip and the branch are multiplied with, and
+how weights start, by role.
 
-Blocks read the row; nothing else knows a scheme's name. A new scheme is a new row (CONTRIBUTING.md has the recipe). Everything here is
-plain numbers: N blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
-
-Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; DeepNorm 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635,
-SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, μS (μnit Scaling) 2502.05967.
+Blocks read the row; where its norms stand is the scheme's (config/residuals.py, which has the sources). Everything here is plain numbers: N
+blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
 """
 
 from __future__ import annotations
@@ -16,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
+from megascale.config.residuals import ResidualScheme
 from megascale.config.schema import BLOCK_NORMS, Model
+from megascale.plugins import resolve
 
 # The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
 BRANCH = ("value", "attention_out", "up", "down")
@@ -69,113 +68,115 @@ class InitStd:
 
 @dataclass(frozen=True)
 class Residual:
-    """One row: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after", and skip·x +
-    branch·N(F(x)) where it is "within".
+    """One row: a block of a scheme.
 
+    starts          how the block's matrices start
     cross           how the sublayer starts that attends to a memory, where not as the others do
     branch_period   the branch is also multiplied with min(1, step/period), steps counted from 1
     channel_scale   the branch is also multiplied with a learned vector that starts at this value
-    inner_norms     norms before the attention's output product and after the feed-forward's activation
-    one_norm        attention and feed-forward read the same normalized stream and are added to it together
-    qk_norm         queries and keys are normalized whatever the config says
-    unbiased        roles that have no bias whatever the config says
     norm_eps        by the norm's name in its block or attention
-    unit_gates      a token's experts are divided by the root of the sum of their squared gates, so that together they are as large as one
-    unit_scaled     a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
     """
 
-    norm: Literal["before", "after", "within"]
+    scheme: ResidualScheme
     starts: InitStd
     cross: InitStd | None = None
     skip: float = 1.0
     branch: float = 1.0
     branch_period: int | None = None
     channel_scale: float | None = None
-    inner_norms: bool = False
-    one_norm: bool = False
-    qk_norm: bool = False
-    unbiased: tuple[str, ...] = ()
     norm_eps: Mapping[str, float] = field(default_factory=dict)
-    unit_gates: bool = False
-    unit_scaled: bool = False
 
     def product_scale(self, in_dim: int) -> float:
         """What a matrix's product is multiplied with."""
-        return 1 / math.sqrt(in_dim) if self.unit_scaled else 1.0
+        return 1 / math.sqrt(in_dim) if self.scheme.unit_scaled else 1.0
 
 
 @dataclass(frozen=True)
 class Ends:
-    """How the stream begins and ends: deviations of the tables, a factor on the last hidden state, a norm before the head, and the start
-    of a learned scalar on the embedding.
+    """How the stream begins and ends: deviations of the tables, a factor on the last hidden state, and the start of a learned scalar on the
+    embedding, where there is one.
     """
 
     embedding: float
     head: float
-    final_norm: bool
     hidden_factor: float = 1.0
     embedding_scale: float | None = None
 
 
 def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
     """The row for block `layer` (from 0) of a stack: its scheme's, with the coefficients and epsilons that are the layer's own."""
-    row = replace(scheme(cfg, stack, layer), norm_eps={name: cfg.eps_of(name, layer) for name in BLOCK_NORMS})
+    of_layer = resolve(cfg.residual_row.layer, f"the residual scheme {cfg.residual}")
+    row: Residual = replace(of_layer(cfg, stack, layer), norm_eps={name: cfg.eps_of(name, layer) for name in BLOCK_NORMS})
     if cfg.layer_coefficients is None:
         return row
     skip, branch = cfg.layer_coefficients[layer]
     return replace(row, skip=skip, branch=branch)
 
 
-def scheme(cfg: Model, stack: Stack, layer: int) -> Residual:
-    """The row of `cfg.residual` for block `layer` (from 0) of a stack of this depth."""
-    constant = InitStd("constant", cfg.init_std)
-    # Each write into a pre-norm stream is scaled so that the sum of all keeps the size of one (GPT-2, section 2.3).
-    writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)
-    writers = InitStd("constant", cfg.init_std, {"attention_out": writer, "down": writer})
-    match cfg.residual:
-        case "pre":
-            return Residual("before", writers)
-        case "post":
-            return Residual("after", constant)
-        case "res_post":
-            return Residual("within", constant)
-        case "deepnorm":
-            alpha, beta = deepnorm(stack)
-            return Residual("after", InitStd("xavier", gains=dict.fromkeys(BRANCH, beta)), skip=alpha)
-        case "branchnorm":
-            return Residual("after", InitStd("xavier"), branch_period=cfg.branchnorm_period)
-        case "deepscale" | "deepscale_post":
-            skip, branch = deepscale(stack)
-            starts = InitStd("fan_in", gains=deepscale_gains(cfg, stack, layer))
-            cross = InitStd("fan_in", gains=deepscale_memory_gains(cfg, stack)) if "cross" in stack.sublayers else None
-            return Residual("before" if cfg.residual == "deepscale" else "after", starts, cross, skip=skip, branch=branch, unit_gates=True)
-        case "subln":
-            return Residual("before", InitStd("xavier", gains=dict.fromkeys(BRANCH, subln(stack))), inner_norms=True)
-        case "layerscale":
-            return Residual("before", constant, channel_scale=layerscale(stack.layers))
-        case "parallel":
-            return Residual("before", writers, one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm"))
-        case "mus":
-            tau = mus_tau(cfg, stack)
-            return Residual("within", InitStd("constant", 1.0), skip=math.sqrt(1 - tau), branch=math.sqrt(tau), unit_scaled=True)
-        case _:
-            raise ValueError(f"no residual scheme {cfg.residual}")
-
-
 def ends(cfg: Model) -> Ends:
-    """Embedding, head and final norm of the scheme. Where the norm fixes no size, the embedding's is learned (DyT, arXiv 2503.10622,
-    appendix)."""
-    d = cfg.hidden_size
-    learned = None if cfg.norm_row.divides else math.sqrt(d)
-    final = cfg.residual not in ("post", "deepnorm", "branchnorm", "deepscale_post")
-    tables = 2 if cfg.position_row.table else 1
-    if cfg.residual == "mus":
-        return Ends(math.sqrt(1 / tables), 1.0, final, cfg.head_scale or 1 / d, learned)
-    if cfg.residual not in ("deepscale", "deepscale_post"):
-        return Ends(cfg.init_std, cfg.init_std, final, cfg.head_scale or 1.0, learned)
-    embedding = math.sqrt((1 - cfg.dropout) / tables)
-    factor = 1 / (embedding * math.sqrt(d)) if cfg.tie_embeddings else 1.0
-    return Ends(embedding, 1 / math.sqrt(d), final, cfg.head_scale or factor, learned)
+    """The scheme's ends, with what the config and the norm say. Where the norm fixes no size, the embedding's is learned (DyT, arXiv
+    2503.10622, appendix).
+    """
+    own: Ends = resolve(cfg.residual_row.ends, f"the residual scheme {cfg.residual}")(cfg)
+    learned = None if cfg.norm_row.divides else math.sqrt(cfg.hidden_size)
+    return replace(own, hidden_factor=cfg.head_scale or own.hidden_factor, embedding_scale=learned)
+
+
+def constant_starts(cfg: Model, stack: Stack, layer: int) -> Residual:
+    return Residual(cfg.residual_row, InitStd("constant", cfg.init_std))
+
+
+def scaled_writers(cfg: Model, stack: Stack, layer: int) -> Residual:
+    """Each write into a pre-norm stream is scaled so that the sum of all keeps the size of one (GPT-2, section 2.3)."""
+    writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)
+    return Residual(cfg.residual_row, InitStd("constant", cfg.init_std, {"attention_out": writer, "down": writer}))
+
+
+def deepnorm_layer(cfg: Model, stack: Stack, layer: int) -> Residual:
+    alpha, beta = deepnorm(stack)
+    return Residual(cfg.residual_row, InitStd("xavier", gains=dict.fromkeys(BRANCH, beta)), skip=alpha)
+
+
+def branchnorm_layer(cfg: Model, stack: Stack, layer: int) -> Residual:
+    return Residual(cfg.residual_row, InitStd("xavier"), branch_period=cfg.branchnorm_period)
+
+
+def deepscale_layer(cfg: Model, stack: Stack, layer: int) -> Residual:
+    skip, branch = deepscale(stack)
+    starts = InitStd("fan_in", gains=deepscale_gains(cfg, stack, layer))
+    cross = InitStd("fan_in", gains=deepscale_memory_gains(cfg, stack)) if "cross" in stack.sublayers else None
+    return Residual(cfg.residual_row, starts, cross, skip, branch)
+
+
+def subln_layer(cfg: Model, stack: Stack, layer: int) -> Residual:
+    return Residual(cfg.residual_row, InitStd("xavier", gains=dict.fromkeys(BRANCH, subln(stack))))
+
+
+def layerscale_layer(cfg: Model, stack: Stack, layer: int) -> Residual:
+    return Residual(cfg.residual_row, InitStd("constant", cfg.init_std), channel_scale=layerscale(stack.layers))
+
+
+def mus_layer(cfg: Model, stack: Stack, layer: int) -> Residual:
+    tau = mus_tau(cfg, stack)
+    return Residual(cfg.residual_row, InitStd("constant", 1.0), skip=math.sqrt(1 - tau), branch=math.sqrt(tau))
+
+
+def constant_ends(cfg: Model) -> Ends:
+    return Ends(cfg.init_std, cfg.init_std)
+
+
+def mus_ends(cfg: Model) -> Ends:
+    return Ends(math.sqrt(1 / _tables(cfg)), 1.0, 1 / cfg.hidden_size)
+
+
+def deepscale_ends(cfg: Model) -> Ends:
+    d, embedding = cfg.hidden_size, math.sqrt((1 - cfg.dropout) / _tables(cfg))
+    return Ends(embedding, 1 / math.sqrt(d), 1 / (embedding * math.sqrt(d)) if cfg.tie_embeddings else 1.0)
+
+
+def _tables(cfg: Model) -> int:
+    """Whose rows are added up to make a token's embedding."""
+    return 2 if cfg.position_row.table else 1
 
 
 def deepnorm(stack: Stack) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from megascale.model.family import Family, Unit
 from megascale.model.layers import Norm, linear
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
-from megascale.model.residual import Side, Stack, ends, residual
+from megascale.model.residual import Side, Stack, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
 from megascale.splitmix import mix64_signed
@@ -49,7 +49,7 @@ class Spacetime(Family):
         part = part or StagePart(range(cfg.num_layers))
         assert cfg.spacetime is not None
         self.cfg, self.shape, self.part, self.fields = cfg, shape, part, cfg.spacetime
-        at_ends, dtype, d, std = ends(cfg), shape.storage, cfg.hidden_size, cfg.init_std
+        dtype, d, std = shape.storage, cfg.hidden_size, cfg.init_std
         side: Side = "decoder" if self.fields.objective == "next_step" else "encoder"
         stack = Stack(side, cfg.num_layers, cross_input=bool(self.fields.text_len))
         if part.first and self.fields.text_len:
@@ -64,7 +64,7 @@ class Spacetime(Family):
                 self.position = nn.ModuleList(Table(ParamSpec((n, d), "position", "tokens", std), dtype) for n in self.fields.grid)
         self.blocks = nn.ModuleDict({str(i): Block(cfg, residual(cfg, stack, i), stack, dtype, False) for i in part.layers})
         self.final_norm: Norm | None = None
-        if part.last and at_ends.final_norm:
+        if part.last and cfg.residual_row.final_norm:
             self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias)
         if part.last:
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megascale.config.rules.pairs import spans_asked
-from megascale.config.rules.rule import Rule, grid
+from megascale.config.rules.rule import Rule, changed, grid
 from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
 from megascale.config.stages import SPLIT_BACKWARD
 
@@ -91,12 +91,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.spacetime", "model.residual", "model.norm", "model.linear", "model.moe"),
         lambda c, n: (
             grid(c)
-            and (
-                c.model.residual not in ("pre", "post")
-                or not c.model.norm_row.plain
-                or c.model.linear != "dense"
-                or c.model.moe is not None
-            )
+            and (not c.model.residual_row.grid or not c.model.norm_row.plain or c.model.linear != "dense" or c.model.moe is not None)
         ),
         "blocks over grids support only plain pre- or post-norm so far",
         "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
@@ -105,7 +100,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         "mus_block",
         ("model.residual", "model.norm", "model.linear", "model.moe.init"),
         lambda c, n: (
-            c.model.residual == "mus"
+            c.model.residual_row.unit_scaled
             and (not c.model.norm_row.divides or c.model.linear != "dense" or (c.model.moe is not None and c.model.moe.init != "model"))
         ),
         "unit scaling prescribes the initial weights and needs a norm that scales every branch to unit size",
@@ -114,21 +109,21 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "mus_tau",
         ("model.mus_tau", "model.residual"),
-        lambda c, n: c.model.mus_tau is not None and c.model.residual != "mus",
+        lambda c, n: c.model.mus_tau is not None and "mus_tau" not in c.model.residual_row.reads,
         "only unit-scaled blocks have a τ",
         "remove mus_tau, or use residual mus",
     ),
     Rule(
         "branchnorm_period",
         ("model.residual", "model.branchnorm_period"),
-        lambda c, n: (c.model.residual == "branchnorm") != (c.model.branchnorm_period is not None),
+        lambda c, n: ("branchnorm_period" in c.model.residual_row.reads) != (c.model.branchnorm_period is not None),
         "branchnorm_period is the number of steps over which branches are scaled up; only residual branchnorm uses it, and needs it",
         "set branchnorm_period (4000 is quoted from its paper; less for short runs) for branchnorm, or leave it out",
     ),
     Rule(
         "deepscale_unit",
         ("model.deepscale_unit", "model.residual"),
-        lambda c, n: c.model.deepscale_unit != "variance" and c.model.residual not in ("deepscale", "deepscale_post"),
+        lambda c, n: c.model.deepscale_unit != "variance" and "deepscale_unit" not in c.model.residual_row.reads,
         "deepscale_unit chooses what DeepScaleLM's feed-forward keeps at unit size; other schemes have no such choice",
         "remove deepscale_unit, or use residual deepscale or deepscale_post",
     ),
@@ -149,7 +144,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "moe_sublayer",
         ("model.moe", "model.residual", "model.linear"),
-        lambda c, n: c.model.moe is not None and (c.model.residual == "subln" or c.model.linear != "dense"),
+        lambda c, n: c.model.moe is not None and (c.model.residual_row.inner_norms or c.model.linear != "dense"),
         "experts have neither inner norms nor quantized products",
         "use another residual scheme than subln and linear dense, or remove model.moe",
     ),
@@ -187,7 +182,8 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c, n: (
             c.model.moeut is not None
             and (
-                (c.model.family, c.model.residual, c.model.qk_norm) != ("decoder", "pre", False)
+                c.model.family != "decoder"
+                or changed(c.model, "residual", "qk_norm")
                 or not c.model.norm_row.plain
                 or c.model.num_kv_heads != c.model.num_heads
             )
@@ -220,7 +216,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "mlm_head_scaled",
         ("model.mlm_head", "model.residual", "model.head_scale"),
-        lambda c, n: c.model.mlm_head and (c.model.residual == "mus" or c.model.head_scale is not None),
+        lambda c, n: c.model.mlm_head and (c.model.residual_row.unit_scaled or c.model.head_scale is not None),
         "unit scaling and head_scale scale the input of the head, but the norm of mlm_head cancels any scale",
         "use another residual without head_scale, or leave mlm_head out",
     ),
@@ -269,7 +265,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.linear", "model.tokenformer", "model.residual", "parallel.tp", "precision.fp8"),
         lambda c, n: (
             (c.model.linear == "tokenformer") != (c.model.tokenformer is not None)
-            or (c.model.tokenformer is not None and (c.model.residual == "mus" or c.parallel.tp > 1 or c.precision.fp8 != "false"))
+            or (c.model.tokenformer is not None and (c.model.residual_row.unit_scaled or c.parallel.tp > 1 or c.precision.fp8 != "false"))
             or (c.model.tokenformer is not None and (c.model.spacetime is not None or c.model.moeut is not None))
         ),
         "TokenFormer needs its number of parameter tokens and cannot be sharded by tp",
@@ -283,7 +279,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             and (
                 max(c.model.matformer.sizes, default=1) > c.model.ffn_size
                 or c.model.moe is not None
-                or c.model.residual == "subln"
+                or c.model.residual_row.inner_norms
                 or c.model.linear != "dense"
                 or c.model.family in ("spacetime", "encoder_decoder")
                 or c.model.ffn_sizes is not None

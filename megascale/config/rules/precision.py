@@ -14,7 +14,7 @@ PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
         "fp8_static",
         ("precision.fp8", "model.residual"),
-        lambda c, n: c.precision.fp8 == "static" and c.model.residual != "mus",
+        lambda c, n: c.precision.fp8 == "static" and not c.model.residual_row.unit_scaled,
         "static FP8 scales need a unit-scaled model",
         "use model.residual mus, or precision.fp8 dynamic, which measures its scales",
     ),
@@ -94,21 +94,21 @@ PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
         "base_width",
         ("optim.base_width", "model.residual"),
-        lambda c, n: c.optim.base_width is not None and c.model.residual != "mus",
+        lambda c, n: c.optim.base_width is not None and not c.model.residual_row.unit_scaled,
         "base_width transfers learning rates between widths, which works under unit scaling only",
         "remove base_width, or use model.residual mus",
     ),
     Rule(
         "mus_optimizer",
         ("model.residual", "optim.name"),
-        lambda c, n: c.model.residual == "mus" and not optimizers()[c.optim.name].unit_scaling,
+        lambda c, n: c.model.residual_row.unit_scaled and not optimizers()[c.optim.name].unit_scaling,
         "steps of this optimizer do not follow weights of unit variance",
         "use optim.name adamw or lion",
     ),
     Rule(
         "mus_decay",
         ("model.residual", "optim.weight_decay", "optim.independent_decay"),
-        lambda c, n: c.model.residual == "mus" and c.optim.weight_decay > 0 and not c.optim.independent_decay,
+        lambda c, n: c.model.residual_row.unit_scaled and c.optim.weight_decay > 0 and not c.optim.independent_decay,
         "weight decay multiplied by the learning rate would change with the width; unit scaling needs one that does not",
         "set optim.independent_decay true and weight_decay to the fraction removed per step at the peak learning rate, such as 1e-4; or "
         "weight_decay 0",

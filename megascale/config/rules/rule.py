@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Model
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Rule:
 
 def grid(config: Config) -> bool:
     return config.model.family == "spacetime" and config.model.spacetime is not None
+
+
+def changed(model: Model, *keys: str) -> bool:
+    """Whether one of the keys is not as it is by default."""
+    return any(getattr(model, key) != Model.model_fields[key].default for key in keys)
 
 
 def pair(config: Config) -> bool:

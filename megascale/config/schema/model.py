@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from megascale.config.activations import ActivationRow, activations
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
+from megascale.config.residuals import ResidualScheme, residuals
 from megascale.config.routers import RouterRow, routers
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, NonNegative, Positive, Section, Share
@@ -196,9 +197,7 @@ class Model(Section):
     """Epsilons of norms that differ, by norm (`qk_norm`) or by layer (`blocks.3.ffn_norm`)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of initial weights."""
-    residual: Literal[
-        "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus"
-    ] = "pre"
+    residual: Annotated[str, RowName(residuals)] = "pre"
     """Residual scheme: where a block has norms, how branches are scaled, and how weights start."""
     branchnorm_period: Positive | None = None
     """Steps over which BranchNorm turns into post-norm; needed for `residual: branchnorm`. 4000 is quoted from its paper."""
@@ -284,6 +283,10 @@ class Model(Section):
     @property
     def position_row(self) -> PositionRow:
         return positions()[self.position]
+
+    @property
+    def residual_row(self) -> ResidualScheme:
+        return residuals()[self.residual]
 
     @property
     def causal(self) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megascale.config.norms import norms
 from megascale.config.positions import positions
+from megascale.config.residuals import residuals
 from megascale.config.routers import routers
 from megascale.config.schema import Model
 from megascale.config.stages import has_experts
@@ -52,12 +54,16 @@ def rank_name(tp: int, pp: int, cut: Cut) -> str:
     return f"mp_rank_{tp:02d}" if cut.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
 
 
+def _exchanged(rows: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a table's rows that megatron-core has."""
+    return tuple(name for name, row in rows.items() if row.megatron)
+
+
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for a model that megatron-core's GPT model does not support, or that cannot be split so."""
     wanted: dict[str, tuple[Any, ...]] = {
-        "family": ("decoder",), "residual": ("pre",), "linear": ("dense",), "norm": tuple(n for n, f in norms().items() if f.megatron),
-        "moeut": (None,), "position": tuple(n for n, f in positions().items() if f.megatron), "qk_norm": (False, True),
-        "attention_scale": (None,), "head_scale": (None,),
+        "family": ("decoder",), "residual": _exchanged(residuals()), "linear": ("dense",), "norm": _exchanged(norms()),
+        "moeut": (None,), "position": _exchanged(positions()), "qk_norm": (False, True), "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
     }  # fmt: skip
     for key, allowed in wanted.items():
@@ -71,7 +77,7 @@ def check_model(model: Model, cut: Cut) -> None:
             "exchange models with both or neither"
         )
     if model.moe is not None and not model.moe.router_row.megatron:
-        known = ", ".join(n for n, r in routers().items() if r.megatron)
+        known = ", ".join(_exchanged(routers()))
         raise UsageError(f"model.moe.router is {model.moe.router}, but megatron-core has the weights of {known}: use one of them")
     sizes = {"num_kv_heads": model.num_kv_heads}
     if model.moe is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from megascale.config.schema import Model
+from megascale.model.residual import InitStd, Residual, Stack
 from megascale.model.router import Choice, Scored
 
 
@@ -16,6 +19,10 @@ def l1_normalized(x: Tensor, mean: Callable[[Tensor], Tensor], eps: float) -> Te
 
 def relu_squared(x: Tensor) -> Tensor:
     return x.relu().square()
+
+
+def halves(cfg: Model, stack: Stack, layer: int) -> Residual:
+    return Residual(cfg.residual_row, InitStd("xavier"), skip=math.sqrt(0.5), branch=math.sqrt(0.5))
 
 
 def by_softplus(logits: Tensor) -> Scored:

@@ -9,6 +9,7 @@ from megascale.config.decays import DecayRow, between, done
 from megascale.config.norms import NormGrowth, NormRow
 from megascale.config.optimizers import OptimizerRow
 from megascale.config.positions import PositionRow
+from megascale.config.residuals import ResidualScheme
 from megascale.config.routers import RouterRow
 from megascale.data.forms import Reader
 from megascale.train.log.step_metrics import StepMetric
@@ -27,6 +28,8 @@ ROWS = {
     # E[φ²] and E[φ'²] of a standard normal input (Primer, arXiv 2109.08668).
     "activations": {"relu2": ActivationRow("acme.model:relu_squared", False, 1.5, 2.0, grows=True)},
     "positions": {"nope": PositionRow(grid=True, grows=True)},
+    # (x + F(N(x)))/√2, so that the stream keeps its size.
+    "residuals": {"halves": ResidualScheme("before", "acme.model:halves")},
     # Says nothing of its gates, so that growth keeps the number of experts.
     "routers": {"softplus": RouterRow("acme.model:by_softplus")},
     "readers": {"wet": Reader("acme.reading:wet", endings=(".wet",))},

@@ -1,0 +1,75 @@
+"""Residual schemes as rows: what blocks, rules, growth and formats ask of them. The formulas are in model/residual.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megascale.plugins import with_plugins
+
+OURS = "megascale.model.residual"
+
+
+@dataclass(frozen=True)
+class ResidualScheme:
+    """One scheme: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after", and skip·x +
+    branch·N(F(x)) where it is "within". A function may be given as "module:name", which is imported where a model is built.
+
+    layer        (model, stack, layer) → `model.residual.Residual`: skip, branch and starts of a block
+    ends         model → `model.residual.Ends`: how the stream begins and ends
+    inner_norms  norms before the attention's output product and after the feed-forward's activation
+    one_norm     attention and feed-forward read the same normalized stream and are added to it together
+    qk_norm      queries and keys are normalized whatever the config says
+    unbiased     roles that have no bias whatever the config says
+    unit_gates   a token's experts are divided by the root of the sum of their squared gates, so that together they are as large as one
+    unit_scaled  a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
+    reads        which of mus_tau, branchnorm_period (needed then) and deepscale_unit mean something to it; others refuse them
+    grid         blocks over grids have it
+    megatron     weights of models with it are exchanged with Megatron
+    """
+
+    norm: Literal["before", "after", "within"]
+    layer: str | Callable[..., Any]
+    ends: str | Callable[..., Any] = f"{OURS}:constant_ends"
+    inner_norms: bool = False
+    one_norm: bool = False
+    qk_norm: bool = False
+    unbiased: tuple[str, ...] = ()
+    unit_gates: bool = False
+    unit_scaled: bool = False
+    reads: tuple[str, ...] = ()
+    grid: bool = False
+    megatron: bool = False
+
+    @property
+    def final_norm(self) -> bool:
+        """Before the head. A norm behind the last sum stands there already."""
+        return self.norm != "after"
+
+
+# Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; DeepNorm 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635,
+# SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, μS (μnit Scaling) 2502.05967.
+DEEPSCALE: dict[str, Any] = {
+    "layer": f"{OURS}:deepscale_layer",
+    "ends": f"{OURS}:deepscale_ends",
+    "unit_gates": True,
+    "reads": ("deepscale_unit",),
+}
+RESIDUALS: dict[str, ResidualScheme] = {
+    "pre": ResidualScheme("before", f"{OURS}:scaled_writers", grid=True, megatron=True),
+    "post": ResidualScheme("after", f"{OURS}:constant_starts", grid=True),
+    "res_post": ResidualScheme("within", f"{OURS}:constant_starts"),
+    "deepnorm": ResidualScheme("after", f"{OURS}:deepnorm_layer"),
+    "branchnorm": ResidualScheme("after", f"{OURS}:branchnorm_layer", reads=("branchnorm_period",)),
+    "deepscale": ResidualScheme("before", **DEEPSCALE),
+    "deepscale_post": ResidualScheme("after", **DEEPSCALE),
+    "subln": ResidualScheme("before", f"{OURS}:subln_layer", inner_norms=True),
+    "layerscale": ResidualScheme("before", f"{OURS}:layerscale_layer"),
+    "parallel": ResidualScheme("before", f"{OURS}:scaled_writers", one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm")),
+    "mus": ResidualScheme("within", f"{OURS}:mus_layer", f"{OURS}:mus_ends", unit_scaled=True, reads=("mus_tau",)),
+}
+
+
+def residuals() -> Mapping[str, ResidualScheme]:
+    return with_plugins("residuals", RESIDUALS, ResidualScheme)
