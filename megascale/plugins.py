@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from megascale.errors import UsageError
 
 GROUP = "megascale.plugins"
-KINDS = ("activations", "decays", "metrics", "norms", "optimizers", "positions", "readers", "residuals", "routers")
+KINDS = ("activations", "attentions", "decays", "metrics", "norms", "optimizers", "positions", "readers", "residuals", "routers")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 R = TypeVar("R")

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megascale import plugins
 from megascale.commands.version import app as version_app
 from megascale.config.activations import ACTIVATIONS
+from megascale.config.attentions import ATTENTIONS, GROUPED
 from megascale.config.decays import decays
 from megascale.config.json_schema import schema_text
 from megascale.config.load import build_config
@@ -32,11 +34,12 @@ from megascale.data.forms import READERS, readers
 from megascale.data.readers import Tally, read_blocks
 from megascale.data.walk import choose_files
 from megascale.errors import UsageError
+from megascale.generation.run import Sampling, generate
 from megascale.optim.learning_rate import learning_rate
 from megascale.train.log.step_metrics import LoggedStep, StepMetric, metrics_of, step_metrics
 from megascale.train.start.alike import shared_values
 from tests.expand.test_growing import train as train_and_grow
-from tests.layouts import Case, tiny, train, worst
+from tests.layouts import Case, build, tiny, train, worst
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 
@@ -96,9 +99,9 @@ def acme_settings(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_a_plugin_trains_on_every_layout_and_resumes(install: Install, tmp_path: Path) -> None:
     """Catches an optimizer, a decay or a metric of a plugin that a layout, a checkpoint or a row leaves out."""
     install()
-    whole = acme_settings(tmp_path / "whole", **PARTS)
+    whole = acme_settings(tmp_path / "whole", model__attention="gated", **PARTS)
     assert run(whole) == (0, "done")
-    parts = acme_settings(tmp_path / "parts", parallel__tp=2, **PARTS)
+    parts = acme_settings(tmp_path / "parts", parallel__tp=2, model__attention="gated", **PARTS)
     code, _ = run_ranks(2, run, parts, 3)[0]
     assert code == 75
     (tmp_path / "parts" / "run" / "STOP").unlink(missing_ok=True)
@@ -114,6 +117,23 @@ def test_a_plugin_trains_on_every_layout_and_resumes(install: Install, tmp_path:
     assert saved["plugins"] == first["plugins"] == again["plugins"] == {"megascale-acme": "0.1"}
 
 
+@pytest.mark.dist
+def test_generation_remembers_by_a_plugins_attention(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a cache that only our own attention fills, and a kind that cannot generate and ends in a traceback."""
+    install()
+    case = Case(tiny(attention="gated"), seq_len=32)
+    prompts, how = [[5, 3, 1], [2, 4, 6, 8, 7]], Sampling(4)
+    model = build(case, 1)
+    found = generate(model, prompts, how)
+    for prompt, more in zip(prompts, found):
+        for n in range(4):
+            whole = torch.tensor([prompt + more[:n]])
+            assert int(model.module(whole)[0, -1].argmax()) == more[n]
+    monkeypatch.setitem(ATTENTIONS, "mute", replace(GROUPED, cached=None))
+    with pytest.raises(UsageError, match=r"model.attention is mute, whose row does not say what generation keeps"):
+        generate(build(Case(tiny(attention="mute"), seq_len=32), 1), prompts, how)
+
+
 def train_all(cases: list[Case]) -> list[dict[str, Any]]:
     return [train(case) for case in cases]
 
@@ -121,6 +141,16 @@ def train_all(cases: list[Case]) -> list[dict[str, Any]]:
 EXPERTS: dict[str, Any] = {"moe": {"num_experts": 4, "top_k": 2, "ffn_size": 16, "router": "softplus", "balance": "bias"}}
 LAYOUTS = {
     "router": (EXPERTS, [{"tp": 2, "tp_sequence": True}, {"dp_shard": 2, "ep": 2}]),
+    "attention": (
+        {"attention": "gated", "qk_norm": True},
+        [
+            {"tp": 2, "tp_sequence": True, "recompute": "selective"},
+            {"cp": 2},
+            {"cp": 2, "cp_method": "ulysses"},
+            {"pp": 2, "recompute": "full"},
+            {"accumulation": "layered"},
+        ],
+    ),
     "residual": ({"residual": "halves"}, [{"tp": 2}, {"pp": 2, "recompute": "full"}]),
 }
 
@@ -133,6 +163,7 @@ def test_parts_of_blocks_train_alike_on_every_layout(install: Install, part: str
     changes, layouts = LAYOUTS[part]
     case = Case(tiny(**changes), steps=2)
     alone = train(case)
+    assert part != "attention" or "blocks.0.attention.gate.weight" in alone["grad"]
     cases = [replace(case, parallel=Parallel(**layout)) for layout in layouts]
     for layout, cut in zip(layouts, run_ranks(2, train_all, cases)[0]):
         assert cut["loss"] == pytest.approx(alone["loss"], rel=1e-12), layout
@@ -156,7 +187,10 @@ def test_growth_follows_the_row_and_refuses_what_it_does_not_say(install: Instal
     silent["optim"]["name"], silent["model"]["norm"] = "signum", "silent"
     code, message = train_and_grow(silent)
     assert code == 2 and "model.norm is silent, whose row does not say how it grows" in message
-    silent["model"] |= {"norm": "l1norm", **EXPERTS}
+    silent["model"] |= {"norm": "l1norm", "attention": "gated"}
+    code, message = train_and_grow(silent)
+    assert code == 2 and "model.attention is gated, whose row does not say how it grows" in message
+    silent["model"] |= {"attention": "grouped", **EXPERTS}
     silent["grow"] = [{"step": 3, "num_experts": 8}]
     code, message = train_and_grow(silent)
     assert code == 2 and "model.moe.router is softplus, whose row does not say how it grows" in message
@@ -334,6 +368,7 @@ def test_every_built_in_row_names_what_is_there() -> None:
     """Catches a row whose module or name was moved: nothing imports it until somebody asks for it."""
     parts = [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]
     parts += [*((n, p) for n, r in NORMS.items() for p in (r.normalize, r.kernel) if p), *((n, r.phi) for n, r in ACTIVATIONS.items())]
+    parts += [(n, r.build) for n, r in ATTENTIONS.items()]
     parts += [*((n, r.score) for n, r in ROUTERS.items()), *((n, p) for n, r in RESIDUALS.items() for p in (r.layer, r.ends))]
     for name, part in parts:
         assert callable(plugins.resolve(part, name))

@@ -15,21 +15,28 @@ from torch import Tensor
 
 from benchmarks.growth.exactness import MOE, SEQ, measure, random_state, toy
 from megascale.config.activations import ACTIVATIONS, ActivationRow
+from megascale.config.attentions import ATTENTIONS, GROUPED, AttentionGrowth
+from megascale.config.identity import check_identity, identity
 from megascale.config.load import build_config
 from megascale.config.norms import NORMS, NormGrowth, NormRow
 from megascale.config.positions import POSITIONS, PositionRow
 from megascale.config.residuals import RESIDUALS, ResidualScheme
 from megascale.config.routers import ROUTERS, RouterGrowth, RouterRow
 from megascale.config.schema import Model, Parallel
+from megascale.config.stages import estimated_costs
 from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.expand.options import GrowthOptions, Sizes, check_options
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import Smaller, smaller_model
+from megascale.formats.hf.config import hf_config
 from megascale.formats.megatron.tensor_names import Cut, check_model
+from megascale.measure.compute import flops_per_token
+from megascale.model.attention import Attention
 from megascale.model.ops.norm_kernels import choose_kernels
 from megascale.model.residual import InitStd, Residual, Stack
 from megascale.model.router import Choice, Scored
+from megascale.model.spec import ParamSpec, declare
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 
@@ -222,9 +229,60 @@ def test_rules_ask_a_scheme_for_facts(changes: dict[str, Any], words: str) -> No
         check(build_config({"model": model, "train": {"steps": 1, "seq_len": seq_len}, "data": {"train": "x"}, **sections}), 1)
 
 
+class ScaledAttention(Attention):
+    """With a learned factor on every channel of what the heads found."""
+
+    def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, causal: bool) -> None:
+        super().__init__(cfg, row, dtype, causal)
+        self.factor = declare(ParamSpec((cfg.num_heads * cfg.head_dim,), "scale", 0, mean=1.0), dtype)
+
+    def output(self, y: Tensor, x: Tensor) -> Tensor:
+        return super().output(y * self.factor.to(y.dtype), x)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(hidden_size=48, ffn_size=64), Sizes(num_layers=4), Sizes(vocab_size=64)])
+def test_an_attention_grows_as_its_row_says(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches growth that knows the weights of grouped attention alone, and one that goes by a guess where a row says nothing."""
+    growth = AttentionGrowth({**GROUPED.growth.axes, "factor": ("value",)}, GROUPED.growth.writers)  # type: ignore[union-attr]
+    monkeypatch.setitem(ATTENTIONS, "scaled", replace(GROUPED, build="tests.test_rows:ScaledAttention", growth=growth))
+    model = toy(attention="scaled", num_kv_heads=4)
+    found = plan_growth(model, SEQ, sizes, GrowthOptions())
+    assert any(t.name == "blocks.0.attention.factor" for t in found.tensors)
+    assert measure(found, random_state(found.source))["logits_max"] < 1e-10
+    monkeypatch.setitem(ATTENTIONS, "scaled", replace(ATTENTIONS["scaled"], growth=None))
+    for change in (lambda m: plan_growth(m, SEQ, sizes, GrowthOptions()), lambda m: smaller_model(m, Smaller(16))):
+        with pytest.raises(UsageError, match=r"model.attention is scaled, whose row does not say how it grows"):
+            change(model)
+
+
+def test_an_attention_is_asked_for_its_costs_and_its_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches stages, FLOPs and formats that take every attention for grouped, and a checkpoint from before the key that is another run."""
+    monkeypatch.setitem(ATTENTIONS, "dear", replace(GROUPED, weights=lambda m: 1000, pair_flops=lambda m: 10, megatron=False))
+    grouped, dear = tiny(), tiny(attention="dear")
+    costs = [estimated_costs(m, 12)[0] for m in (grouped, dear)]
+    assert costs[1] - costs[0] == 2 * (1000 - 24 * 6 * 2 * 6) + 0.5 * (10 - 4 * 24) * 12
+    flops = [flops_per_token(m, {}, 12) for m in (grouped, dear)]
+    assert flops[1] == flops[0] * 10 / (4 * 24)
+    with pytest.raises(UsageError, match=r"model.attention is 'dear', but megatron-core's GPT model needs grouped"):
+        check_model(dear, Cut(1, 1, "te", 8))
+    with pytest.raises(UsageError, match=r"model.attention is 'dear' \(it has 'grouped'\)"):
+        hf_config(dear, 12)
+    config = Case(grouped).config
+    assert not check_identity(config, {k: v for k, v in identity(config).items() if k != "model.attention"}, "an older checkpoint")
+    with pytest.raises(UsageError, match=r"model.attention: 'grouped' there, 'dear' now"):
+        check_identity(Case(dear).config, {k: v for k, v in identity(config).items() if k != "model.attention"}, "an older checkpoint")
+    with pytest.raises(UsageError, match=r"MoEUT has its own attention"):
+        check(build_config({**config.plain(), "model": {**dear.model_dump(), "moeut": {}, "moe": {}, "num_kv_heads": 4}}), 1)
+    grid = {"family": "spacetime", "spacetime": {"shape": [4, 4], "patch": [2, 2], "channels": 1}, "attention": "dear"}
+    monkeypatch.setitem(ATTENTIONS, "dear", replace(GROUPED, grid=False))
+    with pytest.raises(UsageError, match=r"blocks over grids support only"):
+        check(build_config({**config.plain(), "model": {**grouped.model_dump(), **grid, "vocab_size": None}}), 1)
+
+
 def test_nobody_asks_for_a_name() -> None:
     """Catches the next `if cfg.norm == …`: what it wants to know belongs into the row."""
     tables: dict[str, dict[str, Any]] = {"norm": NORMS, "ffn": ACTIVATIONS, "position": POSITIONS, "router": ROUTERS, "residual": RESIDUALS}
+    tables["attention"] = ATTENTIONS
     asked = []
     for path in [*Path("megascale").rglob("*.py"), *Path("tools").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -72,9 +72,10 @@ def measure(config: Config, ranks: RankInfo, device: torch.device, lr: float) ->
 
 def expected(config: Config, points: list[MeasuredMoments]) -> list[dict[str, Any]]:
     """Theory from what the data give: the embedding's moments and the gradient after the last block. It does not cover experts or
-    cross-attention, and only norms and feed-forwards whose rows name a rule.
+    cross-attention, and only attentions, norms and feed-forwards whose rows name a rule.
     """
-    known = config.model.norm_row.theory is not None and config.model.ffn_row.theory is not None
+    model = config.model
+    known = model.attention_row.theory and model.norm_row.theory is not None and model.ffn_row.theory is not None
     if not known or config.model.moe is not None or config.model.encoder_layers is not None:
         return []
     first, last = points[0], points[-1]

@@ -91,25 +91,25 @@ def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
     layers have experts, a layer costs the mean.
     """
     d, heads, kv = _widths(model)
-    products = _products(model)
+    products, pair = _products(model), model.attention_row.pair_flops(model)
     if model.spacetime is not None:
         mean = sum(model.spacetime.grid) / len(model.spacetime.grid)
         text = model.spacetime.text_len or 0
         told = 4.0 * d * heads + 4.0 * heads * text + 4.0 * d * kv * text / model.spacetime.tokens if text else 0.0
-        return 2.0 * products + 4.0 * heads * mean + told, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
+        return 2.0 * products + pair * mean + told, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
     assert model.vocab_size is not None
     window = min(seq_len, model.sliding_window or seq_len)
-    return 2.0 * products + 2.0 * heads * window, 0.0, 2.0 * d * model.vocab_size
+    return 2.0 * products + 0.5 * pair * window, 0.0, 2.0 * d * model.vocab_size
 
 
 def pair_costs(model: Model, seq_len: int, source_len: int) -> tuple[float, float, float]:
     """Forward FLOPs per sample of one encoder layer, of one decoder layer and of the head."""
     assert model.vocab_size is not None
     d, heads, kv = _widths(model)
-    products = _products(model)
-    encoder = source_len * (2.0 * products + 4.0 * heads * source_len)
+    products, pair = _products(model), model.attention_row.pair_flops(model)
+    encoder = source_len * (2.0 * products + pair * source_len)
     cross = seq_len * (4.0 * d * heads + 4.0 * heads * source_len) + source_len * 4.0 * d * kv
-    return encoder, seq_len * (2.0 * products + 2.0 * heads * seq_len) + cross, seq_len * 2.0 * d * model.vocab_size
+    return encoder, seq_len * (2.0 * products + 0.5 * pair * seq_len) + cross, seq_len * 2.0 * d * model.vocab_size
 
 
 def _widths(model: Model) -> tuple[int, int, int]:
@@ -119,12 +119,11 @@ def _widths(model: Model) -> tuple[int, int, int]:
 
 def _products(model: Model) -> float:
     """Weights per layer that a token passes through, without cross-attention."""
-    d, heads, kv = _widths(model)
     width: float = model.ffn_size
     if model.moe is not None and model.moe.ffn_size is not None:
         share = sum(has_experts(model, i) for i in range(model.num_layers)) / model.num_layers
         width += share * ((model.moe.top_k + model.moe.num_shared) * model.moe.ffn_size - model.ffn_size)
-    return d * (2 * heads + 2 * kv) + d * width * model.ffn_row.matrices
+    return model.attention_row.weights(model) + model.hidden_size * width * model.ffn_row.matrices
 
 
 def layered_parts(layers: int) -> list[StagePart]:

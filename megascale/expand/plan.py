@@ -17,44 +17,19 @@ from megascale.expand.axes import AxisMap
 from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
 from megascale.expand.options import GrowthOptions, Sizes, check_options, check_times, target_model
-from megascale.expand.stack import growth_of, plan_layers, row_of, specs
+from megascale.expand.stack import attention_growth, growth_of, plan_layers, row_of, specs
 from megascale.model.spec import ParamSpec
 from megascale.optim.rates import MATRICES
 
 NORM_AXES = {"weight": ("gain",), "bias": ("shift",), "alpha": ("one",)}
-# The axes of every tensor, by its name after the layer's number. Banks of experts have theirs in front.
+# The axes of every tensor, by its name after the layer's number. Banks of experts have theirs in front; attention's are in its row.
 AXES: dict[str, tuple[str, ...]] = {
     "embedding.weight": ("vocabulary", "stream"),
     "position.weight": ("positions", "stream"),
     "embedding_scale": ("one",),
     "head.weight": ("vocabulary", "read"),
     **{f"{norm}.{part}": axes for norm in ("attention_norm", "ffn_norm", "final_norm") for part, axes in NORM_AXES.items()},
-    "attention.q.weight": ("query", "read"),
-    "attention.q.bias": ("query",),
-    "attention.k.weight": ("key", "read"),
-    "attention.k.bias": ("key",),
-    "attention.v.weight": ("value", "read"),
-    "attention.v.bias": ("value",),
-    "attention.o.weight": ("stream", "heads"),
-    "attention.o.bias": ("stream",),
-    "attention.q_norm.weight": ("query_norm",),
-    "attention.q_norm.bias": ("query_norm",),
-    "attention.q_norm.alpha": ("one",),
-    "attention.k_norm.weight": ("key_norm",),
-    "attention.k_norm.bias": ("key_norm",),
-    "attention.k_norm.alpha": ("one",),
-    "attention.inner_norm.weight": ("heads_gain",),
-    "attention.inner_norm.bias": ("heads_shift",),
-    "attention.inner_norm.alpha": ("one",),
     # Attention over parameters: keys are read, values are written.
-    "attention.q.keys": ("new_keys", "read"),
-    "attention.q.values": ("new_values", "query"),
-    "attention.k.keys": ("new_keys", "read"),
-    "attention.k.values": ("new_values", "key"),
-    "attention.v.keys": ("new_keys", "read"),
-    "attention.v.values": ("new_values", "value"),
-    "attention.o.keys": ("new_keys", "heads"),
-    "attention.o.values": ("new_values", "stream"),
     "ffn.up.keys": ("new_keys", "read"),
     "ffn.up.values": ("new_values", "ffn"),
     "ffn.gate.keys": ("new_keys", "read"),
@@ -83,10 +58,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "ffn.router.temperature": ("one",),
     "ffn.router.bias": ("routes",),
 }
-WRITERS = (
-    "attention.o.weight", "attention.o.values", "attention.o.bias", "ffn.down.weight", "ffn.down.values", "ffn.down.bias",
-    "ffn.experts.down.weight", "ffn.shared.down.weight",
-)  # fmt: skip
+WRITERS = ("ffn.down.weight", "ffn.down.values", "ffn.down.bias", "ffn.experts.down.weight", "ffn.shared.down.weight")
 # Inner rows of a layer whose outputs cancel come in pairs.
 PAIRED = {
     "query": "pair_query", "key": "pair_key", "value": "pair_value", "heads": "pair_heads", "heads_gain": "pair_heads_gain",
@@ -200,6 +172,7 @@ def in_fp32(value: float) -> float:
 def refuse_unknown_parts(source: Model) -> None:
     """Refuses what neither growth nor shrinking supports: BERT's ends, T5's attention, and parts whose rows do not say how they grow."""
     growth_of(source)
+    attention_growth(source)
     if not source.ffn_row.grows:
         known = ", ".join(name for name, row in activations().items() if row.grows)
         raise UsageError(
@@ -300,21 +273,22 @@ def _tensor(
     if spec.role == "coefficient":
         # The stored value, not the config's, which rounds to another fp32 number and would change a kept layer's logits.
         return TensorPlan(name, spec, constant=in_fp32(spec.mean), inserted=True) if inserted else TensorPlan(name, spec, ("one",), origin)
-    axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix)
+    attention = attention_growth(source)
+    of_attention = suffix.removeprefix("attention.") if suffix.startswith("attention.") else ""
+    axes = (grid_axes(suffix) if source.spacetime is not None else None) or AXES.get(suffix) or attention.axes.get(of_attention)
     if suffix == "ffn.router.weight" and target.moe is not None and target.moe.router_row.directions is not None:
         axes = ("routes", "routing")  # rows in a separate space
     if axes is None:
         raise UsageError(f"growth does not know what the dimensions of {name} are")
     if layer is not None and layer.mode == "identity":
-        if suffix in WRITERS and target.residual_row.norm in ("before", "after"):
+        if (suffix in WRITERS or of_attention in attention.writers) and target.residual_row.norm in ("before", "after"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
         if target.residual_row.norm not in ("before", "after") and suffix.split(".")[0] in ("attention_norm", "ffn_norm"):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
     if layer is not None and layer.mode == "cancel":
         # Under ALiBi every head has its own slope, under a norm over all heads its own gains: no two cancel.
         alone = target.position_row.slopes or target.qk_norm == "width"
-        silent = ("attention.o.bias", "ffn.down.bias", *(("attention.o.weight",) if alone else ()))
-        if suffix in silent:
+        if suffix == "ffn.down.bias" or (of_attention in attention.writers and (alone or suffix.endswith(".bias"))):
             return TensorPlan(name, spec, constant=0.0, inserted=True)
         axes = tuple(PAIRED.get(a, a) for a in axes)
     if layer is not None:
@@ -326,7 +300,7 @@ def _tensor(
         plan = _router(plan, suffix, maps)
     elif suffix == "ffn.router.bias":
         plan = replace(plan, scale=maps.router_bias)
-    scale = {"attention.o": "attention_scale", "ffn.down": "ffn_scale"}.get(suffix.rpartition(".")[0])
+    scale = "attention_scale" if of_attention in attention.writers else "ffn_scale" if suffix.startswith("ffn.down.") else None
     if scale is not None and layer is not None and f"blocks.{layer.source}.{scale}" in old:
         plan = replace(plan, mean_by=f"blocks.{layer.source}.{scale}")
     if plan.source is not None and plan.source not in old:

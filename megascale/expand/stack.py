@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from megascale.config.attentions import AttentionGrowth, attentions
 from megascale.config.norms import NormGrowth, norms
 from megascale.config.routers import RouterGrowth, routers
 from megascale.config.schema import Model, Moe
@@ -43,6 +44,18 @@ def growth_of(model: Model) -> NormGrowth:
         raise UsageError(
             f"model.norm is {model.norm}, whose row does not say how it grows: a model with it cannot change its sizes; set "
             f"`growth` in its row, or use a model with one of {known}"
+        )
+    return growth
+
+
+def attention_growth(model: Model) -> AttentionGrowth:
+    """How the model's attention grows. Raises UsageError for a kind that does not say."""
+    growth = model.attention_row.growth
+    if growth is None:
+        known = ", ".join(name for name, row in attentions().items() if row.growth is not None)
+        raise UsageError(
+            f"model.attention is {model.attention}, whose row does not say how it grows: sizes cannot be changed of a model that has it; "
+            f"set `growth` in its row, or use a model with one of {known}"
         )
     return growth
 

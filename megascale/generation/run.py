@@ -90,10 +90,18 @@ def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
 
 
 def check_memory(stage: Decoder, batch: int, length: int, most: int, device: torch.device) -> None:
-    """Raises UsageError if the caches for prompts of `length` plus `most` new tokens do not fit into memory."""
+    """Raises UsageError if the caches for prompts of `length` plus `most` new tokens do not fit into memory, or if the attention does not
+    state their size.
+    """
     cfg = stage.cfg
-    share = (stage.exchanges.num_heads) / cfg.num_heads
-    needed = 2 * cfg.num_layers * batch * (length + most) * cfg.num_kv_heads * cfg.head_dim * share * stage.shape.compute.itemsize
+    cached = cfg.attention_row.cached
+    if cached is None:
+        raise UsageError(
+            f"model.attention is {cfg.attention}, whose row does not say what generation keeps of a token: set `cached` in its row, or "
+            "generate from a model with another kind"
+        )
+    kept = cached(cfg, stage.exchanges.num_heads)
+    needed = kept * cfg.num_layers * batch * (length + most) * stage.shape.compute.itemsize
     free = free_memory(device)
     if needed > free:
         raise UsageError(

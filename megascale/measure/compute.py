@@ -83,7 +83,8 @@ def _pairs(length: int, window: int) -> int:
 
 
 def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0, documents: Sequence[int] = ()) -> float:
-    """Training FLOPs of one token: 6 per weight in a product and per use, 12·L·h·e·s for attention (PaLM, arXiv 2204.02311, appendix B).
+    """Training FLOPs of one token: 6 per weight in a product and per use, 12·L·h·e·s for grouped attention (PaLM, arXiv 2204.02311,
+    appendix B).
 
     An input embedding that is not also the head is in no product. s is the number of keys per query (`keys_met`); on a grid the length of
     the dimension that a layer attends over. For an encoder–decoder a token is a target token, which includes its share of the source: three
@@ -92,19 +93,20 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
     if cfg.encoder_layers is not None:
         encoder, decoder, head = pair_costs(cfg, seq_len, source_len)
         return 3 * (cfg.encoder_layers * encoder + cfg.num_layers * decoder + head) / seq_len
+    pair = cfg.attention_row.pair_flops(cfg)
     if cfg.spacetime is not None:
         fields, text = cfg.spacetime, cfg.spacetime.text_len or 0
-        met = sum(fields.grid[cfg.attended(i)] + text for i in range(cfg.num_layers))
+        met = sum(fields.grid[cfg.attended(i)] for i in range(cfg.num_layers))
         products: float = sum(s.numel for s in specs.values() if s.role != "position")
         if text:
             # Texts are looked up; their keys and values are computed once for all patches of a sample.
             assert fields.text_vocab_size is not None
             told = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cfg.hidden_size
             products -= fields.text_vocab_size * cfg.hidden_size + told * (1 - text / fields.tokens)
-        return 6 * products + 12 * cfg.num_heads * cfg.head_dim * met
+        return 6 * products + (3 * pair * met + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * text)
     lookup = {"position", "relative"} if cfg.tie_embeddings else {"position", "relative", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
-    return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys_met(cfg, seq_len, documents)
+    return 6 * weights + 3 * cfg.num_layers * pair * keys_met(cfg, seq_len, documents)
 
 
 def _wait(device: torch.device) -> None:

@@ -85,8 +85,10 @@ class Attention(nn.Module):
             q = q * self.query_factor
         if self.kv_of_query is not None:
             k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
-        y = self.attend(q, k, v, mask)
-        y = y.transpose(1, 2).flatten(2)
+        return self.output(self.attend(q, k, v, mask).transpose(1, 2).flatten(2), x)
+
+    def output(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the heads here found, y [b, s, h·e], of the tokens x [b, s, d] that entered → [b, s, d]. Other kinds may change it."""
         y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
 

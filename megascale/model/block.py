@@ -21,6 +21,7 @@ from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary
 from megascale.model.residual import Residual, Stack
 from megascale.model.spec import ParamSpec, declare, declare_state
+from megascale.plugins import resolve
 from megascale.splitmix import mix64_signed
 
 
@@ -67,7 +68,8 @@ class Block(Unit):
             return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, bias, alpha)
 
         self.attention_norm = norm("attention_norm", cfg.dyt_alpha[0])
-        self.attention = Attention(cfg, row, dtype, stack.side == "decoder")
+        kind = resolve(cfg.attention_row.build, f"the attention {cfg.attention}")
+        self.attention = kind(cfg, row, dtype, stack.side == "decoder")
         self.cross_norm: Norm | None = None
         self.cross: Attention | None = None
         self.cross_scale: nn.Parameter | None = None

@@ -24,7 +24,7 @@ from megascale.comm.collectives import (
 )
 from megascale.comm.dtensor import is_dtensor
 from megascale.comm.mesh import Axis
-from megascale.model.attention import Attention, kv_heads_of
+from megascale.model.attention import kv_heads_of
 from megascale.model.family import Family
 from megascale.model.layers import Linear, Norm
 from megascale.model.spec import ParamSpec
@@ -108,8 +108,9 @@ def _cut_kv_heads(model: Family, axis: Axis) -> bool:
         return True
     per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads
     kv, of_query = kv_heads_of(range(axis.rank * per_rank, (axis.rank + 1) * per_rank), group)
-    for attention in (m for m in model.modules() if isinstance(m, Attention)):
-        attention.take_kv_heads(kv, of_query)
+    for sublayer in (s for _, block in model.units() for s in block.sublayers):
+        if hasattr(sublayer, "take_kv_heads"):
+            sublayer.take_kv_heads(kv, of_query)
     return False
 
 

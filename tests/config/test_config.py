@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from megascale.config.attentions import ATTENTIONS, AttentionRow
 from megascale.config.identity import check_identity, identity, only_moved
 from megascale.config.layout import axis_sizes
 from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
@@ -164,6 +165,7 @@ MUS = ("model.residual=mus", "optim.weight_decay=0")
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "encoder_position": (1, ("model.family=encoder", "model.position=xpos")),
     "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
+    "encoder_attention": (1, ("model.attention=mute", "model.family=encoder")),
     "relative_context": (2, ("model.position=relative", "parallel.cp=2")),
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "mask_token": (1, ("data.mask_token=3",)),
@@ -215,6 +217,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "dualpipev_fill": (2, ("parallel.pp=2", "parallel.pp_schedule=dualpipev", "train.global_batch_size=3", "model.num_layers=4")),
     "dsp_dimensions": (2, ("parallel.cp=2", "parallel.cp_method=dsp")),
+    "cp_attention": (2, ("model.attention=mute", "parallel.cp=2")),
     "ulysses_heads": (5, ("parallel.cp=5", "parallel.cp_method=ulysses", "train.seq_len=10")),
     "ring_places": (3, ("parallel.cp=3", "parallel.cp_ulysses=2")),
     "cp_sequence": (5, ("parallel.cp=5",)),
@@ -255,6 +258,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "fp8_compute": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "precision.compute=fp64")),
     "fp8_hidden_size": (1, (*MUS, "precision.fp8=true", "model.hidden_size=24", "model.ffn_size=32", "model.head_dim=16")),
     "fp8_heads": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.num_kv_heads=1", "model.head_dim=4")),
+    "fp8_attention": (1, (*MUS, "model.attention=mute", "precision.fp8=true", "model.head_dim=16", "model.ffn_size=32")),
     "fp8_ffn": (2, (*MUS, "precision.fp8=true", "model.ffn_size=48", "model.head_dim=16", "parallel.tp=2")),
     "fp8_experts": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "model.moe={ffn_size: 24}")),
     "fp8_linear": (1, ("precision.fp8=dynamic", "model.ffn_size=32", "model.head_dim=16", "model.linear=bitlinear")),
@@ -270,6 +274,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "kv_heads": (1, ("model.num_kv_heads=3",)),
     "rope_pairs": (1, ("model.head_dim=5",)),
     "tp_heads": (3, ("parallel.tp=3",)),
+    "tp_attention": (2, ("model.attention=mute", "parallel.tp=2")),
     "qk_norm_width": (2, ("model.qk_norm=width", "model.num_kv_heads=1", "parallel.tp=2")),
     "tp_ffn": (2, ("parallel.tp=2", "model.ffn_size=25")),
     "tp_sequence": (2, ("parallel.tp=2", "parallel.tp_sequence=true", "train.seq_len=9")),
@@ -320,8 +325,9 @@ def test_the_shortest_sequence_that_cp_cuts() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_each_rule_refuses_its_case_alone(name: str) -> None:
+def test_each_rule_refuses_its_case_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rules that overlap, and messages without the keys, their values and the fix."""
+    monkeypatch.setitem(ATTENTIONS, "mute", AttentionRow("a:b", lambda m: 1, lambda m: 1))  # says nothing of what it can be combined with
     ranks, overrides = REFUSED[name]
     found = config(*overrides)
     assert [r.name for r in refusals(found, ranks)] == [name]

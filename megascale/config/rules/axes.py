@@ -72,6 +72,13 @@ AXIS_RULES: tuple[Rule, ...] = (
         "use cp_method ring or ulysses",
     ),
     Rule(
+        "cp_attention",
+        ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses", "model.attention"),
+        lambda c, n: c.parallel.cp > 1 and not _cut_by(c) <= set(c.model.attention_row.cp),
+        "this kind of attention does not meet tokens of other ranks by this method",
+        "use another cp_method, cp 1, or attention grouped",
+    ),
+    Rule(
         "ulysses_heads",
         ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses", "parallel.tp", "model.num_heads"),
         lambda c, n: c.parallel.cp > 1 and c.parallel.heads_over > c.model.num_heads // c.parallel.tp,
@@ -175,6 +182,13 @@ AXIS_RULES: tuple[Rule, ...] = (
         "set cp_ulysses to 1 and tp_sequence to false",
     ),
 )
+
+
+def _cut_by(c: Config) -> set[str]:
+    """How tokens of a text meet over cp: in a ring, by heads, or both. Of a grid the row has one fact for all methods."""
+    if grid(c):
+        return set()
+    return {c.parallel.cp_method, *(["ulysses"] if c.parallel.cp_ulysses > 1 else [])} - {"dsp"}
 
 
 def _shortest(config: Config) -> int:

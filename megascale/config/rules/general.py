@@ -35,6 +35,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "choose tp that divides num_heads",
     ),
     Rule(
+        "tp_attention",
+        ("parallel.tp", "model.attention"),
+        lambda c, n: c.parallel.tp > 1 and not c.model.attention_row.tp,
+        "this kind of attention cannot be split by heads",
+        "set tp to 1, or use attention grouped",
+    ),
+    Rule(
         "qk_norm_width",
         ("model.qk_norm", "parallel.tp", "model.num_kv_heads"),
         lambda c, n: c.model.qk_norm == "width" and c.model.num_kv_heads % c.parallel.tp != 0,

@@ -27,6 +27,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         "remove sliding_window",
     ),
     Rule(
+        "encoder_attention",
+        ("model.family", "model.attention"),
+        lambda c, n: c.model.family in ENCODERS and not c.model.attention_row.both_ways,
+        "this kind of attention looks at past tokens only, but an encoder attends in both directions",
+        "use attention grouped, or family decoder",
+    ),
+    Rule(
         "relative_context",
         ("model.position", "parallel.cp"),
         lambda c, n: c.model.position_row.distances and c.parallel.cp > 1,
@@ -88,13 +95,18 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "spacetime_block",
-        ("model.spacetime", "model.residual", "model.norm", "model.linear", "model.moe"),
+        ("model.spacetime", "model.residual", "model.attention", "model.norm", "model.linear", "model.moe"),
         lambda c, n: (
             grid(c)
-            and (not c.model.residual_row.grid or not c.model.norm_row.plain or c.model.linear != "dense" or c.model.moe is not None)
+            and (
+                not (c.model.residual_row.grid and c.model.attention_row.grid)
+                or not c.model.norm_row.plain
+                or c.model.linear != "dense"
+                or c.model.moe is not None
+            )
         ),
-        "blocks over grids support only plain pre- or post-norm so far",
-        "use residual pre or post, norm rmsnorm or layernorm, linear dense, and no moe",
+        "blocks over grids support only plain pre- or post-norm and grouped attention so far",
+        "use residual pre or post, attention grouped, norm rmsnorm or layernorm, linear dense, and no moe",
     ),
     Rule(
         "mus_block",
@@ -193,10 +205,10 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "moeut_scores",
-        ("model.moeut", "model.position", "model.attention_scale"),
-        lambda c, n: c.model.moeut is not None and (c.model.position_row.distances or c.model.attention_scale is not None),
+        ("model.moeut", "model.position", "model.attention", "model.attention_scale"),
+        lambda c, n: c.model.moeut is not None and (c.model.position_row.distances or changed(c.model, "attention", "attention_scale")),
         "MoEUT has its own attention, with scores divided by √head_dim",
-        "use another position and leave attention_scale out",
+        "use another position and leave attention and attention_scale out",
     ),
     Rule(
         "moeut_axes",

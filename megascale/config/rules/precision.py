@@ -35,9 +35,16 @@ PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
         "fp8_heads",
         ("precision.fp8", "model.num_heads", "model.num_kv_heads", "model.head_dim", "parallel.tp"),
-        lambda c, n: _unaligned(c, *_head_widths(c)),
+        lambda c, n: (widths := c.model.attention_row.widths) is not None and _unaligned(c, *widths(c.model, c.parallel.tp)),
         f"FP8 products need a multiple of {ALIGNED} for head_dim × a rank's query heads, and × its KV heads",
         "choose such sizes, or a smaller tp",
+    ),
+    Rule(
+        "fp8_attention",
+        ("precision.fp8", "model.attention"),
+        lambda c, n: c.precision.fp8 != "false" and c.model.attention_row.widths is None,
+        "this kind of attention does not say how wide its products are, which FP8 must know",
+        "use model.attention grouped, or precision.fp8 false",
     ),
     Rule(
         "fp8_ffn",
@@ -126,9 +133,3 @@ PRECISION_RULES: tuple[Rule, ...] = (
 
 def _unaligned(c: Config, *widths: int) -> bool:
     return c.precision.fp8 != "false" and any(width % ALIGNED for width in widths)
-
-
-def _head_widths(c: Config) -> tuple[int, int]:
-    """Widths of a rank's queries and of its keys and values, which are replicated if tp does not divide them."""
-    m, tp = c.model, c.parallel.tp
-    return m.num_heads * m.head_dim // tp, (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim

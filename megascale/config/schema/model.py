@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megascale.config.activations import ActivationRow, activations
+from megascale.config.attentions import AttentionRow, attentions
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.residuals import ResidualScheme, residuals
@@ -185,6 +186,8 @@ class Model(Section):
     """
     ffn: Annotated[str, RowName(activations)] = "swiglu"
     """Feed-forward kind. `geglu_tanh` and `gelu_tanh` use the tanh approximation of GELU (T5 1.1 and GPT-2)."""
+    attention: Annotated[str, RowName(attentions)] = "grouped"
+    """Kind of attention: `grouped`, softmax attention whose query heads share `num_kv_heads` heads of keys and values, or a plugin's."""
     bias: bool = False
     """Biases in the products and LayerNorms."""
     dropout: Share = 0.0
@@ -283,6 +286,10 @@ class Model(Section):
     @property
     def position_row(self) -> PositionRow:
         return positions()[self.position]
+
+    @property
+    def attention_row(self) -> AttentionRow:
+        return attentions()[self.attention]
 
     @property
     def residual_row(self) -> ResidualScheme:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megascale.config.attentions import attentions
 from megascale.config.norms import norms
 from megascale.config.positions import positions
 from megascale.config.residuals import residuals
@@ -62,7 +63,8 @@ def _exchanged(rows: Mapping[str, Any]) -> tuple[str, ...]:
 def check_model(model: Model, cut: Cut) -> None:
     """Raises UsageError for a model that megatron-core's GPT model does not support, or that cannot be split so."""
     wanted: dict[str, tuple[Any, ...]] = {
-        "family": ("decoder",), "residual": _exchanged(residuals()), "linear": ("dense",), "norm": _exchanged(norms()),
+        "family": ("decoder",), "residual": _exchanged(residuals()), "attention": _exchanged(attentions()),
+        "linear": ("dense",), "norm": _exchanged(norms()),
         "moeut": (None,), "position": _exchanged(positions()), "qk_norm": (False, True), "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
     }  # fmt: skip

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from megascale.config.activations import ActivationRow
+from megascale.config.attentions import GROUPED
 from megascale.config.decays import DecayRow, between, done
 from megascale.config.norms import NormGrowth, NormRow
 from megascale.config.optimizers import OptimizerRow
 from megascale.config.positions import PositionRow
 from megascale.config.residuals import ResidualScheme
 from megascale.config.routers import RouterRow
+from megascale.config.schema import Model
 from megascale.data.forms import Reader
 from megascale.train.log.step_metrics import StepMetric
+
+
+def gated(m: Model) -> int:
+    return GROUPED.weights(m) + m.hidden_size * m.num_heads * m.head_dim
+
 
 ROWS = {
     "optimizers": {
@@ -28,6 +36,8 @@ ROWS = {
     # E[φ²] and E[φ'²] of a standard normal input (Primer, arXiv 2109.08668).
     "activations": {"relu2": ActivationRow("acme.model:relu_squared", False, 1.5, 2.0, grows=True)},
     "positions": {"nope": PositionRow(grid=True, grows=True)},
+    # Grouped attention with a learned gate on what its heads found (arXiv 2505.06708); it says nothing of how it grows.
+    "attentions": {"gated": replace(GROUPED, build="acme.model:GatedAttention", weights=gated, growth=None, theory=False, megatron=False)},
     # (x + F(N(x)))/√2, so that the stream keeps its size.
     "residuals": {"halves": ResidualScheme("before", "acme.model:halves")},
     # Says nothing of its gates, so that growth keeps the number of experts.
