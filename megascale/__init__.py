@@ -5,12 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megascale.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from megascale.api import convert, dry_run, generate, grow, load_config, load_model, training
-    from megascale.errors import MegascaleError, StopRequested, TrainingError, UsageError
+    from megascale.errors import MegascaleError, OutOfMemoryError, PeerLostError, StopRequested, TrainingError, UsageError
 
 __all__ = [
     "MegascaleError",
+    "OutOfMemoryError",
+    "PeerLostError",
     "StopRequested",
     "TrainingError",
     "UsageError",
