@@ -113,6 +113,50 @@ def test_leaving_and_resuming(tmp_path: Path) -> None:
     assert all(torch.equal(p.cpu(), weights[f"model.{name}"]) for name, p in model.module.named_parameters())
 
 
+def test_an_error_of_the_program_loses_no_step(tmp_path: Path) -> None:
+    """Catches an error between two steps that costs all steps since the last checkpoint, one inside a step whose half is saved, and a run
+    that is used behind its end.
+    """
+    values = values_of(tmp_path, checkpoint__every=0)
+
+    def train(do: Callable[[Any], Any], **where: Any) -> None:
+        with ms.training(values, samples=DOCUMENTS, **where) as session:
+            do(session)
+
+    def interrupted(session: Any) -> None:
+        assert session.step == 2
+        next(iter(session))
+        session.trainer.activity.gate.enter = interrupt
+        list(session)
+
+    def without_room(session: Any) -> None:
+        session.trainer.engine.evaluate = no_room
+        session.evaluate()
+
+    with pytest.raises(ZeroDivisionError):
+        train(lambda session: [1 / (2 - step.number) for step in session])
+    ending = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (ending["code"], ending["reason"], ending["step"]) == (1, "ZeroDivisionError: division by zero", 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000002"
+    with pytest.raises(ms.OutOfMemoryError, match="out of memory"):
+        train(without_room, run_dir=None)
+    over: list[Any] = []
+    train(over.append, run_dir=None)
+    for use in (over[0].evaluate, lambda: next(iter(over[0]))):
+        with pytest.raises(ms.UsageError, match="the run has ended with its `with` block"):
+            use()
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def no_room(*_: Any) -> Any:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
 def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a log, a lock or a checkpoint of a run that has no directory, and a thread or a number of threads that is left behind."""
     import threading
@@ -221,7 +265,9 @@ def test_wrong_use_is_a_sentence(call: Callable[[], Any], words: str, tmp_path: 
 
 
 def leave_alone(rank: int, port: int, values: dict[str, Any], leave_at: list[int], out: Any) -> None:
-    """One rank of two, as a launcher starts it: leaves its loop after step `leave_at[rank]`."""
+    """One rank of two, as a launcher starts it: leaves its loop after step `leave_at[rank]`, before the first for 0, with an error of its
+    own after -n.
+    """
     torch.set_num_threads(1)
     os.environ |= {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}
     os.environ |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -229,18 +275,22 @@ def leave_alone(rank: int, port: int, values: dict[str, Any], leave_at: list[int
     session = None
     try:
         with ms.training(values, samples=DOCUMENTS) as session:
-            for step in session:
+            for step in session if leave_at[rank] else ():
                 if step.number == leave_at[rank]:
                     break
-    except ms.StopRequested as error:
+                if step.number == -leave_at[rank]:
+                    raise ArithmeticError("its own")
+    except (ms.StopRequested, ArithmeticError) as error:
         ending = str(error)
     out.put((rank, ending, None if session is None else session.step))
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("leave_at", [[2, 2], [2, 1000]])
+@pytest.mark.parametrize("leave_at", [[2, 2], [2, 1000], [-2, 1000], [0, 1000]])
 def test_ranks_that_leave_their_loops(leave_at: list[int], tmp_path: Path) -> None:
-    """Catches ranks that hang where a loop is left, on all of them or on one alone, and a checkpoint of another step than they stand at."""
+    """Catches ranks that hang where a loop is left, on all of them or on one alone, before its first step or with an error, and a
+    checkpoint of another step than they stand at.
+    """
     values = values_of(tmp_path, parallel__dp_shard=2, checkpoint__every=0)
     values["train"] |= {"steps": 100_000, "eval_every": 0}
     port = next(p for p in range(29711, 29800) if is_free(p))
@@ -257,7 +307,14 @@ def test_ranks_that_leave_their_loops(leave_at: list[int], tmp_path: Path) -> No
         for process in ranks:
             process.kill()
     (_, first, step), (_, second, other) = sorted(out.get() for _ in ranks)
-    assert first == "left" and step == other
-    assert second == "left" if leave_at[1] == 2 else second.startswith("stopped on request (its loop was left)")
+    assert step == other
+    if not leave_at[0]:
+        assert (first, step) == ("left", 0) and second.startswith("rank 0 has left before the first step")
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        return
+    assert first == ("left" if leave_at[0] > 0 else "its own")
+    why = "its loop was left" if leave_at[0] > 0 else "its program raised ArithmeticError"
+    assert second == "left" if leave_at[1] == 2 else second.startswith(f"stopped on request ({why})")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == (75 if leave_at[0] > 0 else 1)
     assert step == 2 or leave_at[1] != 2
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{step:08d}"

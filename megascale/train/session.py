@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 
-from megascale.comm.agreement import on_all_ranks
+from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.config.schema import Config, DataSource
 from megascale.data.memory import NAME, PLACE, Samples, TokenLists
-from megascale.errors import ExitCode, Halted, MegascaleError, StopRequested, UsageError
+from megascale.errors import ExitCode, Halted, MegascaleError, OutOfMemoryError, PeerLostError, StopRequested, UsageError
 from megascale.launch.exits import Exit, as_exit, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.parallel.model import ParallelModel
@@ -31,6 +31,9 @@ class Session:
     def __init__(self, phases: Iterator[Trainer], ranks: RankInfo, stop: StopFlag, last_step: int) -> None:
         self._phases, self._ranks, self._stop, self._last_step = phases, ranks, stop, last_step
         self.trainer = next(phases)
+        self.busy = False  # inside a step or an evaluation: what the trainer holds may be half of something
+        self.ended = False
+        self._begun = False
 
     @property
     def config(self) -> Config:
@@ -49,29 +52,38 @@ class Session:
 
     def __iter__(self) -> Iterator[StepResult]:
         """Raises StopRequested if the run was asked to stop, after writing a checkpoint."""
-        yield from self.trainer
-        for trainer in self._phases:
-            self.trainer = trainer
-            yield from trainer
+        self._begin(True)
+        steps = self._steps()
+        while True:
+            self._check_open()
+            with self._at_work():
+                result = next(steps, None)
+            if result is None:
+                return
+            yield result
 
     def evaluate(self) -> dict[str, float]:
         """The current mean loss per token of every validation set. Collective."""
+        self._check_open()
         if not self.trainer.valid:
             raise UsageError("train.eval_every is 0, so no validation set is open: set it, and data.valid or data.valid_fraction")
         self.model.at_step(max(1, self.step))
-        try:
-            return self.trainer.evaluate()
-        except Halted:
-            self.trainer.leave()
+        with self._at_work():
+            try:
+                return self.trainer.evaluate()
+            except Halted:
+                self.trainer.leave()
 
-    def leave(self) -> None:
+    def leave(self, why: str = "its loop was left") -> None:
         """Called after the program has left its loop. A finished run completes its end; otherwise the ranks stop as on request: all at the
         same step, also if only one of them left its loop, and with a checkpoint to continue from.
         """
         if not self.step:
+            self._stop.reason = self._stop.reason or "left before its first step"
+            self._begin(False)
             return
         if self.step < self._last_step:
-            self._stop.reason = self._stop.reason or "its loop was left"
+            self._stop.reason = self._stop.reason or why
             if self._ranks.size > 1:
                 self.trainer.activity.gate.await_agreement()
         try:
@@ -79,6 +91,48 @@ class Session:
                 pass
         except StopRequested:
             pass
+
+    def leave_after(self, error: BaseException) -> bool:
+        """After an error of the program's own between two steps: the last step is saved, as where the loop is left, and other ranks stop
+        there too. Returns whether it was; an interrupt reaches ranks at different places, and is left to a process alone.
+        """
+        if self.busy or not self.step or (self._ranks.size > 1 and not isinstance(error, Exception)):
+            return False
+        try:
+            self.leave(f"its program raised {type(error).__name__}")
+        except Exception as failure:  # the program's own error is the one to see
+            self.trainer.reporter.warn_once("left", f"step {self.step} could not be saved ({type(failure).__name__}: {failure})")
+            return False
+        return True
+
+    def _steps(self) -> Iterator[StepResult]:
+        yield from self.trainer
+        for trainer in self._phases:
+            self.trainer = trainer
+            yield from trainer
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """`busy` stays where the work fails."""
+        self.busy = True
+        yield
+        self.busy = False
+
+    def _begin(self, going: bool) -> None:
+        """The first step is made whole, so that all ranks see first whether all are `going` to make it. Raises StopRequested on those who
+        are where others are not. Collective.
+        """
+        if self._begun or self.step or self._ranks.size == 1:
+            return
+        self._begun = True
+        with self._at_work():
+            _, everyone = Agreement().all(lambda: going, lambda own: own)
+        if going and not all(everyone):
+            raise StopRequested(f"rank {everyone.index(False)} has left before the first step: nothing was trained, and nothing is saved")
+
+    def _check_open(self) -> None:
+        if self.ended:
+            raise UsageError("the run has ended with its `with` block: open it again with megascale.training, and it goes on from there")
 
 
 # Keys that need a run directory.
@@ -117,6 +171,8 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
         config = with_samples(config)
     threads = torch.get_num_threads()
     ranks, stop, ending = find_ranks(), StopFlag(), Exit(ExitCode.BUG, "the program left with an error")
+    session: Session | None = None
+    together = False  # whether all ranks leave here
     with ExitStack() as group:
         watch = group.enter_context(process_group(config, ranks))
         try:
@@ -124,27 +180,44 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
             given = Given(lists, writes, quiet=True)
             with trainers(config, ranks, stop, watch.activity, given) as phases:
                 session = Session(phases, ranks, stop, config.train.total_steps)
-                yield session
+                try:
+                    yield session
+                except BaseException as error:
+                    together = session.leave_after(error)
+                    raise
                 session.leave()
+                together = True
             ending = (
                 Exit(ExitCode.DONE, "done")
                 if session.step == config.train.total_steps
                 else Exit(ExitCode.STOPPED, f"stopped on request ({stop.reason})")
             )
         except BaseException as error:
-            ending = ending_of(error)
-            raise
+            own = session is None or session.busy  # of the run, where not of the program
+            ending = ending_of(error, own)
+            if isinstance(error, MegascaleError) or ending.code not in TOLD_AS:
+                raise
+            from megascale.train.faults.explain import explain
+
+            ending = explain(ending, error, watch, config, ranks)
+            raise TOLD_AS[ending.code](ending.reason) from error
         finally:
+            if session is not None:
+                session.ended = True
             watch.leaves(ending)
             write_exit(watch.run_dir, ending, ranks, watch.activity.step)
-            if ending.code in (ExitCode.DONE, ExitCode.STOPPED):
+            if together or ending.code == ExitCode.STOPPED:
                 final_barrier()
             torch.set_num_threads(threads)
 
 
-def ending_of(error: BaseException) -> Exit:
-    """The ending in exit.json for an error that left the `with` block."""
-    known = as_exit(error) if isinstance(error, Exception) else None
+# What the run's own work raises as one of many errors of torch, and a program wants to catch by one name.
+TOLD_AS: dict[int, type[MegascaleError]] = {ExitCode.PEER_LOST: PeerLostError, ExitCode.OUT_OF_MEMORY: OutOfMemoryError}
+
+
+def ending_of(error: BaseException, own: bool) -> Exit:
+    """What an error that left the `with` comes to in exit.json. `own`: it is the run's, not the program's."""
     if isinstance(error, MegascaleError):
         return Exit(error.code, str(error))
-    return known or Exit(ExitCode.BUG, f"{type(error).__name__}: {error}")
+    known = as_exit(error) if own and isinstance(error, Exception) else None
+    return known or Exit(ExitCode.BUG, f"{type(error).__name__}: {error}".removesuffix(": "))
