@@ -126,7 +126,14 @@ def test_an_error_of_the_program_loses_no_step(tmp_path: Path) -> None:
     def interrupted(session: Any) -> None:
         assert session.step == 2
         next(iter(session))
-        session.trainer.activity.gate.enter = interrupt
+        gate = session.trainer.activity.gate
+        enter = gate.enter
+
+        def once() -> None:
+            gate.enter = enter
+            raise KeyboardInterrupt
+
+        gate.enter = once
         list(session)
 
     def without_room(session: Any) -> None:
@@ -147,10 +154,6 @@ def test_an_error_of_the_program_loses_no_step(tmp_path: Path) -> None:
     for use in (over[0].evaluate, lambda: next(iter(over[0]))):
         with pytest.raises(ms.UsageError, match="the run has ended with its `with` block"):
             use()
-
-
-def interrupt(*_: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 def no_room(*_: Any) -> Any:
