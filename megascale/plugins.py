@@ -103,6 +103,14 @@ def installed() -> str:
     return ", ".join(map(str, plugins())) or "none"
 
 
+def gone(then: Mapping[str, str]) -> str:
+    """What there was `then`, {distribution: version}, and is not installed now, with the way to have it again; empty where all of it is."""
+    now = versions()
+    absent = [f"{name} {number}" for name, number in then.items() if name not in now]
+    names = " ".join(name for name in then if name not in now)
+    return f"trained with the plugin {', '.join(absent)}, which is not installed here: `pip install {names}`" if absent else ""
+
+
 def _distribution(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else entry.value
 

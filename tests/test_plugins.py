@@ -354,6 +354,25 @@ def test_a_resume_without_a_plugin_says_so(install: Install, tmp_path: Path, mon
     assert "megascale-acme 0.1, which is not installed here" in told["message"] and told["now"] == {}
 
 
+def test_what_needs_a_plugin_that_is_gone_names_it(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches "signum is none of ours", or "use an older checkpoint", where the checkpoint tells which package has to be installed."""
+    from megascale.expand.source import open_source
+    from megascale.formats.sources import open_checkpoint
+
+    values = acme_settings(tmp_path, model__norm="l1norm", train__steps=1, optim__decay="cosine")
+    site = install()
+    assert run(values) == (0, "done")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(site)])
+    plugins.plugins.cache_clear()
+    words = r"trained with the plugin megascale-acme 0\.1, which is not installed here: `pip install megascale-acme`"
+    for use in (build_config, lambda _: open_checkpoint(tmp_path / "run"), lambda _: open_source(tmp_path / "run")):
+        with pytest.raises(UsageError, match=words):
+            use(values)
+    with pytest.raises(UsageError, match=r"model.norm is 'l2norm'") as told:
+        build_config({**values, "model": {**values["model"], "norm": "l2norm"}, "run": {"name": "new"}})
+    assert "pip install" not in str(told.value)
+
+
 def test_a_metric_that_fails_ends_no_run() -> None:
     """Catches training that ends, or a row that is lost, since a plugin divides by zero."""
     config = build_config({"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 1}, "train": {"steps": 1}, "data": {"train": "x"}})

@@ -6,7 +6,7 @@ import datetime
 import difflib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -18,10 +18,10 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megascale.config.bounds import NUMBER, TOO_DEEP, check_document, check_values, read_small_file
 from megascale.config.paths import check_paths
-from megascale.config.saved import hint_of_newer
+from megascale.config.saved import hint_of_newer, plugins_of_run
 from megascale.config.schema import Config, DataSource
 from megascale.errors import UsageError
-from megascale.plugins import nearest
+from megascale.plugins import gone, nearest
 
 # Other systems' names, in lower case with underscores: too different in spelling for a nearest match.
 ELSEWHERE = {
@@ -123,8 +123,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
-def build_config(values: dict[str, Any]) -> Config:
-    """Nested plain values → `Config`."""
+def build_config(values: dict[str, Any], plugins: Mapping[str, str] | None = None) -> Config:
+    """Nested plain values → `Config`. `plugins`: those of the checkpoint that the values come from; as the run's own one says if None."""
     check_values(values)
     try:
         return Config.model_validate(values)
@@ -133,6 +133,8 @@ def build_config(values: dict[str, Any]) -> Config:
         lines = [_sentence(item) for item in found[:MISTAKES]]
         if len(found) > MISTAKES:
             lines.append(f"… and {len(found) - MISTAKES:,} more")
+        if any(e["type"] == "row_name" for e in found) and (absent := gone(plugins_of_run(values) if plugins is None else plugins)):
+            lines.append(f"the checkpoint there is was {absent}")
         raise UsageError("\n  ".join(["the config cannot be used:", *lines])) from None
 
 

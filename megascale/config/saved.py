@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megascale.version import __version__
 
@@ -29,6 +32,21 @@ def hint_of_newer(path: Path) -> str | None:
         f"{path} was written by megascale {found[1]}, but this is {__version__}: install a newer megascale "
         "(pip install --upgrade megascale), or remove the keys that this one does not know"
     )
+
+
+def plugins_of_run(values: Mapping[str, Any]) -> dict[str, str]:
+    """{distribution: version} that the newest checkpoint in a config's own run directory records; empty where nothing can be read. `values`
+    may be any.
+    """
+    run = values.get("run")
+    run = run if isinstance(run, Mapping) else {}
+    root = Path(str(run.get("dir") or f"runs/{run.get('name', 'run')}")) / "checkpoints"
+    try:
+        newest = (root / "latest").read_text(encoding="utf-8").strip()
+        found = json.loads((root / newest / "trainer.json").read_bytes())["plugins"]
+        return {str(name): str(number) for name, number in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def numbers(version: str) -> list[int]:

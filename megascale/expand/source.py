@@ -73,7 +73,8 @@ def open_source(path: str | Path, check: bool = True) -> GrowthSource:
     values = {**trainer["config"], "train": {"steps": 1, **train}}
     if train.get("tokens") is not None:
         del values["train"]["steps"]
-    source = GrowthSource(index, _without_runs(build_config({"data": {"train": "-"}, **values})), trainer)
+    config = build_config({"data": {"train": "-"}, **values}, trainer.get("plugins", {}))
+    source = GrowthSource(index, _without_runs(config), trainer)
     if source.model.vocab_size is None and source.model.spacetime is None:
         raise UsageError(f"{folder / TRAINER} does not say model.vocab_size: the checkpoint is damaged, use an older one")
     check_depth(source.model, len(source.shapes), str(folder / TRAINER))

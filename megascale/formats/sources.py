@@ -20,6 +20,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
 from megascale.formats.tensor_maps import Rearranged, Sizes, compare_names
+from megascale.plugins import gone
 
 LAST_STEP = 10**15
 
@@ -74,9 +75,9 @@ def open_checkpoint(path: str | Path) -> OpenCheckpoint:
     except ValidationError as error:
         first = error.errors()[0]
         key, value = ".".join(str(part) for part in first["loc"]), repr(first["input"])[:60]
-        raise UsageError(
-            f"{folder / TRAINER} describes an impossible model (model.{key} is {value}: {first['msg']}): use an older checkpoint"
-        ) from None
+        fix = gone(trainer.get("plugins", {})) if first["type"] == "row_name" else ""
+        fix = f"it was {fix}" if fix else "use an older checkpoint"
+        raise UsageError(f"{folder / TRAINER} describes a model that cannot be (model.{key} is {value}: {first['msg']}): {fix}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder / TRAINER} does not say train.seq_len ({error}): use an older checkpoint") from None
     source = StoredTensors(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())

@@ -154,7 +154,7 @@ def saved_config(folder: Path) -> tuple[Config, int]:
     trainer = read_trainer(folder)
     if not isinstance(trainer.get("config"), dict):
         raise UsageError(f"{folder / 'trainer.json'} has no config of a run: give a checkpoint that pretraining wrote")
-    config = build_config({**trainer["config"], "parallel": {}})
+    config = build_config({**trainer["config"], "parallel": {}}, trainer.get("plugins", {}))
     if config.model.family != "encoder_decoder":
         raise UsageError(f"model.family of {folder} is {config.model.family}, but only an encoder_decoder has sources")
     return config.model_copy(update={"parallel": Parallel(dp_shard=1)}), int(trainer.get("step", 1))
