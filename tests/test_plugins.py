@@ -383,6 +383,19 @@ def test_a_metric_that_fails_ends_no_run() -> None:
     assert "valid_loss" not in row and json.dumps(row)
 
 
+def test_no_metric_hides_what_modules_tell(install: Install) -> None:
+    """Catches a plugin's metric in the place of a row's numbers of experts, and modules that tell under a name that plugins may take."""
+    from megascale.model.module_metrics import ModuleMetrics
+
+    install(
+        "from megascale.train.log.step_metrics import StepMetric as Metric\nROWS = {'metrics': {'experts': Metric(lambda s: 1.0)}}",
+    )
+    with pytest.raises(UsageError, match=r"the plugin other-dist 2\.0 has experts among its metrics, and what modules tell"):
+        step_metrics()
+    with pytest.raises(AssertionError, match="GROUPS"):
+        ModuleMetrics("loads", {}, {}, lambda totals: {})
+
+
 def test_every_built_in_row_names_what_is_there() -> None:
     """Catches a row whose module or name was moved: nothing imports it until somebody asks for it."""
     parts = [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megascale.rows import GROUPS
+
 Totals = dict[str, Tensor]
 
 
@@ -32,6 +34,9 @@ class ModuleMetrics:
     read: Callable[[Totals], dict[str, float]]
     sampled: bool = False
     totals: Totals = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.group in GROUPS, f"{self.group} is not in megascale.rows.GROUPS, which keeps the metrics of plugins from that name"
 
     @torch.no_grad()
     def add(self, name: str, value: Tensor) -> None:

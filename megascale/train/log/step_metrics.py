@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megascale.config.schema import Train
-from megascale.plugins import resolve, with_plugins
+from megascale.errors import UsageError
+from megascale.plugins import giver_of, resolve, with_plugins
+from megascale.rows import GROUPS
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,14 @@ STEP_METRICS: dict[str, StepMetric] = {
 
 
 def step_metrics() -> dict[str, StepMetric]:
-    """Metrics by name, in the order of a row's keys. Raises UsageError for a plugin's metric that cannot be imported."""
+    """By name, in the order of a row's keys. Raises UsageError for a plugin's that cannot be imported or would hide what modules tell."""
     found = with_plugins("metrics", STEP_METRICS, StepMetric)
+    for name in GROUPS:
+        if name in found:
+            raise UsageError(
+                f"the plugin {giver_of('metrics', name)} has {name} among its metrics, and what modules tell of a step stands in its row "
+                "under that name: give the metric another name"
+            )
     return {name: StepMetric(resolve(m.read, f"the metric {name}"), m.evaluated) for name, m in found.items()}
 
 
