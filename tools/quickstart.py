@@ -21,6 +21,7 @@ from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.errors import MegascaleError, TrainingError
 from megascale.report.read import read_run
+from megascale.sizes import count_words
 
 CONFIG = "configs/quickstart.yaml"
 FIRST, SECOND = ["parallel.dp_shard=2"], ["parallel.tp=2", "parallel.dp_shard=1"]
@@ -75,7 +76,7 @@ def main(
     grown = next(e for e in summary.events if e["event"] == "grow")
     sizes = grown["parameters"]
     console.print(
-        f"after step {grown['step']} the model grew from {sizes['source'] / 1e6:.1f}M to {sizes['target'] / 1e6:.1f}M parameters, "
+        f"after step {grown['step']} the model grew from {count_words(sizes['source'])} to {count_words(sizes['target'])} parameters, "
         f"{grown['verdict']}: in fp64 no logit moved by more than {grown['logits_moved']:.0e}\n"
         f"validation loss {best:.3f} nats, unigram entropy {entropy:.3f}: the model has learned {entropy - best:.2f} nats per token beyond "
         f"counting; {time.monotonic() - begun:.0f} s\nopen {report}"

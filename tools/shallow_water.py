@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megascale.cli import check_path, new_app, run_tool
 from megascale.errors import UsageError
+from megascale.sizes import byte_words
 
 Field = NDArray[np.float64]
 GRAVITY, DEPTH, CORIOLIS, VISCOSITY = 1.0, 1.0, 4.0, 1e-4  # lengths in sides of the square, times so that long waves cross it in one
@@ -112,7 +113,7 @@ def main(
         "seed": seed,
     }
     Path(f"{out}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(f"{out}.npy: {runs} runs of {frames} frames, {height} × {width}, {fields.nbytes / 1e6:.1f} MB")
+    print(f"{out}.npy: {runs} runs of {frames} frames, {height} × {width}, {byte_words(fields.nbytes)}")
 
 
 if __name__ == "__main__":

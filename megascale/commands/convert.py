@@ -11,6 +11,7 @@ import typer
 
 from megascale.cli import examples, new_app
 from megascale.errors import UsageError
+from megascale.sizes import byte_words
 
 if TYPE_CHECKING:
     from megascale.formats.convert import Report
@@ -128,7 +129,7 @@ def progress_line() -> Callable[[int, int], None]:
 
     def progress(done: int, total: int) -> None:
         if terminal.is_terminal:
-            terminal.print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", end="\r", highlight=False)
+            terminal.print(f"{byte_words(done)} of {byte_words(total)}   ", end="\r", highlight=False)
 
     return progress
 

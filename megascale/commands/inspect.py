@@ -9,6 +9,7 @@ import typer
 
 from megascale.cli import examples, new_app
 from megascale.errors import UsageError
+from megascale.sizes import byte_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +41,8 @@ def main(
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=160)  # a pipe has no width, and truncated paths are useless
     total = sum(entry.bytes for entry in index.files.values())
-    say(console, f"{path}: format version {index.version}, {len(index.files)} files, {total / 1e6:,.1f} MB")
-    # The config repeats the identity and adds what may change at a resume; trainer.json has it in full.
+    say(console, f"{path}: format version {index.version}, {len(index.files)} files, {byte_words(total)}")
+    # The config repeats the identity and adds what may change at a resume; trainer.json has it for whoever asks.
     for key, value in plain({k: v for k, v in trainer.items() if k != "config"}):
         say(console, f"  {key}: {value}")
     console.print(tensor_table(index))
@@ -85,11 +86,11 @@ def size_problems(index: Index) -> list[str]:
 def tensor_table(index: Index) -> Table:
     from rich.table import Table
 
-    table = Table("tensors", "count", "elements", "MB", "dtypes")
+    table = Table("tensors", "count", "elements", "size", "dtypes")
     for group, entries in sorted(by_group(index.tensors).items()):
         dtypes = ", ".join(sorted({e.dtype for e in entries}))
-        size = sum(e.nbytes for e in entries) / 1e6
-        table.add_row(group, str(len(entries)), f"{sum(e.numel for e in entries):,}", f"{size:,.1f}", dtypes)
+        size = byte_words(sum(e.nbytes for e in entries))
+        table.add_row(group, str(len(entries)), f"{sum(e.numel for e in entries):,}", size, dtypes)
     return table
 
 

@@ -16,6 +16,7 @@ import typer
 
 from megascale.cli import check_path, examples, new_app
 from megascale.errors import UsageError
+from megascale.sizes import byte_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,15 +117,14 @@ def main(
 
 
 def tell(made: dict[str, Facts], out: str, seconds: float, sides: tuple[Tokenizer, Tokenizer], console: Console) -> None:
-    """Prints what was written, and warnings about changes to the text."""
-    speed = sum(f.source_bytes for f in made.values()) / 1e6 / seconds
+    """What was written, and what of the text was not taken as it stands."""
+    speed = sum(f.source_bytes for f in made.values()) / seconds
     for side, facts in made.items():
         for warning in warnings(facts, sides[0] if side == SIDES[0] else sides[1]):
             console.print(f"warning: {warning}", markup=False)
         print(
             f"{out}{side}: {facts.documents:,} documents, {facts.tokens:,} tokens, {facts.source_bytes / facts.tokens:.2f} bytes per "
-            "token, "
-            f"{speed:.1f} MB/s; unigram entropy {facts.unigram_entropy:.4f} nats"
+            f"token, {byte_words(speed)}/s; unigram entropy {facts.unigram_entropy:.4f} nats"
         )
 
 
