@@ -57,6 +57,9 @@ def config(*overrides: str) -> Config:
         ("model.moe={num_experts:8}", "in YAML a space follows the colon: {num_experts: 8}"),
         ("parallel.tensor_parallel=2", "here it is called parallel.tp"),
         ("parallel.zzzzzzzz=2", "`--dry-run --show-config` prints every key"),
+        ("train.clip=true", "train.clip is True: it should be a number, and true and false are none"),
+        ("parallel.tp=true", "parallel.tp is True: it should be a number"),
+        ("optim.betas=[0.9,true]", "optim.betas is [0.9, True]: it should be a number"),
     ],
 )
 def test_mistakes_are_sentences(override: str, words: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
 
 # Whole numbers have plausible bounds, so that a typing error gives a sentence, not an hour of work or an overflow in torch.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -22,3 +23,20 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1: `train.clip: true` would clip at 1, and `parallel.tp: true` would cut nothing."""
+        given = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(v, bool) for v in given):
+            kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+            if kinds & {int, float} and not kinds & {bool, True, False}:
+                raise PydanticCustomError("number_needed", "Input should be a number, and true and false are none")
+        return value
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types and words that an annotation is made of."""
+    parts = get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
