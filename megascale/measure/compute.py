@@ -36,10 +36,11 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeat
     slightly lower rate. It is repeated for half of the time, since on a busy machine a few products are not representative.
     """
     begun, rate = time.perf_counter(), 0.0
+    drawn = torch.Generator(device).manual_seed(0)  # torch's own generator is the program's that trains
     left = lambda: seconds - (time.perf_counter() - begun)  # noqa: E731
     tried, best = min(SMALLEST, size), float("inf")
     while True:
-        a, b = (torch.randn(tried, tried, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(tried, tried, device=device, generator=drawn).to(dtype) for _ in range(2))
         best = min(best, _fastest(a, b, repeats, left))
         rate = max(rate, 2 * tried**3 / best)
         if tried == size:
