@@ -13,7 +13,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-from megascale.config.load import apply_overrides, build_config, read_yaml
+from megascale.config.load import apply_overrides, build_from, read_yaml
 from megascale.config.paths import check_paths
 from megascale.config.schema import Config
 from megascale.errors import UsageError
@@ -30,6 +30,9 @@ def load_config(source: ConfigLike, *overrides: str) -> Config:
     """Loads a YAML file or nested dicts, with overrides such as "train.steps=10"; for samples in memory if `data.train` is absent."""
     from megascale.data.memory import NAME, PLACE
 
+    for given in overrides:
+        if not isinstance(given, str):
+            raise UsageError(f'an override is {given!r}, a {type(given).__name__}: give texts, as "train.steps=10", one after another')
     if isinstance(source, Config) and not overrides:
         return source
     values = read_yaml(Path(source)) if isinstance(source, str | Path) else _plain(source)
@@ -37,7 +40,7 @@ def load_config(source: ConfigLike, *overrides: str) -> Config:
     data = values.setdefault("data", {})
     if isinstance(data, dict):
         data.setdefault("train", [{"path": PLACE, "name": NAME}])
-    config = build_config(values)
+    config = build_from(Path(source) if isinstance(source, str | Path) else None, values)
     check_paths(config)
     return config
 
@@ -52,6 +55,8 @@ def training(config: ConfigLike, samples: Samples | None = None, *, run_dir: str
     from megascale.train.session import open_session
 
     asked = load_config(config)
+    if run_dir == "" or not (run_dir is None or run_dir is ... or isinstance(run_dir, str | Path)):
+        raise UsageError(f"run_dir is {run_dir!r}: name a folder, give None to write nothing, or leave it out for the config's own")
     if isinstance(run_dir, str | Path):
         asked = load_config({**asked.plain(), "run": {**asked.run.model_dump(mode="json"), "dir": str(run_dir)}})
     with open_session(asked, samples, run_dir is not None) as session:
@@ -65,6 +70,8 @@ def load_model(path: str | Path, *, device: str = "auto", dtype: str | None = No
     """
     from megascale.generation.loaded import load_whole
 
+    if not isinstance(path, str | Path):
+        raise UsageError(f"the model is {path!r}: give the path of a run, a checkpoint or a Hugging Face folder")
     return load_whole(Path(path), device, dtype)
 
 
@@ -98,7 +105,7 @@ def grow(source: str | Path, target: str | Path, *, data: str | None = None, wor
     from megascale.expand.write import Effort
 
     sizes, options = _split("grow", asked, Sizes, GrowthOptions)
-    for key, value in vars(sizes).items():
+    for key, value in {**vars(sizes), "workers": workers}.items():
         if value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"{key} is {value!r}: give a whole number, 1 or more")
     return grow_checkpoint(source, Path(target), sizes, options, Effort(workers, data=data))
@@ -120,8 +127,8 @@ def dry_run(config: ConfigLike, ranks: int = 1) -> dict[str, Any]:
     """The report of `--dry-run` for a run on `ranks`: parameters, bytes per rank, FLOPs, schedule, the resolved config."""
     from megascale.train.estimate.dry_run import report_of
 
-    if ranks < 1:
-        raise UsageError(f"ranks is {ranks}: give the number of ranks, 1 or more")
+    if type(ranks) is not int or ranks < 1:
+        raise UsageError(f"ranks is {ranks!r}: give the number of ranks, 1 or more")
     return report_of(load_config(config), ranks)[1]
 
 

@@ -87,8 +87,10 @@ def test_samples_in_memory_are_as_files(tmp_path: Path) -> None:
 
 
 def test_leaving_and_resuming(tmp_path: Path) -> None:
-    """Catches a loop that is left without its last step saved, a resume that gives another curve, and other samples taken in silence."""
-    values = values_of(tmp_path)
+    """Catches a loop that is left without its last step saved, a resume that gives another curve, other samples taken in silence, and
+    random numbers taken from the program's own.
+    """
+    values, state = values_of(tmp_path), torch.get_rng_state()
     with ms.training(values, samples=DOCUMENTS, run_dir=None) as session:
         wanted = [step.loss for step in session]
     with ms.training(values, samples=DOCUMENTS) as session:
@@ -109,6 +111,7 @@ def test_leaving_and_resuming(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
     assert [e["event"] for e in rows(tmp_path, "events")].count("done") == 1
     model = ms.load_model(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state)
     weights = weights_at(tmp_path, 6)
     assert all(torch.equal(p.cpu(), weights[f"model.{name}"]) for name, p in model.module.named_parameters())
 
@@ -245,6 +248,19 @@ MODEL = {"num_layers": 1, "hidden_size": 8, "num_heads": 1}
         (lambda: ms.load_config({1: 2}), "has the key '1', a int"),
         (lambda: ms.load_config({"model": MODEL, "train": {"steps": 1}}, "train.step"), "write section.key=value"),
         (lambda: ms.load_config({"model": MODEL, "train": 3}), "train"),
+        (
+            lambda: ms.load_config({"model": MODEL, "train": {"steps": 1}}, ["train.steps=2"]),
+            "an override is \\['train.steps=2'\\], a list",
+        ),  # type: ignore[arg-type]
+        (lambda: ms.load_config({"model": MODEL, "optimizer": {}, "train": {"steps": 1}}), "here it is called optim"),
+        (lambda: ms.training({"model": MODEL, "train": {"steps": 1}}, [[1]], run_dir=3).__enter__(), "run_dir is 3"),  # type: ignore[arg-type]
+        (lambda: ms.training({"model": MODEL, "train": {"steps": 1}}, [[1]], run_dir="").__enter__(), "run_dir is ''"),
+        (lambda: ms.training({"model": MODEL, "train": {"steps": 1}}, [torch.ones(9, requires_grad=True)]).__enter__(), "requires grad"),
+        (lambda: ms.dry_run({"model": MODEL, "train": {"steps": 1}}, 2.5), "ranks is 2.5"),  # type: ignore[arg-type]
+        (lambda: ms.load_model(None), "the model is None"),  # type: ignore[arg-type]
+        (lambda: ms.generate("nowhere", "x", temperature="1"), "temperature is '1'"),  # type: ignore[arg-type]
+        (lambda: ms.generate("nowhere", "x", seed="a"), "seed is 'a'"),  # type: ignore[arg-type]
+        (lambda: ms.grow("a", "b", workers="2", num_layers=3), "workers is '2'"),  # type: ignore[arg-type]
         (lambda: ms.load_config("nowhere.yaml"), "there is no config file nowhere.yaml"),
         (lambda: ms.training({"model": MODEL, "train": {"steps": 1}}, samples=[[1] * 600]).__enter__(), "model.vocab_size is absent"),
         (lambda: ms.dry_run({"model": MODEL, "train": {"steps": 1}}), "model.vocab_size is absent"),
@@ -265,6 +281,14 @@ def test_wrong_use_is_a_sentence(call: Callable[[], Any], words: str, tmp_path: 
     with pytest.raises(ms.UsageError, match=words):
         call()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_of_a_newer_version_says_so(tmp_path: Path) -> None:
+    """Catches the Python face without the hint of the command line: an unknown key in a config that a later version has written."""
+    file = tmp_path / "config.yaml"
+    file.write_text("# Written by megascale 99.1\nmodel: {num_layers: 1, hidden_size: 8, num_heads: 1, flux: 2}\ntrain: {steps: 1}\n")
+    with pytest.raises(ms.UsageError, match=r"unknown key model.flux(.|\n)*was written by megascale 99\.1"):
+        ms.load_config(file)
 
 
 def leave_alone(rank: int, port: int, values: dict[str, Any], leave_at: list[int], out: Any) -> None:

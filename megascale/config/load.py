@@ -88,7 +88,13 @@ ELSEWHERE = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "resume_from_checkpoint": "checkpoint.resume",
-    # TorchTitan, DeepSpeed, and common names
+    # TorchTitan, DeepSpeed, and what people write
+    "optimizer": "optim",
+    "training": "train",
+    "trainer": "train",
+    "parallelism": "parallel",
+    "lr_scheduler": "optim.decay",
+    "activation_checkpoint": "parallel.recompute",
     "tensor_parallel": "parallel.tp",
     "tensor_parallel_size": "parallel.tp",
     "pipeline_parallel_size": "parallel.pp",
@@ -111,16 +117,20 @@ ONE_OF = (("train", "steps", "tokens"),)
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads `path`, applies overrides in order, validates. Raises UsageError naming the key, the value and the fix."""
-    values = apply_overrides(read_yaml(Path(path)), overrides)
+    config = build_from(Path(path), apply_overrides(read_yaml(Path(path)), overrides))
+    check_paths(config)
+    return config
+
+
+def build_from(path: Path | None, values: dict[str, Any]) -> Config:
+    """`build_config` of what a file says, whose version is told where that may be why it is not understood."""
     try:
-        config = build_config(values)
+        return build_config(values)
     except UsageError as error:
-        newer = hint_of_newer(Path(path))
+        newer = None if path is None else hint_of_newer(path)
         if newer is None:
             raise
         raise UsageError(f"{error}\n  {newer}") from None
-    check_paths(config)
-    return config
 
 
 def build_config(values: dict[str, Any], plugins: Mapping[str, str] | None = None) -> Config:

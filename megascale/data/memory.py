@@ -59,9 +59,12 @@ class TokenLists:
     def _document(self, number: int) -> NDArray[np.int64]:
         try:
             item = self.samples[number]
-            tokens = np.asarray(item)
         except (LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"samples[{number}] cannot be read as a list ({type(error).__name__}: {error}): {NEEDED}") from None
+            raise self._unread(number, error) from None
+        try:
+            tokens = np.asarray(item)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise self._unread(number, error) from None
         if tokens.ndim == 1 and not tokens.size:
             return np.zeros(0, np.int64)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
@@ -69,6 +72,9 @@ class TokenLists:
         if int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 62:
             raise UsageError(f"samples[{number}] holds {tokens.min()} to {tokens.max()}: tokens count from 0 to the size of the vocabulary")
         return tokens.astype(np.int64)
+
+    def _unread(self, number: int, error: Exception) -> UsageError:
+        return UsageError(f"samples[{number}] cannot be read as a list ({type(error).__name__}: {error}): {NEEDED}")
 
 
 def _short(item: Any) -> str:

@@ -33,6 +33,9 @@ class Asked:
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}: give a whole number, 1 or more")
+        for name, number in (("temperature", self.temperature), ("top_p", self.top_p), ("seed", self.seed)):
+            if isinstance(number, bool) or not isinstance(number, int if name == "seed" else int | float):
+                raise UsageError(f"{name} is {number!r}: give a {'whole ' if name == 'seed' else ''}number")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UsageError(f"temperature is {self.temperature}: give 0, which takes the likeliest token, or more")
         if not 0 < self.top_p <= 1:
@@ -52,6 +55,8 @@ class Speaker:
 def answer(model: LoadedModel | Session, prompts: str | Sequence[Any], asked: Asked) -> list[dict[str, Any]]:
     """[{"prompt", "tokens", "text"}], one for each prompt. Raises UsageError."""
     speaker = speaker_of(model)
+    if isinstance(prompts, int | float):
+        raise UsageError(f"the prompts are {prompts}: give a text, a list of texts, or a list of lists of token numbers")
     given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given:
         raise UsageError("there is no prompt: give a text, a list of texts, or a list of lists of token numbers")
