@@ -35,7 +35,9 @@ def open_store(ranks: RankInfo, limit: float) -> dist.Store:
         multi_tenant=True,
         master_listen_fd=_listen(ranks.port) if inside and ranks.rank == 0 else None,
     )
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # A program may train more than once, and in an agent's store stands still what an earlier run has said: that it stops, and where.
+    return dist.PrefixStore(f"run-{attempt.add(f'runs/{ranks.rank}', 1)}", attempt)
 
 
 def stays_inside(ranks: RankInfo, env: Mapping[str, str]) -> bool:

@@ -31,6 +31,22 @@ def listening(process: psutil.Process, port: int) -> set[str]:
     return {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
 
 
+def test_a_second_run_does_not_hear_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a program that trains twice under torchrun, whose agent's store still holds that the first run stops, and where: the ranks of
+    the second one leave at different steps and hang.
+    """
+    agents = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks = [RankInfo(rank, 2, rank, 2, "127.0.0.1", agents.port, "torchrun") for rank in range(2)]
+    first = [open_store(r, 10.0) for r in ranks]
+    first[0].set("stop", "0")
+    assert first[1].check(["stop"])
+    second = [open_store(r, 10.0) for r in ranks]
+    assert not second[0].check(["stop"]) and not second[1].check(["stop"])
+    second[1].set("stop", "1")
+    assert second[0].get("stop") == b"1" and first[0].get("stop") == b"0"
+
+
 def test_the_store_of_one_node_is_not_shown_to_the_network() -> None:
     """Catches a store on every interface, whose verdicts and lists any stranger may write, where all ranks stand on one machine."""
     port = free_port(f"test {os.getpid()}")
