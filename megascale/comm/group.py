@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megascale.errors import UsageError
 from megascale.launch.devices import shared_device
 from megascale.launch.ranks import RankInfo, node_name
-from megascale.launch.rendezvous import interface_towards, is_loopback
+from megascale.launch.rendezvous import interface_towards, is_loopback, is_own
 
 LOOPBACK = "127.0.0.1"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -33,7 +33,7 @@ def open_store(ranks: RankInfo, limit: float) -> dist.Store:
         timedelta(seconds=limit),
         wait_for_workers=False,
         multi_tenant=True,
-        master_listen_fd=_listen(ranks.port) if inside and ranks.rank == 0 else None,
+        master_listen_fd=_listen(ranks.port) if inside and ranks.rank == 0 and not is_own(ranks.port) else None,
     )
     attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # A program may train more than once, and in an agent's store stands still what an earlier run has said: that it stops, and where.

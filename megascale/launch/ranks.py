@@ -192,7 +192,8 @@ def _check_meeting(found: RankInfo, env: Mapping[str, str]) -> None:
             "address of rank 0's node that the others can reach"
         )
     # torchrun's agent already listens there for its workers.
-    if found.rank == 0 and found.launcher != "torchrun" and not rendezvous.is_free(found.port):
+    taken = found.rank == 0 and found.launcher != "torchrun" and not rendezvous.is_free(found.port)
+    if taken and not rendezvous.is_own(found.port):
         raise UsageError(f"MASTER_PORT {found.port} is taken on {found.address} by another process: set MASTER_PORT to a free port")
 
 

@@ -30,6 +30,14 @@ def slurm_port(env: Mapping[str, str]) -> int:
     return port_of(f"{env.get('SLURM_JOB_ID', env.get('SLURM_JOBID', ''))}.{env.get('SLURM_STEP_ID', '')}")
 
 
+def is_own(port: int) -> bool:
+    """Whether this process listens there itself: a program that trains twice may still hold the first run, and with it the ranks' store."""
+    try:
+        return any(c.laddr.port == port for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    except (psutil.Error, OSError):
+        return False
+
+
 def is_free(port: int) -> bool:
     """Whether this node could listen on `port`."""
     with socket.socket() as listener:

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from megascale.comm import agent
+from megascale.comm import agent, group
 from megascale.comm.group import interface_mistake, open_store, stays_inside
 from megascale.errors import UsageError
-from megascale.launch.ranks import RankInfo
+from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.launch.rendezvous import free_port, is_loopback, own_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,23 +31,31 @@ def listening(process: psutil.Process, port: int) -> set[str]:
     return {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
 
 
-def test_a_second_run_does_not_hear_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a program that trains twice under torchrun, whose agent's store still holds that the first run stops, and where: the ranks of
-    the second one leave at different steps and hang.
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_a_second_run_does_not_hear_the_first(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a program that trains twice: the store still holds that the first run stops, and where, so that the ranks of the second one
+    leave at different steps and hang, or its port is refused as another process's while the program still holds the first run.
     """
-    agents = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    port = free_port(f"twice {os.getpid()}")
+    agents = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False) if launcher == "torchrun" else None
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    ranks = [RankInfo(rank, 2, rank, 2, "127.0.0.1", agents.port, "torchrun") for rank in range(2)]
+    ranks = [RankInfo(rank, 2, rank, 2, "127.0.0.1", port, launcher) for rank in range(2)]
     first = [open_store(r, 10.0) for r in ranks]
     first[0].set("stop", "0")
     assert first[1].check(["stop"])
+    for variable, value in (("SIZE", "2"), ("RANK", "0"), ("LOCAL_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{variable}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    assert find_ranks().port == port
     second = [open_store(r, 10.0) for r in ranks]
     assert not second[0].check(["stop"]) and not second[1].check(["stop"])
     second[1].set("stop", "1")
     assert second[0].get("stop") == b"1" and first[0].get("stop") == b"0"
+    del agents
 
 
-def test_the_store_of_one_node_is_not_shown_to_the_network() -> None:
+def test_the_store_of_one_node_is_not_shown_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a store on every interface, whose verdicts and lists any stranger may write, where all ranks stand on one machine."""
     port = free_port(f"test {os.getpid()}")
     # An address for documentation: who goes there finds nobody.
@@ -56,6 +64,7 @@ def test_the_store_of_one_node_is_not_shown_to_the_network() -> None:
     assert listening(psutil.Process(), port) == {"127.0.0.1"}
     first.set("key", "value")
     assert open_store(ranks[1], 10.0).get("key") == b"value"
+    monkeypatch.setattr(group, "is_own", lambda port: False)  # a socket of this process stands for another one's
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
