@@ -111,7 +111,7 @@ def test_where_the_end_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"special_tokens_map.json next to the tokenizer cannot be read"):
         _ = load_tokenizer(folder).eos_id
     shutil.copy(INPUTS / "dstok" / "tokenizer.json", tmp_path / "alone.json")
-    with pytest.raises(UsageError, match=r"which token ends a document.*--eos TOKEN"):
+    with pytest.raises(UsageError, match=r"names its end token.*--eos TOKEN"):
         prepared(tmp_path / "o", load_tokenizer(tmp_path / "alone.json"))
     assert list(tmp_path.glob("o*")) == [] and list(tmp_path.glob(".o*")) == []
     assert load_tokenizer(tmp_path / "alone.json", eos="<|end_of_sentence|>").eos_id == 0
