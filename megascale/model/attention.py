@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = attend if causal else attend_all
-        self.kv_of_query: list[int] | None = None  # for each query head here its KV head here, where groups are uneven
+        self.uses_of_kv: list[int] | None = None  # of each KV head here by how many query heads here, where groups are uneven
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: AttentionMask | None, memory: Tensor | None = None) -> Tensor:
         """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only. Keys and values are those of the `memory`
@@ -83,8 +83,8 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
         if self.query_factor != 1.0:
             q = q * self.query_factor
-        if self.kv_of_query is not None:
-            k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
+        if self.uses_of_kv is not None:
+            k, v = repeat_heads(k, self.uses_of_kv), repeat_heads(v, self.uses_of_kv)
         return self.output(self.attend(q, k, v, mask).transpose(1, 2).flatten(2), x)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
@@ -95,10 +95,15 @@ class Attention(nn.Module):
     def take_kv_heads(self, kv: range, of_query: list[int] | None) -> None:
         """Only the KV heads `kv` are used here. `of_query`: the KV head of each query head here, among them, where groups are uneven."""
         self.k.rows = self.v.rows = (kv.start * self.head_dim, kv.stop * self.head_dim)
-        self.kv_of_query = of_query
+        self.uses_of_kv = None if of_query is None else [of_query.count(i) for i in range(len(kv))]
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
+
+def repeat_heads(x: Tensor, times: list[int]) -> Tensor:
+    """x [b, g, s, e] → [b, Σ times, s, e], each head as often as `times` says. An index would be a tensor that the device waits for."""
+    return torch.cat([head.expand(-1, n, -1, -1) for head, n in zip(x.split(1, 1), times)], 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:

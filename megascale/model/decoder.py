@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascale.comm.host import constant
 from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
@@ -326,11 +327,12 @@ class Decoder(Family):
         if tables:
             return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
         if cfg.position_row.slopes:
-            slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*self.exchanges.heads)], device=device)
+            every = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)
+            slopes = constant(tuple(every[slice(*self.exchanges.heads)]), device, torch.float32)
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
         mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
-        return with_blocks(mask, seq_len, device) if cfg.causal and device.type == "cuda" else mask
+        return with_blocks(mask, seq_len, device) if cfg.causal and device.type != "cpu" else mask
 
     def contexts(
         self,

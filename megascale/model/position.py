@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megascale.comm.host import constant
 from megascale.config.schema import RopeScaling
 
 
@@ -27,7 +28,7 @@ class Rotary(NamedTuple):
 def pair_exponents(dim: int, own: Sequence[float] | None, device: torch.device) -> Tensor:
     """u of each pair of channels in fp64: 2i/e for i < e/2 (RoFormer, arXiv 2104.09864), or the model's own."""
     if own is not None:
-        return torch.tensor(own, dtype=torch.float64, device=device)
+        return constant(tuple(own), device, torch.float64)
     return torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megascale.comm.host import to_device
 from megascale.config.schema import Optim
 from megascale.parallel.model import Weight
 
@@ -22,7 +23,7 @@ def global_norm(weights: list[Weight], size: int, factors: Mapping[str, float] |
     squares = torch.zeros((), dtype=torch.float64, device=weights[0].local.device if weights else None)
     if grads:
         each = _squares([g for g, _ in grads])
-        shares = torch.tensor([1.0 / replicas for _, replicas in grads], dtype=torch.float64, device=each.device)
+        shares = to_device([1.0 / replicas for _, replicas in grads], each.device)
         squares = (each * shares).sum()
     if size > 1:
         dist.all_reduce(squares)

@@ -60,6 +60,7 @@ class Trainer:
         self.saved = saved  # the step whose checkpoint is there or under way
         self.stalled = 0.0  # seconds in evaluation and saving since the last step
         self.done = False
+        self.in_training = False  # the modules' mode, which is set where it changes: hundreds of them take 10 ms
 
     def train(self) -> None:
         """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
@@ -110,10 +111,10 @@ class Trainer:
         return result
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
-        """Forward, backward, clip, update. Nothing here waits for the device."""
+        """Forward, backward, clip, update. Nothing here waits for the device: tests/test_host_syncs.py looks at every operation."""
         clock = StepClock(self.device)
         self.model.mesh.traffic.take()  # what evaluation sent is not the step's
-        self.model.train(True)
+        self.set_mode(training=True)
         self.model.at_step(step)
         sampled = sampled_step(step, self.config)
         lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
@@ -121,7 +122,13 @@ class Trainer:
             sums = backward(self.engine, micro_batches, self.scale, lr, self.stop.requested)
         done = update(self.engine, sums)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.flush()
-        return StepResult(step, done.loss, done.norm, done.finite, sums.valid, sums.stop, lr, clock.stop(), sent, seen, sampled)
+        numbers = torch.stack([x.to(torch.float64) for x in (done.loss, done.norm, done.finite, sums.valid, sums.stop)])
+        return StepResult(step, numbers, lr, clock.stop(), sent, seen, sampled)
+
+    def set_mode(self, training: bool) -> None:
+        if self.in_training != training:
+            self.model.train(training)
+            self.in_training = training
 
     def evaluated(self, result: StepResult) -> bool:
         """Adds the validation losses to a step's result. False where all ranks left it before its end: it has no number then."""
@@ -139,7 +146,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss per valid token of every validation set; NaN for one without targets."""
-        self.model.train(False)
+        self.set_mode(training=False)
         losses, steps = {}, self.config.train.eval_steps
         for name, make in self.valid.items():
             batches = Prefetcher(make, 0, steps - 1)

@@ -96,7 +96,7 @@ def one_step(names: list[str]) -> dict[str, str | float]:
             with watched_casts(model.stages, True):
                 engine.run([batch], 1 / 32, 1e-3)
             norm, finite = engine.update(torch.ones((), dtype=torch.float64))
-            observed.row(observed.flush(), CPU, sampled=True)
+            observed.row(torch.cat(observed.vectors(observed.flush(), CPU, True)), sampled=True)
             outcome[name] = norm.item() if finite else "not finite"
         except Exception as error:
             outcome[name] = f"{type(error).__name__}: {error}"

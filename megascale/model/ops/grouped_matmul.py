@@ -146,6 +146,11 @@ def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: b
     return y
 
 
+@product_by_expert.register_fake
+def _(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
+
+
 class _ByExpert(torch.autograd.Function):
     """`grouped_product` one expert after the other, for CPUs and for inputs that the grouped product does not support.
 

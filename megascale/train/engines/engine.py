@@ -89,7 +89,9 @@ def total_over_ranks(mesh: Mesh, loss: Tensor, valid: float, stop: float = 0.0) 
     """Three numbers summed over the ranks in one message; ranks with the same data count once."""
     # All stages and all of cp know the whole batch. Losses add up: each rank has that of its own positions, and only at the head.
     counted, share = valid if mesh.tells_batch else 0.0, float(mesh.tells_loss)
-    numbers = torch.stack([loss.to(torch.float64) * share, *torch.tensor([counted, stop], dtype=torch.float64).to(loss.device)])
+    # Filled by kernels: a copy from the host would wait for the whole backward.
+    own = (torch.full((), number, dtype=torch.float64, device=loss.device) for number in (counted, stop))
+    numbers = torch.stack([loss.to(torch.float64) * share, *own])
     if mesh.size > 1:
         dist.all_reduce(numbers)
     return Sums(*numbers.unbind())

@@ -25,7 +25,7 @@ from megascale.train.state import state_pieces
 
 def valid_share(batches: Sequence[Batch], scale: float, mesh: Mesh, device: torch.device) -> Tensor:
     """Valid targets of the step over all data ranks × `scale`, before the update. 0-dim, fp64."""
-    valid = torch.tensor(sum(b.valid for b in batches) * scale, dtype=torch.float64, device=device)
+    valid = torch.full((), sum(b.valid for b in batches) * scale, dtype=torch.float64, device=device)
     return all_reduce(all_reduce(valid, mesh["dp_shard"]), mesh["dp_replicate"])
 
 

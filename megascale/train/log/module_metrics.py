@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,13 @@ class MetricSource:
     sampled: bool
 
 
+Part = tuple[MetricSource, str, int]  # a name of a module's, and how long its numbers are
+
+
 class MetricsOverRanks:
-    """Built once by all ranks together. `flush` after every step is free, `row` is for logged steps."""
+    """Built once by all ranks together. `flush` after every step is free. For logged steps, `vectors` on the device are summed over ranks by
+    the caller, and `row` reads what then is on the host.
+    """
 
     def __init__(self, model: ParallelModel) -> None:
         self.mesh: Mesh = model.mesh
@@ -45,38 +51,40 @@ class MetricsOverRanks:
     def flush(self) -> dict[MetricSource, Totals]:
         return {source: metrics.flush() for source, metrics in self.here.items()}
 
-    def row(self, taken: dict[MetricSource, Totals], device: torch.device, sampled: bool = False) -> dict[str, dict[str, list[Any]]]:
-        """Collective over all ranks, two messages. `sampled`: also include the modules that measure only on sampled steps."""
-        sources = [s for s in self.all if sampled or not s.sampled]
-        sums = self._over_ranks([(s, s.sums) for s in sources], taken, device, dist.ReduceOp.SUM)
-        maxima = self._over_ranks([(s, s.maxima) for s in sources], taken, device, dist.ReduceOp.MAX)
+    def vectors(self, taken: dict[MetricSource, Totals], device: torch.device, sampled: bool) -> tuple[Tensor, Tensor]:
+        """This rank's maxima and sums in fp64, zero for modules on other ranks. `sampled`: also the modules that measure on sampled steps."""
+        maxima, sums = (self._vector(taken, device, names) for names in self._names(sampled))
+        return maxima, sums
+
+    def row(self, told: Tensor, sampled: bool) -> dict[str, dict[str, list[Any]]]:
+        """The reduced maxima and sums of all ranks, concatenated, as a row."""
+        maxima, sums = self._names(sampled)
+        known = {source: Totals() for source in self._who_told(sampled)}
+        for (source, name, _), part in zip([*maxima, *sums], told.split([n for *_, n in [*maxima, *sums]])):
+            known[source][name] = part
         row: dict[str, dict[str, list[Any]]] = {}
-        for source in sources:
+        for source, totals in known.items():
             group = row.setdefault(source.group, {"layers": [], "parts": []})
             group["layers"].append(source.layer)
             group["parts"].append(source.path)
-            for name, number in source.read({**sums[source], **maxima[source]}).items():
+            for name, number in source.read(totals).items():
                 group.setdefault(name, []).append(number)
         return row
 
-    def _over_ranks(
-        self,
-        parts: list[tuple[MetricSource, tuple[tuple[str, int], ...]]],
-        taken: dict[MetricSource, Totals],
-        device: torch.device,
-        operation: Any,
-    ) -> dict[MetricSource, Totals]:
-        """Reduces one vector with all modules' numbers, zero for modules on other ranks, and splits it again on the host."""
+    def _who_told(self, sampled: bool) -> list[MetricSource]:
+        return [s for s in self.all if sampled or not s.sampled]
+
+    def _names(self, sampled: bool) -> tuple[list[Part], list[Part]]:
+        """What the vectors hold, in order."""
+        told = self._who_told(sampled)
+        return [(s, *part) for s in told for part in s.maxima], [(s, *part) for s in told for part in s.sums]
+
+    def _vector(self, taken: dict[MetricSource, Totals], device: torch.device, names: list[Part]) -> Tensor:
         empty: Totals = {}
-        flat_names = [(source, name, n) for source, names in parts for name, n in names]
-        pieces = [taken.get(s, empty).get(name, torch.zeros(n)).to(device, torch.float64).reshape(n) for s, name, n in flat_names]
-        if not pieces:
-            return {source: {} for source, _ in parts}
-        flat: Tensor = torch.cat(pieces)
-        if self.mesh.size > 1:
-            dist.all_reduce(flat, operation)
-        split = iter(flat.cpu().split([n for *_, n in flat_names]))
-        return {source: {name: next(split) for name, _ in names} for source, names in parts}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        own = [(taken.get(s, empty).get(name), n) for s, name, n in names]
+        pieces = [zeros(n) if x is None else x.to(device, torch.float64).reshape(n) for x, n in own]
+        return torch.cat([zeros(0), *pieces])
 
 
 def _sources(model: ParallelModel) -> Iterable[tuple[MetricSource, ModuleMetrics]]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.checkpoint.saver import Event
+from megascale.comm.host import HostCopy, to_device
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Train
 from megascale.errors import PeerLostError
@@ -29,16 +30,14 @@ from megascale.train.state import Progress
 
 @dataclass
 class StepResult:
-    """One step's numbers, 0-dim tensors on the device where the host does not know them yet. Reading `loss` or `grad_norm` waits for the
-    device.
+    """One step's numbers, on the device where the host does not know them yet. Reading `loss` or `grad_norm` waits for it.
+
+    numbers  [5], fp64: loss, gradient norm, whether it is finite, targets in the global batch times a constant, ranks that ask to stop
+    told     the same on its way to the host; where the step is `logged`, with what a row needs of all ranks behind it
     """
 
     step: int
-    loss_tensor: Tensor
-    norm_tensor: Tensor
-    finite: Tensor
-    valid: Tensor  # targets in the global batch, times a constant
-    stop: Tensor
+    numbers: Tensor
     lr: float
     clock: StepClock
     sent: dict[str, int]  # bytes by axis, of this rank
@@ -49,6 +48,8 @@ class StepResult:
     waited: float = 0.0  # seconds for the batch, on this rank
     stalled: float = 0.0  # seconds of evaluation and saving between the step before and this one
     tokens: int = 0
+    told: HostCopy | None = None
+    logged: bool = False
 
     @property
     def number(self) -> int:
@@ -58,19 +59,28 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Cross-entropy per valid token over the global batch, before the update."""
-        return float(self.loss_tensor)
+        return float(self.known[0])
 
     @property
     def grad_norm(self) -> float:
         """Of the whole gradient, before clipping."""
-        return float(self.norm_tensor)
+        return float(self.known[1])
+
+    @property
+    def known(self) -> Tensor:
+        """`numbers` and what is behind them, on the host."""
+        if self.told is None:
+            self.told = HostCopy(self.numbers)
+        return self.told.read()
 
 
 class StepClock:
     """Seconds of a step, on the device's own clock where it runs ahead of the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._events: list[Any] = []
+        if device.type != "cpu":
+            self._events = [torch.get_device_module(device).Event(enable_timing=True) for _ in range(2)]
         if self._events:
             self._events[0].record()
         self._start = self._end = time.perf_counter()
@@ -83,13 +93,13 @@ class StepClock:
 
     def seconds(self) -> float:
         if self._events:
-            return self._events[0].elapsed_time(self._events[1]) / 1000
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
         return self._end - self._start
 
     def after(self, before: StepClock) -> float:
         """Seconds from the end of an earlier step to the end of this one."""
         if self._events:
-            return before._events[1].elapsed_time(self._events[1]) / 1000
+            return float(before._events[1].elapsed_time(self._events[1])) / 1000
         return self._end - before._end
 
 
@@ -99,11 +109,10 @@ class Since:
 
     steps: int = 0
     seconds: float = 0.0  # from step to step, without evaluation and saving
-    waited: float = 0.0
 
     def add(self, result: StepResult, before: StepClock | None) -> None:
         own = result.clock.seconds()
-        self.steps, self.waited = self.steps + 1, self.waited + result.waited
+        self.steps += 1
         self.seconds += own + result.waited if before is None else max(own, result.clock.after(before) - result.stalled)
 
 
@@ -111,7 +120,8 @@ class Since:
 class Reporter:
     """`log` and `console` are None on every rank but the first.
 
-    On CUDA results are read one step late, when the next step is already queued, so that the device never waits for the host.
+    On a device results are on their way to the host as soon as their step is queued, summed over ranks where it is logged, and are read
+    one step late, when the next one is queued: the device never waits for the host, nor the host for the step under way.
     """
 
     mesh: Mesh
@@ -132,11 +142,15 @@ class Reporter:
     _stop: bool = False
     _before: StepClock | None = None  # of the step before, in this attempt
     _since: Since = field(default_factory=Since)
+    _waited: float = 0.0  # seconds for batches since the last logged step
 
     def step(self, result: StepResult, progress: Progress) -> None:
         result.tokens = progress.tokens
+        result.logged = result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None
+        self._waited += result.waited
+        result.told = HostCopy(self._over_ranks(result) if result.logged else result.numbers)
         self._waiting.append((result, progress))
-        lag = 1 if self.device.type == "cuda" and result.step < self.last_step and result.valid_loss is None else 0
+        lag = 1 if self.device.type != "cpu" and result.step < self.last_step and result.valid_loss is None else 0
         while len(self._waiting) > lag:
             self._read(*self._waiting.popleft())
 
@@ -191,13 +205,12 @@ class Reporter:
         self._judge(result, progress)
         self._since.add(result, self._before)
         self._before = result.clock
-        if not (result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None):
+        if not result.logged:
             return
         since, self._since = self._since, Since()
-        sent, waited = self._largest(result.sent, since.waited)
-        seen = self.observed.row(result.seen, self.device, result.sampled)
         if self.log is None or self.console is None:
             return
+        sent, waited, seen = self._of_all(result)
         step = LoggedStep(
             result.step,
             result.loss,
@@ -229,8 +242,8 @@ class Reporter:
 
     def _judge(self, result: StepResult, progress: Progress) -> None:
         """Whether a step counted. One without any target is no bad gradient: it changes nothing, and its loss is null."""
-        finite, valid = bool(result.finite), float(result.valid)
-        self._stop = self._stop or float(result.stop) > 0
+        _, _, finite, valid, stop = result.known[: len(result.numbers)].tolist()
+        self._stop = self._stop or stop > 0
         if valid == 0:
             self.event("empty_step", result.step)
             self.warn_once(
@@ -243,16 +256,29 @@ class Reporter:
         if not finite:
             self.event("skip", result.step, loss=result.loss, grad_norm=result.grad_norm)
 
-    def _largest(self, traffic: dict[str, int], waited: float) -> tuple[dict[str, int], float]:
-        """Bytes of the step by axis, and seconds of waiting for data, the largest of all ranks."""
-        axes = list(dict.fromkeys(axis.name for axis in self.mesh.axes.values() if axis.size > 1))
-        if not axes:
-            return {}, waited
-        here = [*(traffic.get(a, 0) for a in axes), round(waited * 1e9)]
-        numbers = torch.tensor(here, dtype=torch.int64, device=self.device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        *most, longest = numbers.tolist()
-        return {axis: sent for axis, sent in zip(axes, most) if sent or self.mesh[axis].size > 1}, longest / 1e9
+    def _over_ranks(self, result: StepResult) -> Tensor:
+        """A step's numbers, then what is largest of all ranks (bytes sent by axis, nanoseconds of waiting for data since the last row,
+        maxima of modules), then sums over them. Collective: one message each, and one vector for the host.
+        """
+        maxima, sums = self.observed.vectors(result.seen, self.device, result.sampled)
+        here = [*(result.sent.get(a, 0) for a in self._axes), round(self._waited * 1e9)]
+        self._waited = 0.0
+        maxima = torch.cat([to_device(here, self.device), maxima])
+        if self.mesh.size > 1:
+            dist.all_reduce(maxima, dist.ReduceOp.MAX)
+            dist.all_reduce(sums)
+        return torch.cat([result.numbers, maxima, sums])
+
+    def _of_all(self, result: StepResult) -> tuple[dict[str, int], float, dict[str, dict[str, list[Any]]]]:
+        """What `_over_ranks` brought: bytes by axis, seconds of waiting, and a row of the modules'."""
+        axes, behind = self._axes, result.known[len(result.numbers) :]
+        *sent, waited = behind[: len(axes) + 1].tolist()
+        by_axis = {axis: int(n) for axis, n in zip(axes, sent) if n or self.mesh[axis].size > 1}
+        return by_axis, waited / 1e9, self.observed.row(behind[len(axes) + 1 :], result.sampled)
+
+    @property
+    def _axes(self) -> list[str]:
+        return list(dict.fromkeys(axis.name for axis in self.mesh.axes.values() if axis.size > 1))
 
 
 def memory_bytes(device: torch.device) -> int:
