@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megascale.config.schema import Optim, Parallel
 from megascale.data.loader import Batch
 from megascale.schedule import layered
 from megascale.schedule.orders import Action, layered_forward_order, layered_order
+from megascale.train.build import build_schedule
 from megascale.train.engines.in_backward import InBackward
-from tests.layouts import CPU, Case, build, tiny, train
+from tests.layouts import CPU, Case, build, fake_batch, tiny, train
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, rows, run, settings
 from tests.test_counts import ITEM, padded
@@ -216,3 +218,29 @@ def gradients_alive(case: Case) -> int:
 def test_gradients_of_one_layer_live_at_once() -> None:
     """Catches an update during backward that saves nothing."""
     assert run_ranks(1, gradients_alive, Case(tiny(num_layers=5), Parallel(accumulation="layered")))[0] == 1
+
+
+def most_kept(accumulation: str) -> float:
+    """The most bytes of reductions' inputs that FSDP2 held in two steps, as a share of the whole model's unsharded gradient. One process
+    as rank 0 of two, whose messages carry nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from benchmarks.layered.memory import kept_by_reductions
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    parallel = Parallel(dp_shard=2, accumulation=accumulation, recompute="full")
+    case = Case(tiny(num_layers=12, hidden_size=64, ffn_size=128), parallel, precision="bf16", seq_len=16)
+    model = build(case, 2)
+    schedule = build_schedule(model, parallel, CPU)
+    with kept_by_reductions() as held:
+        for _ in range(2):
+            schedule.run([fake_batch(case, [i]) for i in range(2)], 1.0)
+    dist.destroy_process_group()
+    return max(held) / sum(4 * w.placement.spec.numel for w in model.weights)
+
+
+@pytest.mark.parametrize("accumulation", ["depth_first", "layered"])
+def test_the_unsharded_gradient_is_not_kept(accumulation: str) -> None:
+    """Catches stages that each keep what they gave their reduction until the step ends: 4 bytes a parameter on every GPU, 32 GB at 8B."""
+    assert run_ranks(1, most_kept, accumulation)[0] <= 0.1

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.layered.memory`: two gloo ranks, ZeRO-3 with full recomputation, m = 2, 4, 8 micro-batches. Counted is what torch
 allocates during a second step, by storage, from the operation that makes it to its last reference. Buffers for offloaded inputs exist
-since the first step, so what lies on the "host" is not in it, and is counted by itself.
+since the first step, so what lies on the "host" is not in it, and is counted by itself. Each run asserts that of unsharded gradients no
+more than a block's stay for their reductions.
 
 Formulas, in block inputs: depth-first holds the L of one micro-batch. Layered holds those of all m, and of each the head's input and the
 gradient on its way back. Offloaded, each micro-batch has its stream on its way, and its rotary angles; one input comes back, one is ahead.
@@ -14,16 +15,22 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from benchmarks.common import Allocations, machine, write
 from benchmarks.layered.worker import stepper
 from megascale.config.load import build_config
 from megascale.config.schema import Parallel
+from megascale.model.families import build_part
 from megascale.model.family import Family
+from megascale.model.shape import shape_of
+from megascale.model.spec import specs_of
 from megascale.parallel import apply
 from megascale.parallel.offload import HostStash, offload_block_inputs
 
@@ -45,6 +52,24 @@ def inputs_held(way: str, m: int) -> int:
     return (m * (SIZES["num_layers"] + 2) if way == "layered" else SIZES["num_layers"]) * INPUT
 
 
+@contextmanager
+def kept_by_reductions() -> Iterator[list[int]]:
+    """After each backward of a group of weights, the bytes of unsharded gradients that FSDP2 still holds for reductions."""
+    reduced, contexts = FSDPParamGroup.post_backward, dict[int, Any]()
+    held: list[int] = []
+
+    def post_backward(group: Any, *args: Any) -> None:
+        reduced(group, *args)
+        contexts[id(group.comm_ctx)] = group.comm_ctx
+        held.append(sum(state.reduce_scatter_input.nbytes for c in contexts.values() for state in c.reduce_scatter_states))
+
+    FSDPParamGroup.post_backward = post_backward  # type: ignore[assignment, method-assign]
+    try:
+        yield held
+    finally:
+        FSDPParamGroup.post_backward = reduced  # type: ignore[method-assign]
+
+
 def rank_main(rank: int, way: str, m: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
@@ -60,8 +85,11 @@ def rank_main(rank: int, way: str, m: int, store: str) -> None:
     config = build_config({"model": SIZES, "train": train, "data": {"train": "x"}, "parallel": parallel.model_dump()})
     step = stepper(config, RANKS, m)
     step()
-    with Allocations() as made:
+    with Allocations() as made, kept_by_reductions() as left:
         step()
+    whole = 4 * sum(spec.numel for spec in specs_of(build_part(config.model, shape_of(config))).values())
+    share = max(left) / whole
+    assert share <= 1.2 / SIZES["num_layers"], f"{way}: {share:.2f} of the whole model's fp32 gradient is kept: more than one block's"
     print(json.dumps({"peak": made.most, "host": sum(s.most for s in stashes)}))
 
 

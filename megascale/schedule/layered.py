@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from megascale.data.loader import Batch
 from megascale.model.family import Family
 from megascale.parallel.model import ParallelModel
+from megascale.schedule.fsdp_roots import forget_order, share_buffers
 from megascale.schedule.orders import Action, layered_forward_order, layered_order
 from megascale.schedule.tied import TiedEmbedding
 
@@ -35,6 +36,7 @@ class Layered:
                 stage.set_requires_gradient_sync(False)
                 # Stages finish together at the end of the step: until then their reductions run beside the next stage's backward.
                 stage.set_is_last_backward(False)
+        share_buffers(model.stages)
         first = model.stages[0]
         if isinstance(first, FSDPModule):
             first.set_unshard_in_backward(False)  # its table's gradient needs no values, its other weights are copied
@@ -119,6 +121,7 @@ class _Pass:
             self.doors[key] = []
             x = _Door.apply(self.anchor, x, self.doors[key])
         y = self.model.stages[number](**b.inputs(), scale=self.scale, stream=x)
+        forget_order(self.model.stages[number])
         if torch.is_grad_enabled():
             self.ends[key] = get_gradient_edge(y)
         if number < len(self.model.stages) - 1:

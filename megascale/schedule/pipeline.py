@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime
 
@@ -26,6 +25,7 @@ from megascale.model.experts import Bank
 from megascale.model.family import Family
 from megascale.model.layers import Deferred, Linear
 from megascale.parallel.model import ParallelModel
+from megascale.schedule.fsdp_roots import forget_order, param_groups, share_buffers
 from megascale.schedule.orders import compute_order, forward_order, splits_backward
 from megascale.schedule.tied import TiedEmbedding
 
@@ -37,6 +37,7 @@ class Pipeline:
         self.model, self.cfg, self.device = model, cfg, device
         self.tied = TiedEmbedding(model)
         self.numbers = stages_of_rank(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, model.mesh["pp"].rank)
+        share_buffers(model.stages)
         self.runtimes: dict[tuple[int, torch.Size], Runtime] = {}
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
@@ -145,7 +146,9 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
         b, stream = self.batches[self.micro_batch], args[0] if args else None
-        return self.submod(**b.inputs(), scale=self.scale, stream=stream)  # type: ignore[no-any-return]
+        y: Tensor = self.submod(**b.inputs(), scale=self.scale, stream=stream)
+        forget_order(self.submod)
+        return y
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_buffers(super()._prepare_forward_infra, *args, **kwargs)
@@ -214,13 +217,10 @@ class Stage(PipelineStage):
 
 def _keep_sums_exact(module: torch.nn.Module) -> None:
     """Moves fresh weight gradients into FSDP's sums of the reduce dtype, which its own hooks did before the weight pass came."""
-    if isinstance(module, FSDPModule):
-        for state in fully_shard.state(module)._state_ctx.all_states:  # type: ignore[attr-defined]
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            for group in (g for g in groups if g is not None):
-                for parameter in group.fsdp_params:
-                    parameter.accumulate_unsharded_grad_if_needed()
-                    parameter.to_accumulated_grad_if_needed()
+    for group in param_groups(module):
+        for parameter in group.fsdp_params:
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()
 
 
 def _already_loss(output: Tensor, _: Any) -> Tensor:
