@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from megascale.errors import UsageError
@@ -88,11 +89,17 @@ def interface_mistake(env: Mapping[str, str], own: Iterable[str]) -> str | None:
     )
 
 
-def join(store: dist.Store, ranks: RankInfo, backend: str, patience: float) -> None:
-    """Collective over all ranks: the process group, whose collectives give up after `patience` seconds."""
+def join(store: dist.Store, ranks: RankInfo, backend: str, patience: float, device: torch.device | None = None) -> None:
+    """Collective over all ranks: the process group, whose collectives give up after `patience` seconds.
+
+    device  of a rank whose group is NCCL's alone: it connects now, on this device, and an axis of the mesh is split off in one call
+    """
     # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
     address = LOOPBACK if stays_inside(ranks, os.environ) else ranks.address
     interface = interface_towards(address) if address else None
     if interface is not None:
         os.environ.setdefault(GLOO_INTERFACE, interface)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=patience))
+    own = device if backend == "nccl" else None  # of two backends only one could be split
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=patience), device_id=own
+    )

@@ -116,7 +116,9 @@ def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mes
     """
     traffic = Traffic()
     pp, replicate, shard, cp, tp = (sizes[n] for n in NAMES)
-    grid, axes = _view({n: sizes[n] for n in NAMES}, device_type, traffic)
+    # FSDP2 shards over an axis of one rank where weights have replicas, or experts an axis of their own.
+    kept = "dp_shard" if replicate > 1 or sizes.get("edp", 1) > 1 else ""
+    grid, axes = _view({n: sizes[n] for n in NAMES}, device_type, traffic, kept)
     seen = {"shard": axes["dp_shard"], "replicas": axes["dp_replicate"], "cp_ring": axes["cp"], "cp_ulysses": axes["cp"]}
     if cp > 1:
         grid, stored = _view({"pp": pp, "dp_replicate": replicate, "dp_shard": shard * cp, "tp": tp}, device_type, traffic)
@@ -132,7 +134,7 @@ def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mes
     seen |= {n: Axis(n, 1, 0, None, traffic) for n in EXPERT_AXES}
     if _own_axes(sizes):
         view = {"pp": pp, "dp_replicate": replicate, "edp": sizes["edp"], "ep": sizes["ep"], "etp": _expert_tp(sizes)}
-        experts, cut = _view(view, device_type, traffic)
+        experts, cut = _view(view, device_type, traffic, "edp" if replicate > 1 else "")
         seen |= {n: cut[n] for n in EXPERT_AXES}
     started = dist.is_initialized()
     return Mesh({**axes, **seen}, grid, experts, traffic, dist.get_rank() if started else 0, dist.get_world_size() if started else 1)
@@ -147,9 +149,13 @@ def _expert_tp(sizes: dict[str, int]) -> int:
     return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (sizes["edp"] * sizes["ep"])
 
 
-def _view(sizes: dict[str, int], device_type: str, traffic: Traffic) -> tuple[DeviceMesh | None, dict[str, Axis]]:
-    """All ranks as one grid, the last name running fastest."""
+def _view(sizes: dict[str, int], device_type: str, traffic: Traffic, keep: str = "") -> tuple[DeviceMesh | None, dict[str, Axis]]:
+    """All ranks as one grid, the last name running fastest. Axes of one rank are left out, or each rank would be a group of its own, which
+    all ranks have to make; but for `keep`, an axis that FSDP2 is going to ask for.
+    """
+    alone = {n: Axis(n, 1, 0, None, traffic) for n in sizes}
     if not dist.is_initialized():
-        return None, {n: Axis(n, 1, 0, None, traffic) for n in sizes}
-    grid = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return grid, {n: Axis(n, k, grid.get_local_rank(n), grid.get_group(n) if k > 1 else None, traffic) for n, k in sizes.items()}
+        return None, alone
+    there = {n: k for n, k in sizes.items() if k > 1 or n == keep}
+    grid = init_device_mesh(device_type, tuple(there.values()), mesh_dim_names=tuple(there))
+    return grid, {n: Axis(n, k, grid.get_local_rank(n), grid.get_group(n), traffic) if k > 1 else alone[n] for n, k in sizes.items()}

@@ -127,7 +127,7 @@ def with_others(phases: Phases, device: torch.device, link_mb: int) -> dict[str,
     """Clock, links and collectives of this rank. One rank per node takes part in the tournament; on a single node all do."""
     ranks = phases.ranks
     assert phases.store is not None
-    join(phases.store, ranks, "nccl" if device.type == "cuda" else "gloo", phases.timeout)
+    join(phases.store, ranks, "nccl" if device.type == "cuda" else "gloo", phases.timeout, device)
     places: list[tuple[int, str]] = [(local, node) for local, node in gather_json([ranks.local_rank, node_name()])]
     single = ranks.one_node
     players = [r for r, (local, _) in enumerate(places) if single or local == 0]

@@ -55,7 +55,7 @@ def process_group(config: Config, ranks: RankInfo) -> Iterator[Watchdog]:
     roll_call(store, ranks, "cpu" if device is None else device.type, problem, limit + WATCH_FIRST)
     if on_cuda:
         check_own_device(store, ranks, str(torch.cuda.get_device_properties(device).uuid))
-    join(store, ranks, backend, limit + WATCH_FIRST)
+    join(store, ranks, backend, limit + WATCH_FIRST, device)
     try:
         watch = Watchdog(ranks, store, limit)
         share = default_threads(ranks)  # all ranks take part, since a node may have its own run.threads
