@@ -22,6 +22,7 @@ from megascale.precision.watch import sampled_step
 from megascale.train.engines.engine import Engine, backward, total_over_ranks, update
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Activity
+from megascale.train.garbage import collected_every
 from megascale.train.log.reporter import Reporter, StepClock, StepResult
 from megascale.train.state import Progress
 
@@ -69,6 +70,12 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepResult]:
         """As `train`, a step each time that one is asked for. Who leaves the loop may go on with another one."""
+        with collected_every(self.config.run.gc_every) as collect:
+            for result in self.steps():
+                yield result
+                collect(result.step)
+
+    def steps(self) -> Iterator[StepResult]:
         train, last_step = self.config.train, self.until
         while self.progress.step < last_step:
             step = self.progress.step + 1

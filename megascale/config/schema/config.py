@@ -11,7 +11,7 @@ from megascale.config.routers import routers
 from megascale.config.schema.model import Model
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import Layers, Positive, Seconds, Section, Seed, Threads
+from megascale.config.schema.section import Layers, NonNegative, Positive, Seconds, Section, Seed, Threads
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
 NAME = r"(?=.*[^.])[A-Za-z0-9._-]{1,200}"  # a folder's name; excludes "." and ".."
@@ -42,6 +42,8 @@ class Run(Section):
     """Step for which a profiler trace is written."""
     collective_timeout: Seconds = 600.0
     """Seconds after which a silent peer counts as lost and the job ends with exit code 5."""
+    gc_every: NonNegative = 100
+    """Steps between garbage collections of Python, on all ranks at the same step. 0: whenever Python likes."""
     wandb: bool = False
     """Log metrics to Weights & Biases as well (extra `wandb`)."""
     tensorboard: bool = False
