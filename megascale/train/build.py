@@ -29,6 +29,7 @@ from megascale.parallel.model import ParallelModel
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.train.engines.engine import Engine, Native
+from megascale.train.gpu import gpu_facts
 
 
 def check_torch(config: Config) -> None:
@@ -63,6 +64,7 @@ def build_model(
         "parameters": sum(s.numel for s in specs.values()),
         "parameters_active": active,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        **gpu_facts(device),
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
         **({"threads": torch.get_num_threads(), "products": way_of(shape.compute)} if device.type == "cpu" else {}),
     }

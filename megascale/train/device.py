@@ -14,8 +14,7 @@ from megascale.errors import UsageError
 from megascale.launch.devices import device_index
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import core_quota, own_cores, slurm_cores
-
-FP8_CAPABILITY = (8, 9)  # lowest compute capability with FP8 products: Ada, Hopper and newer
+from megascale.train.gpu import check_card, why_no_gpu
 
 
 def choose_device(config: Config, ranks: RankInfo) -> torch.device:
@@ -23,15 +22,10 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UsageError("run.device is cuda but torch finds no CUDA device here: use auto or cpu")
+        raise UsageError(f"run.device is cuda but torch finds no CUDA device here: {why_no_gpu()}")
     device = torch.device("cuda", device_index(ranks, torch.cuda.device_count()))
     torch.cuda.set_device(device)
-    capability = torch.cuda.get_device_capability(device)
-    if config.precision.fp8 != "false" and capability < FP8_CAPABILITY:
-        raise UsageError(
-            f"precision.fp8 is {config.precision.fp8} and {torch.cuda.get_device_name(device)} has compute capability {capability}: FP8 "
-            f"products need {FP8_CAPABILITY}; use precision.fp8 false, which is the same model in precision.compute"
-        )
+    check_card(config, ranks, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
     return device
 
 

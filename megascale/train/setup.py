@@ -30,9 +30,10 @@ from megascale.plugins import versions
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
 from megascale.train.device import choose_device
 from megascale.train.engines.engine import Engine
-from megascale.train.estimate.memory import check_host_room
+from megascale.train.estimate.memory import check_host_room, resident_bytes
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import Activity
+from megascale.train.gpu import check_room
 from megascale.train.log.announce import announce
 from megascale.train.log.console import Console
 from megascale.train.log.module_metrics import MetricsOverRanks
@@ -140,6 +141,7 @@ def checked_device(config: Config, ranks: RankInfo) -> torch.device:
     device = on_all_ranks(lambda: choose_device(config, ranks))
     on_all_ranks(lambda: check_offload_dir(config))
     on_all_ranks(lambda: check_host_room(config, ranks))
+    on_all_ranks(lambda: check_room(config, ranks, device, partial(resident_bytes, config, ranks.size)))
     return device
 
 

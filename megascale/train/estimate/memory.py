@@ -33,6 +33,12 @@ def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
     return max((rank_bytes(config, {**first, "pp": r}, sizes) for r in range(sizes["pp"])), key=lambda b: sum(b.values()))
 
 
+def resident_bytes(config: Config, ranks: int) -> int:
+    """Bytes of weights and optimizer state on the fullest of `ranks` ranks: what lies there from the start to the end."""
+    held = largest_rank(config, axis_sizes(config.parallel, ranks))
+    return held["parameters"] + held["optimizer"]
+
+
 def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
     """Bytes of stored weights, their gradients and optimizer state on the rank at `place`. Gathered copies are not counted."""
     shape = shape_of(config)

@@ -18,6 +18,7 @@ from megascale.launch.ranks import RankInfo, node_name
 from megascale.optim.learning_rate import schedule_note
 from megascale.plugins import plugins, versions
 from megascale.sizes import model_words
+from megascale.train.gpu import slow_notes
 from megascale.train.log.console import Console
 from megascale.train.log.run_log import RunLog
 from megascale.train.start.branch import Note
@@ -81,7 +82,15 @@ def announce(
         log.event("mended", progress.step, notes=log.notes)
     schedule = schedule_note(config.optim, config.train.total_steps)
     unused = unused_gpu_note(config, facts["device"], os.environ, Path(GPU).exists())
-    about = (unused, padding_note(config), schedule, *data_notes, cast_note(config, facts["device"]), facts.get("immovable"))
+    about = (
+        unused,
+        padding_note(config),
+        schedule,
+        *data_notes,
+        cast_note(config, facts["device"]),
+        facts.get("immovable"),
+        *slow_notes(config, facts),
+    )
     for sentence in (*(note.sentence for note in notes), *log.notes, *about):
         if sentence:
             console.warn(sentence)
