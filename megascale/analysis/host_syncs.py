@@ -132,7 +132,8 @@ class _Operations(TorchDispatchMode):
 def line_of_ours() -> str:
     """The innermost line of this package that is being run, or of torch in a backward pass that nobody of ours called."""
     frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT)]
+    # Modes stand between an operation and who asked for it.
+    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.name not in ("__torch_dispatch__", "__torch_function__")]
     frame = (ours or frames)[-1]
     name = frame.filename.removeprefix(f"{ROOT.parent}/")
     return f"{name}:{frame.lineno} {frame.line}"

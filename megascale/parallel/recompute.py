@@ -10,20 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megascale.comm import functional
 from megascale.model.exchanges import Pass, in_turn
-from megascale.model.family import Family
+from megascale.model.family import Family, Unit
 from megascale.model.ops import attention_masked, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
 from megascale.model.ops.compiled import Backend, compile_static
+from megascale.model.router import Router
 from megascale.parallel import ring
 from megascale.precision import fp8  # noqa: F401  one more
 
 aten = torch.ops.aten
+# A router's choice is kept in every mode: a logit whose last bit differs in recomputation would send a token to another expert than its
+# gradient expects. Everything else about the assignments follows from the choice in integers.
+CHOICES = {aten.topk.default}
 # Selective recomputation keeps the results of products and of attention, which take nearly all time. Norms, activations and rotations are
 # cheap to recompute, and they fill the memory.
-KEPT = {
+KEPT = CHOICES | {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -60,8 +65,9 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) 
     A block that is one graph is recomputed inside it, where the compiler sees both passes. Around a graph break the compiler would run a
     recomputed function entirely eager (pytorch#139989), so a block with breaks is compiled first, in pieces, and recomputed around them.
     """
-    recomputed = recomputation(mode)
-    for _, block in model.units():
+    blocks = dict(model.units())
+    for block in blocks.values():
+        recomputed = recomputation(mode, _routes(block))
         parts = {name: one_graph and not split for name, one_graph in block.parts.items()}
         if backend is None or (mode in ("full", "nested") and not all(parts.values())):
             for name in () if backend is None else parts:
@@ -77,27 +83,35 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) 
             setattr(block, name, part)
     model.exchanges.loss_backend = backend
     if mode == "nested":
-        model.exchanges.pass_blocks = in_groups
+        routes = any(_routes(block) for block in blocks.values())
+        model.exchanges.pass_blocks = partial(in_groups, options=PLAIN | {"context_fn": _choices} if routes else PLAIN)
 
 
-def recomputation(mode: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function of a function: the same one, whose backward pass recomputes what it needs."""
+def _routes(block: Unit) -> bool:
+    return any(isinstance(m, Router) for m in block.modules())
+
+
+def recomputation(mode: str, routes: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of a function: the same one, whose backward pass recomputes what it needs. `routes`: a router chooses experts in it."""
     if mode == "none":
         return lambda function: function
     # The compiler warns, on every rank, that in-place operations would go wrong under a policy: blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    options = PLAIN | ({"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {})
+    if mode == "selective":
+        options = PLAIN | {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    else:
+        options = PLAIN | {"context_fn": _choices} if routes else PLAIN
     return lambda function: partial(checkpoint, function, **options)
 
 
-def in_groups(x: Tensor, blocks: Iterable[Pass]) -> Tensor:
+def in_groups(x: Tensor, blocks: Iterable[Pass], options: dict[str, Any] = PLAIN) -> Tensor:
     """`in_turn`, recomputed in ⌈√n⌉ groups (Chen et al., arXiv 1604.06174, section 4): backward runs a group forward again for its blocks'
     inputs, and each block for its intermediates. n blocks keep about 2√n inputs and cost two more forwards.
     """
     passes = list(blocks)
     size = group_size(len(passes))
     for begin in range(0, len(passes), size):
-        x = checkpoint(in_turn, x, passes[begin : begin + size], **PLAIN)
+        x = checkpoint(in_turn, x, passes[begin : begin + size], **options)
     return x
 
 
@@ -108,3 +122,39 @@ def group_size(blocks: int) -> int:
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _choices() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of a forward pass and of its recomputation. torch's own contexts would count every operation, including those of FSDP2's
+    hooks on experts, which differ in a recomputation.
+    """
+    kept: list[tuple[Tensor, ...]] = []
+    return _Keep(kept), _Repeat(kept)
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """The compiled parts of a block run as they are: no router is inside them."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in CHOICES:
+            self.kept.append(tuple(x.detach() for x in result))
+        return result
+
+
+class _Repeat(_Keep):
+    def __enter__(self) -> Any:
+        self.left = iter(self.kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in CHOICES:
+            return tuple(x.detach() for x in next(self.left))
+        return func(*args, **(kwargs or {}))
