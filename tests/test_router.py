@@ -436,8 +436,8 @@ def test_recomputation_chooses_as_before(mode: str, variant: str, monkeypatch: p
     chosen = router_module.choose
     again = [False]
 
-    def shaky(rule: str, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
-        choice = chosen(rule, logits * (-1.0 if again[0] else 1.0), top_k, bias)
+    def shaky(score: Any, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
+        choice = chosen(score, logits * (-1.0 if again[0] else 1.0), top_k, bias)
         seen.append(choice.experts)
         return choice
 

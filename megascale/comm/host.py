@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
     return to_device(values, device, dtype)
 
 
+def event_on(device: torch.device) -> Any:
+    """Behind all that the device has been given on its present stream."""
+    event = torch.get_device_module(device).Event()
+    event.record()
+    return event
+
+
 class HostCopy:
     """A tensor on its way to the host, from what the device has been given so far."""
 
@@ -36,8 +44,7 @@ class HostCopy:
         if x.device.type != "cpu":
             self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
             self._host.copy_(x, non_blocking=True)
-            self._event = torch.get_device_module(x.device).Event()
-            self._event.record()
+            self._event = event_on(x.device)
 
     def read(self) -> Tensor:
         """The values, once the device has come so far."""

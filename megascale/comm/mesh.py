@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,7 +18,8 @@ class Traffic:
     """Bytes sent by this rank and collectives started, by axis, since the last `take`.
 
     What is added is added before it is sent, so that `last` names the collective in which a rank hangs. `moved` only rises. `gate`: called
-    before every micro-batch, where all ranks may leave (train/faults/gate.py).
+    before every micro-batch, where all ranks may leave (train/faults/gate.py). `mark`, on a device that is given collectives long before
+    it comes to them: makes an event behind what it has been given so far.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -25,6 +27,9 @@ class Traffic:
     moved: int = 0
     last: str = ""
     gate: Callable[[], None] | None = None
+    mark: Callable[[], Any] | None = None
+    _given: deque[tuple[int, str, Any]] = field(default_factory=deque)  # collectives that the device had not come to when last looked at
+    _reached: tuple[int, str] = (0, "")
 
     def micro_batch(self) -> None:
         """A micro-batch begins, or a step of them that cannot be left before its end. Raises what the gate raises."""
@@ -35,8 +40,16 @@ class Traffic:
     def add(self, axis: str, operation: str, sent: int) -> None:
         self.moved += 1
         self.last = f"{operation} over {axis}"
+        if self.mark is not None:
+            self._given.append((self.moved, self.last, self.mark()))
         self.sent[axis] += sent
         self.calls[axis, operation] += 1
+
+    def reached(self) -> tuple[int, str]:
+        """`moved` and `last` as the device has come to them; the host has queued the whole step when one hangs. For the watch's thread."""
+        while self._given and self._given[0][2].query():
+            self._reached = self._given.popleft()[:2]
+        return self._reached if self._given else (self.moved, self.last)
 
     def take(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
         """Sent bytes and calls so far; the counts start again from zero."""

@@ -87,7 +87,7 @@ def missing(absent: Sequence[int], size: int, patience: float) -> str:
     more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
     return (
         f"{len(absent)} of {size} ranks have not come within {patience:.0f} s (rank {names}{more}): they never started, ended before they "
-        "met the others, or start more slowly (then raise run.collective_timeout); run the same command again"
+        "met the others, or start more slowly (then raise run.start_timeout); run the same command again"
     )
 
 

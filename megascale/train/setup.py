@@ -14,6 +14,7 @@ import torch
 from megascale.checkpoint.loader import load
 from megascale.checkpoint.saver import Checkpointer, NoCheckpoints
 from megascale.comm.agreement import Agreement, on_all_ranks
+from megascale.comm.host import event_on
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
@@ -23,6 +24,7 @@ from megascale.data.samples import Samples, document_lengths, micro_batches, not
 from megascale.errors import UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
+from megascale.launch.environment import FLIGHT
 from megascale.launch.ranks import RankInfo
 from megascale.measure.compute import peak_flops
 from megascale.parallel.model import ParallelModel
@@ -98,6 +100,8 @@ def _built(
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
     found = on_all_ranks(lambda: claim_run_dir(phase.whole, run_dir, opening) if first and run_dir is not None else [])
     activity.run_dir = run_dir  # from here on this attempt's end is written there
+    if run_dir is not None and device.type == "cuda":
+        (run_dir / FLIGHT).mkdir(exist_ok=True)  # NCCL writes there and makes no folder
     console = Console(config.train.total_steps, progress.step, given.quiet) if first else None
     log = on_all_ranks(lambda: RunLog(run_dir, progress.step, console.warn) if console is not None else None)
     if log is not None and console is not None:
@@ -114,7 +118,7 @@ def _built(
     on_all_ranks(lambda: [make(0) for make in valid.values()])  # errors in a set appear now, not at its first evaluation
     checkpointer = NoCheckpoints() if run_dir is None else build_checkpointer(config, run_dir, model, opening)
     stop.file = run_dir / STOP if first and run_dir is not None else None
-    connect(activity, stop, mesh)
+    connect(activity, stop, mesh, device)
     until_the_end.callback(lambda: reporter.checkpoints(checkpointer.finish(), progress.step))
     until_the_end.callback(batches.close)
     return Trainer(
@@ -161,9 +165,11 @@ def prefetch(config: Config, samples: Samples, progress: Progress, until: int, m
     return Prefetcher(lambda step: micro_batches(config, samples, origin + (step - 1) * batch, mesh, device), progress.step + 1, until)
 
 
-def connect(activity: Activity, stop: StopFlag, mesh: Mesh) -> None:
+def connect(activity: Activity, stop: StopFlag, mesh: Mesh, device: torch.device) -> None:
     """Connects the watchdog and the gates to the run."""
     activity.traffic, activity.stop = mesh.traffic, stop
+    if device.type != "cpu":
+        mesh.traffic.mark = partial(event_on, device)
     if mesh.size == 1:
         activity.gate.asked = stop.heard_of
 

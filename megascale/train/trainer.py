@@ -24,6 +24,7 @@ from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Activity
 from megascale.train.garbage import collected_every
 from megascale.train.log.reporter import Reporter, StepClock, StepResult
+from megascale.train.process_group import end_start
 from megascale.train.state import Progress
 
 
@@ -81,6 +82,8 @@ class Trainer:
             step = self.progress.step + 1
             if step > self.first_step:
                 self.activity.at(step, "training")
+            if step == self.first_step + 2:
+                end_start(self.config, (axis.group for axis in self.model.mesh.axes.values()))
             # A run's first step is made whole: before it there is nothing to save.
             self.model.mesh.traffic.gate = self.activity.gate.enter if self.progress.step else None
             try:

@@ -84,7 +84,7 @@ def test_no_gpu(built: str | None, driver: int, said: str, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    with pytest.raises(UsageError, match=rf"run\.device is cuda and torch finds no CUDA device here: .*{said}"):
+    with pytest.raises(UsageError, match=rf"run\.device is cuda but torch finds no CUDA device here: .*{said}"):
         choose_device(config("run.device=cuda"), RankInfo())
 
 

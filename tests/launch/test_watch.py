@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from megascale.comm.mesh import Traffic
 from megascale.config.load import to_yaml
 from megascale.launch.exits import Exit
 from megascale.launch.ranks import RankInfo
@@ -72,6 +74,36 @@ def test_the_rank_behind_is_named() -> None:
     assert "rank 0 on n1 waits (step 41, training, last collective all_reduce over dp_shard)" in text
     equal = find_hang(views(A, replace(A, rank=1), heard=130), 130, silence=20, limit=20)
     assert equal is not None and "network" in equal and "run.collective_timeout" in equal
+
+
+class DeviceEvent:
+    """Done once the device has come so far: its number is at most `at`."""
+
+    at = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def query(self) -> bool:
+        return self.number <= DeviceEvent.at
+
+
+def test_what_the_device_has_come_to_counts() -> None:
+    """Catches a watch on GPUs that sees all ranks at the same place: each host has queued its whole step before any device is in it."""
+    beats = []
+    for rank, at in ((0, 5), (1, 4)):
+        traffic, made = Traffic(), count(1)
+        traffic.mark = lambda made=made: DeviceEvent(next(made))  # type: ignore[misc]
+        for i in range(9):
+            traffic.add("tp", f"all_gather {i}", 8)
+        DeviceEvent.at = at
+        beats.append(Heartbeat(rank, f"n{rank}", 7, 41, "training", *traffic.reached()))
+    assert [b.moved for b in beats] == [5, 4]
+    text = find_hang(views(*beats, heard=130), 130, silence=20, limit=20)
+    assert text is not None and "rank 1 on n1 is behind (step 41, training, last collective all_gather 3 over tp)" in text
+    DeviceEvent.at = 9
+    traffic.moved += 1  # a micro-batch begins
+    assert traffic.reached() == (10, "all_gather 8 over tp")
 
 
 def test_a_hung_save_ends_at_last() -> None:

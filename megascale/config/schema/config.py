@@ -42,6 +42,10 @@ class Run(Section):
     """Step for which a profiler trace is written."""
     collective_timeout: Seconds = 600.0
     """Seconds after which a silent peer counts as lost and the job ends with exit code 5."""
+    start_timeout: Seconds | None = None
+    """Seconds that ranks wait for each other until their second step is done: they start at different times, and kernels compile. Default:
+    `collective_timeout`.
+    """
     gc_every: NonNegative = 100
     """Steps between garbage collections of Python, on all ranks at the same step. 0: whenever Python likes."""
     wandb: bool = False

@@ -22,11 +22,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megascale.comm.mesh import Traffic
 from megascale.errors import ExitCode
 from megascale.files import write_atomic
+from megascale.launch.environment import FLIGHT
 from megascale.launch.exits import Exit, write_exit
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.train.faults.gate import Gate, Leaving
@@ -158,6 +160,14 @@ def _names(views: Sequence[PeerView], what: str) -> str:
     return shown + (f"; and {len(views) - 4} more" if len(views) > 4 else "")
 
 
+def keep_flight(path: Path) -> None:
+    """The last collectives that NCCL was given, where it recorded them (launch/environment.py); a torch without NCCL has no recorder."""
+    with suppress(Exception):
+        record: bytes = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(record)
+
+
 class Watchdog:
     """A thread next to the main one. `store` None: a single process, whose heartbeats go to the heartbeat file only."""
 
@@ -271,7 +281,7 @@ class Watchdog:
 
     def _heartbeat(self) -> Heartbeat:
         traffic = self.activity.traffic
-        moved, last = (0, "") if traffic is None else (traffic.moved, traffic.last)
+        moved, last = (0, "") if traffic is None else traffic.reached()
         return Heartbeat(self.ranks.rank, node_name(), self._count, self.activity.step, self.activity.phase, moved, last, self._ending)
 
     def _post(self) -> None:
@@ -320,6 +330,7 @@ class Watchdog:
                 file.write(f"{why}\nrank {self.ranks.rank} on {node_name()}: {self._heartbeat().place}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+        keep_flight(self.run_dir / FLIGHT / f"rank-{self.ranks.rank:05d}.json")
 
     def _leave(self, verdict: str) -> None:
         """Ends this process from this thread, since the main thread may hang forever."""
