@@ -35,8 +35,8 @@ Part = tuple[MetricSource, str, int]  # a name of a module's, and how long its n
 
 
 class MetricsOverRanks:
-    """Built once by all ranks together. `flush` after every step is free. For logged steps, `vectors` on the device are summed over ranks by
-    the caller, and `row` reads what then is on the host.
+    """Built once by all ranks together. `flush` after every step is free. For logged steps the caller reduces `vectors` over ranks on the
+    device, and `row` reads the result on the host.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -52,7 +52,7 @@ class MetricsOverRanks:
         return {source: metrics.flush() for source, metrics in self.here.items()}
 
     def vectors(self, taken: dict[MetricSource, Totals], device: torch.device, sampled: bool) -> tuple[Tensor, Tensor]:
-        """This rank's maxima and sums in fp64, zero for modules on other ranks. `sampled`: also the modules that measure on sampled steps."""
+        """This rank's maxima and sums in fp64, zero for modules on other ranks. `sampled`: include modules that measure on sampled steps."""
         maxima, sums = (self._vector(taken, device, names) for names in self._names(sampled))
         return maxima, sums
 
