@@ -52,7 +52,7 @@ class MetricsOverRanks:
         return {source: metrics.flush() for source, metrics in self.here.items()}
 
     def vectors(self, taken: dict[MetricSource, Totals], device: torch.device, sampled: bool) -> tuple[Tensor, Tensor]:
-        """This rank's maxima and sums in fp64, zero for modules on other ranks. `sampled`: include modules that measure on sampled steps."""
+        """This rank's maxima and sums in fp64, zero for modules elsewhere. `sampled`: include modules that measure on sampled steps."""
         maxima, sums = (self._vector(taken, device, names) for names in self._names(sampled))
         return maxima, sums
 
