@@ -42,7 +42,7 @@ def main(
     console = terminal if terminal.is_terminal else Console(width=160)  # a pipe has no width, and truncated paths are useless
     total = sum(entry.bytes for entry in index.files.values())
     say(console, f"{path}: format version {index.version}, {len(index.files)} files, {byte_words(total)}")
-    # The config repeats the identity and adds what may change at a resume; trainer.json has it for whoever asks.
+    # The config repeats the identity and adds what may change at a resume; trainer.json has it in full.
     for key, value in plain({k: v for k, v in trainer.items() if k != "config"}):
         say(console, f"  {key}: {value}")
     console.print(tensor_table(index))

@@ -117,7 +117,7 @@ def main(
 
 
 def tell(made: dict[str, Facts], out: str, seconds: float, sides: tuple[Tokenizer, Tokenizer], console: Console) -> None:
-    """What was written, and what of the text was not taken as it stands."""
+    """Prints what was written, and warnings about changes to the text."""
     speed = sum(f.source_bytes for f in made.values()) / seconds
     for side, facts in made.items():
         for warning in warnings(facts, sides[0] if side == SIDES[0] else sides[1]):

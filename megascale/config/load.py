@@ -88,7 +88,7 @@ ELSEWHERE = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "resume_from_checkpoint": "checkpoint.resume",
-    # TorchTitan, DeepSpeed, and what people write
+    # TorchTitan, DeepSpeed, and common names
     "optimizer": "optim",
     "training": "train",
     "trainer": "train",

@@ -77,7 +77,7 @@ def open_checkpoint(path: str | Path) -> OpenCheckpoint:
         key, value = ".".join(str(part) for part in first["loc"]), repr(first["input"])[:60]
         fix = gone(trainer.get("plugins", {})) if first["type"] == "row_name" else ""
         fix = f"it was {fix}" if fix else "use an older checkpoint"
-        raise UsageError(f"{folder / TRAINER} describes a model that cannot be (model.{key} is {value}: {first['msg']}): {fix}") from None
+        raise UsageError(f"{folder / TRAINER} describes an impossible model (model.{key} is {value}: {first['msg']}): {fix}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder / TRAINER} does not say train.seq_len ({error}): use an older checkpoint") from None
     source = StoredTensors(index, hashlib.blake2b((folder / INDEX).read_bytes(), digest_size=16).hexdigest())

@@ -83,7 +83,7 @@ STEP_METRICS: dict[str, StepMetric] = {
 
 
 def step_metrics() -> dict[str, StepMetric]:
-    """By name, in the order of a row's keys. Raises UsageError for a plugin's that cannot be imported or would hide what modules tell."""
+    """Metrics by name, in the order of a row's keys. Raises UsageError for one that cannot be imported or is reserved."""
     found = with_plugins("metrics", STEP_METRICS, StepMetric)
     for name in GROUPS:
         if name in found:
