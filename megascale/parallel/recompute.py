@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megascale.comm import functional
 from megascale.model.exchanges import Pass, in_turn
-from megascale.model.family import Family, Unit
+from megascale.model.family import Family
 from megascale.model.ops import attention_masked, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
 from megascale.model.ops.compiled import Backend, compile_static
 from megascale.model.router import Router
@@ -23,11 +23,11 @@ from megascale.parallel import ring
 from megascale.precision import fp8  # noqa: F401  one more
 
 aten = torch.ops.aten
-# A router's choice is kept in every mode: a logit whose last bit differs in recomputation would send a token to another expert than its
-# gradient expects. Everything else about the assignments follows from the choice in integers.
-CHOICES = {aten.topk.default}
 # Selective recomputation keeps the results of products and of attention, which take nearly all time. Norms, activations and rotations are
 # cheap to recompute, and they fill the memory.
+# Which experts a router chose is kept in every mode: a logit that comes out differently in its last place would send a token elsewhere than
+# its gradient expects. All else about the assignments follows from it in whole numbers.
+CHOICES = {aten.topk.default}
 KEPT = CHOICES | {
     aten.mm.default,
     aten.addmm.default,
@@ -50,7 +50,7 @@ KEPT = CHOICES | {
     functional.ops.all_to_all_single.default,
 }
 
-
+Recomputation = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Dropout masks are hashes, not draws: there is no generator state to restore.
 PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
@@ -65,9 +65,9 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) 
     A block that is one graph is recomputed inside it, where the compiler sees both passes. Around a graph break the compiler would run a
     recomputed function entirely eager (pytorch#139989), so a block with breaks is compiled first, in pieces, and recomputed around them.
     """
-    blocks = dict(model.units())
-    for block in blocks.values():
-        recomputed = recomputation(mode, _routes(block))
+    routers = any(isinstance(m, Router) for m in model.modules())
+    recomputed, in_graph = recomputation(mode, routers), recomputation(mode)  # no graph has a router
+    for _, block in model.units():
         parts = {name: one_graph and not split for name, one_graph in block.parts.items()}
         if backend is None or (mode in ("full", "nested") and not all(parts.values())):
             for name in () if backend is None else parts:
@@ -77,41 +77,37 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) 
         for name, one_graph in parts.items():
             part = getattr(block, name)
             if one_graph:
-                part = compile_static(recomputed(part), backend=backend)
+                part = compile_static(in_graph(part), backend=backend)
             else:
                 part = recomputed(compile_static(part, backend=backend))
             setattr(block, name, part)
     model.exchanges.loss_backend = backend
     if mode == "nested":
-        routes = any(_routes(block) for block in blocks.values())
-        model.exchanges.pass_blocks = partial(in_groups, options=PLAIN | {"context_fn": _choices} if routes else PLAIN)
+        model.exchanges.pass_blocks = partial(in_groups, recomputed=recomputed)
 
 
-def _routes(block: Unit) -> bool:
-    return any(isinstance(m, Router) for m in block.modules())
-
-
-def recomputation(mode: str, routes: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function of a function: the same one, whose backward pass recomputes what it needs. `routes`: a router chooses experts in it."""
+def recomputation(mode: str, routers: bool = False) -> Recomputation:
+    """A function of a function: the same one, whose backward pass recomputes what it needs. `routers`: there may be some in it."""
     if mode == "none":
         return lambda function: function
     # The compiler warns, on every rank, that in-place operations would go wrong under a policy: blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    options = PLAIN
     if mode == "selective":
         options = PLAIN | {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-    else:
-        options = PLAIN | {"context_fn": _choices} if routes else PLAIN
+    elif routers:
+        options = PLAIN | {"context_fn": _choices}
     return lambda function: partial(checkpoint, function, **options)
 
 
-def in_groups(x: Tensor, blocks: Iterable[Pass], options: dict[str, Any] = PLAIN) -> Tensor:
+def in_groups(x: Tensor, blocks: Iterable[Pass], recomputed: Recomputation) -> Tensor:
     """`in_turn`, recomputed in ⌈√n⌉ groups (Chen et al., arXiv 1604.06174, section 4): backward runs a group forward again for its blocks'
     inputs, and each block for its intermediates. n blocks keep about 2√n inputs and cost two more forwards.
     """
     passes = list(blocks)
     size = group_size(len(passes))
     for begin in range(0, len(passes), size):
-        x = checkpoint(in_turn, x, passes[begin : begin + size], **options)
+        x = recomputed(in_turn)(x, passes[begin : begin + size])
     return x
 
 
@@ -125,22 +121,24 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def _choices() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The contexts of a forward pass and of its recomputation. torch's own contexts would count every operation, including those of FSDP2's
-    hooks on experts, which differ in a recomputation.
+    """For a forward pass and for its recomputation. torch's own contexts would count every operation, also those of FSDP2's hooks on
+    experts, of which a recomputation has others.
     """
     kept: list[tuple[Tensor, ...]] = []
     return _Keep(kept), _Repeat(kept)
 
 
 class _Keep(TorchDispatchMode):
-    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
-        super().__init__()
-        self.kept = kept
+    supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """The compiled parts of a block run as they are: no router is inside them."""
+        """Or nothing would be compiled under it."""
         return True
+
+    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

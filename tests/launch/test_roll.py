@@ -27,8 +27,8 @@ GPU, CPU = Word("n1", "cuda"), Word("n2", "cpu")
     [
         ([GPU, GPU], None),
         ([CPU, CPU], None),
-        ([GPU, GPU, CPU], "no CUDA device for rank 2 on n2, and rank 0 on n1 has one"),
-        ([CPU, CPU, GPU], "no CUDA device for rank 0 on n2, and rank 2 on n1 has one"),
+        ([GPU, GPU, CPU], "no CUDA device for rank 2 on n2, but rank 0 on n1 has one"),
+        ([CPU, CPU, GPU], "no CUDA device for rank 0 on n2, but rank 2 on n1 has one"),
         ([GPU, Word("n2", "cpu", "run.device is cuda and torch finds none")], "rank 1 on n2: run.device is cuda"),
     ],
 )
