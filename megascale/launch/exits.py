@@ -115,9 +115,9 @@ def of_this_run(config: Config, run_dir: Path) -> bool:
 def write_exit(run_dir: Path | None, ending: Exit, ranks: RankInfo, step: int) -> None:
     """Writes the run's exit.json. Rank 0 does; another rank does if it knows of a failure that rank 0 may not survive.
 
-    The first report of a lost peer is the right one: a rank that was frozen finds the others gone when it wakes, and did not see why. A stop
-    on request does not replace the error of the rank that asked for it. An earlier attempt's file is gone by then, since the run removes it
-    when it claims its directory.
+    The first report of a lost peer is the right one: a rank that was frozen finds the others gone when it wakes, and did not see why. A
+    stop on request does not replace the error of the rank that asked for it. An earlier attempt's file is gone by then, since the run
+    removes it when it claims its directory.
     """
     if run_dir is None or not run_dir.is_dir() or (ranks.rank != 0 and ending.code in TOLD_BY_ALL):
         return
