@@ -61,8 +61,8 @@ def test_sharding_sends_what_it_should(reshard: bool, shard: int, cp: int) -> No
     case = Case(MODEL, layout, batch=shard * M, steps=2, keep_tensors=False)
     result = run_ranks(n, train, case)[0]
     gathers = 2 if reshard else 1
-    assert result["calls"]["dp_shard", "all_gather"] == M * (gathers * layers + 1)
-    assert result["calls"]["dp_shard", "reduce_scatter"] == M * (layers + 1)
+    assert result["calls"]["dp_shard", "all_gather"] == M * (gathers * layers + 2)  # two: the root with the embedding; final norm and head
+    assert result["calls"]["dp_shard", "reduce_scatter"] == M * (layers + 2)
     block, root = group_bytes(n)
     share = (n - 1) / n
     assert result["sent"]["dp_shard"] == M * share * ((gathers + 1) * layers * block + 2 * root)
@@ -80,7 +80,7 @@ def test_replicas_are_reduced_once_a_step() -> None:
         size = (block * MODEL.num_layers + root) // shards
         assert result["sent"]["dp_replicate"] == 2 * size * (2 - 1) // 2
         if shards == 2:
-            assert result["calls"]["dp_replicate", "all_reduce"] == MODEL.num_layers + 1
+            assert result["calls"]["dp_replicate", "all_reduce"] == MODEL.num_layers + 2
 
 
 @pytest.mark.parametrize("sequence", [False, True])
