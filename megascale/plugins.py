@@ -1,8 +1,7 @@
-"""Rows from packages that are installed beside this one: the entry-point group `megascale.plugins` (docs/plugins.md).
+"""Rows from other installed packages: the entry-point group `megascale.plugins` (docs/plugins.md).
 
-An entry point names a module, or any object, with `ROWS`: {kind: {name: row}}. Everybody who asks for a table of rows gets those of
-plugins with it. No torch here, and none in a plugin's ROWS: what a row computes may be written as "module:function", which is imported
-when it is needed.
+An entry point names a module, or any object, with `ROWS`: {kind: {name: row}}. Every table of rows includes those of plugins. Imports no
+torch, and neither may a plugin's ROWS: a function may be written as "module:function", which is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ class Plugin:
         return f"mend the plugin, or take it out with `pip uninstall {self.distribution}`"
 
 
-@cache  # what is installed stays as it is while a process runs
+@cache  # installed packages do not change while a process runs
 def plugins() -> tuple[Plugin, ...]:
-    """All that are installed, by distribution. Raises UsageError for one that cannot be imported or whose ROWS are of no use."""
+    """All installed plugins, by distribution. Raises UsageError for one that cannot be imported or whose ROWS are invalid."""
     found = entry_points(group=GROUP)
     return tuple(_load(e) for e in sorted(found, key=lambda e: (_distribution(e), e.name)))
 
 
 def versions() -> dict[str, str]:
-    """{distribution: version} of the plugins, which a checkpoint records and ranks compare."""
+    """{distribution: version} of the plugins, which checkpoints record and ranks compare."""
     return {p.distribution: p.version for p in plugins()}
 
 
 def with_plugins(kind: str, own: Mapping[str, R], row: type[R]) -> Mapping[str, R]:
-    """The rows of a kind: our `own`, and those of plugins. Raises UsageError where a plugin takes a name that is there already, or where
-    what it gives is no `row`.
+    """The rows of a kind: the built-in `own`, and those of plugins. Raises UsageError if a plugin uses a name that is taken, or gives
+    something else than a `row`.
     """
     found = dict(own)
     giver: dict[str, Plugin] = {}
@@ -82,7 +81,9 @@ def giver_of(kind: str, name: str) -> Plugin | None:
 
 
 def resolve(part: str | Callable[..., Any], row: str) -> Callable[..., Any]:
-    """What a row names as "module:function", or gives as it is. `row`: whose it is, for the message. Raises UsageError."""
+    """The function that "module:function" names, or `part` itself if it is a function. `row`: its owner, for the message. Raises
+    UsageError.
+    """
     if not isinstance(part, str):
         return part
     module, _, name = part.partition(":")
@@ -99,12 +100,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def installed() -> str:
-    """Half a sentence about which plugins there are."""
+    """The installed plugins, as half a sentence."""
     return ", ".join(map(str, plugins())) or "none"
 
 
 def gone(then: Mapping[str, str]) -> str:
-    """What there was `then`, {distribution: version}, and is not installed now, with the way to have it again; empty where all of it is."""
+    """Says which plugins of `then`, {distribution: version}, are not installed now, and how to install them; empty if none."""
     now = versions()
     absent = [f"{name} {number}" for name, number in then.items() if name not in now]
     names = " ".join(name for name in then if name not in now)

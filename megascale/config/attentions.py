@@ -1,7 +1,7 @@
-"""Kinds of attention as rows: what blocks, axes, rules, growth, estimates and formats ask of them. The modules are in model/, and no torch
-is needed here.
+"""Kinds of attention as rows: the facts that blocks, axes, rules, growth, estimates and formats need. The modules are in model/. Imports no
+torch.
 
-A kind is how tokens of one stack meet. Attention to a memory (another stack's tokens, a text) is grouped whatever the kind.
+A kind is how tokens of one stack attend to each other. Cross-attention (to another stack's tokens, or a text) is grouped whatever the kind.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from megascale.plugins import with_plugins
 
-if TYPE_CHECKING:  # the section's own check asks for the names here
+if TYPE_CHECKING:  # the config section imports this file to check names
     from megascale.config.schema import Model
 
 
 @dataclass(frozen=True)
 class AttentionGrowth:
-    """Which axis of a growth each dimension of its weights is, by their names in the module: query, key, value and heads by heads and
-    channels; stream, read and the others of expand/plan.py. `writers`: those that write into the stream.
+    """`axes`: by a weight's name in the module, the growth axis of each of its dimensions. Axes query, key, value and heads grow by heads
+    and channels; stream, read and the others are those of expand/plan.py. `writers`: the weights that write into the stream.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -28,21 +28,22 @@ class AttentionGrowth:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """One kind of attention. The defaults promise nothing, so that what a row does not say is refused where it would matter.
+    """One kind of attention. The defaults promise nothing: a feature that depends on a fact the row does not state is refused.
 
-    build       (model, residual row, dtype, causal) → module, or "module:name" of that. Its forward is (x [b, s, d], rotary, mask) → [b, s,
-                d], between its `enter` and its `leave`; tokens meet by its `attend` alone. Passes replace all three (model/attention.py)
-    weights     model → elements of a layer's matrices, each of which every token meets
-    pair_flops  model → forward FLOPs of a query and a key that meet
-    cached      (model, query heads of a rank) → numbers that generation keeps there of each token and layer; None: it cannot generate
-    widths      (model, tp) → widths of a rank's products, for FP8's alignment; None: not in FP8
-    tp          its weights may be cut by heads
-    cp          methods by which its sequence may be cut: ring, ulysses
-    both_ways   tokens may also see what comes after them: encoders
-    grid        blocks over grids have it
-    growth      None: it does not say, and models with it keep their sizes
+    build       (model, residual row, dtype, causal) → module, or its "module:name". Its forward is (x [b, s, d], rotary, mask) → [b, s, d],
+                between its `enter` and its `leave`; tokens attend to each other through its `attend` alone. Passes replace all three
+                (model/attention.py)
+    weights     model → weights per layer that every token passes through
+    pair_flops  model → forward FLOPs per pair of query and key
+    cached      (model, query heads of a rank) → numbers cached there per token and layer in generation; None: it cannot generate
+    widths      (model, tp) → widths of a rank's products, for FP8's alignment; None: no FP8
+    tp          its weights may be split by heads
+    cp          methods by which its sequence may be split: ring, ulysses
+    both_ways   tokens may also attend to later ones: encoders
+    grid        blocks over grids support it
+    growth      None: unknown; models with it keep their sizes
     theory      analysis/theory.py predicts its output
-    megatron    weights of models with it are exchanged with Megatron
+    megatron    models with it can be converted to and from Megatron
     """
 
     build: str | Callable[..., Any]
@@ -64,7 +65,7 @@ def _grouped_weights(m: Model) -> int:
 
 
 def _grouped_widths(m: Model, tp: int) -> tuple[int, ...]:
-    """Of queries, and of keys and values, which are replicated where tp does not divide them."""
+    """Widths of queries, and of keys and values, which are replicated if tp does not divide their heads."""
     return m.num_heads * m.head_dim // tp, (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim
 
 
@@ -99,7 +100,7 @@ GROUPED_GROWTH = AttentionGrowth(
     },
     writers=("o.weight", "o.values", "o.bias"),
 )
-# softmax(q·kᵀ/√e)·v for each head, with fewer heads of keys and values where model.num_kv_heads says so.
+# softmax(q·kᵀ/√e)·v per head, with fewer KV heads if model.num_kv_heads says so.
 GROUPED = AttentionRow(
     "megascale.model.attention:Attention",
     weights=_grouped_weights,

@@ -1,4 +1,4 @@
-"""Residual schemes as rows: what blocks, rules, growth and formats ask of them. The formulas are in model/residual.py."""
+"""Residual schemes as rows: the facts that blocks, rules, growth and formats need. The formulas are in model/residual.py; no torch here."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ OURS = "megascale.model.residual"
 
 @dataclass(frozen=True)
 class ResidualScheme:
-    """One scheme: x ← skip·x + branch·F(N(x)) where `norm` is "before", N(skip·x + branch·F(x)) where it is "after", and skip·x +
-    branch·N(F(x)) where it is "within". A function may be given as "module:name", which is imported where a model is built.
+    """One scheme: x ← skip·x + branch·F(N(x)) if `norm` is "before", N(skip·x + branch·F(x)) if "after", and skip·x + branch·N(F(x)) if
+    "within". A function may be given as "module:name", imported when a model is built.
 
-    layer        (model, stack, layer) → `model.residual.Residual`: skip, branch and starts of a block
+    layer        (model, stack, layer) → `model.residual.Residual`: skip, branch and initialization of a block
     ends         model → `model.residual.Ends`: how the stream begins and ends
     inner_norms  norms before the attention's output product and after the feed-forward's activation
     one_norm     attention and feed-forward read the same normalized stream and are added to it together
     qk_norm      queries and keys are normalized whatever the config says
     unbiased     roles that have no bias whatever the config says
-    unit_gates   a token's experts are divided by the root of the sum of their squared gates, so that together they are as large as one
-    unit_scaled  a matrix starts at unit variance and its product is multiplied with 1/√fan_in instead, forward and backward
-    reads        which of mus_tau, branchnorm_period (needed then) and deepscale_unit mean something to it; others refuse them
-    grid         blocks over grids have it
-    megatron     weights of models with it are exchanged with Megatron
+    unit_gates   a mixture's output is divided by the root of the sum of its squared gates, so that it is as large as one expert's
+    unit_scaled  a matrix starts at unit variance; its product is multiplied by 1/√fan_in instead, forward and backward
+    reads        which of mus_tau, branchnorm_period (then required) and deepscale_unit it uses; other schemes refuse them
+    grid         blocks over grids support it
+    megatron     models with it can be converted to and from Megatron
     """
 
     norm: Literal["before", "after", "within"]
@@ -44,7 +44,7 @@ class ResidualScheme:
 
     @property
     def final_norm(self) -> bool:
-        """Before the head. A norm behind the last sum stands there already."""
+        """Whether there is a norm before the head. If norms come after the sum, the last block already ends with one."""
         return self.norm != "after"
 
 

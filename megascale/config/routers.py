@@ -1,4 +1,4 @@
-"""Routers as rows: what mixtures, growth, formats and rules ask of them. The functions are in model/router.py; no torch is needed here."""
+"""Routers as rows: the facts that mixtures, growth, formats and rules need. The functions are in model/router.py. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megascale.plugins import with_plugins
 
 @dataclass(frozen=True)
 class Directions:
-    """Tokens are projected to `dim` dimensions and compared by direction with the experts' rows there, at a learned temperature
-    (arXiv 2204.09179).
+    """Tokens are projected to `dim` dimensions and compared by direction with the experts' rows there, at a learned temperature (arXiv
+    2204.09179).
 
-    length       of the experts' rows, to which they return after every update
-    temperature  at the start
+    length       length of the experts' rows, restored after every update
+    temperature  its initial value
     """
 
     dim: int
@@ -25,11 +25,11 @@ class Directions:
 
 @dataclass(frozen=True)
 class RouterGrowth:
-    """How gates keep their sum when there are more experts.
+    """How gates keep their sum when experts are added.
 
-    normed    several gates are divided by their sum; a single one is not, or it would be 1 whatever the router says
-    alone     the gate of a zero logit where it is not divided; None: equal logits share 1 among all experts, as under a softmax
-    by_share  the scores to which a bias is added are shares of 1 among all experts
+    normed    gates are divided by their sum, unless there is only one: that would be 1 whatever the router says
+    alone     gate of a zero logit if gates are not divided; None: equal logits share 1 among all experts, as under a softmax
+    by_share  the scores that a bias is added to are shares of 1 among all experts
     """
 
     normed: bool
@@ -42,7 +42,7 @@ class RouterGrowth:
 
     @property
     def own(self) -> bool:
-        """A gate depends on its own expert's logit alone, so that copies do not share it."""
+        """Whether a gate depends on its own expert's logit alone, so that copies do not share it."""
         return not self.normed and self.alone is not None
 
 
@@ -50,12 +50,13 @@ class RouterGrowth:
 class RouterRow:
     """One router.
 
-    score       logits [..., E] → `model.router.Scored`, or "module:name" of that: by what experts are chosen, and what their gates are
-    equal_rows  the experts' rows start at equal length, or the longest would be chosen first
-    directions  where logits are no plain product of tokens and experts' rows
-    growth      None: it does not say, and models with it keep their experts
-    single      the router that gives the same where a token has one expert, for formats in which this one's only gate is 1; None: itself
-    megatron    weights of models with it are exchanged with megatron-core
+    score       logits [..., E] → `model.router.Scored`, or its "module:name": the scores that experts are chosen by, and their gates
+    equal_rows  the experts' rows start with equal length; otherwise the longest would be chosen first
+    directions  for logits that are not a plain product of tokens and experts' rows
+    growth      None: unknown; models with it keep their number of experts
+    single      the router that gives the same with one expert per token, for formats in which a single gate of this one is always 1; None:
+                itself
+    megatron    models with it can be converted to and from Megatron
     """
 
     score: str | Callable[..., Any]

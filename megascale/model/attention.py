@@ -1,5 +1,5 @@
-"""Attention with grouped queries, of a stream to itself or to a memory. Shapes: b micro-batch, s sequence, t memory, d hidden, h heads
-here, g KV heads here, e head size.
+"""Grouped-query attention of a stream to itself or to a memory. Shapes: b micro-batch, s sequence, t memory, d hidden, h local heads, g
+local KV heads, e head size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megascale.model.products import Product, product_of
 from megascale.model.residual import InitStd, Residual
 from megascale.model.spec import Cut, Role
 
-# (q [b, h, s, e], k and v [b, g, s, e], what is seen) → [b, h, s, e]
+# (q [b, h, s, e], k and v [b, g, s, e], mask) → [b, h, s, e]
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionMask | None], Tensor]
 
 
@@ -30,14 +30,15 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√e)·v per head, then the output product; `attention_scale` stands for 1/√e where there is one.
+    """softmax(q·kᵀ/√e)·v per head, then the output product; `attention_scale` replaces 1/√e if it is set.
 
-    `enter` and `leave` are where tensor parallelism brings its tokens in and sums its results; alone they are the identity. `attend` is
-    how tokens meet: `attend`, or `attend_all` where they also see what comes after them; those of other ranks too, where a pass says so.
+    With tensor parallelism `enter` gathers tokens and `leave` sums results; otherwise both are the identity. `attend` is the function that
+    makes tokens attend to each other: `attend` for causal attention, else `attend_all`. A pass may replace it by one that reaches tokens on
+    other ranks.
     """
 
     def __init__(self, cfg: Model, row: Residual, dtype: torch.dtype, causal: bool, starts: InitStd | None = None) -> None:
-        """`starts`: of the matrices, where not the row's."""
+        """`starts`: initialization of the matrices, if not the row's."""
         super().__init__()
         starts = starts or row.starts
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
@@ -51,7 +52,7 @@ class Attention(nn.Module):
             return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, bias, cfg.dyt_alpha[1])
 
         self.head_dim = e
-        # Every kernel divides by √e. What queries are multiplied with is exact in any dtype where it is a power of two (√64 = 8).
+        # Every kernel divides by √e. The factor on queries is exact in any dtype if it is a power of two (√64 = 8).
         self.query_factor = 1.0 if cfg.attention_scale is None else cfg.attention_scale * e**0.5
         self.q = product(heads * e, d, "query", 0)
         self.k = product(kv_heads * e, d, "key", "kv_heads")
@@ -64,11 +65,11 @@ class Attention(nn.Module):
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = attend if causal else attend_all
-        self.uses_of_kv: list[int] | None = None  # of each KV head here by how many query heads here, where groups are uneven
+        self.uses_of_kv: list[int] | None = None  # local query heads per local KV head, if groups are uneven
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: AttentionMask | None, memory: Tensor | None = None) -> Tensor:
-        """x [b, s, d] → [b, s, d]; with tokens cut over ranks both have this rank's tokens only. Keys and values are those of the `memory`
-        [b, t, d] where there is one; all ranks have the whole of it.
+        """x [b, s, d] → [b, s, d]; if tokens are split over ranks, both hold this rank's only. Keys and values come from the `memory` [b,
+        t, d] if there is one; every rank has all of it.
         """
         x = self.enter(x)
         source = x if memory is None else memory
@@ -77,7 +78,7 @@ class Attention(nn.Module):
             q, k = self._normed(q, k)
         q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in (q, k, v))
         if not self.norm_width:
-            q, k = self._normed(q, k)  # rows as they lie: heads change places with tokens afterwards
+            q, k = self._normed(q, k)  # before heads and tokens are transposed: rows are contiguous
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
@@ -88,12 +89,12 @@ class Attention(nn.Module):
         return self.output(self.attend(q, k, v, mask).transpose(1, 2).flatten(2), x)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
-        """What the heads here found, y [b, s, h·e], of the tokens x [b, s, d] that entered → [b, s, d]. Other kinds may change it."""
+        """The local heads' result y [b, s, h·e] for the entered tokens x [b, s, d] → [b, s, d]. Other kinds may override it."""
         y = self.o.product(y if self.inner_norm is None else self.inner_norm(y))
         return self.o.add_bias(self.leave(y))
 
     def take_kv_heads(self, kv: range, of_query: list[int] | None) -> None:
-        """Only the KV heads `kv` are used here. `of_query`: the KV head of each query head here, among them, where groups are uneven."""
+        """Restricts this rank to the KV heads `kv`. `of_query`: each local query head's index among them, if groups are uneven."""
         self.k.rows = self.v.rows = (kv.start * self.head_dim, kv.stop * self.head_dim)
         self.uses_of_kv = None if of_query is None else [of_query.count(i) for i in range(len(kv))]
 
@@ -102,12 +103,12 @@ class Attention(nn.Module):
 
 
 def repeat_heads(x: Tensor, times: list[int]) -> Tensor:
-    """x [b, g, s, e] → [b, Σ times, s, e], each head as often as `times` says. An index would be a tensor that the device waits for."""
+    """x [b, g, s, e] → [b, Σ times, s, e], head i repeated times[i] times. The host would wait for a copy of an index list."""
     return torch.cat([head.expand(-1, n, -1, -1) for head, n in zip(x.split(1, 1), times)], 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `mask` a token sees itself and all before it."""
+    """q [b, h, s, e], k and v [b, g, s, e] with g dividing h → [b, h, s, e]; without `mask` a token attends to itself and all before it."""
     cpu = q.device.type == "cpu"
     if mask is not None and mask.bias is not None:
         return attend_masked(q, k, v, mask.bias)
@@ -124,8 +125,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tenso
 
 
 def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
-    """The KV heads that the query heads `queries` use, `group` query heads to each; and for every query head its place among them, or None
-    where equal runs of query heads use one after the other, as grouped attention takes for granted.
+    """The KV heads that the query heads `queries` use, with `group` query heads per KV head; and each query head's index among them, or
+    None if equal runs of query heads use one after the other, as grouped attention assumes.
     """
     needed = [h // group for h in queries]
     kv = range(needed[0], needed[-1] + 1)
@@ -135,8 +136,8 @@ def kv_heads_of(queries: range, group: int) -> tuple[range, list[int] | None]:
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-    """`attend` of tokens that see all of k and v [b, g, t, e], which may be others; `mask`, not causal, keeps them inside their documents
-    or to the keys that are valid, one at least.
+    """`attend` for tokens that attend to all of k and v [b, g, t, e], which may be another sequence; `mask`, not causal, restricts them to
+    their documents, or to valid keys, of which there is at least one.
     """
     dense_mask = None
     if mask is not None and mask.bias is not None:
@@ -151,7 +152,7 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> T
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor | None) -> Tensor:
-    """`attend` of all that a mask, for torch's attention, leaves to be seen or adds to scores."""
+    """`attend` with torch's form of a mask: booleans that allow pairs, or numbers added to the scores; None allows all."""
     if q.shape[1] != k.shape[1] and q.device.type == "cpu":
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)

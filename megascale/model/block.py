@@ -1,6 +1,4 @@
-"""One block: attention, attention to a memory where there is one, then feed-forward, each joined to the stream as its row of the residual
-table says.
-"""
+"""One block: attention, cross-attention if the stack has it, then feed-forward, each joined to the stream by its row of the table."""
 
 from __future__ import annotations
 
@@ -26,23 +24,23 @@ from megascale.splitmix import mix64_signed
 
 
 class Memory(NamedTuple):
-    """What blocks attend to beside their own stream: tokens [b, t, d], and which of them there are (None: all)."""
+    """What cross-attention attends to: tokens [b, t, d], and a mask of those that exist (None: all)."""
 
     tokens: Tensor
     mask: AttentionMask | None
 
 
 def key_padding_mask(valid: Tensor) -> AttentionMask:
-    """All keys that are `valid` [b, t] are seen. An empty place of a batch has none, and sees its first rather than divide by nothing."""
+    """Allows all keys that are `valid` [b, t], and always the first: an empty place of the batch has no other, and would divide 0 by 0."""
     valid = valid.clone()
     valid[:, 0] = True
     return AttentionMask(causal=False, valid=valid)
 
 
 class Context(NamedTuple):
-    """What a block needs beside the stream: rotary angles, what tokens see (None: themselves and all before them, or all where attention
-    is not causal), dropout keys [b, s] of the layer, the factor [1] on every branch that follows the global step (None: no scheme with
-    one), the weight [b, s] of each token in auxiliary losses (None: there are none), and a memory for blocks that have a sublayer for it.
+    """A block's inputs besides the stream: rotary angles, the attention mask (None: a token attends to itself and all before it, or to all
+    if attention is not causal), dropout keys [b, s] of the layer, the factor [1] on every branch that follows the global step (None: the
+    scheme has none), the weight [b, s] of each token in auxiliary losses (None: no losses), and a memory for cross-attention.
     """
 
     rotary: Rotary | None
@@ -54,7 +52,7 @@ class Context(NamedTuple):
 
 
 class Block(Unit):
-    """Coefficients of the row are checkpoint state, one pair a layer, so that a layer keeps its own when the stack grows."""
+    """The row's coefficients are checkpoint state, one pair per layer, so that a layer keeps its own when the stack grows."""
 
     skip: Tensor | None
     branch: Tensor | None
@@ -81,7 +79,7 @@ class Block(Unit):
         self.ffn = MixtureOfExperts(cfg, row, dtype) if sparse else FeedForward(cfg, row, dtype)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)
-        # In bf16 a λ of 0.9995 would round to 1, and a thousand layers would not notice their own factor.
+        # In bf16 a λ of 0.9995 would round to 1, and a stack of a thousand layers would lose its factor.
         exact = torch.promote_types(dtype, torch.float32)
         for name, value in (("skip", row.skip), ("branch", row.branch)):
             if value == 1.0:
@@ -100,7 +98,7 @@ class Block(Unit):
         return self._add(x, y if self.cross is None else y + self._cross_attend(h, context), context)
 
     def meet(self, x: Tensor, context: Context) -> Tensor:
-        """The sublayers of attention."""
+        """The attention sublayers."""
         x = self._join(x, self.attention_norm, partial(self._attend, context=context), context)
         if self.cross_norm is not None:
             x = self._join(x, self.cross_norm, partial(self._cross_attend, context=context), context)
@@ -115,7 +113,7 @@ class Block(Unit):
     def parts(self) -> dict[str, bool]:
         if not isinstance(self.ffn, MixtureOfExperts):
             return {"forward": True}
-        # How many rows a rank's experts get is known only when they are there.
+        # How many rows a rank's experts get is known only at run time.
         return {"forward": False} if self.ffn_norm is None else {"meet": True, "feed": False}
 
     def _attend(self, h: Tensor, context: Context) -> Tensor:
@@ -131,7 +129,7 @@ class Block(Unit):
         return [self.attention, self.ffn] if self.cross is None else [self.attention, self.cross, self.ffn]
 
     def _cross_attend(self, h: Tensor, context: Context) -> Tensor:
-        """The branch that attends to the memory: no positions, since those of two sequences have nothing to do with each other."""
+        """The branch of cross-attention. It uses no positions, since those of two sequences are unrelated."""
         assert self.cross is not None and context.memory is not None
         keys = None if context.keys is None else mix64_signed(context.keys)
         return self._scaled(self.cross(h, None, context.memory.mask, context.memory.tokens), self.cross_scale, keys)
@@ -148,7 +146,7 @@ class Block(Unit):
         return y if scale is None else y * scale.to(y.dtype)
 
     def _add(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
-        """skip·x + branch·y, in the coefficients' precision where there are any, rounded once."""
+        """skip·x + branch·y, in the coefficients' precision if there are any, rounded once."""
         for factor in (self.branch, context.branch):
             if factor is not None:
                 y = y * factor

@@ -1,8 +1,8 @@
-"""How a sublayer joins the stream, as a table: (scheme, depth, architecture, layer) → what the skip and the branch are multiplied with, and
-how weights start, by role.
+"""How a sublayer joins the residual stream, as a table: (scheme, depth, architecture, layer) → factors on skip and branch, and the
+initialization of weights by role.
 
-Blocks read the row; where its norms stand is the scheme's (config/residuals.py, which has the sources). Everything here is plain numbers: N
-blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
+Blocks read the row; the scheme says where norms are placed (config/residuals.py, which has the sources). Everything here is plain numbers:
+N blocks of an encoder, M of a decoder, L of either, d hidden width, p dropout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megascale.config.residuals import ResidualScheme
 from megascale.config.schema import BLOCK_NORMS, Model
 from megascale.plugins import resolve
 
-# The roles whose products make up a branch linearly: the published gains stand on these, query and key keep gain 1.
+# The roles that a branch is linear in. Published gains apply to these; query and key keep gain 1.
 BRANCH = ("value", "attention_out", "up", "down")
 
 Side = Literal["encoder", "decoder"]
@@ -25,9 +25,9 @@ Side = Literal["encoder", "decoder"]
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of blocks as the schemes see it: its `layers`, and those of the `partner` stack of an encoder–decoder (0: it is alone).
+    """A stack of blocks as schemes need it: its `layers`, and the layers of its `partner` stack in an encoder–decoder (0: none).
 
-    cross_input  its blocks cross-attend to an external input (a text), which comes from no partner stack
+    cross_input  its blocks cross-attend to an external input (a text) instead of a partner stack
     """
 
     side: Side
@@ -37,16 +37,16 @@ class Stack:
 
     @property
     def sublayers(self) -> tuple[str, ...]:
-        """Of one block, in order; a decoder with an encoder beside it also attends to that."""
+        """The sublayers of one block, in order; a decoder with an encoder also attends to its output."""
         return ("attention", "cross", "ffn") if self.cross_input or (self.side == "decoder" and self.partner) else ("attention", "ffn")
 
 
 @dataclass(frozen=True)
 class InitStd:
-    """The normal start of a block's matrices: a unit by `rule`, times a gain by role (1 where none stands).
+    """Normal initialization of a block's matrices: a unit by `rule`, times a gain by role (default 1).
 
     constant  `unit` for every matrix
-    xavier    √(2/(in + out)) on the matrix's real shape
+    xavier    √(2/(in + out)) of the matrix's own shape
     fan_in    √(1/in)
     """
 
@@ -55,7 +55,7 @@ class InitStd:
     gains: Mapping[str, float] = field(default_factory=dict)
 
     def std(self, role: str, out_dim: int, in_dim: int) -> float:
-        """The deviation of a matrix [out_dim, in_dim]."""
+        """The standard deviation of a matrix [out_dim, in_dim]."""
         match self.rule:
             case "constant":
                 unit = self.unit
@@ -70,11 +70,11 @@ class InitStd:
 class Residual:
     """One row: a block of a scheme.
 
-    starts          how the block's matrices start
-    cross           how the sublayer starts that attends to a memory, where not as the others do
-    branch_period   the branch is also multiplied with min(1, step/period), steps counted from 1
-    channel_scale   the branch is also multiplied with a learned vector that starts at this value
-    norm_eps        by the norm's name in its block or attention
+    starts         initialization of the block's matrices
+    cross          initialization of the cross-attention's matrices, if it differs
+    branch_period  the branch is also multiplied by min(1, step/period), steps counted from 1
+    channel_scale  the branch is also multiplied by a learned vector with this initial value
+    norm_eps       by the norm's name in its block or attention
     """
 
     scheme: ResidualScheme
@@ -87,14 +87,14 @@ class Residual:
     norm_eps: Mapping[str, float] = field(default_factory=dict)
 
     def product_scale(self, in_dim: int) -> float:
-        """What a matrix's product is multiplied with."""
+        """The factor on a matrix's product."""
         return 1 / math.sqrt(in_dim) if self.scheme.unit_scaled else 1.0
 
 
 @dataclass(frozen=True)
 class Ends:
-    """How the stream begins and ends: deviations of the tables, a factor on the last hidden state, and the start of a learned scalar on the
-    embedding, where there is one.
+    """The two ends of the stream: standard deviations of the tables, a factor on the last hidden state, and the initial value of a learned
+    scalar on the embedding, if there is one.
     """
 
     embedding: float
@@ -104,7 +104,7 @@ class Ends:
 
 
 def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
-    """The row for block `layer` (from 0) of a stack: its scheme's, with the coefficients and epsilons that are the layer's own."""
+    """The row for block `layer` (from 0) of a stack: the scheme's row, with the layer's own coefficients and epsilons."""
     of_layer = resolve(cfg.residual_row.layer, f"the residual scheme {cfg.residual}")
     row: Residual = replace(of_layer(cfg, stack, layer), norm_eps={name: cfg.eps_of(name, layer) for name in BLOCK_NORMS})
     if cfg.layer_coefficients is None:
@@ -114,8 +114,8 @@ def residual(cfg: Model, stack: Stack, layer: int) -> Residual:
 
 
 def ends(cfg: Model) -> Ends:
-    """The scheme's ends, with what the config and the norm say. Where the norm fixes no size, the embedding's is learned (DyT, arXiv
-    2503.10622, appendix).
+    """The scheme's ends, adjusted by the config and the norm. If the norm does not fix the size of the stream, the embedding's is learned
+    (DyT, arXiv 2503.10622, appendix).
     """
     own: Ends = resolve(cfg.residual_row.ends, f"the residual scheme {cfg.residual}")(cfg)
     learned = None if cfg.norm_row.divides else math.sqrt(cfg.hidden_size)
@@ -127,7 +127,7 @@ def constant_starts(cfg: Model, stack: Stack, layer: int) -> Residual:
 
 
 def scaled_writers(cfg: Model, stack: Stack, layer: int) -> Residual:
-    """Each write into a pre-norm stream is scaled so that the sum of all keeps the size of one (GPT-2, section 2.3)."""
+    """Scales each write into a pre-norm stream so that the sum of all is as large as one (GPT-2, section 2.3)."""
     writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)
     return Residual(cfg.residual_row, InitStd("constant", cfg.init_std, {"attention_out": writer, "down": writer}))
 
@@ -175,12 +175,12 @@ def deepscale_ends(cfg: Model) -> Ends:
 
 
 def _tables(cfg: Model) -> int:
-    """Whose rows are added up to make a token's embedding."""
+    """The number of tables whose rows add up to a token's embedding."""
     return 2 if cfg.position_row.table else 1
 
 
 def deepnorm(stack: Stack) -> tuple[float, float]:
-    """(α, β) of DeepNorm's table (arXiv 2203.00555, figure 2). TorchScale's 1.15 for the encoder of a pair is not the paper's 0.87."""
+    """(α, β) of DeepNorm's table (arXiv 2203.00555, figure 2). TorchScale uses 1.15 for the encoder of a pair; the paper has 0.87."""
     layers, other = stack.layers, stack.partner
     if not other:
         return (2 * layers) ** 0.25, (8 * layers) ** -0.25
@@ -200,13 +200,13 @@ def subln(stack: Stack) -> float:
 
 
 def layerscale(layers: int) -> float:
-    """γ at the start (arXiv 2103.17239, section 2.2)."""
+    """Initial γ (arXiv 2103.17239, section 2.2)."""
     return 0.1 if layers <= 18 else 1e-5 if layers <= 24 else 1e-6
 
 
 def mus_tau(cfg: Model, stack: Stack) -> float:
-    """μS's share τ of a branch in the stream's variance: fixed for a run, smaller for deep ones (0.4 for four blocks, 0.1 for deep models;
-    the rule between them is ours).
+    """τ of μS, the branch's share of the stream's variance: fixed for a run, smaller for deep models (0.4 for four blocks, 0.1 for deep
+    ones; the rule in between is ours).
     """
     return cfg.mus_tau or min(0.4, max(0.1, 0.8 / math.sqrt(stack.layers)))
 
@@ -218,10 +218,10 @@ def deepscale(stack: Stack) -> tuple[float, float]:
 
 
 def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
-    """Gains on √(1/in) that give every branch unit variance and unit gradient, whatever is correlated in its input.
+    """Gains on √(1/in) that give every branch unit variance and unit gradient, whatever the correlations in its input.
 
-    Averaging over tokens leaves of a value's variance its token correlation r, so value and output share √((1−p)/r). The feed-forward's two
-    matrices share (1−p)·d/(f·E[φ²]) evenly where φ is homogeneous in `up`; GELU wants an input of unit variance, so `down` bears it all.
+    Averaging over tokens reduces a value's variance to its token correlation r, so value and output share √((1−p)/r). The feed-forward's
+    two matrices share (1−p)·d/(f·E[φ²]) evenly if φ is homogeneous in `up`; GELU needs an input of unit variance, so `down` takes it all.
     SwiGLU cannot have both units: `cfg.deepscale_unit` chooses.
     """
     keep, row = 1 - cfg.dropout, cfg.ffn_row
@@ -238,16 +238,17 @@ def deepscale_gains(cfg: Model, stack: Stack, layer: int) -> dict[str, float]:
 
 
 def deepscale_memory_gains(cfg: Model, stack: Stack) -> dict[str, float]:
-    """The same for attention to a memory: what is averaged there are tokens behind the partner's last block."""
+    """The same for cross-attention, which averages tokens from the partner's last block."""
     r = token_correlations(("attention", "ffn") * stack.partner, cfg.dropout, cfg.token_correlation)[-1]
     return dict.fromkeys(("value", "attention_out"), ((1 - cfg.dropout) / r) ** 0.25)
 
 
 @lru_cache(maxsize=16)
 def token_correlations(sublayers: tuple[str, ...], dropout: float, start: float) -> tuple[float, ...]:
-    """The correlation of two tokens' vectors before each sublayer of a DeepScaleLM stack, and behind the last.
+    """The correlation of two tokens' vectors before each sublayer of a DeepScaleLM stack, and after the last.
 
-    `start` is that of undropped embeddings: the chance that two tokens are the same (0.221 for English text, weakly sourced for others).
+    `start` is that of embeddings without dropout: the chance that two tokens are the same (0.221 for English text, weakly sourced for
+    others).
     """
     beta2 = 2 / len(sublayers)
     r = start * (1 - dropout)

@@ -1,12 +1,10 @@
-"""Which experts a token goes to, with what weight, and what keeps them equally busy. Pure functions, and the module that holds the weights.
+"""Routing of tokens to experts: gates, and the losses and biases that balance the load. Pure functions, and the module with the weights.
 
-Shapes: b micro-batch, s sequence (those of its tokens that are here), k chosen experts a token, E experts, d hidden. Everything is computed
-in at least fp32.
+Shapes: b micro-batch, s local sequence, k experts per token, E experts, d hidden. Everything is computed in at least fp32.
 
-`loss_weights` [b, s] is the weight with which a token enters an auxiliary loss: the loss's fixed scale where its target counts, zero where
-it does not. Losses are formed one sequence at a time, for they are not linear in their grouping: over a micro-batch or a rank they would
-make the curve depend on how the batch is cut. Where a sequence is cut over ranks, `over_sequence` sums over them; what each rank returns is
-then its share of the loss.
+`loss_weights` [b, s] is each token's weight in an auxiliary loss: the loss's fixed scale if its target counts, else zero. Losses are not
+linear in how tokens are grouped, so each is computed per sequence: per micro-batch or per rank, the curve would depend on how the batch is
+split. If a sequence is split over ranks, `over_sequence` sums over them, and each rank returns its share of the loss.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from megascale.plugins import resolve
 
 
 class Choice(NamedTuple):
-    """Routing of all tokens: `experts` [b, s, k], their `gates` [b, s, k], and the `probabilities` [b, s, E] that balance is judged by."""
+    """Routing of all tokens: `experts` [b, s, k], their `gates` [b, s, k], and the `probabilities` [b, s, E] for balance losses."""
 
     experts: Tensor
     gates: Tensor
@@ -35,8 +33,8 @@ class Choice(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a router's `score` makes of logits [..., E]: `scores` of which the k largest are chosen, and a function from the chosen experts
-    [..., k] to the `Choice`.
+    """The result of a router's `score` of logits [..., E]: `scores`, of which the k largest are chosen, and a function from the chosen
+    experts [..., k] to the `Choice`.
     """
 
     scores: Tensor
@@ -44,14 +42,14 @@ class Scored(NamedTuple):
 
 
 def choose(score: Callable[[Tensor], Scored], logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
-    """logits [..., E] → the choice of each token: the k largest scores. A `bias` [E] takes part in the selection only."""
+    """logits [..., E] → the choice of each token: the k largest scores. A `bias` [E] affects the selection only."""
     scores, choice = score(logits)
     return choice((scores if bias is None else scores + bias).topk(top_k, -1).indices)
 
 
 def topk_softmax(logits: Tensor) -> Scored:
-    """Gates are the softmax over the chosen logits (Mixtral, arXiv 2401.04088); of a single one that over all, for softmax over one is 1
-    whatever the router says (Switch; X-MoE's and TorchScale's top-1 gate).
+    """Gates are the softmax over the chosen logits (Mixtral, arXiv 2401.04088). A single gate comes from the softmax over all: over one
+    logit it would be 1 whatever the router says (Switch; top-1 gates of X-MoE and TorchScale).
     """
     probabilities = torch.softmax(logits, -1)
 
@@ -64,13 +62,13 @@ def topk_softmax(logits: Tensor) -> Scored:
 
 
 def softmax_topk(logits: Tensor) -> Scored:
-    """Gates are those of the softmax over all, as they are (Switch, arXiv 2101.03961)."""
+    """Gates come unchanged from the softmax over all experts (Switch, arXiv 2101.03961)."""
     probabilities = torch.softmax(logits, -1)
     return Scored(probabilities, lambda experts: Choice(experts, probabilities.gather(-1, experts), probabilities))
 
 
 def sigmoid(logits: Tensor) -> Scored:
-    """Gates are σ, divided by the sum of the chosen where there are several (DeepSeek-V3, arXiv 2412.19437)."""
+    """Gates are σ, divided by their sum if several experts are chosen (DeepSeek-V3, arXiv 2412.19437)."""
     scores = torch.sigmoid(logits)
 
     def choice(experts: Tensor) -> Choice:
@@ -82,46 +80,46 @@ def sigmoid(logits: Tensor) -> Scored:
 
 
 def sigma(logits: Tensor) -> Scored:
-    """Gates are σ, as it is; balance is judged by the softmax (σ-MoE, arXiv 2310.10837)."""
+    """Gates are plain σ; balance losses use the softmax (σ-MoE, arXiv 2310.10837)."""
     probabilities, scores = torch.softmax(logits, -1), torch.sigmoid(logits)
     return Scored(scores, lambda experts: Choice(experts, scores.gather(-1, experts), probabilities))
 
 
 def _divided(scores: Tensor, logits: Tensor) -> Tensor:
-    """σ [..., n] of the logits, divided by their sum. Where all of them underflow, what they tend to: the softmax of log σ."""
+    """σ [..., n] of the logits, divided by their sum. If all of them underflow, the limit of that: the softmax of log σ."""
     total, smallest = scores.sum(-1, keepdim=True), torch.finfo(scores.dtype).tiny
     return torch.where(total < smallest, torch.softmax(F.logsigmoid(logits), -1), scores / total.clamp(min=smallest))
 
 
 def balance_loss(choice: Choice, loss_weights: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
-    """E·Σᵢ fᵢ·Pᵢ of each sequence, weighted by its counted tokens: 1 a token when all experts are equally busy (Switch, equation 4).
+    """E·Σᵢ fᵢ·Pᵢ per sequence, weighted by its counted tokens: 1 per token if all experts are equally busy (Switch, equation 4).
 
-    fᵢ is the share of the sequence's assignments that expert i got, Pᵢ the mean probability it was given.
+    fᵢ is the share of the sequence's assignments that expert i gets, Pᵢ its mean probability.
     """
     num_experts, top_k = choice.probabilities.shape[-1], choice.experts.shape[-1]
     with torch.no_grad():
         chosen = F.one_hot(choice.experts, num_experts).sum(2).to(loss_weights.dtype)
         share = _shares(mass_of(chosen, loss_weights) / top_k, over_sequence)
-    # The share carries no gradient, and what is left is linear in the tokens: ranks may add their parts.
+    # The share carries no gradient and the rest is linear in the tokens, so ranks may add their parts.
     return num_experts * (share * mass_of(choice.probabilities, loss_weights)).sum()
 
 
 def entropy_loss(choice: Choice, loss_weights: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
-    """Σᵢ Pᵢ·log Pᵢ of each sequence, weighted by its counted tokens: −log E a token when all experts are equally likely (MoEUT, arXiv
+    """Σᵢ Pᵢ·log Pᵢ per sequence, weighted by its counted tokens: −log E per token if all experts are equally likely (MoEUT, arXiv
     2405.16039, section 2.1).
     """
     return entropy_of(mass_of(choice.probabilities, loss_weights), over_sequence)
 
 
 def mass_of(probabilities: Tensor, loss_weights: Tensor) -> Tensor:
-    """[b, s, …, E] weighted by [b, s] and summed over the tokens here: [b, …, E]."""
+    """[b, s, …, E] weighted by [b, s] and summed over the local tokens: [b, …, E]."""
     return (loss_weights.view(*loss_weights.shape, *[1] * (probabilities.ndim - 2)) * probabilities).sum(1)
 
 
 def entropy_of(mass: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
-    """mass [n, E] → Σ of mass·log P, P being each row's shares: the rows' negative entropies, weighted by their mass.
+    """mass [n, E] → Σ mass·log P, where P is each row's shares: the rows' negative entropies, weighted by their mass.
 
-    Its gradient is log P held fixed times the mass's, the rest being that of ΣP = 1. So it is linear in the tokens, too.
+    Its gradient is that of the mass times a fixed log P; the other term vanishes, since ΣP = 1. So it is linear in the tokens, too.
     """
     with torch.no_grad():
         log_share = _shares(mass, over_sequence).clamp(min=torch.finfo(mass.dtype).tiny).log()
@@ -129,7 +127,7 @@ def entropy_of(mass: Tensor, over_sequence: Callable[[Tensor], Tensor] = identit
 
 
 def _shares(mass: Tensor, over_sequence: Callable[[Tensor], Tensor]) -> Tensor:
-    """[n, E] weights of the tokens here → shares of whole sequences, zero where nothing counts."""
+    """[n, E] masses of the local tokens → shares over whole sequences, zero if nothing counts."""
     mass = over_sequence(mass)
     return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
@@ -140,10 +138,10 @@ def z_loss(logits: Tensor, loss_weights: Tensor) -> Tensor:
 
 
 def within_capacity(experts: Tensor, num_experts: int, factor: float) -> Tensor:
-    """experts [b, s, k] → which assignments [b, s, k] find room, when each expert takes ⌈s·k/E·factor⌉ of a sequence.
+    """experts [b, s, k] → which assignments [b, s, k] fit if each expert takes ⌈s·k/E·factor⌉ of them per sequence.
 
-    First choices of all tokens come before second ones, earlier tokens before later ones (GShard, arXiv 2006.16668, algorithm 1). Counting
-    each sequence for itself keeps the outcome independent of how the batch is cut.
+    First choices of all tokens come before second choices, and earlier tokens before later ones (GShard, arXiv 2006.16668, algorithm 1).
+    Counting per sequence makes the result independent of how the batch is split.
     """
     _, length, top_k = experts.shape
     room = math.ceil(length * top_k / num_experts * factor)
@@ -155,17 +153,17 @@ def within_capacity(experts: Tensor, num_experts: int, factor: float) -> Tensor:
 def moved_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     """The selection bias [E] after a step in which the experts got `counts` [E] (int64) assignments of the global batch.
 
-    b + rate·sign(mean − count), recentred (auxiliary-free balance, arXiv 2408.15664). The sign is taken of whole numbers, so that counts
-    multiplied by the same factor move it alike.
+    b + rate·sign(mean − count), recentred (auxiliary-loss-free balancing, arXiv 2408.15664). The sign is that of integers, so multiplying
+    all counts by a factor changes nothing.
     """
     moved = bias + rate * torch.sign(counts.sum() - counts.numel() * counts).to(bias.dtype)
     return moved - moved.mean()
 
 
 class Router(nn.Module):
-    """Tokens → logits → choice, with weights rounded like all others to the compute dtype and the product in at least fp32.
+    """Tokens → logits → choice. Weights are rounded to the compute dtype like all others; the products run in at least fp32.
 
-    `scale` multiplies the product with the tokens. `bias`, with `balance: bias`, is state: `moved_bias` sets it after each step.
+    `scale` multiplies the input. `bias`, under `balance: bias`, is state: `moved_bias` updates it after each step.
     """
 
     bias: Tensor | None
@@ -175,7 +173,7 @@ class Router(nn.Module):
         self.scale = scale
         self.row, self.top_k = routers()[cfg.router], cfg.top_k
         self.score = resolve(self.row.score, f"the router {cfg.router}")
-        # Every rank holds a router whole and sees its own experts' share of the gates' gradients, hence "heads".
+        # Every rank holds the whole router but gets only its own experts' share of the gates' gradients, hence "heads".
         wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated, equal_rows=self.row.equal_rows)
         self.project: nn.Parameter | None = None
         self.temperature: nn.Parameter | None = None
