@@ -1,4 +1,4 @@
-"""What of a step the compiler took: graphs, breaks, and products that ran eager (docs/gpu.md has the table)."""
+"""How much of a step is compiled: graphs, breaks, and products that ran eager (docs/gpu.md has the table)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megascale.model import layers
 
 @dataclass
 class Coverage:
-    """Of a process since the count began. `eager_products`: hidden products outside all graphs; `reasons`: why a graph ended early."""
+    """Counts in this process. `eager_products`: hidden products outside all graphs; `reasons`: why graphs broke."""
 
     graphs: int = 0
     breaks: int = 0
@@ -25,7 +25,7 @@ class Coverage:
 
 @contextmanager
 def counted_graphs() -> Iterator[Coverage]:
-    """Counts what happens inside; the compiler starts anew. The numbers are there at the end."""
+    """Counts what happens inside the block, after resetting the compiler. The numbers are set at its end."""
     import torch._dynamo as dynamo
 
     dynamo.reset()

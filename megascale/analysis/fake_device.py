@@ -1,7 +1,8 @@
-"""A device that computes nothing, for a machine without one: torch's private backend, whose tensors are fakes, forward and backward.
+"""A device that computes nothing, for machines without a GPU: torch's private backend with fake tensors, forward and backward.
 
-To torch it is an accelerator like any other: FSDP2 makes streams on it, pipelines send from it, autograd guards it. Its tensors have a
-shape, a dtype and a device, and no memory; the host's are real. `install` is for good, so it belongs into a process of its own.
+To torch it is an accelerator like any other: FSDP2 creates streams on it, pipelines send from it, autograd guards it. Its tensors have a
+shape, a dtype and a device, but no memory; those of the host are real. A `FakeDevice` changes torch for good, so create it in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAME = "fakegpu"
 
 
 class FakeEvent:
-    """`number`: how many events had been recorded before it, which orders it among what the device was given."""
+    """`number`: its number among all recorded events, which orders it among what was queued on the device."""
 
     recorded = 0
 
@@ -66,7 +67,7 @@ class FakeStream:
 
 
 class FakeBackend:
-    """What `torch.cuda` is to CUDA. `waits`: for each time that the host waited, the number of the event; None for all that was queued."""
+    """For this device what `torch.cuda` is for CUDA. `waits`: the event's number for each wait of the host; None for everything queued."""
 
     Stream, Event = FakeStream, FakeEvent
 
@@ -95,7 +96,7 @@ class FakeBackend:
         return 1
 
     def set_device(self, device: Any) -> None:
-        """There is one."""
+        """There is only one."""
 
     def manual_seed_all(self, seed: int) -> None:
         """Nothing is drawn."""
@@ -107,7 +108,7 @@ class FakeBackend:
         """Nothing is drawn."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """Asked for in every recomputation."""
+        """Every recomputation asks for it."""
         return [torch.bfloat16]
 
     def _is_in_bad_fork(self) -> bool:
@@ -138,13 +139,13 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[misc]
 
 
 class FakeDevice:
-    """`device`: known to torch from now on; whatever is made there is a fake of one mode, whether that is entered or not."""
+    """Registers `device` with torch. Whatever is created there is a fake of one mode, whether that mode is active or not."""
 
     def __init__(self) -> None:
         backend_registration._setup_privateuseone_for_python_backend(NAME, BACKEND, _Hooks(), _Guard())
         self.device = torch.device(NAME, 0)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it does
+        self.library = torch.library.Library("aten", "IMPL")  # its registrations live as long as it does
         for name in ("empty.memory_format", "empty_strided"):
             self.library.impl(name, partial(self._make, getattr(torch.ops.aten, name.split(".")[0])), "PrivateUse1")
         torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign, assignment]  # no memory, no owner

@@ -1,9 +1,9 @@
-"""Where the host waits for the device: every operation of a piece of a program after which it must, with the line of ours that asked.
+"""Where the host waits for the device: every operation in a piece of a program that makes it wait, and the line of our code that called it.
 
-Made for tensors of `fake_device.py`, whose values nobody knows: what the host asks is answered with ones. What counts:
-- a value, or a whole tensor, that the host is told (`item`, `bool`, `float`, `tolist`, `.cpu()`, printing), unless copied without blocking
-- a tensor that the host gives in pageable memory (`torch.tensor(…, device=…)`, `.to(device)`, an index by a list): torch waits until the
-  copy is done, which stands behind all that was queued before
+For tensors of `fake_device.py`, which have no values: whatever the host reads is answered with ones. These count:
+- a value or a whole tensor that the host reads (`item`, `bool`, `float`, `tolist`, `.cpu()`, printing), unless copied without blocking
+- a tensor that the host sends from pageable memory (`torch.tensor(…, device=…)`, `.to(device)`, an index by a list): torch waits until the
+  copy is done, after everything queued before it
 - a shape that depends on values (`nonzero`, a mask as an index, `unique`, `repeat_interleave` without its length)
 """
 
@@ -35,7 +35,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class HostSync(NamedTuple):
-    """One kind of wait at one line, "file:line code"."""
+    """One kind of wait at one line: "file:line code"."""
 
     kind: str
     where: str
@@ -46,14 +46,14 @@ VALUE, TOLD, GIVEN, SHAPE = "a value is told", "a tensor is told", "a tensor is 
 
 @contextmanager
 def host_syncs(device_type: str) -> Iterator[Counter[HostSync]]:
-    """What makes the host wait for a device of this type meanwhile, and how often."""
+    """Yields a counter of what makes the host wait for a device of this type inside the block."""
     found: Counter[HostSync] = Counter()
     with _Constants(device_type, found), _Operations(device_type, found):
         yield found
 
 
 class _Constants(TorchFunctionMode):
-    """Tensors made of what Python knows: torch copies them past the dispatcher."""
+    """Tensors made from Python values: torch copies them without the dispatcher."""
 
     def __init__(self, device_type: str, found: Counter[HostSync]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Constants(TorchFunctionMode):
         return torch.empty(host.shape, dtype=host.dtype, device=device)
 
     def _given_lists(self, index: Any, device: torch.device) -> Any:
-        """An index with its lists as tensors there."""
+        """An index with its lists replaced by tensors on the device."""
         parts = index if isinstance(index, tuple) else (index,)
         if not any(isinstance(part, list) for part in parts):
             return index
@@ -92,7 +92,7 @@ class _Operations(TorchDispatchMode):
         return self._answer(func, args, kwargs)
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What the operation returns, ones where the host is told something."""
+        """The operation's result; ones if the host reads something."""
         if func is aten._local_scalar_dense.default and self._on_device(args[0]):
             return 1.0 if args[0].is_floating_point() else args[0].dtype is torch.bool or 1
         if func is aten._to_copy.default and self._crosses(args[0], kwargs.get("device")):
@@ -103,7 +103,7 @@ class _Operations(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _kind(self, func: Any, args: Any, kwargs: Any) -> str:
-        """The kind of wait; empty for none."""
+        """The kind of wait; empty if there is none."""
         if func is aten._local_scalar_dense.default:
             return VALUE if self._on_device(args[0]) else ""
         if func is aten._to_copy.default and not kwargs.get("non_blocking"):
@@ -130,9 +130,9 @@ class _Operations(TorchDispatchMode):
 
 
 def line_of_ours() -> str:
-    """The innermost line of this package that is being run, or of torch in a backward pass that nobody of ours called."""
+    """The innermost line of this package on the stack, or of torch if there is none, as in a backward pass."""
     frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-    # Modes stand between an operation and who asked for it.
+    # These modes are on the stack between an operation and its caller.
     ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.name not in ("__torch_dispatch__", "__torch_function__")]
     frame = (ours or frames)[-1]
     name = frame.filename.removeprefix(f"{ROOT.parent}/")

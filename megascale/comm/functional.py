@@ -1,7 +1,7 @@
 """Collectives inside compiled graphs: torch's functional ones, and how many bytes a graph sends when it runs.
 
-A graph cannot count while it runs, but it says what it sends: shapes are fixed, and recomputation is part of it. So the graph that is
-about to be compiled is read once, and every call of what was compiled adds the same numbers.
+A graph cannot count while it runs, but its nodes say what it sends: shapes are fixed, and recomputation is part of it. So a graph is read
+once, just before it is compiled, and every call of the compiled code adds the same numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
 
 
 def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
-    """x [n], `sent[i]` numbers of it for rank i, → what all ranks sent here, `received[i]` numbers from rank i."""
+    """x [n], with `sent[i]` numbers for rank i, → the numbers sent to this rank, `received[i]` of them from rank i."""
     return ops.wait_tensor(ops.all_to_all_single(x, list(received), list(sent), _name(axis)))  # type: ignore[no-any-return]
 
 
@@ -44,7 +44,7 @@ def _name(axis: Axis) -> str:
 
 
 def counting_backend(axes: Iterable[Axis]) -> Callable[..., Any]:
-    """A backend of torch.compile: inductor, whose graphs add what they send over these axes to the axes' traffic."""
+    """A torch.compile backend: inductor, whose graphs add the bytes that they send over these axes to the axes' traffic."""
     by_group = {_name(axis): axis for axis in axes if axis.group is not None}
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -59,7 +59,7 @@ def counting_backend(axes: Iterable[Axis]) -> Callable[..., Any]:
                 compiled.current_callable = counted(compiled.current_callable, sent, traffic)
             return compiled
 
-        # What the cache of whole backward passes gives back was never seen here; inductor's own cache stays.
+        # Graphs from AOTAutograd's cache would bypass `inner` and not be counted; inductor's own cache stays.
         with functorch.patch(enable_autograd_cache=False):
             return compile_fx(graph, inputs, inner_compile=inner)
 
@@ -67,7 +67,7 @@ def counting_backend(axes: Iterable[Axis]) -> Callable[..., Any]:
 
 
 def sent_by(graph: torch.fx.GraphModule, axes: dict[str, Axis]) -> list[Sent]:
-    """What one call of a graph sends, in its order; `axes` by the name of their group."""
+    """What one call of a graph sends, in order; `axes` by the names of their groups."""
     found = []
     for node in graph.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "namespace", "") != "_c10d_functional":
@@ -98,7 +98,7 @@ def _bytes_of(name: str, node: torch.fx.Node, axis: Axis) -> tuple[str, int]:
 
 
 def counted(run: Callable[[Any], Any], sent: Sequence[Sent], traffic: Traffic) -> Callable[[Any], Any]:
-    """`run`, which adds what it sends before it is sent."""
+    """`run`, which first counts what it is about to send."""
 
     def call(inputs: Any) -> Any:
         for axis, operation, size in sent:

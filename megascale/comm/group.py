@@ -1,4 +1,4 @@
-"""How ranks become a group: the store in which they meet, and torch's process group over it."""
+"""How ranks form a group: the store in which they meet, and torch's process group over it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def open_store(ranks: RankInfo, limit: float) -> dist.Store:
-    """The store on rank 0's node, within `limit` seconds. Waits for that node alone: whoever never comes can then be named."""
+    """The store on rank 0's node, within `limit` seconds. Waits for that node only, so that ranks which never come can be named."""
     assert ranks.address is not None and ranks.port is not None
-    # torchrun's agents keep a store of their own, in which every restart of the ranks has its place.
+    # torchrun's agents keep their own store, which outlives the ranks: every restart gets its own prefix.
     agent = ranks.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     inside = not agent and stays_inside(ranks, os.environ)
     store = dist.TCPStore(
@@ -37,21 +37,21 @@ def open_store(ranks: RankInfo, limit: float) -> dist.Store:
         master_listen_fd=_listen(ranks.port) if inside and ranks.rank == 0 and not is_own(ranks.port) else None,
     )
     attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # A program may train more than once, and in an agent's store stands still what an earlier run has said: that it stops, and where.
+    # A program may train more than once, and an agent's store still has what an earlier run wrote: that it stops, and where.
     return dist.PrefixStore(f"run-{attempt.add(f'runs/{ranks.rank}', 1)}", attempt)
 
 
 def stays_inside(ranks: RankInfo, env: Mapping[str, str]) -> bool:
-    """Whether no rank is on another machine: then the store, which believes whoever writes into it, is not shown to the network.
+    """Whether all ranks are on this machine. Then the store, which trusts whoever writes into it, is not open to the network.
 
-    Variables that somebody set by hand leave LOCAL_WORLD_SIZE out on several nodes, too.
+    torchrun's variables without LOCAL_WORLD_SIZE were set by hand, and may mean several nodes.
     """
     told = ranks.launcher != "torchrun" or "LOCAL_WORLD_SIZE" in env
     return is_loopback(ranks.address or "") or (ranks.one_node and told)
 
 
 def _listen(port: int) -> int:
-    """A socket on loopback for torch, which closes it; its own listens on every interface. Raises UsageError for a port that is taken."""
+    """A socket on loopback for torch, which closes it; torch's own listens on every interface. Raises UsageError if the port is taken."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -64,7 +64,7 @@ def _listen(port: int) -> int:
 
 
 def check_own_device(store: dist.Store, ranks: RankInfo, uuid: str) -> None:
-    """Raises UsageError on all ranks where two of them have one device. In the store, since NCCL would hang or abort on it."""
+    """Raises UsageError on all ranks if two of them share a device. Uses the store, since NCCL would hang or abort."""
     store.set(f"device/{ranks.rank}", json.dumps([node_name(), uuid]))
     if ranks.rank == 0:
         taken = [json.loads(word) for word in store.multi_get([f"device/{rank}" for rank in range(ranks.size)])]
@@ -75,9 +75,9 @@ def check_own_device(store: dist.Store, ranks: RankInfo, uuid: str) -> None:
 
 
 def interface_mistake(env: Mapping[str, str], own: Iterable[str]) -> str | None:
-    """Why gloo could not use the interfaces that GLOO_SOCKET_IFNAME names, on a node that has these; None where it can.
+    """Why gloo cannot use the interfaces that GLOO_SOCKET_IFNAME names on a node with the interfaces `own`; None if it can.
 
-    gloo takes names alone, as they are; NCCL's variable also knows beginnings of names, and `^` for all others.
+    gloo takes exact names only; NCCL's variable also takes prefixes, and `^` to exclude.
     """
     wanted, have = env.get(GLOO_INTERFACE, ""), sorted(set(own))
     unknown = [name for name in wanted.split(",") if name not in have]
@@ -90,16 +90,16 @@ def interface_mistake(env: Mapping[str, str], own: Iterable[str]) -> str | None:
 
 
 def join(store: dist.Store, ranks: RankInfo, backend: str, patience: float, device: torch.device | None = None) -> None:
-    """Collective over all ranks: the process group, whose collectives give up after `patience` seconds.
+    """Creates the process group, whose collectives give up after `patience` seconds. Collective over all ranks.
 
-    device  of a rank whose group is NCCL's alone: it connects now, on this device, and an axis of the mesh is split off in one call
+    device  this rank's; a group that uses NCCL alone connects on it now, and each axis of the mesh is then split off in one call
     """
-    # gloo announces what the host's own name resolves to, which on many machines is an address that others do not reach.
+    # gloo announces the address that the host's own name resolves to, which others often cannot reach.
     address = LOOPBACK if stays_inside(ranks, os.environ) else ranks.address
     interface = interface_towards(address) if address else None
     if interface is not None:
         os.environ.setdefault(GLOO_INTERFACE, interface)
-    own = device if backend == "nccl" else None  # of two backends only one could be split
+    own = device if backend == "nccl" else None  # with two backends only one could be split
     dist.init_process_group(
         backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=patience), device_id=own
     )

@@ -1,8 +1,8 @@
-"""Numbers between the host and a device, without either waiting for the other.
+"""Copies of numbers between the host and a device for which neither waits.
 
-torch copies between ordinary memory and a device while the host stands still, and the copy stands behind all that is queued. So numbers go
-to the device from pinned memory, and come back into pinned memory with an event behind them that is waited for when they are read, a step
-later. On a CPU nothing is copied.
+With pageable memory the host waits for torch's copy, which runs after everything queued before it. So numbers go to the device from pinned
+memory, and return into pinned memory followed by an event, which the host waits for when it reads them, one step later. On a CPU nothing is
+copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A list of the host as a tensor there."""
+    """A list of numbers as a tensor on the device."""
     host = torch.tensor(values, dtype=dtype)
     if device.type == "cuda":
         host = host.pin_memory()  # torch keeps the memory until the copy is done
@@ -25,19 +25,19 @@ def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype 
 
 @lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`to_device` of what never changes: copied once a process. Nobody may write into it."""
+    """`to_device` for numbers that never change: copied once per process. Do not write into the result."""
     return to_device(values, device, dtype)
 
 
 def event_on(device: torch.device) -> Any:
-    """Behind all that the device has been given on its present stream."""
+    """An event after everything queued so far on the device's current stream."""
     event = torch.get_device_module(device).Event()
     event.record()
     return event
 
 
 class HostCopy:
-    """A tensor on its way to the host, from what the device has been given so far."""
+    """A tensor on its way to the host, copied after everything queued on the device so far."""
 
     def __init__(self, x: Tensor) -> None:
         self._host, self._event = x, None
@@ -47,7 +47,7 @@ class HostCopy:
             self._event = event_on(x.device)
 
     def read(self) -> Tensor:
-        """The values, once the device has come so far."""
+        """The values; waits until they are copied."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None

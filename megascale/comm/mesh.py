@@ -17,9 +17,9 @@ from megascale.config.axes import AXES, EXPERT_AXES, NAMES, data_part, data_part
 class Traffic:
     """Bytes sent by this rank and collectives started, by axis, since the last `take`.
 
-    What is added is added before it is sent, so that `last` names the collective in which a rank hangs. `moved` only rises. `gate`: called
-    before every micro-batch, where all ranks may leave (train/faults/gate.py). `mark`, on a device that is given collectives long before
-    it comes to them: makes an event behind what it has been given so far.
+    Each is counted before it is sent, so that `last` names the collective in which a rank hangs. `moved` never decreases. `gate`: called
+    before every micro-batch, where all ranks may stop (train/faults/gate.py). `mark`, on a device that lags behind the host: records an
+    event after everything queued so far.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -28,11 +28,11 @@ class Traffic:
     last: str = ""
     gate: Callable[[], None] | None = None
     mark: Callable[[], Any] | None = None
-    _given: deque[tuple[int, str, Any]] = field(default_factory=deque)  # collectives that the device had not come to when last looked at
+    _given: deque[tuple[int, str, Any]] = field(default_factory=deque)  # collectives that the device had not reached at the last check
     _reached: tuple[int, str] = (0, "")
 
     def micro_batch(self) -> None:
-        """A micro-batch begins, or a step of them that cannot be left before its end. Raises what the gate raises."""
+        """Marks the beginning of a micro-batch, or of a step that cannot be interrupted. Raises what the gate raises."""
         if self.gate is not None:
             self.gate()
         self.moved += 1
@@ -46,13 +46,13 @@ class Traffic:
         self.calls[axis, operation] += 1
 
     def reached(self) -> tuple[int, str]:
-        """`moved` and `last` as the device has come to them; the host has queued the whole step when one hangs. For the watch's thread."""
+        """`moved` and `last` as far as the device has come; the host has queued the whole step when one hangs. Called by the watchdog."""
         while self._given and self._given[0][2].query():
             self._reached = self._given.popleft()[:2]
         return self._reached if self._given else (self.moved, self.last)
 
     def take(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-        """Sent bytes and calls so far; the counts start again from zero."""
+        """Sent bytes and calls so far; resets the counts."""
         result = dict(self.sent), dict(self.calls)
         self.sent.clear()
         self.calls.clear()
@@ -72,16 +72,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes, and torch's DeviceMesh over the axes on which weights lie (None for one process).
+    """All axes, and torch's DeviceMesh over the axes that weights are placed on (None for one process).
 
-    Beside those of AXES there are the same ranks seen otherwise. `shard`: dp_shard and cp together, over which FSDP2 cuts weights, since
-    ranks that hold other tokens of the same samples need the same weights. `replicas`: all ranks between which DDP sums. `cp_ring` and
-    `cp_ulysses`: the two directions of cp. Each counts its bytes under the name of the axis it is made of.
+    Besides the axes of AXES there are other views of the same ranks. `shard`: dp_shard and cp together, over which FSDP2 shards weights,
+    since ranks with other tokens of the same samples need the same weights. `replicas`: all ranks between which DDP sums. `cp_ring` and
+    `cp_ulysses`: the two dimensions of cp. Each counts its bytes under the name of the axis it is made of.
     """
 
     axes: dict[str, Axis]
     device_mesh: DeviceMesh | None
-    expert_mesh: DeviceMesh | None  # over dp_replicate, edp and ep, where experts have axes of their own
+    expert_mesh: DeviceMesh | None  # over dp_replicate, edp and ep, if experts have their own axes
     traffic: Traffic
     rank: int
     size: int
@@ -91,28 +91,30 @@ class Mesh:
 
     @property
     def data_size(self) -> int:
-        """How many different parts a global batch is cut into."""
+        """The number of different parts that a global batch is split into."""
         return data_parts({name: axis.size for name, axis in self.axes.items()})
 
     @property
     def data_rank(self) -> int:
-        """Which of these parts this rank has."""
+        """The number of this rank's part."""
         sizes, place = ({n: getattr(a, what) for n, a in self.axes.items()} for what in ("size", "rank"))
         return data_part(sizes, place)
 
     @property
     def tells_loss(self) -> bool:
-        """Of the ranks that know the same loss one tells it, so that a sum over all ranks has each loss once."""
+        """Whether this rank contributes its loss: one of the ranks with the same loss does, so that a sum over all ranks has each loss
+        once.
+        """
         return all(self[a.name].rank == 0 for a in AXES if a.whole_loss)
 
     @property
     def tells_batch(self) -> bool:
-        """Of the ranks that know the same samples one tells their number."""
+        """Whether this rank contributes the number of its samples: one of the ranks with the same samples does."""
         return all(self[a.name].rank == 0 for a in AXES if not a.other_data)
 
 
 def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Global rank → its place on each axis, in the order of AXES, the last one running fastest; then on EXPERT_AXES."""
+    """Global rank → its place on each axis, in the order of AXES with the last one fastest; then on EXPERT_AXES."""
     place = {}
     for name in reversed(NAMES):
         rank, place[name] = divmod(rank, sizes[name])
@@ -124,12 +126,12 @@ def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mesh:
-    """`sizes` for every axis of AXES, their product being the number of ranks, and of EXPERT_AXES; `ulysses` neighbours on cp trade heads,
-    and such groups pass blocks around. Collective over all ranks.
+    """`sizes` of every axis of AXES, whose product is the number of ranks, and of EXPERT_AXES. Groups of `ulysses` neighbours on cp
+    exchange heads, and a ring of such groups passes blocks around. Collective over all ranks.
     """
     traffic = Traffic()
     pp, replicate, shard, cp, tp = (sizes[n] for n in NAMES)
-    # FSDP2 shards over an axis of one rank where weights have replicas, or experts an axis of their own.
+    # FSDP2 shards over an axis of one rank if weights have replicas, or experts their own axis.
     kept = "dp_shard" if replicate > 1 or sizes.get("edp", 1) > 1 else ""
     grid, axes = _view({n: sizes[n] for n in NAMES}, device_type, traffic, kept)
     seen = {"shard": axes["dp_shard"], "replicas": axes["dp_replicate"], "cp_ring": axes["cp"], "cp_ulysses": axes["cp"]}
@@ -158,13 +160,13 @@ def _own_axes(sizes: dict[str, int]) -> bool:
 
 
 def _expert_tp(sizes: dict[str, int]) -> int:
-    """Ranks over which a single expert is cut: what the expert axes leave of a replica."""
+    """Ranks over which a single expert is split: those of a replica, divided by edp·ep."""
     return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (sizes["edp"] * sizes["ep"])
 
 
 def _view(sizes: dict[str, int], device_type: str, traffic: Traffic, keep: str = "") -> tuple[DeviceMesh | None, dict[str, Axis]]:
-    """All ranks as one grid, the last name running fastest. Axes of one rank are left out, or each rank would be a group of its own, which
-    all ranks have to make; but for `keep`, an axis that FSDP2 is going to ask for.
+    """All ranks as one grid, the last name fastest. Axes of one rank get no groups, since each rank would be a group that all ranks have to
+    create; `keep` is the exception, an axis that FSDP2 will ask for.
     """
     alone = {n: Axis(n, 1, 0, None, traffic) for n in sizes}
     if not dist.is_initialized():

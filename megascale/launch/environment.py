@@ -1,4 +1,4 @@
-"""Variables that torch reads once, for a job on GPUs: what a user has set himself stays. Plain data; no torch."""
+"""Environment variables that torch reads once, for jobs on GPUs; what the user has set stays. Plain data; no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 RECORDED = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 DUMPS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-FLIGHT = "flight"  # folder of the run's
+FLIGHT = "flight"  # folder in the run directory
 
 
 def gpu_defaults(run_dir: Path | None, env: Mapping[str, str]) -> dict[str, str]:
-    """What is missing in `env`. Memory in segments that can grow, since the gathers of many streams break fixed ones into pieces; and the
-    last collectives of each rank written into the run's folder where NCCL gives up.
+    """Defaults for what `env` lacks: memory segments that can grow, since gathers on many streams fragment fixed ones; and a dump of each
+    rank's last collectives into the run directory if NCCL gives up.
     """
     wanted = {ALLOCATOR: "expandable_segments:True", RECORDED: "20000", ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1"}
     if run_dir is not None:
@@ -23,5 +23,5 @@ def gpu_defaults(run_dir: Path | None, env: Mapping[str, str]) -> dict[str, str]
 
 
 def prepare(run_dir: Path | None, env: MutableMapping[str, str]) -> None:
-    """Before torch makes a group or allocates."""
+    """Call before torch creates a group or allocates memory."""
     env.update(gpu_defaults(run_dir, env))

@@ -1,4 +1,4 @@
-"""One block: attention, cross-attention if the stack has it, then feed-forward, each joined to the stream by its row of the table."""
+"""One block: attention, cross-attention if any, then feed-forward, each joined to the stream by its row of the residual table."""
 
 from __future__ import annotations
 

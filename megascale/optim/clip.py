@@ -1,4 +1,4 @@
-"""The global gradient norm, the same on every layout, and the factor that clipping makes of it."""
+"""The global gradient norm, identical on every layout, and the clipping factor."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megascale.parallel.model import Weight
 
 
 def global_norm(weights: list[Weight], size: int, factors: Mapping[str, float] | None = None) -> Tensor:
-    """√Σ of all gradients' squares over `size` ranks, each part counted once however many ranks hold it. 0-dim, fp64.
+    """√Σ of the squares of all gradients over `size` ranks, each element counted once however many ranks hold it. 0-dim, fp64.
 
-    factors  by weight: what its gradient is multiplied with before it is counted (`Multiplier.norm`)
+    factors  by weight: the factor on its gradient before it is counted (`Multiplier.norm`)
     """
     own = factors or {}
     grads = [(g, w.replicas / own.get(w.name, 1.0) ** 2) for w in weights if (g := w.local_grad) is not None and g.numel() > 0]
@@ -31,19 +31,19 @@ def global_norm(weights: list[Weight], size: int, factors: Mapping[str, float] |
 
 
 def norm_factors(weights: list[Weight], cfg: Optim) -> dict[str, float]:
-    """Of the weights that count otherwise than once in the gradient norm."""
+    """By weight: its factor in the gradient norm, if that is not 1."""
     return {w.name: factor for w in weights if (factor := cfg.multiplier(w.name).norm) != 1.0}
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What gradients of this norm are multiplied with: 1 up to the limit, then limit ÷ norm. A limit of 0 never clips."""
+    """The factor on gradients of this norm: 1 up to the limit, then limit ÷ norm. A limit of 0 never clips."""
     return torch.ones_like(norm) if limit == 0 else (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _squares(grads: list[Tensor]) -> Tensor:
-    """Σ of squares of each tensor, fp64."""
+    """The sum of squares of each tensor, fp64."""
     if grads[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(grads)).to(torch.float64).square()
-    # torch's kernel for CPUs sums all squares one after the other, which in fp32 loses three of seven digits over some millions: a norm
-    # that depends on how weights are cut. Rows are short, and cost no more.
+    # torch's CPU kernel adds all squares one after the other. In fp32 that loses three of seven digits over some millions, and the norm
+    # would depend on how weights are sharded. Summing by row avoids this and costs no more.
     return torch.stack([torch.linalg.vector_norm(g, dim=-1).to(torch.float64).square().sum() for g in grads])

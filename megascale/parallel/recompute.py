@@ -25,8 +25,8 @@ from megascale.precision import fp8  # noqa: F401  one more
 aten = torch.ops.aten
 # Selective recomputation keeps the results of products and of attention, which take nearly all time. Norms, activations and rotations are
 # cheap to recompute, and they fill the memory.
-# Which experts a router chose is kept in every mode: a logit that comes out differently in its last place would send a token elsewhere than
-# its gradient expects. All else about the assignments follows from it in whole numbers.
+# Every mode keeps which experts a router chose: if a recomputed logit differed in its last bit, a token could go to another expert than its
+# gradient expects. Everything else about the assignments follows from the choice in integers.
 CHOICES = {aten.topk.default}
 KEPT = CHOICES | {
     aten.mm.default,
@@ -43,7 +43,7 @@ KEPT = CHOICES | {
     torch.ops.megascale.product.default,
     torch.ops.megascale.product_by_expert.default,
     torch.ops.higher_order.flex_attention,
-    # FP8 products, and what an exchange inside a graph returned: sending again costs more time than keeping it costs memory.
+    # FP8 products, and results of exchanges inside a graph: sending again costs more than keeping them.
     aten._scaled_mm.default,
     functional.ops.all_reduce.default,
     functional.ops.reduce_scatter_tensor.default,
@@ -87,7 +87,7 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) 
 
 
 def recomputation(mode: str, routers: bool = False) -> Recomputation:
-    """A function of a function: the same one, whose backward pass recomputes what it needs. `routers`: there may be some in it."""
+    """Wraps a function so that its backward pass recomputes what it needs. `routers`: the function may contain routers."""
     if mode == "none":
         return lambda function: function
     # The compiler warns, on every rank, that in-place operations would go wrong under a policy: blocks have none.
@@ -121,8 +121,8 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def _choices() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """For a forward pass and for its recomputation. torch's own contexts would count every operation, also those of FSDP2's hooks on
-    experts, of which a recomputation has others.
+    """Contexts for a forward pass and its recomputation. torch's own contexts would count every operation, including those of FSDP2's hooks
+    on experts, which differ in a recomputation.
     """
     kept: list[tuple[Tensor, ...]] = []
     return _Keep(kept), _Repeat(kept)
@@ -133,7 +133,7 @@ class _Keep(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Or nothing would be compiled under it."""
+        """Otherwise nothing would be compiled under this mode."""
         return True
 
     def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:

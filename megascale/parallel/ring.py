@@ -1,10 +1,10 @@
-"""Ring attention (arXiv 2310.01889): queries stay where they are, keys and values pass from rank to rank.
+"""Ring attention (arXiv 2310.01889): queries stay on their rank, keys and values pass from rank to rank.
 
-While a block is attended to, the next is already on its way. Blocks without documents, windows or slopes go through torch's fused kernels
-(model/ops/attention_fused.py), others tile by tile. It is an operator of its own, so that torch.compile and selective recomputation take it
+While a rank attends to one block, the next is already on its way. Blocks without documents, windows or slopes use torch's fused kernels
+(model/ops/attention_fused.py), others run tile by tile. It is a custom operator, so that torch.compile and selective recomputation treat it
 as a whole.
 
-Shapes: b micro-batch, h query heads, g KV heads, s positions here, e head size.
+Shapes: b micro-batch, h query heads, g KV heads, s local positions, e head size.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from megascale.comm.mesh import Axis
 from megascale.model.ops.attention_fused import block_attention, block_gradients, merge, takes
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
 
-# An operator's arguments are tensors, numbers and words. As torch finds a process group by its name, this finds the ring that has one.
+# An operator takes tensors, numbers and strings only, so it gets a ring by its name, as torch's operators get process groups.
 RINGS: WeakValueDictionary[str, Ring] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """The ranks of `axis`, and the positions that every place of the ring has in attention."""
+    """The ranks of `axis`, and the positions that each place of the ring holds in attention."""
 
     axis: Axis
     held: list[list[range]]
 
     @staticmethod
     def of(axis: Axis, held: list[list[range]]) -> Ring:
-        """One for all layers."""
+        """One ring for all layers."""
         ring = Ring(axis, held)
         known = RINGS.get(ring.name)
         if known is None or known.axis is not axis:
@@ -55,7 +55,7 @@ class Ring:
         return sum(map(len, self.held[place % self.axis.size]))
 
     def around(self, block: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-        """Yields (keys and values [2, b, g, t, e], the place they belong to, step), one's own first, while the next is on its way."""
+        """Yields (keys and values [2, b, g, t, e], the place they belong to, step), this rank's own first, while the next are under way."""
         for step in range(self.axis.size):
             owner = (self.axis.rank - step) % self.axis.size
             coming = pass_on(block, self.shape(block, owner - 1), self.axis) if step < self.axis.size - 1 else None
@@ -64,13 +64,13 @@ class Ring:
                 block = coming.wait()
 
     def shape(self, block: Tensor, place: int) -> list[int]:
-        """Of the same block [2, b, g, t, e] of another place."""
+        """The shape of such a block [2, b, g, t, e] of another place."""
         return [*block.shape[:3], self.length(place), block.shape[4]]
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Queries `rows` against `keys`, as they lie here: all of them, or (`causal`) those before each query and its own."""
+    """Queries `rows` against `keys`, by local index: all pairs, or (`causal`) for each query the keys up to its own."""
 
     rows: slice
     keys: slice
@@ -78,14 +78,14 @@ class Rectangle:
 
 
 def rectangles(queries: Ranges, keys: Ranges, causal: bool) -> list[Rectangle]:
-    """What queries see of a block: ranges of positions that are the same, or that have none in common."""
+    """The pairs of a query and a key that it attends to, as rectangles. Both have the same ranges of positions, or none in common."""
     n, t = sum(map(len, queries)), sum(map(len, keys))
     if not causal or list(queries) == list(keys):
         return [Rectangle(slice(0, n), slice(0, t), causal)]
     found: list[Rectangle] = []
     row = 0
     for part in queries:
-        seen = sum(len(block) for block in keys if block.stop <= part.start)  # ascending: what is seen comes first
+        seen = sum(len(block) for block in keys if block.stop <= part.start)  # these keys come first
         if seen and found and found[-1].keys.stop == seen and found[-1].rows.stop == row:
             found[-1] = Rectangle(slice(found[-1].rows.start, row + len(part)), slice(0, seen), False)
         elif seen:
@@ -95,9 +95,9 @@ def rectangles(queries: Ranges, keys: Ranges, causal: bool) -> list[Rectangle]:
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, ring: Ring, causal: bool = True) -> Tensor:
-    """q [b, h, s, e], k and v [b, g, s, e] of this place's positions → [b, h, s, e].
+    """q [b, h, s, e], k and v [b, g, s, e] of this rank's positions → [b, h, s, e].
 
-    causal  where `mask` is None: a token sees itself and what is before it, else everything
+    causal  if `mask` is None: whether a token attends to itself and all before it, or to all
     """
     mask = mask or AttentionMask(causal)
     return _attention(q, k, v, mask.documents, mask.slopes, mask.valid, mask.window, mask.causal, ring.name)[0]  # type: ignore[no-any-return]
@@ -132,8 +132,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, 
     "int? window, bool causal, str ring) -> (Tensor, Tensor)",
 )
 def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
-    """Gradients of q and, as one tensor [2, b, g, s, e], of k and v. These go around again, and their gradients follow one step behind. A
-    rank's own block adds to its gradients at home, so that those on the road make one step fewer.
+    """Gradients of q and, as one tensor [2, b, g, s, e], of k and v. Keys and values go around again, and their gradients follow one step
+    behind. A rank adds its own block's part locally, so that the gradients travel one step less.
     """
     mask, ring = _read(*masking)
     d_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)

@@ -1,4 +1,4 @@
-"""A rank's stages as FSDP2 sees them: each a root of its own, with streams, buffers and an order of its own, unless told otherwise."""
+"""A rank's stages under FSDP2: by default each is a root with its own streams, buffers and order."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 
 
 def share_buffers(stages: Sequence[nn.Module]) -> None:
-    """One set of streams for all, and of what a reduction has been given: alone, every root keeps the unsharded gradient that it reduced
-    last until it is told that its step has ended, which under layered accumulation is a copy of the whole model's gradient.
+    """Shares streams and reduction buffers between all stages. Otherwise every root keeps the unsharded gradient that it reduced last until
+    its step ends, which under layered accumulation adds up to a copy of the whole model's gradient.
     """
     share_comm_ctx([s for s in stages if isinstance(s, FSDPModule)])
 
 
 def forget_order(stage: nn.Module) -> None:
-    """After a forward pass of a stage that shares: in backward FSDP2 would gather ahead what ran before it, maybe of another stage, by
-    places in an order that the first stage to end clears. Our schedules say themselves what is gathered when.
+    """Call after a forward pass of a stage that shares buffers. In backward FSDP2 would prefetch what ran before it, maybe of another
+    stage, by positions in an order that the first stage to finish clears. Our schedules decide what is gathered when.
     """
     for group in param_groups(stage):
         group._post_forward_indices.clear()
 
 
 def param_groups(stage: nn.Module) -> Iterator[Any]:
-    """FSDP2's groups of weights in a stage; none where it is not sharded."""
+    """FSDP2's parameter groups in a stage; none if it is not sharded."""
     if isinstance(stage, FSDPModule):
         for module in stage.modules():
             if isinstance(module, FSDPModule):

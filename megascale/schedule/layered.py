@@ -1,8 +1,8 @@
-"""Layered accumulation: all micro-batches pass a layer before the next layer starts, so its weights cross the network once a direction.
+"""Layered accumulation: all micro-batches pass a layer before the next layer starts, so its weights cross the network once per direction.
 
-The order is data (orders.py: `layered_order`); this file carries it out over stages of one layer each, all on this rank. The graph is cut
-between two stages: it is entered by a door that keeps the gradient which leaves through it, and started from its output's edge, so that
-nothing here holds an activation and block inputs may live elsewhere (parallel/offload.py).
+The order is data (orders.py: `layered_order`); this file executes it over stages of one layer each, all on this rank. The graph is cut
+between stages: a stage's input passes a `_Door`, which keeps the gradient that leaves through it, and backward starts at the edge of the
+stage's output. So nothing here holds an activation, and block inputs may live elsewhere (parallel/offload.py).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from megascale.schedule.tied import TiedEmbedding
 
 
 class Layered:
-    """`breadth`: micro-batches that go through a stage together; None for all of a step."""
+    """`breadth`: micro-batches that pass a stage together; None: all of a step."""
 
     def __init__(self, model: ParallelModel, breadth: int | None) -> None:
         self.model, self.breadth = model, breadth
         self.tied = TiedEmbedding(model)
-        self.after_stage: Callable[[int], None] | None = None  # where somebody wants a stage's gradients as soon as they are whole
+        self.after_stage: Callable[[int], None] | None = None  # called as soon as a stage's gradients are complete
         for stage in model.stages:
             if isinstance(stage, FSDPModule):
                 stage.set_reshard_after_backward(False)
                 stage.set_requires_gradient_sync(False)
-                # Stages finish together at the end of the step: until then their reductions run beside the next stage's backward.
+                # Stages finish together at the end of the step: until then their reductions overlap with the next stage's backward.
                 stage.set_is_last_backward(False)
         share_buffers(model.stages)
         first = model.stages[0]
         if isinstance(first, FSDPModule):
-            first.set_unshard_in_backward(False)  # its table's gradient needs no values, its other weights are copied
+            first.set_unshard_in_backward(False)  # its table's gradient needs no values, and its other weights are copied
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        self.model.mesh.traffic.micro_batch()  # weights may move within a step: it is made whole
+        self.model.mesh.traffic.micro_batch()  # weights may change within a step, so it cannot be interrupted
         self.tied.broadcast_value()
         pass_ = _Pass(self.model, batches, scale)
         for step in layered_order(len(self.model.stages), len(batches), self.breadth or len(batches)):
@@ -81,13 +81,13 @@ class Layered:
 
 
 class _Pass:
-    """One way of some micro-batches through the stages. Keyed by (stage, micro-batch): where its graph starts and ends."""
+    """One pass of micro-batches through the stages. `doors` and `ends` have where the graph of a (stage, micro-batch) starts and ends."""
 
     def __init__(self, model: ParallelModel, batches: Sequence[Batch], scale: float) -> None:
         self.model, self.batches, self.scale = model, batches, scale
         self.losses: list[Tensor] = []
-        self.streams: dict[int, Tensor] = {}  # by micro-batch: what the next stage takes
-        self.grads: dict[int, Tensor] = {}  # by micro-batch: what the stage before takes
+        self.streams: dict[int, Tensor] = {}  # by micro-batch: input of the next stage
+        self.grads: dict[int, Tensor] = {}  # by micro-batch: gradient for the previous stage
         self.ends: dict[tuple[int, int], GradientEdge] = {}
         self.doors: dict[tuple[int, int], list[Tensor]] = {}
         self.reduced: set[int] = set()  # stages whose last backward has been announced
@@ -138,7 +138,7 @@ class _Pass:
 
 
 def _groups(stage: Family) -> list[FSDPModule]:
-    """What FSDP2 gathers of a stage: its weights, and its experts where they have axes of their own."""
+    """FSDP2's groups of a stage: its weights, and its experts if they have their own axes."""
     return [m for m in stage.modules() if isinstance(m, FSDPModule)]
 
 

@@ -1,8 +1,8 @@
-"""Pipelines on torch.distributed.pipelining: this file is all that knows its runtime.
+"""Pipelines on torch.distributed.pipelining: only this file knows its runtime.
 
-torch's runtime executes our orders (orders.py) over our stages. What it does not have is added here: bytes counted where they are sent,
-receive buffers that live from their message to their use instead of for the whole run, weight gradients of split backwards queued by the
-linear layers, and evaluation under every placement.
+torch's runtime executes our orders (orders.py) over our stages. This file adds what it lacks: bytes counted where they are sent, receive
+buffers that live from their message to their use instead of for the whole run, weight gradients of split backwards queued by the linear
+layers, and evaluation under every placement.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Pipeline:
         self.runtimes: dict[tuple[int, torch.Size], Runtime] = {}
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        self.model.mesh.traffic.micro_batch()  # stages are in the midst of different micro-batches: a step is made whole
+        self.model.mesh.traffic.micro_batch()  # stages work on different micro-batches at once, so a step cannot be interrupted
         self.tied.broadcast_value()
         total = self._runtime(batches).step(batches, scale, "train")
         if self.cfg.engine == "ddp":
@@ -59,13 +59,13 @@ class Pipeline:
     def _runtime(self, batches: Sequence[Batch]) -> Runtime:
         key = len(batches), batches[0].tokens.shape
         if key not in self.runtimes:
-            # Messages have the size of the first micro-batch, and a shorter one would pass unnoticed.
+            # Messages have the size of the first micro-batch, and a shorter one would go unnoticed.
             self.runtimes[key] = Runtime(self.model, self.numbers, self.cfg, len(batches), batches[0].tokens.shape, self.device)
         assert all(b.tokens.shape == key[1] for b in batches)
         return self.runtimes[key]
 
     def _sum_replicas(self) -> None:
-        """The gradients of plain replicas, in one message a step."""
+        """Sums the gradients of plain replicas, in one message per step."""
         everyone = [*self.model.weights, *([self.model.tied_copy] if self.model.tied_copy else [])]
         grads = [g for w in everyone if (g := w.local_grad) is not None]
         if grads:
@@ -84,7 +84,7 @@ class Runtime:
         self.device, self.has_head = device, any(s.is_last for s in self.stages)
         self.engine = _PipelineScheduleRuntime(self.stages, m, loss_fn=_already_loss, scale_grads=False)
         self.engine._prepare_schedule_with_comms(order)
-        # torch's check of an order wants backwards, and evaluation has none.
+        # torch's check of an order requires backward passes, and evaluation has none.
         rank_of_stage = self.engine.stage_index_to_group_rank
         forwards = {r: _add_unshard_reshard(a) for r, a in forward_order(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, m).items()}
         self.orders = {
@@ -216,7 +216,7 @@ class Stage(PipelineStage):
 
 
 def _keep_sums_exact(module: torch.nn.Module) -> None:
-    """Moves fresh weight gradients into FSDP's sums of the reduce dtype, which its own hooks did before the weight pass came."""
+    """Moves fresh weight gradients into FSDP's sums in the reduce dtype: its own hooks ran before the weight pass."""
     for group in param_groups(module):
         for parameter in group.fsdp_params:
             parameter.accumulate_unsharded_grad_if_needed()

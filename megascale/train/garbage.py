@@ -1,4 +1,4 @@
-"""Python's garbage collector on a beat: a pause at any moment, on any rank, is one that all ranks wait for in their next collective."""
+"""Python's garbage collector at fixed steps: a pause on any rank is one that all ranks wait for in their next collective."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def collected_every(steps: int) -> Iterator[Callable[[int], None]]:
-    """Cycles are collected only where the result is called with a step that is a multiple of `steps`, on all ranks alike, and what is
-    there now is not looked through. As before afterwards. 0, or a collector that somebody has switched off: left alone.
+    """Cycles are collected only when the result is called with a multiple of `steps`, on all ranks alike, and objects that exist now are
+    never scanned. Afterwards the collector works as before. If `steps` is 0 or the collector is disabled, nothing changes.
     """
     if steps == 0 or not gc.isenabled():
         yield lambda _: None

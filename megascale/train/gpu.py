@@ -1,4 +1,4 @@
-"""What a GPU must be and have before anything is allocated on it, and what will be slow there."""
+"""Checks of a GPU before anything is allocated on it, and warnings about what will be slow there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.sizes import byte_words
 
-FP8_CAPABILITY = (8, 9)  # from which on CUDA devices multiply FP8: Ada, Hopper and newer
+FP8_CAPABILITY = (8, 9)  # FP8 products: Ada, Hopper and newer
 BF16_CAPABILITY = (8, 0)
 CUDNN_ATTENTION = 91501  # the first cuDNN whose attention torch prefers to FlashAttention-2
 
 
 def check_card(config: Config, ranks: RankInfo, name: str, capability: tuple[int, int], built_for: Sequence[str]) -> None:
-    """Raises UsageError for a card that cannot do what the config asks. `built_for`: architectures of torch's kernels, as sm_90."""
+    """Raises UsageError if a card cannot do what the config asks. `built_for`: architectures of torch's kernels, such as sm_90."""
     about = f"{name} has compute capability {capability[0]}.{capability[1]}"
     if built_for and not any(runs(arch, capability) for arch in built_for):
         raise UsageError(
@@ -43,7 +43,7 @@ def check_card(config: Config, ranks: RankInfo, name: str, capability: tuple[int
 
 
 def why_no_gpu() -> str:
-    """Why torch finds none, and what to do."""
+    """Why torch finds no GPU, and the fix."""
     built = torch.version.cuda
     if built is None:
         return f"torch {torch.__version__} is built for CPUs; install its CUDA build, or use auto or cpu"
@@ -55,8 +55,8 @@ def why_no_gpu() -> str:
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels built for `arch` run on a card: binaries (sm_86) on the same generation from their own number on, intermediate code
-    (compute_90) on all that are newer. A letter behind the number binds them to that card.
+    """Whether kernels built for `arch` run on a card: binaries (sm_86) on the same major version from their minor version on, PTX
+    (compute_90) also on all newer ones. A letter after the number (sm_90a) restricts them to exactly that capability.
     """
     kind, _, digits = arch.partition("_")
     if not digits.isdigit():
@@ -66,7 +66,7 @@ def runs(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def check_room(config: Config, ranks: RankInfo, device: torch.device, state: Callable[[], int]) -> None:
-    """Raises UsageError where the memory that is free on a GPU cannot even hold the weights and the optimizer's `state`, in bytes."""
+    """Raises UsageError if a GPU's free memory cannot hold even the weights and the optimizer's `state`, in bytes."""
     if device.type != "cuda" or config.parallel.offload:
         return
     free, total = torch.cuda.mem_get_info(device)
@@ -84,7 +84,7 @@ def check_room(config: Config, ranks: RankInfo, device: torch.device, state: Cal
 
 
 def holders(device: torch.device) -> str:
-    """The processes that have memory of a GPU, by nvidia-smi; empty where it tells nothing."""
+    """The processes that use a GPU's memory, according to nvidia-smi; empty if it does not say."""
     with suppress(OSError, subprocess.SubprocessError, RuntimeError):
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         ask = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
@@ -94,7 +94,7 @@ def holders(device: torch.device) -> str:
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """For the log: what decides which attention kernel runs."""
+    """For the log: the facts that decide which attention kernel runs."""
     if device.type != "cuda":
         return {}
     cudnn = torch.backends.cudnn.version() or 0

@@ -31,7 +31,7 @@ class Session:
     def __init__(self, phases: Iterator[Trainer], ranks: RankInfo, stop: StopFlag, last_step: int) -> None:
         self._phases, self._ranks, self._stop, self._last_step = phases, ranks, stop, last_step
         self.trainer = next(phases)
-        self.busy = False  # inside a step or an evaluation: what the trainer holds may be half of something
+        self.busy = False  # inside a step or an evaluation: the trainer's state may be incomplete
         self.ended = False
         self._begun = False
 
@@ -75,8 +75,8 @@ class Session:
                 self.trainer.leave()
 
     def leave(self, why: str = "its loop was left") -> None:
-        """Called after the program has left its loop. A finished run completes its end; otherwise the ranks stop as on request: all at the
-        same step, also if only one of them left its loop, and with a checkpoint to continue from.
+        """Called after the program has left its loop. A finished run ends as usual; otherwise all ranks stop as on request, at the same
+        step even if only one of them left its loop, with a checkpoint to continue from.
         """
         if not self.step:
             self._stop.reason = self._stop.reason or "left before its first step"
@@ -93,8 +93,8 @@ class Session:
             pass
 
     def leave_after(self, error: BaseException) -> bool:
-        """After an error of the program's own between two steps: the last step is saved, as where the loop is left, and other ranks stop
-        there too. Returns whether it was; an interrupt reaches ranks at different places, and is left to a process alone.
+        """After an error in the program's own code between two steps: saves the last step, as when the loop is left, and other ranks stop
+        there too. Returns whether it did. An interrupt reaches ranks at different places, so only a single process saves after one.
         """
         if self.busy or not self.step or (self._ranks.size > 1 and not isinstance(error, Exception)):
             return False
@@ -113,14 +113,14 @@ class Session:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """`busy` stays where the work fails."""
+        """`busy` stays set if the work fails."""
         self.busy = True
         yield
         self.busy = False
 
     def _begin(self, going: bool) -> None:
-        """The first step is made whole, so that all ranks see first whether all are `going` to make it. Raises StopRequested on those who
-        are where others are not. Collective.
+        """The first step cannot be interrupted, so all ranks first learn whether all are `going` to make it. Raises StopRequested on ranks
+        that are going if others are not. Collective.
         """
         if self._begun or self.step or self._ranks.size == 1:
             return
@@ -193,7 +193,7 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
                 else Exit(ExitCode.STOPPED, f"stopped on request ({stop.reason})")
             )
         except BaseException as error:
-            own = session is None or session.busy  # of the run, where not of the program
+            own = session is None or session.busy  # the run's error, not the program's
             ending = ending_of(error, own)
             if isinstance(error, MegascaleError) or ending.code not in TOLD_AS:
                 raise
@@ -211,12 +211,12 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
             torch.set_num_threads(threads)
 
 
-# What the run's own work raises as one of many errors of torch, and a program wants to catch by one name.
+# torch raises these as many different errors; a program catches each by one name.
 TOLD_AS: dict[int, type[MegascaleError]] = {ExitCode.PEER_LOST: PeerLostError, ExitCode.OUT_OF_MEMORY: OutOfMemoryError}
 
 
 def ending_of(error: BaseException, own: bool) -> Exit:
-    """What an error that left the `with` comes to in exit.json. `own`: it is the run's, not the program's."""
+    """What exit.json says about an error that left the `with` block. `own`: the error is the run's, not the program's."""
     if isinstance(error, MegascaleError):
         return Exit(error.code, str(error))
     known = as_exit(error) if own and isinstance(error, Exception) else None

@@ -31,8 +31,8 @@ from megascale.train.state import Progress
 class Trainer:
     """Everything a run consists of, built by `setup.py`. Iterating over it trains: it yields the result of each step.
 
-    valid  for every validation set, what makes its micro-batches of a step, counted from 0
-    saved  the step of the run's own checkpoint that it goes on from, if any
+    valid  by validation set: a function from a step, counted from 0, to its micro-batches
+    saved  the step of the run's own checkpoint that it continues from, if any
     """
 
     def __init__(
@@ -59,18 +59,20 @@ class Trainer:
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
         self.first_step, self.origin = progress.step + 1, reporter.last_good
-        self.saved = saved  # the step whose checkpoint is there or under way
+        self.saved = saved  # the step whose checkpoint is written or being written
         self.stalled = 0.0  # seconds in evaluation and saving since the last step
         self.done = False
-        self.in_training = False  # the modules' mode, which is set where it changes: hundreds of them take 10 ms
+        self.in_training = False  # the modules' mode, set only when it changes: hundreds of them take 10 ms
 
     def train(self) -> None:
-        """Runs to the last step, or a growth's. Raises StopRequested after a whole checkpoint, TrainingError when it cannot go on."""
+        """Runs to the last step, or to a growth's. Raises StopRequested after the checkpoint is written, TrainingError if it cannot
+        continue.
+        """
         for _ in self:
             pass
 
     def __iter__(self) -> Iterator[StepResult]:
-        """As `train`, a step each time that one is asked for. Who leaves the loop may go on with another one."""
+        """Like `train`, one step per iteration. A caller that leaves the loop may continue with another one."""
         with collected_every(self.config.run.gc_every) as collect:
             for result in self.steps():
                 yield result
@@ -84,7 +86,7 @@ class Trainer:
                 self.activity.at(step, "training")
             if step == self.first_step + 2:
                 end_start(self.config, (axis.group for axis in self.model.mesh.axes.values()))
-            # A run's first step is made whole: before it there is nothing to save.
+            # A run's first step cannot be interrupted: before it there is nothing to save.
             self.model.mesh.traffic.gate = self.activity.gate.enter if self.progress.step else None
             try:
                 with self.reporter.profile(step):
@@ -121,9 +123,9 @@ class Trainer:
         return result
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> StepResult:
-        """Forward, backward, clip, update. Nothing here waits for the device: tests/test_host_syncs.py looks at every operation."""
+        """Forward, backward, clip, update. Nothing here waits for the device: tests/test_host_syncs.py checks every operation."""
         clock = StepClock(self.device)
-        self.model.mesh.traffic.take()  # what evaluation sent is not the step's
+        self.model.mesh.traffic.take()  # traffic of evaluation does not count for the step
         self.set_mode(training=True)
         self.model.at_step(step)
         sampled = sampled_step(step, self.config)
@@ -141,7 +143,7 @@ class Trainer:
             self.in_training = training
 
     def evaluated(self, result: StepResult) -> bool:
-        """Adds the validation losses to a step's result. False where all ranks left it before its end: it has no number then."""
+        """Adds the validation losses to a step's result. False if all ranks left the evaluation early: then there are none."""
         self.activity.at(result.step, "evaluating")
         begin = time.perf_counter()
         try:
@@ -155,7 +157,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The mean loss per valid token of every validation set; NaN for one without targets."""
+        """The mean loss per valid token of every validation set; NaN if it has no targets."""
         self.set_mode(training=False)
         losses, steps = {}, self.config.train.eval_steps
         for name, make in self.valid.items():
@@ -171,7 +173,7 @@ class Trainer:
         return losses
 
     def evaluate_all(self, batches: Iterable[list[Batch]]) -> tuple[Tensor, int]:
-        """Loss and number of the valid targets of this rank's micro-batches, which are let go one step after the other."""
+        """Loss and number of the valid targets of this rank's micro-batches, which are freed step by step."""
         parts, valid = [], 0
         for step in batches:
             parts.append(self.engine.evaluate(step))
@@ -179,7 +181,7 @@ class Trainer:
         return torch.stack(parts).sum(), valid
 
     def reason_to_stop(self) -> str:
-        """What the first rank that was asked heard, told to all."""
+        """The reason of the first rank that was asked to stop, on all ranks. Collective."""
         reasons: list[str | None] = [self.stop.reason]
         if self.model.mesh.size > 1:
             reasons = [None] * self.model.mesh.size
@@ -188,11 +190,11 @@ class Trainer:
         return reason if rank == 0 else f"{reason} on rank {rank}"
 
     def leave(self) -> NoReturn:
-        """All ranks together, after the step that was made last: its rows are written, its checkpoint is made whole."""
+        """Stops all ranks after the last complete step: writes its rows and its checkpoint, then raises StopRequested. Collective."""
         step = self.progress.step
         self.reporter.flush()
         for weight in self.model.weights:
-            weight.forget_gradient()  # of a step that is left
+            weight.forget_gradient()  # of the interrupted step
         self.activity.at(step, SAVING)
         self.told(self.checkpointer.finish())
         if self.saved != step:
@@ -204,7 +206,7 @@ class Trainer:
         raise StopRequested(f"stopped on request ({why}) after step {step} of {last}: {kept}")
 
     def save(self, wait: bool) -> None:
-        """Starts a checkpoint of the present state; `wait` until it is whole."""
+        """Starts a checkpoint of the current state; `wait`: until it is written."""
         step = self.progress.step
         self.activity.at(step, SAVING)
         begin = time.perf_counter()
@@ -224,8 +226,8 @@ class Trainer:
             )
 
     def told(self, events: list[Event]) -> None:
-        """How saves have ended. Raises TrainingError where replicas differ between ranks, since every later step would be lost, and
-        PeerLostError where a peer went away during a save.
+        """Handles the outcomes of saves. Raises TrainingError if replicas differ between ranks, since every later step would be lost, and
+        PeerLostError if a peer was lost during a save.
         """
         if any(e.kind == "failed" and e.step == self.saved for e in events):
             self.saved = None
@@ -244,7 +246,7 @@ class Trainer:
             )
 
     def give_up(self, step: int) -> NoReturn:
-        self.told(self.checkpointer.finish())  # so that the message names the last one for certain
+        self.told(self.checkpointer.finish())  # so that the message surely names the last good one
         skipped = self.progress.skipped_in_a_row
         what = (
             f"{skipped} steps in a row up to step {step} had gradients that are not finite, and train.max_skipped_steps is "
@@ -253,7 +255,7 @@ class Trainer:
         spoiled = self.spoiled_weights()
         if not spoiled:
             raise TrainingError(f"{what}: lower optim.lr or look at the data; the last good checkpoint is {self.reporter.last_good}")
-        # Skipped steps change nothing: the weights were so before the first of them, and a checkpoint saved since has them.
+        # Skipped steps change nothing: the weights were bad before the first of them, and so are checkpoints saved since.
         many = f"{len(spoiled)} of the model's weights hold values that are not finite ({spoiled[0]} is the first)"
         if skipped > step - self.first_step:
             came = f"from {self.origin}" if self.origin != "none" else "from their start: look at model.init_std"

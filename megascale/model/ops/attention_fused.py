@@ -1,7 +1,7 @@
-"""Attention by torch's fused kernels that also give each query's log Σ exp, so that results over several blocks of keys can be merged.
+"""Attention by torch's fused kernels that also return each query's log Σ exp, so that results over several blocks of keys can be merged.
 
-Two blocks' results merge by their logarithmic sums (online softmax, arXiv 1805.02867). A kernel's backward pass that is given the merged
-result and sum in place of its own computes the block's part of the whole gradient, since softmax enters it through these alone.
+Results of two blocks merge by their log-sum-exps (online softmax, arXiv 1805.02867). A kernel's backward pass that gets the merged result
+and log-sum-exp instead of its own computes the block's part of the whole gradient, since the softmax enters through these alone.
 
 Shapes: b micro-batch, h heads, g KV heads dividing h, n queries, t keys, e head size.
 """
@@ -14,20 +14,20 @@ from torch import Tensor
 from megascale.model.ops.matmul import widens
 
 aten = torch.ops.aten
-CUDNN_FROM = 91501  # from here on torch itself prefers cuDNN's kernel on Hopper
+CUDNN_FROM = 91501  # after this version torch itself prefers cuDNN's kernel on Hopper
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def takes(q: Tensor) -> bool:
-    """Whether a fused kernel is there for queries like these; on CUDA they are for 16-bit numbers and heads of up to 256 channels."""
+    """Whether there is a fused kernel for these queries; on CUDA for 16-bit dtypes and head sizes up to 256, in multiples of 8."""
     if q.device.type == "cpu":
         return True
     return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """q [b, h, n, e] over k and v [b, g, t, e] → [b, h, n, e] and log Σ exp [b, h, n, 1]; `causal`: n = t, and a query sees its own key
-    and those before it.
+    """q [b, h, n, e] over k and v [b, g, t, e] → [b, h, n, e] and log Σ exp [b, h, n, 1]; `causal`: n = t, and a query attends to its own
+    key and those before it.
     """
     k, v = _for_all_heads(k, q), _for_all_heads(v, q)
     if widens(q, k, v):
@@ -43,7 +43,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tens
 
 
 def block_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Gradients:
-    """Gradients of q, k and v as this block has them, from the merged `out` [b, h, n, e] and `lse` [b, h, n, 1] over all blocks."""
+    """This block's parts of the gradients of q, k and v, from `out` [b, h, n, e] and `lse` [b, h, n, 1] merged over all blocks."""
     if widens(q, k, v):
         found = block_gradients(d_out.float(), q.float(), k.float(), v.float(), out.float(), lse, causal)
         return tuple(g.to(q.dtype) for g in found)  # type: ignore[return-value]
@@ -52,7 +52,7 @@ def block_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     if q.device.type == "cpu":
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, heads_k, heads_v, out, lse, 0.0, causal)
     else:
-        nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of a dropout that is not there
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # state of dropout, which is unused
         n, t = q.shape[2], k.shape[2]
         if _cudnn(q.device):
             d_q, d_k, d_v = aten._scaled_dot_product_cudnn_attention_backward(
@@ -66,7 +66,7 @@ def block_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Adds a block's result and log Σ exp to those so far, which begin as 0 and −∞ and are of at least fp32."""
+    """Merges a block's result and log Σ exp into those so far, which start as 0 and −∞ in at least fp32."""
     both = torch.logaddexp(lse, block_lse)
     out.mul_((lse - both).exp_()).addcmul_(block_out.to(out.dtype), (block_lse - both).exp_())
     lse.copy_(both)

@@ -46,7 +46,7 @@ class DeepSpeed:
         self.inner: Any = None
 
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
-        self.model.mesh.traffic.micro_batch()  # its own sums would break a step that is left halfway
+        self.model.mesh.traffic.micro_batch()  # DeepSpeed's own sums would break an interrupted step
         self._start()
         for group in self.inner.param_groups:
             group["lr"] = lr * group["factor"]

@@ -87,7 +87,7 @@ def update(engine: Engine, sums: Sums) -> Outcome:
 
 def total_over_ranks(mesh: Mesh, loss: Tensor, valid: float, stop: float = 0.0) -> Sums:
     """Three numbers summed over the ranks in one message; ranks with the same data count once."""
-    # All stages and all of cp know the whole batch. Losses add up: each rank has that of its own positions, and only at the head.
+    # All stages and all cp ranks know the whole batch. Losses add up: each rank has that of its own positions, only at the head.
     counted, share = valid if mesh.tells_batch else 0.0, float(mesh.tells_loss)
     # Filled by kernels: a copy from the host would wait for the whole backward.
     own = (torch.full((), number, dtype=torch.float64, device=loss.device) for number in (counted, stop))

@@ -31,7 +31,7 @@ class MetricSource:
     sampled: bool
 
 
-Part = tuple[MetricSource, str, int]  # a name of a module's, and how long its numbers are
+Part = tuple[MetricSource, str, int]  # a module, the name of one of its metrics, and that metric's length
 
 
 class MetricsOverRanks:
@@ -75,7 +75,7 @@ class MetricsOverRanks:
         return [s for s in self.all if sampled or not s.sampled]
 
     def _names(self, sampled: bool) -> tuple[list[Part], list[Part]]:
-        """What the vectors hold, in order."""
+        """The entries of the maxima and of the sums, in order."""
         told = self._who_told(sampled)
         return [(s, *part) for s in told for part in s.maxima], [(s, *part) for s in told for part in s.sums]
 

@@ -1,4 +1,4 @@
-"""From step results on the device to rows, events and a live line; reads a result only when the device has it."""
+"""Turns step results on the device into rows, events and a live line; reads a result only once the device has it."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from megascale.train.state import Progress
 
 @dataclass
 class StepResult:
-    """One step's numbers, on the device where the host does not know them yet. Reading `loss` or `grad_norm` waits for it.
+    """One step's numbers, on the device until the host knows them. Reading `loss` or `grad_norm` waits for them.
 
     numbers  [5], fp64: loss, gradient norm, whether it is finite, targets in the global batch times a constant, ranks that ask to stop
-    told     the same on its way to the host; where the step is `logged`, with what a row needs of all ranks behind it
+    told     `numbers` on their way to the host; on a `logged` step followed by the values of a row, reduced over all ranks
     """
 
     step: int
     numbers: Tensor
     lr: float
     clock: StepClock
-    sent: dict[str, int]  # bytes by axis, of this rank
-    seen: dict[MetricSource, Totals]  # what modules here told
-    sampled: bool = False  # those too that tell on a few steps only
+    sent: dict[str, int]  # bytes that this rank sent, by axis
+    seen: dict[MetricSource, Totals]  # metrics of local modules
+    sampled: bool = False  # includes modules that measure on sampled steps only
     valid_loss: dict[str, float] | None = None
     valid_seconds: float = 0.0
-    waited: float = 0.0  # seconds for the batch, on this rank
-    stalled: float = 0.0  # seconds of evaluation and saving between the step before and this one
+    waited: float = 0.0  # seconds this rank waited for the batch
+    stalled: float = 0.0  # seconds of evaluation and saving since the previous step
     tokens: int = 0
     told: HostCopy | None = None
     logged: bool = False
 
     @property
     def number(self) -> int:
-        """Of the step in the run, from 1."""
+        """Number of the step in the run, from 1."""
         return self.step
 
     @property
@@ -63,19 +63,19 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """Of the whole gradient, before clipping."""
+        """Norm of the whole gradient, before clipping."""
         return float(self.known[1])
 
     @property
     def known(self) -> Tensor:
-        """`numbers` and what is behind them, on the host."""
+        """`numbers` and what follows them, on the host."""
         if self.told is None:
             self.told = HostCopy(self.numbers)
         return self.told.read()
 
 
 class StepClock:
-    """Seconds of a step, on the device's own clock where it runs ahead of the host."""
+    """Seconds of a step, measured on the device if the host runs ahead of it."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[Any] = []
@@ -105,7 +105,7 @@ class StepClock:
 
 @dataclass
 class Since:
-    """What has been since the last row: a row speaks for all steps since the one before it."""
+    """Steps and seconds since the last row: a row covers all steps since the previous one."""
 
     steps: int = 0
     seconds: float = 0.0  # from step to step, without evaluation and saving
@@ -120,8 +120,8 @@ class Since:
 class Reporter:
     """`log` and `console` are None on every rank but the first.
 
-    On a device results are on their way to the host as soon as their step is queued, summed over ranks where it is logged, and are read
-    one step late, when the next one is queued: the device never waits for the host, nor the host for the step under way.
+    On a device, results are copied to the host as soon as their step is queued (on logged steps reduced over ranks), and read one step
+    later, when the next is queued: the device never waits for the host, nor the host for the current step.
     """
 
     mesh: Mesh
@@ -133,14 +133,14 @@ class Reporter:
     observed: MetricsOverRanks
     log: RunLog | None
     console: Console | None
-    provenance: dict[str, Any]  # what every checkpoint records beside the progress
-    metrics: Mapping[str, StepMetric]  # of a row
+    provenance: dict[str, Any]  # recorded in every checkpoint with the progress
+    metrics: Mapping[str, StepMetric]  # columns of a row, by name
     profile_step: int | None = None
     profile_path: str = ""
     last_good: str = "none"
     _waiting: deque[tuple[StepResult, Progress]] = field(default_factory=deque)
     _stop: bool = False
-    _before: StepClock | None = None  # of the step before, in this attempt
+    _before: StepClock | None = None  # of the previous step of this attempt
     _since: Since = field(default_factory=Since)
     _waited: float = 0.0  # seconds for batches since the last logged step
 
@@ -155,7 +155,7 @@ class Reporter:
             self._read(*self._waiting.popleft())
 
     def flush(self) -> None:
-        """Reads the results that are left, on all ranks alike."""
+        """Reads the remaining results, on all ranks alike."""
         while self._waiting:
             self._read(*self._waiting.popleft())
 
@@ -172,7 +172,7 @@ class Reporter:
             self.log.warn_once(what, sentence)
 
     def frozen(self, step: int, seconds: float) -> None:
-        """The process, and as a rule the whole job, stood still for a while."""
+        """Reports that the process, and usually the whole job, was suspended for a while."""
         self.event("frozen", step, seconds=round(seconds, 1))
         if self.console is not None:
             self.console.warn(f"this job was frozen for {seconds:.0f} s (the job or its machine was suspended); training continues")
@@ -241,7 +241,7 @@ class Reporter:
                 self.log.event("fp8_warning", result.step, message=sentence)
 
     def _judge(self, result: StepResult, progress: Progress) -> None:
-        """Whether a step counted. One without any target is no bad gradient: it changes nothing, and its loss is null."""
+        """Records requests to stop and skipped steps. A step without targets is not skipped: it changes nothing, and its loss is null."""
         _, _, finite, valid, stop = result.known[: len(result.numbers)].tolist()
         self._stop = self._stop or stop > 0
         if valid == 0:
@@ -257,8 +257,8 @@ class Reporter:
             self.event("skip", result.step, loss=result.loss, grad_norm=result.grad_norm)
 
     def _over_ranks(self, result: StepResult) -> Tensor:
-        """A step's numbers, then what is largest of all ranks (bytes sent by axis, nanoseconds of waiting for data since the last row,
-        maxima of modules), then sums over them. Collective: one message each, and one vector for the host.
+        """A step's numbers, then maxima over all ranks (bytes sent by axis, nanoseconds of waiting for data since the last row, maxima of
+        modules), then sums. Collective: one message for maxima, one for sums, and one vector for the host.
         """
         maxima, sums = self.observed.vectors(result.seen, self.device, result.sampled)
         here = [*(result.sent.get(a, 0) for a in self._axes), round(self._waited * 1e9)]
@@ -270,7 +270,7 @@ class Reporter:
         return torch.cat([result.numbers, maxima, sums])
 
     def _of_all(self, result: StepResult) -> tuple[dict[str, int], float, dict[str, dict[str, list[Any]]]]:
-        """What `_over_ranks` brought: bytes by axis, seconds of waiting, and a row of the modules'."""
+        """Reads the result of `_over_ranks`: bytes by axis, seconds of waiting, and the modules' metrics as a row."""
         axes, behind = self._axes, result.known[len(result.numbers) :]
         *sent, waited = behind[: len(axes) + 1].tolist()
         by_axis = {axis: int(n) for axis, n in zip(axes, sent) if n or self.mesh[axis].size > 1}
@@ -282,7 +282,7 @@ class Reporter:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory of this rank: allocated on CUDA, resident on CPUs."""
+    """Memory of this rank: peak allocated on CUDA, currently resident on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
