@@ -42,7 +42,7 @@ class Plugin:
 
     @property
     def way_out(self) -> str:
-        return f"mend the plugin, or take it out with `pip uninstall {self.distribution}`"
+        return f"fix the plugin, or remove it with `pip uninstall {self.distribution}`"
 
 
 @cache  # installed packages do not change while a process runs
@@ -90,7 +90,7 @@ def resolve(part: str | Callable[..., Any], row: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
     except Exception as error:
-        raise UsageError(f"{row} needs {part}, which cannot be imported ({type(error).__name__}: {error}): mend or uninstall it") from None
+        raise UsageError(f"{row} needs {part}, which cannot be imported ({type(error).__name__}: {error}): fix or uninstall it") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -123,14 +123,14 @@ def _load(entry: EntryPoint) -> Plugin:
         rows = entry.load().ROWS
     except (Exception, SystemExit) as error:
         what = "has no ROWS" if isinstance(error, AttributeError) and "ROWS" in str(error) else "cannot be imported"
-        raise UsageError(f"{who} {what} ({type(error).__name__}: {error}): mend {entry.value}, or {way_out}") from None
+        raise UsageError(f"{who} {what} ({type(error).__name__}: {error}): fix {entry.value}, or {way_out}") from None
     if not isinstance(rows, Mapping):
-        raise UsageError(f"{who}: ROWS is a {type(rows).__name__}, and {{kind: {{name: row}}}} is needed; mend {entry.value}, or {way_out}")
+        raise UsageError(f"{who}: ROWS is a {type(rows).__name__}, and {{kind: {{name: row}}}} is needed; fix {entry.value}, or {way_out}")
     for kind, named in rows.items():
         if kind not in KINDS:
             what = f"{kind!r}{nearest(str(kind), KINDS)} (there are {', '.join(KINDS)})"
-            raise UsageError(f"{who}: ROWS has the kind {what}; mend {entry.value}, or {way_out}")
+            raise UsageError(f"{who}: ROWS has the kind {what}; fix {entry.value}, or {way_out}")
         bad = [n for n in named if not isinstance(n, str) or not NAME.fullmatch(n)] if isinstance(named, Mapping) else [named]
         if bad:
-            raise UsageError(f"{who}: {kind} has {bad[0]!r} where a row's name is needed; mend {entry.value}, or {way_out}")
+            raise UsageError(f"{who}: {kind} has {bad[0]!r} where a row's name is needed; fix {entry.value}, or {way_out}")
     return Plugin(entry.name, distribution, version, rows)

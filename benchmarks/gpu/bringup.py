@@ -1,12 +1,12 @@
-"""Everything that waits for a device, in order of value, each step bounded: one command for a few lent minutes.
+"""Everything that has yet to run on a GPU, in order of value, with a time limit per step: one command for a few minutes on a GPU.
 
-    python -m benchmarks.gpu.bringup --minutes 9 --out DIR     # goes on where an earlier call stopped, on this device or another
+    python -m benchmarks.gpu.bringup --minutes 9 --out DIR     # continues where an earlier call stopped, on this device or another
     python -m benchmarks.gpu.bringup --plan --out DIR          # what is still missing
-    python -m benchmarks.gpu.bringup --tables --out DIR        # only writes docs/gpu.md's table from what is there
+    python -m benchmarks.gpu.bringup --tables --out DIR        # only writes docs/gpu.md's table from existing results
 
-Each step is a command of its own, so that one which dies or hangs costs its limit and no more. DIR/NAME.json has its result, with device,
-versions and clocks. A step that failed is tried again by the next call, after those that were never tried. Without a GPU, steps
-that have a tiny size run at that (`--tiny`), so that little is tried for the first time on a device.
+Each step is a command of its own, so a step that fails or hangs costs no more than its limit. DIR/NAME.json has its result, with device,
+versions and clocks. The next call tries failed steps again, after those that were never tried. Without a GPU, steps that have a tiny size
+run at that size (`--tiny`), so that little runs for the first time on a device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAGE, BEGIN, END = ROOT / "docs" / "gpu.md", "<!-- bring-up -->", "<!-- end of b
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to run: a module with its arguments, on a device and in the tiny size (empty: it needs a device); `limit` in seconds."""
+    """One step: a module with its arguments, on a device and at the tiny size (empty: it needs a device); `limit` in seconds."""
 
     name: str
     what: str
@@ -71,7 +71,7 @@ STEPS = (
 
 
 def clocks() -> dict[str, str]:
-    """What the driver says of the device now; empty without one."""
+    """What the driver reports about the device now; empty without one."""
     query = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
@@ -82,7 +82,7 @@ def clocks() -> dict[str, str]:
 
 
 def run(step: Step, tiny: bool, limit: float) -> dict[str, Any]:
-    """The step's record: how it ended, how long it took, the JSON that it printed last, and the end of its output."""
+    """Runs a step. Returns how it ended, how long it took, the last JSON that it printed, and the end of its output."""
     command = [sys.executable, "-m", *(step.tiny if tiny else step.command).split()]
     before, begin = clocks(), time.monotonic()
     process = subprocess.Popen(
@@ -96,14 +96,14 @@ def run(step: Step, tiny: bool, limit: float) -> dict[str, Any]:
         output, code = process.communicate()[0], -1
     return {
         "step": step.name, "what": step.what, "command": command[1:], "tiny": tiny,
-        "ended": "ok" if code in (0, 5) else "over its limit" if code == -1 else f"exit code {code}",  # 5: no test was chosen
+        "ended": "ok" if code in (0, 5) else "over its limit" if code == -1 else f"exit code {code}",  # 5: no test was selected
         "seconds": round(time.monotonic() - begin, 1), "limit": limit, "machine": machine(), "clocks": [before, clocks()],
         "result": last_json(output), "tail": output[-4000:],
     }  # fmt: skip
 
 
 def last_json(output: str) -> Any:
-    """The last object that begins a line of its own; None where there is none."""
+    """The last object that starts at the beginning of a line; None if there is none."""
     decoder = json.JSONDecoder()
     for at in reversed([i for i in range(len(output)) if output[i] == "{" and (i == 0 or output[i - 1] == "\n")]):
         try:
@@ -114,7 +114,7 @@ def last_json(output: str) -> Any:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """What earlier calls wrote, by step."""
+    """The results of earlier calls, by step."""
     found = {}
     for step in STEPS:
         path = folder / f"{step.name}.json"
@@ -124,7 +124,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def missing(found: dict[str, dict[str, Any]], tiny: bool) -> list[Step]:
-    """Steps without a result: those never tried first, then those that failed. A tiny result does not count on a device."""
+    """Steps without a result: first those never tried, then those that failed. On a device, tiny results do not count."""
     there = {name: record for name, record in found.items() if tiny or not record["tiny"]}
     steps = [step for step in STEPS if step.tiny or not tiny]
     failed = [step for step in steps if step.name in there and there[step.name]["ended"] != "ok"]
@@ -132,7 +132,7 @@ def missing(found: dict[str, dict[str, Any]], tiny: bool) -> list[Step]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown of all steps: device, how each ended, and the numbers that a reader looks for."""
+    """A Markdown table of all steps: device, how each ended, and its main numbers."""
     lines = ["| step | device | ended | seconds | result |", "|---|---|---|---|---|"]
     for step in STEPS:
         record = found.get(step.name)
@@ -158,7 +158,7 @@ def words(result: Any, tail: str) -> str:
 
 
 def write_tables(found: dict[str, dict[str, Any]], page: Path) -> None:
-    """Puts the table between its two marks on the page. Raises ValueError where they are not there."""
+    """Puts the table between its two marks on the page. Raises ValueError if they are missing."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page} has no place for the table: put the lines {BEGIN} and {END} into it")
@@ -167,12 +167,12 @@ def write_tables(found: dict[str, dict[str, Any]], page: Path) -> None:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="no step is begun that could end later")] = 9.0,
-    out: Annotated[Path, typer.Option(help="folder of results, which later calls complete")] = ROOT / "benchmarks/gpu/results/bringup",
+    minutes: Annotated[float, typer.Option(help="all steps end within this time")] = 9.0,
+    out: Annotated[Path, typer.Option(help="folder of results; later calls add what is missing")] = ROOT / "benchmarks/gpu/results/bringup",
     plan: Annotated[bool, typer.Option("--plan", help="print what is missing, run nothing")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="tiny sizes; the default without a GPU")] = False,
     tables: Annotated[bool, typer.Option("--tables", help="only write the table of docs/gpu.md")] = False,
-    page: Annotated[Path, typer.Option(help="where the table belongs")] = PAGE,
+    page: Annotated[Path, typer.Option(help="the page to write the table into")] = PAGE,
 ) -> None:
     tiny = tiny or not torch.cuda.is_available()
     out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def main(
     for step in () if tables else missing(found, tiny):
         left = end - time.monotonic()
         if left < min(step.limit, 30):
-            print(f"{step.name}: not begun, {left:.0f} s are left")
+            print(f"{step.name}: not started, {left:.0f} s are left")
             continue
         found[step.name] = run(step, tiny, min(step.limit, left))
         (out / f"{step.name}.json").write_text(json.dumps(found[step.name], indent=1) + "\n")

@@ -1,6 +1,6 @@
 """What one GPU reaches kernel by kernel: copies, products in bf16 and FP8, casts, attention, experts, sums of a head's gradient.
 
-`python -m benchmarks.gpu.ceilings`, half a minute. Rates are medians of do_bench's runs, errors |Δ|/|exact| against fp64.
+`python -m benchmarks.gpu.ceilings` takes half a minute. Rates are medians of do_bench's runs, errors |Δ|/|exact| against fp64.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def casts() -> dict[str, tuple[float, float]]:
 
 
 def attention(b: int, h: int, g: int, s: int, e: int) -> dict[str, float]:
-    """TFLOP/s forward and backward of causal attention, of which masks skip half, by torch's backends and as it chooses."""
+    """TFLOP/s of causal attention forward and backward, not counting the masked half: as torch chooses, and per backend."""
     q, k, v = (randn(b, heads, s, e).requires_grad_() for heads in (h, g, g))
     gradient, flops = torch.randn_like(q), 3.5 * 2 * b * h * s * s * e / 1e9
 
@@ -92,7 +92,7 @@ def attention(b: int, h: int, g: int, s: int, e: int) -> dict[str, float]:
 
 
 def experts() -> dict[str, float]:
-    """TFLOP/s of one product of all experts."""
+    """TFLOP/s of one grouped product over all experts."""
     x, w, g = randn(ROWS, HIDDEN), randn(EXPERTS, WIDTH, HIDDEN), randn(ROWS, WIDTH)
     ends = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (ROWS // EXPERTS)
     x8, w8, scales = to_fp8(x, E4M3), to_fp8(w, E4M3), (torch.ones(ROWS).cuda(), torch.ones(EXPERTS, WIDTH).cuda())

@@ -1,8 +1,8 @@
-"""What torch.compile takes of a step, layout by layout: graphs, breaks, hidden products that run eager.
+"""How much of a step torch.compile covers, by layout: graphs, breaks, and hidden products that run eager.
 
     python -m benchmarks.gpu.graphs
 
-Two gloo ranks on CPUs; graphs are made and not compiled, so that it takes seconds a row. Writes results/graphs.json and prints the table of
+Two gloo ranks on CPUs. Graphs are traced but not compiled, so that a row takes seconds. Writes results/graphs.json and prints the table of
 docs/gpu.md.
 """
 
@@ -21,7 +21,7 @@ from tests.layouts import Case, build, fake_batch, tiny
 from tests.ranks import run_ranks
 
 MODES = ("none", "selective", "full", "nested")
-# Layouts of two ranks.
+# Layouts on two ranks.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense, fsdp": {"dp_shard": 2},
     "ddp": {"engine": "ddp", "dp_replicate": 2},
@@ -38,7 +38,7 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_size": 32}
 
 
 def case(row: dict[str, Any], mode: str) -> Case:
-    """A small model in a layout, its blocks compiled."""
+    """A small model in a layout, with compiled blocks."""
     model: Model = tiny(num_layers=4, num_heads=4, num_kv_heads=2, **({"moe": EXPERTS} if row.get("experts") else {}))
     parallel = Parallel(compile=True, recompute=mode, **{k: v for k, v in row.items() if k != "experts"})  # type: ignore[arg-type]
     return Case(model, parallel, precision="fp32", seq_len=32, batch=4, micro_batch=1)
@@ -49,7 +49,7 @@ def _graphs_only(axes: Any) -> Any:
 
 
 def coverage(cases: dict[str, Case], ranks: int) -> dict[str, Coverage]:
-    """Of each case, one after the other on these ranks; eager products are those of the second step."""
+    """The coverage of each case, one after the other on these ranks; eager products are those of the second step."""
     apply.counting_backend = _graphs_only
     found: dict[str, Coverage] = {}
     for name, each in cases.items():

@@ -1,8 +1,8 @@
-"""One rank's part of ring attention, its peers simulated, beside one fused call over as many pairs: the rate that a ring could reach.
+"""One rank's part of ring attention with simulated peers, against one fused call over as many pairs: the rate that a ring could reach.
 
     python -m benchmarks.gpu.ring [--lengths 32768 65536] [--places 8] [--out FILE]
 
-A place of a ring of `places` has 1/places of the sequence and meets every block; nothing is sent. Forward and backward.
+Each place of a ring of `places` holds 1/places of the sequence and attends to every block; nothing is sent. Forward and backward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megascale.parallel.ring import rectangles
 
 
 def ring_of_one(q: Tensor, block: Tensor, d_out: Tensor, held: list[list[range]], place: int) -> None:
-    """What a place computes: all blocks forward, then all backward, each with the keys and values of `block` [2, b, h, t, e]."""
+    """The computation of one place: all blocks forward, then all backward, each with the keys and values of `block` [2, b, h, t, e]."""
     out, lse = torch.zeros_like(q, dtype=torch.float32), torch.full((*q.shape[:3], 1), float("-inf"), device=q.device)
     parts = [r for owner in range(len(held)) for r in rectangles(held[place], held[owner], True)]
     for part in parts:
@@ -55,7 +55,7 @@ def seconds(work: Callable[[], object], device: torch.device, rounds: int) -> fl
 
 
 def compare(length: int, places: int, heads: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Pairs a second of the ring's blocks and of one causal call over 1/√places of the length, which has as many pairs."""
+    """Pairs per second of the ring's blocks, and of one causal call with 1/√places of the length, which has as many pairs."""
     dtype, held = torch.bfloat16 if device.type == "cuda" else torch.float32, Spread.of(length, places, 1, 1).met
     here = sum(map(len, held[0]))
     q, k, v, d_out = (torch.randn(1, heads, here, 128, device=device, dtype=dtype) for _ in range(4))

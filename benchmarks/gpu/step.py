@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def shape(name: str) -> tuple[Model, int, int]:
-    """Model, tokens of a sequence, sequences of a step."""
+    """Model, tokens per sequence, sequences per step."""
     if name == "tiny":
         return Model(num_layers=2, hidden_size=64, num_heads=4, vocab_size=256), 64, 2
     model = load_config(str(CONFIGS / f"llama-{name}.yaml")).model
@@ -38,7 +38,7 @@ def shape(name: str) -> tuple[Model, int, int]:
 
 
 def host_waits(step: Any, device: torch.device) -> list[str]:
-    """The lines of a step at which torch says that the host waits for the device."""
+    """The lines of a step at which torch warns that the host waits for the device."""
     if device.type != "cuda":
         return []
     torch.cuda.set_sync_debug_mode("warn")
@@ -52,7 +52,7 @@ def host_waits(step: Any, device: torch.device) -> list[str]:
 
 
 def launches(step: Any, device: torch.device) -> int:
-    """Kernels that a step starts."""
+    """The number of kernels that a step launches."""
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CUDA] if device.type == "cuda" else [activity.CPU]
     with torch.profiler.profile(activities=kinds) as profile:

@@ -24,7 +24,7 @@ def check_card(config: Config, ranks: RankInfo, name: str, capability: tuple[int
     about = f"{name} has compute capability {capability[0]}.{capability[1]}"
     if built_for and not any(runs(arch, capability) for arch in built_for):
         raise UsageError(
-            f"{about}, and torch {torch.__version__} has kernels for {', '.join(built_for)} alone: install a torch that is built for "
+            f"{about}, and torch {torch.__version__} only has kernels for {', '.join(built_for)}: install a torch that is built for "
             "it, or set run.device cpu"
         )
     fp8, compute = config.precision.fp8, config.precision.compute
@@ -74,9 +74,9 @@ def check_room(config: Config, ranks: RankInfo, device: torch.device, state: Cal
     if need <= free:
         return
     held = (
-        f"{byte_words(total - free)} of its {byte_words(total)} are held by {holders(device) or 'processes that cannot be seen from here'}"
+        f"{byte_words(total - free)} of its {byte_words(total)} are held by {holders(device) or 'processes that are not visible from here'}"
     )
-    fits = "end them" if need <= total else "cut the state over more ranks (parallel.dp_shard, tp, pp), or offload (parallel.offload)"
+    fits = "end them" if need <= total else "shard the state over more ranks (parallel.dp_shard, tp, pp), or offload (parallel.offload)"
     raise UsageError(
         f"rank {ranks.rank} on {node_name()} needs {byte_words(need)} on {device} for weights and optimizer state alone, and "
         f"{byte_words(free)} are free: {held}; {fits}"

@@ -259,7 +259,7 @@ class Trainer:
         many = f"{len(spoiled)} of the model's weights hold values that are not finite ({spoiled[0]} is the first)"
         if skipped > step - self.first_step:
             came = f"from {self.origin}" if self.origin != "none" else "from their start: look at model.init_std"
-            raise TrainingError(f"{what}: {many}, and they came so {came}; no rate mends that: start from other weights")
+            raise TrainingError(f"{what}: {many}, already {came}; no learning rate fixes that: start from other weights")
         raise TrainingError(
             f"{what}: {many}, so the last checkpoint that may be good is one from before step {step - skipped}: go back to it with "
             "checkpoint.resume=FOLDER, and lower optim.lr"

@@ -42,7 +42,7 @@ def test_kernels_and_cards(arch: str, capability: tuple[int, int], fits: bool) -
     [
         ("NVIDIA H100", (9, 0), (), HOPPER, None),
         ("NVIDIA H100", (9, 0), ("precision.compute=bf16",), HOPPER, None),
-        ("NVIDIA P100", (6, 0), (), HOPPER, r"NVIDIA P100 has compute capability 6\.0, and torch .* has kernels for sm_80, sm_90 alone"),
+        ("NVIDIA P100", (6, 0), (), HOPPER, r"NVIDIA P100 has compute capability 6\.0, and torch .* only has kernels for sm_80, sm_90:"),
         ("NVIDIA V100", (7, 0), ("precision.compute=bf16",), ("sm_70",), r"precision\.compute is bf16 .* 7\.0: bf16 products need 8\.0"),
         ("NVIDIA A100 MIG 1g.5gb", (8, 0), (), HOPPER, "rank 1 on .* a slice of a GPU, and there are 2 ranks: NCCL"),
     ],
@@ -102,7 +102,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         UsageError, match=r"rank 1 on .* needs 3\.00 GB on cuda:1 .* 2\.00 GB are free: 78\.0 GB .* process 4711, .*; end them"
     ):
         gpu.check_room(config(), TWO, device, lambda: 3 * 10**9)
-    with pytest.raises(UsageError, match=r"needs 90\.0 GB .*; cut the state over more ranks"):
+    with pytest.raises(UsageError, match=r"needs 90\.0 GB .*; shard the state over more ranks"):
         gpu.check_room(config(), TWO, device, lambda: 90 * 10**9)
     gpu.check_room(config(), TWO, torch.device("cpu"), lambda: 10**15)
     held = largest_rank(config(), dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "edp"), 1))
