@@ -51,7 +51,7 @@ class Family(nn.Module):
 
     @property
     def tail(self) -> list[nn.Module]:
-        """The modules behind the last block that share no weight with the rest, in the order in which they run."""
+        """The modules after the last block that share no weight with the rest, in the order in which they run."""
         return []
 
     def length_of(self, unit: str) -> int:

@@ -44,7 +44,7 @@ def shard_model(
     """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) if that is larger than one.
 
     One group per block, one for final norm and head, and one for the root: the embedding, and a head tied to it. The last two stay gathered
-    from forward to backward; final norm and head are reduced first in the backward pass, behind the blocks' work, and the root last.
+    from forward to backward; final norm and head are reduced first in the backward pass, overlapping the blocks, and the root last.
     `one_group` puts the single layer of a stage into the root's. Stored weights are the masters; they are gathered in the compute dtype and
     gradients are reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with their own axes form
     groups over edp; if there is nothing to shard or sum, they are plain weights.

@@ -100,7 +100,7 @@ class Session:
             return False
         try:
             self.leave(f"its program raised {type(error).__name__}")
-        except Exception as failure:  # the program's own error is the one to see
+        except Exception as failure:  # the program's own error is the one to report
             self.trainer.reporter.warn_once("left", f"step {self.step} could not be saved ({type(failure).__name__}: {failure})")
             return False
         return True
@@ -132,7 +132,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self.ended:
-            raise UsageError("the run has ended with its `with` block: open it again with megascale.training, and it goes on from there")
+            raise UsageError("the run has ended with its `with` block: open it again with megascale.training, and it continues from there")
 
 
 # Keys that need a run directory.

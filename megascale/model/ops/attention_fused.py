@@ -14,7 +14,7 @@ from torch import Tensor
 from megascale.model.ops.matmul import widens
 
 aten = torch.ops.aten
-CUDNN_FROM = 91501  # after this version torch itself prefers cuDNN's kernel on Hopper
+CUDNN_FROM = 91501  # from here on torch itself prefers cuDNN's kernel on Hopper
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 

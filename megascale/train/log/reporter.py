@@ -233,7 +233,7 @@ class Reporter:
         own, wrong = metrics_of(step, self.metrics)
         row = {**{k: v for k, v in own.items() if not self.metrics[k].evaluated}, **seen, **own}
         for name, why in wrong.items():
-            self.warn_once(f"metric {name}", f"the metric {name} is null from step {step.step} on, and training goes on: {why}")
+            self.warn_once(f"metric {name}", f"the metric {name} is null from step {step.step} on; training continues: {why}")
         self.log.metrics(row)
         self.console.step(row)
         for kind, sentence in (cast_warnings(seen["fp8"]) if "fp8" in seen else {}).items():
