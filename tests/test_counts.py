@@ -68,6 +68,33 @@ def test_sharding_sends_what_it_should(reshard: bool, shard: int, cp: int) -> No
     assert result["sent"]["dp_shard"] == M * share * ((gathers + 1) * layers * block + 2 * root)
 
 
+def test_backward_gathers_inside_a_node() -> None:
+    """Catches weights that are freed, or kept whole, where they should stay on two neighbours, and gathers counted as if all ranks took
+    part.
+    """
+    n, kept, layers = 4, 2, MODEL.num_layers
+    result = run_ranks(n, train, Case(MODEL, Parallel(dp_shard=n, reshard_after_forward=kept), batch=n * M, steps=2, keep_tensors=False))[0]
+    block, root = group_bytes(n)
+    assert result["calls"]["dp_shard", "all_gather"] == M * (2 * layers + 2)
+    once, again = (n - 1) / n, (kept - 1) / kept
+    assert result["sent"]["dp_shard"] == M * ((2 * once + again) * layers * block + 2 * once * root)
+
+
+def test_gradients_summed_in_bf16() -> None:
+    """Catches a key that nothing reads: a reduce-scatter of fp32 gradients sends half as much, and the loss moves by bf16's rounding."""
+    found = {}
+    for name in ("fp32", "bf16"):
+        case = Case(MODEL, Parallel(dp_shard=2), precision="fp32", reduce=name, batch=2 * M, keep_tensors=False)
+        found[name] = run_ranks(2, train, case)[0]
+    gathers = 2 * MODEL.num_layers + 2
+    assert found["fp32"]["calls"] == found["bf16"]["calls"] and found["fp32"]["calls"]["dp_shard", "all_gather"] == M * gathers
+    block, root = (size // 2 for size in group_bytes(2))  # of fp32 in place of fp64
+    saved = M * (MODEL.num_layers * block + root) / 2 / 2
+    assert found["fp32"]["sent"]["dp_shard"] - found["bf16"]["sent"]["dp_shard"] == saved
+    gaps = [abs(a - b) / abs(a) for a, b in zip(found["fp32"]["loss"], found["bf16"]["loss"])]
+    assert 0 < max(gaps) <= 5e-3
+
+
 def test_replicas_are_reduced_once_a_step() -> None:
     """Catches an all-reduce of every micro-batch: HSDP's crosses the slow link, and DDP's is the whole of its cost."""
     for parallel, ranks, shards in (

@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "zero3": (2, Parallel(dp_shard=2)),
     "zero3 on 3": (3, Parallel(dp_shard=3)),
     "zero2": (2, Parallel(dp_shard=2, reshard_after_forward=False)),
+    "zero3 inside nodes": (4, Parallel(dp_shard=4, reshard_after_forward=2)),
     "replicas": (2, Parallel(dp_replicate=2, dp_shard=1)),
     "hsdp": (4, Parallel(dp_replicate=2, dp_shard=2)),
     "ddp": (2, Parallel(engine="ddp")),

@@ -42,6 +42,23 @@ def expert_sizes(parallel: Parallel, sizes: dict[str, int]) -> dict[str, int]:
     return {"edp": sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (parallel.ep * parallel.expert_tp), "ep": parallel.ep}
 
 
+def reshard_ranks(parallel: Parallel, ranks: int) -> bool | int:
+    """`reshard_after_forward` for FSDP2: a number that covers all ranks over which weights are sharded means all of them."""
+    sizes, asked = axis_sizes(parallel, ranks), parallel.reshard_after_forward
+    return asked if isinstance(asked, bool) or asked < sizes["dp_shard"] * sizes["cp"] else True
+
+
+def reshard_fits(parallel: Parallel, ranks: int) -> bool:
+    """Whether weights that are sharded over all ranks can be kept on groups of `reshard_after_forward` of them; True if the axes do not fit
+    the ranks, which another rule refuses.
+    """
+    try:
+        sizes, asked = axis_sizes(parallel, ranks), reshard_ranks(parallel, ranks)
+    except UsageError:
+        return True
+    return isinstance(asked, bool) or sizes["dp_shard"] * sizes["cp"] % asked == 0
+
+
 def expert_mesh_fits(parallel: Parallel, ranks: int) -> bool:
     """Whether ep × etp divides the ranks of a replica; True if the dense axes do not fit the ranks, which another rule refuses."""
     try:

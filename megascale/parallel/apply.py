@@ -13,6 +13,7 @@ from torch import nn
 from megascale.comm.dtensor import is_dtensor
 from megascale.comm.functional import counting_backend
 from megascale.comm.mesh import Axis, Mesh
+from megascale.config.layout import reshard_ranks
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import SPLIT_BACKWARD, stage_parts, stages_of_rank
 from megascale.model.families import build_part
@@ -80,7 +81,7 @@ def parallelize(
             from megascale.parallel.data import prefetch, shard_model  # imports FSDP2
 
             # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
-            reshard = cfg.reshard_after_forward and not pipeline
+            reshard = False if pipeline else reshard_ranks(cfg, mesh.size)
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
             if mesh["ep"].size > 1 and cfg.recompute != "selective" and not layered:
                 prefetch(stage)

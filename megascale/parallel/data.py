@@ -35,7 +35,7 @@ BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in signature(Distribu
 def shard_model(
     model: Family,
     mesh: Mesh,
-    reshard_after_forward: bool,
+    reshard_after_forward: bool | int,
     compute: torch.dtype,
     one_group: bool,
     on_host: bool,
@@ -46,18 +46,18 @@ def shard_model(
     One group per block, one for final norm and head, and one for the root: the embedding, and a head tied to it. The last two stay gathered
     from forward to backward; final norm and head are reduced first in the backward pass, overlapping the blocks, and the root last.
     `one_group` puts the single layer of a stage into the root's. Stored weights are the masters; they are gathered in the compute dtype and
-    gradients are reduced in the stored one. `on_host` keeps shards and their gradients in host memory. Experts with their own axes form
-    groups over edp; if there is nothing to shard or sum, they are plain weights.
+    gradients are reduced in the stored one, or in the shape's `reduce`. `on_host` keeps shards and their gradients in host memory. Experts
+    with their own axes form groups over edp; if there is nothing to shard or sum, they are plain weights.
     """
     assert mesh.device_mesh is not None
-    storage = model.shape.storage
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage, cast_forward_inputs=False)
+    reduce = model.shape.reduce or model.shape.storage
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda") if on_host else OffloadPolicy()
     replicate = mesh["dp_replicate"]
     dims = {p: placements[name].shard_dim for name, p in model.named_parameters()}
     alone: set[nn.Parameter] = set()
 
-    def shard(modules: list[nn.Module], axis: Axis, grid: DeviceMesh, reshard: bool) -> None:
+    def shard(modules: list[nn.Module], axis: Axis, grid: DeviceMesh, reshard: bool | int) -> None:
         names = ("dp_replicate", axis.name) if replicate.size > 1 else (axis.name,)
         fully_shard(
             modules if len(modules) > 1 else modules[0],
@@ -82,7 +82,8 @@ def shard_model(
     if mesh.expert_mesh is not None:
         for bank in banks(model):
             if mesh["edp"].size * replicate.size > 1:
-                shard([bank], mesh["edp"], mesh.expert_mesh, reshard_after_forward and not one_group)
+                # A number of ranks speaks of the axis of the other weights.
+                shard([bank], mesh["edp"], mesh.expert_mesh, bool(reshard_after_forward) and not one_group)
             else:
                 alone.update(bank.parameters())
     blocks: list[nn.Module] = [] if one_group else [block for _, block in model.units()]
@@ -139,7 +140,8 @@ class CountingAllGather(AllGather):
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
-        self.axis.traffic.add(self.axis.name, "all_gather", input_tensor.nbytes * (self.axis.size - 1))
+        # Where weights were kept on some ranks between forward and backward, the group is those.
+        self.axis.traffic.add(self.axis.name, "all_gather", input_tensor.nbytes * (group.size() - 1))
         return gather_into(  # type: ignore[no-any-return]
             output_tensor, input_tensor, group=group, async_op=async_op
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megascale.config.dsp import plan_cuts
-from megascale.config.layout import expert_mesh_fits, micro_batches
+from megascale.config.layout import expert_mesh_fits, micro_batches, reshard_fits
 from megascale.config.rules.rule import Rule, grid, own_expert_axes
 from megascale.config.schema import Config
 from megascale.config.stages import V_SHAPED
@@ -134,6 +134,13 @@ AXIS_RULES: tuple[Rule, ...] = (
         lambda c, n: c.model.moe is not None and c.parallel.expert_tp in (1, c.parallel.tp) and not expert_mesh_fits(c.parallel, n),
         "the ranks of a replica form dp_shard × cp × tp = edp × ep × etp, but ep × etp does not divide their number",
         "choose a smaller ep, or a dp_shard that makes dp_shard × cp × tp a multiple of ep × etp",
+    ),
+    Rule(
+        "reshard_ranks",
+        ("parallel.reshard_after_forward", "parallel.dp_shard", "parallel.cp"),
+        lambda c, n: not reshard_fits(c.parallel, n),
+        "a number of ranks that keep weights between forward and backward must divide dp_shard × cp, over which they are sharded",
+        "choose a divisor, such as the number of GPUs of a node, or true or false",
     ),
     Rule(
         "ep_engine",

@@ -12,6 +12,13 @@ ALIGNED = 16  # CUDA's FP8 products need every dimension to be a multiple of it
 
 PRECISION_RULES: tuple[Rule, ...] = (
     Rule(
+        "reduce_engine",
+        ("precision.reduce", "parallel.engine"),
+        lambda c, n: c.precision.reduce is not None and c.parallel.engine != "fsdp2",
+        "only FSDP2 sums gradients in another format than the weights'",
+        "use parallel.engine fsdp2, or leave reduce out",
+    ),
+    Rule(
         "fp8_static",
         ("precision.fp8", "model.residual"),
         lambda c, n: c.precision.fp8 == "static" and not c.model.residual_row.unit_scaled,

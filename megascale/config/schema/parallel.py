@@ -24,8 +24,10 @@ class Parallel(Section):
     """Data-parallel replicas: groups of ranks that each hold all shards (HSDP)."""
     dp_shard: Annotated[int, Field(ge=-1, le=2**20)] = -1
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded. -1: all ranks that the other axes leave."""
-    reshard_after_forward: bool = True
-    """Free gathered weights between forward and backward (ZeRO-3). `false` keeps them (ZeRO-2): less traffic, more memory."""
+    reshard_after_forward: bool | Annotated[int, Field(ge=2, le=2**20)] = True
+    """Free gathered weights between forward and backward (ZeRO-3). `false` keeps them (ZeRO-2): less traffic, more memory. A number keeps
+    them sharded over that many neighbouring ranks, so that backward gathers inside a node: 8 for nodes with 8 GPUs.
+    """
     tp: Ranks = 1
     """Tensor-parallel ranks."""
     tp_sequence: bool = False

@@ -80,13 +80,19 @@ def _power_of_two(value: float) -> float:
 
 class Precision(Section):
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Number format of products, attention and the residual stream. Norm statistics, the loss and gradient sums stay at least fp32."""
+    """Number format of products, attention and the residual stream. Norm statistics, the loss and gradient sums stay at least fp32,
+    sums over ranks unless `reduce` is bf16.
+    """
     fp8: Annotated[Literal["false", "static", "dynamic"], BeforeValidator(_fp8), WithJsonSchema(_FP8)] = "false"
     """FP8 products: `static` scales (`true` means the same; for unit-scaled models) or `dynamic` scales from the largest value (extra
     `fp8`).
     """
     master: Literal["fp32", "bf16", "fp64"] | None = None
     """Number format of the stored weights. Default: fp64 under fp64 compute, otherwise fp32."""
+    reduce: Literal["fp32", "bf16", "fp64"] | None = None
+    """Number format in which FSDP2 sums gradients over ranks. Default: that of the stored weights. `bf16` halves what a reduce-scatter
+    sends; sums then depend on the number of ranks, within bf16's rounding.
+    """
     fp8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
     """`fp8: dynamic`: one scale per tensor or one per row."""
     fp8_watch: NonNegative = 100

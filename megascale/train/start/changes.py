@@ -28,6 +28,7 @@ CURVE = (
     "train.max_skipped_steps",
     "precision.compute",
     "precision.master",
+    "precision.reduce",
     "precision.fp8",
     "precision.fp8_recipe",
     "precision.loss_scale",
