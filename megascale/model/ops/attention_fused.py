@@ -74,7 +74,7 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
 
 def _cudnn(device: torch.device) -> bool:
     """Whether cuDNN's kernel is the faster one here."""
-    return (torch.backends.cudnn.version() or 0) > CUDNN_FROM and torch.cuda.get_device_capability(device) == (9, 0)
+    return (torch.backends.cudnn.version() or 0) >= CUDNN_FROM and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _for_all_heads(x: Tensor, q: Tensor) -> Tensor:
