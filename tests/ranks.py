@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -37,6 +39,12 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
                 process.join()
 
 
+def fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+    """`function(*args)` in a process that is not forked. torch sets some things up once: autograd's threads know no later device."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result(timeout)
+
+
 def _collect(results: Any, ranks: list[Any], deadline: float, timeout: float) -> list[Any]:
     done: dict[int, Any] = {}
     while len(done) < len(ranks):
@@ -56,6 +64,9 @@ def _collect(results: Any, ranks: list[Any], deadline: float, timeout: float) ->
 
 def _rank(rank: int, size: int, store: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    if "torch._inductor.config" in sys.modules:  # the compiling threads of the forked process are not here: a rank would wait forever
+        sys.modules["torch._inductor.config"].compile_threads = 1
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
         if size > 1:
             dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)

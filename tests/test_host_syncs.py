@@ -26,7 +26,7 @@ from megascale.train.log.step_metrics import step_metrics
 from megascale.train.state import Progress
 from megascale.train.trainer import Trainer
 from tests.layouts import Case, build, fake_batch, tiny
-from tests.ranks import run_ranks
+from tests.ranks import fresh_process
 from tests.test_golden import CASES as VARIANTS
 from tests.test_golden import SCHEMES
 
@@ -202,7 +202,7 @@ def second_step(case: Case, ranks: int, device: torch.device, backend: Any) -> l
 @cache
 def waits_of_group(number: int) -> dict[str, Any]:
     """A process starts for some cases at a time: it imports for seconds, and each case takes one."""
-    return run_ranks(1, waits_of, list(CASES)[number * GROUP : (number + 1) * GROUP], timeout=280)[0]  # type: ignore[no-any-return]
+    return fresh_process(waits_of, list(CASES)[number * GROUP : (number + 1) * GROUP], timeout=280)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -250,4 +250,4 @@ FREE = ("x + 1", "x[0]", "x[1:3]", "torch.full((), 2.0, device=device)", "host.t
 
 def test_each_kind_of_wait_is_seen() -> None:
     """Catches a kind that the list above would be empty of because nobody looks for it, and one that is seen where nobody waits."""
-    assert run_ranks(1, planted)[0] == {**{text: [kind] for text, kind in WAITING.items()}, **{text: [] for text in FREE}}
+    assert fresh_process(planted) == {**{text: [kind] for text, kind in WAITING.items()}, **{text: [] for text in FREE}}

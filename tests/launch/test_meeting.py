@@ -169,6 +169,7 @@ def test_an_agent_that_is_asked_to_end(tmp_path: Path, asked: str, handled: bool
         try:
             assert process.stdout is not None
             assert sorted(process.stdout.read(len("ready\n") * 2)) == sorted("ready\n" * 2)
+            time.sleep(1)  # the agent that has started them has yet to note who they are
             process.send_signal(getattr(signal, asked))
             assert process.wait(60) == code
         finally:
