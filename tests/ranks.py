@@ -65,7 +65,7 @@ def _collect(results: Any, ranks: list[Any], deadline: float, timeout: float) ->
 def _rank(rank: int, size: int, store: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     if "torch._inductor.config" in sys.modules:  # the compiling threads of the forked process are not here: a rank would wait forever
-        sys.modules["torch._inductor.config"].compile_threads = 1
+        sys.modules["torch._inductor.config"].compile_threads = 1  # type: ignore[attr-defined]
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
         if size > 1:
