@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from megascale.comm import group
 from megascale.comm.mesh import build_mesh
+from megascale.config.layout import axis_sizes
+from megascale.config.schema import Parallel
 from megascale.launch.ranks import RankInfo
 from tests.ranks import run_ranks
 
@@ -60,3 +62,13 @@ def test_nccl_is_told_its_device(backend: str, bound: bool, monkeypatch: pytest.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     group.join(dist.HashStore(), RankInfo(1, 2, 1, 2, "127.0.0.1", 2000, "srun"), backend, 5.0, torch.device("cuda", 1))
     assert told["device_id"] == (torch.device("cuda", 1) if bound else None) and told["timeout"] == timedelta(seconds=5)
+
+
+def own_group() -> bool:
+    return build_mesh(axis_sizes(Parallel(tp=2), 2), "cpu")["tp"].group is not dist.group.WORLD
+
+
+@pytest.mark.dist
+def test_an_axis_over_all_ranks_has_its_own_group() -> None:
+    """Catches an axis with the default group: that is destroyed while the mesh may still hold it, and gloo aborts the process at exit."""
+    assert run_ranks(2, own_group) == [True, True]

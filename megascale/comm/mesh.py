@@ -172,5 +172,10 @@ def _view(sizes: dict[str, int], device_type: str, traffic: Traffic, keep: str =
     if not dist.is_initialized():
         return None, alone
     there = {n: k for n, k in sizes.items() if k > 1 or n == keep}
-    grid = init_device_mesh(device_type, tuple(there.values()), mesh_dim_names=tuple(there))
+    names = tuple(there)
+    if len(there) == 1:
+        # DeviceMesh would take the default group. It is destroyed while a mesh may still hold it, and then gloo aborts the process at exit.
+        grid = DeviceMesh.from_group(dist.new_group(), device_type, mesh_dim_names=names)
+    else:
+        grid = init_device_mesh(device_type, tuple(there.values()), mesh_dim_names=names)
     return grid, {n: Axis(n, k, grid.get_local_rank(n), grid.get_group(n), traffic) if k > 1 else alone[n] for n, k in sizes.items()}
