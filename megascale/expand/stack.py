@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from megascale.model.residual import Residual, Stack, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, states_of
 
+G = TypeVar("G")
 WHY_LOSSY = {
     "stack": "stacking the layers again and again (G_stack) runs what was learned for one depth at another",
     "dus": "depth up-scaling joins two overlapping halves",
@@ -38,37 +40,28 @@ def row_of(model: Model, layer: int) -> Residual:
 
 def growth_of(model: Model) -> NormGrowth:
     """How the model's norms grow. Raises UsageError for a norm that does not say."""
-    growth = model.norm_row.growth
-    if growth is None:
-        known = ", ".join(name for name, row in norms().items() if row.growth is not None)
-        raise UsageError(
-            f"model.norm is {model.norm}, whose row does not say how it grows: a model with it cannot change its sizes; set "
-            f"`growth` in its row, or use a model with one of {known}"
-        )
-    return growth
+    return _said(
+        model.norm_row.growth, f"model.norm is {model.norm}", "a model with it cannot change its sizes", "a model with one of", norms()
+    )
 
 
 def attention_growth(model: Model) -> AttentionGrowth:
     """How the model's attention grows. Raises UsageError for a kind that does not say."""
-    growth = model.attention_row.growth
-    if growth is None:
-        known = ", ".join(name for name, row in attentions().items() if row.growth is not None)
-        raise UsageError(
-            f"model.attention is {model.attention}, whose row does not say how it grows: sizes cannot be changed of a model that has it; "
-            f"set `growth` in its row, or use a model with one of {known}"
-        )
-    return growth
+    what, refused = f"model.attention is {model.attention}", "sizes cannot be changed of a model that has it"
+    return _said(model.attention_row.growth, what, refused, "a model with one of", attentions())
 
 
 def gates_of(moe: Moe) -> RouterGrowth:
     """How the gates of a mixture take more experts. Raises UsageError for a router that does not say."""
-    growth = moe.router_row.growth
+    what, refused = f"model.moe.router is {moe.router}", "the number of experts cannot be changed under it"
+    return _said(moe.router_row.growth, what, refused, "a router such as", routers())
+
+
+def _said(growth: G | None, what: str, refused: str, instead: str, rows: Mapping[str, Any]) -> G:
+    """`growth`, which a row gives. Raises UsageError if it gives none, naming the rows that do."""
     if growth is None:
-        known = ", ".join(name for name, row in routers().items() if row.growth is not None)
-        raise UsageError(
-            f"model.moe.router is {moe.router}, whose row does not say how it grows: the number of experts cannot be changed under it; set "
-            f"`growth` in its row, or use a router such as {known}"
-        )
+        known = ", ".join(name for name, row in rows.items() if row.growth is not None)
+        raise UsageError(f"{what}, whose row does not say how it grows: {refused}; set `growth` in its row, or use {instead} {known}")
     return growth
 
 
