@@ -20,27 +20,18 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import machine
-from megascale.model.ops.attention_fused import block_attention, block_gradients, merge
 from megascale.model.ops.attention_tiles import visible_pairs
 from megascale.parallel.context import Spread
-from megascale.parallel.ring import rectangles
+from megascale.parallel.ring import add_fused, add_fused_gradients, rectangles
 
 
 def ring_of_one(q: Tensor, block: Tensor, d_out: Tensor, held: list[list[range]], place: int) -> None:
     """The computation of one place: all blocks forward, then all backward, each with the keys and values of `block` [2, b, h, t, e]."""
     out, lse = torch.zeros_like(q, dtype=torch.float32), torch.full((*q.shape[:3], 1), float("-inf"), device=q.device)
     parts = [r for owner in range(len(held)) for r in rectangles(held[place], held[owner], True)]
-    for part in parts:
-        rows, keys = part.rows, part.keys
-        merge(out[:, :, rows], lse[:, :, rows], *block_attention(q[:, :, rows], block[0][:, :, keys], block[1][:, :, keys], part.causal))
-    result = out.to(q.dtype)
-    total = torch.zeros(3, *q.shape, device=q.device)
-    for part in parts:
-        rows, keys = part.rows, part.keys
-        k, v = block[0][:, :, keys], block[1][:, :, keys]
-        found = block_gradients(d_out[:, :, rows], q[:, :, rows], k, v, result[:, :, rows], lse[:, :, rows], part.causal)
-        for sum_, gradient, where in zip(total, found, (rows, keys, keys)):
-            sum_[:, :, where] += gradient
+    add_fused(out, lse, q, block, parts)
+    d_q, d_k, d_v = torch.zeros(3, *q.shape, device=q.device)
+    add_fused_gradients((d_q, d_k, d_v), d_out, q, block, out.to(q.dtype), lse, parts)
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:

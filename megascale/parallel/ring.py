@@ -118,10 +118,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, 
         if not _fused(q, mask):
             add_block(out, lse, q, block[0], block[1], ring.here, ring.held[owner], mask)
             continue
-        for part in rectangles(ring.here, ring.held[owner], mask.causal):
-            rows, keys = part.rows, part.keys
-            result = block_attention(q[:, :, rows], block[0][:, :, keys], block[1][:, :, keys], part.causal)
-            merge(out[:, :, rows], lse[:, :, rows], *result)
+        add_fused(out, lse, q, block, rectangles(ring.here, ring.held[owner], mask.causal))
     return out.to(q.dtype), lse
 
 
@@ -144,7 +141,7 @@ def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Ten
     for block, owner, step in ring.around(torch.stack((k, v))):
         part = torch.zeros(block.shape, dtype=lse.dtype, device=q.device) if step else home
         if delta is None:
-            _add_fused((d_q, part[0], part[1]), d_out, q, block, out, lse, rectangles(ring.here, ring.held[owner], mask.causal))
+            add_fused_gradients((d_q, part[0], part[1]), d_out, q, block, out, lse, rectangles(ring.here, ring.held[owner], mask.causal))
         else:
             grads = (d_q, part[0], part[1])
             add_block_gradients(grads, d_out, delta, lse, q, block[0], block[1], ring.here, ring.held[owner], mask)
@@ -157,7 +154,15 @@ def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Ten
     return d_q.to(q.dtype), home.to(k.dtype)
 
 
-def _add_fused(
+def add_fused(out: Tensor, lse: Tensor, q: Tensor, block: Tensor, parts: list[Rectangle]) -> None:
+    """Merges the attention of q over the parts of one block [2, b, g, t, e] into `out` and `lse`."""
+    for part in parts:
+        rows, keys = part.rows, part.keys
+        result = block_attention(q[:, :, rows], block[0][:, :, keys], block[1][:, :, keys], part.causal)
+        merge(out[:, :, rows], lse[:, :, rows], *result)
+
+
+def add_fused_gradients(
     grads: tuple[Tensor, Tensor, Tensor], d_out: Tensor, q: Tensor, block: Tensor, out: Tensor, lse: Tensor, parts: list[Rectangle]
 ) -> None:
     for part in parts:
