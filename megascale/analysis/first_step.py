@@ -75,8 +75,9 @@ def expected(config: Config, points: list[MeasuredMoments]) -> list[dict[str, An
     cross-attention, and only attentions, norms and feed-forwards whose rows name a rule.
     """
     model = config.model
-    known = model.attention_row.theory and model.norm_row.theory is not None and model.ffn_row.theory is not None
-    if not known or config.model.moe is not None or config.model.encoder_layers is not None:
+    kinds = model.variants.values()
+    known = all(m.attention_row.theory and m.norm_row.theory is not None and m.ffn_row.theory is not None for m in kinds)
+    if not known or model.has_experts or model.encoder_layers is not None:
         return []
     first, last = points[0], points[-1]
     start = Signal(first.mean, first.variance, first.correlation)

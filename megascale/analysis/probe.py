@@ -57,7 +57,8 @@ def point_names(model: ParallelModel) -> list[tuple[int, str]]:
     encoder = cfg.encoder_layers or 0
 
     def behind(layers: range, *kinds: str) -> list[tuple[int, str]]:
-        return [(layer, kind) for layer in layers for kind in (("block",) if cfg.residual_row.one_norm else kinds)]
+        one_norm = [cfg.at_layer(layer).residual_row.one_norm for layer in layers]
+        return [(layer, kind) for layer, one in zip(layers, one_norm) for kind in (("block",) if one else kinds)]
 
     if not encoder:
         return [(-1, "embedding"), *behind(range(cfg.num_layers), "attention", "ffn")]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megascale.config.schema import Config
-from megascale.config.stages import StagePart, estimated_costs, split_layers
+from megascale.config.stages import StagePart, estimated_costs, split_kinds
 from megascale.config.support import check
 from megascale.data.vocabulary import resolve_vocabulary
 from megascale.errors import UsageError
@@ -32,20 +32,23 @@ def balance(config: Config) -> None:
         raise UsageError(f"model.family is {config.model.family}, but this tool measures decoders: set parallel.pp_layers by hand")
     config = check(resolve_vocabulary(config), p.pp * p.tp * p.cp)
     device = choose_device(config, RankInfo())
-    names = ("a layer", "embedding", "head and loss")
-    parts = (StagePart(range(1), False, False), StagePart(range(0), True, False), StagePart(range(0), False, True))
+    model, stages = config.model, p.pp * p.stages_per_rank
+    firsts = {kind: model.layers_of(kind)[0] for kind in model.variants}
+    parts = [(f"a layer {kind}".rstrip(), StagePart(range(i, i + 1), False, False)) for kind, i in firsts.items()]
+    parts += [("embedding", StagePart(range(0), True, False)), ("head and loss", StagePart(range(0), False, True))]
     costs: list[float] = []
-    for name, part in zip(names, parts):
+    for name, part in parts:
         costs.append(seconds(config, part, device))
         # Print each at once: a large model takes minutes on a CPU.
         print(f"{name:<14}{costs[-1] * 1e3:10.2f} ms forward and backward, {costs[-1] / costs[0]:6.2f} layers", flush=True)
-    layer, before, after = costs
-    stages = p.pp * p.stages_per_rank
-    guess = estimated_costs(config.model, config.train.seq_len)
-    for name, by in (("estimated", guess), ("measured", (layer, before, after))):
-        split = [len(r) for r in split_layers(config.model.num_layers, stages, *by)]
-        loads = [n * layer + before * (i == 0) + after * (i == stages - 1) for i, n in enumerate(split)]
-        words = ",".join(map(str, split))
+    *own, before, after = costs
+    took = dict(zip(firsts, own))
+    guess = {kind: estimated_costs(m, config.train.seq_len) for kind, m in model.variants.items()}
+    layer = [took[model.kind_at(i) if model.kinds else ""] for i in range(model.num_layers)]
+    for name, by in (("estimated", guess), ("measured", {kind: (cost, before, after) for kind, cost in took.items()})):
+        split = split_kinds(model, stages, by)
+        loads = [sum(layer[r.start : r.stop]) + before * (i == 0) + after * (i == stages - 1) for i, r in enumerate(split)]
+        words = ",".join(str(len(r)) for r in split)
         print(f"by {name} cost: parallel.pp_layers=[{words}], dearest stage {max(loads) / statistics.mean(loads):.2f} of the mean")
 
 

@@ -60,12 +60,13 @@ def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Sig
     pulls: list[Pull] = []
     x = first
     for layer in range(stack.layers):
-        row = residual(cfg, stack, layer)
+        own = cfg.at_layer(layer)
+        row = residual(own, stack, layer)
         parts: list[tuple[str, list[Sublayer]]] = [("attention", [attention]), ("ffn", [feed_forward])]
         if row.scheme.one_norm:
             parts = [("block", [attention, feed_forward])]
         for kind, sublayers in parts:
-            x, pull = _join(cfg, row, x, sublayers, seq_len, stack.side == "decoder", warm, kind != "ffn")
+            x, pull = _join(own, row, x, sublayers, seq_len, stack.side == "decoder", warm, kind != "ffn")
             names.append((layer, kind))
             signals.append(x)
             pulls.append(pull)

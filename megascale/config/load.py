@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from megascale.config.bounds import NUMBER, TOO_DEEP, check_document, check_values, read_small_file
 from megascale.config.paths import check_paths
 from megascale.config.saved import hint_of_newer, plugins_of_run
-from megascale.config.schema import Config, DataSource
+from megascale.config.schema import Config, DataSource, Kind, MoeOfKind
 from megascale.errors import UsageError
 from megascale.plugins import gone, nearest
 
@@ -330,6 +330,10 @@ def _sentence(error: Any) -> str:
     if kind == "extra_forbidden" and "DataSource" in error["loc"]:
         near = difflib.get_close_matches(parts[-1], DataSource.model_fields, 1, 0.6)
         hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"a source has {', '.join(DataSource.model_fields)}"
+        return f"unknown key {key} (= {_short(value)}); {hint}"
+    if kind == "extra_forbidden" and parts[:2] == ["model", "kinds"]:
+        near = difflib.get_close_matches(parts[-1], (MoeOfKind if parts[3:4] == ["moe"] else Kind).model_fields, 1, 0.6)
+        hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"layers may differ in {', '.join(Kind.model_fields)}"
         return f"unknown key {key} (= {_short(value)}); {hint}"
     if kind == "extra_forbidden":
         return f"unknown key {key} (= {_short(value)}){_suggest(key)}"

@@ -40,6 +40,7 @@ POSITIONS: dict[str, PositionRow] = {
     "learned": PositionRow(table=True, grid=True, grows=True, megatron=True),
     "xpos": PositionRow(rotates=True, decays=True, one_way=True, grows=True),
     "relative": PositionRow(distances=True),
+    "none": PositionRow(grows=True),
 }
 
 

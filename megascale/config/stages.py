@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import inf
@@ -56,7 +56,8 @@ def split_layers(layers: int, stages: int, cost: float, before: float, after: fl
 
 def has_experts(model: Model, layer: int) -> bool:
     """Whether the layer's feed-forward sublayer is a mixture of experts: every n-th layer, the first being layer n."""
-    return model.moe is not None and (layer + 1) % model.moe.every == 0
+    moe = model.of_kind(model.kind_at(layer)).moe if model.kinds else model.moe
+    return moe is not None and (layer + 1) % moe.every == 0
 
 
 def split_unequal(costs: Sequence[float], stages: int, before: float, after: float) -> list[range]:
@@ -84,6 +85,14 @@ def split_unequal(costs: Sequence[float], stages: int, before: float, after: flo
     for begin in reversed(begins):
         borders.append(begin[borders[-1]])
     return [range(a, b) for a, b in pairwise([0, *reversed(borders)])]
+
+
+def split_kinds(model: Model, stages: int, costs: Mapping[str, tuple[float, float, float]]) -> list[range]:
+    """The layers of each stage. `costs` by kind of layer: of one layer, of the embedding and of the head."""
+    _, before, after = next(iter(costs.values()))
+    if not model.kinds:
+        return split_layers(model.num_layers, stages, costs[""][0], before, after)
+    return split_unequal([costs[model.kind_at(i)][0] for i in range(model.num_layers)], stages, before, after)
 
 
 def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
@@ -144,6 +153,5 @@ def stage_parts(model: Model, parallel: Parallel, seq_len: int, source_len: int 
         encoder, decoder, head = pair_costs(model, seq_len, source_len)
         ranges = split_unequal([encoder] * model.encoder_layers + [decoder] * model.num_layers, stages, 0.0, head)
     else:
-        layer, before, after = estimated_costs(model, seq_len)
-        ranges = split_layers(model.num_layers, stages, layer, before, after)
+        ranges = split_kinds(model, stages, {name: estimated_costs(m, seq_len) for name, m in model.variants.items()})
     return [StagePart(layers, i == 0, i == stages - 1) for i, layers in enumerate(ranges)]

@@ -6,6 +6,8 @@ by subject, and here in the order in which messages list them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from megascale.config.layout import axis_sizes, data_parts
 from megascale.config.rules.axes import AXIS_RULES
 from megascale.config.rules.engines import ENGINE_RULES
@@ -23,21 +25,35 @@ RULES: tuple[Rule, ...] = (*MODEL_RULES, *PAIR_RULES, *AXIS_RULES, *ENGINE_RULES
 
 def refusals(config: Config, ranks: int) -> list[Rule]:
     """The rules that refuse this config on this many ranks."""
-    return [rule for rule in RULES if rule.applies(config, ranks)]
+    return [rule for rule in RULES if any(rule.applies(c, ranks) for _, c in _judged(rule, config))]
 
 
 def check(config: Config, ranks: int) -> Config:
     """The config with its data axes resolved for `ranks`. Raises UsageError naming every disagreeing key, its value and the fix."""
-    refused = refusals(config, ranks)
+    refused = [
+        (rule, kind, c)
+        for rule in RULES
+        for kind, c in [next(((k, c) for k, c in _judged(rule, config) if rule.applies(c, ranks)), ("", None))]
+        if c is not None
+    ]
     if refused:
         lines = []
-        for rule in refused:
-            values = ", ".join(f"{key} is {_value(config, key, ranks)}" for key in rule.keys)
-            lines.append(f"{values}: {rule.why}; {rule.fix}")
+        for rule, kind, judged in refused:
+            values = ", ".join(f"{key} is {_value(judged, key, ranks)}" for key in rule.keys)
+            lines.append(f"{f'in layers of kind {kind}, ' if kind else ''}{values}: {rule.why}; {rule.fix}")
         raise UsageError("\n  ".join(["this combination does not work:", *lines]) if len(lines) > 1 else lines[0])
     sizes = axis_sizes(config.parallel, ranks)
     resolved = config.parallel.model_copy(update={"dp_shard": sizes["dp_shard"], "dp_replicate": sizes["dp_replicate"]})
     return config.model_copy(update={"parallel": resolved})
+
+
+def _judged(rule: Rule, config: Config) -> Iterator[tuple[str, Config]]:
+    """What a rule is asked about: the config, or for each kind of layer the config of a model with such layers only."""
+    if rule.whole or not config.model.kinds:
+        yield "", config
+        return
+    for name in config.model.kinds:
+        yield name, config.model_copy(update={"model": config.model.of_kind(name)})
 
 
 def markdown_table() -> str:

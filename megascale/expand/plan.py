@@ -171,6 +171,8 @@ def in_fp32(value: float) -> float:
 
 def refuse_unknown_parts(source: Model) -> None:
     """Refuses what neither growth nor shrinking supports: BERT's ends, T5's attention, and parts whose rows do not say how they grow."""
+    if source.kinds:
+        raise UsageError("model.kinds is set: a model whose layers differ keeps its sizes; grow or shrink one without a pattern")
     growth_of(source)
     attention_growth(source)
     if not source.ffn_row.grows:

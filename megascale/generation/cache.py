@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megascale.config.schema import Model
+from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import attention
 
+# Distances (query − key) [b, n, t] → score biases [b, h here, n, t].
+Bias = Callable[[Tensor], Tensor]
 GROWTH = 256  # least number of tokens by which a cache grows
 MASKED = 1 << 24  # most elements of a mask [b, 1 or h, n, t]: longer prompts are processed in parts
 
@@ -65,12 +69,12 @@ class Rows:
 class Remembering:
     """Attention of new tokens over all so far, for one module. If its weights repeat in depth, each repeat has its own buffer.
 
-    bias  maps distances (query − key) [b, n, t] to score biases [b, h here, n, t], if the positions have any
+    bias  the score biases, if the positions have any
     """
 
     place: CacheLayer
     window: int | None
-    bias: Callable[[Tensor], Tensor] | None
+    bias: Bias | None
     rows: list[tuple[Rows, Rows]] = field(default_factory=list)
     calls: int = 0
     passes: int = 0
@@ -105,12 +109,15 @@ def part_length(batch: int, heads: int, total: int) -> int:
 
 
 @contextmanager
-def remembering(stage: nn.Module, place: CacheLayer, window: int | None, bias: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
-    """Gives every attention of a stage a cache; restores all of them at the end, also after an error."""
-    before: list[tuple[Any, Any]] = [(m, m.attend) for m in stage.modules() if hasattr(m, "attend")]
+def remembering(stage: Family, place: CacheLayer, bias_of: Callable[[Model], Bias | None]) -> Iterator[None]:
+    """Gives every attention of a stage a cache; restores all of them at the end, also after an error. `bias_of`: a layer's config → its
+    score biases.
+    """
+    units = [(unit.cfg, m) for _, unit in stage.units() for m in unit.modules() if hasattr(m, "attend")]
+    before: list[tuple[Any, Any]] = [(m, m.attend) for _, m in units]
     try:
-        for module, _ in before:
-            module.attend = Remembering(place, window, bias)
+        for cfg, module in units:
+            module.attend = Remembering(place, cfg.sliding_window, bias_of(cfg))  # type: ignore[assignment]
         yield
     finally:
         for module, attend in before:

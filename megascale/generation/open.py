@@ -75,18 +75,17 @@ def ends_of(generation: Mapping[str, Any]) -> frozenset[int]:
 
 def layout(opened: Opened, ranks: int, device: str) -> Config:
     """The config for inference, with all ranks on tp. Raises UsageError if the model cannot be sharded over that many."""
+    model = opened.model.model_dump(mode="json")
+    for part in (model, *model.get("kinds", {}).values()):
+        if part.get("moe"):
+            part["moe"]["capacity_factor"] = None  # an expert that overflows in training does not, one token at a time
     values = {
         "run": {"device": device},
-        "model": opened.model.model_dump(mode="json"),
+        "model": model,
         "parallel": {"tp": ranks, "dp_shard": 1},
         "train": {"steps": 1, "seq_len": opened.seq_len},
         "optim": {"weight_decay": 0.0},  # nothing is trained: unit scaling's rules about decay do not apply
         "precision": {"fp8": opened.fp8},
         "data": {"train": "none"},
     }
-    config = check(build_config(values), ranks)
-    if config.model.moe is not None:  # an expert that overflows in training does not, one token at a time
-        config = config.model_copy(
-            update={"model": config.model.model_copy(update={"moe": config.model.moe.model_copy(update={"capacity_factor": None})})}
-        )
-    return config
+    return check(build_config(values), ranks)

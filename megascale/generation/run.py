@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megascale.comm.collectives import all_gather
+from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.generation.cache import CacheLayer, part_length, remembering
+from megascale.generation.cache import Bias, CacheLayer, part_length, remembering
 from megascale.generation.sample import choose
 from megascale.measure.health import free_memory
 from megascale.model.decoder import Decoder
@@ -51,13 +52,13 @@ def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampli
     check_memory(stage, len(prompts), length, how.most, device)
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
-    bias = distance_bias(stage, device)
-    heads = 1 if bias is None else stage.exchanges.num_heads
+    bias_of = partial(distance_bias, stage, device)
+    heads = max((len(stage.exchanges.query_heads(m.num_heads)) for m in stage.cfg.variants.values() if bias_of(m) is not None), default=1)
     place = CacheLayer(positions[:, :0], length)
     generator = torch.Generator().manual_seed(how.seed)
     found: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
-    with reading(model, stage), remembering(stage, place, stage.cfg.sliding_window, bias):
+    with reading(model, stage), remembering(stage, place, bias_of):
         for _ in range(how.most):
             most = part_length(len(prompts), heads, place.positions.shape[1] + tokens.shape[1])
             for new, at in zip(tokens.split(most, 1), positions.split(most, 1)):
@@ -93,15 +94,17 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
     """Raises UsageError if the caches for prompts of `length` plus `most` new tokens do not fit into memory, or if the attention does not
     state their size.
     """
-    cfg = stage.cfg
-    cached = cfg.attention_row.cached
-    if cached is None:
-        raise UsageError(
-            f"model.attention is {cfg.attention}, whose row does not say what generation keeps of a token: set `cached` in its row, or "
-            "generate from a model with another kind"
-        )
-    kept = cached(cfg, stage.exchanges.num_heads)
-    needed = kept * cfg.num_layers * batch * (length + most) * stage.shape.compute.itemsize
+    kept = 0.0
+    for layer in range(stage.cfg.num_layers):
+        cfg = stage.cfg.at_layer(layer)
+        cached = cfg.attention_row.cached
+        if cached is None:
+            raise UsageError(
+                f"model.attention is {cfg.attention}, whose row does not say what generation keeps of a token: set `cached` in its row, or "
+                "generate from a model with another kind"
+            )
+        kept += cached(cfg, len(stage.exchanges.query_heads(cfg.num_heads)))
+    needed = kept * batch * (length + most) * stage.shape.compute.itemsize
     free = free_memory(device)
     if needed > free:
         raise UsageError(
@@ -110,14 +113,14 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
         )
 
 
-def distance_bias(stage: Decoder, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """Score biases of the local heads as a function: distances [b, n, t] → [b, h, n, t]; None if they have none."""
-    cfg = stage.cfg
+def distance_bias(stage: Decoder, device: torch.device, cfg: Model) -> Bias | None:
+    """Score biases of the local heads in layers with the config `cfg`; None if they have none."""
     if stage.relative is not None:
         return partial(bias_by_distance, stage.relative.weight, furthest=cfg.relative_distance, causal=True)
     if not cfg.position_row.slopes:
         return None
-    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[slice(*stage.exchanges.heads)], device=device)
+    here = stage.exchanges.query_heads(cfg.num_heads)
+    slopes = torch.tensor((cfg.alibi_slopes or alibi_slopes(cfg.num_heads))[here.start : here.stop], device=device)
     return lambda back: -slopes[:, None, None] * back[:, None]
 
 

@@ -94,8 +94,8 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
     if cfg.encoder_layers is not None:
         encoder, decoder, head = pair_costs(cfg, seq_len, source_len)
         return 3 * (cfg.encoder_layers * encoder + cfg.num_layers * decoder + head) / seq_len
-    pair = cfg.attention_row.pair_flops(cfg)
     if cfg.spacetime is not None:
+        pair = cfg.attention_row.pair_flops(cfg)
         fields, text = cfg.spacetime, cfg.spacetime.text_len or 0
         met = sum(fields.grid[cfg.attended(i)] for i in range(cfg.num_layers))
         products: float = sum(s.numel for s in specs.values() if s.role != "position")
@@ -107,7 +107,8 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
         return 6 * products + (3 * pair * met + 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * text)
     lookup = {"position", "relative"} if cfg.tie_embeddings else {"position", "relative", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
-    return 6 * weights + 3 * cfg.num_layers * pair * keys_met(cfg, seq_len, documents)
+    kinds = [(len(cfg.layers_of(name)), m) for name, m in cfg.variants.items()]
+    return 6 * weights + sum(3 * n * m.attention_row.pair_flops(m) * keys_met(m, seq_len, documents) for n, m in kinds)
 
 
 def _wait(device: torch.device) -> None:

@@ -59,7 +59,7 @@ class Block(Unit):
 
     def __init__(self, cfg: Model, row: Residual, stack: Stack, dtype: torch.dtype, sparse: bool) -> None:
         super().__init__()
-        self.row, self.dropout, d = row, cfg.dropout, cfg.hidden_size
+        self.cfg, self.row, self.dropout, d = cfg, row, cfg.dropout, cfg.hidden_size
         bias = cfg.bias and "norm" not in row.scheme.unbiased
 
         def norm(name: str, alpha: float) -> Norm:

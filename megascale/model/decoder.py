@@ -7,7 +7,8 @@ Shapes: b micro-batch, s sequence, d hidden, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.ops.attention_flex import with_blocks
 from megascale.model.ops.attention_tiles import AttentionMask
-from megascale.model.position import alibi_slopes, inverse_frequencies, pair_exponents, rotary
+from megascale.model.position import Rotary, alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.shape import Shape
@@ -111,8 +112,8 @@ class Decoder(Family):
         self.blocks = nn.ModuleDict()
         for i in layers if cfg.moeut is None else range(cfg.moeut.group_size):
             if cfg.moeut is None:
-                row = residual(cfg, stack, i)
-                self.blocks[str(i)] = Block(cfg.at_layer(i), row, stack, dtype, has_experts(cfg, i))
+                own = cfg.at_layer(i)
+                self.blocks[str(i)] = Block(own, residual(own, stack, i), stack, dtype, has_experts(cfg, i))
             else:
                 self.blocks[str(i)] = RepeatedBlock(cfg, dtype)
         self.embedding_norm: Norm | None = None
@@ -130,7 +131,7 @@ class Decoder(Family):
         # BranchNorm's factor is a function of the step, so checkpoints do not store it: `at_step` sets it.
         warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
-        self.exchanges = Exchanges((0, cfg.num_heads))
+        self.exchanges = Exchanges()
         self.shared_weight = "embedding.weight" if cfg.tie_embeddings else None
         self.width: int | None = None  # width of the feed-forward in training if its prefixes are trained too
         self.xpos_middle: int | None = None  # XPos's origin, if passes over parts of a text must share it
@@ -155,7 +156,7 @@ class Decoder(Family):
     @property
     def rows_behind(self) -> int:
         """Rows of a stream between stages that hold tables of biases by distance."""
-        return self.tables_behind * rows_for(self.cfg, self.exchanges.num_heads)
+        return self.tables_behind * rows_for(self.cfg, len(self.exchanges.query_heads(self.cfg.num_heads)))
 
     @property
     def tables_behind(self) -> int:
@@ -167,7 +168,7 @@ class Decoder(Family):
 
     def taken(self, stream: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Splits the previous stage's output into the stream [b, s_here, d] and the tables appended to it."""
-        return detach(self.cfg, stream, self.tables_behind, self.exchanges.num_heads)
+        return detach(self.cfg, stream, self.tables_behind, len(self.exchanges.query_heads(self.cfg.num_heads)))
 
     def units(self) -> Iterator[tuple[str, Unit]]:
         for number, block in self.blocks.items():
@@ -232,8 +233,8 @@ class Decoder(Family):
     ) -> Tensor:
         """`forward` at the current width."""
         x, tables = (self.embed(tokens, positions), self.tables()) if stream is None else self.taken(stream)
-        mask = self.attention_mask(documents, tokens.shape[1], tokens.device, tables)
-        contexts = self.contexts(self.part.layers, tokens, mask, positions, samples, self.loss_weights(targets, scale))
+        mask_of = partial(self.attention_mask, documents=documents, seq_len=tokens.shape[1], device=tokens.device, tables=tables)
+        contexts = self.contexts(self.part.layers, tokens, mask_of, positions, samples, self.loss_weights(targets, scale))
         if self.cfg.moeut is None:
             x = self.exchanges.pass_blocks(x, zip(self.blocks.values(), contexts))
         else:
@@ -310,7 +311,7 @@ class Decoder(Family):
 
     def weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
         """The weight [b, S] of each token in auxiliary losses, if there are any."""
-        if targets is None or self.cfg.moe is None:
+        if targets is None or not self.cfg.has_experts:
             return None
         return (targets >= 0).to(torch.promote_types(self.shape.compute, torch.float32)) * scale
 
@@ -320,15 +321,18 @@ class Decoder(Family):
         return None if weights is None else self.exchanges.sequence_here(weights)
 
     def attention_mask(
-        self, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()
+        self, cfg: Model, documents: Tensor | None, seq_len: int, device: torch.device, tables: Sequence[Tensor] = ()
     ) -> AttentionMask | None:
-        """The attention mask; None if the kernel's default is right. `tables` of biases by distance: the stack's own is last."""
-        cfg, slopes = self.cfg, None
+        """The attention mask of layers with the config `cfg`; None if the kernel's default is right. `tables` of biases by distance: the
+        stack's own is last.
+        """
+        slopes = None
         if tables:
             return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
         if cfg.position_row.slopes:
             every = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)
-            slopes = constant(tuple(every[slice(*self.exchanges.heads)]), device, torch.float32)
+            here = self.exchanges.query_heads(cfg.num_heads)
+            slopes = constant(tuple(every[here.start : here.stop]), device, torch.float32)
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
         mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
@@ -338,27 +342,37 @@ class Decoder(Family):
         self,
         layers: range,
         tokens: Tensor,
-        mask: AttentionMask | None,
+        mask_of: Callable[[Model], AttentionMask | None],
         positions: Tensor | None,
         samples: Tensor | None,
         loss_weights: Tensor | None,
         memory: Memory | None = None,
     ) -> Iterator[Context]:
-        """The context of each of `layers`, by global numbers, for tokens [b, S]; they differ in their dropout keys only."""
-        cfg, device, seq_len = self.cfg, tokens.device, tokens.shape[1]
-        angles = None
-        if cfg.position_row.rotates:
-            exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
-            freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
-            where = torch.arange(seq_len, device=device)[None] if positions is None else positions
-            xpos = None
-            if cfg.position_row.decays:
-                xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
-            amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
-            angles = rotary(self.exchanges.sequence_here(where), freq, self.shape.compute, xpos, amplitude)
+        """The context of each of `layers`, by global numbers, for tokens [b, S]. Layers of one kind differ in their dropout keys only.
+        `mask_of`: a layer's config → its mask.
+        """
         keys = None
-        if samples is not None and cfg.dropout > 0.0 and self.training:
-            keys = mix64_signed(samples)[:, None] + torch.arange(seq_len, device=device)
-            keys = self.here(keys)
+        if samples is not None and self.training and any(m.dropout > 0.0 for m in self.cfg.variants.values()):
+            keys = self.here(mix64_signed(samples)[:, None] + torch.arange(tokens.shape[1], device=tokens.device))
+        shared: dict[str, tuple[Rotary | None, AttentionMask | None]] = {}
         for layer in layers:
-            yield Context(angles, mask, None if keys is None else mix64_signed(keys + (layer << 32)), self.warm, loss_weights, memory)
+            kind = self.cfg.kind_at(layer) if self.cfg.kinds else ""
+            if kind not in shared:
+                own = self.cfg.of_kind(kind) if kind else self.cfg
+                shared[kind] = self.angles(own, tokens, positions), mask_of(own)
+            of_layer = None if keys is None else mix64_signed(keys + (layer << 32))
+            yield Context(*shared[kind], of_layer, self.warm, loss_weights, memory)
+
+    def angles(self, cfg: Model, tokens: Tensor, positions: Tensor | None) -> Rotary | None:
+        """The rotary angles of tokens [b, S] in layers with the config `cfg`, at `positions` [b, S] or one after the other."""
+        if not cfg.position_row.rotates:
+            return None
+        device, seq_len = tokens.device, tokens.shape[1]
+        exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)
+        freq = inverse_frequencies(exponents, cfg.rope_theta, cfg.rope_scaling)
+        where = torch.arange(seq_len, device=device)[None] if positions is None else positions
+        xpos = None
+        if cfg.position_row.decays:
+            xpos = exponents, seq_len // 2 if self.xpos_middle is None else self.xpos_middle
+        amplitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.amplitude
+        return rotary(self.exchanges.sequence_here(where), freq, self.shape.compute, xpos, amplitude)

@@ -10,6 +10,7 @@ Shapes: b micro-batch, t source, s target, d hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class EncoderDecoder(Decoder):
         mask = key_padding_mask(valid)
         if tables and layers:
             mask = biased(self.cfg, tables[0], source.shape[1], False, valid=mask.valid)
-        contexts = self.contexts(layers, source, mask, None, samples, loss_weights)
+        contexts = self.contexts(layers, source, lambda _: mask, None, samples, loss_weights)
         x = self.exchanges.pass_blocks(x, zip(self.encoder.values(), contexts))
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
@@ -147,10 +148,11 @@ class EncoderDecoder(Decoder):
         """The stream of the target's tokens [b, s_here, d] through the local decoder blocks."""
         before, mine = self.cfg.encoder_layers or 0, self.part.of_stack(self.cfg.encoder_layers or 0, self.cfg.num_layers)
         layers = range(before + mine.start, before + mine.stop)
-        mask = self.attention_mask(None, tokens.shape[1], tokens.device, tables if layers else ())
-        return self.exchanges.pass_blocks(
-            x, zip(self.blocks.values(), self.contexts(layers, tokens, mask, positions, samples, loss_weights, memory))
+        mask_of = partial(
+            self.attention_mask, documents=None, seq_len=tokens.shape[1], device=tokens.device, tables=tables if layers else ()
         )
+        contexts = self.contexts(layers, tokens, mask_of, positions, samples, loss_weights, memory)
+        return self.exchanges.pass_blocks(x, zip(self.blocks.values(), contexts))
 
     def counted_sources(self, targets: Tensor | None, valid: Tensor, scale: float) -> Tensor | None:
         """The weight [b, t_here] of each source's token in auxiliary losses: a whole source weighs as much as its whole target."""

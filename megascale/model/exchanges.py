@@ -32,18 +32,18 @@ class Exchanges:
     enter_memory     gathers the tokens of all ranks for cross-attention
     sequence_here    this rank's positions of a [b, S] tensor of whole sequences; sources by their own length
     tokens_here      this tensor rank's tokens of a [b, s] tensor of these positions
-    heads            global numbers of the first local query head and of the one after the last
+    query_heads      the number of a layer's query heads → global numbers of those here
     rows             the axis over which the rows of tables are sharded; None: unsharded
     pass_blocks      runs the stream through blocks; nested recomputation does so in groups
     loss_backend     the torch.compile backend for the loss's passes over the logits; None: eager
     """
 
-    heads: tuple[int, int]
     enter_head: Exchange = identity
     leave_embedding: Exchange = identity
     enter_memory: Exchange = identity
     sequence_here: Exchange = identity
     tokens_here: Exchange = identity
+    query_heads: Callable[[int], range] = range
     rows: Axis | None = None
     pass_blocks: Callable[[Tensor, Iterable[Pass]], Tensor] = in_turn
     loss_backend: Backend | None = None
@@ -51,8 +51,3 @@ class Exchanges:
     def first_row(self, rows: int | None) -> int:
         """The global number of this rank's first row of a table of `rows`."""
         return 0 if self.rows is None or rows is None else self.rows.rank * -(-rows // self.rows.size)
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads here."""
-        return self.heads[1] - self.heads[0]

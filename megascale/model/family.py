@@ -15,9 +15,10 @@ from megascale.model.shape import Shape
 
 
 class Unit(nn.Module):
-    """A block: the unit that passes wrap, recompute and compile. `attention` is its self-attention."""
+    """A block: the unit that passes wrap, recompute and compile. `attention` is its self-attention, `cfg` the config of its layer."""
 
     attention: Any
+    cfg: Model
 
     @property
     def parts(self) -> dict[str, bool]:

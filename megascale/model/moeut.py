@@ -109,7 +109,7 @@ class RepeatedBlock(Unit):
     def __init__(self, cfg: Model, dtype: torch.dtype) -> None:
         super().__init__()
         assert cfg.moe is not None
-        d, moe, self.dropout = cfg.hidden_size, cfg.moe, cfg.dropout
+        self.cfg, self.dropout, d, moe = cfg, cfg.dropout, cfg.hidden_size, cfg.moe
         std = math.sqrt(2 / cfg.num_layers)
         assert moe.ffn_size is not None
         # Norms come after the exchange that gives tensor ranks the stream, since values and experts need it unnormalized: one exchange

@@ -81,9 +81,13 @@ def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [b, h, s, e]: pair i is (x_i, x_{i+e/2}), as in Llama's and Hugging Face's weights."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotates the first r channels of x [b, h, s, e] by cos and sin [1 or b, 1, s, r/2]: pair i is (x_i, x_{i+r/2}), as in Llama's and
+    Hugging Face's weights. The other channels stay.
+    """
+    turned = 2 * cos.shape[-1]
+    first, second = (x if turned == x.shape[-1] else x[..., :turned]).chunk(2, dim=-1)
+    parts = first * cos - second * sin, second * cos + first * sin
+    return torch.cat(parts if turned == x.shape[-1] else (*parts, x[..., turned:]), dim=-1)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -68,7 +68,7 @@ class Spacetime(Family):
             self.final_norm = Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias)
         if part.last:
             self.head = Table(ParamSpec((self.fields.values, d), "head", 0, std), dtype)
-        self.exchanges = Exchanges((0, cfg.num_heads))
+        self.exchanges = Exchanges()
         whole = [[range(n)] for n in self.fields.grid]
         # For every layer of the whole model, by global number.
         self.grids: list[Grid] = [whole] * cfg.num_layers

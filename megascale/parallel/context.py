@@ -109,11 +109,16 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
     exchanges = model.exchanges
     exchanges.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
     exchanges.enter_memory = partial(whole, enter=exchanges.enter_memory, held=spreads[source_len].held, axis=cp)
-    first, last = exchanges.heads
-    ends = list(accumulate(cut_evenly(last - first, ulysses.size), initial=first))
-    exchanges.heads = (ends[ulysses.rank], ends[ulysses.rank + 1])
+    exchanges.query_heads = partial(_heads_between, before=exchanges.query_heads, axis=ulysses)
     for name, block in model.units():
         block.attention.attend = meeting(block.attention.attend, spreads[model.length_of(name)], ring, ulysses)
+
+
+def _heads_between(heads: int, before: Callable[[int], range], axis: Axis) -> range:
+    """Global numbers of the query heads that a rank has within attention, of those that it had before."""
+    here = before(heads)
+    ends = list(accumulate(cut_evenly(len(here), axis.size), initial=here.start))
+    return range(ends[axis.rank], ends[axis.rank + 1])
 
 
 def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:

@@ -71,8 +71,8 @@ def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequenc
     """
     if axis.size == 1:
         return {name: Placement(spec) for name, spec in specs.items()}
-    kv_cut = _cut_kv_heads(model, axis)
-    placements = {name: _place(spec, axis, tp_sequence, kv_cut) for name, spec in specs.items()}
+    whole_kv = _take_kv_heads(model, axis)
+    placements = {name: _place(spec, axis, tp_sequence, not name.startswith(whole_kv)) for name, spec in specs.items()}
     for name, p in placements.items():
         resize(model, name, p)
     if tp_sequence:
@@ -84,10 +84,16 @@ def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequenc
         for sublayer in block.sublayers:
             sublayer.enter, sublayer.leave = enter, leave
     _share_statistics(model, placements, axis)
-    exchanges, heads = model.exchanges, model.cfg.num_heads // axis.size
+    exchanges = model.exchanges
     exchanges.enter_head, exchanges.leave_embedding, exchanges.enter_memory = enter, leave, enter
-    exchanges.rows, exchanges.heads = axis, (axis.rank * heads, (axis.rank + 1) * heads)
+    exchanges.rows, exchanges.query_heads = axis, partial(_heads_here, axis=axis)
     return placements
+
+
+def _heads_here(heads: int, axis: Axis) -> range:
+    """Global numbers of this rank's query heads of a layer with `heads`."""
+    here = heads // axis.size
+    return range(axis.rank * here, (axis.rank + 1) * here)
 
 
 def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Placement:
@@ -101,17 +107,21 @@ def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Plac
     return Placement(spec, partial=cut == "heads" or tp_sequence)
 
 
-def _cut_kv_heads(model: Family, axis: Axis) -> bool:
-    """Whether KV heads are split like query heads; if not, gives each attention the rows that its query heads need."""
-    cfg = model.cfg
-    if cfg.num_kv_heads % axis.size == 0:
-        return True
-    per_rank, group = cfg.num_heads // axis.size, cfg.num_heads // cfg.num_kv_heads
-    kv, of_query = kv_heads_of(range(axis.rank * per_rank, (axis.rank + 1) * per_rank), group)
-    for sublayer in (s for _, block in model.units() for s in block.sublayers):
-        if hasattr(sublayer, "take_kv_heads"):
-            sublayer.take_kv_heads(kv, of_query)
-    return False
+def _take_kv_heads(model: Family, axis: Axis) -> tuple[str, ...]:
+    """Name prefixes of the blocks with too few KV heads to split them like query heads; their attentions get the rows that their query
+    heads need.
+    """
+    whole = []
+    for name, block in model.units():
+        cfg = block.cfg
+        if cfg.num_kv_heads % axis.size == 0:
+            continue
+        kv, of_query = kv_heads_of(_heads_here(cfg.num_heads, axis), cfg.num_heads // cfg.num_kv_heads)
+        for sublayer in block.sublayers:
+            if hasattr(sublayer, "take_kv_heads"):
+                sublayer.take_kv_heads(kv, of_query)
+        whole.append(f"{name}.")
+    return tuple(whole)
 
 
 def _share_statistics(model: nn.Module, placements: dict[str, Placement], axis: Axis) -> None:

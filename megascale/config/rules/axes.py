@@ -103,9 +103,10 @@ AXIS_RULES: tuple[Rule, ...] = (
     Rule(
         "ep_without_experts",
         ("parallel.ep", "parallel.etp", "model.moe"),
-        lambda c, n: c.model.moe is None and (c.parallel.ep > 1 or c.parallel.etp is not None),
+        lambda c, n: not c.model.has_experts and (c.parallel.ep > 1 or c.parallel.etp is not None),
         "ep and etp distribute experts, but the model has none",
         "set ep to 1 and leave etp out, or give the model experts with model.moe",
+        whole=True,
     ),
     Rule(
         "ep_experts",

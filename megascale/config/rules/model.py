@@ -335,6 +335,33 @@ MODEL_RULES: tuple[Rule, ...] = (
         "give num_layers of them, or leave ffn_sizes out",
     ),
     Rule(
+        "kinds_family",
+        ("model.kinds", "model.family", "model.moeut", "model.matformer"),
+        lambda c, n: (
+            bool(c.model.kinds)
+            and (c.model.family not in ("decoder", "encoder") or c.model.moeut is not None or c.model.matformer is not None)
+        ),
+        "layers of different kinds are for text models with one stack; MoEUT and MatFormer have one kind of layer",
+        "use family decoder or encoder without moeut and matformer, or remove kinds and pattern",
+        whole=True,
+    ),
+    Rule(
+        "kinds_tables",
+        ("model.kinds", "model.position"),
+        lambda c, n: any(_tables(m) != _tables(c.model) for m in c.model.variants.values()),
+        "a table of positions belongs to the whole model: either all kinds of layers use it or none",
+        "use only rope, alibi, xpos and none in kinds, or the model's own position",
+        whole=True,
+    ),
+    Rule(
+        "kinds_residual",
+        ("model.kinds", "model.residual"),
+        lambda c, n: any(_stream(m) != _stream(c.model) for m in c.model.variants.values()),
+        "kinds of layers share one stream, and these residual schemes start or end it differently",
+        "use schemes with the same start and end in one model, such as pre and parallel",
+        whole=True,
+    ),
+    Rule(
         "vocab_enabled",
         ("model.vocab_enabled", "model.vocab_size", "model.family"),
         lambda c, n: (
@@ -345,6 +372,17 @@ MODEL_RULES: tuple[Rule, ...] = (
         "choose at most vocab_size, or leave vocab_enabled out",
     ),
 )
+
+
+def _tables(model: Model) -> tuple[bool, int]:
+    """Whether the model has a table of learned positions, and for how many heads one of biases by distance."""
+    return model.position_row.table, model.num_heads * model.position_row.distances
+
+
+def _stream(model: Model) -> tuple[object, ...]:
+    """What a residual scheme decides for the whole stream."""
+    row = model.residual_row
+    return row.ends, row.final_norm, row.unit_scaled, row.reads
 
 
 def _is_norm(model: Model, name: str) -> bool:

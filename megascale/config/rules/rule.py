@@ -10,7 +10,9 @@ from megascale.config.schema import Config, Model
 
 @dataclass(frozen=True)
 class Rule:
-    """`keys` disagree when `applies(config, ranks)`; `why` and `fix` complete the sentence. `later`: planned."""
+    """`keys` disagree when `applies(config, ranks)`; `why` and `fix` complete the sentence. `later`: planned. `whole`: it asks about the
+    whole model; other rules must hold for each kind of layer by itself.
+    """
 
     name: str
     keys: tuple[str, ...]
@@ -18,6 +20,7 @@ class Rule:
     why: str
     fix: str
     later: bool = False
+    whole: bool = False
 
 
 def grid(config: Config) -> bool:

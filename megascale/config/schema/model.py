@@ -1,168 +1,28 @@
-"""The sections `model` and below it."""
+"""The section `model`."""
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal
+import difflib
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from megascale.config.activations import ActivationRow, activations
 from megascale.config.attentions import AttentionRow, attentions
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.residuals import ResidualScheme, residuals
-from megascale.config.routers import RouterRow, routers
+from megascale.config.schema.model_parts import Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import Filled, Layers, NonNegative, Positive, Section, Share
+from megascale.config.schema.section import Filled, Layers, Positive, Section, Share
 
+if TYPE_CHECKING:  # made from this section's keys
+    from megascale.config.schema.kinds import Kind
+
+PATTERN = ("kinds", "pattern", "pattern_first", "pattern_last")
 # Norms by the names in `model.norm_eps_of`: outside blocks, and in each block (qk_norm and the inner norms belong to its sublayers).
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
 BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
-
-
-class Moe(Section):
-    num_experts: Positive = 8
-    """Routed experts per layer."""
-    top_k: Positive = 2
-    """Experts that each token is sent to."""
-    num_shared: NonNegative = 0
-    """Shared experts that every token passes through, built as one expert of `num_shared` times the width."""
-    ffn_size: Positive | None = None
-    """Width of one expert. Default: `model.ffn_size`."""
-    every: Positive = 1
-    """Every n-th layer has experts; the others are dense."""
-    router: Annotated[str, RowName(routers)] = "topk_softmax"
-    """How scores become choices and weights: softmax over the chosen or over all experts, sigmoid scores, SIGMA, or X-MoE's cosine scores.
-    """
-    balance: Literal["loss", "entropy", "bias", "none"] = "loss"
-    """How load is balanced: an auxiliary loss, an entropy loss, router biases without a loss, or not at all."""
-    aux_loss: Annotated[float, Field(ge=0)] = 1e-2
-    """Weight of the balance or entropy loss."""
-    z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the router's z-loss, the squared log-sum-exp of its scores."""
-    bias_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Change of a router bias per step under `balance: bias`."""
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    """Largest load of an expert per sequence, as a multiple of an even load; tokens beyond it are dropped. Absent: no token is dropped."""
-    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0
-    """The same in evaluation, if `capacity_factor` is set."""
-    init: Literal["model", "st_moe"] = "model"
-    """Initial weights of the experts: as the rest of the model, or ST-MoE's truncated normal of variance 0.1/fan_in."""
-
-    @property
-    def router_row(self) -> RouterRow:
-        return routers()[self.router]
-
-
-class Moeut(Section):
-    """Layers in groups whose weights repeat in depth, with experts in attention as well as those of `moe` (arXiv 2405.16039)."""
-
-    group_size: Positive = 2
-    """Layers with weights of their own; the group repeats through the depth."""
-    attention_experts: Positive = 8
-    """Experts for the values and for the output of each head."""
-    attention_top_k: Positive = 2
-    """Attention experts that each token uses per head."""
-    attention_aux_loss: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the attention experts' entropy loss."""
-
-
-class RopeScaling(Section):
-    """How rotary wavelengths are stretched by `factor` for a context longer than the model's first one, `original_seq_len`."""
-
-    type: Literal["llama3", "linear", "yarn"] = "llama3"
-    """Which wavelengths are stretched: `llama3`, long ones alone; `linear`, all of them (position interpolation, arXiv 2306.15595); `yarn`,
-    those with few turns in the original context; `attention_factor` then multiplies cosines and sines (arXiv 2309.00071).
-    """
-    factor: Annotated[float, Field(gt=0)]
-    """How much longer the context becomes: the new length divided by the original one."""
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    """`llama3`: wavelengths longer than `original_seq_len / low_freq_factor` are stretched in full."""
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
-    """`llama3`: wavelengths shorter than `original_seq_len / high_freq_factor` are kept."""
-    original_seq_len: Positive = 8192
-    """Context length in tokens that the model was first trained with."""
-    beta_fast: Annotated[float, Field(gt=0)] = 32.0
-    """`yarn`: frequencies with more turns than this over the original context are kept."""
-    beta_slow: Annotated[float, Field(gt=0)] = 1.0
-    """`yarn`: frequencies with fewer turns than this over the original context are stretched in full."""
-    attention_factor: Annotated[float, Field(gt=0)] | None = None
-    """`yarn`: factor on cosines and sines. Default: 0.1·ln(factor) + 1."""
-
-    @property
-    def amplitude(self) -> float:
-        """Factor on cosines and sines."""
-        if self.type != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 1.0 if self.factor <= 1.0 else 0.1 * math.log(self.factor) + 1.0
-
-
-class Spacetime(Section):
-    """Fields of numbers on a grid, [s₁ … s_K, channels] per sample: video, weather, volumes. Each patch of the grid is a token."""
-
-    shape: Annotated[tuple[Positive, ...], Field(max_length=8)]
-    """Lengths of a sample along each dimension; the first dimension is time if there is one."""
-    patch: Annotated[tuple[Positive, ...], Field(max_length=8)]
-    """Lengths of a patch, which becomes one token, along each dimension. They must divide `shape`."""
-    channels: Positive
-    """Numbers per grid point."""
-    objective: Literal["masked", "next_step"] = "masked"
-    """Training objective: fill in hidden patches, or predict the next patch in time from the past."""
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of patches that `objective: masked` hides."""
-    text_len: Positive | None = None
-    """Tokens of a text that accompanies each sample and that every block attends to. Absent: no text."""
-    text_vocab_size: Positive | None = None
-    """Vocabulary size of that text. Default: from the tokenizer next to `PREFIX.text`."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Spacetime:
-        if len(self.shape) < 2 or len(self.patch) != len(self.shape) or any(n % p for n, p in zip(self.shape, self.patch)):
-            raise ValueError(
-                f"shape is {list(self.shape)} and patch is {list(self.patch)}: give both the same two or more dimensions, every length a "
-                "multiple of the patch's"
-            )
-        return self
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Tokens along each dimension."""
-        return tuple(n // p for n, p in zip(self.shape, self.patch))
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.grid)
-
-    @property
-    def values(self) -> int:
-        """Numbers per patch."""
-        return self.channels * math.prod(self.patch)
-
-    @property
-    def frames(self) -> int:
-        """Length of the first dimension that a sample needs: the past, plus one future patch under next_step."""
-        return self.shape[0] + (self.patch[0] if self.objective == "next_step" else 0)
-
-
-class Tokenformer(Section):
-    """Products as attention over `tokens` key-value pairs (arXiv 2410.23168)."""
-
-    tokens: Positive
-    """Key-value pairs of each product."""
-    scale: Annotated[float, Field(gt=0)] | None = None
-    """Factor on the normalized scores. Default: √tokens. A model whose tokens grew keeps its old scale."""
-
-
-class Matformer(Section):
-    """Trains prefixes of the feed-forward that work as models of their own (arXiv 2310.07707). The whole width is always included."""
-
-    sizes: tuple[Positive, ...]
-    """Nested feed-forward widths that are models of their own."""
-    train: Literal["sample", "sum"] = "sample"
-    """`sample`: a step trains one of the widths, drawn by the step's number. `sum`: every step trains all of them, equally weighted."""
 
 
 class Model(Section):
@@ -225,7 +85,7 @@ class Model(Section):
     layer_coefficients: tuple[tuple[float, float], ...] | None = None
     """Skip and branch coefficients of each layer, if they differ from the residual scheme's own."""
     position: Annotated[str, RowName(positions)] = "rope"
-    """Position encoding. `relative`: T5's learned biases by distance, one table per stack."""
+    """Position encoding. `relative`: T5's learned biases by distance, one table per stack. `none`: tokens see no positions (NoPE)."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
@@ -264,6 +124,14 @@ class Model(Section):
     """Mixture of experts. Absent: dense."""
     moeut: Moeut | None = None
     """Universal transformer with mixtures of experts (MoEUT, arXiv 2405.16039). Absent: every layer has weights of its own."""
+    kinds: dict[str, Kind] = Field(default_factory=dict)
+    """Kinds of layers, by name: the keys in which each differs from the model. `pattern` says which layers are of which kind."""
+    pattern: tuple[str, ...] = ()
+    """Kinds of the layers in turn, repeated through the depth between `pattern_first` and `pattern_last`. Empty: all layers are alike."""
+    pattern_first: tuple[str, ...] = ()
+    """Kinds of the first layers, before the pattern begins."""
+    pattern_last: tuple[str, ...] = ()
+    """Kinds of the last layers, after the pattern's last repetition."""
 
     @property
     def rotary_dim(self) -> int:
@@ -314,8 +182,81 @@ class Model(Section):
         return own if layer is None else self.norm_eps_of.get(f"blocks.{layer}.{norm}", own)
 
     def at_layer(self, layer: int) -> Model:
-        """This config with the layer's own feed-forward width."""
-        return self if self.ffn_sizes is None else self.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
+        """The config of one layer: its kind's, with its own feed-forward width."""
+        own = self.of_kind(self.kind_at(layer)) if self.kinds else self
+        return own if self.ffn_sizes is None else own.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
+
+    def kind_at(self, layer: int) -> str:
+        """The name of a layer's kind, in a model that has kinds."""
+        first, last = len(self.pattern_first), self.num_layers - len(self.pattern_last)
+        if layer < first:
+            return self.pattern_first[layer]
+        return self.pattern_last[layer - last] if layer >= last else self.pattern[(layer - first) % len(self.pattern)]
+
+    def of_kind(self, name: str) -> Model:
+        """The config of a model whose layers are all of one kind."""
+        kind = self.kinds[name]
+        given = {key: getattr(kind, key) for key in kind.model_fields_set}
+        if given.get("moe") is not None:
+            changes = {key: getattr(given["moe"], key) for key in given["moe"].model_fields_set}
+            moe = (self.moe or Moe()).model_copy(update=changes)
+            if moe.ffn_size is None:
+                moe = moe.model_copy(update={"ffn_size": given.get("ffn_size", self.ffn_size)})
+            given["moe"] = moe
+        return self.model_copy(update={**given, "kinds": {}, "pattern": (), "pattern_first": (), "pattern_last": ()})
+
+    @property
+    def variants(self) -> dict[str, Model]:
+        """The config of each kind of layer, by name; in a model without kinds itself, under an empty name."""
+        return {name: self.of_kind(name) for name in self.kinds} or {"": self}
+
+    def layers_of(self, kind: str) -> list[int]:
+        """The layers of a kind; all of them in a model without kinds."""
+        return [i for i in range(self.num_layers) if not self.kinds or self.kind_at(i) == kind]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(m.moe is not None for m in self.variants.values())
+
+    @model_validator(mode="after")
+    def _pattern_fits(self) -> Model:
+        named = {"pattern": self.pattern, "pattern_first": self.pattern_first, "pattern_last": self.pattern_last}
+        for key, names in named.items():
+            unknown = next((n for n in names if n not in self.kinds), None)
+            if unknown is not None:
+                near = difflib.get_close_matches(unknown, self.kinds, 1, 0.6)
+                hint = f"; did you mean {near[0]}?" if near else f"; its names are {', '.join(self.kinds) or 'none'}"
+                raise ValueError(f"{key} names {unknown}, which is not in kinds{hint}")
+        unused = [n for n in self.kinds if not any(n in names for names in named.values())]
+        if unused:
+            raise ValueError(f"kinds has {', '.join(unused)}, but no layer is of that kind: name it in pattern, or remove it")
+        if self.kinds:
+            ends = len(self.pattern_first) + len(self.pattern_last)
+            middle, turn = self.num_layers - ends, len(self.pattern)
+            if middle < 0 or (middle % turn if turn else middle):
+                raise ValueError(
+                    f"num_layers is {self.num_layers}, pattern_first and pattern_last name {ends} of them, and pattern has {turn} "
+                    f"name{'' if turn == 1 else 's'}: whole patterns must fill the rest; put the names that are left over into "
+                    "pattern_first or pattern_last"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_are_models(self) -> Model:
+        for name in self.kinds:
+            try:
+                Model.model_validate(self.of_kind(name).model_dump(by_alias=True))
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"kinds.{name} does not make a block: {first['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_kinds(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves the keys of kinds out of models without them."""
+        kept: dict[str, Any] = handler(self)
+        return kept if self.kinds else {k: v for k, v in kept.items() if k not in PATTERN}
 
     @model_validator(mode="after")
     def _distances_fit(self) -> Model:

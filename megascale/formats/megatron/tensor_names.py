@@ -67,6 +67,7 @@ def check_model(model: Model, cut: Cut) -> None:
         "linear": ("dense",), "norm": _exchanged(norms()),
         "moeut": (None,), "position": _exchanged(positions()), "qk_norm": (False, True), "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
+        "kinds": ({},),
     }  # fmt: skip
     for key, allowed in wanted.items():
         value = getattr(model, key)

@@ -1,0 +1,67 @@
+"""Layers of different kinds: a kind is a variation of the block, a pattern says which layer is of which kind.
+
+`Kind` has the keys of `model` that may differ from layer to layer, each optional; whatever a kind does not set is the model's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
+
+from megascale.config.schema.model import Model
+from megascale.config.schema.model_parts import Moe
+from megascale.config.schema.section import Section
+
+# Attention, positions, feed-forward and experts, and how they join the stream. The stream itself, norms and tables belong to the model.
+KEYS = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_size",
+    "ffn",
+    "attention",
+    "bias",
+    "dropout",
+    "residual",
+    "position",
+    "rope_theta",
+    "rope_scaling",
+    "rope_exponents",
+    "alibi_slopes",
+    "attention_scale",
+    "sliding_window",
+    "qk_norm",
+)
+
+
+class _Given(Section):
+    @model_serializer(mode="wrap")
+    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A kind is saved with the keys that it sets: a null among them is a value."""
+        return {k: v for k, v in handler(self).items() if k in self.model_fields_set}
+
+
+def _optional(section: type[Section], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The fields `keys` of a section, with their types and descriptions; none of them is required."""
+    found = {}
+    for key in keys:
+        field = section.model_fields[key]
+        # Subscripted at run time: a checker takes Annotated for a declaration.
+        kind = Annotated.__class_getitem__((field.annotation, *field.metadata)) if field.metadata else field.annotation  # type: ignore[attr-defined]
+        found[key] = (kind, Field(None, description=field.description))
+    return found
+
+
+if TYPE_CHECKING:
+
+    class MoeOfKind(_Given): ...
+
+    class Kind(_Given):
+        moe: Moe | None
+
+else:
+    MoeOfKind = create_model("MoeOfKind", __base__=_Given, __module__=__name__, **_optional(Moe, tuple(Moe.model_fields)))
+    EXPERTS = Field(None, description="Keys of `model.moe` that differ, or null: a dense feed-forward.")
+    Kind = create_model("Kind", __base__=_Given, __module__=__name__, moe=(MoeOfKind | None, EXPERTS), **_optional(Model, KEYS))
+    Model.model_rebuild(_types_namespace={"Kind": Kind})
