@@ -168,3 +168,16 @@ def test_random_patterns(kinds: list[dict[str, Any]], parallel: Parallel, packed
     except UsageError:
         return
     assert_equal(case, 4)
+
+
+AROUND: dict[str, Any] = {"residual": "sandwich", "norm": "rmsnorm_1p", "embedding_factor": 4.9, "tie_embeddings": True}
+FEATURES = tiny(**AROUND, rope_fraction=0.67, attention_bias="qkv", qk_norm=True)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("parallel", [Parallel(tp=2, tp_sequence=True, recompute="full"), Parallel(pp=2, accumulation="depth_first")])
+def test_features_of_blocks(parallel: Parallel) -> None:
+    """Catches norms on both sides of a branch, zero-centred gains, biases of queries, keys and values alone, partly rotated heads and
+    scaled embeddings that a pass forgets.
+    """
+    assert_equal(Case(FEATURES, parallel, packed=True, steps=2), 2)

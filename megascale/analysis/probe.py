@@ -173,7 +173,7 @@ def _entries(block: Block) -> list[tuple[str, nn.Module]]:
     """The sublayers that another sublayer follows, each with the module that first reads the stream after it."""
     if block.row.scheme.one_norm:
         return []
-    before = block.row.scheme.norm == "before"
+    before = block.row.scheme.norm in ("before", "around")
     entries: list[tuple[str, nn.Module | None]] = []
     if block.cross is not None:
         entries.append(("attention", block.cross_norm if before else block.cross))

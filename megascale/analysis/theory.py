@@ -84,10 +84,10 @@ def _join(
 ) -> tuple[Signal, Pull]:
     """The stream after skip·x + branch·Σ F, normalized before, after, or at the branch's end."""
     alpha = cfg.dyt_alpha[0 if attends else 1]
-    h, pull_before = _norm(cfg, x, alpha) if row.scheme.norm == "before" else (x, _unchanged)
+    h, pull_before = _norm(cfg, x, alpha) if row.scheme.norm in ("before", "around") else (x, _unchanged)
     factor = row.branch * (warm if row.branch_period else 1.0) * (1.0 if row.channel_scale is None else row.channel_scale)
     branches = [f(cfg, row, h, seq_len, causal) for f in sublayers]
-    if row.scheme.norm == "within":
+    if row.scheme.norm in ("within", "around"):
         branches = [_normed(cfg, alpha, *branch) for branch in branches]
     parts = [(row.skip, x)] + [(factor, dropout(y, cfg.dropout)) for y, _ in branches]
     var = sum(c * c * s.var for c, s in parts)

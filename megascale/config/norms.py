@@ -44,6 +44,7 @@ class NormRow:
     fused      run.kernels (apex, te) → (module, function) of another package that replaces `kernel`
     bias       it has a bias under model.bias
     centres    it subtracts the mean over the channels
+    offset     the weight is the gain minus this number: weight decay then pulls the gain to it
     divides    its output has unit mean square whatever the size of the input; if not, the size of the embedding is learned
     scale      a learned factor multiplies its input, initially model.dyt_alpha
     growth     None: unknown; models with it cannot grow
@@ -56,6 +57,7 @@ class NormRow:
     fused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     bias: bool = True
     centres: bool = False
+    offset: float = 0.0
     divides: bool = True
     scale: bool = False
     growth: NormGrowth | None = None
@@ -82,6 +84,8 @@ NORMS: dict[str, NormRow] = {
         megatron="RMSNorm",
         theory="norm",
     ),
+    # Zero-centred: a gain of 1 + weight (Gemma, Qwen3-Next).
+    "rmsnorm_1p": NormRow(f"{OURS}:rms_normalized", f"{OURS}:rmsnorm", bias=False, offset=1.0, theory="norm"),
     "layernorm": NormRow(
         f"{OURS}:layer_normalized",
         f"{OURS}:layernorm",

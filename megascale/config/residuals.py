@@ -13,8 +13,8 @@ OURS = "megascale.model.residual"
 
 @dataclass(frozen=True)
 class ResidualScheme:
-    """One scheme: x ← skip·x + branch·F(N(x)) if `norm` is "before", N(skip·x + branch·F(x)) if "after", and skip·x + branch·N(F(x)) if
-    "within". A function may be given as "module:name", imported when a model is built.
+    """One scheme: x ← skip·x + branch·F(N(x)) if `norm` is "before", N(skip·x + branch·F(x)) if "after", skip·x + branch·N(F(x)) if
+    "within", and skip·x + branch·N'(F(N(x))) if "around". A function may be given as "module:name", imported when a model is built.
 
     layer        (model, stack, layer) → `model.residual.Residual`: skip, branch and initialization of a block
     ends         model → `model.residual.Ends`: how the stream begins and ends
@@ -29,7 +29,7 @@ class ResidualScheme:
     megatron     models with it can be converted to and from Megatron
     """
 
-    norm: Literal["before", "after", "within"]
+    norm: Literal["before", "after", "within", "around"]
     layer: str | Callable[..., Any]
     ends: str | Callable[..., Any] = f"{OURS}:constant_ends"
     inner_norms: bool = False
@@ -48,8 +48,9 @@ class ResidualScheme:
         return self.norm != "after"
 
 
-# Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; DeepNorm 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635,
-# SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, μS (μnit Scaling) 2502.05967.
+# Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; sandwich CogView, 2105.13290, and Gemma 2, 2408.00118; DeepNorm
+# 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, μS (μnit
+# Scaling) 2502.05967.
 DEEPSCALE: dict[str, Any] = {
     "layer": f"{OURS}:deepscale_layer",
     "ends": f"{OURS}:deepscale_ends",
@@ -60,6 +61,7 @@ RESIDUALS: dict[str, ResidualScheme] = {
     "pre": ResidualScheme("before", f"{OURS}:scaled_writers", grid=True, megatron=True),
     "post": ResidualScheme("after", f"{OURS}:constant_starts", grid=True),
     "res_post": ResidualScheme("within", f"{OURS}:constant_starts"),
+    "sandwich": ResidualScheme("around", f"{OURS}:constant_starts"),
     "deepnorm": ResidualScheme("after", f"{OURS}:deepnorm_layer"),
     "branchnorm": ResidualScheme("after", f"{OURS}:branchnorm_layer", reads=("branchnorm_period",)),
     "deepscale": ResidualScheme("before", **DEEPSCALE),

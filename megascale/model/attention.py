@@ -44,7 +44,8 @@ class Attention(nn.Module):
         d, e, heads, kv_heads = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
 
         def product(out_dim: int, in_dim: int, role: Role, cut: Cut) -> Product:
-            bias = cfg.bias and role not in row.scheme.unbiased
+            biased = cfg.bias if cfg.attention_bias is None else cfg.attention_bias
+            bias = (role != "attention_out" if biased == "qkv" else bool(biased)) and role not in row.scheme.unbiased
             return product_of(cfg, row, out_dim, in_dim, role, cut, dtype, bias, starts)
 
         def norm(dim: int, cut: Cut, name: str) -> Norm:

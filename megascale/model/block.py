@@ -65,17 +65,23 @@ class Block(Unit):
         def norm(name: str, alpha: float) -> Norm:
             return Norm(d, cfg.norm, row.norm_eps[name], "tokens", dtype, bias, alpha)
 
-        self.attention_norm = norm("attention_norm", cfg.dyt_alpha[0])
+        def post(name: str) -> Norm | None:
+            return norm(name, cfg.dyt_alpha[1]) if row.scheme.norm == "around" else None
+
+        self.attention_norm, self.attention_post_norm = norm("attention_norm", cfg.dyt_alpha[0]), post("attention_post_norm")
         kind = resolve(cfg.attention_row.build, f"the attention {cfg.attention}")
         self.attention = kind(cfg, row, dtype, stack.side == "decoder")
         self.cross_norm: Norm | None = None
+        self.cross_post_norm: Norm | None = None
         self.cross: Attention | None = None
         self.cross_scale: nn.Parameter | None = None
         if "cross" in stack.sublayers:
             self.cross_norm = None if row.scheme.one_norm else norm("cross_norm", cfg.dyt_alpha[0])
+            self.cross_post_norm = post("cross_post_norm")
             self.cross = Attention(cfg, row, dtype, False, row.cross)
             self.cross_scale = self._channel_scale(d, dtype)
         self.ffn_norm = None if row.scheme.one_norm else norm("ffn_norm", cfg.dyt_alpha[1])
+        self.ffn_post_norm = post("ffn_post_norm")
         self.ffn = MixtureOfExperts(cfg, row, dtype) if sparse else FeedForward(cfg, row, dtype)
         self.attention_scale = self._channel_scale(d, dtype)
         self.ffn_scale = self._channel_scale(d, dtype)
@@ -99,15 +105,15 @@ class Block(Unit):
 
     def meet(self, x: Tensor, context: Context) -> Tensor:
         """The attention sublayers."""
-        x = self._join(x, self.attention_norm, partial(self._attend, context=context), context)
+        x = self._join(x, self.attention_norm, self.attention_post_norm, partial(self._attend, context=context), context)
         if self.cross_norm is not None:
-            x = self._join(x, self.cross_norm, partial(self._cross_attend, context=context), context)
+            x = self._join(x, self.cross_norm, self.cross_post_norm, partial(self._cross_attend, context=context), context)
         return x
 
     def feed(self, x: Tensor, context: Context) -> Tensor:
         """The feed-forward sublayer."""
         assert self.ffn_norm is not None
-        return self._join(x, self.ffn_norm, partial(self._feed_forward, context=context), context)
+        return self._join(x, self.ffn_norm, self.ffn_post_norm, partial(self._feed_forward, context=context), context)
 
     @property
     def parts(self) -> dict[str, bool]:
@@ -134,7 +140,9 @@ class Block(Unit):
         keys = None if context.keys is None else mix64_signed(context.keys)
         return self._scaled(self.cross(h, None, context.memory.mask, context.memory.tokens), self.cross_scale, keys)
 
-    def _join(self, x: Tensor, norm: Norm, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:
+    def _join(self, x: Tensor, norm: Norm, post: Norm | None, sublayer: Callable[[Tensor], Tensor], context: Context) -> Tensor:
+        if post is not None:
+            return self._add(x, post(sublayer(norm(x))), context)
         if self.row.scheme.norm == "before":
             return self._add(x, sublayer(norm(x)), context)
         if self.row.scheme.norm == "within":

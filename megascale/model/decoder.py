@@ -305,6 +305,8 @@ class Decoder(Family):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         tokens, positions = exchanges.sequence_here(tokens), exchanges.sequence_here(positions)
         x = exchanges.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, exchanges.first_row(table.rows), exchanges.rows))
+        if self.cfg.embedding_factor is not None:
+            x = x * self.cfg.embedding_factor
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype, copy=True)  # like embedding_norm's output
         return x if places is None else x + F.embedding(exchanges.tokens_here(positions), places.weight.to(x.dtype))

@@ -182,7 +182,7 @@ class Norm(nn.Module):
         functions = norm_functions(kind)
         self.dim, self.row, self.functions, self.eps = dim, functions.row, functions, eps
         self.kernel: NormKernel = functions.own_kernel()  # a pass may replace it
-        self.weight = declare(ParamSpec((dim,), "norm", cut, mean=1.0), dtype)
+        self.weight = declare(ParamSpec((dim,), "norm", cut, mean=1.0 - self.row.offset), dtype)
         self.bias = declare(ParamSpec((dim,), "norm", cut), dtype) if self.row.bias and bias else None
         # One number for all channels: if these are split, each rank has a partial gradient.
         alpha_cut: Cut = "heads" if cut == 0 else cut
@@ -191,7 +191,8 @@ class Norm(nn.Module):
         self.copied = False  # whether backward uses copied values, for weights that are not gathered again
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype, copy=self.copied), None if self.bias is None else self.bias.to(x.dtype)
+        gain = self.weight + self.row.offset if self.row.offset else self.weight
+        weight, bias = gain.to(x.dtype, copy=self.copied), None if self.bias is None else self.bias.to(x.dtype)
         if self.alpha is not None:
             x = self.alpha.to(x.dtype, copy=self.copied) * x
         mean_parts = self.mean_parts

@@ -196,6 +196,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "norm_eps_of": (1, ("model.norm_eps_of={blocks.1.ffn_norm: 1e-4}",)),
     "layer_coefficients": (1, ("model.layer_coefficients=[[1, 1], [1, 1]]",)),
     "rope_exponents": (1, ("model.rope_exponents=[0.0]",)),
+    "rope_fraction": (1, ("model.rope_fraction=0.3",)),
     "alibi_slopes": (1, ("model.alibi_slopes=[0.5, 0.25, 0.1, 0.1]",)),
     "tokenformer": (1, ("model.linear=tokenformer",)),
     "matformer": (1, ("model.matformer={sizes: [25]}",)),

@@ -71,7 +71,15 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "spacetime_text",
-        ("model.spacetime", "model.position", "model.sliding_window", "model.tie_embeddings", "model.head_scale", "train.packing"),
+        (
+            "model.spacetime",
+            "model.position",
+            "model.sliding_window",
+            "model.tie_embeddings",
+            "model.embedding_factor",
+            "model.head_scale",
+            "train.packing",
+        ),
         lambda c, n: (
             grid(c)
             and (
@@ -79,11 +87,12 @@ MODEL_RULES: tuple[Rule, ...] = (
                 or c.model.sliding_window is not None
                 or c.model.tie_embeddings
                 or c.model.head_scale is not None
+                or c.model.embedding_factor is not None
                 or c.train.packing != "concat"
             )
         ),
         "sliding windows, packed documents, ALiBi, XPos, relative biases and vocabulary heads are for text only",
-        "use position rope or learned, without sliding_window, tie_embeddings and head_scale, and packing concat",
+        "use position rope or learned, without sliding_window, tie_embeddings, embedding_factor and head_scale, and packing concat",
     ),
     Rule(
         "spacetime_texts",
@@ -205,10 +214,13 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "moeut_scores",
-        ("model.moeut", "model.position", "model.attention", "model.attention_scale"),
-        lambda c, n: c.model.moeut is not None and (c.model.position_row.distances or changed(c.model, "attention", "attention_scale")),
-        "MoEUT has its own attention, with scores divided by √head_dim",
-        "use another position and leave attention and attention_scale out",
+        ("model.moeut", "model.position", "model.attention", "model.attention_scale", "model.attention_bias"),
+        lambda c, n: (
+            c.model.moeut is not None
+            and (c.model.position_row.distances or changed(c.model, "attention", "attention_scale", "attention_bias"))
+        ),
+        "MoEUT has its own attention, without biases and with scores divided by √head_dim",
+        "use another position and leave attention, attention_scale and attention_bias out",
     ),
     Rule(
         "moeut_axes",
@@ -262,6 +274,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         ),
         "rope_exponents needs one exponent per rotated pair of channels",
         "give head_dim ÷ 2 of them with position rope or xpos, or leave rope_exponents out",
+    ),
+    Rule(
+        "rope_fraction",
+        ("model.rope_fraction", "model.head_dim", "model.position", "model.moeut", "model.family"),
+        lambda c, n: c.model.rope_fraction != 1.0 and not _rotates_part(c),
+        "rope_fraction of a head's channels must be an even number, in a text model whose position rotates; MoEUT rotates half of them",
+        "choose a fraction that gives an even number, or leave rope_fraction out",
     ),
     Rule(
         "alibi_slopes",
@@ -372,6 +391,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         "choose at most vocab_size, or leave vocab_enabled out",
     ),
 )
+
+
+def _rotates_part(config: Config) -> bool:
+    """Whether a model can rotate only a part of each head, in whole pairs of channels."""
+    model = config.model
+    plain = model.position_row.rotates and model.moeut is None and not grid(config)
+    return plain and model.rotary_dim % 2 == 0 and model.rotary_dim >= 2
 
 
 def _tables(model: Model) -> tuple[bool, int]:

@@ -22,7 +22,17 @@ if TYPE_CHECKING:  # made from this section's keys
 PATTERN = ("kinds", "pattern", "pattern_first", "pattern_last")
 # Norms by the names in `model.norm_eps_of`: outside blocks, and in each block (qk_norm and the inner norms belong to its sublayers).
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
-BLOCK_NORMS = ("attention_norm", "cross_norm", "ffn_norm", "qk_norm", "attention_inner_norm", "ffn_inner_norm")
+BLOCK_NORMS = (
+    "attention_norm",
+    "attention_post_norm",
+    "cross_norm",
+    "cross_post_norm",
+    "ffn_norm",
+    "ffn_post_norm",
+    "qk_norm",
+    "attention_inner_norm",
+    "ffn_inner_norm",
+)
 
 
 class Model(Section):
@@ -50,6 +60,8 @@ class Model(Section):
     """Kind of attention: `grouped`, softmax attention whose query heads share `num_kv_heads` heads of keys and values, or a plugin's."""
     bias: bool = False
     """Biases in the products and LayerNorms."""
+    attention_bias: bool | Literal["qkv"] | None = None
+    """Biases in attention's products, if not as `bias` says: in all four, in none, or in queries, keys and values (`qkv`, as in Qwen2)."""
     dropout: Share = 0.0
     """Dropout probability after attention and feed-forward."""
     norm: Annotated[str, RowName(norms)] = "rmsnorm"
@@ -88,6 +100,8 @@ class Model(Section):
     """Position encoding. `relative`: T5's learned biases by distance, one table per stack. `none`: tokens see no positions (NoPE)."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
+    rope_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a head's channels that rotate, the first ones; the others hold no position."""
     rope_scaling: RopeScaling | None = None
     """Scaling of rotary frequencies for a longer context."""
     rope_exponents: tuple[float, ...] | None = None
@@ -108,6 +122,8 @@ class Model(Section):
     """Use the embedding table as the output head."""
     share_embeddings: bool = True
     """`encoder_decoder`: one vocabulary and one embedding table for both sides."""
+    embedding_factor: Annotated[float, Field(gt=0)] | None = None
+    """Factor on the embedded tokens, such as √hidden_size in Gemma. Default: 1."""
     embedding_norm: bool = False
     """A norm on the embedded tokens before the first block, as in BERT."""
     mlm_head: bool = False
@@ -136,7 +152,7 @@ class Model(Section):
     @property
     def rotary_dim(self) -> int:
         """Channels per head that rotary positions rotate: under MoEUT half of them, rounded down to an even number."""
-        return self.head_dim if self.moeut is None else self.head_dim // 4 * 2
+        return int(self.head_dim * self.rope_fraction) if self.moeut is None else self.head_dim // 4 * 2
 
     @property
     def gated(self) -> bool:
