@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 LENGTH = 20  # tokens that logits are compared on
 DECODERS = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
-FAMILIES = (*DECODERS, "bert", "t5")
+NEWER = ("qwen2", "olmo3", "gemma3_text", "phi3", "starcoder2", "bloom")
+FAMILIES = (*DECODERS, "bert", "t5", *NEWER)
 
 
 @st.composite
@@ -21,7 +22,7 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
     experts = family in ("mixtral", "qwen3_moe")
     head = draw(st.sampled_from([4, 8] if experts else [4, 8, 10]))
     multiple = 4 if experts else 1  # transformers' grouped products want rows of a multiple of 16 bytes
-    own_head = family not in ("olmo2", "gpt2", "bert") and draw(st.booleans())
+    own_head = family in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "t5", "gemma3_text") and draw(st.booleans())
     hidden = heads * head if not own_head else 4 * draw(st.integers(2, 7)) * heads
     common = {
         "vocab_size": draw(st.integers(30, 70)),
@@ -43,6 +44,8 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
             "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
             "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
         }
+    if family == "bloom":
+        return {**common, "hidden_size": heads * head, "n_head": heads, "n_layer": layers, "layer_norm_epsilon": 1e-3}
     if family == "t5":
         tied = common.pop("tie_word_embeddings")
         return {
@@ -84,8 +87,22 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
         "max_position_embeddings": 64,
         "rope_parameters": draw(ropes()),
     }
-    if family != "olmo2":
+    if family not in ("olmo2", "olmo3", "qwen2", "phi3", "starcoder2"):
         values["head_dim"] = head
+    if family in ("olmo3", "gemma3_text", "qwen2"):
+        values |= draw(layer_types(family, layers + 1))
+    if family == "olmo3" or family == "gemma3_text":
+        sliding = {"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 700.0]))}
+        values["rope_parameters"] = {"full_attention": values["rope_parameters"], "sliding_attention": sliding}
+    if family == "gemma3_text":
+        values["query_pre_attn_scalar"] = draw(st.sampled_from([4, 7]))
+    if family == "phi3":
+        share = draw(st.sampled_from([1.0, 0.5])) if head == 8 else 1.0
+        values |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": share}}
+        values |= {"sliding_window": draw(st.sampled_from([None, 7]))}
+    if family == "starcoder2":
+        values |= {"norm_epsilon": values.pop("rms_norm_eps"), "sliding_window": draw(st.sampled_from([None, 7]))}
+        values |= {"hidden_act": draw(st.sampled_from(["gelu", "gelu_pytorch_tanh"]))}
     if family in ("mistral", "mixtral"):
         values["sliding_window"] = draw(st.sampled_from([None, 7]))
     if family in ("qwen3", "qwen3_moe") and draw(st.booleans()):
@@ -101,6 +118,17 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
             "norm_topk_prob": chosen > 1 and draw(st.booleans()),
             "decoder_sparse_step": draw(st.integers(1, layers)),
         }
+    return values
+
+
+@st.composite
+def layer_types(draw: st.DrawFn, family: str, layers: int) -> dict[str, Any]:
+    """Which layers attend to a window: listed, by the family's own rule, or none."""
+    values: dict[str, Any] = {"num_hidden_layers": layers, "sliding_window": 6}
+    if family == "qwen2":
+        values |= {"use_sliding_window": draw(st.booleans()), "max_window_layers": draw(st.integers(0, layers))}
+    elif draw(st.booleans()):
+        values["layer_types"] = [draw(st.sampled_from(["full_attention", "sliding_attention"])) for _ in range(layers)]
     return values
 
 
@@ -156,10 +184,15 @@ SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size
 # A plain model of each family, for tests of everything but the family.
 PLAIN: dict[str, dict[str, Any]] = {
     **{
-        f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None} for f in DECODERS[:6]
+        f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None}
+        for f in (*DECODERS[:6], *NEWER[:5])
     },
     "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
 }
+PLAIN["bloom"] = {"vocab_size": 50, "hidden_size": 32, "n_head": 4, "n_layer": 2, "eos_token_id": 3, "bos_token_id": None}
+PLAIN["gemma3_text"] |= {"head_dim": 8, "pad_token_id": None}
+PLAIN["phi3"] |= {"pad_token_id": None}
+PLAIN["olmo3"] |= {"pad_token_id": None}
 PLAIN["bert"] = {**SIZES, "max_position_embeddings": 64}
 PLAIN["t5"] = {
     "vocab_size": 50, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu",

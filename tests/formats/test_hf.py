@@ -186,7 +186,7 @@ def test_dtypes_are_as_asked(tmp_path: Path) -> None:
     [
         ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
         ({"position": "alibi"}, "model.position is 'alibi'"),
-        ({"bias": True, "norm": "layernorm"}, "model.bias is True"),
+        ({"bias": True, "norm": "layernorm"}, "starcoder2 is nearest, but model.ffn is 'swiglu'"),
         ({"family": "encoder", "num_kv_heads": 4}, "bert is nearest, but model.bias is False"),
         ({"family": "encoder_decoder", "num_kv_heads": 4}, "t5 is nearest, but model.attention_scale is None (it has 1.0)"),
         ({"family": "spacetime"}, "model.family is spacetime"),

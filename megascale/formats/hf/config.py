@@ -12,11 +12,14 @@ from megascale.config.routers import routers
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.hf import t5
-from megascale.formats.hf.families import BY_TYPE, FAMILIES, NOT_HERE, Family
+from megascale.formats.hf.families import BY_TYPE, FAMILIES, NOT_HERE
+from megascale.formats.hf.family import Family
 from megascale.formats.hf.keys import ONLY, harmless
-from megascale.formats.hf.rope import ROPE, read_rope, rope_keys
+from megascale.formats.hf.layers import layer_keys, read_layers
+from megascale.formats.hf.rope import ROPE
 
 WINDOW = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
+BY_LAYER = frozenset({"sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"})
 # Keys of the model section that do not affect a trained model's logits: initialization and training. An export drops no token.
 TRAINING = frozenset(
     [
@@ -71,19 +74,20 @@ def model_section(config: Mapping[str, Any], where: str) -> tuple[Model, int | N
     flat: dict[str, Any] = {"family": "decoder", **family.ours}
     for known_key in family.keys:
         value = config.get(known_key.theirs, config.get(known_key.also or known_key.theirs, known_key.default))
-        if known_key.values is None:
+        if known_key.power is not None and isinstance(value, int | float) and value > 0:
+            flat[known_key.ours] = float(value) ** known_key.power
+        elif known_key.values is None:
             flat[known_key.ours] = value
         elif isinstance(value, str | bool) and value in known_key.values:
             flat[known_key.ours] = known_key.values[value]
         else:
             problems.append(f"{known_key.theirs} is {shown(value)}, but only {', '.join(map(repr, known_key.values))} are supported")
-    window, problem = _window(family, config, flat.get("num_layers"))
-    flat["sliding_window"] = window
     length = config.get(family.length, family.default_length)
-    if family.theta is not None:
-        flat["rope_theta"], flat["rope_scaling"], trouble = read_rope(config, family.theta, length)
-        problems += trouble
-    problems += [problem] if problem else []
+    by_layer, trouble = read_layers(family, config, flat.get("num_layers"), length)
+    flat |= by_layer
+    problems += trouble
+    if family.width_factor and isinstance(flat.get("hidden_size"), int):
+        flat["embedding_factor"] = flat["hidden_size"] ** 0.5
     if flat.get("moe.top_k") == 1 and flat.get("moe.num_experts") != 1 and _normalized_alone(flat.get("moe.router")):
         problems.append("with one expert per token its normalized gate is 1, but here it is a probability")
     rows = config.get("type_vocab_size", 2)
@@ -106,6 +110,7 @@ def _unknown(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Lists unknown keys with their values."""
     known = {k.theirs for k in family.keys} | {k.also for k in family.keys if k.also is not None}
     known |= ONLY.keys() | family.fixed.keys() | WINDOW | {family.length} | (ROPE if family.theta is not None else set())
+    known |= {*family.inert, *(BY_LAYER if family.window == "by_layer" else ())}
     return [
         f"{shown(k)[1:-1]} is {shown(v)}, which is not understood"
         for k, v in config.items()
@@ -136,32 +141,6 @@ def _validated(flat: Mapping[str, Any], where: str) -> Model:
         raise UsageError(f"{where} describes an impossible model: {said}") from None
 
 
-def _window(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int | None, str | None]:
-    """The window of all layers, or what is wrong if layers differ."""
-    value = config.get("sliding_window", family.default_window)
-    kinds = config.get("layer_types")
-    if family.window == "never":
-        value = config.get("sliding_window")
-        return (None, None) if value is None else (None, f"sliding_window is {shown(value)}, which {family.model_type} does not have")
-    asked = family.window == "asked"
-    if asked and not config.get("use_sliding_window", False):
-        value = None
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds)):
-        return None, f"layer_types is {shown(kinds)}, but it must be a list with the kind of each layer"
-    first = config.get("max_window_layers", 28)
-    if asked and kinds is None and value is not None and type(first) is int and type(layers) is int:
-        # The first layers attend to everything, the others to the window.
-        kinds = [*(["full_attention"] if first > 0 else []), *(["sliding_attention"] if first < layers else [])]
-    elif kinds is not None and len(kinds) != layers:
-        return None, f"layer_types has {len(kinds)} entries, but there are {shown(layers)} layers"
-    if asked and kinds and set(kinds) == {"full_attention"}:
-        value = None
-    wanted = "full_attention" if value is None else "sliding_attention"
-    if kinds is not None and any(k != wanted for k in kinds):
-        return None, f"layer_types is {shown(sorted(set(kinds)))} with sliding_window {shown(value)}, but all layers attend alike here"
-    return value, None
-
-
 def _normalized_alone(router: str | None) -> bool:
     """Whether the gate of a Hugging Face model with this router is always 1 with one expert per token."""
     return router is not None and routers()[router].single is not None
@@ -185,6 +164,11 @@ def functional(model: Model) -> dict[str, Any]:
 
 def differences(model: Model, other: Model) -> dict[str, tuple[Any, Any]]:
     """{"key": (value in model, value in other)} for keys that make their logits differ."""
+    if (model.kinds or other.kinds) and model.num_layers == other.num_layers:
+        for layer in range(model.num_layers):
+            if changed := differences(model.at_layer(layer), other.at_layer(layer)):
+                return {f"{key} of layer {layer}": values for key, values in changed.items()}
+        return {}
     mine, theirs = functional(model), functional(other)
     return {k: (mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)}
 
@@ -219,6 +203,7 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
 
 def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The model's values under the family's keys; None if it is of another kind."""
+    whole, model = model, model.at_layer(0) if model.kinds else model
     flat = {**flatten(model.model_dump(mode="json")), **({"moe.num_experts": None} if model.moe is None else {})}
     if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None
@@ -230,6 +215,9 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
         value = flat.get(key.ours)
         if key.values is not None:
             value = next((t for t, o in key.values.items() if o == value), key.default)
+        if key.power is not None and value is not None:
+            value = round(value ** (1 / key.power), 6)
+            value = int(value) if value == int(value) else value
         config[key.theirs] = value
     if config.get("head_dim") is None or (family.model_type == "olmo2" and model.head_dim == model.hidden_size // model.num_heads):
         config.pop("head_dim", None)
@@ -240,12 +228,5 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     if family.segments is not None:
         rows = config.get("type_vocab_size")
         config["type_vocab_size"] = rows if type(rows) is int and 0 < rows < LONGEST else 2
-    if family.theta is not None:
-        known = (original or {}).get(family.length)
-        config |= rope_keys(model, max(seq_len, known) if type(known) is int else seq_len, family.length)
-    if family.window != "never":
-        config["sliding_window"] = model.sliding_window
-    if family.window == "asked":
-        kind = "full_attention" if model.sliding_window is None else "sliding_attention"
-        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0, "layer_types": [kind] * model.num_layers}
-    return config
+    known = (original or {}).get(family.length)
+    return config | layer_keys(family, whole, max(seq_len, known) if type(known) is int and family.theta is not None else seq_len)

@@ -1,93 +1,27 @@
-"""Hugging Face's model families as data: our equivalents of their config keys, and the modules that hold our weights.
-
-A key of a config.json is mapped (`keys`), must have one of a few values (`fixed`), or does not affect the forward pass (keys.py). Any other
-key is refused by name: a model that is read half is another model.
-"""
+"""Hugging Face's model families as data, and those that cannot be read, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from megascale.config.activations import ACTIVATIONS
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of theirs and ours (`moe.top_k` is inside model.moe). `default`: transformers' value if absent. `values`: theirs → ours.
-    `also`: another name that some versions of transformers write.
-    """
-
-    theirs: str
-    ours: str
-    default: Any = None
-    values: Mapping[Any, Any] | None = None
-    also: str | None = None
-
-
-@dataclass(frozen=True)
-class ModuleMap:
-    """Their module, below a layer, that holds one of ours; `{expert}` if each expert has its own.
-
-    transposed  weights are [in, out]
-    part        ours is the part-th of equal parts of theirs along the output
-    untied      its second place in models with an untied head; if both are stored, this one counts
-    gated       its place in models with a gated feed-forward
-    """
-
-    theirs: str
-    transposed: bool = False
-    part: int = 0
-    untied: str | None = None
-    gated: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`.
-
-    ours    our keys with fixed values for the family
-    layer   the prefix of a layer's modules; `inner`: our names → modules in it; `outer`: modules outside layers
-    encoder, encoder_inner  the same for the layers of its encoder
-    theta   rope_theta if absent
-    window  whether a `sliding_window` applies to every layer: always, never, or if use_sliding_window is set
-    length    the key of the longest sequence, `default_length` if absent
-    copies    modules that hold another copy of the embedding
-    segments  the table of segment vectors: the first is added to every position; exports write zeros, since ours has none
-    unused    prefixes of tensors that do not affect logits: they are skipped, with a note
-    also      other architectures: with more than the language model, or under an old name
-    """
-
-    model_type: str
-    architecture: str
-    ours: Mapping[str, Any]
-    keys: tuple[Key, ...]
-    fixed: Mapping[str, tuple[Any, ...]]
-    layer: str
-    inner: Mapping[str, ModuleMap]
-    outer: Mapping[str, ModuleMap]
-    prefix: str = "model."
-    theta: float | None = 10000.0
-    window: str = "never"
-    default_window: int | None = None
-    length: str = "max_position_embeddings"
-    default_length: int | None = None
-    copies: tuple[str, ...] = ()
-    encoder: str = ""
-    encoder_inner: Mapping[str, ModuleMap] = field(default_factory=dict)
-    segments: str | None = None
-    unused: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-
-
-def _places(**theirs: str) -> dict[str, ModuleMap]:
-    return {ours.replace("__", "."): ModuleMap(name) for ours, name in theirs.items()}
-
-
-def _attention(*norms: str) -> dict[str, ModuleMap]:
-    found = {f"attention.{n}": ModuleMap(f"self_attn.{n}_proj") for n in "qkvo"}
-    return {**found, **{f"attention.{n}": ModuleMap(f"self_attn.{n}") for n in norms}}
+from megascale.formats.hf.families_new import NEWER
+from megascale.formats.hf.family import (
+    ACT,
+    EPS5,
+    EPS6,
+    GPT,
+    LLAMA,
+    NO_BIAS,
+    OUTER,
+    PLAIN_FFN,
+    PRE,
+    SIZES,
+    SWIGLU,
+    T5_FFN,
+    Family,
+    Key,
+    ModuleMap,
+    attention,
+    places,
+)
 
 
 def _t5_ffn(layer: str) -> dict[str, ModuleMap]:
@@ -106,30 +40,7 @@ def _t5_attention(ours: str, theirs: str) -> dict[str, ModuleMap]:
     return {f"{ours}_norm": ModuleMap(f"{layer}.layer_norm"), **{f"{ours}.{n}": ModuleMap(f"{theirs}.{n}") for n in "qkvo"}}
 
 
-PRE = _places(attention_norm="input_layernorm", ffn_norm="post_attention_layernorm")
-SWIGLU = _places(ffn__gate="mlp.gate_proj", ffn__up="mlp.up_proj", ffn__down="mlp.down_proj")
-OUTER = _places(embedding="model.embed_tokens", final_norm="model.norm", head="lm_head")
-LLAMA = {"ffn": "swiglu", "norm": "rmsnorm", "bias": False, "residual": "pre", "position": "rope", "qk_norm": False}
-GPT = {"norm": "layernorm", "bias": True, "residual": "pre", "position": "learned", "qk_norm": False}
-SIZES = (
-    Key("vocab_size", "vocab_size"),
-    Key("hidden_size", "hidden_size"),
-    Key("num_hidden_layers", "num_layers"),
-    Key("num_attention_heads", "num_heads"),
-    Key("num_key_value_heads", "num_kv_heads"),
-    Key("head_dim", "head_dim"),
-    Key("intermediate_size", "ffn_size"),
-    Key("initializer_range", "init_std", 0.02),
-    Key("tie_word_embeddings", "tie_embeddings", False),
-)
-EPS6, EPS5 = Key("rms_norm_eps", "norm_eps", 1e-6), Key("rms_norm_eps", "norm_eps", 1e-5)
-# Their names of activations → ours.
-PLAIN_FFN = {theirs: ours for ours, row in ACTIVATIONS.items() for theirs in row.hf}
-T5_FFN = {theirs: ours for ours, row in ACTIVATIONS.items() for theirs in (*row.hf, *row.hf_gated)}
-ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
-NO_BIAS: Mapping[str, tuple[Any, ...]] = {**ACT, "attention_bias": (False,)}
-
-FAMILIES: tuple[Family, ...] = (
+FIRST: tuple[Family, ...] = (
     Family(
         "llama",
         "LlamaForCausalLM",
@@ -137,7 +48,7 @@ FAMILIES: tuple[Family, ...] = (
         (*SIZES, EPS6),
         {**NO_BIAS, "mlp_bias": (False,)},
         "model.layers.",
-        {**PRE, **_attention(), **SWIGLU},
+        {**PRE, **attention(), **SWIGLU},
         OUTER,
     ),
     Family(
@@ -147,7 +58,7 @@ FAMILIES: tuple[Family, ...] = (
         (*SIZES, EPS6),
         ACT,
         "model.layers.",
-        {**PRE, **_attention(), **SWIGLU},
+        {**PRE, **attention(), **SWIGLU},
         OUTER,
         window="always",
         default_window=4096,
@@ -159,7 +70,7 @@ FAMILIES: tuple[Family, ...] = (
         (*SIZES, EPS6),
         NO_BIAS,
         "model.layers.",
-        {**PRE, **_attention("q_norm", "k_norm"), **SWIGLU},
+        {**PRE, **attention("q_norm", "k_norm"), **SWIGLU},
         OUTER,
         window="asked",
         default_window=4096,
@@ -172,8 +83,8 @@ FAMILIES: tuple[Family, ...] = (
         NO_BIAS,
         "model.layers.",
         {
-            **_places(attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm"),
-            **_attention("q_norm", "k_norm"),
+            **places(attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm"),
+            **attention("q_norm", "k_norm"),
             **SWIGLU,
         },
         OUTER,
@@ -193,8 +104,8 @@ FAMILIES: tuple[Family, ...] = (
         "model.layers.",
         {
             **PRE,
-            **_attention(),
-            **_places(
+            **attention(),
+            **places(
                 ffn__router="block_sparse_moe.gate",
                 ffn__experts__gate="block_sparse_moe.experts.{expert}.w1",
                 ffn__experts__down="block_sparse_moe.experts.{expert}.w2",
@@ -222,9 +133,9 @@ FAMILIES: tuple[Family, ...] = (
         "model.layers.",
         {
             **PRE,
-            **_attention("q_norm", "k_norm"),
+            **attention("q_norm", "k_norm"),
             **SWIGLU,
-            **_places(
+            **places(
                 ffn__router="mlp.gate",
                 ffn__experts__gate="mlp.experts.{expert}.gate_proj",
                 ffn__experts__down="mlp.experts.{expert}.down_proj",
@@ -253,13 +164,13 @@ FAMILIES: tuple[Family, ...] = (
         {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
         "transformer.h.",
         {
-            **_places(attention_norm="ln_1", ffn_norm="ln_2"),
+            **places(attention_norm="ln_1", ffn_norm="ln_2"),
             **{f"attention.{n}": ModuleMap("attn.c_attn", True, part) for part, n in enumerate("qkv")},
             "attention.o": ModuleMap("attn.c_proj", True),
             "ffn.up": ModuleMap("mlp.c_fc", True),
             "ffn.down": ModuleMap("mlp.c_proj", True),
         },
-        _places(embedding="transformer.wte", position="transformer.wpe", final_norm="transformer.ln_f", head="lm_head"),
+        places(embedding="transformer.wte", position="transformer.wpe", final_norm="transformer.ln_f", head="lm_head"),
         prefix="transformer.",
         theta=None,
         length="n_positions",
@@ -283,13 +194,13 @@ FAMILIES: tuple[Family, ...] = (
         "bert.encoder.layer.",
         {
             **{f"attention.{n[0]}": ModuleMap(f"attention.self.{n}") for n in ("query", "key", "value")},
-            **_places(attention__o="attention.output.dense", attention_norm="attention.output.LayerNorm", ffn_norm="output.LayerNorm"),
-            **_places(ffn__up="intermediate.dense", ffn__down="output.dense"),
+            **places(attention__o="attention.output.dense", attention_norm="attention.output.LayerNorm", ffn_norm="output.LayerNorm"),
+            **places(ffn__up="intermediate.dense", ffn__down="output.dense"),
         },
         {
-            **_places(embedding="bert.embeddings.word_embeddings", position="bert.embeddings.position_embeddings"),
-            **_places(embedding_norm="bert.embeddings.LayerNorm", head="cls.predictions.decoder"),
-            **_places(mlm__dense="cls.predictions.transform.dense", mlm__norm="cls.predictions.transform.LayerNorm"),
+            **places(embedding="bert.embeddings.word_embeddings", position="bert.embeddings.position_embeddings"),
+            **places(embedding_norm="bert.embeddings.LayerNorm", head="cls.predictions.decoder"),
+            **places(mlm__dense="cls.predictions.transform.dense", mlm__norm="cls.predictions.transform.LayerNorm"),
             "mlm": ModuleMap("cls.predictions", untied="cls.predictions.decoder"),
         },
         prefix="bert.",
@@ -324,9 +235,9 @@ FAMILIES: tuple[Family, ...] = (
             **_t5_ffn("layer.2"),
         },
         {
-            **_places(embedding="shared", encoder_norm="encoder.final_layer_norm", final_norm="decoder.final_layer_norm", head="lm_head"),
-            **_places(relative="decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
-            **_places(source_relative="encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+            **places(embedding="shared", encoder_norm="encoder.final_layer_norm", final_norm="decoder.final_layer_norm", head="lm_head"),
+            **places(relative="decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+            **places(source_relative="encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
         },
         prefix="",
         theta=None,
@@ -339,6 +250,7 @@ FAMILIES: tuple[Family, ...] = (
         also=("T5WithLMHeadModel",),
     ),
 )
+FAMILIES: tuple[Family, ...] = (*FIRST, *NEWER)
 BY_TYPE = {f.model_type: f for f in FAMILIES}
 
 # Families that our models cannot be, with the reason.
@@ -347,8 +259,6 @@ NOT_HERE = {
     "mt5": "it is T5 under another name; set model_type to t5 and architectures to T5ForConditionalGeneration, which its weights fit",
     "llama4": "its layers alternate between two attentions",
     "gemma2": "it caps logits and norms on both sides of a branch",
-    "gemma3_text": "its layers alternate between two attentions",
-    "qwen2": "it has biases on queries, keys and values alone",
     "gpt_oss": "its attention has sinks",
     "deepseek_v3": "its attention is latent",
 }

@@ -18,7 +18,8 @@ from megascale.errors import UsageError
 from megascale.files import atomic_folder, write_durably
 from megascale.formats.hf import t5
 from megascale.formats.hf.config import differences, family_of, hf_config, model_section
-from megascale.formats.hf.families import BY_TYPE, Family
+from megascale.formats.hf.families import BY_TYPE
+from megascale.formats.hf.family import Family
 from megascale.formats.hf.folder import CONFIG, INDEX, SINGLE, as_json, open_hf
 from megascale.formats.hf.tensor_names import links_of
 from megascale.formats.json_file import read_object

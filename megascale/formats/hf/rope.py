@@ -16,8 +16,8 @@ OF_KINDS = frozenset(
 )
 
 
-def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
-    """θ, our scaling, and problems.
+def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[Any, dict[str, Any] | None, Any, list[str]]:
+    """θ, our scaling, the share of a head's channels that rotate, and problems.
 
     length  the longest sequence, the default for the original one
     """
@@ -29,21 +29,19 @@ def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[A
         if isinstance(v, Mapping) and any(isinstance(x, Mapping) for x in v.values())
     ]
     if odd:
-        return default, None, odd
+        return default, None, 1.0, odd
     if len(stored) == 2 and not _agree(*stored.values()):
-        return default, None, ["rope_parameters and rope_scaling say different things: leave one of them out"]
+        return default, None, 1.0, ["rope_parameters and rope_scaling say different things: leave one of them out"]
     rest = dict(next(iter(stored.values()), {}))
     theta = _first(rest.pop("rope_theta", None), config.get("rope_theta"), default)
     kind, other = rest.pop("rope_type", None), rest.pop("type", None)
     kind = _first(kind, other, "default")
     share = _first(rest.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), 1.0)
-    problems = [] if share == 1.0 else [f"partial_rotary_factor is {share!r}, but all channels of a head rotate here"]
     if kind == "default":
-        problems += [f"{k} is {v!r}, which is not understood" for k, v in rest.items() if v is not None and k not in OF_KINDS]
-        return theta, None, problems
-    wanted, trouble = _scaling(kind, rest, length)
-    problems += trouble
-    return theta, None if problems else wanted, problems
+        problems = [f"{k} is {v!r}, which is not understood" for k, v in rest.items() if v is not None and k not in OF_KINDS]
+        return theta, None, share, problems
+    wanted, problems = _scaling(kind, rest, length)
+    return theta, None if problems else wanted, share, problems
 
 
 def _first(*values: Any) -> Any:

@@ -6,7 +6,7 @@ import re
 
 from megascale.config.schema import Model
 from megascale.errors import UsageError
-from megascale.formats.hf.families import Family, ModuleMap
+from megascale.formats.hf.family import Family, ModuleMap
 from megascale.formats.shapes import MODEL, our_shapes
 from megascale.formats.tensor_maps import Sizes, TensorMap, whole
 
@@ -19,7 +19,8 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[TensorMap]:
     Raises UsageError for a weight that has no place in the family.
     """
     links = []
-    for name, shape in our_shapes(model, seq_len).items():
+    shapes = our_shapes(model, seq_len)
+    for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
         block = BLOCK.fullmatch(module)
         prefix, inner = (family.encoder, family.encoder_inner) if block and block[1] == "encoder" else (family.layer, family.inner)
@@ -30,8 +31,25 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[TensorMap]:
         stem = f"{prefix}{block[2]}.{held}" if block else held
         if place.untied is not None and not model.tie_embeddings:
             links += _links(MODEL + name, shape, f"{place.untied}.{leaf}", place)  # first, since the first of two is used
-        links += _links(MODEL + name, shape, f"{stem}.{leaf}", place)
+        if place.fused and block:
+            own = f"{block[1]}.{block[2]}."
+            before = place.fused[: place.fused.index(block[3])]
+            links.append(_at_row(MODEL + name, shape, f"{stem}.{leaf}", sum(shapes[f"{own}{n}.{leaf}"][0] for n in before)))
+        elif place.by_head:
+            rows = model.head_dim
+            links += [
+                _at_row(MODEL + name, (rows, *shape[1:]), f"{stem}.{leaf}", (place.by_head * head + place.part) * rows, head * rows)
+                for head in range(model.num_heads)
+            ]
+        else:
+            links += _links(MODEL + name, shape, f"{stem}.{leaf}", place)
     return links
+
+
+def _at_row(ours: str, size: Sizes, theirs: str, row: int, begin: int = 0) -> TensorMap:
+    """Our rows from `begin` on at rows from `row` on of theirs."""
+    rest = (0,) * (len(size) - 1)
+    return TensorMap(ours, (begin, *rest), size, theirs, (row, *rest), tuple(range(len(size))))
 
 
 def _links(ours: str, shape: Sizes, theirs: str, place: ModuleMap) -> list[TensorMap]:

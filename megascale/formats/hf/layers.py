@@ -1,0 +1,135 @@
+"""Layers that differ: windows and rotary positions by layer type in a config.json ↔ `model.kinds` and `model.pattern`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megascale.config.schema import Model
+from megascale.formats.hf.family import Family
+from megascale.formats.hf.rope import read_rope, rope_keys
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+NAMES = {FULL: "full", SLIDING: "sliding"}  # names of kinds in our models
+KEYS = ("sliding_window", "rope_theta", "rope_scaling")  # in which such layers may differ
+
+
+def read_layers(family: Family, config: Mapping[str, Any], layers: Any, length: Any) -> tuple[dict[str, Any], list[str]]:
+    """Our keys for windows and positions of all layers, and problems. `layers`: how many the config says there are."""
+    window, types, problem = _types(family, config, layers)
+    if problem:
+        return {}, [problem]
+    found, problems = {}, []
+    for kind in dict.fromkeys(types):
+        found[kind] = {"sliding_window": window if kind == SLIDING else None}
+        if family.theta is not None:
+            rope, trouble = _rope(family, config, kind, length)
+            found[kind] |= rope
+            problems += trouble
+    if len(found) == 1:
+        return next(iter(found.values())), problems
+    names = [NAMES[t] for t in types]
+    kinds = {NAMES[kind]: {k: v for k, v in keys.items() if k in KEYS} for kind, keys in found.items()}
+    # A key that all layers share may only be said for the model.
+    shared = {k: v for k, v in next(iter(found.values())).items() if k not in KEYS}
+    return {**shared, "kinds": kinds, **pattern_of(names)}, problems
+
+
+def pattern_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """The shortest `pattern` that repeats to these kinds of layers; an incomplete repetition is `pattern_last`."""
+    turn = next(n for n in range(1, len(names) + 1) if all(names[i] == names[i % n] for i in range(len(names))))
+    rest = len(names) % turn
+    return {"pattern": list(names[:turn]), "pattern_last": list(names[len(names) - rest :])}
+
+
+def _types(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int | None, list[str], str | None]:
+    """The window, the type of each layer, and what is wrong, if anything."""
+    if type(layers) is not int or layers < 1:
+        return None, [FULL], None  # the model's own check says so
+    if layers > 10_000:
+        return None, [FULL], None
+    value = config.get("sliding_window", family.default_window)
+    if family.window == "never":
+        value = config.get("sliding_window")
+        problem = None if value is None else f"sliding_window is {value!r}, which {family.model_type} does not have"
+        return None, [FULL] * layers, problem
+    if family.window == "asked" and not config.get("use_sliding_window", False):
+        value = None
+    types = config.get("layer_types")
+    if types is None:
+        types = _default_types(family, config, layers, value)
+    elif not (isinstance(types, list) and all(t in NAMES for t in types if isinstance(t, str)) and all(isinstance(t, str) for t in types)):
+        said = repr(types)
+        return None, [FULL], f"layer_types is {said[:100]}, but it must be a list of {FULL} and {SLIDING}, one for each layer"
+    elif len(types) != layers:
+        return None, [FULL], f"layer_types has {len(types)} entries, but there are {layers} layers"
+    if value is None and SLIDING in types:
+        return None, [FULL], f"layer_types has {SLIDING}, but there is no sliding_window: add its length, or make all layers {FULL}"
+    if value is not None and (type(value) is not int or value < 1):
+        return None, [FULL], f"sliding_window is {value!r}, but it must be a number of tokens"
+    return value, types, None
+
+
+def _default_types(family: Family, config: Mapping[str, Any], layers: int, window: Any) -> list[str]:
+    """The types of layers in a config that does not list them."""
+    if window is None:
+        return [FULL] * layers
+    if family.window == "by_layer":
+        every = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", family.full_every))
+        every = every if type(every) is int and every > 0 else family.full_every
+        return [SLIDING if (i + 1) % every else FULL for i in range(layers)]
+    first = config.get("max_window_layers", 28) if family.window == "asked" else 0
+    first = first if type(first) is int else 0
+    return [FULL if i < first else SLIDING for i in range(layers)]
+
+
+def _rope(family: Family, config: Mapping[str, Any], kind: str, length: Any) -> tuple[dict[str, Any], list[str]]:
+    """Our rotary keys of layers of one type, and problems."""
+    assert family.theta is not None
+    nested = config.get("rope_parameters")
+    by_type = family.window == "by_layer" and isinstance(nested, Mapping) and any(isinstance(v, Mapping) for v in nested.values())
+    # Only layers with full attention are stretched (OLMo 3, Gemma 3), and the others may have a base of their own.
+    default = family.theta if kind == FULL or family.sliding_theta is None else family.sliding_theta
+    if by_type and isinstance(nested, Mapping):
+        own, plain = nested.get(kind), {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling", "rope_theta")}
+        given: Mapping[str, Any] = {**plain, "rope_parameters": own if isinstance(own, Mapping) else {}}
+    elif family.window == "by_layer" and kind == SLIDING:
+        given = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
+        if family.sliding_theta is not None:
+            given = {**given, "rope_theta": config.get("rope_local_base_freq")}
+    else:
+        given = config
+    theta, scaling, fraction, problems = read_rope(given, default, length)
+    if fraction != 1.0 and not family.partial:
+        problems = [*problems, f"partial_rotary_factor is {fraction!r}, but all channels of a head rotate in {family.model_type}"]
+    found = {"rope_theta": theta, "rope_scaling": scaling}
+    return found | ({"rope_fraction": fraction} if family.partial else {}), problems
+
+
+def layer_keys(family: Family, model: Model, longest: int) -> dict[str, Any]:
+    """An export's keys for windows and positions of all layers."""
+    kinds = model.variants
+    types = [FULL if model.at_layer(i).sliding_window is None else SLIDING for i in range(model.num_layers)]
+    by_type = {FULL if m.sliding_window is None else SLIDING: m for m in kinds.values()}
+    full = by_type.get(FULL, next(iter(by_type.values())))
+    windows = [m.sliding_window for m in kinds.values() if m.sliding_window is not None]
+    keys: dict[str, Any] = {}
+    if family.theta is not None:
+        keys |= rope_keys(full, longest, family.length)
+        if family.partial and full.rope_fraction != 1.0:
+            keys["partial_rotary_factor"] = full.rope_fraction
+    if family.window == "never":
+        return keys
+    keys["sliding_window"] = windows[0] if windows else None
+    if family.window == "asked":
+        first = types.index(SLIDING) if SLIDING in types else model.num_layers
+        keys |= {"use_sliding_window": bool(windows), "max_window_layers": first if windows else 0, "layer_types": types}
+    if family.window == "by_layer":
+        local = by_type.get(SLIDING, full)
+        keys |= {"layer_types": types, "sliding_window": keys["sliding_window"] or family.default_window}
+        parameters = {"rope_theta": full.rope_theta, **keys.get("rope_scaling", {"rope_type": "default"})}
+        sliding = {"rope_type": "default", "rope_theta": local.rope_theta}
+        keys["rope_parameters"] = {FULL: parameters, SLIDING: sliding}  # of transformers 5; 4 reads the others
+        if family.sliding_theta is not None:
+            keys["rope_local_base_freq"] = local.rope_theta
+    return keys
