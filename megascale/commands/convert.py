@@ -41,6 +41,14 @@ READ: dict[str, tuple[object, tuple[tuple[str, str], ...]]] = {
 CHOICES = {"spec": ("te", "local"), "ckpt_format": ("torch", "torch_dist"), "experts": ("sequential", "grouped")}
 
 
+def print_families(asked: bool) -> None:
+    if asked:
+        from megascale.formats.hf.families_table import markdown_table
+
+        print(markdown_table())
+        raise typer.Exit
+
+
 @app.command(
     epilog=examples(
         "megascale convert HF_FOLDER ours --from hf --to megascale",
@@ -70,6 +78,9 @@ def main(
     ] = "torch",
     experts: Annotated[str, typer.Option(help="to Megatron's torch format: grouped (--moe-grouped-gemm) or sequential")] = "sequential",
     report: Annotated[Path | None, typer.Option(help="also write the output as JSON")] = None,
+    families: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=print_families, help="print the Hugging Face families, and stop")
+    ] = False,
 ) -> None:
     """Converts SRC to DST. Exit code 2, and nothing written, if anything in SRC is unknown."""
     way = (origin, to)

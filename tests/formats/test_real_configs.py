@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.hf.config import hf_config, model_section
+from megascale.formats.hf.families_table import markdown_table
 from megascale.generation.open import ends_of
 from megascale.model.position import inverse_frequencies, pair_exponents
 from tests.layouts import tiny
@@ -251,3 +252,9 @@ def test_numbers_and_depths_of_files(tmp_path: Path) -> None:
 def test_models_are_models() -> None:
     """Catches a table of this file that says nothing, as a config that is refused for another reason would."""
     assert all(isinstance(model_section(c, "c")[0], Model) for c in (LLAMA, QWEN3, MISTRAL, GPT2, BERT, T5))
+
+
+def test_the_table_of_families_is_in_the_docs() -> None:
+    """Catches a family without a line in the page that `convert --list` prints."""
+    text = Path("docs/formats.md").read_text(encoding="utf-8")
+    assert markdown_table() in text, "docs/formats.md: put the output of `megascale convert --list` between the marks"
