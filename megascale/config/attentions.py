@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megascale.plugins import with_plugins
 
 if TYPE_CHECKING:  # the config section imports this file to check names
-    from megascale.config.schema import Model
+    from megascale.config.schema import Latent, Model
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class AttentionRow:
     growth      None: unknown; models with it keep their sizes
     theory      analysis/theory.py predicts its output
     megatron    models with it can be converted to and from Megatron
+    reads       sections of the model that it needs, and that other kinds refuse
     """
 
     build: str | Callable[..., Any]
@@ -58,6 +59,7 @@ class AttentionRow:
     growth: AttentionGrowth | None = None
     theory: bool = False
     megatron: bool = False
+    reads: tuple[str, ...] = ()
 
 
 def _grouped_weights(m: Model) -> int:
@@ -115,7 +117,43 @@ GROUPED = AttentionRow(
     theory=True,
     megatron=True,
 )
-ATTENTIONS: dict[str, AttentionRow] = {"grouped": GROUPED}
+
+
+def _latent_weights(m: Model) -> int:
+    sizes, d, h = _sizes(m), m.hidden_size, m.num_heads
+    content, values = m.head_dim, sizes.value_dim or m.head_dim
+    query = h * (content + sizes.rope_dim) * (sizes.query_rank or d) + d * (sizes.query_rank or 0)
+    return query + d * (sizes.kv_rank + sizes.rope_dim) + sizes.kv_rank * h * (content + values) + h * values * d
+
+
+def _latent_pairs(m: Model) -> int:
+    return 2 * m.num_heads * (m.head_dim + _sizes(m).rope_dim + (_sizes(m).value_dim or m.head_dim))
+
+
+def _latent_widths(m: Model, tp: int) -> tuple[int, ...]:
+    """Widths of the latents' products, which every tensor rank computes, and of its heads' queries, keys and values."""
+    sizes, h, content = _sizes(m), m.num_heads // tp, m.head_dim
+    whole = sizes.query_rank or sizes.kv_rank, sizes.kv_rank, sizes.kv_rank + sizes.rope_dim
+    return *whole, h * (content + sizes.rope_dim), h * content, h * (sizes.value_dim or content)
+
+
+def _sizes(m: Model) -> Latent:
+    assert m.latent is not None
+    return m.latent
+
+
+LATENT = AttentionRow(
+    "megascale.model.attention_latent:LatentAttention",
+    weights=_latent_weights,
+    pair_flops=_latent_pairs,
+    cached=lambda m, heads: _sizes(m).kv_rank + _sizes(m).rope_dim,
+    widths=_latent_widths,
+    tp=True,
+    cp=("ring", "ulysses"),
+    both_ways=True,
+    reads=("latent",),
+)
+ATTENTIONS: dict[str, AttentionRow] = {"grouped": GROUPED, "latent": LATENT}
 
 
 def attentions() -> Mapping[str, AttentionRow]:

@@ -173,7 +173,7 @@ def refuse_unknown_parts(source: Model) -> None:
     """Refuses what neither growth nor shrinking supports: BERT's ends, T5's attention, and parts whose rows do not say how they grow."""
     if source.kinds:
         raise UsageError("model.kinds is set: a model whose layers differ keeps its sizes; grow or shrink one without a pattern")
-    for key, plain in (("rope_fraction", 1.0), ("residual", None)):
+    for key, plain in (("rope_fraction", 1.0), ("rope_interleaved", False), ("residual", None)):
         if getattr(source, key) != plain and (plain is not None or source.residual_row.norm == "around"):
             raise UsageError(f"model.{key} is {getattr(source, key)}: a model with it keeps its sizes for now; use one without")
     growth_of(source)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megascale.config.schema import Model
+from megascale.model.attention_latent import LatentAttention
 from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.matmul import attention
@@ -70,11 +71,13 @@ class Remembering:
     """Attention of new tokens over all so far, for one module. If its weights repeat in depth, each repeat has its own buffer.
 
     bias  the score biases, if the positions have any
+    one   values are the keys, which are kept once
     """
 
     place: CacheLayer
     window: int | None
     bias: Bias | None
+    one: bool = False
     rows: list[tuple[Rows, Rows]] = field(default_factory=list)
     calls: int = 0
     passes: int = 0
@@ -85,7 +88,9 @@ class Remembering:
         self.passes = self.place.passes
         if self.calls == len(self.rows):
             self.rows.append((Rows(), Rows()))
-        keys, values = (rows.add(x, self.place.expected) for rows, x in zip(self.rows[self.calls], (k, v)))
+        kept_keys, kept_values = self.rows[self.calls]
+        keys = kept_keys.add(k, self.place.expected)
+        values = keys if self.one else kept_values.add(v, self.place.expected)
         if q.shape[1] != k.shape[1] and q.device.type == "cpu":
             repeat = q.shape[1] // k.shape[1]
             keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
@@ -117,8 +122,14 @@ def remembering(stage: Family, place: CacheLayer, bias_of: Callable[[Model], Bia
     before: list[tuple[Any, Any]] = [(m, m.attend) for _, m in units]
     try:
         for cfg, module in units:
-            module.attend = Remembering(place, cfg.sliding_window, bias_of(cfg))  # type: ignore[assignment]
+            latent = isinstance(module, LatentAttention) and module.absorbs
+            module.attend = Remembering(place, cfg.sliding_window, bias_of(cfg), latent)  # type: ignore[assignment]
+            if isinstance(module, LatentAttention):
+                module.absorbed = latent
         yield
     finally:
+        for _, module in units:
+            if isinstance(module, LatentAttention):
+                module.absorbed = False
         for module, attend in before:
             module.attend = attend

@@ -52,7 +52,7 @@ class Attention(nn.Module):
             bias = cfg.bias and "norm" not in row.scheme.unbiased
             return Norm(dim, cfg.norm, row.norm_eps[name], cut, dtype, bias, cfg.dyt_alpha[1])
 
-        self.head_dim = e
+        self.head_dim, self.interleaved = e, cfg.rope_interleaved
         # Every kernel divides by √e. The factor on queries is exact in any dtype if it is a power of two (√64 = 8).
         self.query_factor = 1.0 if cfg.attention_scale is None else cfg.attention_scale * e**0.5
         self.q = product(heads * e, d, "query", 0)
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             q, k = self._normed(q, k)  # before heads and tokens are transposed: rows are contiguous
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
-            q, k = rotate(q, rotary.q_cos, rotary.q_sin), rotate(k, rotary.k_cos, rotary.k_sin)
+            q, k = (rotate(x, c, s, self.interleaved) for x, c, s in ((q, *rotary[:2]), (k, *rotary[2:])))
         if self.query_factor != 1.0:
             q = q * self.query_factor
         if self.uses_of_kv is not None:

@@ -50,7 +50,7 @@ class SwitchHead(nn.Module):
         assert ut is not None
         d, e, h, n = cfg.hidden_size, cfg.head_dim, cfg.num_heads, ut.attention_experts
         self.heads, self.experts, self.top_k, self.head_dim = h, n, ut.attention_top_k, e  # `heads` counts those of all tensor ranks
-        self.rotated = cfg.rotary_dim
+        self.interleaved = cfg.rope_interleaved
         uses, wide = ut.attention_top_k / n, std / math.sqrt(d)
         self.q = Linear(h * e, d, "query", 0, wide, dtype)
         self.k = Linear(h * e, d, "key", 0, wide, dtype)
@@ -70,13 +70,10 @@ class SwitchHead(nn.Module):
         q, k = (part(normed).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k))
         if rotary is not None:
             # Half of a head has positions. The paper scales queries and keys by e^(−1/4) each, `attend` by e^(−1/2) together.
-            q, k = self._rotate(q, rotary.q_cos, rotary.q_sin), self._rotate(k, rotary.k_cos, rotary.k_sin)
+            q, k = (rotate(x, c, s, self.interleaved) for x, c, s in ((q, *rotary[:2]), (k, *rotary[2:])))
         into, out = self._choose(normed, self.value_selector), self._choose(normed, self.out_selector)
         v = self._values(x, into).transpose(1, 2)
         return self.leave(self._outputs(self.attend(q, k, v, mask).transpose(1, 2), out)), into, out
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1)
 
     def _choose(self, normed: Tensor, selector: Tensor) -> Choice:
         exact = torch.promote_types(normed.dtype, torch.float32)

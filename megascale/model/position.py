@@ -80,11 +80,15 @@ def rotary(positions: Tensor, freq: Tensor, dtype: torch.dtype, xpos: tuple[Tens
     return Rotary(*(t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotates the first r channels of x [b, h, s, e] by cos and sin [1 or b, 1, s, r/2]: pair i is (x_i, x_{i+r/2}), as in Llama's and
-    Hugging Face's weights. The other channels stay.
+    Hugging Face's weights; or (x_{2i}, x_{2i+1}) if they are `interleaved`. The other channels stay.
     """
     turned = 2 * cos.shape[-1]
+    if interleaved:
+        even, odd = x[..., :turned].unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+        return pairs if turned == x.shape[-1] else torch.cat((pairs, x[..., turned:]), -1)
     first, second = (x if turned == x.shape[-1] else x[..., :turned]).chunk(2, dim=-1)
     parts = first * cos - second * sin, second * cos + first * sin
     return torch.cat(parts if turned == x.shape[-1] else (*parts, x[..., turned:]), dim=-1)

@@ -170,6 +170,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "encoder_window": (1, ("model.family=encoder", "model.sliding_window=4")),
     "encoder_attention": (1, ("model.attention=mute", "model.family=encoder")),
     "relative_context": (2, ("model.position=relative", "parallel.cp=2")),
+    "latent": (1, ("model.attention=latent", "model.latent={kv_rank: 8, rope_dim: 3}")),
     "mask_fraction": (1, ("data.mask_fraction=0.2",)),
     "mask_token": (1, ("data.mask_token=3",)),
     "spacetime_fields": (1, (f"model.spacetime={GRID}",)),

@@ -42,6 +42,14 @@ MODEL_RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
+        "latent",
+        ("model.attention", "model.latent", "model.num_kv_heads", "model.qk_norm", "model.residual", "model.rope_fraction"),
+        lambda c, n: ("latent" in c.model.attention_row.reads) != (c.model.latent is not None) or not _latent_fits(c),
+        "latent attention has one key and value per query head, norms of its own and an even number of channels that rotate",
+        "set attention latent and model.latent together, leave num_kv_heads, qk_norm and rope_fraction out, and use a residual scheme "
+        "without norms inside attention",
+    ),
+    Rule(
         "mask_fraction",
         ("data.mask_fraction", "model.family", "data.objective"),
         lambda c, n: c.data.mask_fraction is not None and c.model.family != "encoder" and not spans_asked(c),
@@ -398,6 +406,14 @@ def _rotates_part(config: Config) -> bool:
     model = config.model
     plain = model.position_row.rotates and model.moeut is None and not grid(config)
     return plain and model.rotary_dim % 2 == 0 and model.rotary_dim >= 2
+
+
+def _latent_fits(config: Config) -> bool:
+    model = config.model
+    if model.latent is None:
+        return True
+    plain = not (model.qk_norm or model.residual_row.qk_norm or model.residual_row.inner_norms) and model.rope_fraction == 1.0
+    return plain and model.num_kv_heads == model.num_heads and model.latent.rope_dim % 2 == 0 and model.attention_bias != "qkv"
 
 
 def _tables(model: Model) -> tuple[bool, int]:

@@ -12,7 +12,7 @@ from megascale.config.attentions import AttentionRow, attentions
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.residuals import ResidualScheme, residuals
-from megascale.config.schema.model_parts import Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
+from megascale.config.schema.model_parts import Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, Positive, Section, Share
 
@@ -30,6 +30,7 @@ BLOCK_NORMS = (
     "ffn_norm",
     "ffn_post_norm",
     "qk_norm",
+    "latent_norm",
     "attention_inner_norm",
     "ffn_inner_norm",
 )
@@ -57,7 +58,11 @@ class Model(Section):
     ffn: Annotated[str, RowName(activations)] = "swiglu"
     """Feed-forward kind. `geglu_tanh` and `gelu_tanh` use the tanh approximation of GELU (T5 1.1 and GPT-2)."""
     attention: Annotated[str, RowName(attentions)] = "grouped"
-    """Kind of attention: `grouped`, softmax attention whose query heads share `num_kv_heads` heads of keys and values, or a plugin's."""
+    """Kind of attention: `grouped`, softmax attention whose query heads share `num_kv_heads` heads of keys and values; `latent`, whose keys
+    and values are products of a narrow latent; or a plugin's.
+    """
+    latent: Latent | None = None
+    """Sizes of `attention: latent`."""
     bias: bool = False
     """Biases in the products and LayerNorms."""
     attention_bias: bool | Literal["qkv"] | None = None
@@ -102,6 +107,8 @@ class Model(Section):
     """Base of the rotary frequencies."""
     rope_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a head's channels that rotate, the first ones; the others hold no position."""
+    rope_interleaved: bool = False
+    """Rotate neighbouring channels instead of those half a head apart, as the weights of DeepSeek and GPT-J expect."""
     rope_scaling: RopeScaling | None = None
     """Scaling of rotary frequencies for a longer context."""
     rope_exponents: tuple[float, ...] | None = None
@@ -152,6 +159,8 @@ class Model(Section):
     @property
     def rotary_dim(self) -> int:
         """Channels per head that rotary positions rotate: under MoEUT half of them, rounded down to an even number."""
+        if self.latent is not None:
+            return self.latent.rope_dim
         return int(self.head_dim * self.rope_fraction) if self.moeut is None else self.head_dim // 4 * 2
 
     @property

@@ -59,6 +59,19 @@ class Moeut(Section):
     """Weight of the attention experts' entropy loss."""
 
 
+class Latent(Section):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads are products of one narrow vector."""
+
+    kv_rank: Positive
+    """Width of the latent that keys and values are made from, and that generation caches."""
+    query_rank: Positive | None = None
+    """Width of the latent that queries are made from. Absent: from the stream itself."""
+    rope_dim: Positive = 64
+    """Channels of each head that hold the position, beside `head_dim` for the content; all heads' keys share them."""
+    value_dim: Positive | None = None
+    """Channels of each head's values. Default: `head_dim`."""
+
+
 class RopeScaling(Section):
     """How rotary wavelengths are stretched by `factor` for a context longer than the model's first one, `original_seq_len`."""
 
