@@ -17,7 +17,8 @@ Mistake = Callable[[Row], str | None]
 
 NUMBERS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes")
 NESTED = ("sent_bytes", "valid_loss")
-GROUPS = ("experts", "fp8")  # under which modules tell of a step (model/module_metrics.py), so that no other metric may have the name
+# Under which modules tell of a step (model/module_metrics.py), so that no other metric may have the name.
+GROUPS = ("experts", "fp8", "mtp")
 LONGEST = 16 << 20  # largest line in bytes; a row with hundreds of layers has about ten thousand
 LATEST_TIME = 1e11  # largest time in seconds since the epoch, about three thousand years
 

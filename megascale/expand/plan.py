@@ -171,6 +171,8 @@ def in_fp32(value: float) -> float:
 
 def refuse_unknown_parts(source: Model) -> None:
     """Refuses what neither growth nor shrinking supports: BERT's ends, T5's attention, and parts whose rows do not say how they grow."""
+    if source.mtp_depth:
+        raise UsageError("model.mtp_depth is set: a model with multi-token prediction keeps its sizes; set it to 0 in the source's config")
     if source.kinds:
         raise UsageError("model.kinds is set: a model whose layers differ keeps its sizes; grow or shrink one without a pattern")
     for key, plain in (("rope_fraction", 1.0), ("rope_interleaved", False), ("residual", None)):

@@ -108,6 +108,9 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
     lookup = {"position", "relative"} if cfg.tie_embeddings else {"position", "relative", "embedding"}
     weights = sum(s.numel * s.uses for s in specs.values() if s.role not in lookup)
     kinds = [(len(cfg.layers_of(name)), m) for name, m in cfg.variants.items()]
+    if cfg.mtp_depth:  # each module has one more block, and passes the head once more
+        weights += cfg.mtp_depth * sum(s.numel for s in specs.values() if s.role == ("embedding" if cfg.tie_embeddings else "head"))
+        kinds.append((cfg.mtp_depth, cfg.at_layer(cfg.num_layers - 1)))
     return 6 * weights + sum(3 * n * m.attention_row.pair_flops(m) * keys_met(m, seq_len, documents) for n, m in kinds)
 
 

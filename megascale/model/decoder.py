@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.comm.host import constant
-from megascale.comm.mesh import Axis
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
-from megascale.model.activations import activation
+from megascale.model.ahead import Ahead, shifted, targets_ahead
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
 from megascale.model.exchanges import Exchanges
 from megascale.model.family import Family, Unit
 from megascale.model.feedforward import FeedForward
-from megascale.model.layers import Linear, Norm, linear
+from megascale.model.layers import Norm, linear
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.ops.attention_flex import with_blocks
@@ -35,52 +34,8 @@ from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, declare
+from megascale.model.tables import MaskedHead, Table, rows_of
 from megascale.splitmix import mix64_signed
-
-
-class Table(nn.Module):
-    """A bare weight with a name: rows of the vocabulary or of positions."""
-
-    def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = declare(spec, dtype)
-        self.rows = spec.shape[0]  # rows of the whole table
-
-    def forward(self) -> Tensor:
-        """The weight, asked for as a module's result: FSDP gathers it then."""
-        return self.weight
-
-
-def rows_of(weight: Tensor, tokens: Tensor, first: int, axis: Axis | None) -> Tensor:
-    """Rows of weight [V_here, d] for tokens [b, s] → [b, s, d]. With an axis the first row has the global number `first`, and rows on other
-    ranks are zero.
-    """
-    if axis is None:
-        return F.embedding(tokens, weight)
-    row = tokens - first
-    here = (row >= 0) & (row < weight.shape[0])
-    return F.embedding(row.where(here, row.new_zeros(())), weight) * here.unsqueeze(-1).to(weight.dtype)
-
-
-class MaskedHead(nn.Module):
-    """BERT's layers between its last block and the product with the table: N(φ(W·x + b)), with φ the feed-forward's activation (GELU if
-    that is gated); and a bias per token for that product. Every tensor rank has all of it except the bias, and applies it to its own
-    tokens.
-    """
-
-    bias: Tensor | None
-
-    def __init__(self, cfg: Model, std: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        assert cfg.vocab_size is not None
-        d, self.activation = cfg.hidden_size, activation("gelu" if cfg.gated else cfg.ffn)
-        self.dense = Linear(d, d, "head", "tokens", std, dtype, cfg.bias)
-        self.norm = Norm(d, cfg.norm, cfg.eps_of("mlm_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
-        self.bias = declare(ParamSpec((cfg.vocab_size,), "bias", 0), dtype) if cfg.bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [b, s, d] → [b, s, d]"""
-        return self.norm(self.activation(self.dense(x)))  # type: ignore[no-any-return]
 
 
 class Decoder(Family):
@@ -98,7 +53,7 @@ class Decoder(Family):
         encoder_layers = cfg.encoder_layers or 0
         stack = Stack("decoder" if cfg.causal else "encoder", cfg.num_layers, encoder_layers)
         layers = part.of_stack(encoder_layers, cfg.num_layers)
-        if part.first or (part.last and cfg.tie_embeddings):
+        if part.first or (part.last and (cfg.tie_embeddings or cfg.mtp_depth)):
             self.embedding = Table(ParamSpec((cfg.vocab_size, d), "embedding", 0, at_ends.embedding), dtype)
         if part.first and cfg.position_row.table:
             self.position = Table(ParamSpec((shape.seq_len, d), "position", "tokens", at_ends.embedding), dtype)
@@ -127,12 +82,16 @@ class Decoder(Family):
         self.mlm = MaskedHead(cfg, at_ends.head, dtype) if part.last and cfg.mlm_head else None
         if part.last and not cfg.tie_embeddings:
             self.head = Table(ParamSpec((cfg.vocab_size, d), "head", 0, at_ends.head), dtype)
+        self.mtp = nn.ModuleDict()
+        if part.last:
+            sparse = has_experts(cfg, cfg.num_layers - 1)
+            self.mtp.update({str(k): Ahead(cfg, stack, dtype, sparse) for k in range(cfg.mtp_depth)})
         self.hidden_factor = at_ends.hidden_factor
         # BranchNorm's factor is a function of the step, so checkpoints do not store it: `at_step` sets it.
         warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
         self.exchanges = Exchanges()
-        self.shared_weight = "embedding.weight" if cfg.tie_embeddings else None
+        self.shared_weight = "embedding.weight" if cfg.tie_embeddings or cfg.mtp_depth else None
         self.width: int | None = None  # width of the feed-forward in training if its prefixes are trained too
         self.xpos_middle: int | None = None  # XPos's origin, if passes over parts of a text must share it
 
@@ -173,6 +132,9 @@ class Decoder(Family):
     def units(self) -> Iterator[tuple[str, Unit]]:
         for number, block in self.blocks.items():
             yield f"blocks.{number}", block  # type: ignore[misc]  # a ModuleDict's values are modules
+        for number, ahead in self.mtp.items():
+            assert isinstance(ahead, Ahead)
+            yield f"mtp.{number}.block", ahead.block
 
     def here(self, x: Tensor) -> Tensor:
         """This rank's part [b, s] of a [b, S] tensor of whole sequences."""
@@ -239,37 +201,67 @@ class Decoder(Family):
             x = self.exchanges.pass_blocks(x, zip(self.blocks.values(), contexts))
         else:
             x = self.repeat(x, contexts)
-        return self.finish(x, targets, scale) if self.part.last else attach(x, tables)
+        if not self.part.last:
+            return attach(x, tables)
+        ahead = None
+        if self.mtp and targets is not None and torch.is_grad_enabled():
+            layers = range(self.cfg.num_layers, self.cfg.num_layers + len(self.mtp))
+            further = self.contexts(layers, tokens, mask_of, positions, samples, self.loss_weights(targets, scale))
+            ahead = partial(self.look_ahead, tokens=tokens, targets=targets, documents=documents, scale=scale, contexts=further)
+        return self.finish(x, targets, scale, ahead)
 
-    def finish(self, x: Tensor, targets: Tensor | None, scale: float) -> Tensor:
-        """The stream after the last block → the result of `forward`."""
+    def look_ahead(
+        self,
+        x: Tensor,
+        head: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None,
+        scale: float,
+        contexts: Iterator[Context],
+    ) -> Tensor:
+        """The stream before the head x [b, s, d], unchanged, with the losses of multi-token prediction on it. `head`: the head's weight."""
+        stream = x
+        for number, (ahead, context) in enumerate(zip(self.mtp.values(), contexts), 1):
+            assert isinstance(ahead, Ahead)
+            stream = ahead(stream, self.embedded(shifted(tokens, number, 0), self.embedding), context)
+            wanted = self.exchanges.sequence_here(targets_ahead(targets, documents, number)).flatten()
+            loss = self.loss_of(self.enter_head(ahead.norm(stream)), head, wanted, scale)
+            x = ride_on(x, loss, self.cfg.mtp_weight / len(self.mtp), partial(ahead.report, scale=scale, tokens=(wanted >= 0).sum()))
+        return x
+
+    def enter_head(self, x: Tensor) -> Tensor:
+        """The normalized stream [b, s, d] → the head's input, with the tokens of all tensor ranks."""
+        return self.exchanges.enter_head(x if self.hidden_factor == 1.0 else x * self.hidden_factor)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that can be predicted: the first ones of the vocabulary."""
+        rows = self.cfg.vocab_enabled or self.cfg.vocab_size
+        assert rows is not None
+        return rows
+
+    def loss_of(self, x: Tensor, head: Tensor, targets: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+        """The head's input x [b, s, d] and the local tokens' targets [b · s] → their summed loss times `scale`."""
+        first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
+        return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, self.exchanges.loss_backend, bias)
+
+    def finish(self, x: Tensor, targets: Tensor | None, scale: float, ahead: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """The stream after the last block → the result of `forward`. `ahead`: what it passes before the head, given the head's weight."""
         if self.final_norm is not None:
             x = self.final_norm(x)
-        if self.hidden_factor != 1.0:
-            x = x * self.hidden_factor
-        bias = None
+        head, bias = self.head_weight(), None
+        if ahead is not None:
+            x = ahead(x, head)
         if self.mlm is not None:
             x, bias = self.mlm(x), self.mlm.bias
-        x = self.exchanges.enter_head(x)
-        vocabulary = self.cfg.vocab_enabled or self.cfg.vocab_size
-        assert vocabulary is not None
-        first = self.exchanges.first_row(self.cfg.vocab_size)
-        if targets is None:
-            logits = linear(x, self.head_weight(), bias)
-            if self.cfg.vocab_enabled is not None:
-                logits[..., max(0, vocabulary - first) :] = float("-inf")
-            return logits
-        return cross_entropy_sum(
-            x.flatten(0, 1),
-            self.head_weight(),
-            self.exchanges.sequence_here(targets).flatten(),
-            scale,
-            first,
-            vocabulary,
-            self.exchanges.rows,
-            self.exchanges.loss_backend,
-            bias,
-        )
+        x = self.enter_head(x)
+        if targets is not None:
+            return self.loss_of(x, head, self.exchanges.sequence_here(targets).flatten(), scale, bias)
+        logits = linear(x, head, bias)
+        if self.cfg.vocab_enabled is not None:
+            logits[..., max(0, self.predicted - self.exchanges.first_row(self.cfg.vocab_size)) :] = float("-inf")
+        return logits
 
     def repeat(self, x: Tensor, contexts: Iterator[Context]) -> Tensor:
         """Runs the group of blocks repeatedly through all layers. The experts' load is judged over all repeats, at the end."""
@@ -303,13 +295,18 @@ class Decoder(Family):
         exchanges = self.exchanges
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        tokens, positions = exchanges.sequence_here(tokens), exchanges.sequence_here(positions)
-        x = exchanges.leave_embedding(rows_of(table.weight.to(self.shape.compute), tokens, exchanges.first_row(table.rows), exchanges.rows))
+        positions = exchanges.sequence_here(positions)
+        x = self.embedded(tokens, table)
         if self.cfg.embedding_factor is not None:
             x = x * self.cfg.embedding_factor
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype, copy=True)  # like embedding_norm's output
         return x if places is None else x + F.embedding(exchanges.tokens_here(positions), places.weight.to(x.dtype))
+
+    def embedded(self, tokens: Tensor, table: Table) -> Tensor:
+        """Tokens [b, S] in a table [V_here, d] → [b, s, d], as they stand there."""
+        exchanges, weight = self.exchanges, table.weight.to(self.shape.compute)
+        return exchanges.leave_embedding(rows_of(weight, exchanges.sequence_here(tokens), exchanges.first_row(table.rows), exchanges.rows))
 
     def weights(self, targets: Tensor | None, scale: float) -> Tensor | None:
         """The weight [b, S] of each token in auxiliary losses, if there are any."""

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
 from megascale.model.block import Block, Memory, key_padding_mask
-from megascale.model.decoder import Decoder, Table
+from megascale.model.decoder import Decoder
 from megascale.model.family import Unit
 from megascale.model.layers import Norm
 from megascale.model.relative import attach, biased
 from megascale.model.residual import Stack, ends, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
+from megascale.model.tables import Table
 
 
 class EncoderDecoder(Decoder):

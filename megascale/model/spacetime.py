@@ -23,7 +23,6 @@ from megascale.config.schema import Model
 from megascale.config.stages import StagePart
 from megascale.model.attention import Attend, attend, attend_all, identity
 from megascale.model.block import Block, Context, Memory, key_padding_mask
-from megascale.model.decoder import Table, rows_of
 from megascale.model.exchanges import Exchanges
 from megascale.model.family import Family, Unit
 from megascale.model.layers import Norm, linear
@@ -32,6 +31,7 @@ from megascale.model.position import Rotary, inverse_frequencies, pair_exponents
 from megascale.model.residual import Side, Stack, residual
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
+from megascale.model.tables import Table, rows_of
 from megascale.splitmix import mix64_signed
 
 Grid = Sequence[Sequence[range]]  # the local positions along every dimension

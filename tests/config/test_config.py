@@ -203,6 +203,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "matformer": (1, ("model.matformer={sizes: [25]}",)),
     "matformer_sum": (1, ("model.matformer={sizes: [8], train: sum}", "parallel.accumulation=layered")),
     "ffn_sizes": (1, ("model.ffn_sizes=[8, 8]",)),
+    "mtp_family": (1, ("model.mtp_depth=1", "model.family=encoder")),
     "kinds_family": (1, ("model.family=encoder_decoder", "model.kinds={a: {}}", "model.pattern=[a]")),
     "kinds_tables": (1, ("model.kinds={a: {position: learned}}", "model.pattern=[a]")),
     "kinds_residual": (1, ("model.kinds={a: {residual: deepscale}}", "model.pattern=[a]")),

@@ -362,6 +362,13 @@ MODEL_RULES: tuple[Rule, ...] = (
         "give num_layers of them, or leave ffn_sizes out",
     ),
     Rule(
+        "mtp_family",
+        ("model.mtp_depth", "model.family", "model.moeut", "model.matformer", "model.position", "parallel.engine"),
+        lambda c, n: c.model.mtp_depth > 0 and not _looks_ahead(c),
+        "multi-token prediction is for decoders; MoEUT, MatFormer and relative positions have parts that it cannot share",
+        "set mtp_depth to 0, or use family decoder without moeut and matformer, with another position and engine fsdp2 or ddp",
+    ),
+    Rule(
         "kinds_family",
         ("model.kinds", "model.family", "model.moeut", "model.matformer"),
         lambda c, n: (
@@ -414,6 +421,13 @@ def _latent_fits(config: Config) -> bool:
         return True
     plain = not (model.qk_norm or model.residual_row.qk_norm or model.residual_row.inner_norms) and model.rope_fraction == 1.0
     return plain and model.num_kv_heads == model.num_heads and model.latent.rope_dim % 2 == 0 and model.attention_bias != "qkv"
+
+
+def _looks_ahead(config: Config) -> bool:
+    """Whether the model can have multi-token prediction."""
+    model = config.model
+    own = model.moeut is not None or model.matformer is not None or model.position_row.distances or model.mlm_head
+    return model.family == "decoder" and not own and config.parallel.engine != "deepspeed"
 
 
 def _tables(model: Model) -> tuple[bool, int]:

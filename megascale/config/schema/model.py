@@ -147,6 +147,10 @@ class Model(Section):
     """Mixture of experts. Absent: dense."""
     moeut: Moeut | None = None
     """Universal transformer with mixtures of experts (MoEUT, arXiv 2405.16039). Absent: every layer has weights of its own."""
+    mtp_depth: Annotated[int, Field(ge=0, le=3)] = 0
+    """Multi-token prediction: modules that each predict one token further (DeepSeek-V3, arXiv 2412.19437). Generation leaves them out."""
+    mtp_weight: Annotated[float, Field(gt=0)] = 0.3
+    """Weight of the mean of their losses in training. `loss` in the metrics is without them."""
     kinds: dict[str, Kind] = Field(default_factory=dict)
     """Kinds of layers, by name: the keys in which each differs from the model. `pattern` says which layers are of which kind."""
     pattern: tuple[str, ...] = ()
@@ -212,7 +216,8 @@ class Model(Section):
         return own if self.ffn_sizes is None else own.model_copy(update={"ffn_size": self.ffn_sizes[layer]})
 
     def kind_at(self, layer: int) -> str:
-        """The name of a layer's kind, in a model that has kinds."""
+        """The name of a layer's kind, in a model that has kinds. Multi-token prediction has blocks of the last layer's kind."""
+        layer = min(layer, self.num_layers - 1)
         first, last = len(self.pattern_first), self.num_layers - len(self.pattern_last)
         if layer < first:
             return self.pattern_first[layer]

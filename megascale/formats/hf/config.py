@@ -24,6 +24,8 @@ BY_LAYER = frozenset({"sliding_window_pattern", "_sliding_window_pattern", "rope
 TRAINING = frozenset(
     [
         "init_std",
+        "mtp_depth",
+        "mtp_weight",
         "dropout",
         "token_correlation",
         "deepscale_unit",

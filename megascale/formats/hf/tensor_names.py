@@ -21,6 +21,8 @@ def links_of(family: Family, model: Model, seq_len: int) -> list[TensorMap]:
     links = []
     shapes = our_shapes(model, seq_len)
     for name, shape in shapes.items():
+        if name.startswith("mtp."):
+            continue  # logits do not depend on them
         module, _, leaf = name.rpartition(".")
         block = BLOCK.fullmatch(module)
         prefix, inner = (family.encoder, family.encoder_inner) if block and block[1] == "encoder" else (family.layer, family.inner)
