@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from megascale.config.routers import routers
-from megascale.config.schema import kinds  # noqa: F401  # completes Model
-from megascale.config.schema.model import Model
+from megascale.config.schema.kinds import Model
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Layers, NonNegative, Positive, Seconds, Section, Seed, Threads

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
+from pydantic import Field, create_model
 
 from megascale.config.schema.model import Model
-from megascale.config.schema.model_parts import Moe
+from megascale.config.schema.model_parts import Given, Moe
 from megascale.config.schema.section import Section
+
+__all__ = ["Kind", "Model", "MoeOfKind"]  # the model is complete here
 
 # Attention, positions, feed-forward and experts, and how they join the stream. The stream itself, norms and tables belong to the model.
 KEYS = (
@@ -39,13 +41,6 @@ KEYS = (
 )
 
 
-class _Given(Section):
-    @model_serializer(mode="wrap")
-    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A kind is saved with the keys that it sets: a null among them is a value."""
-        return {k: v for k, v in handler(self).items() if k in self.model_fields_set}
-
-
 def _optional(section: type[Section], keys: tuple[str, ...]) -> dict[str, Any]:
     """The fields `keys` of a section, with their types and descriptions; none of them is required."""
     found = {}
@@ -59,13 +54,13 @@ def _optional(section: type[Section], keys: tuple[str, ...]) -> dict[str, Any]:
 
 if TYPE_CHECKING:
 
-    class MoeOfKind(_Given): ...
+    class MoeOfKind(Given): ...
 
-    class Kind(_Given):
+    class Kind(Given):
         moe: Moe | None
 
 else:
-    MoeOfKind = create_model("MoeOfKind", __base__=_Given, __module__=__name__, **_optional(Moe, tuple(Moe.model_fields)))
+    MoeOfKind = create_model("MoeOfKind", __base__=Given, __module__=__name__, **_optional(Moe, tuple(Moe.model_fields)))
     EXPERTS = Field(None, description="Keys of `model.moe` that differ, or null: a dense feed-forward.")
-    Kind = create_model("Kind", __base__=_Given, __module__=__name__, moe=(MoeOfKind | None, EXPERTS), **_optional(Model, KEYS))
+    Kind = create_model("Kind", __base__=Given, __module__=__name__, moe=(MoeOfKind | None, EXPERTS), **_optional(Model, KEYS))
     Model.model_rebuild(_types_namespace={"Kind": Kind})

@@ -16,8 +16,8 @@ from megascale.config.schema.model_parts import Latent, Matformer, Moe, Moeut, R
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, Positive, Section, Share
 
-if TYPE_CHECKING:  # made from this section's keys
-    from megascale.config.schema.kinds import Kind
+if TYPE_CHECKING:  # made from this section's keys, in kinds.py
+    from megascale.config.schema.model_parts import Given as Kind
 
 PATTERN = ("kinds", "pattern", "pattern_first", "pattern_last")
 # Norms by the names in `model.norm_eps_of`: outside blocks, and in each block (qk_norm and the inner norms belong to its sublayers).

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from megascale.config.routers import RouterRow, routers
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import NonNegative, Positive, Section
+
+
+class Given(Section):
+    """Keys of a section that differ for some layers. Only these are saved: a null among them is a value."""
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if k in self.model_fields_set}
 
 
 class Moe(Section):
