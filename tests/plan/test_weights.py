@@ -1,0 +1,96 @@
+"""The planner's weights equal those that the model's modules declare, and memory's bytes of a rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, assume, given, reject, settings
+from hypothesis import strategies as st
+
+from megascale.config.layout import axis_sizes
+from megascale.config.load import build_config
+from megascale.config.schema import Config
+from megascale.config.support import check, refusals
+from megascale.errors import UsageError
+from megascale.model.families import build_part
+from megascale.model.shape import shape_of
+from megascale.model.spec import active_parameters, specs_of
+from megascale.plan.memory import stored_bytes
+from megascale.plan.weights import units_of
+from megascale.train.estimate.memory import largest_rank
+
+SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "vocab_size": 77, "ffn_size": 64}
+MIXTURES: list[Any] = [
+    {"num_experts": 4, "top_k": 2, "ffn_size": 16, "every": 2},
+    {"num_experts": 4, "ffn_size": 24, "num_shared": 1, "router": "xmoe", "balance": "bias"},
+]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> dict[str, Any]:
+    """A model section that most of the rules accept."""
+    moe = draw(st.sampled_from([None, *MIXTURES]))
+    schemes = ["pre", "post", "layerscale", "parallel", "deepnorm"] + ([] if moe else ["subln"])
+    return SIZES | {
+        "family": draw(st.sampled_from(["decoder", "encoder"])),
+        "num_kv_heads": draw(st.sampled_from([1, 2, 4])),
+        "ffn": draw(st.sampled_from(["swiglu", "gelu"])),
+        "bias": moe is None and draw(st.booleans()),
+        "norm": draw(st.sampled_from(["rmsnorm", "layernorm", "dyt"])),
+        "residual": draw(st.sampled_from(schemes)),
+        "position": draw(st.sampled_from(["rope", "learned", "relative"])),
+        "tie_embeddings": draw(st.booleans()),
+        "qk_norm": draw(st.sampled_from([False, True, "width"])),
+        "embedding_norm": draw(st.booleans()),
+        "mlm_head": draw(st.booleans()),
+        "moe": moe,
+    }
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, Any]:
+    engine = draw(st.sampled_from(["fsdp2", "fsdp2", "ddp"]))
+    pp = draw(st.sampled_from([1, 1, 2])) if engine == "fsdp2" else 1
+    return {
+        "engine": engine,
+        "tp": draw(st.sampled_from([1, 2, 4])),
+        "tp_sequence": draw(st.booleans()),
+        "cp": draw(st.sampled_from([1, 2])),
+        "pp": pp,
+        "pp_schedule": draw(st.sampled_from(["1f1b", "zbv", "looped_bfs"])),
+        "dp_replicate": draw(st.sampled_from([1, 2])) if engine == "fsdp2" else 1,
+    }
+
+
+def config_of(model: dict[str, Any], parallel: dict[str, Any], optimizer: str) -> Config:
+    train = {"steps": 1, "seq_len": 32, "global_batch_size": 32}
+    return build_config({"model": model, "parallel": parallel, "optim": {"name": optimizer}, "train": train, "data": {"train": "x"}})
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(models())
+def test_weights_are_those_of_the_model(model: dict[str, Any]) -> None:
+    """Catches a weight that the planner forgets or gives another shape than the modules declare."""
+    config = config_of(model, {}, "adamw")
+    assume(not refusals(config, 1))
+    specs = specs_of(build_part(config.model, shape_of(config)))
+    units = units_of(config)
+    names = {w.name: w.shape for w in (*units.front.weights, *units.tail.weights)}
+    names |= {f"blocks.{i}.{w.name}": w.shape for i, unit in enumerate(units.layers) for w in unit.weights}
+    assert names == {name: spec.shape for name, spec in specs.items()}
+    assert units.parameters == sum(s.numel for s in specs.values()) and units.active == active_parameters(specs)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(models(), layouts(), st.sampled_from([1, 2, 4]), st.sampled_from([None, 1]), st.sampled_from([4, 8, 16]))
+def test_stored_bytes_are_exact(model: dict[str, Any], layout: dict[str, Any], ep: int, etp: int | None, ranks: int) -> None:
+    """Catches a weight that the planner cuts differently, shards over other ranks, or pads as FSDP2 does not: weights, gradients and
+    optimizer state of the fullest rank are those of the dry run, to the byte.
+    """
+    experts = {"ep": ep, "etp": etp} if model["moe"] and layout["engine"] == "fsdp2" else {}
+    config = config_of(model, layout | experts, "muon" if model["bias"] else "adamw")
+    try:
+        config = check(config, ranks)
+    except UsageError:
+        reject()
+    assert stored_bytes(config, ranks) == largest_rank(config, axis_sizes(config.parallel, ranks))
