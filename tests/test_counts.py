@@ -25,6 +25,7 @@ from megascale.parallel.model import Weight
 from megascale.parallel.tensor import Placement
 from megascale.train.estimate.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
+from tests.planned import assert_planned
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -59,7 +60,9 @@ def test_sharding_sends_what_it_should(reshard: bool, shard: int, cp: int) -> No
     n, layers = shard * cp, MODEL.num_layers
     layout = Parallel(dp_shard=shard, cp=cp, reshard_after_forward=reshard)
     case = Case(MODEL, layout, batch=shard * M, steps=2, keep_tensors=False)
-    result = run_ranks(n, train, case)[0]
+    results = run_ranks(n, train, case)
+    result = results[0]
+    assert_planned(case, results)
     gathers = 2 if reshard else 1
     assert result["calls"]["dp_shard", "all_gather"] == M * (gathers * layers + 2)  # two: the root with the embedding; final norm and head
     assert result["calls"]["dp_shard", "reduce_scatter"] == M * (layers + 2)
@@ -73,7 +76,10 @@ def test_backward_gathers_inside_a_node() -> None:
     part.
     """
     n, kept, layers = 4, 2, MODEL.num_layers
-    result = run_ranks(n, train, Case(MODEL, Parallel(dp_shard=n, reshard_after_forward=kept), batch=n * M, steps=2, keep_tensors=False))[0]
+    case = Case(MODEL, Parallel(dp_shard=n, reshard_after_forward=kept), batch=n * M, steps=2, keep_tensors=False)
+    results = run_ranks(n, train, case)
+    result = results[0]
+    assert_planned(case, results)
     block, root = group_bytes(n)
     assert result["calls"]["dp_shard", "all_gather"] == M * (2 * layers + 2)
     once, again = (n - 1) / n, (kept - 1) / kept
@@ -85,7 +91,9 @@ def test_gradients_summed_in_bf16() -> None:
     found = {}
     for name in ("fp32", "bf16"):
         case = Case(MODEL, Parallel(dp_shard=2), precision="fp32", reduce=name, batch=2 * M, keep_tensors=False)
-        found[name] = run_ranks(2, train, case)[0]
+        results = run_ranks(2, train, case)
+        found[name] = results[0]
+        assert_planned(case, results)
     gathers = 2 * MODEL.num_layers + 2
     assert found["fp32"]["calls"] == found["bf16"]["calls"] and found["fp32"]["calls"]["dp_shard", "all_gather"] == M * gathers
     block, root = (size // 2 for size in group_bytes(2))  # of fp32 in place of fp64
@@ -102,7 +110,9 @@ def test_replicas_are_reduced_once_a_step() -> None:
         (Parallel(dp_replicate=2, engine="ddp", dp_shard=1), 2, 1),
     ):
         case = Case(MODEL, parallel, batch=ranks * M, steps=2, keep_tensors=False)
-        result = run_ranks(ranks, train, case)[0]
+        results = run_ranks(ranks, train, case)
+        result = results[0]
+        assert_planned(case, results)
         block, root = group_bytes(shards)
         size = (block * MODEL.num_layers + root) // shards
         assert result["sent"]["dp_replicate"] == 2 * size * (2 - 1) // 2
@@ -115,7 +125,9 @@ def test_tensor_parallel_sends_what_it_should(sequence: bool) -> None:
     """Catches a gather or sum too many: two exchanges a sublayer pair each way, plus embedding, head, loss and partial gradients."""
     n, layers, batch, seq, d = 2, MODEL.num_layers, 1, 12, MODEL.hidden_size
     case = Case(MODEL, Parallel(tp=n, tp_sequence=sequence), batch=1, steps=1, keep_tensors=False)
-    result = run_ranks(n, train, case)[0]
+    results = run_ranks(n, train, case)
+    result = results[0]
+    assert_planned(case, results)
     activation = batch * seq * d * ITEM
     # Forward: 2 sums a block and the embedding's; backward: 2 a block and the head's. With the sequence cut, gather + scatter cost as much,
     # and each of them has its mirror in the backward pass.

@@ -21,6 +21,7 @@ from megascale.parallel.expert import dispatch, shard_dim
 from megascale.schedule.accumulate import Accumulation
 from tests import runs
 from tests.layouts import Case, build, fake_batch, tiny, train, worst
+from tests.planned import assert_planned
 from tests.ranks import run_ranks
 from tests.test_counts import live_bytes
 from tests.test_layouts import assert_equal, single
@@ -225,7 +226,9 @@ def test_bytes_of_the_exchange() -> None:
     tokens = 2 * case.seq_len
     each_way = tokens * 4 * case.model.hidden_size * 8 * 3 // 4
     micro_batches, layers, ways = 2, 3, 4  # there and back, forward and backward
-    for result in run_ranks(4, train, case):
+    results = run_ranks(4, train, case)
+    assert_planned(case, results)
+    for result in results:
         assert result["sent"]["ep"] == micro_batches * layers * ways * each_way
         assert result["calls"]["ep", "all_to_all"] == micro_batches * layers * ways
 

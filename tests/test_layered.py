@@ -19,6 +19,7 @@ from megascale.schedule.orders import Action, layered_forward_order, layered_ord
 from megascale.train.build import build_schedule
 from megascale.train.engines.in_backward import InBackward
 from tests.layouts import CPU, Case, build, fake_batch, tiny, train
+from tests.planned import assert_planned
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, rows, run, settings
 from tests.test_counts import ITEM, padded
@@ -83,7 +84,9 @@ def sharded_bytes(m: int, tied: bool, breadth: int | None = None) -> tuple[dict[
     vocabulary = padded((cfg.vocab_size or 0, cfg.hidden_size), 2) * ITEM
     d, kv = cfg.hidden_size, (cfg.num_kv_heads or 0) * (cfg.head_dim or 0)
     block = (2 * d * d + 2 * kv * d + 3 * d * (cfg.ffn_size or 0) + 2 * d) * ITEM
-    return run_ranks(2, train, case)[0], {"embedding": vocabulary, "block": block, "head": vocabulary + padded((d,), 2) * ITEM}
+    results = run_ranks(2, train, case)
+    assert_planned(case, results)
+    return results[0], {"embedding": vocabulary, "block": block, "head": vocabulary + padded((d,), 2) * ITEM}
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 16])

@@ -22,6 +22,7 @@ from megascale.schedule.pipeline import Stage
 from megascale.schedule.timeline import draw, simulate, text_lanes
 from tests import runs
 from tests.layouts import Case, tiny, train, worst
+from tests.planned import assert_planned
 from tests.ranks import run_ranks
 from tests.test_layouts import MODELS, assert_equal, assert_same, single
 
@@ -138,6 +139,7 @@ def test_bytes_between_stages(schedule: str) -> None:
     m, ranks = 4, 2
     case = Case(deep("llama", 4), pipelined(schedule, dp_shard=2), steps=2, batch=2 * m, keep_tensors=False)
     results = run_ranks(4, train, case)
+    assert_planned(case, results)
     stages = ranks * SCHEDULES[schedule]
     # The two arms of a V meet on the last rank.
     hops = stages - 2 if schedule in ("zbv", "dualpipev") else stages - 1

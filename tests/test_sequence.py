@@ -21,6 +21,7 @@ from megascale.parallel.context import Spread, places, take, total
 from megascale.parallel.recompute import KEPT
 from megascale.parallel.ring import Ring, ring_attention
 from tests.layouts import CPU, Case, build, fake_batch, tiny, train, worst
+from tests.planned import assert_planned
 from tests.ranks import run_ranks
 from tests.test_layouts import MODELS, assert_equal, single
 
@@ -241,7 +242,9 @@ def test_tiles_skip_what_nobody_sees() -> None:
 def sent(parallel: Parallel, ranks: int, length: int, heads: int, kv_heads: int) -> list[dict[str, Any]]:
     model = tiny(num_layers=3, num_heads=heads, num_kv_heads=kv_heads, hidden_size=24 * heads // 4)
     case = Case(model, parallel, seq_len=length, batch=2, micro_batch=2, steps=1, keep_tensors=False)
-    return run_ranks(ranks, train, case)
+    results = run_ranks(ranks, train, case)
+    assert_planned(case, results)
+    return results
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

@@ -122,6 +122,24 @@ def pair_costs(model: Model, seq_len: int, source_len: int) -> tuple[float, floa
     return encoder, seq_len * (2.0 * products + 0.5 * pair * seq_len) + cross, seq_len * 2.0 * d * model.vocab_size
 
 
+def keys_met(cfg: Model, seq_len: int, documents: Sequence[int] = ()) -> float:
+    """Mean number of keys per query of a text.
+
+    The whole sequence, although causal masks skip half, as is customary; but with a sliding window, or inside `documents` (their lengths in
+    some samples; empty if attention may cross them), exactly what is computed.
+    """
+    window = min(cfg.sliding_window or seq_len, seq_len)
+    if window == seq_len and not documents:
+        return float(seq_len)
+    met = sum(_pairs(length, min(window, length)) if cfg.causal else length**2 for length in documents or (seq_len,))
+    return met / sum(documents or (seq_len,))
+
+
+def _pairs(length: int, window: int) -> int:
+    """Query-key pairs if each of `length` tokens attends to the last `window`, including itself."""
+    return window * (2 * length - window + 1) // 2
+
+
 def _widths(model: Model) -> tuple[int, int, int]:
     """Widths of the stream, of all query heads and of all KV heads."""
     return model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megascale.config.schema import Model
-from megascale.config.stages import pair_costs
+from megascale.config.stages import keys_met, pair_costs
 from megascale.model.layers import linear
 from megascale.model.spec import ParamSpec
 
@@ -63,24 +63,6 @@ def _fastest(a: Tensor, b: Tensor, repeats: int, left: Callable[[], float]) -> f
         if i > 0 and left() < best:
             break
     return best
-
-
-def keys_met(cfg: Model, seq_len: int, documents: Sequence[int] = ()) -> float:
-    """Mean number of keys per query of a text.
-
-    The whole sequence, although causal masks skip half, as is customary; but with a sliding window, or inside `documents` (their lengths in
-    some samples; empty if attention may cross them), exactly what is computed.
-    """
-    window = min(cfg.sliding_window or seq_len, seq_len)
-    if window == seq_len and not documents:
-        return float(seq_len)
-    met = sum(_pairs(length, min(window, length)) if cfg.causal else length**2 for length in documents or (seq_len,))
-    return met / sum(documents or (seq_len,))
-
-
-def _pairs(length: int, window: int) -> int:
-    """Query-key pairs if each of `length` tokens attends to the last `window`, including itself."""
-    return window * (2 * length - window + 1) // 2
 
 
 def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, source_len: int = 0, documents: Sequence[int] = ()) -> float:

@@ -86,12 +86,12 @@ class Setting:
         return [pair for part in parts for pair in self.units.between(part.layers)]
 
     def ends_of(self, parts: Sequence[StagePart]) -> list[Unit]:
-        """The units of some stages that are no layers. A tied table stands at both ends of a pipeline."""
+        """The units of some stages that are no layers. A tied table stands at both ends if these are different stages."""
         found = []
         for part in parts:
             if part.first:
                 found.append(self.units.front)
-            elif part.last and self.units.tied:
+            if part.last and self.units.tied and (not part.first or self.config.parallel.accumulation == "layered"):
                 found.append(self.units.copy)
             found += [self.units.tail] if part.last and self.units.tail.weights else []
         return found

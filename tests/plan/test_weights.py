@@ -59,6 +59,7 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
         "pp": pp,
         "pp_schedule": draw(st.sampled_from(["1f1b", "zbv", "looped_bfs"])),
         "dp_replicate": draw(st.sampled_from([1, 2])) if engine == "fsdp2" else 1,
+        "accumulation": draw(st.sampled_from(["depth_first", "layered"])) if engine == "fsdp2" and pp == 1 else "depth_first",
     }
 
 

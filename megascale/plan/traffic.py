@@ -1,0 +1,188 @@
+"""Bytes that a rank sends in a step, by axis: the formulas of docs/layouts.md. `tests/test_counts.py` holds them equal to the program's
+counters. Imports no torch.
+
+The primitives are bytes of one layer and one pass; `sent_bytes` sums them over a step, and `step.py` turns them into time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megascale.plan.memory import held
+from megascale.plan.pipeline import sends
+from megascale.plan.setting import Setting
+from megascale.plan.weights import Unit, Weight
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes of one axis for one layer and micro-batch: forward, backward, and what recomputation sends again."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    again: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.again
+
+
+def others(ranks: int) -> float:
+    """(N−1)/N, a rank's share of what a gather, a reduction or an all-to-all moves."""
+    return (ranks - 1) / ranks
+
+
+def tensor_passes(s: Setting, unit: Unit) -> Passes:
+    """A layer's exchanges over tp: before and after each sublayer."""
+    p, n = s.config.parallel, s.config.parallel.tp
+    if n == 1:
+        return Passes()
+    half = others(n) * s.tokens * s.config.model.hidden_size * s.item  # a gather or a reduce-scatter of the stream; an all-reduce is two
+    sublayers = 2.0
+    if unit.sparse and p.expert_tp == 1:  # experts take the tokens of their own rank; shared ones, all
+        sublayers = 2.0 if s.config.model.moe is not None and s.config.model.moe.num_shared else 1.0
+    halves = 2 * sublayers
+    again = 0.0
+    if p.recompute != "none":
+        # Recomputation ends before the last sum; a compiled block keeps the results of its sums.
+        again = halves - (1 if p.tp_sequence else 2)
+        if p.recompute == "selective" and p.compile and not unit.sparse:
+            again = sublayers if p.tp_sequence else 0.0
+    return Passes(halves * half, halves * half, again * half)
+
+
+def context_passes(s: Setting, unit: Unit) -> Passes:
+    """A layer's exchanges over cp: key-value blocks around a ring, heads by all-to-all."""
+    p, m = s.config.parallel, s.config.model
+    if p.cp == 1:
+        return Passes()
+    heads, ring = p.heads_over, p.cp // p.heads_over
+    q, kv_heads = m.num_heads * m.head_dim / p.tp, m.num_kv_heads / p.tp if s.cuts.kv_cut else math.ceil(m.num_kv_heads / p.tp)
+    k = (kv_heads if kv_heads % heads == 0 else max(kv_heads, heads)) * m.head_dim
+    around = (ring - 1) * s.tokens * 2 * k * s.item
+    across = others(heads) * s.tokens * (2 * q + 2 * k) * s.item
+    kept = p.recompute == "none"
+    again = (0.0 if kept or p.recompute == "selective" else around) + (
+        0.0 if kept or (p.recompute == "selective" and p.compile) else across
+    )
+    return Passes(around + across, 2 * around + across, again)
+
+
+def expert_passes(s: Setting, unit: Unit) -> Passes:
+    """A layer's exchanges over ep: rows to their experts and back, if the load is even."""
+    if not unit.sparse or s.cuts.ep == 1:
+        return Passes()
+    ways = 2 * others(s.cuts.ep) * s.rows * s.config.model.hidden_size * s.item
+    return Passes(ways, ways, 0.0 if s.config.parallel.recompute == "none" else ways)
+
+
+def gather_bytes(s: Setting, unit: Unit, experts: bool, ranks: int | None = None) -> float:
+    """Bytes to gather a unit's weights over the ranks that shard them; `ranks`: over so many neighbours instead."""
+    n = ranks or (s.cuts.edp if experts else s.cuts.shard)
+    return others(n) * _whole(s, unit, experts) * s.item
+
+
+def reduce_bytes(s: Setting, unit: Unit, experts: bool) -> float:
+    """Bytes to reduce-scatter a unit's gradients."""
+    return others(s.cuts.edp if experts else s.cuts.shard) * _whole(s, unit, experts) * s.reduced
+
+
+def replica_bytes(s: Setting, unit: Unit, experts: bool) -> float:
+    """Bytes of HSDP's all-reduce of a unit's gradient shards."""
+    n = s.sizes["dp_replicate"]
+    shards = s.cuts.edp if experts else s.cuts.shard
+    return 2 * others(n) * _whole(s, unit, experts) / shards * s.reduced
+
+
+def _whole(s: Setting, unit: Unit, experts: bool) -> int:
+    """Gathered elements of a unit's experts with their own axes, or of its other weights."""
+    name = s.config.optim.name
+    if not s.cuts.own_experts or not unit.sparse:
+        return 0 if experts else held(unit, s.cuts, name).whole
+    return sum(s.cuts.gathered(w) for w in unit.weights if w.experts == experts)
+
+
+def gathers(s: Setting, unit: Unit, experts: bool = False) -> tuple[float, float]:
+    """How often a layer's weights are gathered in a step over all ranks that shard them, and over `reshard_after_forward` neighbours."""
+    p, m = s.config.parallel, s.micro_batches
+    if p.pp > 1:
+        return 1, 0
+    if p.accumulation == "layered":
+        return 2 * (m // (p.breadth_first or m)), 0
+    if not isinstance(p.reshard_after_forward, bool) and p.reshard_after_forward < s.cuts.shard and not experts:
+        return m, m
+    return (2 * m if p.reshard_after_forward else m), 0
+
+
+def reductions(s: Setting) -> int:
+    """How often gradients are reduced in a step."""
+    p, m = s.config.parallel, s.micro_batches
+    return 1 if p.pp > 1 else m // (p.breadth_first or m) if p.accumulation == "layered" else m
+
+
+def sent_bytes(s: Setting) -> dict[str, float]:
+    """Bytes by axis in a step, of the rank that sends most over it; axes that send nothing are left out."""
+    found: dict[str, float] = {}
+    for rank in range(len(s.stages)):
+        for axis, size in _sent(s, rank).items():
+            found[axis] = max(found.get(axis, 0.0), size)
+    return {axis: size for axis, size in found.items() if size}
+
+
+def _sent(s: Setting, rank: int) -> dict[str, float]:
+    p, parts, m = s.config.parallel, s.stages[rank], s.micro_batches
+    layers, ends = s.layers_of(parts), s.ends_of(parts)
+    sent = {"tp": _tensor(s, rank, layers), "cp": m * sum(n * context_passes(s, u).total for u, n in layers)}
+    sent["ep"] = m * sum(n * expert_passes(s, u).total for u, n in layers)
+    if p.pp > 1:
+        message = s.stream * s.config.model.hidden_size * s.item
+        sent["pp"] = sends(p.pp, p.pp_schedule, p.stages_per_rank, m, rank) * message
+    if s.sharded:
+        sent["dp_shard"] = _sharding(s, layers, ends, False)
+        sent["edp"] = _sharding(s, layers, [], True)
+        units = [*layers, *((u, 1) for u in ends)]
+        sent["dp_replicate"] = sum(n * (replica_bytes(s, u, False) + replica_bytes(s, u, True)) for u, n in units)
+    elif p.engine == "ddp":
+        copies = s.sizes["dp_replicate"] * s.sizes["cp"]
+        elements = sum(n * held(u, s.cuts, s.config.optim.name).kept for u, n in [*layers, *((u, 1) for u in ends)])
+        sent["dp_replicate"] = 2 * others(copies) * elements * s.stored
+    return sent
+
+
+def _sharding(s: Setting, layers: list[tuple[Unit, int]], ends: list[Unit], experts: bool) -> float:
+    """Gathers and reductions of a step. The ends stay gathered from forward to backward; layered accumulation also keeps the last layer."""
+    p = s.config.parallel
+    far, near = gathers(s, layers[0][0], experts) if layers else (0, 0)
+    times = reductions(s)
+    near_ranks = p.reshard_after_forward if not isinstance(p.reshard_after_forward, bool) else 1
+    total = 0.0
+    for unit, n in layers:
+        total += n * (far * gather_bytes(s, unit, experts) + near * gather_bytes(s, unit, experts, near_ranks))
+        total += n * times * reduce_bytes(s, unit, experts)
+    if p.accumulation == "layered" and layers:
+        total -= times * gather_bytes(s, layers[-1][0], experts)
+    return total + sum(times * (gather_bytes(s, u, experts) + reduce_bytes(s, u, experts)) for u in ends)
+
+
+def _tensor(s: Setting, rank: int, layers: list[tuple[Unit, int]]) -> float:
+    p, m, n = s.config.parallel, s.micro_batches, s.config.parallel.tp
+    if n == 1:
+        return 0.0
+    total = m * sum(count * tensor_passes(s, u).total for u, count in layers)
+    end = 2 * others(n) * s.tokens * s.config.model.hidden_size * s.item
+    first, last = any(part.first for part in s.stages[rank]), any(part.last for part in s.stages[rank])
+    total += m * end * (first + last)
+    if last:
+        total += m * 2 * others(n) * 3 * s.tokens * max(4, s.item)  # largest logit, then denominator and the target's logit
+    partial = sum(
+        count * s.cuts.held(w) for u, count in [*layers, *((e, 1) for e in s.ends_of(s.stages[rank]))] for w in u.weights if _partial(s, w)
+    )
+    return total + 2 * others(n) * partial * s.stored * (1 if p.tp > 1 else 0)
+
+
+def _partial(s: Setting, w: Weight) -> bool:
+    """Whether a weight's gradient is a partial sum over tp."""
+    if w.experts or isinstance(w.cut, int) or (w.cut == "kv_heads" and s.cuts.kv_cut):
+        return False
+    return w.cut != "tokens" or s.config.parallel.tp_sequence
