@@ -7,6 +7,7 @@ comment of the file, not what a data sheet promises; peaks alone are the data sh
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +76,8 @@ class Device(Section):
     """Peak FLOP/s of dense products by number format, from the data sheet. MFU is a share of it."""
     product_share: Part
     """Share of the peak that large products reach."""
+    product_share_of: dict[DType, Part] = Field(default_factory=dict)
+    """The same for number formats in which it differs."""
     attention_share: Part
     """Share of the peak that fused attention reaches, forward and backward together."""
     product_table: tuple[tuple[Rate, Rate], ...] = ()
@@ -105,6 +108,16 @@ class Device(Section):
             if name == dtype:
                 return rate
         raise UsageError(f"the cluster's device {self.name} has no peak_flops.{dtype}: add it, or choose another precision.compute")
+
+    def product_rate(self, dtype: str, flops: float = float("inf")) -> float:
+        """FLOP/s of a product with so many FLOPs: measured if the table has such sizes, else the share of the peak."""
+        if self.product_table:
+            i = bisect_right([size for size, _ in self.product_table], flops)
+            if i < len(self.product_table):
+                (b, fast), (a, slow) = self.product_table[i], self.product_table[max(0, i - 1)]
+                return fast if a == b else slow + (fast - slow) * (flops - a) / (b - a)
+        share = {str(name): part for name, part in self.product_share_of.items()}.get(dtype, self.product_share)
+        return share * self.peak(dtype)
 
 
 class Pool(Section):
@@ -172,7 +185,7 @@ class Cluster(Section):
         Where a ring leaves a node, its ranks there share the traffic, each with its own NIC; it is never faster than the link inside.
         """
         places = [self.node_of(rank) for rank in ranks]
-        nodes = {place: places.count(place) for place in dict.fromkeys(places)}
+        nodes = Counter(places)
         first = self.pools[places[0][0]]
         if len(nodes) == 1:
             return first.inside, 1.0

@@ -64,8 +64,12 @@ def _stored(s: Setting, parts: list[StagePart]) -> dict[str, int]:
 
 def peak_bytes(config: Config, ranks: int, cpu: bool = False) -> dict[str, float]:
     """Bytes by kind at the peak of a step on the fullest rank: weights, gradients, optimizer, gathered, reduce, activations, loss."""
-    setting = setting_of(config, ranks)
-    return max((_peak(setting, r, cpu) for r in range(len(setting.stages))), key=lambda b: sum(b.values()))
+    return peak_of(setting_of(config, ranks), cpu)
+
+
+def peak_of(s: Setting, cpu: bool = False) -> dict[str, float]:
+    """The same for a config taken apart."""
+    return max((_peak(s, r, cpu) for r in range(len(s.stages))), key=lambda b: sum(b.values()))
 
 
 def _peak(s: Setting, rank: int, cpu: bool) -> dict[str, float]:

@@ -1,0 +1,116 @@
+"""Seconds of one layer, of the loss and of the optimizer on a device, without exchanges. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megascale.plan.cluster import Device
+from megascale.plan.memory import held
+from megascale.plan.setting import ITEMSIZE, Setting
+from megascale.plan.weights import Unit, Weight
+
+# Kernels of a block forward and backward, counted on Llama blocks by a fake device: (compiled, eager); and those of a mixture beside them.
+KERNELS = {True: (22, 40), False: (30, 58)}
+KERNELS_OF_EXPERTS = 25
+# Numbers that compiled kernels read and write, per token: stream (two norms, two sums), per channel of q and k (rotation), per channel of
+# the feed-forward. Eager ones move about twice as many, since every operation is a kernel; backward twice as many as forward.
+STREAM, ROTATED, INNER = 10, 2, 3
+EAGER, FP8_CASTS = 2.0, 1.5
+ATTENTION_BACKWARD = 2.5  # products of attention backward, those of forward being one: five for two
+LOSS_PASSES = {True: 2, False: 6}  # over the logits: (compiled, eager), each reading and writing once
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one micro-batch: forward, backward without recomputation, and recomputation; `kernels` launched in all."""
+
+    forward: float
+    backward: float
+    again: float
+    kernels: float
+
+
+def product_flops(s: Setting, w: Weight) -> float:
+    """Forward FLOPs of one product on this rank."""
+    if w.experts:
+        return 2.0 * s.rows * w.shape[1] * w.shape[2] / s.cuts.etp
+    elements = float(math.prod(s.cuts.local(w)))
+    if w.cut == "kv_heads" and not s.cuts.kv_cut:
+        elements *= math.ceil(s.config.model.num_kv_heads / s.cuts.tp) / s.config.model.num_kv_heads
+    return 2.0 * s.tokens * elements
+
+
+def attention_flops(s: Setting) -> float:
+    """Forward FLOPs of attention on this rank, masked pairs left out."""
+    m, length = s.config.model, s.config.train.seq_len
+    met = min(m.sliding_window or length, length)
+    share = (1 - met / (2 * length)) * met if m.causal else float(length)
+    return s.tokens * m.attention_row.pair_flops(m) / s.cuts.tp * share
+
+
+def layer_seconds(s: Setting, unit: Unit, device: Device) -> Seconds:
+    """One layer's time on the device, at least that of launching its kernels."""
+    m, p, precision = s.config.model, s.config.parallel, s.config.precision
+    dtype = precision.compute if precision.fp8 == "false" else "fp8"
+    products = 0.0
+    for w in unit.weights:
+        if w.product:
+            flops = product_flops(s, w)
+            products += flops / device.product_rate("bf16" if w.name.startswith("ffn.router") else dtype, flops) if flops else 0.0
+    attention = attention_flops(s) / (device.attention_share * device.peak(precision.compute))
+    q, k = m.num_heads * m.head_dim / p.tp, m.num_kv_heads * m.head_dim / p.tp
+    width = sum(w.shape[0] for w in unit.weights if w.name == "ffn.up.weight") / p.tp
+    rows = s.rows * (0 if not unit.sparse or m.moe is None else m.moe.ffn_size or 0) / s.cuts.etp
+    numbers = STREAM * s.stream * m.hidden_size + ROTATED * s.tokens * (q + k) + INNER * (s.tokens * width + rows)
+    if unit.sparse:
+        numbers += 4 * s.rows * m.hidden_size  # permuting rows there and back
+    numbers *= (1.0 if p.compile else EAGER) * (1.0 if precision.fp8 == "false" else FP8_CASTS)
+    passing = numbers * s.item / device.memory_bytes_per_second
+    forward_kernels, backward_kernels = KERNELS[p.compile and not unit.sparse]
+    extra = KERNELS_OF_EXPERTS if unit.sparse else 0
+
+    def at_least(seconds: float, kernels: float) -> float:
+        return max(seconds, kernels * max(device.kernel_seconds, device.launch_seconds))
+
+    forward = at_least(products + attention + passing, forward_kernels + extra)
+    backward = at_least(2 * products + ATTENTION_BACKWARD * attention + 2 * passing, backward_kernels + 2 * extra)
+    times = {"none": 0, "selective": 0, "full": 1, "nested": 2}[p.recompute]
+    again = times * forward if p.recompute != "selective" else at_least(passing / 2, 0 if p.compile else forward_kernels / 2)
+    kernels = (1 + times) * (forward_kernels + extra) + backward_kernels + 2 * extra
+    return Seconds(forward, backward, again, kernels)
+
+
+def loss_seconds(s: Setting, device: Device) -> float:
+    """Head and loss of one micro-batch, gradients included: they are computed together."""
+    m, p = s.config.model, s.config.parallel
+    assert m.vocab_size is not None
+    rows = -(-m.vocab_size // p.tp)
+    flops = 2.0 * s.tokens * rows * m.hidden_size
+    passes = LOSS_PASSES[p.compile] * 2 * s.tokens * rows * s.item / device.memory_bytes_per_second
+    return 3 * flops / device.product_rate(s.config.precision.compute, flops) + passes
+
+
+def update_seconds(s: Setting, units: list[tuple[Unit, int]], device: Device) -> float:
+    """Gradient norm and optimizer: every number is read once or twice, and weights and states are written."""
+    name = s.config.optim.name
+    kept = sum(n * held(u, s.cuts, name).kept for u, n in units)
+    state = sum(n * held(u, s.cuts, name).state for u, n in units)
+    return (4 * kept + 2 * state) * ITEMSIZE[s.config.precision.storage] / device.memory_bytes_per_second
+
+
+def flops_per_step(s: Setting) -> float:
+    """Training FLOPs of the model in a step, as MFU counts them (measure/compute.py)."""
+    from megascale.config.stages import keys_met
+
+    m, train = s.config.model, s.config.train
+    units = s.units
+    weights = sum(
+        w.numel * w.uses for u in (units.front, *units.layers, units.tail) for w in u.weights if w.product or not _looked_up(w.name)
+    )
+    each = 6 * weights + 3 * m.num_layers * m.attention_row.pair_flops(m) * keys_met(m, train.seq_len)
+    return each * train.global_batch_size * train.seq_len
+
+
+def _looked_up(name: str) -> bool:
+    return name in ("embedding.weight", "position.weight", "relative.weight")
