@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.graphs import LAYOUTS, MODES, case, coverage
+from megascale.comm.functional import counting_backend
 from megascale.config.schema import Parallel
+from megascale.model.deferred import KEEPS_MEMORY, defer
+from megascale.model.layers import Linear
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 from tests.test_layouts import single
@@ -15,7 +19,8 @@ from tests.test_layouts import single
 pytestmark = pytest.mark.dist
 MODEL = tiny(num_layers=2, num_heads=4, num_kv_heads=2)
 SOME = {"tp": "selective", "tp, tp_sequence": "full", "cp ulysses": "selective", "cp ring": "full", "dense, fsdp": "nested"}
-ONE_GRAPH = ("dense, fsdp", "ddp", "tp", "tp, tp_sequence", "cp ulysses", "cp ring", "pp 1f1b")
+SOME["pp zbv"] = "selective"
+ONE_GRAPH = ("dense, fsdp", "ddp", "tp", "tp, tp_sequence", "cp ulysses", "cp ring", "pp 1f1b", "pp zbv")
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,32 @@ def test_a_graph_counts_what_it_sends(row: dict[str, Any]) -> None:
     assert (got["sent"], got["calls"]) == (plain["sent"], plain["calls"])
     assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 2e-5
     assert worst(got["grad"], reference["grad"])[0] <= 1e-4
+
+
+class Two(torch.nn.Module):
+    """Two products, the second's gradient as large as other results of the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (Linear(8, 8, "up", 0, 1.0, torch.float64) for _ in range(2))
+        for layer in (self.a, self.b):
+            layer.weight = torch.nn.Parameter(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(torch.relu(self.a(x)))
+
+
+def test_what_a_queue_holds_is_not_overwritten() -> None:
+    """Catches inductor reusing the memory of a gradient that a queue holds for the weight pass."""
+    x, plain, queue = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), Two(), []  # type: ignore[var-annotated]
+    plain(x.requires_grad_()).square().sum().backward()
+    both = Two()
+    for layer in (both.a, both.b):
+        defer(layer, queue)
+    torch.compile(both, backend=counting_backend([], KEEPS_MEMORY), dynamic=False)(x).square().sum().backward()
+    assert both.a.weight.grad is None and len(queue) == 2
+    for add_gradient in queue:
+        add_gradient()
+    for w, reference in zip(both.parameters(), plain.parameters()):
+        assert w.grad is not None and reference.grad is not None
+        torch.testing.assert_close(w.grad, reference.grad, rtol=1e-12, atol=1e-12)

@@ -18,10 +18,10 @@ from megascale.config.stages import estimated_costs, split_layers, stage_parts, 
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block
 from megascale.schedule.orders import Action, compute_order, layered_order, steps, with_weights
-from megascale.schedule.pipeline import Stage
+from megascale.schedule.pipeline import Pipeline, Stage
 from megascale.schedule.timeline import draw, simulate, text_lanes
 from tests import runs
-from tests.layouts import Case, tiny, train, worst
+from tests.layouts import Case, build, fake_batch, tiny, train, worst
 from tests.planned import assert_planned
 from tests.ranks import run_ranks
 from tests.test_layouts import MODELS, assert_equal, assert_same, single
@@ -342,6 +342,27 @@ def test_losses_of_middle_stages(schedule: str, product: str) -> None:
     assert_same(results[0][0], reference, case)
     copies = others if "tp" in keys else 1  # ranks of tp see the same stream
     assert abs(sum(told for _, told in results) / copies - expected) <= 1e-10 * expected
+
+
+def evaluated_between(case: Case) -> bool:
+    """Whether a step has the same gradients after an evaluation of fewer micro-batches as before it."""
+    model = build(case, 2)
+    pipeline = Pipeline(model, case.parallel, torch.device("cpu"))
+    batches, before = [fake_batch(case, [n]) for n in range(4)], {}
+    for _ in range(2):
+        pipeline.run(batches, 1.0)
+        grads = {w.name: w.local_grad.clone() for w in model.weights if w.local_grad is not None}
+        assert len(grads) == len(model.weights)
+        before = before or grads
+        for w in model.weights:
+            w.forget_gradient()
+        pipeline.evaluate(batches[:2])
+    return all(torch.equal(grads[name], g) for name, g in before.items())
+
+
+def test_an_evaluation_takes_no_queue_away() -> None:
+    """Catches weight gradients queued where the runtime of another number of micro-batches looks for them: they would be lost."""
+    assert run_ranks(2, evaluated_between, Case(deep("llama", 4), pipelined("zbv"))) == [True, True]
 
 
 @pytest.mark.slow

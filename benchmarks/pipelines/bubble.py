@@ -21,7 +21,7 @@ from megascale.config.stages import stages_of_rank
 from megascale.data.loader import Batch
 from megascale.model.layers import Linear
 from megascale.schedule.orders import compute_order
-from megascale.schedule.pipeline import Runtime
+from megascale.schedule.pipeline import Runtime, deferred_gradients
 from megascale.schedule.timeline import simulate
 from tests.ranks import run_ranks
 
@@ -73,7 +73,7 @@ def measured(schedule: str, unit: float) -> float:
     model: Any = SimpleNamespace(mesh=mesh, stages=[SleepingStage(unit / len(numbers), i == 0, i == total - 1) for i in numbers])
     tokens = torch.zeros(1, 2, dtype=torch.int64)
     batches = [Batch(tokens, tokens, None, None, tokens[:, 0], 2)] * M
-    runtime = Runtime(model, numbers, cfg, M, tokens.shape, torch.device("cpu"))
+    runtime = Runtime(model, numbers, deferred_gradients(model.stages, schedule), cfg, M, tokens.shape, torch.device("cpu"))
     runtime.step(batches, 1.0, "train")
     seconds = []
     for _ in range(STEPS):

@@ -6,7 +6,7 @@ once, just before it is compiled, and every call of the compiled code adds the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,10 @@ def _name(axis: Axis) -> str:
     return axis.group.group_name  # type: ignore[no-any-return]
 
 
-def counting_backend(axes: Iterable[Axis]) -> Callable[..., Any]:
-    """A torch.compile backend: inductor, whose graphs add the bytes that they send over these axes to the axes' traffic."""
+def counting_backend(axes: Iterable[Axis], settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """A torch.compile backend: inductor with some settings, whose graphs add the bytes that they send over these axes to the axes'
+    traffic.
+    """
     by_group = {_name(axis): axis for axis in axes if axis.group is not None}
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -61,7 +63,7 @@ def counting_backend(axes: Iterable[Axis]) -> Callable[..., Any]:
 
         # Graphs from AOTAutograd's cache would bypass `inner` and not be counted; inductor's own cache stays.
         with functorch.patch(enable_autograd_cache=False):
-            return compile_fx(graph, inputs, inner_compile=inner)
+            return compile_fx(graph, inputs, inner_compile=inner, config_patches=dict(settings) or None)
 
     return compile_graph
 

@@ -22,8 +22,8 @@ from megascale.config.schema import Model, Moe
 from megascale.model.activations import activation
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
+from megascale.model.deferred import Deferred, deferred_product
 from megascale.model.feedforward import FeedForward
-from megascale.model.layers import Deferred, deferred_product
 from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.model.ops.grouped_matmul import Permutation, add_by_expert, by_expert, grouped_product
 from megascale.model.residual import Residual
@@ -57,6 +57,7 @@ class Bank(nn.Module):
         super().__init__()
         self.weight, self.scale = declare(spec, dtype), scale
         self.deferred: Deferred | None = None
+        self.handle: Tensor | None = None
         self.fp8 = False
         self.watch: Watch | None = None
         self.metrics: ModuleMetrics | None = None
@@ -65,7 +66,7 @@ class Bank(nn.Module):
         if self.deferred is None or not torch.is_grad_enabled():
             return self._product(x, self.weight, counts)
         product = partial(self._product, weight=self.weight.detach(), counts=counts)
-        return deferred_product(x, product, partial(self._add_gradient, counts), self.deferred)
+        return deferred_product(self, x, product, self.weight.shape[1], counts)
 
     def _product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         if self.fp8:
@@ -74,8 +75,9 @@ class Bank(nn.Module):
         return y if self.scale == 1.0 else y * self.scale
 
     @torch.no_grad()
-    def _add_gradient(self, counts: Tensor, g: Tensor, x: Tensor) -> None:
-        """The weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
+    def add_gradient(self, g: Tensor, x: Tensor, counts: Tensor | None, rows: slice) -> None:
+        """Adds the weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
+        assert counts is not None
         weight = self.weight
         if self.fp8:
             part = grouped_weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), counts, self.scale, g.dtype)

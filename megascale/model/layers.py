@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from megascale.comm.graphs import outside_graphs
+from megascale.model.deferred import Deferred, deferred_product
 from megascale.model.module_metrics import ModuleMetrics
 from megascale.model.norms import NormKernel
 from megascale.model.norms import norm as norm_functions
@@ -36,52 +36,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # How a product is computed: in the input's dtype, in FP8 with static scales, or with measured ones per tensor or per row.
 Fp8 = Literal["false", "static", "tensorwise", "rowwise"]
 
-# Weight gradients still to be computed, in the order of the backward pass.
-Deferred = list[Callable[[], None]]
-# (gradient of a product's result, its input) → added to the gradient of its weight. It refers to the weight itself, a leaf that the
-# optimizer or FSDP owns, and is called after backward: a saved tensor would not do.
-AddGradient = Callable[[Tensor, Tensor], None]
-
-
-class _KeepInput(torch.autograd.Function):
-    """Identity on a product's input x. Its backward, which runs after the product's, queues the weight gradient from x and the gradient
-    that _MeetGradient received. A single node for both gradients would run twice in a schedule that splits them; and x is saved before the
-    product runs, since recomputation, which stops at the last saved tensor, would otherwise repeat the product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, add_gradient: AddGradient, queue: Deferred, met: list[Tensor]) -> Tensor:
-        ctx.add_gradient, ctx.queue, ctx.met = add_gradient, queue, met
-        ctx.save_for_backward(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), g = ctx.saved_tensors, ctx.met.pop()
-        ctx.queue.append(partial(ctx.add_gradient, g, x))
-        return grads[0], None, None, None
-
-
-class _MeetGradient(torch.autograd.Function):
-    """Identity on a product's result; keeps the incoming gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, met: list[Tensor]) -> Tensor:
-        ctx.met = met
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.met.append(grads[0])
-        return grads[0], None
-
 
 class Linear(nn.Module):
     """A weight [out, in] with an optional bias; the product is multiplied by `scale`.
 
-    `rows`, set by the tensor pass, restricts an unsharded weight to the output rows that this rank needs. `deferred`, set by the pipeline,
-    receives the weight gradients of schedules that compute them separately. The precision pass sets `fp8`, `metrics` and, on some steps,
-    `watch`.
+    `rows`, set by the tensor pass, restricts an unsharded weight to the output rows that this rank needs. The pipeline lets the weight's
+    gradient be `deferred` (deferred.py) under schedules that compute it separately. The precision pass sets `fp8`, `metrics` and, on some
+    steps, `watch`.
     `kind` is dense or bitlinear (bitlinear.py).
     """
 
@@ -111,6 +72,7 @@ class Linear(nn.Module):
         self.bias = declare(ParamSpec((out_dim,), "bias", bias_cut), dtype) if bias else None
         self.rows: tuple[int, int] | None = None
         self.deferred: Deferred | None = None
+        self.handle: Tensor | None = None
         self.statistics = Statistics() if kind == "bitlinear" else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,8 +88,8 @@ class Linear(nn.Module):
             x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
         rows = slice(*self.rows) if self.rows else slice(None)
         if self.deferred is not None and torch.is_grad_enabled():
-            product = partial(self._multiply, weight=weight.detach()[rows])
-            return deferred_product(x, product, partial(self._add_gradient, rows), self.deferred)
+            part = weight.detach()[rows]
+            return deferred_product(self, x, partial(self._multiply, weight=part), part.shape[0], rows=rows)
         return self._multiply(x, weight if self.rows is None else weight[rows])
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -137,7 +99,7 @@ class Linear(nn.Module):
         return y if self.scale == 1.0 else y * self.scale
 
     @torch.no_grad()
-    def _add_gradient(self, rows: slice, g: Tensor, x: Tensor) -> None:
+    def add_gradient(self, g: Tensor, x: Tensor, counts: Tensor | None, rows: slice) -> None:
         """Adds the weight gradient from the result's gradient g [..., out] and the input x [..., in]."""
         weight, g, x = self.weight, g.flatten(0, -2), x.flatten(0, -2)
         if self.fp8 == "static":
@@ -159,13 +121,6 @@ class Linear(nn.Module):
 
     def _bias(self) -> Tensor | None:
         return self.bias if self.bias is None or self.rows is None else self.bias[slice(*self.rows)]
-
-
-@outside_graphs
-def deferred_product(x: Tensor, product: Callable[[Tensor], Tensor], add_gradient: AddGradient, queue: Deferred) -> Tensor:
-    """`product` of x with a detached weight, whose gradient is queued; x must require a gradient, as every stream between layers does."""
-    met: list[Tensor] = []
-    return _MeetGradient.apply(product(_KeepInput.apply(x, add_gradient, queue, met)), met)  # type: ignore[no-any-return]
 
 
 class Norm(nn.Module):

@@ -16,6 +16,7 @@ from megascale.comm.mesh import Axis, Mesh
 from megascale.config.layout import reshard_ranks
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import SPLIT_BACKWARD, stage_parts, stages_of_rank
+from megascale.model.deferred import KEEPS_MEMORY
 from megascale.model.families import build_part
 from megascale.model.family import Family
 from megascale.model.layers import Fp8
@@ -65,7 +66,8 @@ def parallelize(
     # Ranks with different samples, or different tokens of the same samples, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
     sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
-    backend = counting_backend(mesh.axes.values()) if mesh.size > 1 else "inductor"
+    splits = pipeline and cfg.pp_schedule in SPLIT_BACKWARD
+    backend = counting_backend(mesh.axes.values(), KEEPS_MEMORY if splits else {}) if mesh.size > 1 else "inductor"
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
@@ -74,7 +76,7 @@ def parallelize(
         multiply_in_fp8(stage, fp8)
         if norm_kernel is not None:
             call_norm_kernel(stage, norm_kernel)
-        wrap_blocks(stage, cfg.recompute, backend if cfg.compile else None, pipeline and cfg.pp_schedule in SPLIT_BACKWARD)
+        wrap_blocks(stage, cfg.recompute, backend if cfg.compile else None)
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:

@@ -55,12 +55,11 @@ Recomputation = Callable[[Callable[..., Any]], Callable[..., Any]]
 PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
-def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) -> None:
+def wrap_blocks(model: Family, mode: str, backend: Backend | None) -> None:
     """Recomputes and compiles every block.
 
     mode     `none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th input, and those of one group at a time)
     backend  the torch.compile backend; None: eager
-    split    the schedule computes weight gradients separately, which no graph can contain
 
     A block that is one graph is recomputed inside it, where the compiler sees both passes. Around a graph break the compiler would run a
     recomputed function entirely eager (pytorch#139989), so a block with breaks is compiled first, in pieces, and recomputed around them.
@@ -68,7 +67,7 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, split: bool) 
     routers = any(isinstance(m, Router) for m in model.modules())
     recomputed, in_graph = recomputation(mode, routers), recomputation(mode)  # no graph has a router
     for _, block in model.units():
-        parts = {name: one_graph and not split for name, one_graph in block.parts.items()}
+        parts = block.parts
         if backend is None or (mode in ("full", "nested") and not all(parts.values())):
             for name in () if backend is None else parts:
                 setattr(block, name, compile_static(getattr(block, name), backend=backend))

@@ -122,11 +122,6 @@ def with_weights(order: Order, micro_batches: int) -> Order:
     return {r: engine._add_reduce_grad([*engine._add_unshard_reshard(actions)], micro_batches) for r, actions in order.items()}
 
 
-def splits_backward(order: Order) -> bool:
-    """Whether weight gradients are computed separately from input gradients."""
-    return any(s.kind == "W" for actions in order.values() for s in steps(actions))
-
-
 def _apart(action: Any) -> list[Any]:
     """Splits DualPipeV's pairs of a forward and a backward into two actions. torch's runtime does not overlap a pair: it runs both one
     after the other once both messages have arrived, which doubles the idle time.

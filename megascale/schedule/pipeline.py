@@ -19,14 +19,15 @@ from torch.distributed.pipelining.schedules import _add_send_recv, _add_unshard_
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Mesh
 from megascale.config.schema import Parallel
-from megascale.config.stages import stages_of_rank
+from megascale.config.stages import SPLIT_BACKWARD, stages_of_rank
 from megascale.data.loader import Batch
+from megascale.model.deferred import Deferred, defer
 from megascale.model.experts import Bank
 from megascale.model.family import Family
-from megascale.model.layers import Deferred, Linear
+from megascale.model.layers import Linear
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.fsdp_roots import forget_order, param_groups, share_buffers
-from megascale.schedule.orders import compute_order, forward_order, splits_backward
+from megascale.schedule.orders import compute_order, forward_order
 from megascale.schedule.tied import TiedEmbedding
 
 
@@ -38,6 +39,7 @@ class Pipeline:
         self.tied = TiedEmbedding(model)
         self.numbers = stages_of_rank(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, model.mesh["pp"].rank)
         share_buffers(model.stages)
+        self.queues = deferred_gradients(model.stages, cfg.pp_schedule)
         self.runtimes: dict[tuple[int, torch.Size], Runtime] = {}
 
     def run(self, batches: Sequence[Batch], scale: float) -> Tensor:
@@ -60,7 +62,9 @@ class Pipeline:
         key = len(batches), batches[0].tokens.shape
         if key not in self.runtimes:
             # Messages have the size of the first micro-batch, and a shorter one would go unnoticed.
-            self.runtimes[key] = Runtime(self.model, self.numbers, self.cfg, len(batches), batches[0].tokens.shape, self.device)
+            self.runtimes[key] = Runtime(
+                self.model, self.numbers, self.queues, self.cfg, len(batches), batches[0].tokens.shape, self.device
+            )
         assert all(b.tokens.shape == key[1] for b in batches)
         return self.runtimes[key]
 
@@ -73,14 +77,36 @@ class Pipeline:
             torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
 
 
+def deferred_gradients(stages: Sequence[torch.nn.Module], schedule: str) -> list[Deferred | None]:
+    """Defers the weight gradients of all products, if the schedule does: one queue per stage, whatever the number of micro-batches."""
+    if schedule not in SPLIT_BACKWARD:
+        return [None] * len(stages)
+    queues: list[Deferred | None] = []
+    for stage in stages:
+        queue: Deferred = []
+        for layer in stage.modules():
+            if isinstance(layer, Linear | Bank):
+                defer(layer, queue)
+        queues.append(queue)
+    return queues
+
+
 class Runtime:
     """torch's runtime over this rank's stages, for one number and shape of micro-batches."""
 
-    def __init__(self, model: ParallelModel, numbers: list[int], cfg: Parallel, m: int, tokens: torch.Size, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ParallelModel,
+        numbers: list[int],
+        queues: list[Deferred | None],
+        cfg: Parallel,
+        m: int,
+        tokens: torch.Size,
+        device: torch.device,
+    ) -> None:
         order = compute_order(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, m)
         total = cfg.pp * len(numbers)
-        split = splits_backward(order)
-        self.stages = [Stage(model, module, i, total, split, tokens, device) for i, module in zip(numbers, model.stages)]
+        self.stages = [Stage(model, *stage, total, tokens, device) for stage in zip(model.stages, numbers, queues)]
         self.device, self.has_head = device, any(s.is_last for s in self.stages)
         self.engine = _PipelineScheduleRuntime(self.stages, m, loss_fn=_already_loss, scale_grads=False)
         self.engine._prepare_schedule_with_comms(order)
@@ -114,7 +140,14 @@ class Stage(PipelineStage):
     scale: float
 
     def __init__(
-        self, model: ParallelModel, module: Family, number: int, total: int, split: bool, tokens: torch.Size, device: torch.device
+        self,
+        model: ParallelModel,
+        module: Family,
+        number: int,
+        queue: Deferred | None,
+        total: int,
+        tokens: torch.Size,
+        device: torch.device,
     ) -> None:
         mesh: Mesh = model.mesh
         taken, given = (
@@ -123,11 +156,7 @@ class Stage(PipelineStage):
         loss = torch.empty((), dtype=torch.promote_types(module.shape.compute, torch.float32), device="meta", requires_grad=True)
         first, last = number == 0, number == total - 1
         nothing = torch.empty(0, device="meta")
-        self.queue: Deferred = []
-        if split:
-            for layer in module.modules():
-                if isinstance(layer, Linear | Bank):
-                    layer.deferred = self.queue
+        self.queue = queue
         super().__init__(
             module,
             number,
@@ -136,7 +165,7 @@ class Stage(PipelineStage):
             input_args=nothing if first else taken,
             output_args=loss if last else given,
             group=mesh["pp"].group,
-            dw_builder=self._take_queue if split else None,
+            dw_builder=self._take_queue if queue is not None else None,
         )
         self.axis = mesh["pp"]
 
@@ -204,6 +233,7 @@ class Stage(PipelineStage):
         return operations
 
     def _take_queue(self) -> Callable[..., None]:
+        assert self.queue is not None
         taken = self.queue[:]
         self.queue.clear()
 
