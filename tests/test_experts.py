@@ -16,6 +16,7 @@ from torch import Tensor
 from megascale.comm.mesh import Axis, Traffic, build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
+from megascale.handles import handle_of
 from megascale.model.experts import MixtureOfExperts
 from megascale.parallel.expert import dispatch, shard_dim
 from megascale.schedule.accumulate import Accumulation
@@ -294,7 +295,7 @@ def overlapped() -> list[str]:
     mesh = build_mesh(axis_sizes(Parallel(ep=2), 2), "cpu")
     seen: list[str] = []
     rows = torch.arange(8.0).view(4, 2).requires_grad_()
-    arrival = dispatch(rows, torch.tensor([1, 1, 1, 1]), mesh["ep"])
+    arrival = dispatch(torch.tensor([1, 1, 1, 1]), mesh["ep"], handle_of(mesh["ep"]))(rows)
     work = mesh.traffic.calls["ep", "all_to_all"]
     seen.append(f"sent {work}")
     here, counts = arrival.wait()
@@ -359,7 +360,8 @@ def test_an_axis_of_one_sends_nothing() -> None:
     """Catches a dispatch that copies or counts at size one."""
     traffic = Traffic()
     rows = torch.randn(4, 3)
-    arrival = dispatch(rows, torch.tensor([3, 1]), Axis("ep", 1, 0, None, traffic))
+    axis = Axis("ep", 1, 0, None, traffic)
+    arrival = dispatch(torch.tensor([3, 1]), axis, handle_of(axis))(rows)
     assert torch.equal(arrival.back(arrival.wait()[0]), rows) and traffic.take() == ({}, {})
     assert not dist.is_initialized()
 

@@ -37,11 +37,21 @@ def test_blocks_are_one_graph(rows: list[tuple[str, str]]) -> None:
         assert found.graphs <= 3, name
 
 
-@pytest.mark.parametrize("mode", ["selective", pytest.param("full", marks=pytest.mark.slow)])
-def test_a_mixture_is_compiled_around_its_rows(mode: str) -> None:
-    """Catches recomputation that leaves attention and norms beside a mixture of experts eager."""
-    found = run_ranks(2, coverage, {"it": case(LAYOUTS["experts, fsdp"], mode)}, 2, timeout=300)[0]["it"]
-    assert found.eager_products == 0 and found.breaks > 0 and found.graphs > 1
+MIXTURES = [name for name in LAYOUTS if name.startswith("experts")]
+
+
+@pytest.mark.parametrize(
+    ("name", "modes"),
+    [("experts, ep", ["selective", "full"]), *(pytest.param(name, MODES, marks=pytest.mark.slow) for name in MIXTURES)],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_mixture_is_one_graph(name: str, modes: list[str]) -> None:
+    """Catches a break at the rows that experts receive, or at the gather of their weights, and a new graph whenever their number changes:
+    eight micro-batches run, with other rows each.
+    """
+    ranks = LAYOUTS[name].get("ranks", 2)
+    for mode, found in run_ranks(ranks, coverage, {mode: case(LAYOUTS[name], mode) for mode in modes}, ranks, timeout=600)[0].items():
+        assert (found.graphs, found.breaks, found.eager_products) == (2, 0, 0), (mode, found.reasons)
 
 
 @pytest.mark.parametrize(

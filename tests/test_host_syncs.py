@@ -82,7 +82,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
 GROUP = 12
 # What is known to wait, by its place in the code, and why it may.
 KNOWN = {
-    "megascale/parallel/expert.py": "ranks that exchange rows must know how many will come, to have room for them",
+    "megascale/comm/exchange.py": "ranks that exchange rows must know how many will come, to have room for them",
     "megascale/model/ops/attention_tiles.py": "the ring's tiles, written for CPUs, look up which of them a document reaches",
 }
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import estimated_costs, split_layers, stage_parts, stages_of_rank
+from megascale.handles import handle_of
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block
 from megascale.schedule.orders import Action, compute_order, layered_order, steps, with_weights
@@ -312,18 +313,27 @@ def test_resume_between_pipelines(tmp_path: Path) -> None:
     assert all((came[n] - t).abs().max() <= 1e-11 * t.abs().max().clamp(min=1e-3) for n, t in stayed.items())
 
 
+class Teller:
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def report(self, loss: torch.Tensor) -> None:
+        self.told.append(loss.item())
+
+
 def with_auxiliary_losses(case: Case) -> tuple[dict[str, Any], float]:
     """Trains with a loss on the stream behind every block; also that loss's sum over the run, as this rank reported it."""
-    told: list[float] = []
-    real = Block.forward
+    teller = Teller()
+    real, handle = Block.forward, handle_of(teller)
 
     def forward(self: Block, x: torch.Tensor, context: Any) -> torch.Tensor:
         y = real(self, x, context)
-        return ride_on(y, y.square().sum(), 0.01 / (case.batch * case.seq_len), lambda loss: told.append(loss.item()))
+        loss = y.square().sum()
+        return ride_on(y, loss, 0.01 / (case.batch * case.seq_len), handle, [loss.detach()])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Block, "forward", forward)
-        return train(case), sum(told)
+        return train(case), sum(teller.told)
 
 
 AUXILIARY = {"alone": (1, {}), "zero x recompute": (2, {"dp_shard": 2, "recompute": "full"}), "tp": (2, {"tp": 2})}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.graphs
 
-Two gloo ranks on CPUs. Graphs are traced but not compiled, so that a row takes seconds. Writes results/graphs.json and prints the table of
-docs/gpu.md.
+Two or four gloo ranks on CPUs. Graphs are traced but not compiled, so that a row takes seconds. Writes results/graphs.json and prints the
+table of docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.layouts import Case, build, fake_batch, tiny
 from tests.ranks import run_ranks
 
 MODES = ("none", "selective", "full", "nested")
-# Layouts on two ranks.
+# Layouts, on two ranks if not on `ranks`.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense, fsdp": {"dp_shard": 2},
     "ddp": {"engine": "ddp", "dp_replicate": 2},
@@ -33,14 +33,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp zbv": {"pp": 2, "pp_schedule": "zbv"},
     "experts, fsdp": {"dp_shard": 2, "experts": True},
     "experts, ep": {"dp_shard": 2, "ep": 2, "experts": True},
+    "experts, ep and edp": {"dp_shard": 4, "ep": 2, "experts": True, "ranks": 4},
+    "experts, tp and ep": {"tp": 2, "tp_sequence": True, "dp_shard": 2, "ep": 2, "experts": True, "ranks": 4},
+    "experts, tp and etp 1": {"tp": 2, "tp_sequence": True, "etp": 1, "ep": 2, "experts": True},
+    "experts, zbv and ep": {"pp": 2, "pp_schedule": "zbv", "dp_shard": 2, "ep": 2, "experts": True, "ranks": 4},
 }
-EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_size": 32}
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_size": 32, "num_shared": 1, "aux_loss": 0.01, "z_loss": 0.001, "balance": "loss"}
 
 
 def case(row: dict[str, Any], mode: str) -> Case:
     """A small model in a layout, with compiled blocks."""
     model: Model = tiny(num_layers=4, num_heads=4, num_kv_heads=2, **({"moe": EXPERTS} if row.get("experts") else {}))
-    parallel = Parallel(compile=True, recompute=mode, **{k: v for k, v in row.items() if k != "experts"})  # type: ignore[arg-type]
+    parallel = Parallel(compile=True, recompute=mode, **{k: v for k, v in row.items() if k not in ("experts", "ranks")})  # type: ignore[arg-type]
     return Case(model, parallel, precision="fp32", seq_len=32, batch=4, micro_batch=1)
 
 
@@ -66,7 +70,8 @@ def coverage(cases: dict[str, Case], ranks: int) -> dict[str, Coverage]:
 def main() -> None:
     found = {}
     for name, row in LAYOUTS.items():
-        found[name] = run_ranks(2, coverage, {mode: case(row, mode) for mode in MODES}, 2, timeout=600)[0]
+        ranks = row.get("ranks", 2)
+        found[name] = run_ranks(ranks, coverage, {mode: case(row, mode) for mode in MODES}, ranks, timeout=600)[0]
     write(__file__, "graphs", {"machine": machine(), "coverage": {n: {m: vars(c) for m, c in row.items()} for n, row in found.items()}})
     print("\n| layout | " + " | ".join(f"recompute {mode}" for mode in MODES) + " |\n|" + "---|" * (len(MODES) + 1))
     for name, each in found.items():

@@ -1,96 +1,141 @@
-"""Exchanges of uneven numbers of rows between ranks that overlap with computation.
+"""Exchanges of uneven numbers of rows between ranks that overlap with computation, in compiled graphs as well.
 
-Counted bytes are those that leave the rank.
+The operators refer to an axis by its handle (handles.py). `splits` [2, ranks], on the host, says how many rows go to each rank and how many
+come from it. Counted bytes are those that leave the rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.comm.graphs import outside_graphs
+from megascale.comm.host import event_on
 from megascale.comm.mesh import Axis
+from megascale.handles import held
+
+# By the address of a copy on the host, the event after which it is complete.
+_copies: dict[int, Any] = {}
 
 
-@dataclass
-class Flight:
-    """Rows in flight between the ranks of an axis: how many go to and come from each, the operation, and its output."""
+@torch.library.custom_op("megascale::exchange_counts", mutates_args=())
+def exchange_counts(counts: Tensor, axis: Tensor) -> Tensor:
+    """counts [N, …], row r for rank r → the rows that all ranks have for this one. Control data, so its bytes are not counted."""
+    if held(axis).size == 1:
+        return counts.clone()
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=held(axis).group)
+    return received
 
-    send: list[int]
-    receive: list[int]
-    axis: Axis
-    work: dist.Work | None = None
-    rows: Tensor | None = None
 
-    def start(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        x = x.contiguous()
-        self.rows = x.new_empty((sum(receive), *x.shape[1:]))
-        if self.axis.size == 1:
-            self.rows.copy_(x)
-            return self.rows
-        row = x[:1].nbytes if x.shape[0] else 0
-        self.axis.traffic.add(self.axis.name, "all_to_all", row * (sum(send) - send[self.axis.rank]))
-        self.work = dist.all_to_all_single(self.rows, x, receive, send, group=self.axis.group, async_op=True)
-        return self.rows
+@exchange_counts.register_fake
+def _(counts: Tensor, axis: Tensor) -> Tensor:
+    return torch.empty_like(counts)
 
-    def land(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        assert self.rows is not None
-        rows, self.work, self.rows = self.rows, None, None
-        return rows
+
+@torch.library.custom_op("megascale::on_host", mutates_args=())
+def on_host(x: Tensor) -> Tensor:
+    """A copy on the host, which is not waited for here but by whoever reads it, with `_read`."""
+    if x.device.type == "cpu":
+        return x.clone()
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    _copies[copy.data_ptr()] = event_on(x.device)
+    return copy
+
+
+@on_host.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu")
+
+
+def _read(splits: Tensor) -> list[list[int]]:
+    if (event := _copies.pop(splits.data_ptr(), None)) is not None:
+        event.synchronize()
+    return splits.tolist()  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("megascale::send_rows", mutates_args=())
+def send_rows(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
+    """Starts sending rows of x [n, …], in order, to the ranks of an axis; `wait` makes the result valid. The host waits for `splits`."""
+    send, receive = _read(splits)
+    return _start(x, send, receive, held(axis), sum(receive))
+
+
+@send_rows.register_fake
+def _(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:]))
+
+
+@torch.library.custom_op("megascale::move_rows", mutates_args=())
+def move_rows(x: Tensor, splits: Tensor, axis: Tensor, back: bool, rows: int) -> Tensor:
+    """`send_rows` or the way back, once the number of resulting `rows` is known; those beyond what comes are zero."""
+    send, receive = reversed(_read(splits)) if back else _read(splits)
+    return _start(x, send, receive, held(axis), rows)
+
+
+@move_rows.register_fake
+def _(x: Tensor, splits: Tensor, axis: Tensor, back: bool, rows: int) -> Tensor:
+    return x.new_empty((rows, *x.shape[1:]))
+
+
+def _start(x: Tensor, send: list[int], receive: list[int], axis: Axis, rows: int) -> Tensor:
+    """Into new memory, of which torch knows the operation in flight."""
+    out, going, coming = x.new_empty((rows, *x.shape[1:])), sum(send), sum(receive)
+    out[coming:].zero_()
+    if axis.size == 1:
+        out[:coming].copy_(x[:going])
+        return out
+    row = x[:1].nbytes if going else 0
+    axis.traffic.add(axis.name, "all_to_all", row * (going - send[axis.rank]))
+    work = dist.all_to_all_single(out[:coming], x[:going].contiguous(), receive, send, group=axis.group, async_op=True)
+    torch._C._distributed_c10d._register_work(out, work)
+    return out
+
+
+def wait(x: Tensor) -> Tensor:
+    """x, once what is in flight into it has arrived."""
+    return torch.ops._c10d_functional.wait_tensor(x)  # type: ignore[no-any-return]
 
 
 class _TakeOff(torch.autograd.Function):
     """Starts an exchange; its result is valid only after _Land. In backward, _Land starts the way back and this one waits for it: whatever
-    ran between the two in forward also runs between them in backward.
+    ran between the two in forward also runs between them in backward. What travels back is the gradient of a token: a tensor of x's shape,
+    without memory of its own, that leads from here to _Land.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.start(x, flight.send, flight.receive)
+    def forward(ctx: Any, x: Tensor, splits: Tensor, axis: Tensor, back: bool, rows: int | None) -> Any:
+        ctx.set_materialize_grads(False)
+        out = send_rows(x, splits, axis) if rows is None else move_rows(x, splits, axis, back, rows)
+        return out, x.new_empty(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.flight.land(), None
+        return wait(grads[1]), None, None, None, None
 
 
 class _Land(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.land()
-        return rows.view_as(rows)
+    def forward(ctx: Any, rows: Tensor, token: Tensor, splits: Tensor, axis: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(splits, axis)
+        ctx.back, ctx.rows = back, token.shape[0]
+        return wait(rows).view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        flight = ctx.flight
-        flight.start(grads[0], flight.receive, flight.send)
-        return grads[0], None
+        splits, axis = ctx.saved_tensors
+        return None, move_rows(grads[0], splits, axis, not ctx.back, ctx.rows), None, None, None
 
 
-@outside_graphs
-def start_exchange(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> tuple[Tensor, Flight]:
-    """Starts sending `send[r]` rows of x [n, …], in order, to each rank r; end it with `finish_exchange`."""
-    flight = Flight(send, receive, axis)
-    return _TakeOff.apply(x, flight), flight
+class Flight:
+    """Rows of x [n, …] in flight between the ranks of an axis, or `back` to where they came from, of which there are `rows` then."""
 
+    def __init__(self, x: Tensor, splits: Tensor, axis: Tensor, back: bool = False, rows: int | None = None) -> None:
+        self.splits, self.axis, self.back = splits, axis, back
+        self.travelling, self.token = _TakeOff.apply(x, splits, axis, back, rows)
 
-@outside_graphs
-def finish_exchange(rows: Tensor, flight: Flight) -> Tensor:
-    """The received rows, `receive[r]` from each rank r, in rank order."""
-    return _Land.apply(rows, flight)  # type: ignore[no-any-return]
-
-
-def exchange_counts(counts: Tensor, axis: Axis) -> Tensor:
-    """counts [N, …], row r for rank r → the rows that all ranks have for this one. Control data, so its bytes are not counted."""
-    if axis.size == 1:
-        return counts
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=axis.group)
-    return received
+    def land(self) -> Tensor:
+        return _Land.apply(self.travelling, self.token, self.splits, self.axis, self.back)  # type: ignore[no-any-return]

@@ -115,13 +115,6 @@ class Block(Unit):
         assert self.ffn_norm is not None
         return self._join(x, self.ffn_norm, self.ffn_post_norm, partial(self._feed_forward, context=context), context)
 
-    @property
-    def parts(self) -> dict[str, bool]:
-        if not isinstance(self.ffn, MixtureOfExperts):
-            return {"forward": True}
-        # How many rows a rank's experts get is known only at run time.
-        return {"forward": False} if self.ffn_norm is None else {"meet": True, "feed": False}
-
     def _attend(self, h: Tensor, context: Context) -> Tensor:
         return self._scaled(self.attention(h, context.rotary, context.mask), self.attention_scale, context.keys)
 

@@ -280,7 +280,7 @@ class Decoder(Family):
             block = self.blocks[name]
             assert isinstance(block, RepeatedBlock)
             losses.append(repeats_loss(every, block, weight, moeut.attention_aux_loss))
-        return ride_on(x, torch.stack(losses).sum(), 1.0, lambda _: None)
+        return ride_on(x, torch.stack(losses).sum(), 1.0)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """tokens [b, S] → [b, s, d] in the compute dtype."""

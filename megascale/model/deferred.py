@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megascale.model.handles import handle_of, held
+from megascale.handles import handle_of, held
 
 # Weight gradients still to be computed, in the order of the backward pass.
 Deferred = list[Callable[[], None]]
@@ -48,26 +48,29 @@ def deferred_product(
     counts  [E] rows of each expert, if the weight is a bank
     rows    the part of the weight that is used
     """
-    kept, token = _Keep.apply(x, layer.handle, counts, (rows.start or 0, -1 if rows.stop is None else rows.stop), (*x.shape[:-1], width))
+    kept, token = _Keep.apply(x, layer.handle, counts, rows.start or 0, -1 if rows.stop is None else rows.stop, width)
     return _Meet.apply(product(kept), token)  # type: ignore[no-any-return]
 
 
 class _Keep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, handle: Tensor, counts: Tensor | None, rows: tuple[int, int], shape: tuple[int, ...]) -> Any:
+    def forward(ctx: Any, x: Tensor, handle: Tensor, counts: Tensor | None, begin: int, end: int, width: int) -> Any:
         ctx.save_for_backward(x, handle, counts)
-        ctx.rows = rows
-        return x.view_as(x), x.new_empty(()).expand(shape)
+        ctx.rows = begin, end
+        return x.view_as(x), x.new_empty(()).expand(*x.shape[:-1], width)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, handle, counts = ctx.saved_tensors
         into_x, g = grads
         if torch.compiler.is_compiling():
-            queue_weight_gradient(into_x, g, x, counts, handle, *ctx.rows)
+            # A graph drops what changes nothing, so the operator says that it changes a zero on which the result depends.
+            zero = into_x.new_zeros(())
+            queue_weight_gradient(zero, g, x, counts, handle, *ctx.rows)
+            into_x = into_x + zero
         else:
             _queue(g, x, counts, handle, *ctx.rows)
-        return into_x, None, None, None, None
+        return into_x, None, None, None, None, None
 
 
 class _Meet(torch.autograd.Function):
@@ -86,12 +89,12 @@ def _queue(g: Tensor, x: Tensor, counts: Tensor | None, handle: Tensor, begin: i
     layer.deferred.append(partial(layer.add_gradient, g, x, counts, slice(begin, None if end < 0 else end)))
 
 
-@torch.library.custom_op("megascale::queue_weight_gradient", mutates_args={"into_x"})
-def queue_weight_gradient(into_x: Tensor, g: Tensor, x: Tensor, counts: Tensor | None, handle: Tensor, begin: int, end: int) -> None:
-    """`_queue` in a graph. It changes nothing in `into_x`, but says so: graphs drop what changes nothing."""
+@torch.library.custom_op("megascale::queue_weight_gradient", mutates_args={"zero"})
+def queue_weight_gradient(zero: Tensor, g: Tensor, x: Tensor, counts: Tensor | None, handle: Tensor, begin: int, end: int) -> None:
+    """`_queue` in a graph."""
     _queue(g, x, counts, handle, begin, end)
 
 
 @queue_weight_gradient.register_fake
-def _(into_x: Tensor, g: Tensor, x: Tensor, counts: Tensor | None, handle: Tensor, begin: int, end: int) -> None:
+def _(zero: Tensor, g: Tensor, x: Tensor, counts: Tensor | None, handle: Tensor, begin: int, end: int) -> None:
     return None

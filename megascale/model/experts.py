@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megascale.comm.graphs import outside_graphs
 from megascale.config.schema import Model, Moe
+from megascale.handles import handle_of
 from megascale.model.activations import activation
 from megascale.model.attention import identity
 from megascale.model.auxiliary import ride_on
@@ -41,13 +41,16 @@ class Arrival(NamedTuple):
     back: Callable[[Tensor], Tensor]
 
 
-# (rows [n, d] sorted by expert, counts [E]; rows beyond the sum of the counts belong to no expert) → their arrival.
-Dispatch = Callable[[Tensor, Tensor], Arrival]
+# Rows [n, d] sorted by expert → their arrival.
+Departure = Callable[[Tensor], Arrival]
+# (counts [E]; rows beyond their sum belong to no expert) → what sends the rows. Counts come first, so that they travel while the rows are
+# gathered.
+Dispatch = Callable[[Tensor], Departure]
 
 
-def stay(rows: Tensor, counts: Tensor) -> Arrival:
+def stay(counts: Tensor) -> Departure:
     """The dispatch without expert parallelism."""
-    return Arrival(lambda: (rows, counts), identity)
+    return lambda rows: Arrival(lambda: (rows, counts), identity)
 
 
 class Bank(nn.Module):
@@ -85,7 +88,7 @@ class Bank(nn.Module):
             g = g if self.scale == 1.0 else g * self.scale
             if by_expert(x, weight):
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                add_by_expert(weight.grad, x, g, counts.tolist())
+                add_by_expert(weight.grad, x, g, counts)
                 return
             part = torch._grouped_mm(g.t(), x, offs=counts.cumsum(0).to(torch.int32))
         part = part.to(weight.dtype)
@@ -159,17 +162,16 @@ class MixtureOfExperts(nn.Module):
         self.loss_weights_here: Callable[[Tensor], Tensor] = identity
         self.dispatch: Dispatch = stay
         self.copies = 1
+        self.handle = handle_of(self)  # of what reports
         self.metrics = ModuleMetrics(
             "experts", {"counts": moe.num_experts, "dropped": 1, "counted": 1, "balance": 1, "z": 1}, {"logits": 1}, readings
         )
 
-    @outside_graphs
     def forward(self, x: Tensor, loss_weights: Tensor | None) -> Tensor:
         """x [b, s, d] → [b, s, d]; `loss_weights` [b, s]: see router.py, None without an auxiliary loss."""
         x = self.enter(x)
         return self.leave(self.chosen_by(x, x, loss_weights)[0])
 
-    @outside_graphs
     def chosen_by(self, h: Tensor, x: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Choice]:
         """Applies the experts chosen by h [b, s, d] to x [b, s, d]; returns the result and the choice."""
         logits, choice = self.router(h)
@@ -185,11 +187,12 @@ class MixtureOfExperts(nn.Module):
         # Dropped assignments belong to no expert and are sorted after all others.
         experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
         sort, counts = Permutation.of(experts), load(experts, self.num_experts)
+        depart = self.dispatch(counts)
         rows = sort.permute(x.flatten(0, 1))
         # The products leave rows without an expert, and their gradients, undefined.
         exists = None if kept is None else (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1)
         rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
-        arrival = self.dispatch(rows, counts)
+        arrival = depart(rows)
         shared = self.shared(x) if self.shared is not None else None  # while the rows are in flight
         rows_here, counts_here = arrival.wait()
         results = arrival.back(self.experts(rows_here, counts_here))
@@ -212,22 +215,15 @@ class MixtureOfExperts(nn.Module):
         loss = moe.z_loss * z + self.balance_weight * balance
         with torch.no_grad():
             here = (loss_weights > 0).unsqueeze(-1)
-            totals = {
-                "counts": load(choice.experts.where(here, self.num_experts), self.num_experts),
-                "counted": loss_weights.sum(),
-                "balance": balance.detach(),
-                "z": z.detach(),
-            }
-            if kept is not None:
-                totals["dropped"] = (here & ~kept).sum()
-            largest = logits.abs().amax()
+            counts = load(choice.experts.where(here, self.num_experts), self.num_experts)
+            dropped = [] if kept is None else [(here & ~kept).sum()]
+            values = [counts, loss_weights.sum(), balance.detach(), z.detach(), logits.abs().amax(), *dropped]
+        return ride_on(x, loss, 1.0 / self.copies, self.handle, values)
 
-        def report(_: Tensor) -> None:
-            for name, value in totals.items():
-                self.metrics.add(name, value)
-            self.metrics.maximum("logits", largest)
-
-        return ride_on(x, loss, 1.0 / self.copies, report)
+    def report(self, *values: Tensor) -> None:
+        """Adds the values of a micro-batch to the metrics."""
+        for name, value in zip(("counts", "counted", "balance", "z", "logits", "dropped"), values):
+            (self.metrics.maximum if name == "logits" else self.metrics.add)(name, value)
 
 
 def load(experts: Tensor, num_experts: int) -> Tensor:

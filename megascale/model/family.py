@@ -21,11 +21,6 @@ class Unit(nn.Module):
     cfg: Model
 
     @property
-    def parts(self) -> dict[str, bool]:
-        """The methods that make up a forward pass, and whether each can be one compiled graph."""
-        return {"forward": True}
-
-    @property
     def sublayers(self) -> list[Any]:
         """The sublayers that tensor parallelism splits. Each has an exchange before it, `enter`, and one after it, `leave`."""
         raise NotImplementedError

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale.comm.graphs import outside_graphs
 from megascale.config.schema import Model
 from megascale.model.attention import Attend, attend, identity
 from megascale.model.block import Context
@@ -80,14 +79,12 @@ class SwitchHead(nn.Module):
         logits = F.linear(normed.to(exact), selector.to(normed.dtype).to(exact)).unflatten(2, (-1, self.experts))
         return choose(sigma, logits, self.top_k, None)
 
-    @outside_graphs
     def _values(self, x: Tensor, choice: Choice) -> Tensor:
         """[b, s, d] → [b, s, h, e]: each head's chosen experts on the token, weighted."""
         results = spread_through(self.v, x.flatten(0, 1), self._numbers(choice).flatten(2).flatten(0, 1))
         gates = choice.gates.flatten(0, 1).to(x.dtype)
         return weighted_sum(gates, results.unflatten(1, (-1, self.top_k))).unflatten(0, x.shape[:2])
 
-    @outside_graphs
     def _outputs(self, y: Tensor, choice: Choice) -> Tensor:
         """[b, s, h, e] → [b, s, d]: each head's chosen experts on its result, weighted and summed over heads."""
         results = spread_through(self.o, y.flatten(0, 2), self._numbers(choice).flatten(0, 2))
@@ -121,10 +118,6 @@ class RepeatedBlock(Unit):
             self.ffn.balance_weight = 0.0  # the entropy loss covers all repeats
         assert cfg.moeut is not None
         declare_repeated(self, cfg.num_layers // cfg.moeut.group_size)
-
-    @property
-    def parts(self) -> dict[str, bool]:
-        return {"forward": False}
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Masses | None]:
         """x [b, s, d] → [b, s, d], and the experts' masses if they are counted."""

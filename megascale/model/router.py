@@ -98,7 +98,7 @@ def balance_loss(choice: Choice, loss_weights: Tensor, over_sequence: Callable[[
     """
     num_experts, top_k = choice.probabilities.shape[-1], choice.experts.shape[-1]
     with torch.no_grad():
-        chosen = F.one_hot(choice.experts, num_experts).sum(2).to(loss_weights.dtype)
+        chosen = torch.zeros_like(choice.probabilities, dtype=loss_weights.dtype).scatter_(2, choice.experts, 1.0)
         share = _shares(mass_of(chosen, loss_weights) / top_k, over_sequence)
     # The share carries no gradient and the rest is linear in the tokens, so ranks may add their parts.
     return num_experts * (share * mass_of(choice.probabilities, loss_weights)).sum()
@@ -145,8 +145,9 @@ def within_capacity(experts: Tensor, num_experts: int, factor: float) -> Tensor:
     """
     _, length, top_k = experts.shape
     room = math.ceil(length * top_k / num_experts * factor)
-    queue = F.one_hot(experts.transpose(1, 2).flatten(1), num_experts)  # [b, k·s, E]
-    place = (queue.cumsum(1) * queue).sum(-1)  # from 1
+    queue = experts.transpose(1, 2).flatten(1).unsqueeze(-1)  # [b, k·s, 1]
+    takes = torch.zeros((*queue.shape[:2], num_experts), dtype=torch.int32, device=experts.device).scatter_(2, queue, 1)
+    place = takes.cumsum(1, dtype=torch.int32).gather(2, queue).squeeze(-1)  # from 1
     return (place <= room).unflatten(1, (top_k, length)).transpose(1, 2)
 
 

@@ -66,8 +66,9 @@ def parallelize(
     # Ranks with different samples, or different tokens of the same samples, sum the gradients of the same weights.
     copies = mesh["dp_replicate"].size * mesh["shard"].size > 1
     sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
-    splits = pipeline and cfg.pp_schedule in SPLIT_BACKWARD
-    backend = counting_backend(mesh.axes.values(), KEEPS_MEMORY if splits else {}) if mesh.size > 1 else "inductor"
+    # Rows in flight to experts must not be overwritten either.
+    holds = (pipeline and cfg.pp_schedule in SPLIT_BACKWARD) or mesh["ep"].size > 1
+    backend = counting_backend(mesh.axes.values(), KEEPS_MEMORY if holds else {}) if mesh.size > 1 else "inductor"
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
@@ -80,12 +81,14 @@ def parallelize(
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:
-            from megascale.parallel.data import prefetch, shard_model  # imports FSDP2
+            from megascale.parallel.data import gather_around_blocks, prefetch, shard_model  # imports FSDP2
 
             # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
             reshard = False if pipeline else reshard_ranks(cfg, mesh.size)
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
-            if mesh["ep"].size > 1 and cfg.recompute != "selective" and not layered:
+            if cfg.compile:
+                gather_around_blocks(stage)
+            if mesh["ep"].size > 1 and (cfg.recompute != "selective" or cfg.compile) and not layered:
                 prefetch(stage)
         allocate(stage, device, on_host)
         gather_in_fp8(stage, placements)

@@ -6,6 +6,7 @@ not pass through our collectives, hence the counting hooks.
 
 # No `from __future__ import annotations` here: DDP reads the real annotations of a communication hook.
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from inspect import signature
@@ -118,6 +119,28 @@ def prefetch(model: Family) -> None:
         groups(before)[0].set_modules_to_forward_prefetch(groups(after))
     for after, before in pairwise(reversed(modules[1:])):
         groups(after)[0].set_modules_to_backward_prefetch(groups(before))
+
+
+def gather_around_blocks(model: Family) -> None:
+    """Gathers the weights of experts when their block begins and frees them when it ends: compiled, a block is one graph, and torch's hooks
+    on its experts would break it. They keep their own groups.
+    """
+    for _, block in model.units():
+        for bank in banks(block):
+            if not isinstance(bank, FSDPModule):
+                continue
+            state: Any = bank._get_fsdp_state()
+            hooks: list[Any] = [getattr(state, f"_{when}_forward_hook_handle", None) for when in ("pre", "post")]
+            if None in hooks:
+                logging.getLogger(__name__).warning(
+                    f"torch {torch.__version__} keeps FSDP2's hooks elsewhere: experts break their block's graph"
+                )
+                return
+            for hook in hooks:
+                hook.remove()
+            # Within the block's own hooks.
+            state._pre_forward_hook_handle = block.register_forward_pre_hook(state._pre_forward, with_kwargs=True)
+            state._post_forward_hook_handle = block.register_forward_hook(state._post_forward, prepend=True)
 
 
 def replicate_model(model: Family, mesh: Mesh) -> tuple[nn.Module, MicroBatchScope]:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from megascale.comm.collectives import all_reduce
-from megascale.comm.exchange import exchange_counts, finish_exchange, start_exchange
+from megascale.comm.exchange import Flight, exchange_counts, on_host
 from megascale.comm.mesh import Axis
 from megascale.config.axes import AXES
 from megascale.config.schema import Parallel
-from megascale.model.experts import Arrival, Experts, MixtureOfExperts
+from megascale.handles import handle_of
+from megascale.model.experts import Arrival, Departure, Experts, MixtureOfExperts
 from megascale.model.family import Family
 from megascale.model.moeut import SwitchHead
-from megascale.model.ops.grouped_matmul import inverse_of, permute
+from megascale.model.ops.grouped_matmul import permute
 from megascale.model.router import moved_bias
 from megascale.model.spec import ParamSpec
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
@@ -37,11 +38,11 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
     for name, placement in placements.items():
         if placement.spec.experts:
             resize(model, name, placement)
-    tp, whole = axes["tp"], cfg.expert_tp == cfg.tp
+    tp, whole, handle = axes["tp"], cfg.expert_tp == cfg.tp, handle_of(axes["ep"])
     for moe in mixtures(model):
         moe.copies = tp.size if whole else 1
         if axes["ep"].size > 1:
-            moe.dispatch = partial(dispatch, axis=axes["ep"])
+            moe.dispatch = partial(dispatch, axis=axes["ep"], handle=handle)
         if not whole:
             # Tokens stay split along the sequence here; only the shared experts need all of them.
             if moe.shared is not None:
@@ -82,26 +83,37 @@ def shard_dim(shape: list[int], ranks: int) -> int:
     return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
-def dispatch(rows: Tensor, counts: Tensor, axis: Axis) -> Arrival:
-    """Sends rows [n, d], sorted by expert, to the ranks that hold the experts; see `Dispatch` in model/experts.py."""
-    here = exchange_counts(counts.view(axis.size, -1), axis)  # [ranks, experts here]
-    # The host needs the counts here, to allocate the incoming rows.
-    send, receive = torch.stack((counts.view(axis.size, -1).sum(1), here.sum(1))).tolist()
-    total = sum(send)
-    travelling, flight = start_exchange(rows[:total], send, receive, axis)
-    # Rows arrive sorted by rank, then by expert; products need them sorted by expert.
-    expert = torch.arange(here.shape[1], device=here.device).repeat(axis.size).repeat_interleave(here.flatten(), output_size=sum(receive))
-    order = expert.argsort(stable=True)
-    inverse = inverse_of(order)
+def dispatch(counts: Tensor, axis: Axis, handle: Tensor) -> Departure:
+    """Prepares sending rows, sorted by expert, to the ranks that hold the experts; see `Dispatch` in model/experts.py."""
+    mine = counts.view(axis.size, -1)
+    here = exchange_counts(mine, handle)  # [ranks, experts here]
+    # The host needs these to allocate the incoming rows. It reads them when rows are sent.
+    splits = on_host(torch.stack((mine.sum(1), here.sum(1))))
 
-    def wait() -> tuple[Tensor, Tensor]:
-        return permute(finish_exchange(travelling, flight), order, inverse), here.sum(0)
+    def depart(rows: Tensor) -> Arrival:
+        there = Flight(rows, splits, handle)
+        order, inverse = by_expert_from_ranks(here, there.travelling.shape[0])
 
-    def back(results: Tensor) -> Tensor:
-        returned = finish_exchange(*start_exchange(permute(results, inverse, order), receive, send, axis))
-        return torch.cat((returned, returned.new_zeros((rows.shape[0] - total, returned.shape[1]))))
+        def wait() -> tuple[Tensor, Tensor]:
+            return permute(there.land(), order, inverse), here.sum(0)
 
-    return Arrival(wait, back)
+        def back(results: Tensor) -> Tensor:
+            return Flight(permute(results, inverse, order), splits, handle, True, rows.shape[0]).land()
+
+        return Arrival(wait, back)
+
+    return depart
+
+
+def by_expert_from_ranks(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Rows arrive sorted by rank, then by expert, `counts` [ranks, experts] of them: the order that sorts them by expert, then by rank, and
+    its inverse, without sorting.
+    """
+    ends, sorted_ends = counts.flatten().cumsum(0), counts.t().flatten().cumsum(0)
+    begins, sorted_begins = ends.view_as(counts) - counts, sorted_ends.view(counts.shape[::-1]).t() - counts
+    moves, place = (sorted_begins - begins), torch.arange(rows, device=counts.device)
+    inverse = place + moves.flatten()[torch.searchsorted(ends, place, right=True)]
+    return place - moves.t().flatten()[torch.searchsorted(sorted_ends, place, right=True)], inverse
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megascale.comm import functional
+from megascale.comm import exchange, functional  # noqa: F401  the first declares operators
 from megascale.model.exchanges import Pass, in_turn
 from megascale.model.family import Family
 from megascale.model.ops import attention_masked, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
@@ -48,6 +49,10 @@ KEPT = CHOICES | {
     functional.ops.all_reduce.default,
     functional.ops.reduce_scatter_tensor.default,
     functional.ops.all_to_all_single.default,
+    torch.ops.megascale.send_rows.default,
+    torch.ops.megascale.move_rows.default,
+    torch.ops.megascale.fp8_by_expert.default,
+    aten._scaled_grouped_mm.default,
 }
 
 Recomputation = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -61,31 +66,21 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None) -> None:
     mode     `none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th input, and those of one group at a time)
     backend  the torch.compile backend; None: eager
 
-    A block that is one graph is recomputed inside it, where the compiler sees both passes. Around a graph break the compiler would run a
-    recomputed function entirely eager (pytorch#139989), so a block with breaks is compiled first, in pieces, and recomputed around them.
+    A compiled block is one graph and is recomputed inside it, where the compiler sees both passes.
     """
     routers = any(isinstance(m, Router) for m in model.modules())
-    recomputed, in_graph = recomputation(mode, routers), recomputation(mode)  # no graph has a router
+    recomputed = recomputation(mode, routers)
     for _, block in model.units():
-        parts = block.parts
-        if backend is None or (mode in ("full", "nested") and not all(parts.values())):
-            for name in () if backend is None else parts:
-                setattr(block, name, compile_static(getattr(block, name), backend=backend))
+        if backend is None:
             block.forward = recomputed(block.forward)  # type: ignore[method-assign]
-            continue
-        for name, one_graph in parts.items():
-            part = getattr(block, name)
-            if one_graph:
-                part = compile_static(in_graph(part), backend=backend)
-            else:
-                part = recomputed(compile_static(part, backend=backend))
-            setattr(block, name, part)
+        else:
+            block.forward = compile_static(recomputation(mode, routers, True)(block.forward), backend=backend)  # type: ignore[method-assign]
     model.exchanges.loss_backend = backend
     if mode == "nested":
         model.exchanges.pass_blocks = partial(in_groups, recomputed=recomputed)
 
 
-def recomputation(mode: str, routers: bool = False) -> Recomputation:
+def recomputation(mode: str, routers: bool = False, in_graph: bool = False) -> Recomputation:
     """Wraps a function so that its backward pass recomputes what it needs. `routers`: the function may contain routers."""
     if mode == "none":
         return lambda function: function
@@ -93,7 +88,9 @@ def recomputation(mode: str, routers: bool = False) -> Recomputation:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     options = PLAIN
     if mode == "selective":
-        options = PLAIN | {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        options = PLAIN | {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, KEPT))}
+    elif routers and in_graph:
+        options = PLAIN | {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, CHOICES))}
     elif routers:
         options = PLAIN | {"context_fn": _choices}
     return lambda function: partial(checkpoint, function, **options)
@@ -115,15 +112,15 @@ def group_size(blocks: int) -> int:
     return max(1, math.isqrt(blocks - 1) + 1) if blocks else 1
 
 
-def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: set[Any], _: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _choices() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Contexts for a forward pass and its recomputation. torch's own contexts would count every operation, including those of FSDP2's hooks
     on experts, which differ in a recomputation.
     """
-    kept: list[tuple[Tensor, ...]] = []
+    kept: list[Any] = []
     return _Keep(kept), _Repeat(kept)
 
 
@@ -135,14 +132,14 @@ class _Keep(TorchDispatchMode):
         """Otherwise nothing would be compiled under this mode."""
         return True
 
-    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in CHOICES:
-            self.kept.append(tuple(x.detach() for x in result))
+            self.kept.append(tree_map(torch.Tensor.detach, result))
         return result
 
 
@@ -153,5 +150,5 @@ class _Repeat(_Keep):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in CHOICES:
-            return tuple(x.detach() for x in next(self.left))
+            return tree_map(torch.Tensor.detach, next(self.left))
         return func(*args, **(kwargs or {}))

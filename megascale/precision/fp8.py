@@ -172,7 +172,7 @@ class _Grouped(torch.autograd.Function):
             watch("input", x, x8)
         ctx.save_for_backward(x8, weight, counts)
         if not _in_one_kernel(x):
-            return _over_experts(lambda rows, i: fp8_product(rows, w8[i], scale, x.dtype), x8, counts, x.new_zeros((len(x), w8.shape[1])))
+            return fp8_by_expert(x8, w8, counts, scale, x.dtype, False)
         if torch.cuda.get_device_capability(x.device) < (9, 0):
             return torch._grouped_mm(x8.to(x.dtype), w8.to(x.dtype).mT, offs=_ends(counts)).mul_(scale)
         scales = torch.full((len(x),), scale, device=x.device), torch.ones(w8.shape[:2], device=x.device)
@@ -187,8 +187,7 @@ class _Grouped(torch.autograd.Function):
         if _in_one_kernel(g):
             dx = torch._grouped_mm(g8.to(g.dtype), w8.to(g.dtype), offs=_ends(counts)).mul_(ctx.scale)
         else:
-            product = lambda rows, i: input_gradient(rows, w8[i], ctx.scale, g.dtype)  # noqa: E731
-            dx = _over_experts(product, g8, counts, g.new_zeros((len(g), w8.shape[2])))
+            dx = fp8_by_expert(g8, w8, counts, ctx.scale, g.dtype, True)
         return dx, grouped_weight_gradient(g8, x8, counts, ctx.scale, g.dtype), None, None, None
 
 
@@ -196,9 +195,7 @@ def grouped_weight_gradient(g8: Tensor, x8: Tensor, counts: Tensor, scale: float
     """g8 [n, out] and x8 [n, in] sorted by expert → [E, out, in]."""
     if g8.is_cuda and dtype == torch.bfloat16:
         return torch._grouped_mm(g8.to(dtype).t(), x8.to(dtype), offs=_ends(counts)).mul_(scale)
-    sizes = counts.tolist()
-    parts = zip(g8[: sum(sizes)].split(sizes), x8[: sum(sizes)].split(sizes))
-    return torch.stack([weight_gradient(g, x, scale, dtype) for g, x in parts])
+    return fp8_weight_gradient_by_expert(g8, x8, counts, scale, dtype)
 
 
 def _in_one_kernel(x: Tensor) -> bool:
@@ -213,11 +210,32 @@ def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def _over_experts(product: Callable[[Tensor, int], Tensor], x: Tensor, counts: Tensor, out: Tensor) -> Tensor:
-    """Fills `out` with the product of each expert's rows of x."""
+@torch.library.custom_op("megascale::fp8_by_expert", mutates_args=())
+def fp8_by_expert(x8: Tensor, w8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Rows x8 [n, in] sorted by expert through w8 [E, out, in], or [n, out] through its transpose; rows of no expert become zero."""
+    y = x8.new_zeros((x8.shape[0], w8.shape[2 if transposed else 1]), dtype=dtype)
     begin = 0
-    for i, size in enumerate(counts.tolist()):
+    for w, size in zip(w8, counts.tolist()):
         if size:
-            out[begin : begin + size] = product(x[begin : begin + size], i)
+            product = input_gradient if transposed else fp8_product
+            y[begin : begin + size] = product(x8[begin : begin + size], w, scale, dtype)
         begin += size
-    return out
+    return y
+
+
+@fp8_by_expert.register_fake
+def _(x8: Tensor, w8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype, transposed: bool) -> Tensor:
+    return x8.new_empty((x8.shape[0], w8.shape[2 if transposed else 1]), dtype=dtype)
+
+
+@torch.library.custom_op("megascale::fp8_weight_gradient_by_expert", mutates_args=())
+def fp8_weight_gradient_by_expert(g8: Tensor, x8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`grouped_weight_gradient`, one expert after the other."""
+    sizes = counts.tolist()
+    parts = zip(g8[: sum(sizes)].split(sizes), x8[: sum(sizes)].split(sizes))
+    return torch.stack([weight_gradient(g, x, scale, dtype) for g, x in parts])
+
+
+@fp8_weight_gradient_by_expert.register_fake
+def _(g8: Tensor, x8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return g8.new_empty((counts.shape[0], g8.shape[1], x8.shape[1]), dtype=dtype)

@@ -7,6 +7,7 @@ ATEN_CPU_CAPABILITY, it computed wrong numbers without an error.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ def compile_static(function: Callable[..., Any], **options: Any) -> Callable[...
     mine, given = cache_tag(), settings.cache_key_tag
     if mine not in given:  # a user may have set TORCH_COMPILE_CACHE_KEY_TAG
         settings.cache_key_tag = f"{given.split('|')[0]}|{mine}"
+    # The rows that an expert's rank receives are a size known at run time only.
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.capture_dynamic_output_shape_ops = True
     return torch.compile(function, dynamic=False, **options)
 
 

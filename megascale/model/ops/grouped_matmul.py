@@ -85,7 +85,7 @@ class Permutation(NamedTuple):
 
     @classmethod
     def of(cls, experts: Tensor) -> Permutation:
-        order = experts.flatten().argsort(stable=True)
+        order = experts.flatten().to(torch.int32).argsort(stable=True)
         return cls(order, inverse_of(order), experts.shape[1])
 
     def permute(self, x: Tensor) -> Tensor:
@@ -113,18 +113,23 @@ def adds_in_place(weight: Tensor) -> bool:
     return weight.is_leaf and weight.device.type == "cpu" and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
-def add_by_expert(total: Tensor, x: Tensor, g: Tensor, sizes: list[int]) -> None:
+def blocks_of(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    """Each expert's rows of x [n, …], and the rows beyond the sum of the counts [E]."""
+    sizes = counts.tolist()
+    return x.split([*sizes, x.shape[0] - sum(sizes)])
+
+
+def add_by_expert(total: Tensor, x: Tensor, g: Tensor, counts: Tensor) -> None:
     """The weights' gradient from the rows' x [n, in] and g [n, out], added to `total` [E, out, in]."""
-    rest = x.shape[0] - sum(sizes)
     part = total.new_empty(total.shape[1:], dtype=g.dtype)
-    for into, a, b in zip(total, x.split([*sizes, rest]), g.split([*sizes, rest])):
+    for into, a, b in zip(total, blocks_of(x, counts), blocks_of(g, counts)):
         if len(a):
             into.add_(matmul.product(b.t(), a) if matmul.widens(a, b) else torch.mm(b.t(), a, out=part))
 
 
 @torch.library.custom_op("megascale::product_by_expert", mutates_args=())
-def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
-    """Rows x [n, in] sorted by expert through weight [E, out, in], or [n, out] through its transpose; `sizes` [E]: rows per expert.
+def product_by_expert(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+    """Rows x [n, in] sorted by expert through weight [E, out, in], or [n, out] through its transpose; `counts` [E]: rows per expert.
 
     One operator, so that recomputation can keep its result, and one buffer for a rounded matrix: allocating new memory costs more than
     rounding.
@@ -132,8 +137,7 @@ def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: b
     _, out_dim, in_dim = weight.shape
     y = x.new_empty((x.shape[0], in_dim if transposed else out_dim))
     rounded = weight.new_empty((out_dim, in_dim), dtype=x.dtype) if weight.dtype != x.dtype else None
-    rest = x.shape[0] - sum(sizes)
-    for w, rows, out in zip(weight, x.split([*sizes, rest]), y.split([*sizes, rest])):
+    for w, rows, out in zip(weight, blocks_of(x, counts), blocks_of(y, counts)):
         if len(rows):
             w = w if rounded is None else rounded.copy_(w)
             w = w.t() if transposed else w
@@ -147,8 +151,36 @@ def product_by_expert(x: Tensor, weight: Tensor, sizes: list[int], transposed: b
 
 
 @product_by_expert.register_fake
-def _(x: Tensor, weight: Tensor, sizes: list[int], transposed: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
+
+
+@torch.library.custom_op("megascale::weight_gradient_by_expert", mutates_args=())
+def weight_gradient_by_expert(weight: Tensor, x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of weight [E, out, in] from the rows' x [n, in] and g [n, out]."""
+    total = torch.zeros_like(weight)
+    add_by_expert(total, x, g, counts)
+    return total
+
+
+@weight_gradient_by_expert.register_fake
+def _(weight: Tensor, x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _product_backward(ctx: Any, g: Tensor) -> Any:
+    x, weight, counts = ctx.saved_tensors
+    into_x = product_by_expert(g, weight, counts, True) if ctx.needs_input_grad[0] else None
+    into_weight = weight_gradient_by_expert(weight, x, g, counts) if ctx.needs_input_grad[1] else None
+    return into_x, into_weight, None, None
+
+
+# In a graph. Outside, _ByExpert adds to gradients in place.
+product_by_expert.register_autograd(_product_backward, setup_context=_save_product)
 
 
 class _ByExpert(torch.autograd.Function):
@@ -160,21 +192,21 @@ class _ByExpert(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.sizes = weight, sizes
-        return product_by_expert(x, weight, sizes, False)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, counts)
+        ctx.weight = weight
+        return product_by_expert(x, weight, counts, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), (g,), weight, sizes = ctx.saved_tensors, grads, ctx.weight, ctx.sizes
-        into_x = product_by_expert(g, weight, sizes, True) if ctx.needs_input_grad[0] else None
+        (x, counts), (g,), weight = ctx.saved_tensors, grads, ctx.weight
+        into_x = product_by_expert(g, weight, counts, True) if ctx.needs_input_grad[0] else None
         into_weight = None
         if ctx.needs_input_grad[1]:
             total = weight.grad if adds_in_place(weight) else None
             if total is None:
                 total = into_weight = torch.zeros_like(weight)
-            add_by_expert(total, x, g, sizes)
+            add_by_expert(total, x, g, counts)
         return into_x, into_weight, None
 
 
@@ -184,7 +216,8 @@ def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Rows beyond the sum of the counts are undefined, and so are their gradients.
     """
     if by_expert(x, weight):
-        return _ByExpert.apply(x, weight, counts.tolist())  # type: ignore[no-any-return]
+        graph = torch.compiler.is_compiling()
+        return product_by_expert(x, weight, counts, False) if graph else _ByExpert.apply(x, weight, counts)  # type: ignore[no-any-return]
     return in_one(x, weight, counts)
 
 
