@@ -52,6 +52,8 @@ LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
     "ep x edp, selective": (4, Parallel(ep=2, recompute="selective"), "shared"),
     "ep x edp, zero2": (4, Parallel(ep=2, reshard_after_forward=False), "xmoe"),
     "ep x replicas": (4, Parallel(dp_replicate=2, ep=2), "bias"),
+    "ep, two rounds": (2, Parallel(ep=2, ep_rows=1.0), "capacity"),
+    "ep x edp, two rounds": (4, Parallel(ep=2, ep_rows=1.4, recompute="selective"), "shared"),
     "ep x tp": (4, Parallel(tp=2, ep=2), "shared"),
     "ep x tp sequence": (4, Parallel(tp=2, tp_sequence=True, ep=2, recompute="full"), "capacity"),
     "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "bias"),
@@ -206,10 +208,11 @@ def forced(case: Case, to: list[int]) -> dict[str, Any]:
         layouts.build = original
 
 
-@pytest.mark.parametrize("to", [[0, 1], [0, 3], [3, 2]])
-def test_all_tokens_to_one_rank(to: list[int]) -> None:
+@pytest.mark.parametrize(("to", "ep_rows"), [([0, 1], None), ([0, 3], None), ([3, 2], None), ([0, 1], 1.1)])
+def test_all_tokens_to_one_rank(to: list[int], ep_rows: float | None) -> None:
     """Catches an exchange that cannot be empty, an expert without rows that gets no gradient, or a rank that waits for rows in vain."""
     case = Case(sparse(1), Parallel(ep=2), steps=1)
+    case = case if ep_rows is None else replace(case, parallel=Parallel(ep=2, ep_rows=ep_rows))
     reference, got = run_ranks(1, forced, replace(case, parallel=Parallel()), to)[0], run_ranks(2, forced, case, to)[0]
     assert worst(got["grad"], reference["grad"])[0] <= 1e-12
     idle = [e for e in range(4) if e not in to]
@@ -295,7 +298,8 @@ def overlapped() -> list[str]:
     mesh = build_mesh(axis_sizes(Parallel(ep=2), 2), "cpu")
     seen: list[str] = []
     rows = torch.arange(8.0).view(4, 2).requires_grad_()
-    arrival = dispatch(torch.tensor([1, 1, 1, 1]), mesh["ep"], handle_of(mesh["ep"]))(rows)
+    handle = handle_of(mesh["ep"])
+    (arrival,) = dispatch(torch.tensor([1, 1, 1, 1]), mesh["ep"], handle)(rows)
     work = mesh.traffic.calls["ep", "all_to_all"]
     seen.append(f"sent {work}")
     here, counts = arrival.wait()
@@ -361,7 +365,8 @@ def test_an_axis_of_one_sends_nothing() -> None:
     traffic = Traffic()
     rows = torch.randn(4, 3)
     axis = Axis("ep", 1, 0, None, traffic)
-    arrival = dispatch(torch.tensor([3, 1]), axis, handle_of(axis))(rows)
+    handle = handle_of(axis)
+    (arrival,) = dispatch(torch.tensor([3, 1]), axis, handle)(rows)
     assert torch.equal(arrival.back(arrival.wait()[0]), rows) and traffic.take() == ({}, {})
     assert not dist.is_initialized()
 

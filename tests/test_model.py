@@ -211,7 +211,7 @@ def test_compiled_blocks_equal_eager_ones() -> None:
 
 # Rooms in the order in which they may import one another: a room imports from its own rank or from lower ones.
 ORDER = (
-    {"errors", "files", "limits", "plugins", "rows", "screen", "sizes", "splitmix", "version"},
+    {"errors", "files", "handles", "limits", "plugins", "rows", "screen", "sizes", "splitmix", "version"},
     {"config"},
     {"launch"},
     {"cli", "comm", "data", "precision"},

@@ -317,7 +317,7 @@ class Teller:
     def __init__(self) -> None:
         self.told: list[float] = []
 
-    def report(self, loss: torch.Tensor) -> None:
+    def hear(self, about: str, loss: torch.Tensor) -> None:
         self.told.append(loss.item())
 
 

@@ -21,7 +21,7 @@ from megascale.model.layers import linear
 from megascale.model.ops import matmul_cpu
 from megascale.model.ops.compiled import compile_static
 from megascale.model.ops.grouped_matmul import product_by_expert
-from megascale.parallel.recompute import PLAIN, _policy
+from megascale.parallel.recompute import KEPT, PLAIN, _policy
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 
@@ -95,7 +95,7 @@ def test_selective_recomputation_keeps_it() -> None:
     """Catches an operator that recomputation does not know, which is then run twice forward."""
     x, weight = random(ROWS, IN).requires_grad_(), random(OUT, IN).requires_grad_()
     with Products() as products:
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        contexts = partial(create_selective_checkpoint_contexts, partial(_policy, KEPT))
         checkpoint(lambda x: linear(x, weight).sin(), x, **PLAIN, context_fn=contexts).sum().backward()
     assert products.count == 2
 

@@ -33,6 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp zbv": {"pp": 2, "pp_schedule": "zbv"},
     "experts, fsdp": {"dp_shard": 2, "experts": True},
     "experts, ep": {"dp_shard": 2, "ep": 2, "experts": True},
+    "experts, ep in rounds": {"dp_shard": 2, "ep": 2, "ep_rows": 1.5, "experts": True},
     "experts, ep and edp": {"dp_shard": 4, "ep": 2, "experts": True, "ranks": 4},
     "experts, tp and ep": {"tp": 2, "tp_sequence": True, "dp_shard": 2, "ep": 2, "experts": True, "ranks": 4},
     "experts, tp and etp 1": {"tp": 2, "tp_sequence": True, "etp": 1, "ep": 2, "experts": True},

@@ -7,18 +7,12 @@ instead: an identity whose backward passes the stream's gradient through and sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megascale.handles import held
-
-
-class Reports(Protocol):
-    """Takes values that describe a micro-batch."""
-
-    def report(self, *values: Tensor) -> None: ...
+from megascale.handles import telling
 
 
 class _Ride(torch.autograd.Function):
@@ -33,28 +27,13 @@ class _Ride(torch.autograd.Function):
         loss, handle, *values = ctx.saved_tensors
         into_loss = torch.full_like(loss, ctx.weight)
         if handle is not None:
-            (report if torch.compiler.is_compiling() else _report)(into_loss, handle, values)
+            into_loss = telling(into_loss, handle, "", values)
         return grads[0], into_loss, None, None, *[None] * len(values)
 
 
 def ride_on(x: Tensor, loss: Tensor, weight: float, to: Tensor | None = None, values: Sequence[Tensor] = ()) -> Tensor:
     """`x` unchanged; its backward adds `weight` times the gradient of the 0-dim `loss`.
 
-    to  the handle (handles.py) of what reports `values`: once per micro-batch, from backward, since recomputation repeats forward
+    to  the handle (handles.py) of what hears `values`: once per micro-batch, from backward, since recomputation repeats forward
     """
     return _Ride.apply(x, loss, weight, to, *values)  # type: ignore[no-any-return]
-
-
-def _report(into_loss: Tensor, handle: Tensor, values: Sequence[Tensor]) -> None:
-    held(handle).report(*values)
-
-
-@torch.library.custom_op("megascale::report", mutates_args={"into_loss"})
-def report(into_loss: Tensor, handle: Tensor, values: Sequence[Tensor]) -> None:
-    """`_report` in a graph. It changes nothing in `into_loss`, but says so: graphs drop what changes nothing."""
-    _report(into_loss, handle, values)
-
-
-@report.register_fake
-def _(into_loss: Tensor, handle: Tensor, values: Sequence[Tensor]) -> None:
-    return None

@@ -29,7 +29,7 @@ from megascale.model.ops.grouped_matmul import Permutation, add_by_expert, by_ex
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
 from megascale.model.spec import ParamSpec, Role, declare
-from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_grouped, grouped_weight_gradient, to_fp8
+from megascale.precision.fp8 import E4M3, E5M2, fp8_grouped, grouped_weight_gradient, to_fp8
 
 
 class Arrival(NamedTuple):
@@ -41,8 +41,8 @@ class Arrival(NamedTuple):
     back: Callable[[Tensor], Tensor]
 
 
-# Rows [n, d] sorted by expert → their arrival.
-Departure = Callable[[Tensor], Arrival]
+# Rows [n, d] sorted by expert → their arrival, in one round or several. A round's results are zero for rows of others.
+Departure = Callable[[Tensor], list[Arrival]]
 # (counts [E]; rows beyond their sum belong to no expert) → what sends the rows. Counts come first, so that they travel while the rows are
 # gathered.
 Dispatch = Callable[[Tensor], Departure]
@@ -50,7 +50,7 @@ Dispatch = Callable[[Tensor], Departure]
 
 def stay(counts: Tensor) -> Departure:
     """The dispatch without expert parallelism."""
-    return lambda rows: Arrival(lambda: (rows, counts), identity)
+    return lambda rows: [Arrival(lambda: (rows, counts), identity)]
 
 
 class Bank(nn.Module):
@@ -62,7 +62,7 @@ class Bank(nn.Module):
         self.deferred: Deferred | None = None
         self.handle: Tensor | None = None
         self.fp8 = False
-        self.watch: Watch | None = None
+        self.watch: Tensor | None = None
         self.metrics: ModuleMetrics | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
@@ -77,10 +77,13 @@ class Bank(nn.Module):
         y = grouped_product(x, weight, counts)
         return y if self.scale == 1.0 else y * self.scale
 
+    def hear(self, about: str, *values: Tensor) -> None:
+        assert self.deferred is not None
+        self.deferred.append(partial(self._add_gradient, *values))
+
     @torch.no_grad()
-    def add_gradient(self, g: Tensor, x: Tensor, counts: Tensor | None, rows: slice) -> None:
+    def _add_gradient(self, g: Tensor, x: Tensor, counts: Tensor) -> None:
         """Adds the weights' gradient [E, out, in] from the rows' g [n, out] and x [n, in]."""
-        assert counts is not None
         weight = self.weight
         if self.fp8:
             part = grouped_weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), counts, self.scale, g.dtype)
@@ -162,7 +165,7 @@ class MixtureOfExperts(nn.Module):
         self.loss_weights_here: Callable[[Tensor], Tensor] = identity
         self.dispatch: Dispatch = stay
         self.copies = 1
-        self.handle = handle_of(self)  # of what reports
+        self.handle = handle_of(self)  # of what hears about a micro-batch
         self.metrics = ModuleMetrics(
             "experts", {"counts": moe.num_experts, "dropped": 1, "counted": 1, "balance": 1, "z": 1}, {"logits": 1}, readings
         )
@@ -192,10 +195,10 @@ class MixtureOfExperts(nn.Module):
         # The products leave rows without an expert, and their gradients, undefined.
         exists = None if kept is None else (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1)
         rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
-        arrival = depart(rows)
+        rounds = depart(rows)
         shared = self.shared(x) if self.shared is not None else None  # while the rows are in flight
-        rows_here, counts_here = arrival.wait()
-        results = arrival.back(self.experts(rows_here, counts_here))
+        parts = [arrival.back(self.experts(*arrival.wait())) for arrival in rounds]
+        results = sum(parts[1:], parts[0])
         results = results if exists is None else results.where(exists, results.new_zeros(()))
         y = sort.unpermute(results, choice.gates.flatten(0, 1).to(x.dtype)).view_as(x)
         y = y if shared is None else y + shared
@@ -220,7 +223,7 @@ class MixtureOfExperts(nn.Module):
             values = [counts, loss_weights.sum(), balance.detach(), z.detach(), logits.abs().amax(), *dropped]
         return ride_on(x, loss, 1.0 / self.copies, self.handle, values)
 
-    def report(self, *values: Tensor) -> None:
+    def hear(self, about: str, *values: Tensor) -> None:
         """Adds the values of a micro-batch to the metrics."""
         for name, value in zip(("counts", "counted", "balance", "z", "logits", "dropped"), values):
             (self.metrics.maximum if name == "logits" else self.metrics.add)(name, value)

@@ -17,7 +17,7 @@ from megascale.model.ops import matmul, matmul_cpu
 from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.dynamic import dynamic_linear
-from megascale.precision.fp8 import E4M3, E5M2, Watch, fp8_linear, to_fp8, weight_gradient
+from megascale.precision.fp8 import E4M3, E5M2, fp8_linear, to_fp8, weight_gradient
 from megascale.splitmix import mix64_signed
 
 
@@ -42,7 +42,7 @@ class Linear(nn.Module):
 
     `rows`, set by the tensor pass, restricts an unsharded weight to the output rows that this rank needs. The pipeline lets the weight's
     gradient be `deferred` (deferred.py) under schedules that compute it separately. The precision pass sets `fp8`, `metrics` and, on some
-    steps, `watch`.
+    steps, `watch`, the handle of what hears the losses of casts.
     `kind` is dense or bitlinear (bitlinear.py).
     """
 
@@ -64,7 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.role, self.scale = role, scale
         self.fp8: Fp8 = "false"
-        self.watch: Watch | None = None
+        self.watch: Tensor | None = None
         self.metrics: ModuleMetrics | None = None
         self.weight = declare(ParamSpec((out_dim, in_dim), role, cut, std), dtype)
         # A bias is split along the output dimension; with an input-split weight it is added once, after the sum over ranks.
@@ -89,7 +89,7 @@ class Linear(nn.Module):
         rows = slice(*self.rows) if self.rows else slice(None)
         if self.deferred is not None and torch.is_grad_enabled():
             part = weight.detach()[rows]
-            return deferred_product(self, x, partial(self._multiply, weight=part), part.shape[0], rows=rows)
+            return deferred_product(self, x, partial(self._multiply, weight=part), part.shape[0])
         return self._multiply(x, weight if self.rows is None else weight[rows])
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -98,9 +98,14 @@ class Linear(nn.Module):
         y = linear(x, weight) if self.fp8 == "false" else dynamic_linear(x, weight, self.fp8)
         return y if self.scale == 1.0 else y * self.scale
 
+    def hear(self, about: str, *values: Tensor) -> None:
+        assert self.deferred is not None
+        self.deferred.append(partial(self._add_gradient, *values))
+
     @torch.no_grad()
-    def add_gradient(self, g: Tensor, x: Tensor, counts: Tensor | None, rows: slice) -> None:
+    def _add_gradient(self, g: Tensor, x: Tensor) -> None:
         """Adds the weight gradient from the result's gradient g [..., out] and the input x [..., in]."""
+        rows = slice(*self.rows) if self.rows else slice(None)
         weight, g, x = self.weight, g.flatten(0, -2), x.flatten(0, -2)
         if self.fp8 == "static":
             part = weight_gradient(to_fp8(g, E5M2), to_fp8(x, E4M3), self.scale, g.dtype)

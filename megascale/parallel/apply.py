@@ -86,9 +86,10 @@ def parallelize(
             # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
             reshard = False if pipeline else reshard_ranks(cfg, mesh.size)
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
-            if cfg.compile:
+            around = cfg.compile or cfg.ep_rows is not None  # in rounds, experts run several times
+            if around:
                 gather_around_blocks(stage)
-            if mesh["ep"].size > 1 and (cfg.recompute != "selective" or cfg.compile) and not layered:
+            if mesh["ep"].size > 1 and (cfg.recompute != "selective" or around) and not layered:
                 prefetch(stage)
         allocate(stage, device, on_host)
         gather_in_fp8(stage, placements)

@@ -23,9 +23,10 @@ from megascale.handles import handle_of
 from megascale.model.experts import Arrival, Departure, Experts, MixtureOfExperts
 from megascale.model.family import Family
 from megascale.model.moeut import SwitchHead
-from megascale.model.ops.grouped_matmul import permute
+from megascale.model.ops.grouped_matmul import permute, places
 from megascale.model.router import moved_bias
 from megascale.model.spec import ParamSpec
+from megascale.parallel.bounded import bounded_dispatch
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
 
@@ -43,6 +44,8 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
         moe.copies = tp.size if whole else 1
         if axes["ep"].size > 1:
             moe.dispatch = partial(dispatch, axis=axes["ep"], handle=handle)
+            if cfg.ep_rows is not None:
+                moe.dispatch = partial(bounded_dispatch, axis=axes["ep"], handle=handle, factor=cfg.ep_rows)
         if not whole:
             # Tokens stay split along the sequence here; only the shared experts need all of them.
             if moe.shared is not None:
@@ -90,9 +93,12 @@ def dispatch(counts: Tensor, axis: Axis, handle: Tensor) -> Departure:
     # The host needs these to allocate the incoming rows. It reads them when rows are sent.
     splits = on_host(torch.stack((mine.sum(1), here.sum(1))))
 
-    def depart(rows: Tensor) -> Arrival:
+    def depart(rows: Tensor) -> list[Arrival]:
         there = Flight(rows, splits, handle)
-        order, inverse = by_expert_from_ranks(here, there.travelling.shape[0])
+        # They arrive sorted by rank, then by expert.
+        coming, of_expert = there.travelling.shape[0], here.t().flatten()
+        begins = here.flatten().cumsum(0).view_as(here) - here
+        order, inverse = places(of_expert, begins.t().flatten(), of_expert.cumsum(0) - of_expert, coming, coming)
 
         def wait() -> tuple[Tensor, Tensor]:
             return permute(there.land(), order, inverse), here.sum(0)
@@ -100,20 +106,9 @@ def dispatch(counts: Tensor, axis: Axis, handle: Tensor) -> Departure:
         def back(results: Tensor) -> Tensor:
             return Flight(permute(results, inverse, order), splits, handle, True, rows.shape[0]).land()
 
-        return Arrival(wait, back)
+        return [Arrival(wait, back)]
 
     return depart
-
-
-def by_expert_from_ranks(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Rows arrive sorted by rank, then by expert, `counts` [ranks, experts] of them: the order that sorts them by expert, then by rank, and
-    its inverse, without sorting.
-    """
-    ends, sorted_ends = counts.flatten().cumsum(0), counts.t().flatten().cumsum(0)
-    begins, sorted_begins = ends.view_as(counts) - counts, sorted_ends.view(counts.shape[::-1]).t() - counts
-    moves, place = (sorted_begins - begins), torch.arange(rows, device=counts.device)
-    inverse = place + moves.flatten()[torch.searchsorted(ends, place, right=True)]
-    return place - moves.t().flatten()[torch.searchsorted(sorted_ends, place, right=True)], inverse
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megascale.comm.dtensor import is_dtensor
+from megascale.handles import handle_of
 from megascale.model.experts import Bank
 from megascale.model.family import Family
 from megascale.model.layers import Fp8, Linear
 from megascale.model.module_metrics import ModuleMetrics
 from megascale.parallel.tensor import Placement, local_tensor
-from megascale.precision.fp8 import E4M3, HeldFp8, weight_to_fp8
-from megascale.precision.watch import SUMS, cast_losses, shares
+from megascale.precision.fp8 import E4M3, HeldFp8, cast_losses, weight_to_fp8
+from megascale.precision.watch import LOST, SUMS, shares
 
 
 def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
@@ -33,31 +33,36 @@ def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
                 module.metrics = ModuleMetrics("fp8", SUMS, {}, shares, sampled=True)
 
 
+class CastWatch:
+    """Hears the losses of a product's casts and adds them to its metrics."""
+
+    def __init__(self, metrics: ModuleMetrics) -> None:
+        self.metrics = metrics
+
+    def hear(self, about: str, *values: Tensor) -> None:
+        for name, value in zip(("numbers", *LOST), values):
+            self.metrics.add(f"{about}_{name}", value)
+
+
 @contextmanager
 def watched_casts(stages: list[Family], on: bool) -> Iterator[None]:
     """Inside the context, if `on`, every FP8 product counts cast losses. Weights are counted here by their shards.
 
-    Compiled blocks run uncompiled meanwhile: a second graph, with counters in it, would take as long to compile as the first.
+    Compiled blocks have a second graph for it: as eager code, a watched step would need more memory than all others.
     """
     if not on:
         yield
         return
-    products = [(m, m.metrics) for s in stages for m in s.modules() if isinstance(m, Linear | Bank) and m.metrics is not None]
-    for module, metrics in products:
+    products = [(m, CastWatch(m.metrics)) for s in stages for m in s.modules() if isinstance(m, Linear | Bank) and m.metrics is not None]
+    for module, watch in products:
         weight = local_tensor(module.weight)
-        _tell(metrics, "weight", weight, weight_to_fp8(weight, torch.float32))
-        module.watch = partial(_tell, metrics)
+        watch.hear("weight", *cast_losses(weight, weight_to_fp8(weight, torch.float32)))
+        module.watch = handle_of(watch)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         for module, _ in products:
             module.watch = None
-
-
-def _tell(metrics: ModuleMetrics, what: str, before: Tensor, after: Tensor) -> None:
-    for name, count in cast_losses(what, before, after).items():
-        metrics.add(name, count)
 
 
 def gather_in_fp8(stage: Family, placements: dict[str, Placement]) -> None:

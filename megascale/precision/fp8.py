@@ -9,17 +9,16 @@ Shapes: n rows (tokens), in and out features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megascale.handles import telling
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-# called with (what is cast, before, after) to count cast losses
-Watch = Callable[[str, Tensor, Tensor], None]
 ALIGNED = 16  # CUDA's alignment of the summed dimension and of the second factor's rows
 
 
@@ -104,38 +103,45 @@ aten = torch.ops.aten
 _SAME = {aten.detach, aten.alias, aten.as_strided, aten.view, aten.view_as}
 
 
+def cast_losses(before: Tensor, after: Tensor) -> list[Tensor]:
+    """Counts of one cast, 0-dim: nonzero numbers, those that became zero, and those beyond the largest."""
+    with torch.no_grad():
+        present = before != 0
+        vanished = present & (after.to(torch.float32) == 0)
+        return [present.sum(), vanished.sum(), (before.abs() > LARGEST[after.dtype]).sum()]
+
+
 def weight_to_fp8(weight: Tensor, compute: torch.dtype) -> Tensor:
     """A weight in e4m3, through the compute dtype first: the same bits whether gathered in that dtype, in e4m3, or not at all."""
     return weight.data8 if isinstance(weight, HeldFp8) else to_fp8(weight.to(compute), E4M3)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
-    """x [..., in] · weight [out, in]ᵀ · scale → [..., out] in x's dtype; forward and both products of backward in FP8. `watch` receives the
-    casts of x and the gradient.
+def fp8_linear(x: Tensor, weight: Tensor, scale: float, watch: Tensor | None = None) -> Tensor:
+    """x [..., in] · weight [out, in]ᵀ · scale → [..., out] in x's dtype; forward and both products of backward in FP8. The object of the
+    handle `watch` hears the losses of casting x and the gradient.
     """
     return _Linear.apply(x, weight, scale, watch)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, watch: Watch | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, watch: Tensor | None) -> Tensor:
         x8, w8 = to_fp8(x.flatten(0, -2), E4M3), weight_to_fp8(weight, x.dtype)
-        ctx.save_for_backward(x8, weight)
-        ctx.scale, ctx.watch = scale, watch
-        if watch is not None:
-            watch("input", x.flatten(0, -2), x8)
-        return fp8_product(x8, w8, scale, x.dtype).unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(x8, weight, watch)
+        ctx.scale = scale
+        y = fp8_product(x8, w8, scale, x.dtype).unflatten(0, x.shape[:-1])
+        return y if watch is None else telling(y, watch, "input", cast_losses(x.flatten(0, -2), x8))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x8, weight = ctx.saved_tensors
+        x8, weight, watch = ctx.saved_tensors
         dtype = grads[0].dtype
         g8 = to_fp8(grads[0].flatten(0, -2), E5M2)
-        if ctx.watch is not None:
-            ctx.watch("gradient", grads[0].flatten(0, -2), g8)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(g8, weight_to_fp8(weight, dtype), ctx.scale, dtype).unflatten(0, grads[0].shape[:-1])
+            if watch is not None:
+                dx = telling(dx, watch, "gradient", cast_losses(grads[0].flatten(0, -2), g8))
         if ctx.needs_input_grad[1]:
             dw = weight_gradient(g8, x8, ctx.scale, dtype)
         return dx, dw, None, None
@@ -156,7 +162,7 @@ def weight_gradient(g8: Tensor, x8: Tensor, scale: float, dtype: torch.dtype) ->
     return fp8_product(g8.t().contiguous(), x8.t().contiguous(), scale, dtype)
 
 
-def fp8_grouped(x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None = None) -> Tensor:
+def fp8_grouped(x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Tensor | None = None) -> Tensor:
     """x [n, in] sorted by expert, weight [E, out, in], counts [E] → [n, out]; rows beyond the sum of the counts are zero,
     on devices undefined.
     """
@@ -165,30 +171,33 @@ def fp8_grouped(x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Watch | None) -> Tensor:
-        ctx.scale, ctx.watch = scale, watch
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, scale: float, watch: Tensor | None) -> Tensor:
+        ctx.scale = scale
         x8, w8 = to_fp8(x, E4M3), weight_to_fp8(weight, x.dtype)
-        if watch is not None:
-            watch("input", x, x8)
-        ctx.save_for_backward(x8, weight, counts)
-        if not _in_one_kernel(x):
-            return fp8_by_expert(x8, w8, counts, scale, x.dtype, False)
-        if torch.cuda.get_device_capability(x.device) < (9, 0):
-            return torch._grouped_mm(x8.to(x.dtype), w8.to(x.dtype).mT, offs=_ends(counts)).mul_(scale)
-        scales = torch.full((len(x),), scale, device=x.device), torch.ones(w8.shape[:2], device=x.device)
-        return torch._scaled_grouped_mm(x8, w8.mT, *scales, offs=_ends(counts), out_dtype=x.dtype)
+        ctx.save_for_backward(x8, weight, counts, watch)
+        y = _grouped_forward(x8, w8, counts, scale, x.dtype)
+        return y if watch is None else telling(y, watch, "input", cast_losses(x, x8))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x8, weight, counts), (g,) = ctx.saved_tensors, grads
+        (x8, weight, counts, watch), (g,) = ctx.saved_tensors, grads
         w8, g8 = weight_to_fp8(weight, g.dtype), to_fp8(g, E5M2)
-        if ctx.watch is not None:
-            ctx.watch("gradient", g, g8)
         if _in_one_kernel(g):
             dx = torch._grouped_mm(g8.to(g.dtype), w8.to(g.dtype), offs=_ends(counts)).mul_(ctx.scale)
         else:
             dx = fp8_by_expert(g8, w8, counts, ctx.scale, g.dtype, True)
+        if watch is not None:
+            dx = telling(dx, watch, "gradient", cast_losses(g, g8))
         return dx, grouped_weight_gradient(g8, x8, counts, ctx.scale, g.dtype), None, None, None
+
+
+def _grouped_forward(x8: Tensor, w8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    if not (x8.is_cuda and dtype == torch.bfloat16):
+        return fp8_by_expert(x8, w8, counts, scale, dtype, False)
+    if torch.cuda.get_device_capability(x8.device) < (9, 0):
+        return torch._grouped_mm(x8.to(dtype), w8.to(dtype).mT, offs=_ends(counts)).mul_(scale)
+    scales = torch.full((x8.shape[0],), scale, device=x8.device), torch.ones(w8.shape[:2], device=x8.device)
+    return torch._scaled_grouped_mm(x8, w8.mT, *scales, offs=_ends(counts), out_dtype=dtype)
 
 
 def grouped_weight_gradient(g8: Tensor, x8: Tensor, counts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megascale.config.schema import Config
-from megascale.precision.fp8 import LARGEST
 
 CAST = ("input", "weight", "gradient")  # casts of each product
 LOST = ("vanished", "clamped")
@@ -33,17 +31,6 @@ def sampled_step(step: int, config: Config) -> bool:
     if config.precision.fp8 != "static" or every == 0:
         return False
     return step == 1 or step % (-(-every // logged) * logged) == 0
-
-
-def cast_losses(what: str, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """Counts of one cast, 0-dim: nonzero numbers, those that became zero, and those beyond the largest."""
-    with torch.no_grad():
-        present = before != 0
-        return {
-            f"{what}_numbers": present.sum(),
-            f"{what}_vanished": (present & (after.to(torch.float32) == 0)).sum(),
-            f"{what}_clamped": (before.abs() > LARGEST[after.dtype]).sum(),
-        }
 
 
 def shares(totals: dict[str, Tensor]) -> dict[str, float]:

@@ -232,6 +232,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp_sequence": (5, ("parallel.cp=5",)),
     "ep_without_experts": (1, ("parallel.etp=1",)),
     "ep_experts": (2, ("model.moe={num_experts: 3}", "parallel.ep=2")),
+    "ep_rows": (1, ("model.moe={}", "parallel.ep_rows=1.5")),
     "etp": (2, ("model.moe={}", "parallel.tp=2", "parallel.etp=4")),
     "etp_sequence": (2, ("model.moe={}", "parallel.tp=2", "parallel.etp=1")),
     "expert_mesh": (3, ("model.moe={}", "parallel.ep=2")),

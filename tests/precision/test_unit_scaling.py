@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megascale.analysis.compiled_graphs import Coverage, counted_graphs
 from megascale.config.schema import Model, Optim, Parallel
+from megascale.model.experts import Bank
 from megascale.model.layers import Linear
 from megascale.optim.rates import Rate, grouped_by_rate, rate_of
 from megascale.parallel.precision import watched_casts
@@ -240,6 +242,33 @@ def test_without_the_loss_scale_gradients_vanish() -> None:
     nearly all.
     """
     assert vanished(1.0) > 0.9 and vanished(64 * 2.0**18) < 0.001
+
+
+def lost(case: Case, compiled: bool) -> tuple[list[dict[str, float]], Coverage]:
+    """What each product's casts lost in a watched step between two others, and how the step was compiled."""
+    with counted_graphs() as found:
+        model = build(case, 1)
+        for _, block in model.model.units() if compiled else ():
+            block.forward = torch.compile(block.forward, backend="aot_eager", dynamic=False)  # type: ignore[method-assign]
+        batch, metrics = fake_batch(case, [0, 1]), [m.metrics for m in model.model.modules() if isinstance(m, Linear | Bank) and m.metrics]
+        for on in (False, True, False):
+            with watched_casts(model.stages, on):
+                model.module(batch.tokens, batch.targets, scale=1.0).backward()
+            assert on or not any(m.totals for m in metrics)
+            if on:
+                seen = [shares(m.flush()) for m in metrics]
+    return seen, found
+
+
+def test_a_watched_step_is_compiled() -> None:
+    """Catches a watch that runs its step eager, whose memory no other step needs, and one that a graph keeps or forgets."""
+    case = Case(
+        unit(moe={"num_experts": 4, "top_k": 2, "ffn_size": 16}, hidden_size=32, ffn_size=32), precision="fp32", fp8="static", seq_len=16
+    )
+    (plain, _), (compiled, found) = lost(case, False), lost(case, True)
+    assert len(plain) == 2 * 6 and all(p == pytest.approx(c, abs=1e-3) for p, c in zip(plain, compiled))
+    assert any(p["gradient_vanished"] > 0 for p in plain)
+    assert (found.graphs, found.breaks) == (2, 0), found.reasons
 
 
 @pytest.mark.dist

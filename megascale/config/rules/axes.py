@@ -116,6 +116,13 @@ AXIS_RULES: tuple[Rule, ...] = (
         "choose an ep that divides num_experts",
     ),
     Rule(
+        "ep_rows",
+        ("parallel.ep_rows", "parallel.ep"),
+        lambda c, n: c.parallel.ep_rows is not None and c.parallel.ep == 1,
+        "ep_rows bounds what expert-parallel ranks exchange, and with ep 1 they exchange nothing",
+        "leave ep_rows out, or set ep",
+    ),
+    Rule(
         "etp",
         ("parallel.etp", "parallel.tp"),
         lambda c, n: c.model.moe is not None and c.parallel.expert_tp not in (1, c.parallel.tp),

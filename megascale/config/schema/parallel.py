@@ -52,6 +52,10 @@ class Parallel(Section):
     """Expert-parallel ranks, over which experts are distributed."""
     etp: Ranks | None = None
     """Tensor-parallel ranks within one expert. Default: `tp`."""
+    ep_rows: Annotated[float, Field(ge=1, le=2**20)] | None = None
+    """Exchange rows of experts in rounds of a fixed size, so that the host never waits for their number: each expert-parallel rank has room
+    for this many times an even load, and ep / ep_rows rounds take all of them. Default: one exchange of the exact number.
+    """
     accumulation: Literal["depth_first", "layered"] = "depth_first"
     """Order of micro-batches: all layers for one micro-batch after the other, or all micro-batches for one layer after the other."""
     breadth_first: Positive | None = None

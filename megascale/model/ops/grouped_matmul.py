@@ -33,6 +33,44 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
 
 
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return _picked(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _, inverse = ctx.saved_tensors
+        return _picked(grads[0], inverse), None, None
+
+
+def pick(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`permute` for some of the rows of x [n, …] into some places [m]: −1 in `order` [m] is a row of zeros, −1 in `inverse` [n] goes
+    nowhere.
+    """
+    return _Pick.apply(x, order, inverse)  # type: ignore[no-any-return]
+
+
+def _picked(x: Tensor, order: Tensor) -> Tensor:
+    # Not a product with the mask: what goes nowhere may be undefined.
+    return x.index_select(0, order.clamp(min=0)).where(order.unsqueeze(1) >= 0, x.new_zeros(()))
+
+
+def places(counts: Tensor, sources: Tensor, targets: Tensor, of: int, to: int) -> tuple[Tensor, Tensor]:
+    """Blocks of `counts` [m] rows lie at `sources` [m] and move to `targets` [m], ascending and disjoint: the order [to] in which `pick`
+    takes them, and its inverse [of]; −1 for none. Without sorting.
+    """
+    place = torch.arange(to, device=counts.device)
+    block = torch.searchsorted(targets + counts, place, right=True).clamp(max=counts.shape[0] - 1)
+    offset = place - targets[block]
+    taken = (offset >= 0) & (offset < counts[block])
+    order = sources[block] + offset
+    # What has no source is written behind the end.
+    inverse = torch.full((of + 1,), -1, dtype=place.dtype, device=place.device).scatter_(0, order.where(taken, of), place)
+    return order.where(taken, -1), inverse[:of]
+
+
 class _PermuteTokens(torch.autograd.Function):
     """Tokens [T, d] → rows [T·k, d] in the order `order`; gradients are summed over a token's rows in a fixed order."""
 
