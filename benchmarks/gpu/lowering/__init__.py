@@ -1,0 +1,1 @@
+"""What Inductor makes of a model's graphs for a GPU that is not there."""
