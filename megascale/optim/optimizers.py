@@ -7,7 +7,7 @@ gradients' factor and whether they are finite as device tensors: a bad step chan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from megascale.errors import UsageError
 from megascale.model.ops.matmul import product
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.optimizer import Optimizer
-from megascale.optim.owners import take_turns, work_shared
+from megascale.optim.owners import Matrix, take_turns, work_in_turns
 from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
 from megascale.parallel.model import ParallelModel, Weight
 from megascale.plugins import resolve
+
+RUN = 1 << 26  # elements whose updates are held at once: 256 MiB in fp32
+BATCH_ELEMENTS = 1 << 27  # elements of matrices that an owner orthogonalizes together: 256 MiB in bf16
 
 
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
@@ -102,7 +105,11 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
         """Calls torch's functional form, since its class imports the compiler."""
-        scale_gradients(self.weights, factor)
+        divisor = None
+        if divided_in_kernel(self.weights):
+            divisor = factor.to(torch.float32).reciprocal()
+        else:
+            scale_gradients(self.weights, factor)
         grads = {w.name: grad for w in self.weights if (grad := w.local_grad) is not None}
         for group in self.groups:
             names = [n for n in group["params"] if n in grads]
@@ -114,6 +121,7 @@ class AdamW:
                 max_exp_avg_sqs=[],
                 state_steps=[self.steps[n] for n in names],
                 fused=True,
+                grad_scale=divisor,
                 found_inf=(~finite).to(torch.float32),
                 amsgrad=False,
                 beta1=self.betas[0],
@@ -129,7 +137,7 @@ class AdamW:
 
 
 class Lion:
-    """p ← p − lr·(sign(β₁m + (1−β₁)g) + wd·p), then m ← β₂m + (1−β₂)g (arXiv 2302.06675)."""
+    """p ← p − lr·(sign(β₁m + (1−β₁)g) + wd·p), then m ← β₂m + (1−β₂)g (arXiv 2302.06675). A few kernels for many weights at once."""
 
     def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
         self.weights, self.cfg, self.rates = [w for w in weights if w.local.numel() > 0], cfg, rates
@@ -138,16 +146,23 @@ class Lion:
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
         scale_gradients(self.weights, factor)
-        for w in self.weights:
-            grad, local, m = w.local_grad, w.local, self.exp_avg[w.name]
-            if grad is None:
-                continue
-            go = finite.to(local.dtype)
-            grad = torch.where(finite, grad, torch.zeros_like(grad))
-            rate = self.rates[w.name]
-            update = torch.lerp(grad, m, self.cfg.betas[0]).sign_().add_(local, alpha=rate.decay)
-            local.sub_(update * (lr * rate.factor * go))
-            m.add_((grad - m) * ((1 - self.cfg.betas[1]) * go))
+        grads = {w.name: torch.where(finite, g, torch.zeros_like(g)) for w in self.weights if (g := w.local_grad) is not None}
+        for rate in dict.fromkeys(self.rates[w.name] for w in self.weights):
+            alike = [w for w in self.weights if self.rates[w.name] == rate and w.name in grads]
+            for some in in_runs(alike, RUN):
+                self._update(some, [grads.pop(w.name) for w in some], rate, lr, finite)
+
+    def _update(self, weights: list[Weight], grads: list[Tensor], rate: Rate, lr: float, finite: Tensor) -> None:
+        own, averages = [w.local for w in weights], [self.exp_avg[w.name] for w in weights]
+        go = finite.to(own[0].dtype)
+        updates = torch._foreach_lerp(grads, averages, self.cfg.betas[0])
+        torch._foreach_sign_(updates)
+        torch._foreach_add_(updates, own, alpha=rate.decay)
+        torch._foreach_mul_(updates, lr * rate.factor * go)
+        torch._foreach_sub_(own, updates)
+        torch._foreach_sub_(grads, averages)
+        torch._foreach_mul_(grads, (1 - self.cfg.betas[1]) * go)
+        torch._foreach_add_(averages, grads)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"exp_avg": self.exp_avg}
@@ -157,8 +172,8 @@ class Muon:
     """Orthogonalized momentum, for hidden matrices.
 
     The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which needs a whole
-    matrix. If several ranks share a matrix, one of them, its owner, gathers the momentum, orthogonalizes it in the weight's own precision,
-    so that every layout takes the same step, and sends the pieces back.
+    matrix. If several ranks share a matrix, one of them, its owner, gathers the momentum, orthogonalizes it in the weight's own precision
+    or in `muon_dtype`, so that every layout takes the same step, and sends the pieces back.
     """
 
     ROUNDS = 5
@@ -167,21 +182,26 @@ class Muon:
     def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
         self.weights, self.cfg, self.rates = weights, cfg, rates
         self.momentum = {w.name: torch.zeros_like(w.local) for w in weights}
-        self.turns = take_turns(weights, mesh, lambda w: orthogonalization_flops(w.placement.spec.shape))
+        self.dtype = None if cfg.muon_dtype is None else torch.bfloat16
+        self.turns = take_turns(weights, mesh, lambda w: orthogonalization_flops(w.placement.spec.shape), batch_of)
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
         scale_gradients(self.weights, factor)
-        for turn in self.turns:
-            pieces = [self._direction(m.weight, finite) for m in turn]
-            updates = work_shared(turn, pieces, lambda x: orthogonalize(x, self.COEFFICIENTS, self.ROUNDS))
-            for m, update in zip(turn, updates):
-                local = m.weight.local
-                go = finite.to(local.dtype)
-                size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
-                rate = self.rates[m.weight.name]
-                own = lr * rate.factor
-                local.mul_(1 - own * rate.decay * go).sub_(update * (own * size * go))
+
+        def direction(m: Matrix) -> Tensor:
+            found = self._direction(m.weight, finite)
+            return found if self.dtype is None else found.to(self.dtype)
+
+        def move(m: Matrix, update: Tensor) -> None:
+            local = m.weight.local
+            go = finite.to(local.dtype)
+            size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
+            rate = self.rates[m.weight.name]
+            own = lr * rate.factor
+            local.mul_(1 - own * rate.decay * go).sub_(update * (own * size * go))
+
+        work_in_turns(self.turns, direction, lambda xs: orthogonalized(xs, self.COEFFICIENTS, self.ROUNDS), move)
 
     def _direction(self, w: Weight, finite: Tensor) -> Tensor:
         """Updates the weight's momentum and looks one step ahead (Nesterov)."""
@@ -192,6 +212,24 @@ class Muon:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"momentum": self.momentum}
+
+
+def batch_of(w: Weight) -> int:
+    """How many matrices like this one an owner takes together. One on CPUs, where a batched product is no faster and rounds otherwise."""
+    return 1 if w.local.device.type == "cpu" else max(1, BATCH_ELEMENTS // math.prod(w.placement.spec.shape))
+
+
+def orthogonalized(matrices: list[Tensor], coefficients: tuple[float, float, float], rounds: int) -> list[Tensor]:
+    """`orthogonalize` for each, those of one shape in the same products."""
+    found: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(x.shape for x in matrices):
+        numbers = [i for i, x in enumerate(matrices) if x.shape == shape]
+        if len(numbers) == 1:
+            found[numbers[0]] = orthogonalize(matrices[numbers[0]], coefficients, rounds)
+        else:
+            done = orthogonalize(torch.stack([matrices[i] for i in numbers]), coefficients, rounds)
+            found.update(zip(numbers, done.unbind()))
+    return [found[i] for i in range(len(matrices))]
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], rounds: int) -> Tensor:
@@ -212,6 +250,26 @@ def orthogonalization_flops(shape: tuple[int, ...]) -> float:
     """FLOPs of one round, for matrices of `shape`: three products with the smaller side's Gram matrix."""
     small, large = sorted(shape[-2:])
     return math.prod(shape[:-2]) * (4.0 * small**2 * large + 2.0 * small**3)
+
+
+def in_runs(weights: Sequence[Weight], elements: int) -> list[list[Weight]]:
+    """`weights` in runs of at most so many local elements, at least one weight each."""
+    runs: list[list[Weight]] = []
+    left = 0
+    for w in weights:
+        if not runs or w.local.numel() > left:
+            runs.append([])
+            left = elements
+        runs[-1].append(w)
+        left -= w.local.numel()
+    return runs
+
+
+def divided_in_kernel(weights: list[Weight]) -> bool:
+    """Whether the fused kernel scales gradients, which saves a pass over them. It divides by a number in fp32, so a product may round
+    otherwise: on CPUs, and for fp64, gradients are multiplied as ever.
+    """
+    return bool(weights) and weights[0].local.is_cuda and weights[0].local.dtype != torch.float64
 
 
 def scale_gradients(weights: list[Weight], factor: Tensor) -> None:

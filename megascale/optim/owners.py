@@ -8,14 +8,14 @@ Gathering everywhere would send (N−1)/N·S and repeat the work N times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from megascale.comm.collectives import all_to_all
+from megascale.comm.exchange import Flight
 from megascale.comm.mesh import Axis, Mesh
 from megascale.comm.piece import chunk_bounds
 from megascale.parallel.model import Weight
@@ -73,8 +73,12 @@ def steps_to_whole(w: Weight, mesh: Mesh) -> tuple[GatherStep, ...]:
     return tuple(step for step in steps if step.axis.size > 1)
 
 
-def take_turns(weights: Sequence[Weight], mesh: Mesh, cost: Callable[[Weight], float]) -> list[list[Matrix]]:
-    """Groups matrices into turns with one per owner, most expensive first, so that those of a turn cost about the same."""
+def take_turns(
+    weights: Sequence[Weight], mesh: Mesh, cost: Callable[[Weight], float], together: Callable[[Weight], int] = lambda w: 1
+) -> list[list[Matrix]]:
+    """Groups matrices into turns, most expensive first, so that those of a turn cost about the same. An owner has one in each, or as many
+    as `together` allows for the first.
+    """
 
     def kind(m: Matrix) -> tuple[tuple[str, bool], ...]:
         return tuple((step.axis.name, step.dim is None) for step in m.steps)
@@ -84,30 +88,73 @@ def take_turns(weights: Sequence[Weight], mesh: Mesh, cost: Callable[[Weight], f
     for _, alike in groupby(matrices, kind):
         group = list(alike)
         sizes = [step.axis.size for step in group[0].steps]
-        owners = math.prod(sizes)
-        for first in range(0, len(group), owners):
-            turn = group[first : first + owners]
-            turns.append([Matrix(m.weight, m.steps, _coordinates(i, sizes)) for i, m in enumerate(turn)])
+        owners, first = math.prod(sizes), 0
+        while first < len(group):
+            turn = group[first : first + owners * together(group[first].weight)]
+            turns.append([Matrix(m.weight, m.steps, _coordinates(i % owners, sizes)) for i, m in enumerate(turn)])
+            first += len(turn)
     return turns
 
 
-def work_shared(turn: Sequence[Matrix], pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """`pieces` of the turn's matrices → this rank's pieces of `work`(matrix), which keeps the shape. Only the owner runs `work`."""
-    done = _share(turn, dict(enumerate(pieces)), work, 0)
-    return [done[i] for i in range(len(turn))]
+def work_in_turns(
+    turns: Sequence[Sequence[Matrix]],
+    pieces: Callable[[Matrix], Tensor],
+    work: Callable[[list[Tensor]], list[Tensor]],
+    take: Callable[[Matrix, Tensor], None],
+) -> None:
+    """For every matrix, `take` gets this rank's piece of what `work` makes of the whole. Owners alone run `work`, on all their matrices of
+    a turn; it keeps shapes. While a turn is worked on, the pieces of the next one are already on their way.
+    """
+    before: tuple[Sequence[Matrix], _Sharing] | None = None
+    for turn in turns:
+        now = turn, _Sharing(_share(turn, {i: pieces(m) for i, m in enumerate(turn)}, work, 0))
+        now[1].advance()
+        if before is not None:
+            _take_all(*before, take)
+        before = now
+    if before is not None:
+        _take_all(*before, take)
 
 
-def _share(turn: Sequence[Matrix], held: dict[int, Tensor], work: Callable[[Tensor], Tensor], level: int) -> dict[int, Tensor]:
+def _take_all(turn: Sequence[Matrix], sharing: _Sharing, take: Callable[[Matrix, Tensor], None]) -> None:
+    while sharing.done is None:
+        sharing.advance()
+    for i, m in enumerate(turn):
+        take(m, sharing.done[i])
+
+
+# Pauses whenever an exchange has begun whose result is needed next. A rank that takes no part in it pauses, too: if it went on to its next
+# exchange, that could overtake one of an earlier turn.
+Pauses = Generator[None, None, dict[int, Tensor]]
+
+
+class _Sharing:
+    """The work of one turn, which goes on from pause to pause. `done`: its results, after the last."""
+
+    def __init__(self, pauses: Pauses) -> None:
+        self.pauses = pauses
+        self.done: dict[int, Tensor] | None = None
+
+    def advance(self) -> None:
+        try:
+            next(self.pauses)
+        except StopIteration as end:
+            self.done = end.value
+
+
+def _share(turn: Sequence[Matrix], held: dict[int, Tensor], work: Callable[[list[Tensor]], list[Tensor]], level: int) -> Pauses:
     """{number in the turn: piece before step `level`} → the same for the results."""
-    if not held:
-        return {}  # the last turn has fewer matrices than owners
+    if not held:  # the last turn has fewer matrices than owners
+        for step in turn[0].steps[level:]:
+            yield from [None] * (1 if step.dim is None else 2)
+        return {}
     if level == len(turn[0].steps):
-        return {i: work(x) for i, x in held.items()}
-    wholes = _share(turn, _collect(turn, held, level), work, level + 1)
-    return _spread(turn, wholes, held, level)
+        return dict(zip(held, work(list(held.values()))))
+    wholes = yield from _share(turn, (yield from _collect(turn, held, level)), work, level + 1)
+    return (yield from _spread(turn, wholes, held, level))
 
 
-def _collect(turn: Sequence[Matrix], held: dict[int, Tensor], level: int) -> dict[int, Tensor]:
+def _collect(turn: Sequence[Matrix], held: dict[int, Tensor], level: int) -> Pauses:
     """Gathers, along the axis of step `level`, the matrices that this rank owns there."""
     axis = turn[0].steps[level].axis
     mine = [i for i in held if turn[i].owner[level] == axis.rank]
@@ -115,26 +162,29 @@ def _collect(turn: Sequence[Matrix], held: dict[int, Tensor], level: int) -> dic
         return {i: held[i] for i in mine}
     sent = [[x for i, x in held.items() if turn[i].owner[level] == rank] for rank in range(axis.size)]
     shapes = [[turn[i].steps[level].shape(held[i], rank) for i in mine] for rank in range(axis.size)]
-    came = _exchange(sent, shapes, axis, held)
+    came = yield from _exchange(sent, shapes, axis, held)
     return {i: turn[i].steps[level].join([pieces[n] for pieces in came]) for n, i in enumerate(mine)}
 
 
-def _spread(turn: Sequence[Matrix], wholes: dict[int, Tensor], held: dict[int, Tensor], level: int) -> dict[int, Tensor]:
+def _spread(turn: Sequence[Matrix], wholes: dict[int, Tensor], held: dict[int, Tensor], level: int) -> Pauses:
     """The inverse of `_collect`: every rank gets its piece of what it `held` from the owners."""
     axis = turn[0].steps[level].axis
     sent = [[turn[i].steps[level].piece(whole, rank) for i, whole in wholes.items()] for rank in range(axis.size)]
     owned = [[i for i in held if turn[i].owner[level] == rank] for rank in range(axis.size)]
-    came = _exchange(sent, [[held[i].shape for i in numbers] for numbers in owned], axis, held)
+    came = yield from _exchange(sent, [[held[i].shape for i in numbers] for numbers in owned], axis, held)
     return {i: piece for numbers, pieces in zip(owned, came) for i, piece in zip(numbers, pieces)}
 
 
 def _exchange(
     sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]], axis: Axis, like: dict[int, Tensor]
-) -> list[list[Tensor]]:
-    """Sends `sent[i]` to rank i and returns tensors of `shapes[i]` from each rank i. One all-to-all."""
+) -> Generator[None, None, list[list[Tensor]]]:
+    """Sends `sent[i]` to rank i and returns tensors of `shapes[i]` from each rank i. One all-to-all, begun before the pause."""
     empty = next(iter(like.values())).new_empty(0)
     sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
-    flat = all_to_all([torch.cat([empty, *(x.flatten() for x in xs)]) for xs in sent], [[sum(n)] for n in sizes], axis)
+    flight = Flight([sum(x.numel() for x in xs) for xs in sent], [sum(n) for n in sizes], axis)
+    flight.start(torch.cat([empty, *(x.flatten() for xs in sent for x in xs)]), flight.send, flight.receive)
+    yield
+    flat = flight.land().split(flight.receive)
     return [[x.view(*shape) for x, shape in zip(xs.split(n), of_rank)] for xs, n, of_rank in zip(flat, sizes, shapes)]
 
 

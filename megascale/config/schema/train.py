@@ -132,6 +132,10 @@ class Optim(Section):
     """Decay rates of the first and second moment. Muon's momentum is the first."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Epsilon of AdamW."""
+    muon_dtype: Literal["bf16"] | None = None
+    """Number format in which Muon orthogonalizes. Default: that of the stored weights. `bf16`, as in torch.optim.Muon, is about ten times
+    as fast on a GPU and halves what owners exchange.
+    """
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay. Norms and biases do not decay."""
     warmup_steps: NonNegative = 0
