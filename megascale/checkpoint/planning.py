@@ -235,7 +235,8 @@ class LoadPlanner(DefaultLoadPlanner):
                     f"{name} has shape {list(have.size)} in {self.where} but {list(local.shape)} here: set the model's sizes as they were"
                 )
             if have.properties.dtype != local.local.dtype:
-                raise UsageError(f"{name} is {have.properties.dtype} in {self.where} but {local.local.dtype} here: set precision as it was")
+                key = "optim.moments" if name.startswith("optim.") else "precision"
+                raise UsageError(f"{name} is {have.properties.dtype} in {self.where} but {local.local.dtype} here: set {key} as it was")
         plan = super().create_local_plan()
         read: dict[str, int] = {}
         for item in plan.items:

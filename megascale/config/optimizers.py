@@ -23,6 +23,7 @@ class OptimizerRow:
                     each rank updates its shards alone and every layout takes the same step
     scale_free      the size of an update follows the rate, not the gradients; growth and bf16 masters rely on it
     unit_scaling    learning rates transfer between widths under model.residual mus
+    small_moments   its state may be kept in the formats of optim.moments
     deepspeed       the DeepSpeed engine can run it, as torch's AdamW; a plugin's row cannot say so
     """
 
@@ -33,6 +34,7 @@ class OptimizerRow:
     whole_matrices: bool = False
     scale_free: bool = False
     unit_scaling: bool = False
+    small_moments: bool = False
     deepspeed: bool = False
 
 
@@ -43,6 +45,7 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         counts=("step",),
         scale_free=True,
         unit_scaling=True,
+        small_moments=True,
         deepspeed=True,
     ),
     "lion": OptimizerRow("megascale.optim.optimizers:Lion", state={"exp_avg": 1}, scale_free=True, unit_scaling=True),
@@ -64,3 +67,8 @@ def rows_of(name: str) -> tuple[OptimizerRow, ...]:
     """An optimizer's row, then the row of the optimizer for the other weights, if there is one."""
     row = optimizers()[name]
     return (row,) if row.rest is None else (row, optimizers()[row.rest])
+
+
+def scales_of(row: OptimizerRow) -> set[str]:
+    """Keys of the scales that an optimizer also keeps if its state is in 8 bits."""
+    return {f"{key}_scale" for key in row.state}

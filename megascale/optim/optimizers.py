@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megascale.comm.mesh import Mesh
-from megascale.config.optimizers import optimizers
+from megascale.config.optimizers import optimizers, scales_of
 from megascale.config.schema import Optim
 from megascale.errors import UsageError
 from megascale.model.ops.matmul import product
 from megascale.optim.host import Mirror, OnHost
+from megascale.optim.moments import moment_of
 from megascale.optim.optimizer import Optimizer
 from megascale.optim.owners import Matrix, take_turns, work_in_turns
 from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
@@ -57,11 +58,11 @@ def _build(name: str, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rat
     made: Optimizer = resolve(row.build, f"the optimizer {name}")(weights, cfg, rates, mesh)
     state = made.state()
     expected = {*row.state, *row.counts}
-    if set(state) != expected:
+    if set(state) - (scales_of(row) if cfg.moments == "int8" else set()) != expected:
         raise UsageError(f"the optimizer {name} keeps {_words(state)} but its row says {_words(expected)}: make the row say what it keeps")
     for w in weights:
-        for key, tensors in state.items():
-            shape = list(w.local.shape) if key in row.state else []
+        for key in expected:
+            tensors, shape = state[key], list(w.local.shape) if key in row.state else []
             found = list(tensors[w.name].shape) if w.name in tensors else shape
             if found != shape:
                 raise UsageError(f"the optimizer {name} keeps {key} of {w.name} as {found}, but its row says {shape}: correct one of them")
@@ -99,8 +100,10 @@ class AdamW:
         # By name, like the rates: a step leaves a weight without a gradient out of its group.
         self.groups, self.betas = grouped_by_rate({name: name for name in self.locals}, rates, cfg.eps), cfg.betas
         self.steps = {n: torch.zeros((), dtype=torch.float32, device=x.device) for n, x in self.locals.items()}
-        self.exp_avg = {n: torch.zeros_like(x) for n, x in self.locals.items()}
-        self.exp_avg_sq = {n: torch.zeros_like(x) for n, x in self.locals.items()}
+        self.exp_avg = {w.name: moment_of(w, cfg.moments, signed=True) for w in self.weights}
+        self.exp_avg_sq = {w.name: moment_of(w, cfg.moments, signed=False) for w in self.weights}
+        # Opened moments need memory of their own.
+        self.run = RUN if cfg.moments is not None else sum(x.numel() for x in self.locals.values())
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
@@ -111,29 +114,41 @@ class AdamW:
         else:
             scale_gradients(self.weights, factor)
         grads = {w.name: grad for w in self.weights if (grad := w.local_grad) is not None}
+        skip = (~finite).to(torch.float32)
+        by_name = {w.name: w for w in self.weights}
         for group in self.groups:
-            names = [n for n in group["params"] if n in grads]
-            adamw(
-                [self.locals[n] for n in names],
-                [grads[n] for n in names],
-                [self.exp_avg[n] for n in names],
-                [self.exp_avg_sq[n] for n in names],
-                max_exp_avg_sqs=[],
-                state_steps=[self.steps[n] for n in names],
-                fused=True,
-                grad_scale=divisor,
-                found_inf=(~finite).to(torch.float32),
-                amsgrad=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=lr * group["factor"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            for weights in in_runs([by_name[n] for n in group["params"] if n in grads], self.run):
+                names = [w.name for w in weights]
+                first, second = [self.exp_avg[n].open() for n in names], [self.exp_avg_sq[n].open() for n in names]
+                adamw(
+                    [self.locals[n] for n in names],
+                    [grads[n] for n in names],
+                    first,
+                    second,
+                    max_exp_avg_sqs=[],
+                    state_steps=[self.steps[n] for n in names],
+                    fused=True,
+                    grad_scale=divisor,
+                    found_inf=skip,
+                    amsgrad=False,
+                    beta1=self.betas[0],
+                    beta2=self.betas[1],
+                    lr=lr * group["factor"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+                for name, m, v in zip(names, first, second):
+                    self.exp_avg[name].close(m)
+                    self.exp_avg_sq[name].close(v)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {"step": self.steps, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        found: dict[str, dict[str, Tensor]] = {"step": self.steps, "exp_avg": {}, "exp_avg_sq": {}}
+        for key, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for name, moment in moments.items():
+                for suffix, tensor in moment.tensors.items():
+                    found.setdefault(key + suffix, {})[name] = tensor
+        return found
 
 
 class Lion:

@@ -58,4 +58,12 @@ def check_finite(state: dict[str, Piece], folder: Path | None) -> None:
 
 
 def _piece(model: ParallelModel, weights: dict[str, Any], name: str, tensor: Tensor) -> Piece:
-    return Piece((), (), tensor) if tensor.ndim == 0 else model.piece(weights[name], tensor)
+    if tensor.ndim == 0:
+        return Piece((), (), tensor)
+    weight = weights[name]
+    if tensor.shape == weight.local.shape:
+        return model.piece(weight, tensor)
+    # One number for each block of a row.
+    whole, block = model.piece(weight, weight.local), weight.local.shape[-1] // tensor.shape[-1]
+    rows = tuple(slice(0, n) for n in whole.local.shape[:-1])
+    return Piece((*whole.shape[:-1], whole.shape[-1] // block), (*whole.offset[:-1], whole.offset[-1] // block), tensor[rows])

@@ -74,13 +74,18 @@ ENGINE_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "deepspeed_update",
-        ("parallel.engine", "optim.name", "precision.compute"),
+        ("parallel.engine", "optim.name", "precision.compute", "optim.moments"),
         lambda c, n: (
             c.parallel.engine == "deepspeed"
-            and (not optimizers()[c.optim.name].deepspeed or c.precision.compute == "fp64" or c.precision.storage != "fp32")
+            and (
+                not optimizers()[c.optim.name].deepspeed
+                or c.optim.moments is not None
+                or c.precision.compute == "fp64"
+                or c.precision.storage != "fp32"
+            )
         ),
-        "DeepSpeed supports AdamW with fp32 master weights, computing in bf16 or fp32",
-        "use optim.name adamw with precision.compute bf16 or fp32 and without precision.master, or engine fsdp2",
+        "DeepSpeed supports AdamW with fp32 master weights and moments, computing in bf16 or fp32",
+        "use optim.name adamw with precision.compute bf16 or fp32 and without precision.master and optim.moments, or engine fsdp2",
     ),
     Rule(
         "zero_offload",

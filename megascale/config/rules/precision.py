@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from megascale.config.optimizers import optimizers
+from megascale.config.optimizers import optimizers, rows_of
 from megascale.config.rules.rule import Rule
 from megascale.config.schema import Config
 from megascale.config.stages import SPLIT_BACKWARD
 
 LARGEST_DECAY = 0.02  # per step
+LARGEST_BF16_BETA = 0.996
 ALIGNED = 16  # CUDA's FP8 products need every dimension to be a multiple of it
 
 PRECISION_RULES: tuple[Rule, ...] = (
@@ -118,6 +119,27 @@ PRECISION_RULES: tuple[Rule, ...] = (
         lambda c, n: c.model.residual_row.unit_scaled and not optimizers()[c.optim.name].unit_scaling,
         "steps of this optimizer do not follow weights of unit variance",
         "use optim.name adamw or lion",
+    ),
+    Rule(
+        "moments",
+        ("optim.moments", "optim.name"),
+        lambda c, n: c.optim.moments is not None and not all(row.small_moments for row in rows_of(c.optim.name)),
+        "smaller moments are AdamW's",
+        "use optim.name adamw, or remove moments",
+    ),
+    Rule(
+        "moments_decay",
+        ("optim.moments", "optim.betas"),
+        lambda c, n: c.optim.moments == "bf16" and max(c.optim.betas) > LARGEST_BF16_BETA,
+        "a moment in bf16 decays only if 1 − β is more than half the spacing of its numbers, 1/256",
+        f"set both betas to at most {LARGEST_BF16_BETA}, or use moments int8 or none",
+    ),
+    Rule(
+        "moments_growth",
+        ("optim.moments", "grow"),
+        lambda c, n: c.optim.moments == "int8" and bool(c.grow),
+        "growth does not know how blocks of 8-bit moments grow",
+        "use moments bf16, or remove grow",
     ),
     Rule(
         "mus_decay",

@@ -132,6 +132,10 @@ class Optim(Section):
     """Decay rates of the first and second moment. Muon's momentum is the first."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Epsilon of AdamW."""
+    moments: Literal["bf16", "int8"] | None = None
+    """Number format of AdamW's moments. Default: that of the stored weights. `bf16` halves them; `int8` keeps those of hidden matrices in 8
+    bits with a scale for each block of up to 256 (arXiv 2110.02861).
+    """
     muon_dtype: Literal["bf16"] | None = None
     """Number format in which Muon orthogonalizes. Default: that of the stored weights. `bf16`, as in torch.optim.Muon, is about ten times
     as fast on a GPU and halves what owners exchange.
