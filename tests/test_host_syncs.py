@@ -71,6 +71,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "tp sequence": on(2, tp=2, tp_sequence=True),
     "ring": on(2, cp=2),
     "ring packed": on(2, replace(DENSE, packed=True), cp=2),
+    "ring window": on(2, replace(DENSE, model=tiny(sliding_window=6, position="alibi")), cp=2),
     "ulysses": on(2, cp=2, cp_method="ulysses"),
     "experts": on(4, MIXTURE, dp_shard=4, ep=2),
     "experts in rounds": on(4, MIXTURE, dp_shard=4, ep=2, ep_rows=1.5),
@@ -84,7 +85,6 @@ GROUP = 12
 # What is known to wait, by its place in the code, and why it may.
 KNOWN = {
     "megascale/comm/exchange.py": "ranks that exchange rows must know how many will come, to have room for them; not with parallel.ep_rows",
-    "megascale/model/ops/attention_tiles.py": "the ring's tiles, written for CPUs, look up which of them a document reaches",
 }
 
 
@@ -124,8 +124,12 @@ def prepare_torch(device: torch.device) -> None:
     dist.Backend.backend_capability["fake"].append(device.type)
     ParallelModel.draw_weights = lambda *_: iter(())  # type: ignore[assignment, method-assign]
 
-    def flex(q: Any, k: Any, v: Any, enable_gqa: bool, **_: Any) -> Any:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+    def flex(q: Any, k: Any, v: Any, enable_gqa: bool, return_aux: Any = None, **_: Any) -> Any:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+        return out if return_aux is None else (out, types.SimpleNamespace(lse=torch.zeros_like(q[..., 0], dtype=torch.float32)))
+
+    def flex_backward(d_out: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
     def all_reduce(*args: Any, **kwargs: Any) -> Any:
         work = reduced(*args, **kwargs)
@@ -137,7 +141,8 @@ def prepare_torch(device: torch.device) -> None:
         return future
 
     reduced, dist.all_reduce = dist.all_reduce, all_reduce  # DDP's hook wants a future, and fake work has none
-    attention_flex._kernel = lambda _: flex  # type: ignore[assignment]  # modes refuse the real one
+    attention_flex._kernel = lambda _: flex  # type: ignore[assignment]  # modes refuse the real ones
+    attention_flex._backward_kernel = lambda _: flex_backward  # type: ignore[assignment]
 
 
 def micro_batches(case: Case) -> int:

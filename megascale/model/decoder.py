@@ -27,7 +27,6 @@ from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Norm, linear
 from megascale.model.loss import cross_entropy_sum
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
-from megascale.model.ops.attention_flex import with_blocks
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
@@ -335,7 +334,7 @@ class Decoder(Family):
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
         mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
-        return with_blocks(mask, seq_len, device) if cfg.causal and device.type != "cpu" else mask
+        return mask if device.type == "cpu" else self.exchanges.with_blocks(mask, seq_len, device)
 
     def contexts(
         self,

@@ -126,6 +126,8 @@ class EncoderDecoder(Decoder):
         assert self.cfg.encoder_layers is not None
         layers = self.part.of_stack(0, self.cfg.encoder_layers)
         mask = key_padding_mask(valid)
+        if source.device.type != "cpu":
+            mask = self.exchanges.with_blocks(mask, source.shape[1], source.device)
         if tables and layers:
             mask = biased(self.cfg, tables[0], source.shape[1], False, valid=mask.valid)
         contexts = self.contexts(layers, source, lambda _: mask, None, samples, loss_weights)

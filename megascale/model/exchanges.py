@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megascale.comm.mesh import Axis
 from megascale.model.attention import identity
+from megascale.model.ops.attention_flex import with_blocks
+from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.compiled import Backend
 
 Exchange = Callable[[Tensor], Tensor]
@@ -33,6 +36,7 @@ class Exchanges:
     sequence_here    this rank's positions of a [b, S] tensor of whole sequences; sources by their own length
     tokens_here      this tensor rank's tokens of a [b, s] tensor of these positions
     query_heads      the number of a layer's query heads → global numbers of those here
+    with_blocks      adds to a mask, for sequences of a length, what FlexAttention needs on a GPU
     rows             the axis over which the rows of tables are sharded; None: unsharded
     pass_blocks      runs the stream through blocks; nested recomputation does so in groups
     loss_backend     the torch.compile backend for the loss's passes over the logits; None: eager
@@ -44,6 +48,7 @@ class Exchanges:
     sequence_here: Exchange = identity
     tokens_here: Exchange = identity
     query_heads: Callable[[int], range] = range
+    with_blocks: Callable[[AttentionMask, int, torch.device], AttentionMask] = with_blocks
     rows: Axis | None = None
     pass_blocks: Callable[[Tensor, Iterable[Pass]], Tensor] = in_turn
     loss_backend: Backend | None = None

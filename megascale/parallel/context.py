@@ -24,7 +24,7 @@ from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
 from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges
-from megascale.parallel.ring import Ring, ring_attention
+from megascale.parallel.ring import Ring, ring_attention, with_parts
 
 HEADS, SEQUENCE = 1, 2  # dimensions of [b, h, s, e]
 
@@ -110,6 +110,8 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
     exchanges.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
     exchanges.enter_memory = partial(whole, enter=exchanges.enter_memory, held=spreads[source_len].held, axis=cp)
     exchanges.query_heads = partial(_heads_between, before=exchanges.query_heads, axis=ulysses)
+    if ring.size > 1:
+        exchanges.with_blocks = partial(with_parts, axis=ring, met={n: spread.met for n, spread in spreads.items()})
     for name, block in model.units():
         block.attention.attend = meeting(block.attention.attend, spreads[model.length_of(name)], ring, ulysses)
 

@@ -1,8 +1,8 @@
 """Ring attention (arXiv 2310.01889): queries stay on their rank, keys and values pass from rank to rank.
 
 While a rank attends to one block, the next is already on its way. Blocks without documents, windows or slopes use torch's fused kernels
-(model/ops/attention_fused.py), others run tile by tile. It is a custom operator, so that torch.compile and selective recomputation treat it
-as a whole.
+(model/ops/attention_fused.py). Others use FlexAttention (attention_flex.py), or on CPUs run tile by tile. It is a custom operator, so that
+torch.compile and selective recomputation treat it as a whole.
 
 Shapes: b micro-batch, h query heads, g KV heads, s local positions, e head size.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megascale.comm.collectives import Passing, pass_on
 from megascale.comm.mesh import Axis
+from megascale.model.ops import attention_flex
 from megascale.model.ops.attention_fused import block_attention, block_gradients, merge, takes
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
 
@@ -100,25 +101,40 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, 
     causal  if `mask` is None: whether a token attends to itself and all before it, or to all
     """
     mask = mask or AttentionMask(causal)
-    return _attention(q, k, v, mask.documents, mask.slopes, mask.valid, mask.window, mask.causal, ring.name)[0]  # type: ignore[no-any-return]
+    masking = mask.documents, mask.slopes, mask.valid, mask.window, mask.causal, mask.blocks or []
+    return _attention(q, k, v, *masking, ring.name)[0]  # type: ignore[no-any-return]
+
+
+def with_parts(mask: AttentionMask, seq_len: int, device: torch.device, axis: Axis, met: dict[int, list[list[range]]]) -> AttentionMask:
+    """`mask` for FlexAttention with this rank's queries and the blocks of keys in the order of their arrival. `met`: by length of the
+    sequence, what each place of the ring holds. Under an older torch, whose kernels cannot be merged in backward, the tiles for CPUs run.
+    """
+    if not attention_flex.takes_merged():
+        return mask
+    held = met[seq_len]
+    arriving = [held[(axis.rank - step) % axis.size] for step in range(axis.size)]
+    return attention_flex.with_parts(mask, device, held[axis.rank], arriving)
 
 
 @torch.library.custom_op(
     "megascale::ring_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? slopes, Tensor? valid, int? window, bool causal, str ring) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? slopes, Tensor? valid, int? window, bool causal, "
+    "Tensor[] blocks, str ring) -> (Tensor, Tensor)",
 )
 def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
     mask, ring = _read(*masking)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
-    for block, owner, _ in ring.around(torch.stack((k, v))):
-        if not _fused(q, mask):
+    sight, parts = _sight(mask)
+    for block, owner, step in ring.around(torch.stack((k, v))):
+        if sight is not None:
+            merge(out, lse, *attention_flex.block_attention(q, block[0], block[1], mask, sight, parts[step]))
+        elif _fused(q, mask):
+            add_fused(out, lse, q, block, rectangles(ring.here, ring.held[owner], mask.causal))
+        else:
             add_block(out, lse, q, block[0], block[1], ring.here, ring.held[owner], mask)
-            continue
-        add_fused(out, lse, q, block, rectangles(ring.here, ring.held[owner], mask.causal))
     return out.to(q.dtype), lse
 
 
@@ -126,7 +142,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, 
     "megascale::ring_attention_backward",
     mutates_args=(),
     schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, Tensor? slopes, Tensor? valid, "
-    "int? window, bool causal, str ring) -> (Tensor, Tensor)",
+    "int? window, bool causal, Tensor[] blocks, str ring) -> (Tensor, Tensor)",
 )
 def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
     """Gradients of q and, as one tensor [2, b, g, s, e], of k and v. Keys and values go around again, and their gradients follow one step
@@ -135,15 +151,19 @@ def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Ten
     mask, ring = _read(*masking)
     d_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     home = torch.zeros((2, *k.shape), dtype=lse.dtype, device=q.device)
-    fused = _fused(q, mask)
-    delta = None if fused else (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
+    sight, parts = _sight(mask)
+    delta = None if sight is not None or _fused(q, mask) else (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
     on_the_road: Passing | None = None
     for block, owner, step in ring.around(torch.stack((k, v))):
         part = torch.zeros(block.shape, dtype=lse.dtype, device=q.device) if step else home
-        if delta is None:
-            add_fused_gradients((d_q, part[0], part[1]), d_out, q, block, out, lse, rectangles(ring.here, ring.held[owner], mask.causal))
+        grads = (d_q, part[0], part[1])
+        if sight is not None:
+            found = attention_flex.block_gradients(d_out, q, block[0], block[1], out, lse, mask, sight, parts[step])
+            for total, gradient in zip(grads, found):
+                total += gradient
+        elif delta is None:
+            add_fused_gradients(grads, d_out, q, block, out, lse, rectangles(ring.here, ring.held[owner], mask.causal))
         else:
-            grads = (d_q, part[0], part[1])
             add_block_gradients(grads, d_out, delta, lse, q, block[0], block[1], ring.here, ring.held[owner], mask)
         if step:
             if on_the_road is not None:
@@ -185,9 +205,20 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _read(
-    documents: Tensor | None, slopes: Tensor | None, valid: Tensor | None, window: int | None, causal: bool, ring: str
+    documents: Tensor | None,
+    slopes: Tensor | None,
+    valid: Tensor | None,
+    window: int | None,
+    causal: bool,
+    blocks: list[Tensor],
+    ring: str,
 ) -> tuple[AttentionMask, Ring]:
-    return AttentionMask(causal, documents, window, slopes, valid=valid), RINGS[ring]
+    return AttentionMask(causal, documents, window, slopes, blocks or None, valid), RINGS[ring]
+
+
+def _sight(mask: AttentionMask) -> tuple[attention_flex.Sight | None, list[attention_flex.Part]]:
+    """What FlexAttention needs; None if the mask was not made for it."""
+    return (None, []) if mask.blocks is None else attention_flex.taken_apart(mask.blocks)
 
 
 def _fused(q: Tensor, mask: AttentionMask) -> bool:
@@ -195,13 +226,15 @@ def _fused(q: Tensor, mask: AttentionMask) -> bool:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, documents, slopes, valid, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, documents, slopes, valid)
+    q, k, v, documents, slopes, valid, *ctx.rest, blocks, ctx.ring = inputs
+    ctx.save_for_backward(q, k, v, *output, documents, slopes, valid, *blocks)
 
 
-def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    d_q, (d_k, d_v) = _attention_backward(d_out, *ctx.saved_tensors, *ctx.rest)
-    return d_q, d_k, d_v, *[None] * 6
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # recomputation allows it once
+    blocks = list(saved[8:])
+    d_q, (d_k, d_v) = _attention_backward(d_out, *saved[:8], *ctx.rest, blocks, ctx.ring)
+    return d_q, d_k, d_v, *[None] * 5, [None] * len(blocks), None
 
 
 _attention.register_autograd(_backward, setup_context=_keep)

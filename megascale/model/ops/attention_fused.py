@@ -68,7 +68,8 @@ def block_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Merges a block's result and log Σ exp into those so far, which start as 0 and −∞ in at least fp32."""
     both = torch.logaddexp(lse, block_lse)
-    out.mul_((lse - both).exp_()).addcmul_(block_out.to(out.dtype), (block_lse - both).exp_())
+    shift = both.clamp_min(torch.finfo(both.dtype).min)  # avoids −∞ − −∞ in rows that have seen nothing yet
+    out.mul_((lse - shift).exp_()).addcmul_(block_out.to(out.dtype), (block_lse - shift).exp_())
     lse.copy_(both)
 
 
