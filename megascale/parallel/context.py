@@ -34,18 +34,18 @@ def cut_evenly(length: int, parts: int) -> list[int]:
     return [length * (i + 1) // parts - length * i // parts for i in range(parts)]
 
 
-def places(length: int, ring: int, ulysses: int = 1, grain: int = 1) -> list[list[range]]:
+def places(length: int, ring: int, ulysses: int = 1, grain: int = 1, pieces: int = 2) -> list[list[range]]:
     """The positions that each cp rank holds, in multiples of `grain`; the ranks of one ring place hold consecutive parts.
 
-    With causal attention a late query attends to more keys than an early one. So the sequence is cut into 2·ring pieces and ring place i
-    holds pieces i and 2·ring−1−i: equal work for all (zig-zag).
+    With causal attention a late query attends to more keys than an early one. So the sequence is cut into `pieces`·ring parts that are
+    dealt to the places back and forth: with two, place i holds parts i and 2·ring−1−i, equal work for all (zig-zag). More pieces even out
+    the work of packed documents, each of which then lies on many ranks.
     """
-    pieces = cut_evenly(length // grain, 2 * ring)
-    ends = [0, *accumulate(n * grain for n in pieces)]
+    ends = [0, *accumulate(n * grain for n in cut_evenly(length // grain, pieces * ring))]
     held = []
     for i in range(ring):
-        pair = [range(ends[j], ends[j + 1]) for j in (i, 2 * ring - 1 - i)]
-        mine = _joined(pair)
+        dealt = [p * ring + (ring - 1 - i if p % 2 else i) for p in range(pieces)]
+        mine = _joined([range(ends[j], ends[j + 1]) for j in dealt])
         begin = 0
         for n in cut_evenly(sum(map(len, mine)) // grain, ulysses):
             held.append(_between(mine, begin, begin + n * grain))
@@ -87,8 +87,8 @@ class Spread:
     met: list[list[range]]
 
     @staticmethod
-    def of(length: int, ring: int, ulysses: int, grain: int) -> Spread:
-        held = places(length, ring, ulysses, grain)
+    def of(length: int, ring: int, ulysses: int, grain: int, pieces: int = 2) -> Spread:
+        held = places(length, ring, ulysses, grain, pieces)
         met = [_joined([r for part in held[i * ulysses : (i + 1) * ulysses] for r in part]) for i in range(ring)]
         return Spread(held, met)
 
@@ -105,7 +105,7 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
         return
     length, source_len = model.shape.seq_len, model.shape.source_len or model.shape.seq_len
     grain = cfg.tp if cfg.tp_sequence else 1
-    spreads = {n: Spread.of(n, ring.size, ulysses.size, grain) for n in (length, source_len)}
+    spreads = {n: Spread.of(n, ring.size, ulysses.size, grain, cfg.cp_pieces) for n in (length, source_len)}
     exchanges = model.exchanges
     exchanges.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
     exchanges.enter_memory = partial(whole, enter=exchanges.enter_memory, held=spreads[source_len].held, axis=cp)

@@ -229,6 +229,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp_attention": (2, ("model.attention=mute", "parallel.cp=2")),
     "ulysses_heads": (5, ("parallel.cp=5", "parallel.cp_method=ulysses", "train.seq_len=10")),
     "ring_places": (3, ("parallel.cp=3", "parallel.cp_ulysses=2")),
+    "cp_pieces": (2, ("parallel.cp=2", "parallel.cp_method=ulysses", "parallel.cp_pieces=4")),
     "cp_sequence": (5, ("parallel.cp=5",)),
     "ep_without_experts": (1, ("parallel.etp=1",)),
     "ep_experts": (2, ("model.moe={num_experts: 3}", "parallel.ep=2")),

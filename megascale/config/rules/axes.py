@@ -93,12 +93,19 @@ AXIS_RULES: tuple[Rule, ...] = (
         "choose a divisor of cp and cp_method ring, or leave cp_ulysses out",
     ),
     Rule(
+        "cp_pieces",
+        ("parallel.cp_pieces", "parallel.cp", "parallel.cp_method", "model.family"),
+        lambda c, n: c.parallel.cp_pieces != 2 and (c.parallel.cp_method != "ring" or c.parallel.cp == c.parallel.cp_ulysses or grid(c)),
+        "cp_pieces deals pieces of a text's sequences to the places of a ring, but there is none",
+        "leave cp_pieces out, or use cp_method ring on a text with cp larger than cp_ulysses",
+    ),
+    Rule(
         "cp_sequence",
-        ("parallel.cp", "parallel.tp", "train.seq_len", "train.source_len"),
-        lambda c, n: c.parallel.cp > 1 and not grid(c) and _shortest(c) < 2 * c.parallel.cp,
-        "every cp rank holds an early and a late piece of the sequence, and each piece needs at least one position per tensor rank under "
-        "tp_sequence",
-        "choose lengths of at least 2·cp (2·cp·tp with tp_sequence), or a smaller cp",
+        ("parallel.cp", "parallel.cp_pieces", "parallel.tp", "train.seq_len", "train.source_len"),
+        lambda c, n: c.parallel.cp > 1 and not grid(c) and _shortest(c) < c.parallel.cp_pieces * c.parallel.cp,
+        "every cp rank holds cp_pieces pieces of the sequence, an early and a late one by default, and each piece needs at least one "
+        "position per tensor rank under tp_sequence",
+        "choose lengths of at least cp_pieces·cp (times tp with tp_sequence), or a smaller cp",
     ),
     Rule(
         "ep_without_experts",

@@ -40,6 +40,10 @@ class Parallel(Section):
     """
     cp_ulysses: Ranks = 1
     """With `cp_method: ring`: ranks that exchange heads inside each group; the groups form the ring."""
+    cp_pieces: Annotated[int, Field(ge=2, le=4096)] = 2
+    """Pieces of a sequence that each place of a ring holds. Two even out causal attention to a whole sequence, more (16 or 32) also that
+    to packed documents.
+    """
     pp: Ranks = 1
     """Pipeline-parallel ranks."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
