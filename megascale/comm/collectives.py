@@ -38,29 +38,43 @@ def all_reduce(x: Tensor, axis: Axis, operation: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Equal pieces of all ranks joined along `dim`."""
+    """Equal pieces of all ranks joined along `dim`, contiguous. One copy, or none if `dim` is the first one longer than one."""
     if axis.size == 1:
         return x
-    moved = x.movedim(dim, 0).contiguous()
+    if math.prod(x.shape[:dim]) == 1:
+        return _gather_first(x.flatten(0, dim), axis).unflatten(0, (*x.shape[:dim], axis.size * x.shape[dim]))
+    return torch.cat(_gather_first(x, axis).chunk(axis.size), dim)
+
+
+def _gather_first(x: Tensor, axis: Axis) -> Tensor:
+    """Pieces [n, …] of all ranks → [ranks·n, …]."""
+    x = x.contiguous()
     if torch.compiler.is_compiling():
-        return functional.all_gather(moved, axis).movedim(0, dim)
-    out = torch.empty((axis.size * moved.shape[0], *moved.shape[1:]), dtype=x.dtype, device=x.device)
-    axis.traffic.add(axis.name, "all_gather", moved.nbytes * (axis.size - 1))
-    gather_into(out, moved, group=axis.group)
-    return out.movedim(0, dim)
+        return functional.all_gather(x, axis)
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    axis.traffic.add(axis.name, "all_gather", x.nbytes * (axis.size - 1))
+    gather_into(out, x, group=axis.group)
+    return out
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """The sum over ranks, of which this rank keeps its piece along `dim` (a multiple of the axis size)."""
+    """The sum over ranks, of which this rank keeps its piece along `dim` (a multiple of the axis size), contiguous. Copies as above."""
     if axis.size == 1:
         return x
-    moved = x.movedim(dim, 0).contiguous()
+    if math.prod(x.shape[:dim]) == 1:
+        return _scatter_first(x.flatten(0, dim), axis).unflatten(0, (*x.shape[:dim], x.shape[dim] // axis.size))
+    return _scatter_first(torch.cat(x.chunk(axis.size, dim)), axis)
+
+
+def _scatter_first(x: Tensor, axis: Axis) -> Tensor:
+    """[ranks·n, …] on all ranks → this rank's piece [n, …] of the sum."""
+    x = x.contiguous()
     if torch.compiler.is_compiling():
-        return functional.reduce_scatter(moved, axis).movedim(0, dim)
-    out = torch.empty((moved.shape[0] // axis.size, *moved.shape[1:]), dtype=x.dtype, device=x.device)
+        return functional.reduce_scatter(x, axis)
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     axis.traffic.add(axis.name, "reduce_scatter", out.nbytes * (axis.size - 1))
-    scatter_into(out, moved, group=axis.group)
-    return out.movedim(0, dim)
+    scatter_into(out, x, group=axis.group)
+    return out
 
 
 def local_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -106,25 +120,35 @@ def pass_on(x: Tensor, shape: Sequence[int], axis: Axis) -> Passing:
     return Passing(dist.batch_isend_irecv(pair), x, buffer)
 
 
+def _summed(x: Tensor, axis: Axis, fresh: bool) -> Tensor:
+    """The sum over the axis; in place if x is `fresh`, that is if nobody else uses it."""
+    if torch.compiler.is_compiling() or (fresh and x.is_contiguous() and not x._is_view()):
+        return all_reduce(x, axis)
+    return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
+    def forward(ctx: Any, x: Tensor, axis: Axis, fresh: bool) -> Tensor:
+        ctx.axis, ctx.fresh = axis, fresh
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
+        return _summed(grads[0], ctx.axis, ctx.fresh), None, None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, fresh: bool) -> Tensor:
+        total = _summed(x, axis, fresh and not (x.requires_grad and x.is_leaf))
+        if total is x:
+            ctx.mark_dirty(x)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
+        return grads[0], None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -207,19 +231,21 @@ def gather_unequal(x: Tensor, axis: Axis, dim: int, lengths: Sequence[int]) -> T
     return x if axis.size == 1 else _GatherUnequal.apply(x, axis, dim, lengths)  # type: ignore[no-any-return]
 
 
-def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
-    """The same tensor on all ranks, each using it differently: identity forward, gradients summed backward."""
-    return _Copy.apply(x, axis)  # type: ignore[no-any-return]
+def copy_to_ranks(x: Tensor, axis: Axis, fresh: bool = False) -> Tensor:
+    """The same tensor on all ranks, each using it differently: identity forward, gradients summed backward. `fresh`: the gradient belongs
+    to nobody else, as that of products does.
+    """
+    return _Copy.apply(x, axis, fresh)  # type: ignore[no-any-return]
 
 
-def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
-    """Partial results summed forward; every rank's gradient is the same and passes through."""
-    return _Reduce.apply(x, axis)  # type: ignore[no-any-return]
+def sum_over_ranks(x: Tensor, axis: Axis, fresh: bool = False) -> Tensor:
+    """Partial results summed forward, in place if x is `fresh`; every rank's gradient is the same and passes through."""
+    return _Reduce.apply(x, axis, fresh)  # type: ignore[no-any-return]
 
 
 def share_sum(x: Tensor, axis: Axis) -> Tensor:
     """Partial results summed forward, each rank using the sum differently: gradients are summed backward too."""
-    return _Copy.apply(_Reduce.apply(x, axis), axis)  # type: ignore[no-any-return]
+    return copy_to_ranks(sum_over_ranks(x, axis), axis)
 
 
 def max_over_ranks(x: Tensor, axis: Axis) -> Tensor:

@@ -46,7 +46,7 @@ def build_stages(cfg: Model, shape: Shape, parallel: Parallel, pp_rank: int) -> 
 
 def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
     """The passes that split layers. Returns name → placement of this rank's part of each weight, which now has the part's shape."""
-    placements = cut_model(stage, specs_of(stage), axes["tp"], cfg.tp_sequence)
+    placements = cut_model(stage, specs_of(stage), axes["tp"], cfg)
     return cut_experts(stage, placements, axes, cfg) if stage.cfg.has_experts else placements
 
 

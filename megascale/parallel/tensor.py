@@ -24,6 +24,7 @@ from megascale.comm.collectives import (
 )
 from megascale.comm.dtensor import is_dtensor
 from megascale.comm.mesh import Axis
+from megascale.config.schema import Parallel
 from megascale.model.attention import kv_heads_of
 from megascale.model.family import Family
 from megascale.model.layers import Linear, Norm
@@ -65,13 +66,17 @@ class Placement:
         return shape
 
 
-def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequence: bool) -> dict[str, Placement]:
+def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, cfg: Parallel) -> dict[str, Placement]:
     """Replaces meta parameters by this rank's parts and installs the exchanges in the model. Identity at size one. Experts stay whole for
     the expert pass (parallel/expert.py).
+
+    Sublayers begin and end with products, whose results and gradients nobody else needs: they are summed in place, except where selective
+    recomputation keeps the result itself.
     """
     if axis.size == 1:
         return {name: Placement(spec) for name, spec in specs.items()}
     whole_kv = _take_kv_heads(model, axis)
+    tp_sequence, fresh = cfg.tp_sequence, cfg.recompute != "selective"
     placements = {name: _place(spec, axis, tp_sequence, not name.startswith(whole_kv)) for name, spec in specs.items()}
     for name, p in placements.items():
         resize(model, name, p)
@@ -79,7 +84,7 @@ def cut_model(model: Family, specs: dict[str, ParamSpec], axis: Axis, tp_sequenc
         enter, leave = partial(gather_parts, axis=axis, dim=SEQUENCE), partial(scatter_sum, axis=axis, dim=SEQUENCE)
         model.exchanges.tokens_here = partial(local_part, axis=axis, dim=SEQUENCE)
     else:
-        enter, leave = partial(copy_to_ranks, axis=axis), partial(sum_over_ranks, axis=axis)
+        enter, leave = partial(copy_to_ranks, axis=axis, fresh=True), partial(sum_over_ranks, axis=axis, fresh=fresh)
     for _, block in model.units():
         for sublayer in block.sublayers:
             sublayer.enter, sublayer.leave = enter, leave
