@@ -61,7 +61,7 @@ def _read(splits: Tensor) -> list[list[int]]:
 def send_rows(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
     """Starts sending rows of x [n, …], in order, to the ranks of an axis; `wait` makes the result valid. The host waits for `splits`."""
     send, receive = _read(splits)
-    return _start(x, send, receive, held(axis), sum(receive))
+    return start_rows(x, send, receive, held(axis), sum(receive))
 
 
 @send_rows.register_fake
@@ -73,7 +73,7 @@ def _(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
 def move_rows(x: Tensor, splits: Tensor, axis: Tensor, back: bool, rows: int) -> Tensor:
     """`send_rows` or the way back, once the number of resulting `rows` is known; those beyond what comes are zero."""
     send, receive = reversed(_read(splits)) if back else _read(splits)
-    return _start(x, send, receive, held(axis), rows)
+    return start_rows(x, send, receive, held(axis), rows)
 
 
 @move_rows.register_fake
@@ -81,8 +81,10 @@ def _(x: Tensor, splits: Tensor, axis: Tensor, back: bool, rows: int) -> Tensor:
     return x.new_empty((rows, *x.shape[1:]))
 
 
-def _start(x: Tensor, send: list[int], receive: list[int], axis: Axis, rows: int) -> Tensor:
-    """Into new memory, of which torch knows the operation in flight."""
+def start_rows(x: Tensor, send: list[int], receive: list[int], axis: Axis, rows: int) -> Tensor:
+    """Starts to send `send[r]` rows of x [n, …], in order, to each rank r, and to receive `receive[r]` from it, into new memory for `rows`
+    that is valid after `wait`: torch knows the operation in flight.
+    """
     out, going, coming = x.new_empty((rows, *x.shape[1:])), sum(send), sum(receive)
     out[coming:].zero_()
     if axis.size == 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.handles import handle_of
 from megascale.model.block import Block, Context
 from megascale.model.layers import Linear, Norm
 from megascale.model.module_metrics import ModuleMetrics, Totals
@@ -35,16 +36,17 @@ class Ahead(nn.Module):
         self.join = Linear(d, 2 * d, "up", "tokens", std, dtype, scale=row.product_scale(2 * d))
         self.block = Block(own, row, stack, dtype, sparse)
         self.norm = norm()
+        self.handle = handle_of(self)  # of what hears about a micro-batch
         self.metrics = ModuleMetrics("mtp", {"loss": 1, "tokens": 1}, {}, _mean_loss)
 
     def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """x [b, s, d], embedded tokens [b, s, d] → the stream of the next module [b, s, d]."""
         return self.block(self.join(torch.cat((self.hidden_norm(x), self.token_norm(tokens)), -1)), context)  # type: ignore[no-any-return]
 
-    def report(self, loss: Tensor, scale: float, tokens: Tensor) -> None:
-        """Adds a micro-batch's summed loss times `scale`, and the number of `tokens` that it predicted."""
-        self.metrics.add("loss", loss / scale)
-        self.metrics.add("tokens", tokens)
+    def hear(self, about: str, *values: Tensor) -> None:
+        """Adds a micro-batch's summed loss, and the number of tokens that it predicted."""
+        for name, value in zip(("loss", "tokens"), values):
+            self.metrics.add(name, value)
 
 
 def _mean_loss(totals: Totals) -> dict[str, float]:

@@ -226,7 +226,7 @@ class Decoder(Family):
             stream = ahead(stream, self.embedded(shifted(tokens, number, 0), self.embedding), context)
             wanted = self.exchanges.sequence_here(targets_ahead(targets, documents, number)).flatten()
             loss = self.loss_of(self.enter_head(ahead.norm(stream)), head, wanted, scale)
-            x = ride_on(x, loss, self.cfg.mtp_weight / len(self.mtp), partial(ahead.report, scale=scale, tokens=(wanted >= 0).sum()))
+            x = ride_on(x, loss, self.cfg.mtp_weight / len(self.mtp), ahead.handle, (loss.detach() / scale, (wanted >= 0).sum()))
         return x
 
     def enter_head(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from megascale.comm.exchange import Flight
+from megascale.comm.exchange import start_rows, wait
 from megascale.comm.mesh import Axis, Mesh
 from megascale.comm.piece import chunk_bounds
 from megascale.parallel.model import Weight
@@ -181,10 +181,10 @@ def _exchange(
     """Sends `sent[i]` to rank i and returns tensors of `shapes[i]` from each rank i. One all-to-all, begun before the pause."""
     empty = next(iter(like.values())).new_empty(0)
     sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
-    flight = Flight([sum(x.numel() for x in xs) for xs in sent], [sum(n) for n in sizes], axis)
-    flight.start(torch.cat([empty, *(x.flatten() for xs in sent for x in xs)]), flight.send, flight.receive)
+    send, receive = [sum(x.numel() for x in xs) for xs in sent], [sum(n) for n in sizes]
+    coming = start_rows(torch.cat([empty, *(x.flatten() for xs in sent for x in xs)]), send, receive, axis, sum(receive))
     yield
-    flat = flight.land().split(flight.receive)
+    flat = wait(coming).split(receive)
     return [[x.view(*shape) for x, shape in zip(xs.split(n), of_rank)] for xs, n, of_rank in zip(flat, sizes, shapes)]
 
 

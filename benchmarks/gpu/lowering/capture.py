@@ -37,7 +37,7 @@ def captured(config: Config) -> dict[str, torch.fx.GraphModule]:
     stages = build_stages(model, shape_of(config), parallel, 0)
     whole = parallelize(stages, mesh, parallel, META, products_of(config.precision))
     found: dict[str, torch.fx.GraphModule] = {}
-    wrap_blocks(stages[0], parallel.recompute, keeping(found), split=False)
+    wrap_blocks(stages[0], parallel.recompute, keeping(found))
     functional.scaled_dot_product_attention = cudnn_attention
     # Attention may drop out, so a recomputed one would come with the state of a generator, which there is none of. We never use it.
     partitioners.functionalize_rng_ops = lambda joint, forward, backward, symbols: (forward, backward)
