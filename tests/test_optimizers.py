@@ -64,7 +64,7 @@ def batched(case: Case, ranks: int, together: int) -> tuple[dict[str, Tensor], s
 
     optimizers.batch_of = lambda w: together
     optimizers.orthogonalized = noted("w", optimizers.orthogonalized)
-    owners.Flight.start = noted("e", owners.Flight.start)  # type: ignore[method-assign]
+    owners.start_rows = noted("e", owners.start_rows)
     return stepped(case, ranks), order
 
 
