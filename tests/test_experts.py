@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.comm.mesh import Axis, Traffic, build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.handles import handle_of
 from megascale.model.experts import MixtureOfExperts
+from megascale.model.ops.compiled import compile_static
 from megascale.parallel.expert import dispatch, shard_dim
 from megascale.schedule.accumulate import Accumulation
 from tests import runs
@@ -314,6 +317,47 @@ def overlapped() -> list[str]:
 def test_rows_travel_while_shared_experts_compute() -> None:
     """Catches an exchange that has not begun when `dispatch` returns, which is when shared experts run."""
     assert run_ranks(2, overlapped) == [["sent 1", "sent 4"]] * 2
+
+
+class Order(TorchDispatchMode):
+    """The names of exchanges and products, in the order in which they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in ("send_rows", "move_rows", "wait_tensor", "mm", "product_by_expert"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_shared_experts_run_while_rows_travel(compiled: bool) -> None:
+    """Catches an exchange that is waited for before shared experts run, or started after them: forward, backward, and in a graph."""
+    model = build(Case(sparse(1, num_shared=1, aux_loss=0.0, z_loss=0.0)), 1).model
+    axis = Axis("ep", 1, 0, None, Traffic())
+    moe = model.get_submodule("blocks.0.ffn")
+    assert isinstance(moe, MixtureOfExperts)
+    moe.dispatch = partial(dispatch, axis=axis, handle=handle_of(axis))
+    run = compile_static(moe.forward, backend="aot_eager") if compiled else moe.forward
+    x = torch.randn(1, 12, 24, dtype=torch.float64, requires_grad=True)
+    with Order() as forward:
+        y = run(x, None)
+    with Order() as backward:
+        y.sum().backward()
+    # The first product is the router's. One exchange brings rows there, one back.
+    assert ["send_rows", *["mm"] * 3, "wait_tensor"] == [n for n in forward.names if n != "product_by_expert"][1:6], forward.names
+    assert forward.names[-2:] == ["move_rows", "wait_tensor"]
+    begun = [i for i, n in enumerate(backward.names) if n == "move_rows"]
+    ended = [i for i, n in enumerate(backward.names) if n == "wait_tensor"]
+    assert len(begun) == len(ended) == 2
+    assert backward.names[begun[1] + 1 : ended[1]] == ["mm"] * 6, backward.names
 
 
 MOE = {"num_experts": 4, "top_k": 2, "ffn_size": 16, "balance": "bias", "bias_rate": 0.05, "router": "sigmoid", "every": 2}

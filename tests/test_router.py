@@ -449,3 +449,19 @@ def test_recomputation_chooses_as_before(mode: str, variant: str, monkeypatch: p
     assert len(seen) >= len(first) > 0
     assert all(any(torch.equal(x, y) for y in first) for x in seen)
     assert all(w.local_grad is not None and torch.isfinite(w.local_grad).all() for w in model.weights)
+
+
+@pytest.mark.parametrize("name", ["product_by_expert", "weight_gradient_by_expert", "fp8_by_expert", "fp8_weight_gradient_by_expert"])
+def test_operators_describe_their_results(name: str) -> None:
+    """Catches an operator without a fake, or with one of another shape or dtype, which no graph, dry run or fake device could contain."""
+    import megascale.model.experts  # noqa: F401  it declares them
+
+    counts, x, g, w = torch.tensor([3, 0, 5]), torch.randn(8, 16), torch.randn(8, 32), torch.randn(3, 32, 16)
+    x8, w8, g8 = (t.to(torch.float8_e4m3fn) for t in (x, w, g))
+    inputs: dict[str, tuple[Any, ...]] = {
+        "product_by_expert": (x, w, counts, False),
+        "weight_gradient_by_expert": (w, x, g, counts),
+        "fp8_by_expert": (x8, w8, counts, 2.0, torch.bfloat16, False),
+        "fp8_weight_gradient_by_expert": (g8.to(torch.float8_e5m2), x8, counts, 2.0, torch.bfloat16),
+    }
+    torch.library.opcheck(getattr(torch.ops.megascale, name).default, inputs[name], test_utils="test_faketensor")

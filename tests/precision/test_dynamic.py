@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.precision.dynamic import Recipe, dynamic_linear
 from megascale.train.build import check_torch
-from megascale.train.log.announce import cast_note
+from megascale.train.log.announce import cast_note, fp8_experts_note
 from tests.layouts import Case, tiny, train
 from tests.ranks import run_ranks
 
@@ -77,3 +78,12 @@ def test_uncompiled_casts_on_a_gpu_are_told() -> None:
     assert "parallel.compile" in (cast_note(plain, "NVIDIA H100") or "")
     compiled = plain.model_copy(update={"parallel": plain.parallel.model_copy(update={"compile": True})})
     assert cast_note(plain, "cpu") is None and cast_note(compiled, "NVIDIA H100") is None
+
+
+def test_fp8_experts_are_said_to_be_experimental() -> None:
+    """Catches a run that expects of FP8 experts what only their forward product gives."""
+    sizes = {"num_layers": 1, "hidden_size": 64, "num_heads": 4, "vocab_size": 64, "residual": "mus", "ffn": "gelu"}
+    values: dict[str, Any] = {"model": {**sizes, "moe": {}}, "train": {"steps": 1}, "data": {"train": "x"}, "precision": {"fp8": True}}
+    experts, dense = build_config(values), build_config({**values, "model": sizes})
+    assert "experimental" in (fp8_experts_note(experts, "NVIDIA H100") or "")
+    assert fp8_experts_note(experts, "cpu") is None and fp8_experts_note(dense, "NVIDIA H100") is None

@@ -88,6 +88,7 @@ def announce(
         schedule,
         *data_notes,
         cast_note(config, facts["device"]),
+        fp8_experts_note(config, facts["device"]),
         facts.get("immovable"),
         *slow_notes(config, facts),
     )
@@ -119,4 +120,14 @@ def cast_note(config: Config, device: str) -> str | None:
     return (
         f"precision.fp8 is {config.precision.fp8} and parallel.compile is false: uncompiled casts cost more than FP8 saves; "
         "set parallel.compile true"
+    )
+
+
+def fp8_experts_note(config: Config, device: str) -> str | None:
+    """A warning if experts run in FP8 on a GPU: torch's grouped product has no e5m2, so two of three run in bf16."""
+    if config.precision.fp8 == "false" or config.model.moe is None or device == "cpu":
+        return None
+    return (
+        "precision.fp8 is experimental with model.moe: experts multiply in FP8 forward only, and gradients, rounded to FP8, in bf16; "
+        "compare the speed with precision.fp8 false"
     )
