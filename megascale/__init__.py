@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megascale.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from megascale.api import convert, dry_run, generate, grow, load_config, load_model, training
+    from megascale.api import convert, dry_run, generate, grow, load_config, load_model, plan, training
     from megascale.errors import MegascaleError, OutOfMemoryError, PeerLostError, StopRequested, TrainingError, UsageError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "grow",
     "load_config",
     "load_model",
+    "plan",
     "training",
 ]
 

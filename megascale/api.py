@@ -132,6 +132,17 @@ def dry_run(config: ConfigLike, ranks: int = 1) -> dict[str, Any]:
     return report_of(load_config(config), ranks)[1]
 
 
+def plan(config: ConfigLike, cluster: str | Path, gpus: int | None = None) -> dict[str, Any]:
+    """Layouts on a cluster, best first: {"layouts": [{"parallel", "step_seconds", "memory_bytes", "mfu", …}], …}. Loads no torch.
+
+    cluster  the cluster's file
+    gpus     devices to use, by default all
+    """
+    from megascale.plan.plan import plan_layouts
+
+    return plan_layouts(load_config(config), cluster, gpus)[1]
+
+
 def _plain(source: Any) -> dict[str, Any]:
     """Nested dicts of plain values, paths as text."""
     if isinstance(source, Config):

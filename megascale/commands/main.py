@@ -15,6 +15,7 @@ from megascale.version import __version__
 
 COMMANDS = {
     "train": "Pretrain the model of a config, or report what it would need (--dry-run).",
+    "plan": "Rank layouts of a config on a cluster by predicted time and memory.",
     "prepare": "Turn text, JSON lines or Parquet into token files.",
     "generate": "Sample from a checkpoint or a Hugging Face folder.",
     "translate": "Translate with an encoder-decoder.",

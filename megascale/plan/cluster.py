@@ -80,6 +80,8 @@ class Device(Section):
     """The same for number formats in which it differs."""
     attention_share: Part
     """Share of the peak that fused attention reaches, forward and backward together."""
+    step_share: Part = 1.0
+    """Speed of kernels within whole steps, as a share of their speed when measured one by one: clocks under load, gaps between kernels."""
     product_table: tuple[tuple[Rate, Rate], ...] = ()
     """Measured products by size: pairs of FLOPs in one product and FLOP/s, sizes ascending, in the number format that ran. They replace
     `product_share` for smaller products.

@@ -71,7 +71,7 @@ def layer_seconds(s: Setting, unit: Unit, device: Device) -> Seconds:
     extra = KERNELS_OF_EXPERTS if unit.sparse else 0
 
     def at_least(seconds: float, kernels: float) -> float:
-        return max(seconds, kernels * max(device.kernel_seconds, device.launch_seconds))
+        return max(seconds / device.step_share, kernels * max(device.kernel_seconds, device.launch_seconds))
 
     forward = at_least(products + attention + passing, forward_kernels + extra)
     backward = at_least(2 * products + ATTENTION_BACKWARD * attention + 2 * passing, backward_kernels + 2 * extra)
@@ -88,7 +88,7 @@ def loss_seconds(s: Setting, device: Device) -> float:
     rows = -(-m.vocab_size // p.tp)
     flops = 2.0 * s.tokens * rows * m.hidden_size
     passes = LOSS_PASSES[p.compile] * 2 * s.tokens * rows * s.item / device.memory_bytes_per_second
-    return 3 * flops / device.product_rate(s.config.precision.compute, flops) + passes
+    return (3 * flops / device.product_rate(s.config.precision.compute, flops) + passes) / device.step_share
 
 
 def update_seconds(s: Setting, units: list[tuple[Unit, int]], device: Device) -> float:

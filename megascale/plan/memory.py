@@ -69,7 +69,7 @@ def peak_bytes(config: Config, ranks: int, cpu: bool = False) -> dict[str, float
 
 def peak_of(s: Setting, cpu: bool = False) -> dict[str, float]:
     """The same for a config taken apart."""
-    return max((_peak(s, r, cpu) for r in range(len(s.stages))), key=lambda b: sum(b.values()))
+    return max((_peak(s, r, cpu) for r in s.distinct), key=lambda b: sum(b.values()))
 
 
 def _peak(s: Setting, rank: int, cpu: bool) -> dict[str, float]:

@@ -81,6 +81,15 @@ class Setting:
         parts = stage_parts_of(self.config)
         return [[parts[i] for i in stages_of_rank(p.pp_schedule, p.pp, p.pp_virtual, r)] for r in range(p.pp)]
 
+    @cached_property
+    def distinct(self) -> list[int]:
+        """Pipeline ranks that differ in what they hold: the first and the last of each kind."""
+        kinds: dict[tuple[tuple[int, bool, bool], ...], list[int]] = {}
+        for rank, parts in enumerate(self.stages):
+            kinds.setdefault(tuple((len(p.layers), p.first, p.last) for p in parts), []).append(rank)
+        same = self.config.model.moe is None and self.config.model.ffn_sizes is None
+        return sorted({r for ranks in kinds.values() for r in (ranks[0], ranks[-1])}) if same else list(range(len(self.stages)))
+
     def layers_of(self, parts: Sequence[StagePart]) -> list[tuple[Unit, int]]:
         """The kinds of layers in some stages, each with its number."""
         return [pair for part in parts for pair in self.units.between(part.layers)]

@@ -82,6 +82,15 @@ class Links:
             left -= pool.gpus
         return used
 
+    @property
+    def room(self) -> float:
+        """Bytes that every rank may use."""
+        return min(device.room for device in self.devices)
+
+    @property
+    def cpu(self) -> bool:
+        return any(device.kind == "cpu" for device in self.devices)
+
     def of(self, size: int, stride: int) -> tuple[Link, float]:
         """The slowest link of a ring over `size` ranks that are `stride` apart, and the share of it that the ring has."""
         if (size, stride) not in self._found:
@@ -109,17 +118,25 @@ def predict(config: Config, ranks: int, cluster: Cluster, links: Links | None = 
     return predict_setting(setting_of(config, ranks), links or Links(cluster, ranks))
 
 
-def predict_setting(s: Setting, links: Links) -> Prediction:
-    """The same for a config taken apart."""
-    room = min(device.room for device in links.devices)
+def predict_setting(s: Setting, links: Links, memory: dict[str, float] | None = None) -> Prediction:
+    """The same for a config taken apart, whose `memory` may be known already."""
     timed = [Step(s, links, device).run() for device in links.devices]  # every rank waits for the slowest pool
     parts, bubble = max(timed, key=lambda found: sum(found[0].values()))
     seconds = sum(parts.values())
     flops, train = flops_per_step(s), s.config.train
     peak = sum(d.peak(s.config.precision.compute) for d in links.devices) / len(links.devices)
     tokens = train.global_batch_size * train.seq_len / seconds
-    cpu = any(device.kind == "cpu" for device in links.devices)
-    return Prediction(seconds, parts, bubble, flops / (s.ranks * peak * seconds), tokens, flops, peak_of(s, cpu), room, sent_bytes(s))
+    return Prediction(
+        seconds,
+        parts,
+        bubble,
+        flops / (s.ranks * peak * seconds),
+        tokens,
+        flops,
+        peak_of(s, links.cpu) if memory is None else memory,
+        links.room,
+        sent_bytes(s),
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,7 @@ class Step:
 
     def run(self) -> tuple[dict[str, float], float]:
         """Seconds by part, and the share of the step in which the pipeline waits."""
-        parts, bubble = max((self._rank(r) for r in range(len(self.s.stages))), key=lambda found: sum(found[0].values()))
+        parts, bubble = max((self._rank(r) for r in self.s.distinct), key=lambda found: sum(found[0].values()))
         return {name: seconds for name, seconds in parts.items() if seconds > 0}, bubble
 
     def layer(self, unit: Unit) -> LayerTime:
