@@ -87,3 +87,45 @@ def test_graphs_are_those_of_a_run() -> None:
     attention = 2 * tokens * (2 * d + 2 * kv) + 4 * tokens * 4  # and the log of its sums in fp32
     assert 0 <= found["0: forward"]["calls"] - moved - attention < 64, "some numbers of the generator's state come with attention"
     assert all(part["casts"] == 0 for part in found.values())
+
+
+def kept_and_repeated(recompute: str, budget: float | None) -> tuple[int, int, int]:
+    """Of a block: bytes kept for backward, and library calls forward and backward."""
+    from benchmarks.gpu.lowering import floor
+    from benchmarks.gpu.lowering.capture import captured
+
+    config = lower.as_on_gpu("llama-8b")
+    model = config.model.model_copy(update={"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 96})
+    parallel = config.parallel.model_copy(update={"recompute": recompute, "activation_budget": budget})
+    train = config.train.model_copy(update={"seq_len": 128, "micro_batch_size": 1})
+    graphs = captured(config.model_copy(update={"model": model, "parallel": parallel, "train": train}))
+    forward, backward = graphs["0: forward"].graph, graphs["0: backward"].graph
+    (output,) = next(iter(forward.find_nodes(op="output"))).args
+    kept = [n for n in output[1:] if isinstance(n, torch.fx.Node) and n.op != "placeholder"]
+    first, second = (sum(floor.is_call(n) for n in graph.nodes) for graph in (forward, backward))
+    return sum(floor.size(n) for n in kept), first, second
+
+
+def all_kept() -> list[tuple[int, int, int]]:
+    return [kept_and_repeated(*mode) for mode in (("none", None), ("selective", None), ("budget", 0.5), ("budget", 0.0))]
+
+
+def test_what_is_dear_is_not_computed_twice() -> None:
+    """Catches a selective policy that repeats a product or attention, and a budget that the compiler does not hear of."""
+    none, selective, half, nothing = fresh_process(all_kept, timeout=300)
+    forward, backward = none[1:]
+    assert (forward, backward) == (7 + 1, 2 * 7 + 1)
+    assert selective[1:] == (forward, backward), "nothing of them is repeated"
+    assert nothing[0] == 0 and nothing[2] > backward, "only the block's input is kept"
+    assert 0.3 * none[0] <= half[0] <= 0.5 * none[0] and backward <= half[2] < nothing[2]
+
+
+def test_what_torch_calls_dear_is_kept() -> None:
+    """Catches an operator that a newer torch counts among the expensive ones, which selective recomputation would repeat."""
+    from torch._functorch.partitioners import get_default_op_list
+
+    from megascale.parallel.recompute import KEPT
+
+    unused = {"convolution", "convolution_backward", "upsample_bilinear2d"}
+    dear: set[Any] = {packet for packet in get_default_op_list().compute_intensive_ops if packet.__name__ not in unused}
+    assert {packet.default for packet in dear} <= KEPT

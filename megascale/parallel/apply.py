@@ -77,7 +77,7 @@ def parallelize(
         multiply_in_fp8(stage, fp8)
         if norm_kernel is not None:
             call_norm_kernel(stage, norm_kernel)
-        wrap_blocks(stage, cfg.recompute, backend if cfg.compile else None)
+        wrap_blocks(stage, cfg.recompute, backend if cfg.compile else None, cfg.budget)
         if "activations" in cfg.offload:
             offload_block_inputs(stage, device)
         if sharded:

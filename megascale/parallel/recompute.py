@@ -24,16 +24,21 @@ from megascale.parallel import ring
 from megascale.precision import fp8  # noqa: F401  one more
 
 aten = torch.ops.aten
-# Selective recomputation keeps the results of products and of attention, which take nearly all time. Norms, activations and rotations are
-# cheap to recompute, and they fill the memory.
+# Selective recomputation keeps the results of products and of attention, which take nearly all time: what torch's own partitioner calls
+# compute-intensive, and grouped, scaled and our own products. Norms, activations and rotations are cheap to recompute, and they fill the
+# memory.
 # Every mode keeps which experts a router chose: if a recomputed logit differed in its last bit, a token could go to another expert than its
 # gradient expects. Everything else about the assignments follows from the choice in integers.
 CHOICES = {aten.topk.default}
+SCALED = ("_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_scaled_grouped_mm_v2")
 KEPT = CHOICES | {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
+    aten.baddbmm.default,
     aten._grouped_mm.default,
+    aten._flash_attention_forward.default,
+    aten._efficient_attention_forward.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -44,8 +49,9 @@ KEPT = CHOICES | {
     torch.ops.megascale.product.default,
     torch.ops.megascale.product_by_expert.default,
     torch.ops.higher_order.flex_attention,
-    # FP8 products, and results of exchanges inside a graph: sending again costs more than keeping them.
-    aten._scaled_mm.default,
+    # FP8 products by torch's own operators, whose names depend on its version.
+    *(getattr(aten, name).default for name in SCALED if hasattr(aten, name)),
+    # Results of exchanges inside a graph: sending again costs more than keeping them.
     functional.ops.all_reduce.default,
     functional.ops.reduce_scatter_tensor.default,
     functional.ops.all_to_all_single.default,
@@ -60,24 +66,43 @@ Recomputation = Callable[[Callable[..., Any]], Callable[..., Any]]
 PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
-def wrap_blocks(model: Family, mode: str, backend: Backend | None) -> None:
+def wrap_blocks(model: Family, mode: str, backend: Backend | None, budget: float = 1.0) -> None:
     """Recomputes and compiles every block.
 
-    mode     `none`, `selective`, `full` (only a block's input is kept) or `nested` (every √n-th input, and those of one group at a time)
+    mode     `none`, `selective`, `full` (only a block's input is kept), `nested` (every √n-th input, and those of one group at a time), or
+             `budget`, where the compiler chooses what to keep
+    budget   its share of what the compiler would keep by itself
     backend  the torch.compile backend; None: eager
 
     A compiled block is one graph and is recomputed inside it, where the compiler sees both passes.
     """
     routers = any(isinstance(m, Router) for m in model.modules())
+    model.exchanges.loss_backend = backend
+    if mode == "budget":
+        assert backend is not None
+        mode, backend = "none", within_budget(backend, budget)
     recomputed = recomputation(mode, routers)
     for _, block in model.units():
         if backend is None:
             block.forward = recomputed(block.forward)  # type: ignore[method-assign]
         else:
             block.forward = compile_static(recomputation(mode, routers, True)(block.forward), backend=backend)  # type: ignore[method-assign]
-    model.exchanges.loss_backend = backend
     if mode == "nested":
         model.exchanges.pass_blocks = partial(in_groups, recomputed=recomputed)
+
+
+def within_budget(backend: Backend, budget: float) -> Backend:
+    """A backend whose graphs keep this share of what they would keep for backward; the compiler chooses what is cheapest to recompute."""
+    from torch._dynamo import lookup_backend  # imports the compiler
+    from torch._functorch import config as settings
+
+    inner = lookup_backend(backend)
+
+    def compiled(graph: Any, inputs: Any, **options: Any) -> Any:
+        with settings.patch(activation_memory_budget=budget):
+            return inner(graph, inputs, **options)
+
+    return compiled
 
 
 def recomputation(mode: str, routers: bool = False, in_graph: bool = False) -> Recomputation:

@@ -259,6 +259,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "offload_dir": (1, ("parallel.offload_dir=disk", "parallel.offload=optimizer")),
     "offload_inputs": (1, ("parallel.offload=activations",)),
     "recompute_nested": (1, ("parallel.recompute=nested", "parallel.accumulation=layered")),
+    "recompute_budget": (1, ("parallel.recompute=budget",)),
+    "activation_budget": (1, ("parallel.activation_budget=0.5",)),
     "offload_parameters": (1, ("parallel.offload=parameters",)),
     "offload_experts": (2, ("model.moe={}", "parallel.ep=2", "parallel.offload=parameters")),
     "offload_muon": (1, ("parallel.offload=optimizer", "optim.name=muon")),

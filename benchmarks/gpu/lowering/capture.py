@@ -31,13 +31,14 @@ def captured(config: Config) -> dict[str, torch.fx.GraphModule]:
     torch._dynamo.reset()
     partitioners: Any = torch._functorch.partitioners
     functional: Any = torch.nn.functional
-    parallel = Parallel(recompute=config.parallel.recompute)
+    parallel = Parallel()
     model = config.model.model_copy(update={"num_layers": 1, "encoder_layers": 1 if config.model.encoder_layers else 0})
     mesh = build_mesh(axis_sizes(parallel, 1), "cpu", 1)
     stages = build_stages(model, shape_of(config), parallel, 0)
     whole = parallelize(stages, mesh, parallel, META, products_of(config.precision))
     found: dict[str, torch.fx.GraphModule] = {}
-    wrap_blocks(stages[0], parallel.recompute, keeping(found))
+    asked = config.parallel
+    wrap_blocks(stages[0], asked.recompute, keeping(found), asked.budget)
     functional.scaled_dot_product_attention = cudnn_attention
     # Attention may drop out, so a recomputed one would come with the state of a generator, which there is none of. We never use it.
     partitioners.functionalize_rng_ops = lambda joint, forward, backward, symbols: (forward, backward)

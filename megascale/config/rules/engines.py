@@ -6,6 +6,7 @@ from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.optimizers import optimizers
 from megascale.config.rules.rule import Rule, own_expert_axes
 from megascale.config.schema import Config
+from megascale.config.stages import SPLIT_BACKWARD
 from megascale.errors import UsageError
 
 ENGINE_RULES: tuple[Rule, ...] = (
@@ -126,6 +127,28 @@ ENGINE_RULES: tuple[Rule, ...] = (
         ),
         "nested recomputation groups consecutive blocks of one stack that run one after another",
         "use recompute full, or a text model with depth_first accumulation under engine fsdp2 or ddp",
+    ),
+    Rule(
+        "recompute_budget",
+        ("parallel.recompute", "parallel.compile", "parallel.pp_schedule", "parallel.engine", "model.moe"),
+        lambda c, n: (
+            c.parallel.recompute == "budget"
+            and (
+                not c.parallel.compile
+                or c.model.moe is not None
+                or c.parallel.engine == "deepspeed"
+                or (c.parallel.pp > 1 and c.parallel.pp_schedule in SPLIT_BACKWARD)
+            )
+        ),
+        "the compiler chooses what a block recomputes, so each must be one compiled graph: no experts, no split-backward schedule",
+        "set parallel.compile true, or use recompute selective",
+    ),
+    Rule(
+        "activation_budget",
+        ("parallel.activation_budget", "parallel.recompute"),
+        lambda c, n: c.parallel.activation_budget is not None and c.parallel.recompute != "budget",
+        "only recompute budget reads it",
+        "use parallel.recompute budget, or leave activation_budget out",
     ),
     Rule(
         "offload_parameters",

@@ -66,10 +66,12 @@ class Parallel(Section):
     """Micro-batches that pass through a layer together under `accumulation: layered`. Default: all of a step."""
     engine: Literal["fsdp2", "ddp", "deepspeed"] = "fsdp2"
     """What shards or replicates: FSDP2, DDP, or DeepSpeed (extra `deepspeed`)."""
-    recompute: Literal["none", "selective", "full", "nested"] = "none"
-    """What is recomputed in backward: nothing, all but the results of products and attention, whole blocks, or segments of √n blocks
-    (`nested`).
+    recompute: Literal["none", "selective", "full", "nested", "budget"] = "none"
+    """What is recomputed in backward: nothing, all but the results of products and attention, whole blocks, segments of √n blocks
+    (`nested`), or what the compiler chooses to stay within `activation_budget` (`budget`).
     """
+    activation_budget: Annotated[float, Field(ge=0, le=1)] | None = None
+    """`recompute: budget` only: share of a compiled block's activations that is kept. 0 keeps its input alone. Default: 0.5."""
     update_in_backward: bool = False
     """Under `accumulation: layered`: update a layer as soon as its gradient is ready. Needs `train.clip: 0`."""
     zero_stage: Literal[1, 2, 3] = 3
@@ -82,6 +84,11 @@ class Parallel(Section):
     """DeepSpeed only: a folder on NVMe to use instead of host memory."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+
+    @property
+    def budget(self) -> float:
+        """The share of activations that `recompute: budget` keeps."""
+        return 0.5 if self.activation_budget is None else self.activation_budget
 
     @property
     def expert_tp(self) -> int:

@@ -100,7 +100,9 @@ def activation_bytes(config: Config, ranks: int) -> float:
     cut = 1.0 / t if p.tp_sequence else 1.0
     # Per token and unit of width 24 bytes live inside the products that tp splits, 10 outside. Selective recomputation keeps the results of
     # products and attention, about 16 and 2; full only a block's input, nested the input of some blocks.
-    per_unit = {"none": 24 / t + 10 * cut, "selective": 16 / t + 2 * cut}.get(p.recompute, 2 * cut)
+    everything = 24 / t + 10 * cut
+    chosen = {"none": everything, "selective": 16 / t + 2 * cut, "budget": 2 * cut + p.budget * (everything - 2 * cut)}
+    per_unit = chosen.get(p.recompute, 2 * cut)
     return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
 
 

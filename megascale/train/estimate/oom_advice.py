@@ -69,7 +69,9 @@ def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
     batches: list[tuple[str, Train]] = []
     while (size := (batches[-1][1] if batches else train).micro_batch_size // 2) > 0:
         batches.append((f"train.micro_batch_size={size}", train.model_copy(update={"micro_batch_size": size})))
-    modes = ["selective", "full", "nested"][["none", "selective", "full", "nested"].index(p.recompute) :]
+    modes = ["selective", "full", "nested"][
+        ["none", "selective", "full", "nested"].index("selective" if p.recompute == "budget" else p.recompute) :
+    ]
     recomputed = [(f"parallel.recompute={mode}", p.model_copy(update={"recompute": mode})) for mode in modes]
     shards = axis_sizes(p, ranks)["dp_shard"]
     small, least = (batches or [("", train)])[-1], (recomputed or [("", p)])[-1]
