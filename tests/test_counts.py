@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
+from megascale.errors import UsageError
 from megascale.model.spec import ParamSpec
 from megascale.optim import optimizers
 from megascale.optim.clip import global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import MATRICES
+from megascale.parallel.data import CountingAllGather, CountingReduceScatter, symmetric
 from megascale.parallel.model import Weight
-from megascale.parallel.tensor import Placement
+from megascale.parallel.tensor import Placement, even_dim
 from megascale.train.estimate.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
 from tests.planned import assert_planned
@@ -84,6 +87,69 @@ def test_backward_gathers_inside_a_node() -> None:
     assert result["calls"]["dp_shard", "all_gather"] == M * (2 * layers + 2)
     once, again = (n - 1) / n, (kept - 1) / kept
     assert result["sent"]["dp_shard"] == M * ((2 * once + again) * layers * block + 2 * once * root)
+
+
+def groups_of(case: Case) -> tuple[dict[str, Any], int]:
+    """A training, and over how many groups FSDP2 communicates."""
+    found: set[str] = set()
+    for kind in (CountingAllGather, CountingReduceScatter):
+        original = kind.__call__
+
+        def call(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            found.add((kwargs.get("group") or args[2]).group_name)
+            return original(self, *args, **kwargs)
+
+        kind.__call__ = call  # type: ignore[method-assign]
+    return train(case), len(found)
+
+
+def test_separate_groups_send_the_same() -> None:
+    """Catches gathers and reductions that share a group though asked not to, and counts or sums that follow the group."""
+    found = {}
+    for comm in ("shared", "separate"):
+        case = Case(MODEL, Parallel(dp_shard=2, dp_comm=comm), batch=2 * M, keep_tensors=False)  # type: ignore[arg-type]
+        found[comm] = run_ranks(2, groups_of, case)[0]
+    assert [groups for _, groups in found.values()] == [1, 2]
+    assert found["shared"][0] == found["separate"][0]
+
+
+def test_symmetric_buffers_are_counted_and_refused_on_cpus() -> None:
+    """Catches bytes that only torch's own collectives are counted for, and a traceback where NCCL's memory is missing."""
+    traffic, calls = Traffic(), []
+
+    class Inner:
+        def allocate(self, *args: Any, **kwargs: Any) -> str:
+            return "from its own memory"
+
+        def __call__(self, *args: Any) -> None:
+            calls.append(args)
+
+    axis, inner, group = Axis("dp_shard", 4, 0, None, traffic), Inner(), SimpleNamespace(size=lambda: 4)
+    gather, scatter = CountingAllGather(axis, inner), CountingReduceScatter(axis, inner)  # type: ignore[arg-type]
+    whole, part = torch.zeros(8), torch.zeros(2)
+    assert gather.allocate([8], dtype=whole.dtype, device=whole.device) == "from its own memory"
+    gather(whole, part, group, True)  # type: ignore[arg-type]
+    scatter(part, whole, group, "sum", True)  # type: ignore[arg-type]
+    assert calls == [(whole, part, group, True), (part, whole, group, "sum", True)]
+    assert traffic.take()[0] == {"dp_shard": 2 * 3 * 2 * 4}
+    with pytest.raises(UsageError, match=r"parallel\.dp_comm is symmetric but the device is cpu"):
+        symmetric(None, "cpu")  # type: ignore[arg-type]
+
+
+def test_few_rows_are_not_padded() -> None:
+    """Catches k and v of a large model padded to the number of ranks: 6 rows on 4 ranks are 24 columns, cut instead."""
+    assert [even_dim(shape, 512) for shape in ([128, 16384], [128, 100], [128256, 1024], [100], [512, 512])] == [1, 0, 0, 0, 0]
+    n, model = 4, tiny(num_kv_heads=1, num_layers=1)
+    case = Case(model, Parallel(dp_shard=n), batch=n, steps=2, keep_tensors=False)
+    result, alone = run_ranks(n, train, case)[0], train(Case(model, batch=n, steps=2, keep_tensors=False))
+    size = sum(
+        w.placement.spec.numel if w.name.endswith(("k.weight", "v.weight")) else padded(w.placement.spec.shape, n)
+        for w in build(Case(model), 1).weights
+        if w.name.startswith("blocks.")
+    )
+    root = group_bytes(n)[1]
+    assert result["sent"]["dp_shard"] == (n - 1) / n * (3 * size * ITEM + 2 * root)
+    assert max(abs(a - b) for a, b in zip(result["loss"], alone["loss"])) <= 1e-12
 
 
 def test_gradients_summed_in_bf16() -> None:

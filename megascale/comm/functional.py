@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megascale.comm.mesh import Axis, Traffic
+from megascale.errors import UsageError
 
 ops: Any = torch.ops._c10d_functional
 Sent = tuple[str, str, int]  # axis, operation, bytes
@@ -43,6 +44,10 @@ def _name(axis: Axis) -> str:
     return axis.group.group_name  # type: ignore[no-any-return]
 
 
+# Settings of inductor with which its pass joins gathers and reductions with the products beside them, over groups with symmetric memory.
+OVERLAP: dict[str, Any] = {"_micro_pipeline_tp": True}
+
+
 def counting_backend(axes: Iterable[Axis], settings: Mapping[str, Any]) -> Callable[..., Any]:
     """A torch.compile backend: inductor with some settings, whose graphs add the bytes that they send over these axes to the axes'
     traffic.
@@ -66,6 +71,22 @@ def counting_backend(axes: Iterable[Axis], settings: Mapping[str, Any]) -> Calla
             return compile_fx(graph, inputs, inner_compile=inner, config_patches=dict(settings) or None)
 
     return compile_graph
+
+
+def share_memory(axis: Axis, device: torch.device) -> None:
+    """Gives the ranks of an axis symmetric memory, through which OVERLAP works. Raises UsageError where there is none."""
+    off = "set parallel.tp_async to false, which computes the same"
+    if device.type != "cuda":
+        raise UsageError(f"parallel.tp_async is true but the device is {device.type}: symmetric memory exists on CUDA devices only; {off}")
+    import torch._inductor.config as inductor
+    from torch.distributed import _symmetric_memory
+
+    enable = getattr(_symmetric_memory, "enable_symm_mem_for_group", None)
+    if enable is None or not hasattr(inductor, "_micro_pipeline_tp"):
+        raise UsageError(
+            f"parallel.tp_async is true but torch {torch.__version__} has no symmetric memory for it: use torch 2.13, or {off}"
+        )
+    enable(_name(axis))
 
 
 def sent_by(graph: torch.fx.GraphModule, axes: dict[str, Axis]) -> list[Sent]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from megascale.comm.dtensor import is_dtensor
-from megascale.comm.functional import counting_backend
+from megascale.comm.functional import OVERLAP, counting_backend, share_memory
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.layout import reshard_ranks
 from megascale.config.schema import Model, Parallel
@@ -31,7 +32,7 @@ from megascale.parallel.model import MicroBatchScope, ParallelModel, State, Weig
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.recompute import wrap_blocks
-from megascale.parallel.tensor import Placement, cut_model
+from megascale.parallel.tensor import Placement, cut_model, even_dim
 
 # How context parallelism splits each kind of sequence that a family may have.
 SPREAD: dict[str, Callable[[Any, Mesh, Parallel], None]] = {"tokens": spread_sequence, "grid": spread_grid}
@@ -47,6 +48,9 @@ def build_stages(cfg: Model, shape: Shape, parallel: Parallel, pp_rank: int) -> 
 def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[str, Placement]:
     """The passes that split layers. Returns name → placement of this rank's part of each weight, which now has the part's shape."""
     placements = cut_model(stage, specs_of(stage), axes["tp"], cfg)
+    if cfg.engine == "fsdp2":
+        ranks = axes["shard"].size
+        placements = {name: replace(p, shard_dim=even_dim(p.shape, ranks)) for name, p in placements.items()}
     return cut_experts(stage, placements, axes, cfg) if stage.cfg.has_experts else placements
 
 
@@ -68,7 +72,10 @@ def parallelize(
     sharded = cfg.engine == "fsdp2" and (copies or mesh["edp"].size > 1)
     # Rows in flight to experts must not be overwritten either.
     holds = (pipeline and cfg.pp_schedule in SPLIT_BACKWARD) or mesh["ep"].size > 1
-    backend = counting_backend(mesh.axes.values(), KEEPS_MEMORY if holds else {}) if mesh.size > 1 else "inductor"
+    settings = {**(KEEPS_MEMORY if holds else {}), **(OVERLAP if cfg.tp_async else {})}
+    backend = counting_backend(mesh.axes.values(), settings) if mesh.size > 1 else "inductor"
+    if cfg.tp_async:
+        share_memory(mesh["tp"], device)
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
@@ -85,7 +92,7 @@ def parallelize(
 
             # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
             reshard = False if pipeline else reshard_ranks(cfg, mesh.size)
-            micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements)
+            micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements, cfg.dp_comm)
             around = cfg.compile or cfg.ep_rows is not None  # in rounds, experts run several times
             if around:
                 gather_around_blocks(stage)

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megascale.comm.collectives import gather_into, scatter_into
 from megascale.comm.mesh import Axis, Mesh
+from megascale.errors import UsageError
 from megascale.model.family import Family
 from megascale.parallel.expert import banks
 from megascale.parallel.model import MicroBatchScope
@@ -41,6 +42,7 @@ def shard_model(
     one_group: bool,
     on_host: bool,
     placements: Mapping[str, Placement],
+    comm: str = "shared",
 ) -> MicroBatchScope:
     """FSDP2 over dp_shard and cp together, replicated over dp_replicate (HSDP) if that is larger than one.
 
@@ -48,7 +50,7 @@ def shard_model(
     from forward to backward; final norm and head are reduced first in the backward pass, overlapping the blocks, and the root last.
     `one_group` puts the single layer of a stage into the root's. Stored weights are the masters; they are gathered in the compute dtype and
     gradients are reduced in the stored one, or in the shape's `reduce`. `on_host` keeps shards and their gradients in host memory. Experts
-    with their own axes form groups over edp; if there is nothing to shard or sum, they are plain weights.
+    with their own axes form groups over edp; if there is nothing to shard or sum, they are plain weights. `comm`: parallel.dp_comm.
     """
     assert mesh.device_mesh is not None
     reduce = model.shape.reduce or model.shape.storage
@@ -57,6 +59,7 @@ def shard_model(
     replicate = mesh["dp_replicate"]
     dims = {p: placements[name].shard_dim for name, p in model.named_parameters()}
     alone: set[nn.Parameter] = set()
+    device = mesh.device_mesh.device_type
 
     def shard(modules: list[nn.Module], axis: Axis, grid: DeviceMesh, reshard: bool | int) -> None:
         names = ("dp_replicate", axis.name) if replicate.size > 1 else (axis.name,)
@@ -75,8 +78,9 @@ def shard_model(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         if axis.size > 1:
-            module.set_custom_all_gather(CountingAllGather(axis))
-            module.set_custom_reduce_scatter(CountingReduceScatter(axis))
+            gather, scatter = symmetric(module, device) if comm == "symmetric" else (None, None)
+            module.set_custom_all_gather(CountingAllGather(axis, gather))
+            module.set_custom_reduce_scatter(CountingReduceScatter(axis, scatter))
         if replicate.size > 1:
             module.set_all_reduce_hook(_count_all_reduce(replicate))
 
@@ -93,6 +97,10 @@ def shard_model(
     if model.tail and not one_group:
         shard(model.tail, mesh["shard"], mesh.device_mesh, False)
     shard([model], mesh["shard"], mesh.device_mesh, False)
+    if comm == "separate":
+        asked_of(model, "set_separate_reduce_scatter_group", comm)(True)
+        # Gradients of a second group are copied while those of the first are still on their way.
+        asked_of(model, "set_reduce_scatter_max_input_buffers", comm)(2)
 
     @contextmanager
     def scope(last: bool) -> Iterator[None]:
@@ -102,6 +110,25 @@ def shard_model(
         yield
 
     return scope
+
+
+def asked_of(module: nn.Module | FSDPModule, method: str, comm: str) -> Callable[..., None]:
+    """A method of FSDP2's that not every torch has."""
+    found: Callable[..., None] | None = getattr(module, method, None)
+    if found is None:
+        raise UsageError(f"parallel.dp_comm is {comm} but FSDP2 of torch {torch.__version__} has no {method}: use torch 2.13, or shared")
+    return found
+
+
+def symmetric(module: FSDPModule, device: str) -> tuple[Any, Any]:
+    """FSDP2's gather and reduce-scatter from symmetric memory."""
+    if device != "cuda":
+        raise UsageError(
+            f"parallel.dp_comm is symmetric but the device is {device}: NCCL's symmetric memory exists on CUDA only; use shared"
+        )
+    asked_of(module, "set_symm_mem_for_comm", "symmetric")()
+    (group,) = module._get_fsdp_state()._fsdp_param_groups
+    return group._all_gather_comm, group._reduce_scatter_comm
 
 
 def prefetch(model: Family) -> None:
@@ -154,35 +181,43 @@ def replicate_model(model: Family, mesh: Mesh) -> tuple[nn.Module, MicroBatchSco
 
 
 class CountingAllGather(AllGather):
-    """FSDP2's all-gather with its bytes counted."""
+    """FSDP2's all-gather, or `inner`, with its bytes counted."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, inner: AllGather | None = None) -> None:
+        self.axis, self.inner = axis, inner
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.inner is not None:
+            return self.inner.allocate(size, dtype=dtype, device=device)
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
         # Where weights were kept on some ranks between forward and backward, the group is those.
         self.axis.traffic.add(self.axis.name, "all_gather", input_tensor.nbytes * (group.size() - 1))
+        if self.inner is not None:
+            return self.inner(output_tensor, input_tensor, group, async_op)
         return gather_into(  # type: ignore[no-any-return]
             output_tensor, input_tensor, group=group, async_op=async_op
         )
 
 
 class CountingReduceScatter(ReduceScatter):
-    """FSDP2's reduce-scatter with its bytes counted."""
+    """FSDP2's reduce-scatter, or `inner`, with its bytes counted."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, inner: ReduceScatter | None = None) -> None:
+        self.axis, self.inner = axis, inner
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.inner is not None:
+            return self.inner.allocate(size, dtype=dtype, device=device)
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         self.axis.traffic.add(self.axis.name, "reduce_scatter", output_tensor.nbytes * (self.axis.size - 1))
+        if self.inner is not None:
+            return self.inner(output_tensor, input_tensor, group, op, async_op)
         return scatter_into(  # type: ignore[no-any-return]
             output_tensor, input_tensor, op=op, group=group, async_op=async_op
         )

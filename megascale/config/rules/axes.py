@@ -10,6 +10,13 @@ from megascale.config.stages import V_SHAPED
 
 AXIS_RULES: tuple[Rule, ...] = (
     Rule(
+        "tp_async",
+        ("parallel.tp_async", "parallel.tp", "parallel.tp_sequence", "parallel.compile"),
+        lambda c, n: c.parallel.tp_async and not (c.parallel.tp > 1 and c.parallel.tp_sequence and c.parallel.compile),
+        "tp_async joins the gathers and reduce-scatters of tp_sequence with products, in compiled graphs",
+        "set tp of at least 2, tp_sequence and compile, or leave tp_async out",
+    ),
+    Rule(
         "stages_without_pipeline",
         ("parallel.pp", "parallel.pp_virtual"),
         lambda c, n: c.parallel.pp == 1 and (c.parallel.pp_virtual > 1 or c.parallel.pp_layers is not None),

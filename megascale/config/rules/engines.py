@@ -25,6 +25,13 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "use accumulation depth_first with pp_schedule looped_bfs and as many pp_virtual as layers allow, or pp 1",
     ),
     Rule(
+        "dp_comm",
+        ("parallel.dp_comm", "parallel.engine", "parallel.accumulation"),
+        lambda c, n: c.parallel.dp_comm != "shared" and (c.parallel.engine != "fsdp2" or c.parallel.accumulation == "layered"),
+        "dp_comm is about FSDP2's groups, and layered accumulation would need one for each layer",
+        "leave dp_comm out, or use engine fsdp2 with accumulation depth_first",
+    ),
+    Rule(
         "breadth_without_layers",
         ("parallel.breadth_first", "parallel.accumulation"),
         lambda c, n: (c.parallel.breadth_first or 1) > 1 and c.parallel.accumulation == "depth_first",

@@ -28,10 +28,16 @@ class Parallel(Section):
     """Free gathered weights between forward and backward (ZeRO-3). `false` keeps them (ZeRO-2): less traffic, more memory. A number keeps
     them sharded over that many neighbouring ranks, so that backward gathers inside a node: 8 for nodes with 8 GPUs.
     """
+    dp_comm: Literal["shared", "separate", "symmetric"] = "shared"
+    """How FSDP2 communicates: gathers and reductions over one group, over a group each (NCCL then overlaps them, with more memory), or
+    from buffers in NCCL's symmetric memory.
+    """
     tp: Ranks = 1
     """Tensor-parallel ranks."""
     tp_sequence: bool = False
     """Shard the residual stream over the tensor-parallel ranks between sublayers (Megatron's sequence parallelism)."""
+    tp_async: bool = False
+    """Under `compile` and `tp_sequence`: overlap each gather and reduction with the product beside it, through symmetric memory (CUDA)."""
     cp: Ranks = 1
     """Context-parallel ranks, which share each sequence."""
     cp_method: Literal["ring", "ulysses", "dsp"] = "ring"
