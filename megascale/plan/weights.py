@@ -135,12 +135,19 @@ class Units:
 
 def check_family(model: Model) -> None:
     """Raises UsageError for models whose weights this file does not know."""
-    if model.family not in ("decoder", "encoder") or model.moeut is not None or model.attention != "grouped":
-        what = f"family {model.family}" if model.family not in ("decoder", "encoder") else "moeut" if model.moeut else model.attention
-        raise UsageError(
-            f"megascale plan knows decoders and encoders with grouped attention, not {what}: `megascale train CONFIG --dry-run` reports "
-            "the memory of every model, one layout at a time"
-        )
+    unknown = {
+        f"family {model.family}": model.family not in ("decoder", "encoder"),
+        "moeut": model.moeut is not None,
+        f"attention {model.attention}": model.attention != "grouped",
+        "kinds of layers": bool(model.kinds),
+        "multi-token prediction": model.mtp_depth > 0,
+    }
+    for what, there in unknown.items():
+        if there:
+            raise UsageError(
+                f"megascale plan knows decoders and encoders with equal blocks of grouped attention, but not {what}: `megascale train "
+                "CONFIG --dry-run` reports the memory of every model, one layout at a time"
+            )
     if model.vocab_size is None:
         raise UsageError("model.vocab_size is absent and there may be no tokenizer yet: add it to plan, such as model.vocab_size=32000")
 
@@ -200,9 +207,11 @@ def _product(m: Model, name: str, out_dim: int, in_dim: int, cut: Cut, bias: boo
 def _attention(m: Model) -> Iterator[Weight]:
     d, q, kv, e = m.hidden_size, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, m.head_dim
     scheme = m.residual_row
+    biased = m.bias if m.attention_bias is None else m.attention_bias
     roles = (("q", "query", q, d, 0), ("k", "key", kv, d, "kv_heads"), ("v", "value", kv, d, "kv_heads"), ("o", "attention_out", d, q, 1))
     for name, role, out, into, cut in roles:
-        yield from _product(m, f"attention.{name}", out, into, cut, m.bias and role not in scheme.unbiased)  # type: ignore[arg-type]
+        bias = (role != "attention_out" if biased == "qkv" else bool(biased)) and role not in scheme.unbiased
+        yield from _product(m, f"attention.{name}", out, into, cut, bias)  # type: ignore[arg-type]
     norm_bias = m.bias and "norm" not in scheme.unbiased
     if m.qk_norm or scheme.qk_norm:
         wide = m.qk_norm == "width"
@@ -245,6 +254,9 @@ def _block(m: Model, sparse: bool) -> Iterator[Weight]:
     if not scheme.one_norm:
         yield from _norm(m, "ffn_norm", d, "tokens", bias)
     yield from _experts(m) if sparse else _feed_forward(m, "ffn", m.ffn_size)
+    if scheme.norm == "around":
+        yield from _norm(m, "attention_post_norm", d, "tokens", bias)
+        yield from _norm(m, "ffn_post_norm", d, "tokens", bias)
     if m.residual == "layerscale":
         yield Weight("attention_scale", (d,), "tokens")
         yield Weight("ffn_scale", (d,), "tokens")

@@ -30,12 +30,13 @@ MIXTURES: list[Any] = [
 def models(draw: st.DrawFn) -> dict[str, Any]:
     """A model section that most of the rules accept."""
     moe = draw(st.sampled_from([None, *MIXTURES]))
-    schemes = ["pre", "post", "layerscale", "parallel", "deepnorm"] + ([] if moe else ["subln"])
+    schemes = ["pre", "post", "layerscale", "parallel", "deepnorm", "sandwich"] + ([] if moe else ["subln"])
     return SIZES | {
         "family": draw(st.sampled_from(["decoder", "encoder"])),
         "num_kv_heads": draw(st.sampled_from([1, 2, 4])),
         "ffn": draw(st.sampled_from(["swiglu", "gelu"])),
         "bias": moe is None and draw(st.booleans()),
+        "attention_bias": draw(st.sampled_from([None, "qkv", True])),
         "norm": draw(st.sampled_from(["rmsnorm", "layernorm", "dyt"])),
         "residual": draw(st.sampled_from(schemes)),
         "position": draw(st.sampled_from(["rope", "learned", "relative"])),
