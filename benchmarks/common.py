@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -109,9 +110,9 @@ class Allocations(TorchDispatchMode):
 
 
 def write(script: str, name: str, result: dict[str, Any]) -> None:
-    """Writes results/NAME.json next to the script and prints it."""
-    path = Path(script).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    """Writes results/NAME.json next to the script and prints it; into the folder BENCHMARK_RESULTS instead, if that is set."""
+    path = Path(os.environ.get("BENCHMARK_RESULTS") or Path(script).parent / "results") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1)
     path.write_text(text + "\n")
     print(text)

@@ -49,6 +49,9 @@ STEPS = (
     Step("8b", "eight 8B layers in bf16, compiled", f"{WHOLE} --shape 8b", f"{SMALL} --eager", 90),
     Step("8b-fp8", "the same, products in static FP8", f"{WHOLE} --shape 8b --fp8", f"{SMALL} --fp8", 100),
     Step("8b-selective", "the same in bf16, recomputed", f"{WHOLE} --shape 8b --recompute selective", f"{SMALL} --recompute selective", 90),
+    Step("8b-budget", "the same, recomputed by budget", f"{WHOLE} --shape 8b --recompute budget", "", 90),
+    Step("8b-int8", "the same, moments in 8 bits", f"{WHOLE} --shape 8b --moments int8", f"{SMALL} --eager --moments int8", 90),
+    Step("1.2b-muon", "1.2B with Muon in bf16", f"{WHOLE} --shape 1.2b --muon", f"{SMALL} --eager --muon", 100),
     Step("ring", "ring attention", "benchmarks.gpu.ring", "benchmarks.gpu.ring --lengths 128 --places 4 --heads 2 --rounds 1", 60),
     Step("ceilings", "kernel by kernel", "benchmarks.gpu.ceilings", "", 60),
     Step("fp8", "FP8 static, bf16, torchao in turn", "benchmarks.fp8.speed --hidden 2048 --rounds 5 --name bringup", "", 120),
@@ -81,13 +84,18 @@ def clocks() -> dict[str, str]:
     return dict(zip(query.split(","), (word.strip() for word in first[0].split(",")))) if first else {}
 
 
-def run(step: Step, tiny: bool, limit: float) -> dict[str, Any]:
-    """Runs a step. Returns how it ended, how long it took, the last JSON that it printed, and the end of its output."""
+def run(step: Step, tiny: bool, limit: float, files: Path | None = None) -> dict[str, Any]:
+    """Runs a step, whose own files of results go into `files`. Returns how it ended, how long it took, the last JSON that it printed, and
+    the end of its output.
+    """
     command = [sys.executable, "-m", *(step.tiny if tiny else step.command).split()]
     before, begin = clocks(), time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")},
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
+            **({} if files is None else {"BENCHMARK_RESULTS": str(files)}),
+        },
     )  # fmt: skip
     try:
         output, code = process.communicate(timeout=limit)[0], process.returncode
@@ -187,7 +195,7 @@ def main(
         if left < min(step.limit, 30):
             print(f"{step.name}: not started, {left:.0f} s are left")
             continue
-        found[step.name] = run(step, tiny, min(step.limit, left))
+        found[step.name] = run(step, tiny, min(step.limit, left), (out / "files").resolve())
         (out / f"{step.name}.json").write_text(json.dumps(found[step.name], indent=1) + "\n")
         print(f"{step.name}: {found[step.name]['ended']} after {found[step.name]['seconds']} s", flush=True)
     if not tiny or tables:

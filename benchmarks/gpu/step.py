@@ -1,6 +1,6 @@
 """Whole training steps on one device: tokens/s, MFU, peak memory, kernel launches, and the lines at which the host waits.
 
-    python -m benchmarks.gpu.step --shape 1.2b [--fp8] [--recompute selective] [--out FILE]
+    python -m benchmarks.gpu.step --shape 1.2b [--fp8] [--recompute selective] [--moments int8 | --muon] [--out FILE]
 
 `1.2b` is configs/llama-1.2b.yaml, `8b` eight layers of configs/llama-8b.yaml (all 32 of them need more than one GPU), `tiny` runs anywhere.
 Steps are those of a run: forward, backward, clipping, AdamW.
@@ -60,13 +60,15 @@ def launches(step: Any, device: torch.device) -> int:
     return sum(event.count for event in profile.key_averages())
 
 
-def measure(name: str, device: torch.device, compute: str, compiled: bool, recompute: str, fp8: bool, rounds: int) -> dict[str, Any]:
+def measure(
+    name: str, device: torch.device, compute: str, compiled: bool, recompute: str, fp8: bool, rounds: int, optim: dict[str, Any]
+) -> dict[str, Any]:
     model, seq_len, batch = shape(name)
     if fp8:  # static scales need unit-scaled residuals
         model = model.model_copy(update={"residual": "mus"})
     precision = Precision(compute=compute, fp8="static" if fp8 else "false")  # type: ignore[arg-type]
     parallel = Parallel(compile=compiled, recompute=recompute)  # type: ignore[arg-type]
-    config = toy(model, seq_len, parallel, precision=precision, optim=Optim(independent_decay=True, weight_decay=1e-4))
+    config = toy(model, seq_len, parallel, precision=precision, optim=Optim(independent_decay=True, weight_decay=1e-4, **optim))
     _, engine = trained(config, 1, device)
     assert model.vocab_size is not None
     batches = [next_token_batch(torch.randint(0, model.vocab_size, (batch, seq_len + 1), device=device))]
@@ -95,7 +97,7 @@ def measure(name: str, device: torch.device, compute: str, compiled: bool, recom
     flops = flops_per_token(model, specs_of(build_part(model, Shape(seq_len, torch.float32, torch.float32))), seq_len)
     peak = peak_flops(device, torch.bfloat16 if compute == "bf16" else torch.float32)
     return {
-        "shape": name, "tokens": batch * seq_len, "compute": compute, "fp8": fp8, "compile": compiled, "recompute": recompute,
+        "shape": name, "tokens": batch * seq_len, "compute": compute, "fp8": fp8, "compile": compiled, "recompute": recompute, **optim,
         "first_step_seconds": first, "step_seconds": took, "tokens_per_second": batch * seq_len / took,
         "mfu": flops * batch * seq_len / took / peak, "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "host_waits": host_waits(step, device), "launches": launches(step, device),
@@ -108,11 +110,14 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile/--eager")] = True,
     recompute: Annotated[str, typer.Option()] = "none",
     fp8: Annotated[bool, typer.Option("--fp8", help="products in FP8 with static scales")] = False,
+    moments: Annotated[str | None, typer.Option(help="of AdamW: bf16 or int8")] = None,
+    muon: Annotated[bool, typer.Option("--muon", help="Muon in bf16 instead of AdamW")] = False,
     rounds: Annotated[int, typer.Option()] = 10,
     out: Annotated[Path | None, typer.Option(help="also write the result here")] = None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"machine": machine(), **measure(name, device, compute, compiled, recompute, fp8, rounds)}
+    optim: dict[str, Any] = {"name": "muon", "muon_dtype": "bf16"} if muon else {"moments": moments} if moments else {}
+    result = {"machine": machine(), **measure(name, device, compute, compiled, recompute, fp8, rounds, optim)}
     print(json.dumps(result, indent=1))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
