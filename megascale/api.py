@@ -138,7 +138,7 @@ def plan(config: ConfigLike, cluster: str | Path, gpus: int | None = None) -> di
     cluster  the cluster's file
     gpus     devices to use, by default all
     """
-    from megascale.plan.plan import plan_layouts
+    from megascale.planning.plan import plan_layouts
 
     return plan_layouts(load_config(config), cluster, gpus)[1]
 

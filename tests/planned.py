@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megascale.config.support import check
-from megascale.plan.setting import setting_of
-from megascale.plan.traffic import sent_bytes
+from megascale.planning.setting import setting_of
+from megascale.planning.traffic import sent_bytes
 from tests.layouts import Case
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
-from megascale.config.layout import axis_sizes
+from megascale.config.layout import axis_sizes, even_dim
 from megascale.config.load import build_config
 from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
@@ -25,7 +25,7 @@ from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import MATRICES
 from megascale.parallel.data import CountingAllGather, CountingReduceScatter, symmetric
 from megascale.parallel.model import Weight
-from megascale.parallel.tensor import Placement, even_dim
+from megascale.parallel.tensor import Placement
 from megascale.train.estimate.memory import rank_bytes
 from tests.layouts import Case, build, tiny, train
 from tests.planned import assert_planned

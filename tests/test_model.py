@@ -214,6 +214,7 @@ ORDER = (
     {"errors", "files", "handles", "limits", "plugins", "rows", "screen", "sizes", "splitmix", "version"},
     {"config"},
     {"launch"},
+    {"planning"},
     {"cli", "comm", "data", "precision"},
     {"model"},
     {"measure", "parallel"},

@@ -30,7 +30,7 @@ def main(
 ) -> None:
     """Prints the best layout, why the next ones are slower, layouts with less memory, and the sections to paste into the config."""
     from megascale.config.load import load_config
-    from megascale.plan.plan import plan_layouts, write
+    from megascale.planning.plan import plan_layouts, write
 
     text, result = plan_layouts(load_config(str(file), overrides or []), cluster, gpus)
     print("\n".join(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from megascale.config.axes import NAMES, data_parts
 from megascale.config.schema import Config, Parallel
@@ -102,3 +103,11 @@ def _words(sizes: dict[str, int]) -> str:
 
 def _nearest(ranks: int, multiple: int) -> int:
     return max(1, ranks // multiple) * multiple
+
+
+def even_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dimension along which FSDP2 shards a weight: the first. It pads that to a multiple of the ranks; where the padding is more than
+    an eighth, the first dimension that divides, if there is one (k and v of a large model: 128 rows on 512 ranks).
+    """
+    padding = -shape[0] % ranks
+    return next((d for d, n in enumerate(shape) if n % ranks == 0), 0) if 8 * padding > shape[0] else 0

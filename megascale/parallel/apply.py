@@ -14,7 +14,7 @@ from torch import nn
 from megascale.comm.dtensor import is_dtensor
 from megascale.comm.functional import OVERLAP, counting_backend, share_memory
 from megascale.comm.mesh import Axis, Mesh
-from megascale.config.layout import reshard_ranks
+from megascale.config.layout import even_dim, reshard_ranks
 from megascale.config.schema import Model, Parallel
 from megascale.config.stages import SPLIT_BACKWARD, stage_parts, stages_of_rank
 from megascale.model.deferred import KEEPS_MEMORY
@@ -32,7 +32,7 @@ from megascale.parallel.model import MicroBatchScope, ParallelModel, State, Weig
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.recompute import wrap_blocks
-from megascale.parallel.tensor import Placement, cut_model, even_dim
+from megascale.parallel.tensor import Placement, cut_model
 
 # How context parallelism splits each kind of sequence that a family may have.
 SPREAD: dict[str, Callable[[Any, Mesh, Parallel], None]] = {"tokens": spread_sequence, "grid": spread_grid}

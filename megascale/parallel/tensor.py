@@ -101,14 +101,6 @@ def _heads_here(heads: int, axis: Axis) -> range:
     return range(axis.rank * here, (axis.rank + 1) * here)
 
 
-def even_dim(shape: list[int], ranks: int) -> int:
-    """The dimension along which FSDP2 shards a weight: the first. It pads that to a multiple of the ranks; where the padding is more than
-    an eighth, the first dimension that divides, if there is one (k and v of a large model: 128 rows on 512 ranks).
-    """
-    padding = -shape[0] % ranks
-    return next((d for d, n in enumerate(shape) if n % ranks == 0), 0) if 8 * padding > shape[0] else 0
-
-
 def _place(spec: ParamSpec, axis: Axis, tp_sequence: bool, kv_cut: bool) -> Placement:
     cut = spec.cut
     if cut == "kv_heads":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megascale.plan.cluster import Device
-from megascale.plan.memory import held
-from megascale.plan.setting import ITEMSIZE, Setting
-from megascale.plan.weights import Unit, Weight
+from megascale.planning.cluster import Device
+from megascale.planning.memory import held
+from megascale.planning.setting import ITEMSIZE, Setting
+from megascale.planning.weights import Unit, Weight
 
 # Kernels of a block forward and backward, counted on Llama blocks by a fake device: (compiled, eager); and those of a mixture beside them.
 KERNELS = {True: (22, 40), False: (30, 58)}

@@ -8,9 +8,9 @@ from typing import Any
 
 from megascale.config.schema import Config
 from megascale.errors import UsageError
-from megascale.plan.cluster import load_cluster
-from megascale.plan.search import search
-from megascale.plan.words import lines, report
+from megascale.planning.cluster import load_cluster
+from megascale.planning.search import search
+from megascale.planning.words import lines, report
 
 
 def plan_layouts(config: Config, cluster_file: str | Path, gpus: int | None = None) -> tuple[list[str], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Every weight of a text model as plain data, without building it: shapes, cuts over tensor ranks, groups of FSDP. Imports no torch.
 
-`tests/plan/test_weights.py` holds it equal to what the model's modules declare.
+`tests/planning/test_weights.py` holds it equal to what the model's modules declare.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from megascale.config.layout import even_dim
 from megascale.config.schema import Config, Model
 from megascale.config.stages import has_experts
 from megascale.errors import UsageError
@@ -77,7 +78,10 @@ class Cuts:
     def gathered(self, w: Weight) -> int:
         """Elements of the gathered weight, padded as FSDP pads it."""
         shape, ranks = self.local(w), self.ranks(w)
-        dim = 1 if w.experts and shape[0] % ranks and shape[1] % ranks == 0 else 0
+        if w.experts:
+            dim = 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
+        else:
+            dim = even_dim(shape, ranks)
         return math.prod(shape) // shape[dim] * (-(-shape[dim] // ranks) * ranks)
 
     def held(self, w: Weight) -> int:

@@ -15,8 +15,8 @@ from megascale.errors import UsageError
 from megascale.model.families import build_part
 from megascale.model.shape import shape_of
 from megascale.model.spec import active_parameters, specs_of
-from megascale.plan.memory import stored_bytes
-from megascale.plan.weights import units_of
+from megascale.planning.memory import stored_bytes
+from megascale.planning.weights import units_of
 from megascale.train.estimate.memory import largest_rank
 
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "vocab_size": 77, "ffn_size": 64}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megascale.plan.memory import held
-from megascale.plan.pipeline import sends
-from megascale.plan.setting import Setting
-from megascale.plan.weights import Unit, Weight
+from megascale.planning.memory import held
+from megascale.planning.pipeline import sends
+from megascale.planning.setting import Setting
+from megascale.planning.weights import Unit, Weight
 
 
 @dataclass(frozen=True)

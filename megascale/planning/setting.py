@@ -11,7 +11,7 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart, stage_parts, stages_of_rank
 from megascale.errors import UsageError
-from megascale.plan.weights import Cuts, Unit, Units, units_of
+from megascale.planning.weights import Cuts, Unit, Units, units_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp64": 8}
 

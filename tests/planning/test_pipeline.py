@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megascale.plan.pipeline import idle_units, live_forwards, sends
+from megascale.planning.pipeline import idle_units, live_forwards, sends
 from megascale.schedule.orders import compute_order
 from megascale.schedule.timeline import simulate
 

@@ -18,11 +18,11 @@ from megascale.config.load import build_config, load_config
 from megascale.config.schema import Config
 from megascale.config.support import check, refusals
 from megascale.errors import UsageError
-from megascale.plan.cluster import load_cluster
-from megascale.plan.goodput import best_interval, share_at
-from megascale.plan.search import axes, search
-from megascale.plan.step import predict
-from megascale.plan.weights import units_of
+from megascale.planning.cluster import load_cluster
+from megascale.planning.goodput import best_interval, share_at
+from megascale.planning.search import axes, search
+from megascale.planning.step import predict
+from megascale.planning.weights import units_of
 
 POD = "configs/clusters/h100-pod.yaml"
 
@@ -136,5 +136,5 @@ def test_wrong_use_is_a_sentence(arguments: list[str], words: str, tmp_path: Pat
 
 def test_planning_loads_no_torch() -> None:
     """Catches an import that makes every plan wait for torch."""
-    code = "import sys, megascale.plan.plan, megascale.commands.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, megascale.planning.plan, megascale.commands.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,12 +10,12 @@ from ruamel.yaml import YAML
 
 from megascale.config.schema import Config, Parallel
 from megascale.errors import UsageError
-from megascale.plan.cluster import Cluster
-from megascale.plan.goodput import Goodput, goodput
-from megascale.plan.memory import stored_bytes
-from megascale.plan.search import Found, Layout
-from megascale.plan.setting import ITEMSIZE
-from megascale.plan.weights import units_of
+from megascale.planning.cluster import Cluster
+from megascale.planning.goodput import Goodput, goodput
+from megascale.planning.memory import stored_bytes
+from megascale.planning.search import Found, Layout
+from megascale.planning.setting import ITEMSIZE
+from megascale.planning.weights import units_of
 from megascale.sizes import byte_words, count_words, duration
 
 WORDS = {

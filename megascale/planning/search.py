@@ -12,10 +12,10 @@ from megascale.config.layout import describe
 from megascale.config.schema import Config, Parallel
 from megascale.config.support import check
 from megascale.errors import UsageError
-from megascale.plan.cluster import Cluster
-from megascale.plan.memory import peak_of
-from megascale.plan.setting import setting_of
-from megascale.plan.step import Links, Prediction, predict_setting
+from megascale.planning.cluster import Cluster
+from megascale.planning.memory import peak_of
+from megascale.planning.setting import setting_of
+from megascale.planning.step import Links, Prediction, predict_setting
 
 SCHEDULES = (("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4), ("looped_bfs", 2), ("looped_bfs", 4), ("zbv", 1))
 RECOMPUTE = ("none", "selective", "full")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megascale.errors import UsageError
-from megascale.plan.cluster import Link, load_cluster
+from megascale.planning.cluster import Link, load_cluster
 
 FILES = sorted(Path("configs/clusters").glob("*.yaml"))
 
@@ -70,5 +70,5 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, change: dict[str, object],
 
 def test_planning_loads_no_torch() -> None:
     """Catches an import that makes every look at a cluster wait for torch."""
-    code = "import sys, megascale.plan.cluster; sys.exit('torch' in sys.modules)"
+    code = "import sys, megascale.planning.cluster; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,9 +13,9 @@ from functools import lru_cache
 from megascale.config.optimizers import rows_of
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart
-from megascale.plan.pipeline import live_forwards
-from megascale.plan.setting import Setting, setting_of
-from megascale.plan.weights import Cuts, Unit
+from megascale.planning.pipeline import live_forwards
+from megascale.planning.setting import Setting, setting_of
+from megascale.planning.weights import Cuts, Unit
 
 LOGITS = 1 << 28  # of a chunk of the loss on a device (model/loss.py)
 CPU_LOGITS, CPU_ROWS = 1 << 22, 256

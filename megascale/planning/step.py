@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megascale.config.schema import Config
-from megascale.plan.cluster import Cluster, Device, Link
-from megascale.plan.layer import flops_per_step, layer_seconds, loss_seconds, update_seconds
-from megascale.plan.memory import peak_of
-from megascale.plan.pipeline import idle_units
-from megascale.plan.setting import Setting, setting_of
-from megascale.plan.traffic import (
+from megascale.planning.cluster import Cluster, Device, Link
+from megascale.planning.layer import flops_per_step, layer_seconds, loss_seconds, update_seconds
+from megascale.planning.memory import peak_of
+from megascale.planning.pipeline import idle_units
+from megascale.planning.setting import Setting, setting_of
+from megascale.planning.traffic import (
     context_passes,
     expert_passes,
     gather_bytes,
@@ -28,7 +28,7 @@ from megascale.plan.traffic import (
     sent_bytes,
     tensor_passes,
 )
-from megascale.plan.weights import Unit
+from megascale.planning.weights import Unit
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Step:
 
     def _ring_wait(self, unit: Unit) -> float:
         """Time of attention, beside which a ring's blocks travel."""
-        from megascale.plan.layer import attention_flops
+        from megascale.planning.layer import attention_flops
 
         return attention_flops(self.s) / (self.device.attention_share * self.device.peak(self.s.config.precision.compute))
 
