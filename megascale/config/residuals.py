@@ -22,6 +22,7 @@ class ResidualScheme:
     one_norm     attention and feed-forward read the same normalized stream and are added to it together
     qk_norm      queries and keys are normalized whatever the config says
     unbiased     roles that have no bias whatever the config says
+    channel_scales  a learned vector multiplies each branch (the layer's row has its initial value)
     unit_gates   a mixture's output is divided by the root of the sum of its squared gates, so that it is as large as one expert's
     unit_scaled  a matrix starts at unit variance; its product is multiplied by 1/√fan_in instead, forward and backward
     reads        which of mus_tau, branchnorm_period (then required) and deepscale_unit it uses; other schemes refuse them
@@ -36,6 +37,7 @@ class ResidualScheme:
     one_norm: bool = False
     qk_norm: bool = False
     unbiased: tuple[str, ...] = ()
+    channel_scales: bool = False
     unit_gates: bool = False
     unit_scaled: bool = False
     reads: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ RESIDUALS: dict[str, ResidualScheme] = {
     "deepscale": ResidualScheme("before", **DEEPSCALE),
     "deepscale_post": ResidualScheme("after", **DEEPSCALE),
     "subln": ResidualScheme("before", f"{OURS}:subln_layer", inner_norms=True),
-    "layerscale": ResidualScheme("before", f"{OURS}:layerscale_layer"),
+    "layerscale": ResidualScheme("before", f"{OURS}:layerscale_layer", channel_scales=True),
     "parallel": ResidualScheme("before", f"{OURS}:scaled_writers", one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm")),
     "mus": ResidualScheme("within", f"{OURS}:mus_layer", f"{OURS}:mus_ends", unit_scaled=True, reads=("mus_tau",)),
 }

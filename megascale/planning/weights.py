@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from megascale.config.attentions import GROUPED
 from megascale.config.layout import even_dim
 from megascale.config.schema import Config, Model
 from megascale.config.stages import has_experts
@@ -142,7 +143,7 @@ def check_family(model: Model) -> None:
     unknown = {
         f"family {model.family}": model.family not in ("decoder", "encoder"),
         "moeut": model.moeut is not None,
-        f"attention {model.attention}": model.attention != "grouped",
+        f"attention {model.attention}": model.attention_row is not GROUPED,
         "kinds of layers": bool(model.kinds),
         "multi-token prediction": model.mtp_depth > 0,
     }
@@ -261,7 +262,7 @@ def _block(m: Model, sparse: bool) -> Iterator[Weight]:
     if scheme.norm == "around":
         yield from _norm(m, "attention_post_norm", d, "tokens", bias)
         yield from _norm(m, "ffn_post_norm", d, "tokens", bias)
-    if m.residual == "layerscale":
+    if m.residual_row.channel_scales:
         yield Weight("attention_scale", (d,), "tokens")
         yield Weight("ffn_scale", (d,), "tokens")
 
