@@ -18,23 +18,24 @@ NAME = "fakegpu"
 
 
 class FakeEvent:
-    """`number`: its number among all recorded events, which orders it among what was queued on the device."""
+    """`number`: its number among all recorded events, which orders it among what was queued on the device; `time`: when it is reached."""
 
     recorded = 0
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.number = 0
+        self.number, self.time = 0, 0.0
 
-    def record(self, stream: Any = None) -> FakeEvent:
+    def record(self, stream: FakeStream | None = None) -> FakeEvent:
         FakeEvent.recorded += 1
-        self.number = FakeEvent.recorded
+        self.number, self.time = FakeEvent.recorded, (stream or BACKEND.current).ready
         return self
 
-    def wait(self, stream: Any = None) -> None:
+    def wait(self, stream: FakeStream | None = None) -> None:
         """A stream waits for it, not the host."""
+        (stream or BACKEND.current).wait_until(self.time)
 
     def synchronize(self) -> None:
-        _waits(self.number)
+        _waits(self.number, self.time)
 
     def query(self) -> bool:
         return True
@@ -44,44 +45,82 @@ class FakeEvent:
 
 
 class FakeStream:
+    """A queue of the device. `ready`: the model time at which all that is queued is done; it stays 0 unless somebody models time
+    (megascale/trace). `waited`: seconds in which it had nothing to do but wait for others.
+    """
+
+    made = 0
+
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.device, self.device_index, self.stream_id = torch.device(NAME, 0), 0, 0
+        self.device_index, self.stream_id = 0, FakeStream.made
+        FakeStream.made += 1
+        self.ready = self.waited = 0.0
+        self._before: list[FakeStream] = []
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(NAME, 0)
 
     def wait_event(self, event: FakeEvent) -> None:
         """This stream waits, not the host."""
+        self.wait_until(event.time)
 
     def wait_stream(self, other: FakeStream) -> None:
         """This stream waits, not the host."""
+        self.wait_until(other.ready)
+
+    def wait_until(self, time: float) -> None:
+        begun = max(self.ready, BACKEND.host)
+        if time > begun:
+            self.waited += time - begun
+        self.ready = max(self.ready, time)
+
+    def run(self, seconds: float) -> float:
+        """Queues work that takes so long, not before the host has come to it. Returns when it starts."""
+        start = max(self.ready, BACKEND.host)
+        self.ready = start + seconds
+        return start
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        return (event or FakeEvent()).record()
+        return (event or FakeEvent()).record(self)
 
     def synchronize(self) -> None:
-        _waits(None)
+        _waits(None, self.ready)
 
     def __enter__(self) -> FakeStream:
+        self._before.append(BACKEND.current)
+        BACKEND.current = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing runs, so nothing is switched."""
+        BACKEND.current = self._before.pop()
 
 
 class FakeBackend:
-    """For this device what `torch.cuda` is for CUDA. `waits`: the event's number for each wait of the host; None for everything queued."""
+    """For this device what `torch.cuda` is for CUDA. `waits`: the event's number for each wait of the host; None for everything queued.
+    `host`: the model time of the host, which queues work; `stalled`: seconds in which it waited for the device.
+    """
 
     Stream, Event = FakeStream, FakeEvent
 
     def __init__(self) -> None:
         self.waits: list[int | None] = []
+        self.host = self.stalled = 0.0
+        self.default = self.current = FakeStream()
+
+    def wait_until(self, time: float) -> None:
+        """The host does nothing before this time."""
+        self.stalled += max(0.0, time - self.host)
+        self.host = max(self.host, time)
 
     def stream(self, stream: FakeStream | None) -> FakeStream:
-        return stream or FakeStream()
+        return stream or self.current
 
     def current_stream(self, device: Any = None) -> FakeStream:
-        return FakeStream()
+        return self.current
 
     def synchronize(self, device: Any = None) -> None:
-        _waits(None)
+        _waits(None, self.current.ready)
 
     def is_initialized(self) -> bool:
         return True
@@ -118,8 +157,9 @@ class FakeBackend:
 BACKEND = FakeBackend()
 
 
-def _waits(number: int | None) -> None:
+def _waits(number: int | None, until: float) -> None:
     BACKEND.waits.append(number)
+    BACKEND.wait_until(until)
 
 
 class _Guard(torch._C._acc.DeviceGuard):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from megascale.comm import exchange  # noqa: F401  it declares an operator that 
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[1]
+WATCHERS = (__file__, f"{ROOT}/trace/")  # what watches is on the stack between an operation and its caller
 BY_VALUE = {
     aten.nonzero.default,
     aten.masked_select.default,
@@ -47,19 +48,24 @@ VALUE, TOLD, GIVEN, SHAPE = "a value is told", "a tensor is told", "a tensor is 
 
 
 @contextmanager
-def host_syncs(device_type: str) -> Iterator[Counter[HostSync]]:
-    """Yields a counter of what makes the host wait for a device of this type inside the block."""
+def host_syncs(device_type: str, then: Callable[[], None] = lambda: None) -> Iterator[Counter[HostSync]]:
+    """Yields a counter of what makes the host wait for a device of this type inside the block. `then` is called at each wait."""
     found: Counter[HostSync] = Counter()
-    with _Constants(device_type, found), _Operations(device_type, found):
+
+    def wait(kind: str) -> None:
+        found[HostSync(kind, line_of_ours())] += 1
+        then()
+
+    with _Constants(device_type, wait), _Operations(device_type, wait):
         yield found
 
 
 class _Constants(TorchFunctionMode):
     """Tensors made from Python values: torch copies them without the dispatcher."""
 
-    def __init__(self, device_type: str, found: Counter[HostSync]) -> None:
+    def __init__(self, device_type: str, wait: Callable[[str], None]) -> None:
         super().__init__()
-        self.device_type, self.found = device_type, found
+        self.device_type, self.wait = device_type, wait
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -68,7 +74,7 @@ class _Constants(TorchFunctionMode):
         device = kwargs.get("device")
         if func not in (torch.tensor, torch.as_tensor) or device is None or torch.device(device).type != self.device_type:
             return func(*args, **kwargs)
-        self.found[HostSync(GIVEN, line_of_ours())] += 1
+        self.wait(GIVEN)
         host = func(*args, **{**kwargs, "device": "cpu"})
         return torch.empty(host.shape, dtype=host.dtype, device=device)
 
@@ -77,20 +83,20 @@ class _Constants(TorchFunctionMode):
         parts = index if isinstance(index, tuple) else (index,)
         if not any(isinstance(part, list) for part in parts):
             return index
-        self.found[HostSync(GIVEN, line_of_ours())] += 1
+        self.wait(GIVEN)
         return tuple(torch.empty(len(p), dtype=torch.int64, device=device) if isinstance(p, list) else p for p in parts)
 
 
 class _Operations(TorchDispatchMode):
-    def __init__(self, device_type: str, found: Counter[HostSync]) -> None:
+    def __init__(self, device_type: str, wait: Callable[[str], None]) -> None:
         super().__init__()
-        self.device_type, self.found = device_type, found
+        self.device_type, self.wait = device_type, wait
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = self._kind(func, args, kwargs)
         if kind:
-            self.found[HostSync(kind, line_of_ours())] += 1
+            self.wait(kind)
         return self._answer(func, args, kwargs)
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -137,9 +143,8 @@ class _Operations(TorchDispatchMode):
 
 def line_of_ours() -> str:
     """The innermost line of this package on the stack, or of torch if there is none, as in a backward pass."""
-    frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-    # These modes are on the stack between an operation and its caller.
-    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.name not in ("__torch_dispatch__", "__torch_function__")]
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(WATCHERS)]
+    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT)]
     frame = (ours or frames)[-1]
     name = frame.filename.removeprefix(f"{ROOT.parent}/")
     return f"{name}:{frame.lineno} {frame.line}"

@@ -74,10 +74,15 @@ def build_model(
     return _assemble(config, mesh, device, kernels.norm), facts, flops
 
 
-def draw_model(config: Config, ranks: int, device: torch.device) -> ParallelModel:
-    """The model of a config on a mesh over all `ranks`, with its weights drawn: for tests and benchmarks."""
+def place_model(config: Config, ranks: int, device: torch.device) -> ParallelModel:
+    """The model of a config on a mesh over all `ranks`, in memory but not drawn."""
     mesh = build_mesh(axis_sizes(config.parallel, ranks), device.type, config.parallel.heads_over)
-    model = _assemble(config, mesh, device, choose_kernels(config.run.kernels, config.model.norm, device).norm)
+    return _assemble(config, mesh, device, choose_kernels(config.run.kernels, config.model.norm, device).norm)
+
+
+def draw_model(config: Config, ranks: int, device: torch.device) -> ParallelModel:
+    """`place_model` with its weights drawn: for tests and benchmarks."""
+    model = place_model(config, ranks, device)
     for _ in model.draw_weights(config.run.seed):
         pass
     return model
