@@ -24,6 +24,7 @@ from megascale.train.faults.stop import StopFlag
 
 if TYPE_CHECKING:  # the last two import torch, which must come after handling signals
     from megascale.config.schema import Config
+    from megascale.trace.run import Asked
     from megascale.train.faults.watchdog import Watchdog
     from megascale.train.trainer import Trainer
 
@@ -41,6 +42,9 @@ class DryRun:
     draw: str | None = None
     show_config: bool = False
     device_memory: float | None = None  # GB
+    trace: bool = False
+    rank: str = "first"
+    cluster: str | None = None
 
 
 @app.command(
@@ -61,14 +65,25 @@ def main(
     draw: Annotated[str | None, typer.Option(metavar="FILE", help="with --dry-run: draw the pipeline's schedule as .png or .svg")] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="with --dry-run: print every key of the resolved config, too")] = False,
     device_memory: Annotated[float | None, typer.Option(metavar="GB", help="with --dry-run: assume this much memory per device")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="with --dry-run: run the real step on a fake device; needs no data")] = False,
+    rank: Annotated[str | None, typer.Option(metavar="RANKS", help="with --trace: first, middle, last or numbers, comma between")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="FILE", help="with --trace: a cluster file, if not 8 H100 a node")] = None,
 ) -> None:
     """Trains until the config's last step. Run the same command again to resume."""
     if not dry_run and (ranks is not None or json or draw or show_config or device_memory is not None):
         raise UsageError("--ranks, --json, --draw, --show-config and --device-memory describe a dry run: add --dry-run, or leave them out")
+    if (rank is not None or cluster is not None) and not trace:
+        raise UsageError("--rank and --cluster say what to trace: add --dry-run --trace, or leave them out")
+    if trace and not dry_run:
+        raise UsageError("--trace traces a dry run: add --dry-run, or leave it out")
     if device_memory is not None and not 0 < device_memory < 1e9:
         raise UsageError(f"--device-memory is {device_memory}: give the memory of a device in GB, such as 80")
     try:
-        code = run(config, overrides or [], DryRun(ranks, json, draw, show_config, device_memory) if dry_run else None)
+        code = run(
+            config,
+            overrides or [],
+            DryRun(ranks, json, draw, show_config, device_memory, trace, rank or "first", cluster) if dry_run else None,
+        )
     except Exception:  # a bug; `run` has reported all other errors
         traceback.print_exc()
         code = 1
@@ -91,7 +106,7 @@ def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
                 from megascale.train.estimate.dry_run import dry_run
 
                 memory = None if dry.device_memory is None else dry.device_memory * 1e9
-                dry_run(asked, dry.ranks or ranks.size, dry.json, dry.draw, dry.show_config, memory)
+                dry_run(asked, dry.ranks or ranks.size, dry.json, dry.draw, dry.show_config, memory, traced_as(dry))
                 return 0
             config = asked
             stop.loud = ranks.rank == 0
@@ -122,6 +137,12 @@ def run(file: str, overrides: list[str], dry: DryRun | None = None) -> int:
         if ending.code in (ExitCode.DONE, ExitCode.STOPPED):
             final_barrier()
     return ending.code
+
+
+def traced_as(dry: DryRun) -> Asked | None:
+    from megascale.trace.run import Asked
+
+    return Asked(dry.rank, dry.cluster) if dry.trace else None
 
 
 def judged(error: Exception, trainer: Trainer | None) -> Exit | None:

@@ -19,10 +19,10 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def takes(q: Tensor) -> bool:
-    """Whether there is a fused kernel for these queries; on CUDA for 16-bit dtypes and head sizes up to 256, in multiples of 8."""
+    """Whether there is a fused kernel for these queries; on a GPU for 16-bit dtypes and head sizes up to 256, in multiples of 8."""
     if q.device.type == "cpu":
         return True
-    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

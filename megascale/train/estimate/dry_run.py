@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megascale.config.axes import data_parts
 from megascale.config.dsp import describe_plan, plan_cuts
@@ -30,6 +31,9 @@ from megascale.train.estimate.verdict import Verdict, room_of, verdict, verdict_
 from megascale.train.phases import Phase, phases_of
 from megascale.train.start.rows import check_rows
 
+if TYPE_CHECKING:
+    from megascale.trace.run import Asked
+
 
 def dry_run(
     config: Config,
@@ -38,14 +42,20 @@ def dry_run(
     picture: str | None = None,
     show_config: bool = False,
     device_bytes: float | None = None,
+    asked: Asked | None = None,
 ) -> None:
     """Prints whether the run fits and what it does; `json_file` receives the same as JSON, `picture` a drawing of the pipeline, and
     `show_config` ends with every key. `device_bytes`: memory per device, if not that of this machine. Raises UsageError as the run
-    would.
+    would. `asked`: trace the step, too.
     """
     config, report, found = report_of(config, ranks, device_bytes)
     timeline = pipeline_timeline(config, ranks)
-    lines = [*verdict_lines(found), *model_lines(config, report), *schedule_lines(config, report["schedule"], timeline)]
+    verdict_words = verdict_lines(found)
+    if asked is not None:
+        traced_words, traced = traced_report(config, report, timeline, replace(asked, beside=Path(json_file) if json_file else None))
+        report |= traced
+        verdict_words = traced_words if traced else [verdict_words[0], *traced_words, *verdict_words[1:]]
+    lines = [*verdict_words, *model_lines(config, report), *schedule_lines(config, report["schedule"], timeline)]
     lines += [f"note: {note}" for note in (padding_note(config), schedule_note(config.optim, config.train.total_steps)) if note]
     print("\n".join(lines))
     if show_config:
@@ -76,6 +86,22 @@ def report_of(config: Config, ranks: int, device_bytes: float | None = None) -> 
     if config.grow:
         report["growths"] = describe_growths(phases, ranks)
     return config, report, found
+
+
+def traced_report(config: Config, report: Mapping[str, Any], timeline: Timeline | None, asked: Asked) -> tuple[list[str], dict[str, Any]]:
+    """Lines about the traced step, the verdict first, and its keys; without keys if it could not be traced."""
+    from megascale.trace.report import first_line, lines_of, summary
+    from megascale.trace.run import TraceFailedError, trace
+
+    ranks = report["ranks"]
+    try:
+        traced = trace(config, ranks, asked)
+    except TraceFailedError as error:
+        return [f"note: not traced: {error}; this is the estimate"], {}
+    bubble = timeline.bubble if timeline is not None and config.parallel.pp > 1 else 0.0
+    found = summary(traced, report["flops_per_step"], bubble, ranks, config.precision.compute)
+    files = [f"wrote {name}" for name in traced["files"]]
+    return [first_line(found, traced["cluster"].name), *lines_of(found, config.parallel.compile), *files], found
 
 
 def model_lines(config: Config, report: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,57 @@
+"""What CUDA would choose, for the fake device: where torch or the program looks for CUDA, it would take other paths there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+LIBRARIES: list[torch.library.Library] = []  # registrations live as long as these do
+
+
+def choose_as_cuda() -> None:
+    """Fused attention and norms, for good in this process."""
+    from megascale.model.ops import attention_flex, attention_fused
+
+    original = F.scaled_dot_product_attention
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if q.device.type == "cpu" or attn_mask is not None or q.dtype not in (torch.bfloat16, torch.float16):
+            return original(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        keeps = q.requires_grad or k.requires_grad
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, **_: Any) -> Tensor:
+        """FlexAttention keeps what causal attention keeps; it skips more tiles, so it is faster than this."""
+        return attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return aten._fused_rms_norm(x, list(shape), weight, eps)[0] if x.device.type != "cpu" else norm(x, shape, weight, eps)  # type: ignore[no-any-return]
+
+    norm = F.rms_norm
+    functional: Any = F
+    functional.scaled_dot_product_attention, functional.rms_norm = attention, rms_norm
+    operators: Any = attention_flex
+    operators._kernel = lambda _: flex
+    operators = attention_fused
+    operators._cudnn = lambda _: True
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+        library.impl(name, _never, "PrivateUse1")  # that it exists keeps torch from taking it apart
+    LIBRARIES.append(library)
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("fakes are not computed")
