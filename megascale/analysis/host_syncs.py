@@ -25,7 +25,7 @@ from megascale.comm import exchange  # noqa: F401  it declares an operator that 
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[1]
-WATCHERS = (__file__, f"{ROOT}/trace/")  # what watches is on the stack between an operation and its caller
+WATCHERS = (__file__, f"{ROOT}/trace/")
 BY_VALUE = {
     aten.nonzero.default,
     aten.masked_select.default,
@@ -144,7 +144,8 @@ class _Operations(TorchDispatchMode):
 def line_of_ours() -> str:
     """The innermost line of this package on the stack, or of torch if there is none, as in a backward pass."""
     frames = [f for f in traceback.extract_stack() if not f.filename.startswith(WATCHERS)]
-    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT)]
+    # Modes are on the stack between an operation and its caller.
+    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.name not in ("__torch_dispatch__", "__torch_function__")]
     frame = (ours or frames)[-1]
     name = frame.filename.removeprefix(f"{ROOT.parent}/")
     return f"{name}:{frame.lineno} {frame.line}"

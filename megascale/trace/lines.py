@@ -20,6 +20,7 @@ KINDS = {
 }
 # Whose callers say more: layers that everything consists of, and functions around torch's.
 PASSED_OVER = ("model/ops/matmul.py", "model/layers.py", "model/products.py", "model/norms.py", "parallel/data.py", "parallel/kernels.py")
+MODES = ("__torch_dispatch__", "__torch_function__")  # on the stack between an operation and its caller
 SKIPPED = ("analysis/host_syncs.py", "analysis/fake_device.py")
 
 
@@ -37,7 +38,7 @@ def place_here() -> tuple[str, str]:
         name = code.co_filename
         if not kind and code.co_name in KINDS and "_fully_shard" in name:
             kind = KINDS[code.co_name]
-        if name.startswith(ROOT):
+        if name.startswith(ROOT) and code.co_name not in MODES:
             short = _of_program(name)
             if short in PASSED_OVER:
                 inner = inner or f"{short}:{frame.f_lineno}"

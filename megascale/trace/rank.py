@@ -135,7 +135,6 @@ def facts_of(trace: Trace, device_type: str) -> dict[str, Any]:
         row["sent_bytes"] += call.sent
         row["seconds"] += call.end - call.start
     return {
-        "peaks": {place: total for place, (total, _) in memory.peaks(device_type).items()},
         "host_bytes": memory.peak("cpu").total,
         "sent_bytes": trace.sent,
         "exchanges": exchanges,

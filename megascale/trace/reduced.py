@@ -19,26 +19,32 @@ UNEVEN = ("moeut", "encoder_layers", "spacetime", "pattern", "ffn_sizes", "layer
 
 
 class Run(NamedTuple):
-    """A config to run with this many micro-batches, and its weight in the sum."""
+    """A config to run with this many micro-batches, and its weight in the sum of what adds up. `memory`: its weight in the sum of bytes
+    alive, which without stages stay the same once micro-batches follow each other.
+    """
 
     config: Config
     micro_batches: int
-    weight: float
+    weight: float = 1.0
+    memory: float = 1.0
 
 
 def runs_of(config: Config, ranks: int) -> list[Run]:
     """The runs of a checked config; itself if it cannot be reduced."""
     m, layers = micro_batches(config, ranks), config.model.num_layers
     if layers * m <= SMALL * config.parallel.pp:
-        return [Run(config, m, 1.0)]
+        return [Run(config, m)]
     depths = _points(layers, _depths(config))
     counts = _points(m, _counts(config, m))
-    runs = [Run(_smaller(config, ranks, n, k), k, v * w) for n, v in depths for k, w in counts]
+    # A pipeline's runtime keeps what it sends to the end of the step.
+    grows = config.parallel.accumulation == "layered" or config.parallel.pp > 1
+    of_memory = [w if grows else float(i == len(counts) - 1) for i, (_, w) in enumerate(counts)]
+    runs = [Run(_smaller(config, ranks, n, k), k, v * w, v * u) for n, v in depths for (k, w), u in zip(counts, of_memory)]
     try:
         for run in runs:
             check(run.config, ranks)
     except MegascaleError:  # a rule about the number of layers or micro-batches
-        return [Run(config, m, 1.0)]
+        return [Run(config, m)]
     return runs
 
 
@@ -48,16 +54,15 @@ def _depths(config: Config) -> tuple[int, int] | None:
     if p.pp_layers or any(getattr(model, key, None) for key in UNEVEN) or p.recompute == "nested" or p.cp_method == "dsp":
         return None
     stages = p.pp * p.stages_per_rank if p.pp > 1 else 1
-    few = (2 if p.pp > 1 else 4) * stages * (model.moe.every if model.moe is not None else 1)
-    more = few * 3 // 2
+    period = stages * (model.moe.every if model.moe is not None else 1)
+    few, more = (period, 2 * period) if p.pp > 1 else (4 * period, 6 * period)
     return None if model.num_layers % stages or model.num_layers % (more - few) or model.num_layers <= 2 * more else (few, more)
 
 
 def _counts(config: Config, m: int) -> tuple[int, int] | None:
     """Two small numbers of micro-batches at which a step's beginning, middle and end look as in the whole."""
     p = config.parallel
-    ranks = p.pp if p.pp_schedule == "1f1b" else 2 * p.pp
-    first, step = (ranks, p.pp) if p.pp > 1 else (p.breadth_first, p.breadth_first) if p.breadth_first else (2, 1)
+    first, step = (2 * p.pp, p.pp) if p.pp > 1 else (p.breadth_first, p.breadth_first) if p.breadth_first else (2, 1)
     return None if m <= first + step + 1 else (first, first + step)
 
 
