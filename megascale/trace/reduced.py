@@ -15,7 +15,17 @@ from megascale.errors import MegascaleError
 
 SMALL = 24  # layers × micro-batches that are not worth reducing
 
-UNEVEN = ("moeut", "encoder_layers", "spacetime", "pattern", "ffn_sizes", "layer_coefficients", "norm_eps_of")  # keys of layers that differ
+UNEVEN = (
+    "moeut",
+    "encoder_layers",
+    "spacetime",
+    "pattern",
+    "pattern_first",
+    "pattern_last",
+    "ffn_sizes",
+    "layer_coefficients",
+    "norm_eps_of",
+)  # keys of layers that differ
 
 
 class Run(NamedTuple):
