@@ -37,7 +37,7 @@ def _(counts: Tensor, axis: Tensor) -> Tensor:
 
 @torch.library.custom_op("megascale::on_host", mutates_args=())
 def on_host(x: Tensor) -> Tensor:
-    """A copy on the host, which is not waited for here but by whoever reads it, with `_read`."""
+    """A copy on the host, which is not waited for here but by whoever reads it, with `rows_exchanged`."""
     if x.device.type == "cpu":
         return x.clone()
     copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -51,7 +51,8 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, device="cpu")
 
 
-def _read(splits: Tensor) -> list[list[int]]:
+def rows_exchanged(splits: Tensor, rows: int) -> list[list[int]]:
+    """How many of `rows` rows go to each rank, and how many come from it, from `splits`. The host must know, to allocate what comes."""
     if (event := _copies.pop(splits.data_ptr(), None)) is not None:
         event.synchronize()
     return splits.tolist()  # type: ignore[no-any-return]
@@ -60,7 +61,7 @@ def _read(splits: Tensor) -> list[list[int]]:
 @torch.library.custom_op("megascale::send_rows", mutates_args=())
 def send_rows(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
     """Starts sending rows of x [n, …], in order, to the ranks of an axis; `wait` makes the result valid. The host waits for `splits`."""
-    send, receive = _read(splits)
+    send, receive = rows_exchanged(splits, x.shape[0])
     return start_rows(x, send, receive, held(axis), sum(receive))
 
 
@@ -72,7 +73,7 @@ def _(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
 @torch.library.custom_op("megascale::move_rows", mutates_args=())
 def move_rows(x: Tensor, splits: Tensor, axis: Tensor, back: bool, rows: int) -> Tensor:
     """`send_rows` or the way back, once the number of resulting `rows` is known; those beyond what comes are zero."""
-    send, receive = reversed(_read(splits)) if back else _read(splits)
+    send, receive = reversed(rows_exchanged(splits, x.shape[0])) if back else rows_exchanged(splits, x.shape[0])
     return start_rows(x, send, receive, held(axis), rows)
 
 
@@ -93,8 +94,13 @@ def start_rows(x: Tensor, send: list[int], receive: list[int], axis: Axis, rows:
     row = x[:1].nbytes if going else 0
     axis.traffic.add(axis.name, "all_to_all", row * (going - send[axis.rank]))
     work = dist.all_to_all_single(out[:coming], x[:going].contiguous(), receive, send, group=axis.group, async_op=True)
-    torch._C._distributed_c10d._register_work(out, work)
+    in_flight(out, work)
     return out
+
+
+def in_flight(x: Tensor, work: Any) -> None:
+    """Tells torch of the operation that writes x, for `wait`."""
+    torch._C._distributed_c10d._register_work(x, work)
 
 
 def wait(x: Tensor) -> Tensor:

@@ -111,14 +111,6 @@ def dispatch(counts: Tensor, axis: Axis, handle: Tensor) -> Departure:
     return depart
 
 
-def rows_exchanged(there: Tensor, here: Tensor, rows: int) -> tuple[list[int], list[int]]:
-    """How many of `rows` rows go to each rank and come from it, from the counts [ranks, experts] of the experts there and here. The host
-    must know, to allocate the incoming rows.
-    """
-    send, receive = torch.stack((there.sum(1), here.sum(1))).tolist()
-    return send, receive
-
-
 def _as_it_is(x: Tensor) -> Tensor:
     return x
 

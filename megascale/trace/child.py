@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # they import torch
 def main(request: str, answer: str) -> None:
     from megascale.config.load import build_config
     from megascale.config.support import check
-    from megascale.plan.cluster import Cluster
+    from megascale.planning.cluster import Cluster
     from megascale.trace.picture import draw_memory, write_chrome
     from megascale.trace.rank import Machine
     from megascale.trace.reduced import runs_of

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
-from megascale.parallel import apply, expert, ring
+from megascale import handles
+from megascale.comm import exchange
+from megascale.optim import owners
+from megascale.parallel import apply, ring
 from megascale.trace.meter import OPENED
 
 
 def open_operators() -> None:
-    """Meters look inside the ring's operators, which exchange and allocate."""
-    for operator in (ring._attention, ring._attention_backward):
+    """Meters look inside the operators that exchange and allocate."""
+    rows = (exchange.exchange_counts, exchange.on_host, exchange.send_rows, exchange.move_rows)
+    for operator in (ring._attention, ring._attention_backward, *rows):
         body = getattr(operator, "_init_fn", None)  # private, and without it the operator is one kernel
         if body is not None:
             OPENED[operator._opoverload] = body
@@ -29,25 +34,47 @@ def without_values(mode: FakeTensorMode) -> None:
         with mode:
             allocate(*args)
 
+    flying: dict[int, Any] = {}  # by the memory's object: torch itself goes by the address, which fakes do not have
+
+    def start(x: Tensor, work: Any) -> None:
+        flying[x.untyped_storage()._cdata] = work
+
+    def landed(x: Tensor) -> Tensor:
+        work = flying.pop(x.untyped_storage()._cdata, None)
+        if work is not None:
+            work.wait()
+        return x
+
     def gather_object(found: list[Any], own: Any, group: Any = None) -> None:
         found[:] = [own] * len(found)
 
     for module, name, function in (
         (apply, "allocate", allocate_fake),
         (dist, "all_gather_object", gather_object),
-        (expert, "rows_exchanged", equal_rows),
+        (exchange, "rows_exchanged", equal_rows),
+        (exchange, "held", held_here),
+        (handles, "held", held_here),
+        (exchange, "in_flight", start),
+        (exchange, "wait", landed),
+        (owners, "wait", landed),
     ):
         setattr(module, name, function)
     pad_once()
     lazy_chunks()
 
 
-def equal_rows(there: Tensor, here: Tensor, rows: int) -> tuple[list[int], list[int]]:
+def held_here(handle: Tensor, held: Callable[[Tensor], Any] = handles.held) -> Any:
+    """The object of a handle, which is a number on the host: it has a value, and no meter needs to see it read."""
+    with _disable_current_modes():
+        return held(handle)
+
+
+def equal_rows(splits: Tensor, rows: int) -> list[list[int]]:
     """As many rows to each rank as come from it. The host waits for the numbers all the same."""
-    torch.stack((there.sum(1), here.sum(1))).sum().item()
-    ranks = there.shape[0]
+    splits.sum().item()
+    ranks = splits.shape[1]
     each = [rows * (i + 1) // ranks - rows * i // ranks for i in range(ranks)]
-    return each, [max(each)] * ranks if rows % ranks else each
+    return [each, [max(each)] * ranks if rows % ranks else each]
 
 
 def pad_once() -> None:

@@ -14,7 +14,7 @@ from megascale.analysis.fake_device import BACKEND, FakeDevice, FakeStream
 from megascale.analysis.host_syncs import host_syncs
 from megascale.config.schema import Config
 from megascale.parallel.model import ParallelModel
-from megascale.plan.cluster import Cluster
+from megascale.planning.cluster import Cluster
 from megascale.trace import fakes, group, rates
 from megascale.trace.gpu import choose_as_cuda
 from megascale.trace.memory import Memory, follow_resizing

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megascale.errors import UsageError
-from megascale.plan.cluster import Cluster, Device, Link
+from megascale.planning.cluster import Cluster, Device, Link
 
 VIEW = 1.5e-6  # seconds of the host for an operation that launches nothing
 CALL = 30e-6  # seconds of the host to start a collective

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megascale.plan.cluster import Device
+from megascale.planning.cluster import Device
 from megascale.sizes import byte_words, work_words
 from megascale.trace.memory_kinds import KINDS
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megascale.config.schema import Config
 from megascale.errors import UsageError
-from megascale.plan.cluster import Cluster, load_cluster
+from megascale.planning.cluster import Cluster, load_cluster
 from megascale.trace.rates import check_size
 
 TESTED = ("2.12.", "2.13.")  # versions of torch on which tests have traced

@@ -88,16 +88,16 @@ def measured(config: Config, model: Any) -> dict[str, Any]:
 
 def real(config: Config) -> dict[str, Any]:
     """On this gloo rank, with the loads of its experts."""
-    from megascale.parallel import expert
+    from megascale.comm import exchange
     from megascale.train.build import draw_model
 
-    ranks, loads, asked = (dist.get_world_size() if dist.is_initialized() else 1), [], expert.rows_exchanged
+    ranks, loads, asked = (dist.get_world_size() if dist.is_initialized() else 1), [], exchange.rows_exchanged
 
     def noted(*args: Any) -> Any:
         loads.append(asked(*args))
         return loads[-1]
 
-    expert.rows_exchanged = noted  # type: ignore[assignment]
+    exchange.rows_exchanged = noted  # type: ignore[assignment]
     return {**measured(config, draw_model(config, ranks, torch.device("cpu"))), "loads": loads}
 
 
@@ -105,7 +105,7 @@ def faked(config: Config, ranks: int, rank: int, loads: list[Any]) -> dict[str, 
     """As this rank of fakes. Experts have the real run's loads."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from megascale.parallel import expert
+    from megascale.comm import exchange
     from megascale.trace import fakes, group
     from megascale.train.build import place_model
 
@@ -114,7 +114,7 @@ def faked(config: Config, ranks: int, rank: int, loads: list[Any]) -> dict[str, 
     if ranks > 1:
         group.start(rank, ranks, calls)
     fakes.without_values(mode)
-    expert.rows_exchanged = lambda *_: next(told)
+    exchange.rows_exchanged = lambda *_: next(told)
     model = place_model(config, ranks, torch.device("cpu"))
     with mode:
         found = measured(config, model)
