@@ -12,6 +12,7 @@ from megascale.config.layout import axis_sizes, data_parts
 from megascale.config.rules.axes import AXIS_RULES
 from megascale.config.rules.engines import ENGINE_RULES
 from megascale.config.rules.general import GENERAL_RULES
+from megascale.config.rules.kinds import KIND_RULES
 from megascale.config.rules.model import MODEL_RULES
 from megascale.config.rules.pairs import PAIR_RULES
 from megascale.config.rules.precision import PRECISION_RULES
@@ -20,7 +21,16 @@ from megascale.config.rules.sizes import SIZE_RULES
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 
-RULES: tuple[Rule, ...] = (*MODEL_RULES, *PAIR_RULES, *AXIS_RULES, *ENGINE_RULES, *PRECISION_RULES, *GENERAL_RULES, *SIZE_RULES)
+RULES: tuple[Rule, ...] = (
+    *MODEL_RULES,
+    *KIND_RULES,
+    *PAIR_RULES,
+    *AXIS_RULES,
+    *ENGINE_RULES,
+    *PRECISION_RULES,
+    *GENERAL_RULES,
+    *SIZE_RULES,
+)
 
 
 def refusals(config: Config, ranks: int) -> list[Rule]:

@@ -1,0 +1,91 @@
+"""Rules about latent attention, partly rotated heads, multi-token prediction, and layers of different kinds."""
+
+from __future__ import annotations
+
+from megascale.config.rules.rule import Rule, grid
+from megascale.config.schema import Config, Model
+
+KIND_RULES: tuple[Rule, ...] = (
+    Rule(
+        "latent",
+        ("model.attention", "model.latent", "model.num_kv_heads", "model.qk_norm", "model.residual", "model.rope_fraction"),
+        lambda c, n: ("latent" in c.model.attention_row.reads) != (c.model.latent is not None) or not _latent_fits(c),
+        "latent attention has one key and value per query head, norms of its own and an even number of channels that rotate",
+        "set attention latent and model.latent together, leave num_kv_heads, qk_norm and rope_fraction out, and use a residual scheme "
+        "without norms inside attention",
+    ),
+    Rule(
+        "rope_fraction",
+        ("model.rope_fraction", "model.head_dim", "model.position", "model.moeut", "model.family"),
+        lambda c, n: c.model.rope_fraction != 1.0 and not _rotates_part(c),
+        "rope_fraction of a head's channels must be an even number, in a text model whose position rotates; MoEUT rotates half of them",
+        "choose a fraction that gives an even number, or leave rope_fraction out",
+    ),
+    Rule(
+        "mtp_family",
+        ("model.mtp_depth", "model.family", "model.moeut", "model.matformer", "model.position", "parallel.engine"),
+        lambda c, n: c.model.mtp_depth > 0 and not _looks_ahead(c),
+        "multi-token prediction is for decoders; MoEUT, MatFormer and relative positions have parts that it cannot share",
+        "set mtp_depth to 0, or use family decoder without moeut and matformer, with another position and engine fsdp2 or ddp",
+    ),
+    Rule(
+        "kinds_family",
+        ("model.kinds", "model.family", "model.moeut", "model.matformer"),
+        lambda c, n: (
+            bool(c.model.kinds)
+            and (c.model.family not in ("decoder", "encoder") or c.model.moeut is not None or c.model.matformer is not None)
+        ),
+        "layers of different kinds are for text models with one stack; MoEUT and MatFormer have one kind of layer",
+        "use family decoder or encoder without moeut and matformer, or remove kinds and pattern",
+        whole=True,
+    ),
+    Rule(
+        "kinds_tables",
+        ("model.kinds", "model.position"),
+        lambda c, n: any(_tables(m) != _tables(c.model) for m in c.model.variants.values()),
+        "a table of positions belongs to the whole model: either all kinds of layers use it or none",
+        "use only rope, alibi, xpos and none in kinds, or the model's own position",
+        whole=True,
+    ),
+    Rule(
+        "kinds_residual",
+        ("model.kinds", "model.residual"),
+        lambda c, n: any(_stream(m) != _stream(c.model) for m in c.model.variants.values()),
+        "kinds of layers share one stream, and these residual schemes start or end it differently",
+        "use schemes with the same start and end in one model, such as pre and parallel",
+        whole=True,
+    ),
+)
+
+
+def _latent_fits(config: Config) -> bool:
+    model = config.model
+    if model.latent is None:
+        return True
+    plain = not (model.qk_norm or model.residual_row.qk_norm or model.residual_row.inner_norms) and model.rope_fraction == 1.0
+    return plain and model.num_kv_heads == model.num_heads and model.latent.rope_dim % 2 == 0 and model.attention_bias != "qkv"
+
+
+def _looks_ahead(config: Config) -> bool:
+    """Whether the model can have multi-token prediction."""
+    model = config.model
+    own = model.moeut is not None or model.matformer is not None or model.position_row.distances or model.mlm_head
+    return model.family == "decoder" and not own and config.parallel.engine != "deepspeed"
+
+
+def _rotates_part(config: Config) -> bool:
+    """Whether a model can rotate only a part of each head, in whole pairs of channels."""
+    model = config.model
+    plain = model.position_row.rotates and model.moeut is None and not grid(config)
+    return plain and model.rotary_dim % 2 == 0 and model.rotary_dim >= 2
+
+
+def _tables(model: Model) -> tuple[bool, int]:
+    """Whether the model has a table of learned positions, and for how many heads one of biases by distance."""
+    return model.position_row.table, model.num_heads * model.position_row.distances
+
+
+def _stream(model: Model) -> tuple[object, ...]:
+    """What a residual scheme decides for the whole stream."""
+    row = model.residual_row
+    return row.ends, row.final_norm, row.unit_scaled, row.reads
