@@ -72,3 +72,25 @@ def rows_of(name: str) -> tuple[OptimizerRow, ...]:
 def scales_of(row: OptimizerRow) -> set[str]:
     """Keys of the scales that an optimizer also keeps if its state is in 8 bits."""
     return {f"{key}_scale" for key in row.state}
+
+
+BLOCK = 256  # most elements of an 8-bit state that share a scale
+
+
+def block_of(columns: int) -> int:
+    """Elements of a row that share a scale: the largest power of two that divides it, at most BLOCK."""
+    return min(BLOCK, columns & -columns)
+
+
+def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elements: int, itemsize: int) -> int:
+    """Bytes of state for `elements` of a weight with rows of `columns`: tensors like the weight, in the format of `optim.moments`, and
+    counts in fp32. `hidden`: the weight is a hidden matrix.
+    """
+    first, *rest = rows_of(name)
+    row = rest[0] if rest and not hidden else first
+    scales = 0
+    if row.small_moments and moments == "bf16":
+        itemsize = 2
+    elif row.small_moments and moments == "int8" and hidden:
+        itemsize, scales = 1, 4 * (elements // block_of(columns))
+    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) if elements else 0)

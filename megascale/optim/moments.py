@@ -16,11 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megascale.config.optimizers import block_of
 from megascale.errors import UsageError
 from megascale.optim.rates import MATRICES
 from megascale.parallel.model import Weight
-
-BLOCK = 256  # most elements that share a scale
 
 
 class Moment(Protocol):
@@ -103,11 +102,6 @@ def moment_of(w: Weight, kind: str | None, signed: bool) -> Moment:
             "fewer tensor-parallel ranks (parallel.tp, etp), or optim.moments bf16"
         )
     return Blocks(w.local, block, signed)
-
-
-def block_of(columns: int) -> int:
-    """Elements of a row that share a scale: the largest power of two that divides it, at most BLOCK."""
-    return min(BLOCK, columns & -columns)
 
 
 @cache

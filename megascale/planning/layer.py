@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megascale.planning.cluster import Device
-from megascale.planning.memory import held
+from megascale.planning.memory import held, state_of
 from megascale.planning.setting import ITEMSIZE, Setting
 from megascale.planning.weights import Unit, Weight
 
@@ -93,10 +93,10 @@ def loss_seconds(s: Setting, device: Device) -> float:
 
 def update_seconds(s: Setting, units: list[tuple[Unit, int]], device: Device) -> float:
     """Gradient norm and optimizer: every number is read once or twice, and weights and states are written."""
-    name = s.config.optim.name
-    kept = sum(n * held(u, s.cuts, name).kept for u, n in units)
-    state = sum(n * held(u, s.cuts, name).state for u, n in units)
-    return (4 * kept + 2 * state) * ITEMSIZE[s.config.precision.storage] / device.memory_bytes_per_second
+    optim, item = s.config.optim, ITEMSIZE[s.config.precision.storage]
+    kept = sum(n * held(u, s.cuts).kept for u, n in units)
+    state = sum(n * state_of(u, s.cuts, optim.name, optim.moments, item) for u, n in units)
+    return (4 * kept * item + 2 * state) / device.memory_bytes_per_second
 
 
 def flops_per_step(s: Setting) -> float:

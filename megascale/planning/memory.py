@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megascale.config.optimizers import rows_of
+from megascale.config.optimizers import state_bytes
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart
 from megascale.planning.pipeline import live_forwards
@@ -24,25 +24,22 @@ GATHERED_STAGES = 3  # torch's runtime keeps at most so many stages of a rank ga
 
 @dataclass(frozen=True)
 class Held:
-    """Elements of one unit on the first rank of its shards: `kept` stored, `whole` gathered, `state` of the optimizer and its `counts`."""
+    """Elements of one unit on the first rank of its shards: `kept` stored, `whole` gathered."""
 
     kept: int
     whole: int
-    state: int
-    counts: int
 
 
 @lru_cache(maxsize=65536)
-def held(unit: Unit, cuts: Cuts, optimizer: str) -> Held:
+def held(unit: Unit, cuts: Cuts) -> Held:
     """Sums over a unit's weights."""
-    first, *rest = rows_of(optimizer)
-    kept = whole = state = counts = 0
-    for w in unit.weights:
-        here = cuts.held(w)
-        row = rest[0] if rest and not w.matrix else first
-        kept, whole = kept + here, whole + cuts.gathered(w)
-        state, counts = state + len(row.state) * here, counts + (len(row.counts) if here else 0)
-    return Held(kept, whole, state, counts)
+    return Held(sum(map(cuts.held, unit.weights)), sum(map(cuts.gathered, unit.weights)))
+
+
+@lru_cache(maxsize=65536)
+def state_of(unit: Unit, cuts: Cuts, name: str, moments: str | None, itemsize: int) -> int:
+    """Bytes of an optimizer's state for a unit there."""
+    return sum(state_bytes(name, moments, w.matrix, w.shape[-1], cuts.held(w), itemsize) for w in unit.weights)
 
 
 def stored_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -52,14 +49,12 @@ def stored_bytes(config: Config, ranks: int) -> dict[str, int]:
 
 
 def _stored(s: Setting, parts: list[StagePart]) -> dict[str, int]:
-    name = s.config.optim.name
-    weights = state = counts = 0
+    optim, weights, state = s.config.optim, 0, 0
     for unit, n in (*s.layers_of(parts), *((end, 1) for end in s.ends_of(parts))):
-        found = held(unit, s.cuts, name)
-        weights += n * found.kept
+        weights += n * held(unit, s.cuts).kept
         if unit is not s.units.copy:  # the rank of the embedding updates it
-            state, counts = state + n * found.state, counts + n * found.counts
-    return {"parameters": weights * s.stored, "gradients": weights * s.stored, "optimizer": state * s.stored + 4 * counts}
+            state += n * state_of(unit, s.cuts, optim.name, optim.moments, s.stored)
+    return {"parameters": weights * s.stored, "gradients": weights * s.stored, "optimizer": state}
 
 
 def peak_bytes(config: Config, ranks: int, cpu: bool = False) -> dict[str, float]:
@@ -166,10 +161,10 @@ def _activations(s: Setting, rank: int, layers: list[tuple[Unit, int]]) -> float
 
 def _exchanged(s: Setting, parts: list[StagePart], layers: list[tuple[Unit, int]]) -> tuple[float, float]:
     """Bytes of gathered weights, and of gradients before they are reduced."""
-    name, p = s.config.optim.name, s.config.parallel
-    sizes = [(held(u, s.cuts, name).whole, n) for u, n in layers]
+    p = s.config.parallel
+    sizes = [(held(u, s.cuts).whole, n) for u, n in layers]
     whole, block = sum(size * n for size, n in sizes), max((size for size, _ in sizes), default=0)
-    ends = [held(u, s.cuts, name).whole for u in s.ends_of(parts)]
+    ends = [held(u, s.cuts).whole for u in s.ends_of(parts)]
     if not s.sharded:
         # Products cast stored weights, and autograd keeps the casts unless they are recomputed.
         cast = s.item * (whole if p.recompute == "none" else block) if s.item != s.stored else 0

@@ -97,9 +97,8 @@ def replica_bytes(s: Setting, unit: Unit, experts: bool) -> float:
 
 def _whole(s: Setting, unit: Unit, experts: bool) -> int:
     """Gathered elements of a unit's experts with their own axes, or of its other weights."""
-    name = s.config.optim.name
     if not s.cuts.own_experts or not unit.sparse:
-        return 0 if experts else held(unit, s.cuts, name).whole
+        return 0 if experts else held(unit, s.cuts).whole
     return sum(s.cuts.gathered(w) for w in unit.weights if w.experts == experts)
 
 
@@ -145,7 +144,7 @@ def _sent(s: Setting, rank: int) -> dict[str, float]:
         sent["dp_replicate"] = sum(n * (replica_bytes(s, u, False) + replica_bytes(s, u, True)) for u, n in units)
     elif p.engine == "ddp":
         copies = s.sizes["dp_replicate"] * s.sizes["cp"]
-        elements = sum(n * held(u, s.cuts, s.config.optim.name).kept for u, n in [*layers, *((u, 1) for u in ends)])
+        elements = sum(n * held(u, s.cuts).kept for u, n in [*layers, *((u, 1) for u in ends)])
         sent["dp_replicate"] = 2 * others(copies) * elements * s.stored
     return sent
 

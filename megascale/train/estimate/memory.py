@@ -13,13 +13,12 @@ from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
 from megascale.config.axes import EXPERT_AXES, NAMES
 from megascale.config.layout import axis_sizes, micro_batches
-from megascale.config.optimizers import rows_of
+from megascale.config.optimizers import state_bytes
 from megascale.config.schema import Config, Optim
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_free
 from megascale.model.shape import DTYPES, shape_of
-from megascale.optim.moments import block_of
 from megascale.optim.rates import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
 from megascale.parallel.recompute import group_size
@@ -82,16 +81,9 @@ def _held(placement: Placement, shard: Axis | None) -> int:
 
 
 def optimizer_bytes(optim: Optim, placement: Placement, elements: int, itemsize: int) -> int:
-    """Optimizer state of one weight, from the optimizer's row: tensors like the weight, in the format of `moments`, and counts in fp32."""
-    first, *rest = rows_of(optim.name)
-    hidden = placement.spec.role in MATRICES
-    row = rest[0] if rest and not hidden else first
-    scales = 0
-    if row.small_moments and optim.moments == "bf16":
-        itemsize = 2
-    elif row.small_moments and optim.moments == "int8" and hidden:
-        itemsize, scales = 1, 4 * (elements // block_of(placement.spec.shape[-1]))
-    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) if elements else 0)
+    """Optimizer state of one weight."""
+    spec = placement.spec
+    return state_bytes(optim.name, optim.moments, spec.role in MATRICES, spec.shape[-1], elements, itemsize)
 
 
 def activation_bytes(config: Config, ranks: int) -> float:
