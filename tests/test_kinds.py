@@ -130,6 +130,11 @@ def test_configs_without_kinds_resolve_as_before() -> None:
         ({"kinds": {**KINDS, "far": {"residual": "deepscale"}}}, "share one stream"),
         ({"kinds": {**KINDS, "far": {"moe": {"top_k": 9}}}}, "in layers of kind far"),
         ({"family": "encoder_decoder"}, "one stack"),
+        ({"kinds": {"": {}}, "pattern_first": [], "pattern": [""]}, "kinds has the name ''"),
+        (
+            {"moe": {"every": 2}, "kinds": {"a": {}, "b": {"moe": None}}, "pattern_first": ["a"], "pattern": ["b"]},
+            "no layer would have some",
+        ),
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:

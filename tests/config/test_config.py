@@ -206,6 +206,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "rope_fraction": (1, ("model.rope_fraction=0.3",)),
     "mtp_family": (1, ("model.mtp_depth=1", "model.family=encoder")),
     "kinds_family": (1, ("model.family=encoder_decoder", "model.kinds={a: {}}", "model.pattern=[a]")),
+    "kinds_widths": (1, ("model.kinds={a: {ffn_size: 8}}", "model.pattern=[a]", "model.num_layers=2", "model.ffn_sizes=[8, 8]")),
+    "interleaved": (1, ("model.rope_interleaved=true", "model.position=learned")),
     "kinds_tables": (1, ("model.kinds={a: {position: learned}}", "model.pattern=[a]")),
     "kinds_residual": (1, ("model.kinds={a: {residual: deepscale}}", "model.pattern=[a]")),
     "pair_keys": (1, ("model.encoder_layers=2",)),

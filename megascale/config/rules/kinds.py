@@ -8,11 +8,19 @@ from megascale.config.schema import Config, Model
 KIND_RULES: tuple[Rule, ...] = (
     Rule(
         "latent",
-        ("model.attention", "model.latent", "model.num_kv_heads", "model.qk_norm", "model.residual", "model.rope_fraction"),
+        (
+            "model.attention",
+            "model.latent",
+            "model.num_kv_heads",
+            "model.qk_norm",
+            "model.attention_bias",
+            "model.residual",
+            "model.rope_fraction",
+        ),
         lambda c, n: ("latent" in c.model.attention_row.reads) != (c.model.latent is not None) or not _latent_fits(c),
         "latent attention has one key and value per query head, norms of its own and an even number of channels that rotate",
-        "set attention latent and model.latent together, leave num_kv_heads, qk_norm and rope_fraction out, and use a residual scheme "
-        "without norms inside attention",
+        "set attention latent and model.latent together (latent: null in kinds without it), leave num_kv_heads, qk_norm and rope_fraction "
+        "out, with attention_bias true or false and a residual scheme without norms inside attention",
     ),
     Rule(
         "rope_fraction",
@@ -23,10 +31,10 @@ KIND_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "mtp_family",
-        ("model.mtp_depth", "model.family", "model.moeut", "model.matformer", "model.position", "parallel.engine"),
+        ("model.mtp_depth", "model.family", "model.moeut", "model.matformer", "model.mlm_head", "model.position", "parallel.engine"),
         lambda c, n: c.model.mtp_depth > 0 and not _looks_ahead(c),
-        "multi-token prediction is for decoders; MoEUT, MatFormer and relative positions have parts that it cannot share",
-        "set mtp_depth to 0, or use family decoder without moeut and matformer, with another position and engine fsdp2 or ddp",
+        "multi-token prediction is for decoders; MoEUT, MatFormer, mlm_head and relative positions have parts that it cannot share",
+        "set mtp_depth to 0, or use family decoder without moeut, matformer and mlm_head, with another position and engine fsdp2 or ddp",
     ),
     Rule(
         "kinds_family",
@@ -38,6 +46,21 @@ KIND_RULES: tuple[Rule, ...] = (
         "layers of different kinds are for text models with one stack; MoEUT and MatFormer have one kind of layer",
         "use family decoder or encoder without moeut and matformer, or remove kinds and pattern",
         whole=True,
+    ),
+    Rule(
+        "kinds_widths",
+        ("model.kinds", "model.ffn_sizes"),
+        lambda c, n: c.model.ffn_sizes is not None and any("ffn_size" in kind.model_fields_set for kind in c.model.kinds.values()),
+        "ffn_sizes gives every layer its width, and a kind of layers has another",
+        "leave ffn_sizes out, or ffn_size in kinds",
+        whole=True,
+    ),
+    Rule(
+        "interleaved",
+        ("model.rope_interleaved", "model.position"),
+        lambda c, n: c.model.rope_interleaved and not c.model.position_row.rotates,
+        "only positions that rotate have channels to interleave",
+        "use position rope or xpos, or leave rope_interleaved out",
     ),
     Rule(
         "kinds_tables",

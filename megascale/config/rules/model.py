@@ -7,7 +7,7 @@ import re
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, changed, grid
 from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
-from megascale.config.stages import SPLIT_BACKWARD
+from megascale.config.stages import SPLIT_BACKWARD, has_experts
 
 ENCODERS = ("encoder", "encoder_decoder")  # families with bidirectional attention
 
@@ -172,9 +172,10 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         "moe_every",
         ("model.moe.every", "model.num_layers"),
-        lambda c, n: c.model.moe is not None and c.model.moe.every > max(c.model.num_layers, c.model.encoder_layers or 0),
-        "every is larger than the number of layers, so no layer would have experts",
-        "choose a smaller every, or remove model.moe",
+        lambda c, n: c.model.has_experts and not any(has_experts(c.model, i) for i in range(c.model.longest_stack)),
+        "every n-th layer of the model has experts, if its kind has any, and so no layer would have some",
+        "choose a smaller every or another pattern, or remove model.moe",
+        whole=True,
     ),
     Rule(
         "moeut_groups",

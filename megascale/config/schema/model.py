@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
@@ -205,6 +206,11 @@ class Model(Section):
     spacetime: Spacetime | None = None
     """Grid of the `spacetime` family."""
 
+    @property
+    def longest_stack(self) -> int:
+        """Layers of the longer of two stacks, or of the one."""
+        return max(self.num_layers, self.encoder_layers or 0)
+
     def eps_of(self, norm: str, layer: int | None = None) -> float:
         """The epsilon of a norm: set for its layer, for its kind, or for the model."""
         own = self.norm_eps_of.get(norm, self.norm_eps)
@@ -251,6 +257,9 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _pattern_fits(self) -> Model:
+        odd = next((n for n in self.kinds if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", n)), None)
+        if odd is not None:
+            raise ValueError(f"kinds has the name {odd!r}: use letters, digits, '_' and '-', not beginning with a digit")
         named = {"pattern": self.pattern, "pattern_first": self.pattern_first, "pattern_last": self.pattern_last}
         for key, names in named.items():
             unknown = next((n for n in names if n not in self.kinds), None)

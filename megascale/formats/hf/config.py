@@ -156,6 +156,8 @@ def functional(model: Model) -> dict[str, Any]:
         flat["moe.balance"] = balance  # `bias` adds a bias to the choice of experts
     if model.moe is not None and model.moe.every == 1:
         flat.pop("ffn_size", None)  # no layer is dense
+    if flat.get("attention_bias") == flat["bias"]:
+        flat.pop("attention_bias")  # what `bias` says anyway
     if not model.position_row.rotates:
         flat.pop("rope_theta", None)
     if not model.position_row.distances:

@@ -258,7 +258,7 @@ NOT_HERE = {
     "roberta": "its positions begin behind its padding token; bert is read",
     "mt5": "it is T5 under another name; set model_type to t5 and architectures to T5ForConditionalGeneration, which its weights fit",
     "llama4": "its layers alternate between two attentions",
-    "gemma2": "it caps logits and norms on both sides of a branch",
+    "gemma2": "it caps logits and attention scores",
     "gpt_oss": "its attention has sinks",
-    "deepseek_v3": "its attention is latent",
+    "deepseek_v3": "its names of latent attention and its router are not read yet",
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from megascale.config.schema import Model
 from megascale.formats.hf.family import Family
-from megascale.formats.hf.rope import read_rope, rope_keys
+from megascale.formats.hf.rope import agree, read_rope, rope_keys
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 NAMES = {FULL: "full", SLIDING: "sliding"}  # names of kinds in our models
@@ -56,6 +56,8 @@ def _types(family: Family, config: Mapping[str, Any], layers: Any) -> tuple[int 
     if family.window == "asked" and not config.get("use_sliding_window", False):
         value = None
     types = config.get("layer_types")
+    if family.window == "always" and isinstance(types, list) and value is not None and set(map(str, types)) != {SLIDING}:
+        return None, [FULL], f"layer_types is {str(types)[:100]}, which {family.model_type} does not read: remove it"
     if types is None:
         types = _default_types(family, config, layers, value)
     elif not (isinstance(types, list) and all(t in NAMES for t in types if isinstance(t, str)) and all(isinstance(t, str) for t in types)):
@@ -87,6 +89,8 @@ def _rope(family: Family, config: Mapping[str, Any], kind: str, length: Any) -> 
     """Our rotary keys of layers of one type, and problems."""
     assert family.theta is not None
     nested = config.get("rope_parameters")
+    if family.window == "by_layer" and (problem := _nested_wrong(nested, config)):
+        return {}, [problem]
     by_type = family.window == "by_layer" and isinstance(nested, Mapping) and any(isinstance(v, Mapping) for v in nested.values())
     # Only layers with full attention are stretched (OLMo 3, Gemma 3), and the others may have a base of their own.
     default = family.theta if kind == FULL or family.sliding_theta is None else family.sliding_theta
@@ -104,6 +108,24 @@ def _rope(family: Family, config: Mapping[str, Any], kind: str, length: Any) -> 
         problems = [*problems, f"partial_rotary_factor is {fraction!r}, but all channels of a head rotate in {family.model_type}"]
     found = {"rope_theta": theta, "rope_scaling": scaling}
     return found | ({"rope_fraction": fraction} if family.partial else {}), problems
+
+
+def _nested_wrong(nested: Any, config: Mapping[str, Any]) -> str | None:
+    """What is wrong with rotary parameters by layer type, or with what stands beside them."""
+    if not nested:
+        return None
+    if not isinstance(nested, Mapping) or not all(isinstance(v, Mapping) for v in nested.values()):
+        return f"rope_parameters is {str(nested)[:100]}, but it must hold a mapping for each of {FULL} and {SLIDING}"
+    stray = next((k for k in nested if k not in NAMES), None)
+    if stray is not None:
+        return f"rope_parameters.{stray} is not understood"
+    lacking = next((k for k, v in nested.items() if v.get("rope_theta") is None), None)
+    if lacking is not None:
+        return f"rope_parameters.{lacking} has no rope_theta: add it"
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, Mapping) and not agree(nested.get(FULL, {}), scaling):
+        return "rope_parameters and rope_scaling say different things: leave one of them out"
+    return None
 
 
 def layer_keys(family: Family, model: Model, longest: int) -> dict[str, Any]:

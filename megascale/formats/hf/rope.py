@@ -30,7 +30,7 @@ def read_rope(config: Mapping[str, Any], default: float, length: Any) -> tuple[A
     ]
     if odd:
         return default, None, 1.0, odd
-    if len(stored) == 2 and not _agree(*stored.values()):
+    if len(stored) == 2 and not agree(*stored.values()):
         return default, None, 1.0, ["rope_parameters and rope_scaling say different things: leave one of them out"]
     rest = dict(next(iter(stored.values()), {}))
     theta = _first(rest.pop("rope_theta", None), config.get("rope_theta"), default)
@@ -49,7 +49,7 @@ def _first(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
 
 
-def _agree(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
+def agree(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
     """Whether both forms in a file agree, apart from θ."""
 
     def plain(given: Mapping[str, Any]) -> dict[str, Any]:
