@@ -18,11 +18,10 @@ from megascale.config.load import build_config
 from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
 from megascale.errors import UsageError
-from megascale.model.spec import ParamSpec
+from megascale.model.spec import MATRICES, ParamSpec
 from megascale.optim import optimizers
 from megascale.optim.clip import global_norm
 from megascale.optim.optimizers import build_optimizer
-from megascale.optim.rates import MATRICES
 from megascale.parallel.data import CountingAllGather, CountingReduceScatter, symmetric
 from megascale.parallel.model import Weight
 from megascale.parallel.tensor import Placement

@@ -16,8 +16,9 @@ from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.generation.run import Sampling, generate
 from megascale.measure.compute import flops_per_token
+from megascale.model.families import build_part
+from megascale.model.shape import shape_of
 from megascale.model.spec import specs_of
-from megascale.parallel.apply import build_stages
 from tests.layouts import Case, build, fake_batch, tiny, train
 from tests.test_layouts import assert_equal
 
@@ -94,7 +95,7 @@ def test_generation_from_kinds() -> None:
 
 def test_costs_read_the_pattern() -> None:
     """Catches FLOPs, stages and bytes that count every layer as the first one."""
-    stage = build_stages(MIXED, build(Case(MIXED), 1).model.shape, Parallel(), 0)[0]
+    stage = build_part(MIXED, shape_of(Case(MIXED).config))
     specs = specs_of(stage)
     apart = 0.0
     for layer in range(MIXED.num_layers):

@@ -220,7 +220,7 @@ ORDER = (
     {"measure", "parallel"},
     {"schedule", "optim", "checkpoint"},
     {"formats"},
-    {"analysis", "expand", "train", "report", "generation"},
+    {"analysis", "expand", "train", "trace", "report", "generation"},
     {"api", "chaos"},
     {"commands"},
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megascale.comm.collectives import all_reduce
 from megascale.data.loader import Batch
 from megascale.model.block import Block
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.accumulate import Schedule
 

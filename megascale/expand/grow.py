@@ -25,8 +25,7 @@ from megascale.expand.source import open_source, renamed
 from megascale.expand.state import check_state_grows, multipliers
 from megascale.expand.verify import EXACT, limit
 from megascale.expand.write import Effort, check_target, finish, write
-from megascale.model.spec import Role
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES, Role
 
 
 def grow(

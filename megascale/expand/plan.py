@@ -18,8 +18,7 @@ from megascale.expand.depth import Layer, NormChange, norm_chain
 from megascale.expand.maps import Maps, build_maps
 from megascale.expand.options import GrowthOptions, Sizes, check_options, check_times, target_model
 from megascale.expand.stack import attention_growth, growth_of, plan_layers, row_of, specs
-from megascale.model.spec import ParamSpec
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES, ParamSpec
 
 NORM_AXES = {"weight": ("gain",), "bias": ("shift",), "alpha": ("one",)}
 # The axes of every tensor, by its name after the layer's number. Banks of experts have theirs in front; attention's are in its row.

@@ -18,7 +18,7 @@ from megascale.expand.apply import element_block
 from megascale.expand.plan import Growth, TensorPlan
 from megascale.expand.stack import unlearned
 from megascale.expand.state import counts, powers, state_plan
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES
 
 
 @dataclass(frozen=True)

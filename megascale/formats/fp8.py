@@ -15,7 +15,7 @@ from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, our_specs
 from megascale.formats.sources import OpenCheckpoint, StoredTensors
 from megascale.formats.tensor_maps import Sizes
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES
 from megascale.precision.fp8 import E4M3, weight_to_fp8
 
 

@@ -31,6 +31,9 @@ Role = Literal[
     "router",
 ]
 
+# The roles of hidden matrices, whose rate follows the width under unit scaling. Muon orthogonalizes them, except for routers.
+MATRICES: tuple[Role, ...] = ("query", "key", "value", "attention_out", "up", "gate", "down")
+
 # How tensor parallelism treats a weight. A number is the dimension along which it is split. "tokens": every rank has all of it and applies
 # it to its tokens, so with tokens split over ranks its gradient is a partial sum. "heads": every rank has all of it and applies it to its
 # own heads only, so its gradient is always a partial sum. "kv_heads": split along dimension 0 if there are KV heads for all ranks, else

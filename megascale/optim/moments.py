@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megascale.config.optimizers import block_of
 from megascale.errors import UsageError
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES
 from megascale.parallel.model import Weight
 
 

@@ -18,11 +18,12 @@ from megascale.config.optimizers import optimizers, scales_of
 from megascale.config.schema import Optim
 from megascale.errors import UsageError
 from megascale.model.ops.matmul import product
+from megascale.model.spec import MATRICES
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.moments import moment_of
 from megascale.optim.optimizer import Optimizer
 from megascale.optim.owners import Matrix, take_turns, work_in_turns
-from megascale.optim.rates import MATRICES, Rate, grouped_by_rate, rate_of
+from megascale.optim.rates import Rate, grouped_by_rate, rate_of
 from megascale.parallel.model import ParallelModel, Weight
 from megascale.plugins import resolve
 

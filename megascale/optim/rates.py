@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megascale.config.schema import Optim
-from megascale.model.spec import ParamSpec, Role
-
-# The roles of hidden matrices, whose rate follows the width under unit scaling. Muon orthogonalizes them, except for routers.
-MATRICES: tuple[Role, ...] = ("query", "key", "value", "attention_out", "up", "gate", "down")
+from megascale.model.spec import MATRICES, ParamSpec
 
 
 class Rate(NamedTuple):

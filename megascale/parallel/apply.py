@@ -23,7 +23,7 @@ from megascale.model.family import Family
 from megascale.model.layers import Fp8
 from megascale.model.norms import NormKernel
 from megascale.model.shape import Shape
-from megascale.model.spec import specs_of, states_of
+from megascale.model.spec import MATRICES, specs_of, states_of
 from megascale.parallel.context import spread_sequence
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
@@ -50,7 +50,10 @@ def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[st
     placements = cut_model(stage, specs_of(stage), axes["tp"], cfg)
     if cfg.engine == "fsdp2":
         ranks = axes["shard"].size
-        placements = {name: replace(p, shard_dim=even_dim(p.shape, ranks)) for name, p in placements.items()}
+        # Only hidden matrices are wide: rows of a router that start with one length are drawn whole.
+        placements = {
+            name: replace(p, shard_dim=even_dim(p.shape, ranks)) if p.spec.role in MATRICES else p for name, p in placements.items()
+        }
     return cut_experts(stage, placements, axes, cfg) if stage.cfg.has_experts else placements
 
 

@@ -34,8 +34,7 @@ SCALED = ("_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_scaled_grouped_
 KEPT = CHOICES | {
     aten.mm.default,
     aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
+    aten.bmm.default,  # not baddbmm, by which the ring's tiles compute scores, that must not be kept
     aten._grouped_mm.default,
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,

@@ -82,7 +82,7 @@ class Cuts:
         if w.experts:
             dim = 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
         else:
-            dim = even_dim(shape, ranks)
+            dim = even_dim(shape, ranks) if w.matrix else 0
         return math.prod(shape) // shape[dim] * (-(-shape[dim] // ranks) * ranks)
 
     def held(self, w: Weight) -> int:

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale.comm.mesh import build_mesh
-from megascale.config.layout import axis_sizes
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
-from megascale.model.shape import shape_of
-from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.recompute import wrap_blocks
 from megascale.schedule.accumulate import Accumulation
-from megascale.train.build import products_of
+from megascale.train.build import place_model
 
 META = torch.device("meta")
 
@@ -31,14 +27,11 @@ def captured(config: Config) -> dict[str, torch.fx.GraphModule]:
     torch._dynamo.reset()
     partitioners: Any = torch._functorch.partitioners
     functional: Any = torch.nn.functional
-    parallel = Parallel()
     model = config.model.model_copy(update={"num_layers": 1, "encoder_layers": 1 if config.model.encoder_layers else 0})
-    mesh = build_mesh(axis_sizes(parallel, 1), "cpu", 1)
-    stages = build_stages(model, shape_of(config), parallel, 0)
-    whole = parallelize(stages, mesh, parallel, META, products_of(config.precision))
+    whole = place_model(config.model_copy(update={"model": model, "parallel": Parallel()}), 1, META)
     found: dict[str, torch.fx.GraphModule] = {}
     asked = config.parallel
-    wrap_blocks(stages[0], asked.recompute, keeping(found), asked.budget)
+    wrap_blocks(whole.stages[0], asked.recompute, keeping(found), asked.budget)
     functional.scaled_dot_product_attention = cudnn_attention
     # Attention may drop out, so a recomputed one would come with the state of a generator, which there is none of. We never use it.
     partitioners.functionalize_rng_ops = lambda joint, forward, backward, symbols: (forward, backward)

@@ -19,7 +19,7 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_free
 from megascale.model.shape import DTYPES, shape_of
-from megascale.optim.rates import MATRICES
+from megascale.model.spec import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
 from megascale.parallel.recompute import group_size
 from megascale.parallel.tensor import Placement
