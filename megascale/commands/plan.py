@@ -1,4 +1,4 @@
-"""Ranks every layout of a config on a cluster by predicted step time and memory, before anything runs.
+"""Ranks layouts of a config on a cluster by predicted step time and memory, before anything runs.
 
 Nothing is measured: docs/planning.md says how far predictions have been compared with runs.
 """

@@ -76,6 +76,8 @@ def main(
         raise UsageError("--rank and --cluster say what to trace: add --dry-run --trace, or leave them out")
     if trace and not dry_run:
         raise UsageError("--trace traces a dry run: add --dry-run, or leave it out")
+    if trace and device_memory is not None:
+        raise UsageError("--device-memory does not apply to --trace, whose devices are the cluster's: name a --cluster file instead")
     if device_memory is not None and not 0 < device_memory < 1e9:
         raise UsageError(f"--device-memory is {device_memory}: give the memory of a device in GB, such as 80")
     try:

@@ -50,7 +50,9 @@ class Link(Section):
         return messages * self._measured(size / messages) / share
 
     def _measured(self, size: float) -> float:
-        """Seconds of one message: between two measured sizes on the straight line of their times, outside at the nearest rate."""
+        """Seconds of one message: between two measured sizes on the straight line of their times, above them at the last rate, below them
+        the first time.
+        """
         times = [(s, s / rate) for s, rate in self.table]
         i = bisect_right([s for s, _ in times], size)
         if i == len(times):

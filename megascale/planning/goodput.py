@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megascale.errors import UsageError
+
 COPY = 10e9  # bytes per second from a device to its host: what an asynchronous save stops training for
 
 
@@ -29,8 +31,9 @@ def best_interval(save: float, failure: float) -> float:
     low, high = 0.0, failure
     for _ in range(200):
         middle = (low + high) / 2
-        # Rises above 1 only beyond the root: at τ = 0 it is e^(δ/M) > 1, at τ = M it is 0.
-        low, high = (middle, high) if math.exp((middle + save) / failure) * (1 - middle / failure) > 1 else (low, middle)
+        # The logarithm is positive before the root: at τ = 0 it is δ/M, and at τ = M it is −∞.
+        before = middle < failure and (middle + save) / failure + math.log1p(-middle / failure) > 0
+        low, high = (middle, high) if before else (low, middle)
     return (low + high) / 2
 
 
@@ -41,7 +44,7 @@ def share_at(interval: float, save: float, failure: float, restart: float) -> fl
     exponent = (interval + save) / failure
     if exponent > 500:
         return 0.0
-    return interval / (failure * math.exp(restart / failure) * math.expm1(exponent))
+    return interval / failure * math.exp(-restart / failure) / math.expm1(exponent)
 
 
 def goodput(ranks: int, failures_per_gpu_hour: float, held: float, total: float, write_rate: float, restart: float) -> Goodput:
@@ -50,4 +53,7 @@ def goodput(ranks: int, failures_per_gpu_hour: float, held: float, total: float,
     save = max(held / COPY, 1e-3)
     written = total / write_rate
     interval = max(best_interval(save, failure), written)
-    return Goodput(share_at(interval, save, failure, restart + written), interval, failure, save)
+    share = share_at(interval, save, failure, restart + written)
+    if share < 1e-6:
+        raise UsageError(f"a failure every {failure:.3g} s leaves no time to train: check failures_per_gpu_hour and restart_seconds")
+    return Goodput(share, interval, failure, save)

@@ -79,13 +79,15 @@ def axes(config: Config, ranks: int, node: int) -> Iterator[Parallel]:
                                 "tp": tp, "pp": pp, "cp": cp, "dp_shard": shard, "dp_replicate": data // shard, "ep": ep, "etp": None,
                                 "tp_sequence": tp > 1, "pp_layers": None, "cp_method": "ring", "cp_ulysses": 1, "engine": "fsdp2",
                                 "accumulation": "depth_first", "breadth_first": None, "pp_virtual": 1, "offload": (),
-                                "update_in_backward": False, "reshard_after_forward": True,
+                                "update_in_backward": False, "reshard_after_forward": True, "offload_dir": None,
+                                "activation_budget": None, "tp_async": base.tp_async and tp > 1,
+                                "cp_pieces": base.cp_pieces if cp > 1 else 2, "ep_rows": base.ep_rows if ep > 1 else None,
                             }
                         )  # fmt: skip
 
 
 def shards(data: int, inside: int, node: int, ranks: int) -> list[int]:
-    """Ways to spread data ranks over shards and replicas: all shards, shards within a node, and powers of two between."""
+    """Ways to spread data ranks over shards and replicas: all shards, shards within a node, and some in between."""
     found = {data, 1} if data <= 64 else {data}
     size = max(1, node // inside)
     while size < data:

@@ -127,7 +127,7 @@ def lines(found: Found, config: Config, ranks: int, cluster: Cluster, shown: int
         for layout in thinned(found.pareto, shown)
         if (q := layout.prediction)
     ]
-    return [*text, "", "# paste into the config:", *pasted(best)]
+    return [*text, "", "# in the config, replace the section parallel by this one, and change these keys of train:", *pasted(best)]
 
 
 def why(layout: Layout, best: Layout) -> str:

@@ -65,7 +65,8 @@ def work_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any], given: S
     if not flops:
         return Work(0.0, moved, "bf16", kernels)
     if "attention" in name:
-        causal = any(a is True for a in args) or kwargs.get("is_causal") is True
+        named = {a.name: value for a, value in zip(function._schema.arguments, args)} | kwargs
+        causal = named.get("is_causal") is True
         return Work(flops / 2 if causal else flops, moved, "attention", kernels)
     factor = next((x for x in reversed(given) if x.is_floating_point()), None)
     format_ = FORMATS.get(factor.dtype, "fp32") if factor is not None else "fp32"

@@ -113,6 +113,10 @@ def refuse(config: Config) -> None:
         raise TraceFailedError("DeepSpeed's engine cannot be traced: its kernels are not torch's")
     if "activations" in p.offload:
         raise TraceFailedError("offloaded activations cannot be traced: which tensor is a block's input is decided by its address")
+    if p.recompute == "budget":
+        raise TraceFailedError("parallel.recompute budget cannot be traced: the compiler chooses what is kept")
+    if p.tp_async:
+        raise TraceFailedError("parallel.tp_async cannot be traced: it needs torch.compile")
     if config.precision.fp8 == "dynamic":
         raise TraceFailedError("precision.fp8 dynamic cannot be traced: torchao's kernels are not torch's")
 
