@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megascale.config import optimizers as config_optimizers
 from megascale.config.schema import Optim, Parallel
 from megascale.errors import UsageError
 from megascale.optim import moments, optimizers, owners
@@ -138,7 +139,7 @@ def small(kind: str | None) -> Case:
 
 def with_state(case: Case, ranks: int) -> tuple[Any, Any]:
     """A model and its optimizer after two updates."""
-    moments.BLOCK = 4  # widths are small here
+    config_optimizers.BLOCK = 4  # widths are small here
     model = build(case, ranks)
     optimizer = build_optimizer(model, case.optim)
     for _ in range(2):
@@ -192,7 +193,7 @@ def test_small_moments_resume_on_any_layout(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.02), ("int8", 0.2)])
 def test_small_moments_take_about_the_same_steps(kind: str, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches moments that are scaled, cut or forgotten between updates, a bad step that changes them, and wrong numbers of bytes."""
-    monkeypatch.setattr(moments, "BLOCK", 8)
+    monkeypatch.setattr(config_optimizers, "BLOCK", 8)
     exact, rough, start = stepped(small(None)), stepped(small(kind)), stepped(small(kind), finite=False)
     moved = max(float((exact[n] - start[n]).abs().max()) for n in exact)
     assert 0 < max(float((exact[n] - rough[n]).abs().max()) for n in exact) < bound * moved
