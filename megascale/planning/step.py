@@ -54,15 +54,6 @@ class Prediction:
     def memory_bytes(self) -> float:
         return sum(self.memory.values())
 
-    @property
-    def fits(self) -> bool:
-        return self.memory_bytes <= self.room
-
-    @property
-    def exposed(self) -> float:
-        """Seconds of the step that wait for exchanges."""
-        return sum(seconds for name, seconds in self.parts.items() if name not in ("compute", "recompute", "bubble", "update"))
-
 
 @dataclass
 class Links:

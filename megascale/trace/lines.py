@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 import sys
 from functools import cache
 from pathlib import Path
@@ -57,9 +56,3 @@ def place_here() -> tuple[str, str]:
 def _of_program(name: str) -> str:
     """A file of the program relative to the package; empty for the files that watch it."""
     return "" if name.startswith(OWN) or name.endswith(SKIPPED) else name.removeprefix(ROOT)
-
-
-def source(line: str) -> str:
-    """The text of a "file:number"."""
-    name, _, number = line.rpartition(":")
-    return linecache.getline(f"{Path(ROOT).parent}/{name}", int(number)).strip() if name.startswith("megascale/") else ""
