@@ -7,8 +7,8 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadscope
 
 # What computes, once more as on a CPU with AVX2 alone: no AVX-512, no bf16 instructions.
 NARROW = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-NUMERICS = tests/test_matmul.py tests/test_product_cpu.py tests/test_kernels.py tests/test_router.py tests/test_generate.py \
-	tests/precision/test_fp8.py tests/precision/test_masters.py tests/depth/test_table.py
+NUMERICS = tests/test_matmul.py tests/test_product_cpu.py tests/test_kernels.py tests/test_router.py tests/test_mixture.py \
+	tests/test_generate.py tests/precision/test_fp8.py tests/precision/test_masters.py tests/depth/test_table.py
 BF16 = tests/test_layouts.py tests/test_sequence.py tests/test_experts.py tests/test_spacetime.py
 
 .PHONY: quickstart test test-narrow test-all check lint types docs clean
