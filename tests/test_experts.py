@@ -30,32 +30,39 @@ MODELS: dict[str, Model] = {
     "capacity": sparse(router="softmax_topk", capacity_factor=0.7),
     "entropy": sparse(balance="entropy", num_shared=1),
     "xmoe": sparse(3, router="xmoe", every=2, top_k=1),
-}
+    "deepseek": sparse(
+        num_experts=8, top_k=3, router="sigmoid", balance="bias", bias_rate=0.1, sequence_loss=0.3, num_shared=1, groups=4, top_groups=2,
+        routed_scale=2.5,
+    ),
+    "qwen": sparse(router="softmax_topk", renormalize=True, num_shared=1, shared_gate=True, balance_over="batch"),
+    "gpt-oss": sparse(expert_bias=True, router_bias=True, balance_over="batch").model_copy(update={"ffn": "swiglu_clamped"}),
+}  # fmt: skip
 # How many ranks, the layout, and the model that it is tried with.
 LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
-    "no ep: zero3": (2, Parallel(dp_shard=2), "bias"),
+    "no ep: zero3": (2, Parallel(dp_shard=2), "gpt-oss"),
     "no ep: tp x zero3": (4, Parallel(tp=2, dp_shard=2), "xmoe"),
-    "no ep: ddp": (2, Parallel(engine="ddp"), "shared"),
+    "no ep: ddp": (2, Parallel(engine="ddp"), "qwen"),
     "ep": (2, Parallel(ep=2), "shared"),
     "ep, capacity": (2, Parallel(ep=2), "capacity"),
-    "ep 4, full recompute": (4, Parallel(ep=4, recompute="full"), "bias"),
-    "ep x edp, selective": (4, Parallel(ep=2, recompute="selective"), "shared"),
+    "ep 4, full recompute": (4, Parallel(ep=4, recompute="full"), "deepseek"),
+    "ep x edp, selective": (4, Parallel(ep=2, recompute="selective"), "deepseek"),
     "ep x edp, zero2": (4, Parallel(ep=2, reshard_after_forward=False), "xmoe"),
     "ep x replicas": (4, Parallel(dp_replicate=2, ep=2), "bias"),
     "ep, two rounds": (2, Parallel(ep=2, ep_rows=1.0), "capacity"),
-    "ep x edp, two rounds": (4, Parallel(ep=2, ep_rows=1.4, recompute="selective"), "shared"),
-    "ep x tp": (4, Parallel(tp=2, ep=2), "shared"),
+    "ep x edp, two rounds": (4, Parallel(ep=2, ep_rows=1.4, recompute="selective"), "gpt-oss"),
+    "ep x tp": (4, Parallel(tp=2, ep=2), "gpt-oss"),
     "ep x tp sequence": (4, Parallel(tp=2, tp_sequence=True, ep=2, recompute="full"), "capacity"),
-    "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "bias"),
-    "whole experts over tp and dp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=4), "shared"),
+    "tp sequence, shared gate": (2, Parallel(tp=2, tp_sequence=True), "qwen"),
+    "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "deepseek"),
+    "whole experts over tp and dp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=4), "qwen"),
     "whole experts x edp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "entropy"),
     "no ep: ring": (2, Parallel(cp=2), "entropy"),
-    "ep over cp": (2, Parallel(cp=2, ep=2), "bias"),
-    "ep over cp and dp": (4, Parallel(cp=2, cp_method="ulysses", ep=4), "shared"),
+    "ep over cp": (2, Parallel(cp=2, ep=2), "deepseek"),
+    "ep over cp and dp": (4, Parallel(cp=2, cp_method="ulysses", ep=4), "gpt-oss"),
     "ep x edp over cp": (4, Parallel(cp=2, ep=2), "entropy"),
-    "whole experts over tp and cp": (4, Parallel(tp=2, tp_sequence=True, etp=1, cp=2, ep=4), "shared"),
-    "layered, ep x edp": (4, Parallel(ep=2, accumulation="layered", recompute="full"), "bias"),
-    "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered"), "shared"),
+    "whole experts over tp and cp": (4, Parallel(tp=2, tp_sequence=True, etp=1, cp=2, ep=4), "qwen"),
+    "layered, ep x edp": (4, Parallel(ep=2, accumulation="layered", recompute="full"), "deepseek"),
+    "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered"), "gpt-oss"),
     "whole experts, sharded only": (2, Parallel(tp=2, tp_sequence=True, etp=1), "xmoe"),
 }
 
@@ -70,6 +77,7 @@ def test_every_layout_equals_one_process(layout: str) -> None:
 
 
 SCHEDULES = {"1f1b": 1, "looped_bfs": 2, "interleaved_zero_bubble": 2, "zbv": 2, "dualpipev": 2}
+OF_SCHEDULE = {"zbv": "gpt-oss", "interleaved_zero_bubble": "deepseek", "dualpipev": "qwen"}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -82,7 +90,8 @@ def test_every_schedule_equals_one_process(schedule: str) -> None:
         ep=2,
         recompute="full" if schedule == "zbv" else "none",
     )
-    assert_equal(Case(sparse(4, balance="bias"), parallel, batch=8), 4)
+    model = MODELS[OF_SCHEDULE[schedule]].model_copy(update={"num_layers": 4}) if schedule in OF_SCHEDULE else sparse(4, balance="bias")
+    assert_equal(Case(model, parallel, batch=8), 4)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-5), ("bf16", 2e-2)])
@@ -111,7 +120,9 @@ def test_mixed_precision_under_ddp() -> None:
 def test_compiled_blocks(recompute: str) -> None:
     """Catches a graph that swallows an exchange, or a mixture that breaks inside one."""
     parallel = Parallel(tp=2, tp_sequence=True, ep=2, compile=True, recompute=recompute)  # type: ignore[arg-type]
-    case = Case(sparse(num_experts=2), parallel, precision="fp32")
+    groups = {} if recompute == "none" else {"groups": 2, "top_groups": 2}
+    model = sparse(num_experts=2, expert_bias=True, router_bias=True, num_shared=1, shared_gate=True, **groups)
+    case = Case(model, parallel, precision="fp32")
     reference, got = single(case), run_ranks(4, train, case, timeout=170)[0]
     assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 2e-5
     assert worst(got["grad"], reference["grad"])[0] <= 1e-4
@@ -135,18 +146,26 @@ def random_case(draw: st.DrawFn) -> tuple[int, Case]:
         recompute=draw(st.sampled_from(["none", "selective", "full"])),
     )
     capacity = None if whole or cp > 1 else draw(st.sampled_from([None, 0.6, 1.25]))
+    shared, balance = draw(st.integers(0, 2)), draw(st.sampled_from(["loss", "entropy", "bias", "none"]))
     model = sparse(
         draw(st.integers(1, 3)),
         num_experts=draw(st.sampled_from([4, 8])),
         top_k=draw(st.integers(1, 3)),
-        num_shared=draw(st.integers(0, 2)),
+        num_shared=shared,
         router=draw(st.sampled_from(["topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe"])),
-        balance=draw(st.sampled_from(["loss", "entropy", "bias", "none"])),
+        balance=balance,
         capacity_factor=capacity,
+        renormalize=draw(st.sampled_from([None, True, False])),
+        routed_scale=draw(st.sampled_from([1.0, 1.8])),
+        **draw(st.sampled_from([{}, {"groups": 4, "top_groups": 3}, {"groups": 2, "top_groups": 2, "group_score": "max"}])),
+        router_bias=draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
+        shared_gate=shared > 0 and draw(st.booleans()),
+        sequence_loss=draw(st.sampled_from([0.0, 0.2])) if balance == "bias" else 0.0,
+        balance_over=draw(st.sampled_from(["sequence", "batch"])) if balance == "loss" else "sequence",
     )
-    model = model.model_copy(
-        update={"ffn": draw(st.sampled_from(["swiglu", "gelu", "relu"])), "dropout": draw(st.sampled_from([0.0, 0.1]))}
-    )
+    ffn = draw(st.sampled_from(["swiglu", "gelu", "relu", "swiglu_clamped"]))
+    model = model.model_copy(update={"ffn": ffn, "dropout": draw(st.sampled_from([0.0, 0.1]))})
     return 4, Case(model, parallel, batch=draw(st.integers(3, 6)), packed=draw(st.booleans()), steps=2)
 
 
@@ -174,17 +193,20 @@ def test_fewer_tokens_than_experts() -> None:
     assert_equal(Case(sparse(num_experts=8), Parallel(ep=2), seq_len=3, batch=2), 2)
 
 
-MOE = {"num_experts": 4, "top_k": 2, "ffn_size": 16, "balance": "bias", "bias_rate": 0.05, "router": "sigmoid", "every": 2}
+MOE = {"num_experts": 4, "top_k": 2, "ffn_size": 16, "balance": "bias", "bias_rate": 0.05, "router": "sigmoid"}
 
 
 def half(folder: str, parallel: dict[str, Any], stop_at: int | None) -> int:
     values = {**runs.settings(Path(folder)), "parallel": parallel}
-    values["model"]["moe"] = MOE
+    batch = {"num_experts": 8, "ffn_size": 16, "groups": 4, "top_groups": 2, "balance_over": "batch"}
+    values["model"] |= {"kinds": {"batch": {"moe": batch}, "biased": {"moe": MOE}}, "pattern": ["batch", "biased"]}
     return runs.run(values, stop_at)[0]
 
 
 def test_resumed_at_another_ep(tmp_path: Path) -> None:
-    """Catches experts that a checkpoint puts in the wrong place, biases that start again from zero, and rows of metrics without load."""
+    """Catches experts that a checkpoint puts in the wrong place, biases that start again from zero, a load of the last batch that is
+    forgotten, layers of different numbers of experts whose counts are mixed up, and rows of metrics without load.
+    """
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     for folder in ("a", "b"):
@@ -196,13 +218,14 @@ def test_resumed_at_another_ep(tmp_path: Path) -> None:
     assert max(abs(x - y) for x, y in zip(one, two)) <= 1e-12 and len(two) == 6
     weights = [runs.weights_at(tmp_path / f, 6) for f in ("a", "b")]
     assert weights[0]["model.blocks.1.ffn.router.bias"].abs().max() > 0
+    assert (weights[0]["model.blocks.0.ffn.router.share"] - 1 / 8).abs().max() > 0.01
     assert all((weights[0][n] - weights[1][n]).abs().max() <= 1e-12 for n in weights[0] if n.startswith("model."))
     for a, b in zip(runs.rows(tmp_path / "a"), runs.rows(tmp_path / "b")):
         told = dict(a["experts"])
-        assert (told.pop("layers"), told.pop("parts")) == ([1], ["ffn"])
+        assert (told.pop("layers"), told.pop("parts")) == ([0, 1], ["ffn", "ffn"])
         for name, values in told.items():
             assert values == pytest.approx(b["experts"][name], rel=1e-9), name
-        assert 1.0 <= a["experts"]["load_max_over_mean"][0] <= 4.0 and b["sent_bytes"]["ep"] > 0
+        assert 1.0 <= a["experts"]["load_max_over_mean"][1] <= 4.0 and b["sent_bytes"]["ep"] > 0
 
 
 @pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 0), (4, 0), (2, 1)])
@@ -222,5 +245,5 @@ def test_experts_under_deepscale_are_as_large_as_one(top_k: int, shared: int) ->
 
 def test_unit_gates_equal_one_process() -> None:
     """Catches a part of a sum divided by the size of that part."""
-    cfg = sparse(num_shared=1).model_copy(update={"residual": "deepscale"})
+    cfg = sparse(num_shared=1, shared_gate=True).model_copy(update={"residual": "deepscale"})
     assert_equal(Case(cfg, Parallel(tp=2, tp_sequence=True, ep=2), steps=2), 4)

@@ -34,6 +34,15 @@ CASES: dict[str, Case] = {
     "matformer": Case(tiny(matformer=Matformer(sizes=(8, 16), train="sum"))),
     **{router: Case(tiny(moe=Moe(**EXPERTS, router=router))) for router in ("topk_softmax", "softmax_topk", "sigmoid", "sigma", "xmoe")},
     "bias balance": Case(tiny(moe=Moe(**EXPERTS, balance="bias", num_shared=1, capacity_factor=1.0))),
+    "grouped experts": Case(
+        tiny(moe=Moe(**EXPERTS, router="sigmoid", balance="bias", sequence_loss=0.1, groups=2, top_groups=1, routed_scale=2.5))
+    ),
+    "clamped experts": Case(
+        tiny(
+            ffn="swiglu_clamped",
+            moe=Moe(**EXPERTS, expert_bias=True, router_bias=True, num_shared=1, shared_gate=True, balance_over="batch"),
+        )
+    ),
     "moeut": Case(tiny(num_kv_heads=4, moe=Moe(**EXPERTS, router="sigma", balance="entropy"), moeut=Moeut(attention_experts=4))),
     "encoder": Case(tiny(family="encoder", position="learned", embedding_norm=True, mlm_head=True, ffn="gelu_tanh")),
     "encoder decoder": Case(tiny(family="encoder_decoder", encoder_layers=1)),

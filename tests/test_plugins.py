@@ -399,7 +399,8 @@ def test_no_metric_hides_what_modules_tell(install: Install) -> None:
 def test_every_built_in_row_names_what_is_there() -> None:
     """Catches a row whose module or name was moved: nothing imports it until somebody asks for it."""
     parts = [*((n, r.build) for n, r in OPTIMIZERS.items()), *((n, r.read) for n, r in READERS.items())]
-    parts += [*((n, p) for n, r in NORMS.items() for p in (r.normalize, r.kernel) if p), *((n, r.phi) for n, r in ACTIVATIONS.items())]
+    parts += [(n, p) for n, r in NORMS.items() for p in (r.normalize, r.kernel) if p]
+    parts += [(n, p) for n, r in ACTIVATIONS.items() for p in (r.phi, r.psi) if p]
     parts += [(n, r.build) for n, r in ATTENTIONS.items()]
     parts += [*((n, r.score) for n, r in ROUTERS.items()), *((n, p) for n, r in RESIDUALS.items() for p in (r.layer, r.ends))]
     for name, part in parts:

@@ -259,13 +259,16 @@ def test_xmoe_starts_from_an_orthogonal_matrix(experts: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["selective", "full", "nested"])
-@pytest.mark.parametrize("variant", ["plain", "moeut"])
+@pytest.mark.parametrize("variant", ["plain", "grouped", "moeut"])
 def test_recomputation_chooses_as_before(mode: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an expert that is chosen anew when a block is recomputed: where a logit comes out otherwise in its last place, rows and gates
     are of one token and gradients of another, or ranks wait for rows that do not come.
     """
     moe = Moe(num_experts=4, top_k=2, ffn_size=16)
     changes: dict[str, Any] = {"moe": moe}
+    if variant == "grouped":
+        limits = {"groups": 4, "top_groups": 2, "balance": "bias", "sequence_loss": 0.1}
+        changes = {"moe": moe.model_copy(update=limits)}
     if variant == "moeut":
         changes = {"moe": moe.model_copy(update={"router": "sigma", "balance": "entropy"}), "moeut": Moeut(attention_experts=4)}
     case = Case(tiny(num_layers=4, num_kv_heads=4, **changes), Parallel(recompute=mode))
@@ -274,8 +277,8 @@ def test_recomputation_chooses_as_before(mode: str, variant: str, monkeypatch: p
     chosen = router_module.choose
     again = [False]
 
-    def shaky(score: Any, logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
-        choice = chosen(score, logits * (-1.0 if again[0] else 1.0), top_k, bias)
+    def shaky(score: Any, logits: Tensor, *rest: Any) -> Choice:
+        choice = chosen(score, logits * (-1.0 if again[0] else 1.0), *rest)
         seen.append(choice.experts)
         return choice
 

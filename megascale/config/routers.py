@@ -57,6 +57,7 @@ class RouterRow:
     single      the router that gives the same with one expert per token, for formats in which a single gate of this one is always 1; None:
                 itself
     megatron    models with it can be converted to and from Megatron
+    divides     whether the gates of several experts are divided by their sum; `moe.renormalize` can turn that. None: unknown, and it cannot
     """
 
     score: str | Callable[..., Any]
@@ -65,15 +66,16 @@ class RouterRow:
     growth: RouterGrowth | None = None
     single: str | None = None
     megatron: bool = False
+    divides: bool | None = None
 
 
 OURS = "megascale.model.router"
 ROUTERS: dict[str, RouterRow] = {
-    "topk_softmax": RouterRow(f"{OURS}:topk_softmax", growth=RouterGrowth(normed=True), single="softmax_topk", megatron=True),
-    "softmax_topk": RouterRow(f"{OURS}:softmax_topk", growth=RouterGrowth(normed=False, by_share=True), megatron=True),
-    "sigmoid": RouterRow(f"{OURS}:sigmoid", growth=RouterGrowth(normed=True, alone=0.5), megatron=True),
-    "sigma": RouterRow(f"{OURS}:sigma", equal_rows=True, growth=RouterGrowth(normed=False, alone=0.5)),
-    "xmoe": RouterRow(f"{OURS}:topk_softmax", directions=Directions(16, 1.5, 0.3), growth=RouterGrowth(normed=True)),
+    "topk_softmax": RouterRow(f"{OURS}:topk_softmax", growth=RouterGrowth(normed=True), single="softmax_topk", megatron=True, divides=True),
+    "softmax_topk": RouterRow(f"{OURS}:softmax_topk", growth=RouterGrowth(normed=False, by_share=True), megatron=True, divides=False),
+    "sigmoid": RouterRow(f"{OURS}:sigmoid", growth=RouterGrowth(normed=True, alone=0.5), megatron=True, divides=True),
+    "sigma": RouterRow(f"{OURS}:sigma", equal_rows=True, growth=RouterGrowth(normed=False, alone=0.5), divides=False),
+    "xmoe": RouterRow(f"{OURS}:topk_softmax", directions=Directions(16, 1.5, 0.3), growth=RouterGrowth(normed=True), divides=True),
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megascale.config.layout import axis_sizes, data_parts
 from megascale.config.rules.axes import AXIS_RULES
 from megascale.config.rules.engines import ENGINE_RULES
+from megascale.config.rules.experts import EXPERT_RULES
 from megascale.config.rules.general import GENERAL_RULES
 from megascale.config.rules.kinds import KIND_RULES
 from megascale.config.rules.model import MODEL_RULES
@@ -23,6 +24,7 @@ from megascale.errors import UsageError
 
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
+    *EXPERT_RULES,
     *KIND_RULES,
     *PAIR_RULES,
     *AXIS_RULES,

@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model, Moe
@@ -25,10 +26,10 @@ from megascale.model.auxiliary import ride_on
 from megascale.model.deferred import Deferred, deferred_product
 from megascale.model.feedforward import FeedForward
 from megascale.model.module_metrics import ModuleMetrics, Totals
-from megascale.model.ops.grouped_matmul import Permutation, add_by_expert, by_expert, grouped_product
+from megascale.model.ops.grouped_matmul import Permutation, add_bias, add_by_expert, by_expert, grouped_product
 from megascale.model.residual import Residual
-from megascale.model.router import Choice, Router, balance_loss, entropy_loss, within_capacity, z_loss
-from megascale.model.spec import ParamSpec, Role, declare
+from megascale.model.router import Choice, Router, balance_loss, batch_loss, entropy_loss, within_capacity, z_loss
+from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.fp8 import E4M3, E5M2, fp8_grouped, grouped_weight_gradient, to_fp8
 
 
@@ -48,17 +49,33 @@ Departure = Callable[[Tensor], list[Arrival]]
 Dispatch = Callable[[Tensor], Departure]
 
 
+# The local experts: rows [n, d] sorted by expert and their counts [E_here] → [n, d].
+Run = Callable[[Tensor, Tensor], Tensor]
+# (tokens x [T, d], experts [T, k], gates [T, k]) → what runs the experts where the tokens arrive and returns each token's sum [T, d].
+# `num_experts` instead of an expert: none.
+Travel = Callable[[Tensor, Tensor, Tensor], Callable[[Run], Tensor]]
+
+
 def stay(counts: Tensor) -> Departure:
     """The dispatch without expert parallelism."""
     return lambda rows: [Arrival(lambda: (rows, counts), identity)]
 
 
 class Bank(nn.Module):
-    """One matrix of all experts, [E, out, in]. `scale`, `deferred`, `fp8`, `watch` and `metrics` as in `Linear`."""
+    """One matrix of all experts, [E, out, in], and their biases [E, out]. `scale`, `deferred`, `fp8`, `watch` and `metrics` as in `Linear`.
 
-    def __init__(self, spec: ParamSpec, dtype: torch.dtype, scale: float = 1.0) -> None:
+    If the matrices are split along their inputs, the results of `copies` ranks are summed, and each adds its share of the bias.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, spec: ParamSpec, dtype: torch.dtype, scale: float = 1.0, bias: bool = False) -> None:
         super().__init__()
         self.weight, self.scale = declare(spec, dtype), scale
+        # Split with the outputs; every rank has that of an input-split weight, with a part of its gradient.
+        cut: Cut = 1 if spec.cut == 1 else "heads"
+        self.bias = declare(ParamSpec(spec.shape[:2], "bias", cut, experts=True, uses=spec.uses), dtype) if bias else None
+        self.copies = 1
         self.deferred: Deferred | None = None
         self.handle: Tensor | None = None
         self.fp8 = False
@@ -66,6 +83,13 @@ class Bank(nn.Module):
         self.metrics: ModuleMetrics | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        y = self.product(x, counts)
+        if self.bias is None:
+            return y
+        bias = self.bias.to(y.dtype)
+        return add_bias(y, bias if self.copies == 1 else bias / self.copies, counts)
+
+    def product(self, x: Tensor, counts: Tensor) -> Tensor:
         if self.deferred is None or not torch.is_grad_enabled():
             return self._product(x, self.weight, counts)
         product = partial(self._product, weight=self.weight.detach(), counts=counts)
@@ -128,7 +152,7 @@ class Experts(nn.Module):
         def bank(out_dim: int, in_dim: int, role: Role, cut: int) -> Bank:
             shape = (moe.num_experts, out_dim, in_dim)
             spec = ParamSpec(shape, role, cut, start.std[role], truncated=start.truncated, experts=True, uses=uses)
-            return Bank(spec, dtype, start.product_scale(in_dim))
+            return Bank(spec, dtype, start.product_scale(in_dim), moe.expert_bias)
 
         self.up = bank(f, d, "up", 1)
         self.gate = bank(f, d, "gate", 1) if cfg.gated else None
@@ -138,6 +162,23 @@ class Experts(nn.Module):
         """x [n, d] sorted by expert, counts [E_here] → [n, d], a partial sum if the width is split over ranks."""
         y = self.up(x, counts)
         return self.down(self.activation(y, None if self.gate is None else self.gate(x, counts)), counts)  # type: ignore[no-any-return]
+
+
+class SharedGate(nn.Module):
+    """σ(w·x), the share of the shared experts' output that a token takes (Qwen2-MoE, arXiv 2407.10671). Like a router's logits it is
+    computed in at least fp32.
+    """
+
+    def __init__(self, hidden: int, std: float, truncated: bool, dtype: torch.dtype, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        # A tensor rank multiplies its part of a sum, so it has a part of the gradient.
+        self.weight = declare(ParamSpec((1, hidden), "router", "heads", std, truncated=truncated), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, d] → [b, s, 1]"""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return torch.sigmoid(F.linear(x.to(exact), self.weight.to(x.dtype).to(exact)) * self.scale)
 
 
 class MixtureOfExperts(nn.Module):
@@ -154,16 +195,20 @@ class MixtureOfExperts(nn.Module):
         assert moe is not None and moe.ffn_size is not None
         start = start or start_of(cfg, moe, row)
         self.moe, self.num_experts, self.unit_gates = moe, moe.num_experts, row.scheme.unit_gates
-        self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else 0.0
+        self.balance_weight = moe.aux_loss if moe.balance in ("loss", "entropy") else moe.sequence_loss
         router_scale = start.product_scale(cfg.hidden_size)
         self.router = Router(cfg.hidden_size, moe, start.std["router"], start.truncated, dtype, router_scale)
         self.experts = Experts(cfg, moe, start, dtype)
         self.shared = FeedForward(cfg, row, dtype, moe.num_shared * moe.ffn_size) if moe.num_shared else None
+        self.shared_gate: SharedGate | None = None
+        if moe.shared_gate:
+            self.shared_gate = SharedGate(cfg.hidden_size, start.std["router"], start.truncated, dtype, router_scale)
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.over_sequence: Callable[[Tensor], Tensor] = identity
         self.loss_weights_here: Callable[[Tensor], Tensor] = identity
         self.dispatch: Dispatch = stay
+        self.travel: Travel | None = None  # instead of `dispatch`, whose rows travel one by one
         self.copies = 1
         self.handle = handle_of(self)  # of what hears about a micro-batch
         self.metrics = ModuleMetrics(
@@ -189,32 +234,51 @@ class MixtureOfExperts(nn.Module):
     def _mix(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
         # Dropped assignments belong to no expert and are sorted after all others.
         experts = (choice.experts if kept is None else choice.experts.where(kept, self.num_experts)).flatten(0, 1)
-        sort, counts = Permutation.of(experts), load(experts, self.num_experts)
-        depart = self.dispatch(counts)
-        rows = sort.permute(x.flatten(0, 1))
-        # The products leave rows without an expert, and their gradients, undefined.
-        exists = None if kept is None else (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1)
-        rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
-        rounds = depart(rows)
-        shared = self.shared(x) if self.shared is not None else None  # while the rows are in flight
-        parts = [arrival.back(self.experts(*arrival.wait())) for arrival in rounds]
-        results = sum(parts[1:], parts[0])
-        results = results if exists is None else results.where(exists, results.new_zeros(()))
-        y = sort.unpermute(results, choice.gates.flatten(0, 1).to(x.dtype)).view_as(x)
+        tokens, gates = x.flatten(0, 1), choice.gates.flatten(0, 1).to(x.dtype)
+        arrive = self._by_row(tokens, experts, gates, kept is not None) if self.travel is None else self.travel(tokens, experts, gates)
+        shared, share = self._shared(x)  # while the rows are in flight
+        y = arrive(self.experts).view_as(x)
         y = y if shared is None else y + shared
         if not self.unit_gates:
             return y
         # Experts are independent at initialization: their variances add up, and the shared ones count in full.
-        squares = choice.gates.square().sum(-1, keepdim=True) + float(shared is not None)
+        squares = choice.gates.square().sum(-1, keepdim=True) + (float(shared is not None) if share is None else share.square())
         size = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
         if self.moe.top_k == 1 and shared is None:
             size = size.detach()  # a gate divided by itself would be 1 and give the router no gradient; divided by its value it is 1, too
         return y / size.to(y.dtype)
 
+    def _by_row(self, x: Tensor, experts: Tensor, gates: Tensor, drops: bool) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]:
+        """`Travel` of one row for each assignment, through `dispatch`. `drops`: some assignments may be to no expert."""
+        sort, counts = Permutation.of(experts), load(experts, self.num_experts)
+        depart = self.dispatch(counts)
+        rows = sort.permute(x)
+        # The products leave rows without an expert, and their gradients, undefined.
+        exists = (torch.arange(rows.shape[0], device=x.device) < counts.sum()).unsqueeze(1) if drops else None
+        rows = rows if exists is None else rows.where(exists, rows.new_zeros(()))
+        rounds = depart(rows)
+
+        def arrive(run: Run) -> Tensor:
+            parts = [arrival.back(run(*arrival.wait())) for arrival in rounds]
+            results = sum(parts[1:], parts[0])
+            results = results if exists is None else results.where(exists, results.new_zeros(()))
+            return sort.unpermute(results, gates)
+
+        return arrive
+
+    def _shared(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The shared experts' output [b, s, d], and the gate [b, s, 1] in it; None for what there is not."""
+        if self.shared is None:
+            return None, None
+        y = self.shared(x)
+        if self.shared_gate is None:
+            return y, None
+        gate = self.shared_gate(x)
+        return y * gate.to(y.dtype), gate
+
     def _with_losses(self, x: Tensor, logits: Tensor, choice: Choice, kept: Tensor | None, loss_weights: Tensor) -> Tensor:
         moe, loss_weights = self.moe, self.loss_weights_here(loss_weights).to(logits.dtype)
-        form = entropy_loss if moe.balance == "entropy" else balance_loss
-        balance, z = form(choice, loss_weights, self.over_sequence), z_loss(logits, loss_weights)
+        balance, z = self._balance(logits, choice, loss_weights), z_loss(logits, loss_weights)
         loss = moe.z_loss * z + self.balance_weight * balance
         with torch.no_grad():
             here = (loss_weights > 0).unsqueeze(-1)
@@ -222,6 +286,14 @@ class MixtureOfExperts(nn.Module):
             dropped = [] if kept is None else [(here & ~kept).sum()]
             values = [counts, loss_weights.sum(), balance.detach(), z.detach(), logits.abs().amax(), *dropped]
         return ride_on(x, loss, 1.0 / self.copies, self.handle, values)
+
+    def _balance(self, logits: Tensor, choice: Choice, loss_weights: Tensor) -> Tensor:
+        if self.router.share is not None:
+            return batch_loss(choice, loss_weights, self.router.share)
+        if self.moe.sequence_loss:
+            choice = self.router.by_score(logits)
+        form = entropy_loss if self.moe.balance == "entropy" else balance_loss
+        return form(choice, loss_weights, self.over_sequence)
 
     def hear(self, about: str, *values: Tensor) -> None:
         """Adds the values of a micro-batch to the metrics."""

@@ -35,16 +35,63 @@ class Choice(NamedTuple):
 class Scored(NamedTuple):
     """The result of a router's `score` of logits [..., E]: `scores`, of which the k largest are chosen, and a function from the chosen
     experts [..., k] to the `Choice`.
+
+    gates  the gates of chosen experts, divided by their sum or not, for `moe.renormalize`; None: the choice's alone
     """
 
     scores: Tensor
     choice: Callable[[Tensor], Choice]
+    gates: Callable[[Tensor, bool], Tensor] | None = None
 
 
-def choose(score: Callable[[Tensor], Scored], logits: Tensor, top_k: int, bias: Tensor | None) -> Choice:
-    """logits [..., E] → the choice of each token: the k largest scores. A `bias` [E] affects the selection only."""
-    scores, choice = score(logits)
-    return choice((scores if bias is None else scores + bias).topk(top_k, -1).indices)
+class Among(NamedTuple):
+    """Groups of consecutive experts: a token chooses among those of its `top` best groups (DeepSeek-V3, arXiv 2412.19437).
+
+    best  how many of a group's largest scores make the group's own, which is their sum
+    """
+
+    groups: int
+    top: int
+    best: int
+
+    @classmethod
+    def of(cls, cfg: Moe) -> Among | None:
+        if cfg.groups is None or cfg.top_groups is None:
+            return None
+        return cls(cfg.groups, cfg.top_groups, min(2, cfg.num_experts // cfg.groups) if cfg.group_score == "top2" else 1)
+
+    @torch.no_grad()
+    def limit(self, scores: Tensor) -> Tensor:
+        """scores [..., E] → the same, −∞ for experts of other groups."""
+        of_group = scores.unflatten(-1, (self.groups, -1))
+        chosen = of_group.topk(self.best, -1).values.sum(-1).topk(self.top, -1).indices
+        open_ = torch.zeros(of_group.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(-1, chosen, True)
+        return of_group.where(open_.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def choose(
+    score: Callable[[Tensor], Scored],
+    logits: Tensor,
+    top_k: int,
+    bias: Tensor | None,
+    among: Among | None = None,
+    divided: bool | None = None,
+    scale: float = 1.0,
+) -> Choice:
+    """logits [..., E] → the choice of each token: the k largest scores.
+
+    bias     [E], added to scores; affects the selection only
+    among    the groups that the selection is limited to
+    divided  whether the gates of several experts are divided by their sum; None: as the router does
+    scale    factor on the gates
+    """
+    scored = score(logits)
+    scores = scored.scores if bias is None else scored.scores + bias
+    experts = (scores if among is None else among.limit(scores)).topk(top_k, -1).indices
+    choice = scored.choice(experts)
+    if divided is not None and scored.gates is not None:
+        choice = choice._replace(gates=scored.gates(experts, divided and top_k > 1))
+    return choice if scale == 1.0 else choice._replace(gates=choice.gates * scale)
 
 
 def topk_softmax(logits: Tensor) -> Scored:
@@ -52,43 +99,63 @@ def topk_softmax(logits: Tensor) -> Scored:
     logit it would be 1 whatever the router says (Switch; top-1 gates of X-MoE and TorchScale).
     """
     probabilities = torch.softmax(logits, -1)
-
-    def choice(experts: Tensor) -> Choice:
-        several = experts.shape[-1] > 1
-        gates = torch.softmax(logits.gather(-1, experts), -1) if several else probabilities.gather(-1, experts)
-        return Choice(experts, gates, probabilities)
-
-    return Scored(logits, choice)
+    return _scored(logits, probabilities, logits, lambda: probabilities, divides=True)
 
 
 def softmax_topk(logits: Tensor) -> Scored:
     """Gates come unchanged from the softmax over all experts (Switch, arXiv 2101.03961)."""
     probabilities = torch.softmax(logits, -1)
-    return Scored(probabilities, lambda experts: Choice(experts, probabilities.gather(-1, experts), probabilities))
+    return _scored(probabilities, probabilities, logits, lambda: probabilities, divides=False)
 
 
 def sigmoid(logits: Tensor) -> Scored:
     """Gates are σ, divided by their sum if several experts are chosen (DeepSeek-V3, arXiv 2412.19437)."""
     scores = torch.sigmoid(logits)
-
-    def choice(experts: Tensor) -> Choice:
-        own = scores.gather(-1, experts)
-        gates = _divided(own, logits.gather(-1, experts)) if experts.shape[-1] > 1 else own
-        return Choice(experts, gates, _divided(scores, logits))
-
-    return Scored(scores, choice)
+    return _scored(scores, scores, logits, lambda: _divided(scores, logits), divides=True, divided=_sigmoids)
 
 
 def sigma(logits: Tensor) -> Scored:
     """Gates are plain σ; balance losses use the softmax (σ-MoE, arXiv 2310.10837)."""
     probabilities, scores = torch.softmax(logits, -1), torch.sigmoid(logits)
-    return Scored(scores, lambda experts: Choice(experts, scores.gather(-1, experts), probabilities))
+    return _scored(scores, scores, logits, lambda: probabilities, divides=False, divided=_sigmoids)
+
+
+def _softmax(own: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+    """The shares of the chosen `experts` [..., k] in a softmax, divided by their sum: the softmax of their logits."""
+    return torch.softmax(logits.gather(-1, experts), -1)
+
+
+def _sigmoids(own: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+    return _divided(own.gather(-1, experts), logits.gather(-1, experts))
+
+
+def _scored(
+    scores: Tensor,
+    own: Tensor,
+    logits: Tensor,
+    probabilities: Callable[[], Tensor],
+    divides: bool,
+    divided: Callable[[Tensor, Tensor, Tensor], Tensor] = _softmax,
+) -> Scored:
+    """Experts are chosen by `scores`. Their gates are their `own` [..., E] or, if the router `divides` those of several, what `divided`
+    makes of these, the logits and the choice.
+    """
+
+    def gates(experts: Tensor, divide: bool) -> Tensor:
+        return divided(own, logits, experts) if divide else own.gather(-1, experts)
+
+    return Scored(scores, lambda experts: Choice(experts, gates(experts, divides and experts.shape[-1] > 1), probabilities()), gates)
 
 
 def _divided(scores: Tensor, logits: Tensor) -> Tensor:
     """σ [..., n] of the logits, divided by their sum. If all of them underflow, the limit of that: the softmax of log σ."""
     total, smallest = scores.sum(-1, keepdim=True), torch.finfo(scores.dtype).tiny
     return torch.where(total < smallest, torch.softmax(F.logsigmoid(logits), -1), scores / total.clamp(min=smallest))
+
+
+def batch_loss(choice: Choice, loss_weights: Tensor, share: Tensor) -> Tensor:
+    """`balance_loss` with the `share` [E] of the load that each expert has had in a whole batch: linear in the tokens."""
+    return choice.probabilities.shape[-1] * (share.to(loss_weights.dtype) * mass_of(choice.probabilities, loss_weights)).sum()
 
 
 def balance_loss(choice: Choice, loss_weights: Tensor, over_sequence: Callable[[Tensor], Tensor] = identity) -> Tensor:
@@ -161,18 +228,28 @@ def moved_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     return moved - moved.mean()
 
 
+def share_of(counts: Tensor) -> Tensor:
+    """The share [E] of the load that each expert had, from the `counts` [E] (int64) of its assignments. A factor on all counts changes
+    nothing, not even a bit: both numbers are whole.
+    """
+    return counts.double() / counts.sum().double()
+
+
 class Router(nn.Module):
     """Tokens → logits → choice. Weights are rounded to the compute dtype like all others; the products run in at least fp32.
 
-    `scale` multiplies the input. `bias`, under `balance: bias`, is state: `moved_bias` updates it after each step.
+    `scale` multiplies the input; `logit_bias` is learned. Two states, which the end of each step updates (parallel/expert.py): `bias`,
+    under `balance: bias`, by `moved_bias`; `share`, under `balance_over: batch`, to the load of the global batch.
     """
 
     bias: Tensor | None
+    share: Tensor | None
 
     def __init__(self, hidden: int, cfg: Moe, std: float, truncated: bool, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
-        self.row, self.top_k = routers()[cfg.router], cfg.top_k
+        self.row, self.top_k, self.among = routers()[cfg.router], cfg.top_k, Among.of(cfg)
+        self.divided, self.gate_scale = cfg.renormalize, cfg.routed_scale
         self.score = resolve(self.row.score, f"the router {cfg.router}")
         # Every rank holds the whole router but gets only its own experts' share of the gates' gradients, hence "heads".
         wide = ParamSpec((cfg.num_experts, hidden), "router", "heads", std, truncated=truncated, equal_rows=self.row.equal_rows)
@@ -184,10 +261,16 @@ class Router(nn.Module):
             self.project = declare(ParamSpec((of.dim, hidden), "router", "heads", std, truncated=truncated), dtype)
             self.temperature = declare(ParamSpec((1,), "norm", "heads", mean=of.temperature), dtype)
         self.weight = declare(wide, dtype)
-        if cfg.balance == "bias":
-            declare_state(self, "bias", ParamSpec((cfg.num_experts,), "bias", "tokens"), torch.float32)
+        self.logit_bias = declare(ParamSpec((cfg.num_experts,), "bias", "heads"), dtype) if cfg.router_bias else None
+        self._state("bias", cfg.balance == "bias", 0.0)
+        self._state("share", cfg.balance_over == "batch", 1.0 / cfg.num_experts)
+
+    def _state(self, name: str, used: bool, start: float) -> None:
+        """A number per expert that no optimizer updates; None if it is not used."""
+        if used:
+            declare_state(self, name, ParamSpec((self.weight.shape[0],), "bias", "tokens", mean=start), torch.float32)
         else:
-            self.bias = None
+            self.register_buffer(name, None)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [b, s, d] → [b, s, E]"""
@@ -196,12 +279,18 @@ class Router(nn.Module):
         if self.scale != 1.0:
             x = x * self.scale
         if self.project is None or self.temperature is None:
-            return F.linear(x, weight)
-        x = F.linear(x, self.project.to(rounded).to(exact))
-        return F.linear(x, F.normalize(weight, dim=-1)) / self.temperature.to(rounded).to(exact)
+            logits = F.linear(x, weight)
+        else:
+            x = F.linear(x, self.project.to(rounded).to(exact))
+            logits = F.linear(x, F.normalize(weight, dim=-1)) / self.temperature.to(rounded).to(exact)
+        return logits if self.logit_bias is None else logits + self.logit_bias.to(rounded).to(exact)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Choice]:
         """x [b, s, d] → logits [b, s, E] and the choice."""
         logits = self.logits(x)
         bias = None if self.bias is None else self.bias.to(logits.dtype)
-        return logits, choose(self.score, logits, self.top_k, bias)
+        return logits, choose(self.score, logits, self.top_k, bias, self.among, self.divided, self.gate_scale)
+
+    def by_score(self, logits: Tensor) -> Choice:
+        """The choice that the scores alone would make, without biases and groups."""
+        return choose(self.score, logits, self.top_k, None)

@@ -24,7 +24,7 @@ from megascale.model.experts import Arrival, Departure, Experts, MixtureOfExpert
 from megascale.model.family import Family
 from megascale.model.moeut import SwitchHead
 from megascale.model.ops.grouped_matmul import permute, places
-from megascale.model.router import moved_bias
+from megascale.model.router import moved_bias, share_of
 from megascale.model.spec import ParamSpec
 from megascale.parallel.bounded import bounded_dispatch
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
@@ -41,7 +41,7 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
             resize(model, name, placement)
     tp, whole, handle = axes["tp"], cfg.expert_tp == cfg.tp, handle_of(axes["ep"])
     for moe in mixtures(model):
-        moe.copies = tp.size if whole else 1
+        moe.copies = moe.experts.down.copies = tp.size if whole else 1
         if axes["ep"].size > 1:
             moe.dispatch = partial(dispatch, axis=axes["ep"], handle=handle)
             if cfg.ep_rows is not None:
@@ -70,19 +70,19 @@ def banks(model: nn.Module) -> Iterator[Experts]:
 
 
 def _place(spec: ParamSpec, axes: Mapping[str, Axis], cfg: Parallel, own_axes: bool) -> Placement:
-    assert isinstance(spec.cut, int)
-    cuts = []
+    cuts, split = [], axes["tp"].size > 1 and cfg.expert_tp == cfg.tp
     if axes["ep"].size > 1:
         cuts.append(Slice("ep", 0, spec.shape[0] // axes["ep"].size))
-    if axes["tp"].size > 1 and cfg.expert_tp == cfg.tp:
+    if split and isinstance(spec.cut, int):
         cuts.append(Slice("tp", spec.cut, spec.shape[spec.cut] // axes["tp"].size))
     shard = "edp" if own_axes else "shard"
     here = Placement(spec, tuple(cuts))
-    return Placement(spec, here.cuts, False, shard, shard_dim(here.shape, axes[shard].size))
+    # Tensor ranks take shares of a bias that is not split.
+    return Placement(spec, here.cuts, split and not isinstance(spec.cut, int), shard, shard_dim(here.shape, axes[shard].size))
 
 
 def shard_dim(shape: list[int], ranks: int) -> int:
-    """The dimension of [experts, rows, columns] to shard over `ranks`: between experts if that divides evenly, else within them."""
+    """The dimension of [experts, rows, …] to shard over `ranks`: between experts if that divides evenly, else within them."""
     return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
@@ -124,19 +124,24 @@ def _sum_over(x: Tensor, axes: list[Axis]) -> Tensor:
 
 @torch.no_grad()
 def settle_routers(stages: list[Family], axes: Mapping[str, Axis], finite: Tensor) -> None:
-    """After an update, before the step's metrics are read: moves the selection biases by the load of the whole global batch, in one message
-    for all local layers, and renormalizes the expert rows of routers by direction. A step that was not `finite` moves nothing.
+    """After an update, before the step's metrics are read: moves the selection biases by the load of the whole global batch and notes that
+    load for the next step's loss, in one message for all local layers, and renormalizes the expert rows of routers by direction. A step
+    that was not `finite` moves nothing.
     """
     layers = [moe for stage in stages for moe in mixtures(stage)]
-    balanced = [(moe.router.bias, moe) for moe in layers if moe.router.bias is not None]
+    balanced = [moe for moe in layers if moe.router.bias is not None or moe.router.share is not None]
     if balanced:
-        # Ranks with the same tokens all count them: only the signs of differences matter.
-        counts = torch.stack([moe.metrics.totals["counts"] for _, moe in balanced])
+        # Ranks with the same tokens all count them: only ratios and the signs of differences matter.
+        counts = torch.cat([moe.metrics.totals["counts"] for moe in balanced])
         for axis in AXES:
             if not axis.other_layers:
                 counts = all_reduce(counts, axes[axis.name])
-        for (bias, moe), count in zip(balanced, counts):
-            bias.copy_(moved_bias(bias, count, moe.moe.bias_rate).where(finite, bias))
+        for moe, count in zip(balanced, counts.split([moe.num_experts for moe in balanced])):
+            bias, share = moe.router.bias, moe.router.share
+            if bias is not None:
+                bias.copy_(moved_bias(bias, count, moe.moe.bias_rate).where(finite, bias))
+            if share is not None:
+                share.copy_(share_of(count).to(share.dtype).where(finite, share))
     for moe in layers:
         if (of := moe.router.row.directions) is not None:
             rows = local_tensor(moe.router.weight)

@@ -182,6 +182,8 @@ def _tensor(s: Setting, rank: int, layers: list[tuple[Unit, int]]) -> float:
 
 def _partial(s: Setting, w: Weight) -> bool:
     """Whether a weight's gradient is a partial sum over tp."""
-    if w.experts or isinstance(w.cut, int) or (w.cut == "kv_heads" and s.cuts.kv_cut):
+    if isinstance(w.cut, int) or (w.cut == "kv_heads" and s.cuts.kv_cut):
         return False
+    if w.experts:
+        return s.cuts.etp > 1
     return w.cut != "tokens" or s.config.parallel.tp_sequence

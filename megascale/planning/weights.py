@@ -245,8 +245,14 @@ def _experts(m: Model) -> Iterator[Weight]:
         yield Weight("ffn.router.project", (of.dim, d), "heads", product=True)
         yield Weight("ffn.router.temperature", (1,), "heads")
     yield Weight("ffn.router.weight", (n, d if of is None else of.dim), "heads", product=True)
+    if moe.router_bias:
+        yield Weight("ffn.router.logit_bias", (n,), "heads")
     for name, out, into, cut in (("up", f, d, 1), *((("gate", f, d, 1),) if m.gated else ()), ("down", d, f, 2)):
         yield Weight(f"ffn.experts.{name}.weight", (n, out, into), cut, True, True, True, uses)
+        if moe.expert_bias:
+            yield Weight(f"ffn.experts.{name}.bias", (n, out), 1 if cut == 1 else "heads", experts=True, uses=uses)
+    if moe.shared_gate:
+        yield Weight("ffn.shared_gate.weight", (1, d), "heads", product=True)
     if moe.num_shared:
         yield from _feed_forward(m, "ffn.shared", moe.num_shared * f)
 

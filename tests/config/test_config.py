@@ -16,6 +16,7 @@ from megascale.config.attentions import ATTENTIONS, AttentionRow
 from megascale.config.identity import check_identity, identity, only_moved
 from megascale.config.layout import axis_sizes
 from megascale.config.load import ELSEWHERE, apply_overrides, build_config, flatten, known_keys, load_config, parse_yaml, to_yaml
+from megascale.config.routers import ROUTERS, RouterRow
 from megascale.config.schema import Config, Parallel
 from megascale.config.support import RULES, check, markdown_table, refusals
 from megascale.errors import MegascaleError, UsageError
@@ -181,16 +182,6 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "mus_tau": (1, ("model.mus_tau=0.2",)),
     "branchnorm_period": (1, ("model.residual=branchnorm",)),
     "deepscale_unit": (1, ("model.deepscale_unit=gradient",)),
-    "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
-    "moe_bias": (1, ("model.moe={}", "model.bias=true")),
-    "moe_sublayer": (1, ("model.moe={}", "model.residual=subln")),
-    "moe_every": (1, ("model.moe={every: 2}",)),
-    "moeut_groups": (1, ("model.moe={}", "model.moeut={group_size: 2}")),
-    "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
-    "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
-    "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
-    "moeut_scores": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.attention_scale=1")),
-    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.accumulation=layered")),
     "ends_of_pairs": (1, ("model.family=encoder_decoder", "model.embedding_norm=true")),
     "mlm_head_scaled": (1, (*MUS, "model.mlm_head=true")),
     "norm_eps_of": (1, ("model.norm_eps_of={blocks.1.ffn_norm: 1e-4}",)),
@@ -202,6 +193,22 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "matformer_sum": (1, ("model.matformer={sizes: [8], train: sum}", "parallel.accumulation=layered")),
     "ffn_sizes": (1, ("model.ffn_sizes=[8, 8]",)),
     "vocab_enabled": (1, ("model.vocab_enabled=31",)),
+    "moe_top_k": (1, ("model.moe={num_experts: 4, top_k: 5}",)),
+    "moe_groups": (1, ("model.moe={groups: 3, top_groups: 1}",)),
+    "moe_top_groups": (1, ("model.moe={groups: 4, top_groups: 1, top_k: 3}",)),
+    "moe_renormalize": (1, ("model.moe={router: mute, renormalize: true}",)),
+    "moe_shared_gate": (1, ("model.moe={shared_gate: true}",)),
+    "moe_balance_over": (1, ("model.moe={balance: bias, balance_over: batch}",)),
+    "moe_sequence_loss": (1, ("model.moe={sequence_loss: 1e-4}",)),
+    "moe_bias": (1, ("model.moe={}", "model.bias=true")),
+    "moe_sublayer": (1, ("model.moe={}", "model.residual=subln")),
+    "moe_every": (1, ("model.moe={every: 2}",)),
+    "moeut_groups": (1, ("model.moe={}", "model.moeut={group_size: 2}")),
+    "moeut_top_k": (1, ("model.moe={}", "model.moeut={group_size: 1, attention_experts: 2, attention_top_k: 3}")),
+    "moeut_layers": (1, ("model.moeut={group_size: 1}",)),
+    "moeut_block": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.qk_norm=true")),
+    "moeut_scores": (1, ("model.moe={}", "model.moeut={group_size: 1}", "model.attention_scale=1")),
+    "moeut_axes": (2, ("model.moe={}", "model.moeut={group_size: 1}", "parallel.accumulation=layered")),
     "latent": (1, ("model.attention=latent", "model.latent={kv_rank: 8, rope_dim: 3}")),
     "rope_fraction": (1, ("model.rope_fraction=0.3",)),
     "mtp_family": (1, ("model.mtp_depth=1", "model.family=encoder")),
@@ -350,6 +357,7 @@ def test_the_shortest_sequence_that_cp_cuts() -> None:
 def test_each_rule_refuses_its_case_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rules that overlap, and messages without the keys, their values and the fix."""
     monkeypatch.setitem(ATTENTIONS, "mute", AttentionRow("a:b", lambda m: 1, lambda m: 1))  # says nothing of what it can be combined with
+    monkeypatch.setitem(ROUTERS, "mute", RouterRow("a:b"))
     ranks, overrides = REFUSED[name]
     found = config(*overrides)
     assert [r.name for r in refusals(found, ranks)] == [name]

@@ -266,6 +266,7 @@ def test_tampered_ranks(damage: str, tmp_path: Path) -> None:
         ({"residual": "deepnorm"}, "model.residual is 'deepnorm'"),
         ({"moe": {}}, "mlp.experts.local_experts.0.linear_fc1.weight"),
         ({"moe": {"router": "xmoe"}}, "model.moe.router is xmoe"),
+        ({"moe": {"expert_bias": True}}, "model.moe.expert_bias is True"),
         ({"attention_scale": 1.0}, "model.attention_scale is 1.0"),
         ({"bias": True}, "its RMSNorm none"),
     ],

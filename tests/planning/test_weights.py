@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "he
 MIXTURES: list[Any] = [
     {"num_experts": 4, "top_k": 2, "ffn_size": 16, "every": 2},
     {"num_experts": 4, "ffn_size": 24, "num_shared": 1, "router": "xmoe", "balance": "bias"},
+    {"num_experts": 4, "ffn_size": 24, "num_shared": 1, "shared_gate": True, "expert_bias": True, "router_bias": True},
 ]
 
 

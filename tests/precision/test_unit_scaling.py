@@ -160,7 +160,7 @@ def test_compiled_and_sharded() -> None:
     assert max(abs(a - b) / abs(b) for a, b in zip(got["loss"], reference["loss"])) <= 1e-4
 
 
-EXPERTS = {"num_experts": 4, "ffn_size": 64, "num_shared": 1}
+EXPERTS = {"num_experts": 4, "ffn_size": 64, "num_shared": 1, "shared_gate": True, "expert_bias": True, "router_bias": True}
 
 
 @pytest.mark.dist

@@ -1,13 +1,13 @@
-"""Rules about models: families, residual schemes, experts."""
+"""Rules about models: families, residual schemes, feed-forwards."""
 
 from __future__ import annotations
 
 import re
 
 from megascale.config.rules.pairs import spans_asked
-from megascale.config.rules.rule import Rule, changed, grid
+from megascale.config.rules.rule import Rule, grid
 from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
-from megascale.config.stages import SPLIT_BACKWARD, has_experts
+from megascale.config.stages import SPLIT_BACKWARD
 
 ENCODERS = ("encoder", "encoder_decoder")  # families with bidirectional attention
 
@@ -147,89 +147,6 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c, n: c.model.deepscale_unit != "variance" and "deepscale_unit" not in c.model.residual_row.reads,
         "deepscale_unit chooses what DeepScaleLM's feed-forward keeps at unit size; other schemes have no such choice",
         "remove deepscale_unit, or use residual deepscale or deepscale_post",
-    ),
-    Rule(
-        "moe_top_k",
-        ("model.moe.top_k", "model.moe.num_experts"),
-        lambda c, n: c.model.moe is not None and c.model.moe.top_k > c.model.moe.num_experts,
-        "top_k is larger than num_experts",
-        "choose a smaller top_k or more experts",
-    ),
-    Rule(
-        "moe_bias",
-        ("model.moe", "model.bias"),
-        lambda c, n: c.model.moe is not None and c.model.bias,
-        "experts have no biases",
-        "set model.bias to false",
-    ),
-    Rule(
-        "moe_sublayer",
-        ("model.moe", "model.residual", "model.linear"),
-        lambda c, n: c.model.moe is not None and (c.model.residual_row.inner_norms or c.model.linear != "dense"),
-        "experts have neither inner norms nor quantized products",
-        "use another residual scheme than subln and linear dense, or remove model.moe",
-    ),
-    Rule(
-        "moe_every",
-        ("model.moe.every", "model.num_layers"),
-        lambda c, n: c.model.has_experts and not any(has_experts(c.model, i) for i in range(c.model.longest_stack)),
-        "every n-th layer of the model has experts, if its kind has any, and so no layer would have some",
-        "choose a smaller every or another pattern, or remove model.moe",
-        whole=True,
-    ),
-    Rule(
-        "moeut_groups",
-        ("model.moeut.group_size", "model.num_layers"),
-        lambda c, n: c.model.moeut is not None and c.model.num_layers % c.model.moeut.group_size != 0,
-        "num_layers must be a multiple of group_size, because whole groups repeat",
-        "choose a group_size that divides num_layers",
-    ),
-    Rule(
-        "moeut_top_k",
-        ("model.moeut.attention_top_k", "model.moeut.attention_experts"),
-        lambda c, n: c.model.moeut is not None and c.model.moeut.attention_top_k > c.model.moeut.attention_experts,
-        "attention_top_k is larger than attention_experts",
-        "choose a smaller attention_top_k or more attention_experts",
-    ),
-    Rule(
-        "moeut_layers",
-        ("model.moeut", "model.moe"),
-        lambda c, n: c.model.moeut is not None and (c.model.moe is None or c.model.moe.every > 1),
-        "every layer of MoEUT has experts in its feed-forward sublayer",
-        "set model.moe with every 1",
-    ),
-    Rule(
-        "moeut_block",
-        ("model.moeut", "model.family", "model.norm", "model.residual", "model.num_kv_heads", "model.num_heads", "model.qk_norm"),
-        lambda c, n: (
-            c.model.moeut is not None
-            and (
-                c.model.family != "decoder"
-                or changed(c.model, "residual", "qk_norm")
-                or not c.model.norm_row.plain
-                or c.model.num_kv_heads != c.model.num_heads
-            )
-        ),
-        "MoEUT is a decoder with a fixed block: its own norms, and one KV head per query head",
-        "set family to decoder, norm to rmsnorm or layernorm, residual to pre and qk_norm to false, and leave num_kv_heads out",
-    ),
-    Rule(
-        "moeut_scores",
-        ("model.moeut", "model.position", "model.attention", "model.attention_scale", "model.attention_bias"),
-        lambda c, n: (
-            c.model.moeut is not None
-            and (c.model.position_row.distances or changed(c.model, "attention", "attention_scale", "attention_bias"))
-        ),
-        "MoEUT has its own attention, without biases and with scores divided by √head_dim",
-        "use another position and leave attention, attention_scale and attention_bias out",
-    ),
-    Rule(
-        "moeut_axes",
-        ("model.moeut", "parallel.pp", "parallel.accumulation"),
-        lambda c, n: c.model.moeut is not None and (c.parallel.pp > 1 or c.parallel.accumulation == "layered"),
-        "the layers of a group repeat through the whole depth: every pipeline stage would hold, gather and reduce all of them, and "
-        "layered accumulation would gather them once per repeat",
-        "use the data axes, tp, cp and ep, with accumulation depth_first",
     ),
     Rule(
         "ends_of_pairs",

@@ -34,10 +34,30 @@ class Moe(Section):
     router: Annotated[str, RowName(routers)] = "topk_softmax"
     """How scores become choices and weights: softmax over the chosen or over all experts, sigmoid scores, SIGMA, or X-MoE's cosine scores.
     """
+    renormalize: bool | None = None
+    """Whether the gates of several chosen experts are divided by their sum. Default: as the router's row does."""
+    routed_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on all gates of routed experts."""
+    groups: Positive | None = None
+    """Groups of consecutive experts: a token chooses among those of its `top_groups` best groups only. Absent: among all experts."""
+    top_groups: Positive | None = None
+    """Groups that a token may choose experts from."""
+    group_score: Literal["top2", "max"] = "top2"
+    """Score of a group: the sum of its two best experts' scores (DeepSeek-V3), or its best one (DeepSeek-V2)."""
+    router_bias: bool = False
+    """A learned bias per expert on the router's logits."""
+    expert_bias: bool = False
+    """Biases in all products of routed experts."""
+    shared_gate: bool = False
+    """The shared experts' output is multiplied by a learned sigmoid gate per token, as in Qwen2-MoE."""
     balance: Literal["loss", "entropy", "bias", "none"] = "loss"
     """How load is balanced: an auxiliary loss, an entropy loss, router biases without a loss, or not at all."""
     aux_loss: Annotated[float, Field(ge=0)] = 1e-2
     """Weight of the balance or entropy loss."""
+    balance_over: Literal["sequence", "batch"] = "sequence"
+    """Where `balance: loss` counts the load: in each sequence, or in the whole global batch of the step before (at first: even)."""
+    sequence_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a balance loss per sequence beside `balance: bias`, as in DeepSeek-V3. It counts choices by scores without biases."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the router's z-loss, the squared log-sum-exp of its scores."""
     bias_rate: Annotated[float, Field(gt=0)] = 1e-3

@@ -18,7 +18,7 @@ from megascale.config.norms import norms
 from megascale.config.positions import positions
 from megascale.config.residuals import residuals
 from megascale.config.routers import routers
-from megascale.config.schema import Model
+from megascale.config.schema import Model, Moe
 from megascale.config.stages import has_experts
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL
@@ -83,6 +83,10 @@ def check_model(model: Model, cut: Cut) -> None:
     if model.moe is not None and not model.moe.router_row.megatron:
         known = ", ".join(_exchanged(routers()))
         raise UsageError(f"model.moe.router is {model.moe.router}, but megatron-core has the weights of {known}: use one of them")
+    for key in ("router_bias", "expert_bias", "shared_gate", "balance_over") if model.moe is not None else ():
+        value = getattr(model.moe, key)
+        if value != Moe.model_fields[key].default:
+            raise UsageError(f"model.moe.{key} is {value!r}, but Megatron's format has no such tensor here: use Hugging Face's format")
     sizes = {"num_kv_heads": model.num_kv_heads}
     if model.moe is not None:
         sizes["moe.ffn_size"] = model.moe.ffn_size or 0

@@ -114,6 +114,21 @@ class _UnpermuteTokens(torch.autograd.Function):
         return g * gates.flatten().index_select(0, order).unsqueeze(1), into_gates, None, None
 
 
+class _SumTokens(torch.autograd.Function):
+    """Rows [T·k, d] in the order `order` → the sum of each token's [T, d]: `_PermuteTokens` the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return sum_of_rows(rows, inverse.view(-1, top_k))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order // ctx.top_k), None, None, None
+
+
 class Permutation(NamedTuple):
     """The assignments [n, k] of n tokens as rows sorted by expert: `order` [n·k] and its inverse."""
 
@@ -137,6 +152,10 @@ class Permutation(NamedTuple):
     def unpermute(self, rows: Tensor, gates: Tensor) -> Tensor:
         """Rows [n·k, d], each times its gate [n, k], summed over a token's experts → [n, d]."""
         return _UnpermuteTokens.apply(rows, gates, self.order, self.inverse)  # type: ignore[no-any-return]
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Rows [n·k, d] summed over a token's experts → [n, d]."""
+        return _SumTokens.apply(rows, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return]
 
 
 def inverse_of(order: Tensor) -> Tensor:
@@ -269,3 +288,27 @@ def by_expert(x: Tensor, weight: Tensor) -> bool:
 def in_one(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`grouped_product` as one kernel, without a synchronization for the counts."""
     return torch._grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+        of_row = torch.searchsorted(counts.cumsum(0), torch.arange(x.shape[0], device=x.device), right=True)
+        ctx.save_for_backward(of_row)
+        ctx.experts = bias.shape[0]
+        return x + bias.index_select(0, of_row.clamp(max=bias.shape[0] - 1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (of_row,), (g,) = ctx.saved_tensors, grads
+        # A product, since sums by index have no fixed order on GPUs. Rows without an expert have undefined gradients.
+        experts = torch.arange(ctx.experts, device=g.device)
+        exists = (of_row < ctx.experts).unsqueeze(1)
+        return g, (experts.unsqueeze(1) == of_row).to(g.dtype) @ g.where(exists, g.new_zeros(())), None
+
+
+def add_bias(x: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+    """Rows x [n, out] sorted by expert, plus the bias [E, out] of each one's expert; `counts` [E]: rows per expert. Rows beyond their sum
+    stay undefined.
+    """
+    return _AddBias.apply(x, bias, counts)  # type: ignore[no-any-return]
