@@ -19,6 +19,7 @@ from megascale.handles import handle_of
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.ops.compiled import compile_static
 from megascale.parallel.expert import dispatch, shard_dim
+from megascale.parallel.once import once
 from megascale.schedule.accumulate import Accumulation
 from tests.layouts import Case, build, fake_batch, train, worst
 from tests.planned import assert_planned
@@ -58,15 +59,29 @@ def forced(case: Case, to: list[int]) -> dict[str, Any]:
         layouts.build = original
 
 
-@pytest.mark.parametrize(("to", "ep_rows"), [([0, 1], None), ([0, 3], None), ([3, 2], None), ([0, 1], 1.1)])
-def test_all_tokens_to_one_rank(to: list[int], ep_rows: float | None) -> None:
-    """Catches an exchange that cannot be empty, an expert without rows that gets no gradient, or a rank that waits for rows in vain."""
-    case = Case(sparse(1), Parallel(ep=2), steps=1)
+GROUPS = {"groups": 2, "top_groups": 1}
+
+
+@pytest.mark.parametrize(
+    ("to", "ep_rows", "keys"), [([0, 1], None, {}), ([0, 3], None, {}), ([3, 2], None, {}), ([3, 2], None, GROUPS), ([0, 1], 1.1, {})]
+)
+def test_all_tokens_to_one_rank(to: list[int], ep_rows: float | None, keys: dict[str, Any]) -> None:
+    """Catches an exchange that cannot be empty, an expert without rows that gets no gradient, or a rank that waits for rows in vain. With
+    groups also a token that is sent for each of its experts there: one copy goes, with two gates and two numbers of a byte.
+    """
+    case = Case(sparse(1, **keys), Parallel(ep=2), steps=1)
     case = case if ep_rows is None else replace(case, parallel=Parallel(ep=2, ep_rows=ep_rows))
-    reference, got = run_ranks(1, forced, replace(case, parallel=Parallel()), to)[0], run_ranks(2, forced, case, to)[0]
+    reference = run_ranks(1, forced, replace(case, parallel=Parallel()), to)[0]
+    got, other = run_ranks(2, forced, case, to)
     assert worst(got["grad"], reference["grad"])[0] <= 1e-12
     idle = [e for e in range(4) if e not in to]
     assert all(torch.all(got["grad"]["blocks.0.ffn.experts.up.weight"][e] == 0) for e in idle)
+    tokens, d = case.batch // 2 * case.seq_len, case.model.hidden_size
+    if keys:
+        there, back = (d + 2) * 8, d * 8
+        assert got["sent"]["ep"] == tokens * (there + 2 + back) and other["sent"]["ep"] == tokens * (back + there)
+    elif to == [3, 2]:
+        assert got["sent"]["ep"] == other["sent"]["ep"] == tokens * 2 * 2 * d * 8
 
 
 def test_bytes_of_the_exchange() -> None:
@@ -113,7 +128,8 @@ def test_dry_run_bytes_are_exact(ranks: int, parallel: Parallel) -> None:
     sizes = axis_sizes(parallel, ranks)
     resolved = parallel.model_copy(update={"dp_shard": sizes["dp_shard"]})
     for optimizer in ("adamw", "muon"):
-        case = Case(sparse(4, every=2), resolved, Optim(name=optimizer))  # type: ignore[arg-type]
+        model = sparse(4, every=2, expert_bias=True, router_bias=True, num_shared=1, shared_gate=True, balance_over="batch")
+        case = Case(model, resolved, Optim(name=optimizer))  # type: ignore[arg-type]
         for held, said in run_ranks(ranks, live_bytes, case):
             assert held == said
 
@@ -200,6 +216,28 @@ def test_shared_experts_run_while_rows_travel(compiled: bool) -> None:
     ended = [i for i, n in enumerate(backward.names) if n == "wait_tensor"]
     assert len(begun) == len(ended) == 2
     assert backward.names[begun[1] + 1 : ended[1]] == ["mm"] * 6, backward.names
+
+
+@pytest.mark.slow
+def test_tokens_travel_once_in_a_graph() -> None:
+    """Catches an exchange of grouped tokens that breaks a graph, or gives another result there or without any exchange."""
+    moe = build(Case(sparse(1, num_experts=8, top_k=3, groups=4, top_groups=2, expert_bias=True)), 1).model.get_submodule("blocks.0.ffn")
+    assert isinstance(moe, MixtureOfExperts)
+    axis = Axis("ep", 1, 0, None, Traffic())
+    travel = partial(once, num_experts=8, most=1, axis=axis, handle=handle_of(axis))
+    found = []
+    for how in (None, travel, travel):
+        moe.travel = how
+        run = compile_static(moe.forward, backend="aot_eager") if len(found) == 2 else moe.forward
+        moe.zero_grad()
+        x = torch.randn(1, 12, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = run(x, None)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(p.grad for p in moe.parameters())])
+    for plain, eager, compiled in zip(*found):
+        assert plain is not None and eager is not None and compiled is not None
+        torch.testing.assert_close(eager, plain, rtol=0, atol=1e-13)
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-13)
 
 
 def test_observations_do_not_double() -> None:

@@ -74,6 +74,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "ring window": on(2, replace(DENSE, model=tiny(sliding_window=6, position="alibi")), cp=2),
     "ulysses": on(2, cp=2, cp_method="ulysses"),
     "experts": on(4, MIXTURE, dp_shard=4, ep=2),
+    "experts by groups": on(4, replace(MIXTURE, model=VARIANTS["grouped experts"].model), dp_shard=4, ep=2),
     "experts in rounds": on(4, MIXTURE, dp_shard=4, ep=2, ep_rows=1.5),
     "experts full": on(4, MIXTURE, dp_shard=4, ep=2, recompute="full"),
     **{f"{schedule} {rank}": on(2, rank=rank, pp=2, pp_schedule=schedule) for schedule in ("1f1b", "zbv", "dualpipev") for rank in (0, 1)},
@@ -85,6 +86,7 @@ GROUP = 12
 # What is known to wait, by its place in the code, and why it may.
 KNOWN = {
     "megascale/comm/exchange.py": "ranks that exchange rows must know how many will come, to have room for them; not with parallel.ep_rows",
+    "megascale/parallel/once.py": "the number of rows that grouped tokens make comes to the host with the sizes of their exchange",
 }
 
 

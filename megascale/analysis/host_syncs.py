@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megascale.comm import exchange  # noqa: F401  it declares an operator that reads what it is given
+from megascale.comm import exchange  # noqa: F401  it declares operators that read what they are given
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,7 @@ BY_VALUE = {
     aten.unique_consecutive.default,
     aten.equal.default,
 }
+SIZED = {torch.ops.megascale.send_rows.default, torch.ops.megascale.first_rows.default}  # by numbers on their way to the host
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 
 
@@ -103,7 +104,7 @@ class _Operations(TorchDispatchMode):
         """The operation's result; ones if the host reads something."""
         if func is aten._local_scalar_dense.default and self._on_device(args[0]):
             return 1.0 if args[0].is_floating_point() else args[0].dtype is torch.bool or 1
-        if func is torch.ops.megascale.send_rows.default and self._on_device(args[0]):
+        if func in SIZED and self._on_device(args[0]):
             return torch.empty_like(args[0])  # as many rows as if the load were even
         if func is aten._to_copy.default and self._crosses(args[0], kwargs.get("device")):
             make = torch.ones if self._on_device(args[0]) else torch.empty
@@ -114,7 +115,7 @@ class _Operations(TorchDispatchMode):
 
     def _kind(self, func: Any, args: Any, kwargs: Any) -> str:
         """The kind of wait; empty if there is none."""
-        if func is torch.ops.megascale.send_rows.default:
+        if func in SIZED:
             return VALUE if self._on_device(args[0]) else ""
         if func is aten._local_scalar_dense.default:
             return VALUE if self._on_device(args[0]) else ""

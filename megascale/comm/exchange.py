@@ -58,6 +58,17 @@ def rows_exchanged(splits: Tensor, rows: int) -> list[list[int]]:
     return splits.tolist()  # type: ignore[no-any-return]
 
 
+@torch.library.custom_op("megascale::first_rows", mutates_args=())
+def first_rows(x: Tensor, count: Tensor, expected: int) -> Tensor:
+    """The first rows of x, one more than `count` [1, 1] on the host, if there are so many. `expected`: the count of an even load."""
+    return x[: rows_exchanged(count, expected)[0][0] + 1].clone()
+
+
+@first_rows.register_fake
+def _(x: Tensor, count: Tensor, expected: int) -> Tensor:
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:]))
+
+
 @torch.library.custom_op("megascale::send_rows", mutates_args=())
 def send_rows(x: Tensor, splits: Tensor, axis: Tensor) -> Tensor:
     """Starts sending rows of x [n, …], in order, to the ranks of an axis; `wait` makes the result valid. The host waits for `splits`."""

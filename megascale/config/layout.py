@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megascale.config.axes import NAMES, data_parts
-from megascale.config.schema import Config, Parallel
+from megascale.config.schema import Config, Moe, Parallel
 from megascale.errors import UsageError
 
 
@@ -111,3 +111,13 @@ def even_dim(shape: Sequence[int], ranks: int) -> int:
     """
     padding = -shape[0] % ranks
     return next((d for d, n in enumerate(shape) if n % ranks == 0), 0) if 8 * padding > shape[0] else 0
+
+
+def ranks_met(moe: Moe, ep: int) -> int:
+    """Ranks of ep on which a token's experts may lie at most, as its groups allow."""
+    most = min(moe.top_k, ep)
+    if moe.groups is None or moe.top_groups is None:
+        return most
+    group, here = moe.num_experts // moe.groups, moe.num_experts // ep
+    spans = -(-group // here) if group % here == 0 or here % group == 0 else -(-group // here) + 1
+    return min(most, moe.top_groups * spans)

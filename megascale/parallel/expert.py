@@ -18,6 +18,7 @@ from megascale.comm.collectives import all_reduce
 from megascale.comm.exchange import Flight, exchange_counts, on_host
 from megascale.comm.mesh import Axis
 from megascale.config.axes import AXES
+from megascale.config.layout import ranks_met
 from megascale.config.schema import Parallel
 from megascale.handles import handle_of
 from megascale.model.experts import Arrival, Departure, Experts, MixtureOfExperts
@@ -27,6 +28,7 @@ from megascale.model.ops.grouped_matmul import permute, places
 from megascale.model.router import moved_bias, share_of
 from megascale.model.spec import ParamSpec
 from megascale.parallel.bounded import bounded_dispatch
+from megascale.parallel.once import once
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
 
@@ -46,6 +48,9 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
             moe.dispatch = partial(dispatch, axis=axes["ep"], handle=handle)
             if cfg.ep_rows is not None:
                 moe.dispatch = partial(bounded_dispatch, axis=axes["ep"], handle=handle, factor=cfg.ep_rows)
+            elif moe.moe.groups is not None:
+                most = ranks_met(moe.moe, axes["ep"].size)
+                moe.travel = partial(once, num_experts=moe.num_experts, most=most, axis=axes["ep"], handle=handle)
         if not whole:
             # Tokens stay split along the sequence here; only the shared experts need all of them.
             if moe.shared is not None:

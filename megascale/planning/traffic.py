@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megascale.config.layout import ranks_met
 from megascale.planning.memory import held
 from megascale.planning.pipeline import sends
 from megascale.planning.setting import Setting
@@ -70,11 +71,20 @@ def context_passes(s: Setting, unit: Unit) -> Passes:
 
 
 def expert_passes(s: Setting, unit: Unit) -> Passes:
-    """A layer's exchanges over ep: rows to their experts and back, if the load is even."""
+    """A layer's exchanges over ep: rows to their experts and back, if the load is even. With groups at most these: a token travels once to
+    each rank it meets, with its gates and one byte for the number of each expert (parallel/once.py).
+    """
     if not unit.sparse or s.cuts.ep == 1:
         return Passes()
-    ways = 2 * others(s.cuts.ep) * s.rows * s.config.model.hidden_size * s.item
-    return Passes(ways, ways, 0.0 if s.config.parallel.recompute == "none" else ways)
+    moe, d = s.config.model.moe, s.config.model.hidden_size
+    assert moe is not None
+    if moe.groups is None or s.config.parallel.ep_rows is not None:
+        ways = 2 * others(s.cuts.ep) * s.rows * d * s.item
+        return Passes(ways, ways, 0.0 if s.config.parallel.recompute == "none" else ways)
+    copies = others(s.cuts.ep) * s.rows / moe.top_k * ranks_met(moe, s.cuts.ep)
+    ways = copies * (2 * d + moe.top_k) * s.item
+    numbers = copies * moe.top_k * (1 if moe.num_experts // s.cuts.ep < 256 else 4)
+    return Passes(ways + numbers, ways, 0.0 if s.config.parallel.recompute == "none" else ways + numbers)
 
 
 def gather_bytes(s: Setting, unit: Unit, experts: bool, ranks: int | None = None) -> float:

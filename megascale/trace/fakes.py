@@ -19,7 +19,7 @@ from megascale.trace.meter import OPENED
 
 def open_operators() -> None:
     """Meters look inside the operators that exchange and allocate."""
-    rows = (exchange.exchange_counts, exchange.on_host, exchange.send_rows, exchange.move_rows)
+    rows = (exchange.exchange_counts, exchange.on_host, exchange.first_rows, exchange.send_rows, exchange.move_rows)
     for operator in (ring._attention, ring._attention_backward, *rows):
         body = getattr(operator, "_init_fn", None)  # private, and without it the operator is one kernel
         if body is not None:

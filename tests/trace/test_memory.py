@@ -52,6 +52,7 @@ LAYOUTS = {
     "layered": on(2, dp_shard=2, accumulation="layered"),
     "update in backward": on(2, replace(DENSE, clip=0), dp_shard=2, accumulation="layered", update_in_backward=True),
     "experts": on(2, MIXTURE, dp_shard=2, ep=2),
+    "grouped experts": on(2, replace(MIXTURE, model=VARIANTS["grouped experts"].model), dp_shard=2, ep=2),
     "experts sharded": on(2, MIXTURE, dp_shard=2),
     "fp8": on(2, MUS_FP8, dp_shard=2),
     "lion": on(2, replace(DENSE, optim=Optim(name="lion", lr=1e-3)), dp_shard=2),
