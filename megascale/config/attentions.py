@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megascale.plugins import with_plugins
 
 if TYPE_CHECKING:  # the config section imports this file to check names
-    from megascale.config.schema import Latent, Model
+    from megascale.config.schema import Delta, Latent, Model
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class AttentionRow:
                 (model/attention.py)
     weights     model → weights per layer that every token passes through
     pair_flops  model → forward FLOPs per pair of query and key
+    token_flops model → forward FLOPs per token besides products with weights and pairs
     cached      (model, query heads of a rank) → numbers cached there per token and layer in generation; None: it cannot generate
+    state       (model, query heads of a rank) → numbers kept there per sequence and layer, however long it is
     widths      (model, tp) → widths of a rank's products, for FP8's alignment; None: no FP8
     tp          its weights may be split by heads
     cp          methods by which its sequence may be split: ring, ulysses
@@ -44,13 +46,16 @@ class AttentionRow:
     growth      None: unknown; models with it keep their sizes
     theory      analysis/theory.py predicts its output
     megatron    models with it can be converted to and from Megatron
+    scans       tokens meet in order, through a state: it has neither positions nor windows nor a score for each pair
     reads       sections of the model that it needs, and that other kinds refuse
     """
 
     build: str | Callable[..., Any]
     weights: Callable[[Model], int]
     pair_flops: Callable[[Model], int]
+    token_flops: Callable[[Model], int] = lambda m: 0
     cached: Callable[[Model, int], float] | None = None
+    state: Callable[[Model, int], float] = lambda m, heads: 0.0
     widths: Callable[[Model, int], tuple[int, ...]] | None = None
     tp: bool = False
     cp: tuple[str, ...] = ()
@@ -59,6 +64,7 @@ class AttentionRow:
     growth: AttentionGrowth | None = None
     theory: bool = False
     megatron: bool = False
+    scans: bool = False
     reads: tuple[str, ...] = ()
 
 
@@ -153,7 +159,47 @@ LATENT = AttentionRow(
     both_ways=True,
     reads=("latent",),
 )
-ATTENTIONS: dict[str, AttentionRow] = {"grouped": GROUPED, "latent": LATENT}
+
+
+def _delta(m: Model) -> Delta:
+    assert m.delta is not None
+    return m.delta
+
+
+def _delta_weights(m: Model) -> int:
+    """Products, and the convolution, whose taps also multiply once a token."""
+    s, d = _delta(m), m.hidden_size
+    keys, values = s.key_heads * s.key_dim, s.value_heads * s.value_dim
+    return d * (2 * keys + 3 * values + 2 * s.value_heads) + s.conv_size * (2 * keys + values)
+
+
+def _delta_state(m: Model, heads: int) -> float:
+    """The state of a rank's heads, and the tokens that the convolution looks back at."""
+    s = _delta(m)
+    keys, values = s.key_heads * s.key_dim, s.value_heads * s.value_dim
+    return (s.value_heads * s.key_dim * s.value_dim + (s.conv_size - 1) * (2 * keys + values)) * (heads / m.num_heads)
+
+
+def _delta_widths(m: Model, tp: int) -> tuple[int, ...]:
+    s = _delta(m)
+    return s.key_heads * s.key_dim // tp, s.value_heads * s.value_dim // tp
+
+
+# A head reads its state, and replaces a row of it, which is three products of a vector with a matrix, of 2·K·V operations each.
+GATED_DELTA = AttentionRow(
+    "megascale.model.attention_delta:GatedDelta",
+    weights=_delta_weights,
+    pair_flops=lambda m: 0,
+    token_flops=lambda m: 6 * _delta(m).value_heads * _delta(m).key_dim * _delta(m).value_dim,
+    cached=lambda m, heads: 0.0,
+    state=_delta_state,
+    widths=_delta_widths,
+    tp=True,
+    cp=("ring", "ulysses"),
+    scans=True,
+    reads=("delta",),
+)
+ATTENTIONS: dict[str, AttentionRow] = {"grouped": GROUPED, "latent": LATENT, "gated_delta": GATED_DELTA}
 
 
 def attentions() -> Mapping[str, AttentionRow]:

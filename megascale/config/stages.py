@@ -108,7 +108,8 @@ def estimated_costs(model: Model, seq_len: int) -> tuple[float, float, float]:
         return 2.0 * products + pair * mean + told, 2.0 * d * model.spacetime.values, 2.0 * d * model.spacetime.values
     assert model.vocab_size is not None
     window = min(seq_len, model.sliding_window or seq_len)
-    layer, head = 2.0 * products + 0.5 * pair * window, 2.0 * d * model.vocab_size
+    layer = 2.0 * products + 0.5 * pair * window + model.attention_row.token_flops(model)
+    head = 2.0 * d * model.vocab_size
     return layer, 0.0, head + model.mtp_depth * (layer + 4.0 * d * d + head)
 
 

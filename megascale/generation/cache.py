@@ -1,4 +1,4 @@
-"""The key-value cache: an `Attend` that keeps the keys and values of earlier tokens.
+"""The caches: an `Attend` that keeps the keys and values of earlier tokens, and a `Recall` that keeps the state they left.
 
 Prompts of a batch are left-padded: padding has negative positions, to which nobody attends.
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from megascale.config.schema import Model
+from megascale.model.attention_delta import GatedDelta, HeadWeights, Streams, recall
 from megascale.model.attention_latent import LatentAttention
 from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask
+from megascale.model.ops.delta_rule import Fold, scan
 from megascale.model.ops.matmul import attention
 
 # Distances (query − key) [b, n, t] → score biases [b, h here, n, t].
@@ -108,6 +110,34 @@ class Remembering:
         return dense_mask if self.bias is None else dense_mask + self.bias((query - key)[:, 0]).to(dtype)
 
 
+@dataclass
+class RememberingState:
+    """Linear attention of new tokens from the state that the earlier ones left, for one module: its size does not depend on their number.
+
+    state  [b, n, r, K, V], None before the first token
+    tail   the last tokens of the convolution's input, [b, w − 1, channels]
+    """
+
+    place: CacheLayer
+    state: Tensor | None = None
+    tail: Tensor | None = None
+
+    def __call__(self, x: Streams, own: HeadWeights, mask: AttentionMask | None) -> Tensor:
+        """Padding brings zeros, which leave the state of zeros as it is."""
+        real = (self.place.positions[:, -self.place.new :] >= 0).to(x.q.dtype)[..., None, None]
+        return recall(x._replace(q=x.q * real, k=x.k * real, v=x.v * real), own, None, self._ahead, self._scan)
+
+    def _ahead(self, x: Tensor, tokens: int) -> list[Tensor]:
+        before = x.new_zeros(x.shape[0], tokens, x.shape[2]) if self.tail is None else self.tail
+        joined = torch.cat((before, x), 1)
+        self.tail = joined[:, joined.shape[1] - tokens :].clone()
+        return [joined]
+
+    def _scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, age: Tensor | None) -> Tensor:
+        out, _, (self.state,) = scan((q, k, v, g, beta), age, Fold.of([q.shape[1]]), lambda pieces, back: [self.state])
+        return out
+
+
 def part_length(batch: int, heads: int, total: int) -> int:
     """Tokens per pass for prompts of `total`, so that a mask has at most MASKED elements; `heads`: number of heads with their own mask."""
     return max(1, MASKED // (batch * heads * total))
@@ -123,6 +153,9 @@ def remembering(stage: Family, place: CacheLayer, bias_of: Callable[[Model], Bia
     try:
         for cfg, module in units:
             latent = isinstance(module, LatentAttention) and module.absorbs
+            if isinstance(module, GatedDelta):
+                module.attend = RememberingState(place)
+                continue
             module.attend = Remembering(place, cfg.sliding_window, bias_of(cfg), latent)  # type: ignore[assignment]
             if isinstance(module, LatentAttention):
                 module.absorbed = latent

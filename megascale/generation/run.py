@@ -94,7 +94,7 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
     """Raises UsageError if the caches for prompts of `length` plus `most` new tokens do not fit into memory, or if the attention does not
     state their size.
     """
-    kept = 0.0
+    kept, fixed, wide = 0.0, 0.0, torch.promote_types(stage.shape.compute, torch.float32)
     for layer in range(stage.cfg.num_layers):
         cfg = stage.cfg.at_layer(layer)
         cached = cfg.attention_row.cached
@@ -103,8 +103,9 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
                 f"model.attention is {cfg.attention}, whose row does not say what generation keeps of a token: set `cached` in its row, or "
                 "generate from a model with another kind"
             )
-        kept += cached(cfg, len(stage.exchanges.query_heads(cfg.num_heads)))
-    needed = kept * batch * (length + most) * stage.shape.compute.itemsize
+        heads = len(stage.exchanges.query_heads(cfg.num_heads))
+        kept, fixed = kept + cached(cfg, heads), fixed + cfg.attention_row.state(cfg, heads)
+    needed = batch * (kept * (length + most) * stage.shape.compute.itemsize + fixed * wide.itemsize)
     free = free_memory(device)
     if needed > free:
         raise UsageError(

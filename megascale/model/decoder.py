@@ -325,6 +325,8 @@ class Decoder(Family):
         stack's own is last.
         """
         slopes = None
+        if cfg.attention_row.scans:
+            return None if documents is None else AttentionMask(documents=documents)
         if tables:
             return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
         if cfg.position_row.slopes:
@@ -363,7 +365,7 @@ class Decoder(Family):
 
     def angles(self, cfg: Model, tokens: Tensor, positions: Tensor | None) -> Rotary | None:
         """The rotary angles of tokens [b, S] in layers with the config `cfg`, at `positions` [b, S] or one after the other."""
-        if not cfg.position_row.rotates:
+        if not cfg.position_row.rotates or cfg.attention_row.scans:
             return None
         device, seq_len = tokens.device, tokens.shape[1]
         exponents = pair_exponents(cfg.rotary_dim, cfg.rope_exponents, device)

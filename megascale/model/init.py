@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -42,7 +44,7 @@ def initialize(piece: Piece, name: str, spec: ParamSpec, seed: int) -> None:
     last = [(o + n - 1) // t for o, n, t in zip(offset, local.shape, tile)]
     for index in itertools.product(*(range(a, b + 1) for a, b in zip(first, last))):
         begin = [i * t for i, t in zip(index, tile)]
-        values = _draw(seed, name, index, [min(t, n - b) for t, n, b in zip(tile, shape, begin)], spec.truncated)
+        values = _draw(seed, name, index, [min(t, n - b) for t, n, b in zip(tile, shape, begin)], spec)
         # The overlap of tile and rectangle, in both coordinate systems.
         low = [max(b, o) for b, o in zip(begin, offset)]
         high = [min(b + v, o + n) for b, v, o, n in zip(begin, values.shape, offset, local.shape)]
@@ -64,10 +66,27 @@ def orthogonal(normal: Tensor) -> Tensor:
     return q.t() if wide else q
 
 
-def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int], truncated: bool) -> Tensor:
-    """Standard normal numbers of one tile; if `truncated`, those beyond two standard deviations are redrawn."""
+def _log_decay(u: Tensor) -> Tensor:
+    """The logarithm of a decay that is uniform in (0, 16]."""
+    return torch.log(16.0 * (1.0 - u))
+
+
+def _step_bias(u: Tensor) -> Tensor:
+    """The number whose softplus is a step from 0.001 to 0.1 with a uniform logarithm."""
+    step = torch.exp(math.log(0.001) + u * math.log(0.1 / 0.001))
+    return step + torch.log(-torch.expm1(-step))
+
+
+# From uniform numbers in [0, 1): the initial decays of linear attention's heads (Mamba, arXiv 2312.00752; Gated DeltaNet).
+LAWS: dict[str, Callable[[Tensor], Tensor]] = {"decay": _log_decay, "step": _step_bias}
+
+
+def _draw(seed: int, name: str, index: tuple[int, ...], shape: list[int], spec: ParamSpec) -> Tensor:
+    """Numbers of one tile by the spec's law: standard normal, of which `truncated` redraws those beyond two standard deviations."""
     digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    if truncated:
+    if spec.law is not None:
+        return LAWS[spec.law](torch.rand(shape, generator=generator))
+    if spec.truncated:
         return torch.nn.init.trunc_normal_(torch.empty(shape), a=-2.0, b=2.0, generator=generator)
     return torch.randn(shape, generator=generator)

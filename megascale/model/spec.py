@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 # The role of a weight. Optimizers and schemes choose by role, never by name.
-# "scale": a learned factor per channel or overall; "coefficient": a factor that is not learned.
+# "scale": a learned factor per channel or overall; "coefficient": a factor that is not learned; "head_gate": a product with one number per
+# head.
 Role = Literal[
     "embedding",
     "position",
@@ -29,6 +30,7 @@ Role = Literal[
     "gate",
     "down",
     "router",
+    "head_gate",
 ]
 
 # The roles of hidden matrices, whose rate follows the width under unit scaling. Muon orthogonalizes them, except for routers.
@@ -48,6 +50,7 @@ class ParamSpec:
     truncated   truncated at two standard deviations
     orthogonal  initialized as a random matrix with orthonormal rows or columns, whichever are fewer, instead of a normal one; needs
                 equal_rows
+    law         instead of a normal one, a distribution of model/init.py: LAWS
     equal_rows  initial rows are all scaled to the length std·√columns
     experts     dimension 0 counts experts, which expert parallelism splits
     uses        uses of an element per token: below one in a bank of experts, several if layers repeat
@@ -63,6 +66,7 @@ class ParamSpec:
     equal_rows: bool = False
     experts: bool = False
     uses: float = 1.0
+    law: Literal["decay", "step"] | None = None
 
     @property
     def decays(self) -> bool:

@@ -24,7 +24,7 @@ def rate_of(spec: ParamSpec, cfg: Optim, width: int, name: str = "") -> Rate:
     With `base_width` hidden matrices use √(base_width/width) of the rate (μS, arXiv 2502.05967). With `independent_decay` every update
     multiplies a weight by 1 − weight_decay·lr/peak lr, whatever its rate.
     """
-    factor = math.sqrt(cfg.base_width / width) if cfg.base_width is not None and spec.role in (*MATRICES, "router") else 1.0
+    factor = math.sqrt(cfg.base_width / width) if cfg.base_width is not None and spec.role in (*MATRICES, "router", "head_gate") else 1.0
     decay = 0.0
     if spec.decays:
         decay = cfg.weight_decay / (cfg.lr * factor) if cfg.independent_decay else cfg.weight_decay

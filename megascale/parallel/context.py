@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from megascale.comm.collectives import copy_to_ranks, gather_unequal, switch
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
+from megascale.model.attention_delta import recall
 from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges
+from megascale.parallel.delta import by_heads, in_ring
 from megascale.parallel.ring import Ring, ring_attention, with_parts
 
 HEADS, SEQUENCE = 1, 2  # dimensions of [b, h, s, e]
@@ -123,14 +126,20 @@ def _heads_between(heads: int, before: Callable[[int], range], axis: Axis) -> ra
     return range(ends[axis.rank], ends[axis.rank + 1])
 
 
-def meeting(alone: Attend, spread: Spread, ring: Axis, ulysses: Axis) -> Attend:
-    """The distributed form of `alone`, which is attend or attend_all on one rank."""
-    meet = alone if ring.size == 1 else partial(ring_attention, ring=Ring.of(ring, spread.met), causal=alone is attend)
+def meeting(alone: Any, spread: Spread, ring: Axis, ulysses: Axis) -> Any:
+    """The distributed form of `alone`, which is attend, attend_all or recall on one rank."""
+    linear = alone is recall
+    meet = alone
+    if ring.size > 1:
+        around = Ring.of(ring, spread.met)
+        meet = (
+            in_ring(around, partial(take, ranges=around.here)) if linear else partial(ring_attention, ring=around, causal=alone is attend)
+        )
     if ulysses.size == 1:
         return meet
     first = ring.rank * ulysses.size
     lengths = [total(r) for r in spread.held[first : first + ulysses.size]]
-    return partial(ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
+    return partial(by_heads if linear else ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
 
 
 def whole(x: Tensor, enter: Callable[[Tensor], Tensor], held: list[list[range]], axis: Axis) -> Tensor:

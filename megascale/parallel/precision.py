@@ -16,20 +16,23 @@ from megascale.model.experts import Bank
 from megascale.model.family import Family
 from megascale.model.layers import Fp8, Linear
 from megascale.model.module_metrics import ModuleMetrics
+from megascale.model.spec import MATRICES
 from megascale.parallel.tensor import Placement, local_tensor
 from megascale.precision.fp8 import E4M3, HeldFp8, cast_losses, weight_to_fp8
 from megascale.precision.watch import LOST, SUMS, shares
 
 
 def multiply_in_fp8(stage: Family, mode: Fp8) -> None:
-    """Sets FP8 in every hidden product. Embedding, head, router, norms and attention are unchanged."""
+    """Sets FP8 in every product with a hidden matrix. Embedding, head, router, gates of heads, norms and attention are unchanged."""
     for _, block in stage.units():
         for module in block.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module.role in MATRICES:
                 module.fp8 = mode
             elif isinstance(module, Bank):
                 module.fp8 = mode == "static"
-            if mode == "static" and isinstance(module, Linear | Bank):
+            else:
+                continue
+            if mode == "static":
                 module.metrics = ModuleMetrics("fp8", SUMS, {}, shares, sampled=True)
 
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megascale.comm import exchange, functional  # noqa: F401  the first declares operators
 from megascale.model.exchanges import Pass, in_turn
 from megascale.model.family import Family
-from megascale.model.ops import attention_masked, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
+from megascale.model.ops import attention_masked, delta_rule, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
 from megascale.model.ops.compiled import Backend, compile_static
 from megascale.model.router import Router
-from megascale.parallel import ring
+from megascale.parallel import delta, ring
 from megascale.precision import fp8  # noqa: F401  one more
 
 aten = torch.ops.aten
@@ -44,6 +44,8 @@ KEPT = CHOICES | {
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.megascale.masked_attention.default,
     ring.OPERATOR,
+    delta.OPERATOR,
+    delta_rule.OPERATOR,
     torch.ops.megascale.fp8_product.default,
     torch.ops.megascale.product.default,
     torch.ops.megascale.product_by_expert.default,

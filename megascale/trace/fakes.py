@@ -12,15 +12,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megascale import handles
 from megascale.comm import exchange
+from megascale.model.ops import delta_rule
 from megascale.optim import owners
-from megascale.parallel import apply, ring
+from megascale.parallel import apply, delta, ring
 from megascale.trace.meter import OPENED
 
 
 def open_operators() -> None:
     """Meters look inside the operators that exchange and allocate."""
     rows = (exchange.exchange_counts, exchange.on_host, exchange.first_rows, exchange.send_rows, exchange.move_rows)
-    for operator in (ring._attention, ring._attention_backward, *rows):
+    rings = (ring._attention, ring._attention_backward, delta._rule, delta._rule_backward)
+    scans = (delta_rule._rule, delta_rule._rule_backward)
+    for operator in (*rings, *scans, *rows):
         body = getattr(operator, "_init_fn", None)  # private, and without it the operator is one kernel
         if body is not None:
             OPENED[operator._opoverload] = body

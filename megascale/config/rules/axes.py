@@ -93,6 +93,13 @@ AXIS_RULES: tuple[Rule, ...] = (
         "use cp_method ring with cp_ulysses of at most that number; the ring then has cp ÷ cp_ulysses places",
     ),
     Rule(
+        "ulysses_key_heads",
+        ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses", "parallel.tp", "model.delta.key_heads"),
+        lambda c, n: c.parallel.cp > 1 and c.model.delta is not None and c.parallel.heads_over > c.model.delta.key_heads // c.parallel.tp,
+        "Ulysses needs at least one key head of linear attention per rank that exchanges heads, and each tensor rank has key_heads ÷ tp",
+        "use cp_method ring, which passes states, with cp_ulysses of at most that number",
+    ),
+    Rule(
         "ring_places",
         ("parallel.cp", "parallel.cp_method", "parallel.cp_ulysses"),
         lambda c, n: c.parallel.cp % c.parallel.cp_ulysses != 0 or (c.parallel.cp_ulysses > 1 and c.parallel.cp_method != "ring"),

@@ -42,6 +42,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "set tp to 1, or use attention grouped",
     ),
     Rule(
+        "tp_key_heads",
+        ("parallel.tp", "model.delta.key_heads"),
+        lambda c, n: c.model.delta is not None and c.model.delta.key_heads % c.parallel.tp != 0,
+        "linear attention's key heads, with their value heads, are split over the tensor ranks",
+        "choose tp that divides key_heads",
+    ),
+    Rule(
         "qk_norm_width",
         ("model.qk_norm", "parallel.tp", "model.num_kv_heads"),
         lambda c, n: c.model.qk_norm == "width" and c.model.num_kv_heads % c.parallel.tp != 0,

@@ -1,9 +1,22 @@
-"""Rules about latent attention, partly rotated heads, multi-token prediction, and layers of different kinds."""
+"""Rules about latent and linear attention, partly rotated heads, multi-token prediction, and layers of different kinds."""
 
 from __future__ import annotations
 
-from megascale.config.rules.rule import Rule, grid
+from megascale.config.rules.rule import Rule, changed, grid
 from megascale.config.schema import Config, Model
+
+# Keys that only attention with a score for each pair of tokens reads.
+PAIRWISE = (
+    "rope_theta",
+    "rope_fraction",
+    "rope_interleaved",
+    "rope_scaling",
+    "rope_exponents",
+    "alibi_slopes",
+    "attention_scale",
+    "sliding_window",
+    "qk_norm",
+)
 
 KIND_RULES: tuple[Rule, ...] = (
     Rule(
@@ -21,6 +34,22 @@ KIND_RULES: tuple[Rule, ...] = (
         "latent attention has one key and value per query head, norms of its own and an even number of channels that rotate",
         "set attention latent and model.latent together (latent: null in kinds without it), leave num_kv_heads, qk_norm and rope_fraction "
         "out, with attention_bias true or false and a residual scheme without norms inside attention",
+    ),
+    Rule(
+        "delta",
+        ("model.attention", "model.delta", "model.residual"),
+        lambda c, n: ("delta" in c.model.attention_row.reads) != (c.model.delta is not None) or not _delta_fits(c),
+        "gated_delta needs its sizes, with value_heads a multiple of key_heads, and has norms of its own",
+        "set attention gated_delta and model.delta together (delta: null in kinds without it), and a residual scheme without norms inside "
+        "attention",
+    ),
+    Rule(
+        "scanned_keys",
+        ("model.kinds", *(f"model.{key}" for key in PAIRWISE)),
+        lambda c, n: bool(_unread(c.model)),
+        "attention that keeps a state has no positions, windows, scores nor heads of such sizes, and would ignore these keys",
+        "leave them out of kinds with attention gated_delta, and out of models whose layers are all of it",
+        whole=True,
     ),
     Rule(
         "rope_fraction",
@@ -87,6 +116,19 @@ def _latent_fits(config: Config) -> bool:
         return True
     plain = not (model.qk_norm or model.residual_row.qk_norm or model.residual_row.inner_norms) and model.rope_fraction == 1.0
     return plain and model.num_kv_heads == model.num_heads and model.latent.rope_dim % 2 == 0 and model.attention_bias != "qkv"
+
+
+def _delta_fits(config: Config) -> bool:
+    sizes, scheme = config.model.delta, config.model.residual_row
+    plain = not (scheme.qk_norm or scheme.inner_norms)
+    return sizes is None or (plain and sizes.value_heads % sizes.key_heads == 0 and config.model.attention_bias != "qkv")
+
+
+def _unread(model: Model) -> list[str]:
+    """Keys of pairwise attention that are set where tokens meet through a state: in such a kind, or in a model of nothing else."""
+    kinds = [kind.model_fields_set for name, kind in model.kinds.items() if model.of_kind(name).attention_row.scans]
+    alone = all(m.attention_row.scans for m in model.variants.values())
+    return [key for key in PAIRWISE if any(key in given for given in kinds) or (alone and changed(model, key))]
 
 
 def _looks_ahead(config: Config) -> bool:

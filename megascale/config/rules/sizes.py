@@ -46,7 +46,11 @@ def _parameters_at_most(model: Model, seq_len: int) -> int:
         ffn, banks = max(ffn, model.moe.ffn_size or 1), model.moe.num_experts + model.moe.num_shared
     if model.moeut is not None:
         attention = model.moeut.attention_experts
-    products = max(4 * (d + 1) * heads * attention, model.attention_row.weights(model)) + 3 * (d + 1) * ffn * banks + d * banks
+    products = (
+        max(4 * (d + 1) * heads * attention, model.attention_row.weights(model) if model.attention_sized else 0)
+        + 3 * (d + 1) * ffn * banks
+        + d * banks
+    )
     if model.tokenformer is not None:
         products += 16 * model.tokenformer.tokens * (d + heads + ffn)
     tables = (model.vocab_size or 1) + (model.source_vocab_size or 1) + seq_len + model.relative_buckets

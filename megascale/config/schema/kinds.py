@@ -24,6 +24,7 @@ KEYS = (
     "ffn",
     "attention",
     "latent",
+    "delta",
     "bias",
     "attention_bias",
     "dropout",

@@ -13,7 +13,7 @@ from megascale.config.attentions import AttentionRow, attentions
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.residuals import ResidualScheme, residuals
-from megascale.config.schema.model_parts import Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
+from megascale.config.schema.model_parts import Delta, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, Positive, Section, Share
 
@@ -32,6 +32,7 @@ BLOCK_NORMS = (
     "ffn_post_norm",
     "qk_norm",
     "latent_norm",
+    "delta_norm",
     "attention_inner_norm",
     "ffn_inner_norm",
 )
@@ -60,10 +61,12 @@ class Model(Section):
     """Feed-forward kind. `geglu_tanh` and `gelu_tanh` use the tanh approximation of GELU (T5 1.1 and GPT-2)."""
     attention: Annotated[str, RowName(attentions)] = "grouped"
     """Kind of attention: `grouped`, softmax attention whose query heads share `num_kv_heads` heads of keys and values; `latent`, whose keys
-    and values are products of a narrow latent; or a plugin's.
+    and values are products of a narrow latent; `gated_delta`, linear attention whose heads keep a state; or a plugin's.
     """
     latent: Latent | None = None
     """Sizes of `attention: latent`."""
+    delta: Delta | None = None
+    """Sizes of `attention: gated_delta`."""
     bias: bool = False
     """Biases in the products and LayerNorms."""
     attention_bias: bool | Literal["qkv"] | None = None
@@ -188,6 +191,11 @@ class Model(Section):
     @property
     def attention_row(self) -> AttentionRow:
         return attentions()[self.attention]
+
+    @property
+    def attention_sized(self) -> bool:
+        """Whether the sections that the attention's row reads are there; a rule refuses models without them."""
+        return all(getattr(self, key) is not None for key in self.attention_row.reads)
 
     @property
     def residual_row(self) -> ResidualScheme:

@@ -100,6 +100,21 @@ class Latent(Section):
     """Channels of each head's values. Default: `head_dim`."""
 
 
+class Delta(Section):
+    """Linear attention by the gated delta rule (Gated DeltaNet, arXiv 2412.06464): each value head keeps a matrix [key_dim, value_dim]."""
+
+    key_heads: Positive
+    """Heads of queries and keys."""
+    value_heads: Positive
+    """Heads of values, a multiple of `key_heads`: consecutive ones share a query and a key."""
+    key_dim: Positive = 128
+    """Channels of each query and key."""
+    value_dim: Positive = 128
+    """Channels of each value."""
+    conv_size: Positive = 4
+    """Tokens of the causal convolution over queries, keys and values, the token itself included."""
+
+
 class RopeScaling(Section):
     """How rotary wavelengths are stretched by `factor` for a context longer than the model's first one, `original_seq_len`."""
 

@@ -1,0 +1,176 @@
+"""Linear attention by the gated delta rule: against a loop over tokens, on every axis, and from its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megascale.config.schema import Model, Parallel
+from megascale.generation.cache import CacheLayer, RememberingState, remembering
+from megascale.generation.run import Sampling, generate
+from megascale.model.attention_delta import GatedDelta, ages
+from megascale.model.ops.attention_tiles import AttentionMask
+from megascale.model.ops.delta_rule import delta_rule
+from tests.layouts import Case, build, tiny, train
+from tests.ranks import run_ranks
+from tests.test_layouts import assert_same, single
+
+SIZES: dict[str, Any] = {"key_heads": 2, "value_heads": 4, "key_dim": 6, "value_dim": 5, "conv_size": 4}
+DELTA: dict[str, Any] = {"attention": "gated_delta", "delta": SIZES}
+HYBRID = tiny(num_layers=4, kinds={"linear": DELTA, "full": {}}, pattern=["linear", "full"])
+OTHER = tiny(num_layers=2, norm="layernorm", bias=True, tie_embeddings=True, position="learned", dropout=0.2, **DELTA)
+WIDE = OTHER.model_copy(update={"delta": OTHER.delta.model_copy(update={"key_heads": 4, "conv_size": 1})})  # type: ignore[union-attr]
+LAYOUTS: list[tuple[Model, Parallel]] = [
+    (HYBRID, Parallel(tp=2)),
+    (OTHER, Parallel(tp=2, tp_sequence=True, recompute="selective")),
+    (HYBRID, Parallel(cp=2)),
+    (OTHER, Parallel(cp=2, recompute="full")),
+    (HYBRID, Parallel(cp=2, cp_method="ulysses", accumulation="layered")),
+    (HYBRID, Parallel(pp=2, pp_schedule="zbv", recompute="selective")),
+    (HYBRID, Parallel(dp_shard=2, recompute="nested")),
+    (OTHER, Parallel(engine="ddp")),
+]
+PRODUCTS: list[tuple[Model, Parallel]] = [
+    (HYBRID, Parallel(cp=2, tp=2, tp_sequence=True)),
+    (HYBRID, Parallel(cp=4)),
+    (WIDE, Parallel(cp=4)),
+    (HYBRID, Parallel(cp=4, cp_ulysses=2, recompute="selective")),
+    (HYBRID, Parallel(cp=2, cp_pieces=3, pp=2)),
+    (WIDE, Parallel(tp=2, cp=2, cp_method="ulysses")),
+    (HYBRID, Parallel(tp=2, pp=2, pp_schedule="interleaved_1f1b")),
+    (HYBRID, Parallel(cp=2, dp_shard=2, accumulation="layered", recompute="full")),
+]
+
+
+def all_of(cases: list[Case]) -> list[dict[str, Any]]:
+    return [train(case) for case in cases]
+
+
+def assert_all_equal(layouts: list[tuple[Model, Parallel]], ranks: int, **changes: Any) -> None:
+    cases = [Case(model, parallel, packed=True, steps=2, **changes) for model, parallel in layouts]
+    for case, got in zip(cases, run_ranks(ranks, all_of, cases, timeout=400.0)[0]):
+        assert_same(got, single(case), case)
+
+
+@pytest.mark.dist
+def test_every_axis_equals_one_process() -> None:
+    """Catches a state that is not passed to the next piece, a convolution that begins anew on a rank, heads cut apart from their keys, and
+    a gradient of taps, decays or the norm that is not summed.
+    """
+    assert_all_equal(LAYOUTS, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("seq_len", [16, 130])
+def test_products_of_axes_equal_one_process(seq_len: int) -> None:
+    """Catches maps of pieces that are applied out of order, pieces shorter than the convolution, and chunks beyond the first."""
+    layouts = PRODUCTS if seq_len == 16 else [(m, p) for m, p in PRODUCTS if m is HYBRID]
+    assert_all_equal(layouts, 4, seq_len=seq_len, batch=4)
+
+
+def looped(w: dict[str, Tensor], sizes: Any, x: Tensor, documents: list[int]) -> Tensor:
+    """The layer's result for tokens x [s, d], token by token and head by head."""
+    n, h, e, f, taps = sizes.key_heads, sizes.value_heads, sizes.key_dim, sizes.value_dim, sizes.conv_size
+    state = torch.zeros(h, e, f, dtype=x.dtype)
+    raw: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+    rows = []
+    for t, token in enumerate(x):
+        now = {}
+        for name, seen in raw.items():
+            seen.append(w[f"{name}.weight"] @ token)
+            mixed = torch.zeros_like(seen[t])
+            for back in range(min(taps, t + 1)):
+                if documents[t - back] == documents[t]:
+                    mixed = mixed + w[f"{name}_conv.weight"][:, taps - 1 - back] * seen[t - back]
+            now[name] = mixed * torch.sigmoid(mixed)
+        if t and documents[t] != documents[t - 1]:
+            state = torch.zeros_like(state)
+        gate, heads, new = w["z.weight"] @ token, [], []
+        for i in range(h):
+            j = i // (h // n)
+            q, k = (now[name][e * j : e * j + e] for name in "qk")
+            q, k = (y / (y @ y + 1e-6).sqrt() for y in (q, k))
+            step = torch.nn.functional.softplus(w["a.weight"][i] @ token + w["dt_bias"][i])
+            kept = state[i] * torch.exp(-torch.exp(w["A_log"][i]) * step)
+            found = (kept * k[:, None]).sum(0)
+            rate = torch.sigmoid(w["b.weight"][i] @ token)
+            kept = kept + k[:, None] * (rate * (now["v"][f * i : f * i + f] - found))
+            new.append(kept)
+            y = (kept * q[:, None]).sum(0) / e**0.5
+            z = gate[f * i : f * i + f]
+            heads.append(y / (y.square().mean() + 1e-5).sqrt() * w["norm.weight"] * z * torch.sigmoid(z))
+        state = torch.stack(new)
+        rows.append(w["o.weight"] @ torch.cat(heads))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seq_len", [9, 75])
+def test_against_a_loop_over_tokens(seq_len: int) -> None:
+    """Catches a decay of the wrong token, a system solved without its decays, a head with another's key, taps in reverse, a state or a
+    convolution that crosses documents, and a wrong gradient of any weight.
+    """
+    attention = build(Case(tiny(**DELTA), seq_len=seq_len), 1).model.get_submodule("blocks.0.attention")
+    assert isinstance(attention, GatedDelta)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, seq_len, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    documents = (torch.rand(2, seq_len, generator=generator) < 0.1).cumsum(1)
+    w = dict(attention.named_parameters())
+    for seen in (documents, None):
+        y = attention(x, None, None if seen is None else AttentionMask(documents=seen))
+        whole = torch.zeros_like(documents) if seen is None else seen
+        expected = torch.stack([looped(w, attention_sizes(), row, docs.tolist()) for row, docs in zip(x, whole)])
+        assert (y - expected).abs().max() < 1e-12
+        d_y = torch.randn(y.shape, dtype=y.dtype, generator=generator)
+        inputs = [x, *w.values()]
+        for name, got, want in zip(["x", *w], torch.autograd.grad(y, inputs, d_y), torch.autograd.grad(expected, inputs, d_y)):
+            assert (got - want).abs().max() < 1e-12 * want.abs().max().clamp(min=1), name
+
+
+def attention_sizes() -> Any:
+    return tiny(**DELTA).delta
+
+
+def test_strong_and_absent_decay() -> None:
+    """Catches decays that are divided by, which overflow, and a state that grows where nothing is forgotten."""
+    generator = torch.Generator().manual_seed(1)
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 2, 8, generator=generator), dim=-1).expand(1, 200, 2, 8)  # the same key again
+    v = torch.randn(1, 200, 4, 3, generator=generator)
+    for decay, rate in ((-200.0, 0.5), (0.0, 1.0)):
+        g, beta = torch.full((1, 200, 4), decay), torch.full((1, 200, 4), rate)
+        y = delta_rule(k, k, v, g, beta, None)
+        assert (y - rate * v).abs().max() < 1e-5  # all before is forgotten, or replaced
+
+
+def test_ages_count_from_each_document() -> None:
+    """Catches equal numbers of documents that are not neighbours, which are two documents."""
+    assert ages(torch.tensor([[4, 4, 1, 4, 4, 4]])).tolist() == [[0, 1, 0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("model", [HYBRID, tiny(**DELTA)])
+def test_generation_from_the_state(model: Model) -> None:
+    """Catches a state that padding changes, a convolution without the tokens before it, and a cache that grows with the text."""
+    built = build(Case(model, seq_len=40), 1)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5]]
+    found = generate(built, prompts, Sampling(most=8))
+    built.train(False)
+    for prompt, new in zip(prompts, found):
+        whole = built.model(torch.tensor([[*prompt, *new]]))
+        for i, token in enumerate(new):
+            assert int(whole[0, len(prompt) - 1 + i, : model.vocab_size].argmax()) == token
+    place = CacheLayer(torch.empty(1, 0, dtype=torch.int64), 16)
+    tokens = torch.arange(30)[None] % 7
+    attention = built.model.get_submodule("blocks.0.attention")
+    with torch.no_grad(), remembering(built.model, place, lambda _: None):
+        parts = []
+        for part in tokens.split([5, 1, 1, 23], 1):
+            place.add(torch.arange(place.positions.shape[1], place.positions.shape[1] + part.shape[1])[None])
+            parts.append(built.model(part, positions=place.positions[:, -part.shape[1] :]).detach())
+        kept = attention.attend
+        assert isinstance(kept, RememberingState) and kept.state is not None and kept.tail is not None
+        row = model.at_layer(0).attention_row
+        assert kept.state.numel() + kept.tail.numel() == row.state(model.at_layer(0), 4) and row.cached is not None
+    torch.testing.assert_close(torch.cat(parts, 1), built.model(tokens).detach(), rtol=0, atol=1e-12)
