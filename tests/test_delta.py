@@ -8,13 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.graphs import coverage
+from megascale.config.load import build_config
 from megascale.config.schema import Model, Parallel
+from megascale.config.stages import estimated_costs
+from megascale.config.support import check
+from megascale.errors import UsageError
 from megascale.generation.cache import CacheLayer, RememberingState, remembering
 from megascale.generation.run import Sampling, generate
+from megascale.measure.compute import flops_per_token
 from megascale.model.attention_delta import GatedDelta, ages
+from megascale.model.families import build_part
+from megascale.model.layers import Linear
+from megascale.model.ops import delta_kernel
 from megascale.model.ops.attention_tiles import AttentionMask
-from megascale.model.ops.delta_rule import delta_rule
-from tests.layouts import Case, build, tiny, train
+from megascale.model.ops.delta_kernel import choose_rule
+from megascale.model.ops.delta_rule import Fold, delta_rule, scan, scan_back
+from megascale.model.shape import shape_of
+from megascale.model.spec import specs_of
+from tests.layouts import CPU, Case, build, tiny, train
 from tests.ranks import run_ranks
 from tests.test_layouts import assert_same, single
 
@@ -174,3 +186,123 @@ def test_generation_from_the_state(model: Model) -> None:
         row = model.at_layer(0).attention_row
         assert kept.state.numel() + kept.tail.numel() == row.state(model.at_layer(0), 4) and row.cached is not None
     torch.testing.assert_close(torch.cat(parts, 1), built.model(tokens).detach(), rtol=0, atol=1e-12)
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, None]:
+    """Stands for flash-linear-attention: as many keys as values, no documents, a graph node of its own."""
+    assert q.shape == k.shape == (*v.shape[:3], q.shape[3]) and scale == 1.0
+    return Alone.apply(q, k, v, g, beta), None  # type: ignore[no-untyped-call]
+
+
+class Alone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return scan(inputs, None, Fold.of([inputs[0].shape[1]]))[0]  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        inputs = ctx.saved_tensors
+        return scan_back(inputs, None, Fold.of([inputs[0].shape[1]]), grads[0], [None])
+
+
+def test_the_fused_kernel_is_taken_by_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kernel that runs through a document's end, gradients of shared keys that are not summed, and a silent choice."""
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    for wanted, key_dim, compute, device, words in (
+        ("auto", 128, bf16, CPU, "run on CUDA, not on cpu"),
+        ("torch", 128, bf16, cuda, "run.kernels asks for it"),
+        ("auto", 512, bf16, cuda, "at most 256 channels"),
+        ("auto", 128, torch.float32, cuda, "take bf16"),
+        ("auto", 128, bf16, cuda, "pip install flash-linear-attention"),
+    ):
+        rule, why = choose_rule(wanted, key_dim, compute, device)
+        assert rule is delta_rule and words in why
+    monkeypatch.setattr(delta_kernel, "kernel", lambda: repeated)
+    assert choose_rule("auto", 128, bf16, cuda)[0] is delta_kernel.fused_rule
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g, beta = (torch.rand(*shape, dtype=torch.float64, generator=generator) for shape in (*[(2, 20, 2, 4)] * 3, *[(2, 20, 4)] * 2))
+    v = torch.cat((v, -v), 2)
+    inputs = [x.requires_grad_() for x in (q / 2, k / 2, v, -g, beta)]
+    age = ages((torch.rand(2, 20, generator=generator) < 0.2).cumsum(1))
+    for seen in (None, age):
+        found = [rule(*inputs, seen) for rule in (delta_rule, delta_kernel.fused_rule)]
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad(y.square().sum(), inputs) for y in found]
+        for got, want in zip(grads[1], grads[0]):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.dist
+def test_blocks_are_one_graph_a_kind() -> None:
+    """Catches a scan, an exchange of states or a convolution that breaks the graph of its block."""
+    rows = {"alone": {}, "ring": {"cp": 2}, "ulysses": {"cp": 2, "cp_method": "ulysses"}, "tp": {"tp": 2, "recompute": "selective"}}
+    cases = {
+        n: Case(HYBRID, Parallel(compile=True, **row), precision="fp32", seq_len=32, packed=n == "ring")  # type: ignore[arg-type]
+        for n, row in rows.items()
+    }
+    for name, found in run_ranks(2, coverage, cases, 2, timeout=400)[0].items():
+        assert (found.breaks, found.eager_products) == (0, 0), (name, found.reasons)
+        assert found.graphs <= 4, name  # two kinds, the first layer's input in another order, the loss
+
+
+def test_costs_and_parameters_of_qwen3_next() -> None:
+    """Catches weights, FLOPs, cached bytes or FP8 widths that are counted as if tokens met in pairs."""
+    sizes = {"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128, "conv_size": 4}
+    model = tiny(num_layers=1, hidden_size=2048, num_heads=16, num_kv_heads=2, head_dim=256, attention="gated_delta", delta=sizes)
+    row, specs = model.attention_row, specs_of(build_part(model, shape_of(Case(model).config)))
+    own = {n.removeprefix("blocks.0.attention."): s for n, s in specs.items() if n.startswith("blocks.0.attention.")}
+    products = 2048 * (2 * 2048 + 2 * 4096) + 2048 * 64 + 4096 * 2048  # in_proj_qkvz, in_proj_ba, out_proj
+    assert sum(s.numel for s in own.values()) == products + 8192 * 4 + 2 * 32 + 128
+    assert row.weights(model) == products + 8192 * 4
+    assert row.state(model, 16) == 32 * 128 * 128 + 3 * 8192 and row.state(model, 8) == row.state(model, 16) / 2
+    assert row.cached is not None and row.cached(model, 16) == 0 and row.widths is not None and row.widths(model, 4) == (512, 1024)
+    flops = [flops_per_token(model, specs, length) for length in (128, 4096)]
+    assert flops[0] == flops[1]
+    weights = sum(s.numel for n, s in specs.items() if n != "embedding.weight")
+    assert flops[0] == 6 * weights + 3 * 6 * 32 * 128 * 128
+    assert estimated_costs(model, 128)[0] == estimated_costs(model, 4096)[0]
+    assert {n for n, s in own.items() if not s.decays} == {
+        "A_log",
+        "dt_bias",
+        "norm.weight",
+        "q_conv.weight",
+        "k_conv.weight",
+        "v_conv.weight",
+    }
+
+
+def test_initial_decays() -> None:
+    """Catches laws of decay that start like other weights: a head then forgets all or nothing."""
+    sizes = {"key_heads": 100, "value_heads": 400, "key_dim": 2, "value_dim": 2}
+    model = build(Case(tiny(num_layers=1, attention="gated_delta", delta=sizes)), 1).model
+    w = dict(model.get_submodule("blocks.0.attention").named_parameters())
+    rate, step = w["A_log"].exp(), torch.nn.functional.softplus(w["dt_bias"])
+    assert 0 < rate.min() < 1 and 15 < rate.max() <= 16 and abs(rate.mean() - 8) < 1
+    assert 0.001 <= step.min() < 0.0012 and 0.08 < step.max() <= 0.1 and abs(step.log10().mean() + 2) < 0.1
+
+
+def test_only_matrices_multiply_in_fp8() -> None:
+    """Catches numbers of one per head among the products whose widths FP8 must divide."""
+    sizes = {"key_heads": 2, "value_heads": 4, "key_dim": 16, "value_dim": 16}
+    model = tiny(num_layers=1, hidden_size=32, attention="gated_delta", delta=sizes)
+    attention = build(Case(model, precision="fp32", fp8="tensorwise"), 1).model.get_submodule("blocks.0.attention")
+    found = {name: m.fp8 for name, m in attention.named_children() if isinstance(m, Linear)}
+    assert found == {**dict.fromkeys("qkvzo", "tensorwise"), "a": "false", "b": "false"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"family": "encoder", "kinds": {}, "pattern": (), **DELTA}, "an encoder attends in both directions"),
+        ({"kinds": {"linear": {**DELTA, "sliding_window": 8}, "full": {}}}, "would ignore these keys"),
+        ({"kinds": {"linear": {**DELTA, "delta": {**SIZES, "key_heads": 3}}, "full": {}}}, "in layers of kind linear"),
+        ({"kinds": {"linear": {"attention": "gated_delta"}, "full": {}}}, "gated_delta needs its sizes"),
+        ({"delta": SIZES}, "in layers of kind full"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: str) -> None:
+    """Catches keys that such layers would ignore, and heads without a key."""
+    values = {**HYBRID.model_dump(mode="json"), **changes}
+    with pytest.raises(UsageError, match=words):
+        check(build_config({"model": values, "train": {"steps": 1, "seq_len": 8}, "data": {"train": "x"}}), 1)

@@ -22,12 +22,13 @@ from megascale.model.families import build_part
 from megascale.model.family import Family
 from megascale.model.layers import Fp8
 from megascale.model.norms import NormKernel
+from megascale.model.ops.delta_kernel import Rule
 from megascale.model.shape import Shape
 from megascale.model.spec import MATRICES, specs_of, states_of
 from megascale.parallel.context import spread_sequence
 from megascale.parallel.expert import cut_experts
 from megascale.parallel.grid import spread_grid
-from megascale.parallel.kernels import call_norm_kernel
+from megascale.parallel.kernels import call_norm_kernel, call_rule
 from megascale.parallel.model import MicroBatchScope, ParallelModel, State, Weight
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
@@ -58,12 +59,19 @@ def cut_stage(stage: Family, axes: Mapping[str, Axis], cfg: Parallel) -> dict[st
 
 
 def parallelize(
-    stages: list[Family], mesh: Mesh, cfg: Parallel, device: torch.device, fp8: Fp8 = "false", norm_kernel: NormKernel | None = None
+    stages: list[Family],
+    mesh: Mesh,
+    cfg: Parallel,
+    device: torch.device,
+    fp8: Fp8 = "false",
+    norm_kernel: NormKernel | None = None,
+    rule: Rule | None = None,
 ) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn.
 
     fp8          whether and how hidden products run in FP8
     norm_kernel  the kernel of norms, if not torch's own
+    rule         the gated delta rule on whole sequences, if not our own
     """
     weights: list[Weight] = []
     states: list[State] = []
@@ -82,6 +90,8 @@ def parallelize(
     for stage in stages:
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
+        if rule is not None:
+            call_rule(stage, rule)
         SPREAD[stage.sequence](stage, mesh, cfg)
         state_specs = states_of(stage)
         multiply_in_fp8(stage, fp8)

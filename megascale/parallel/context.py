@@ -23,7 +23,6 @@ from megascale.comm.collectives import copy_to_ranks, gather_unequal, switch
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
 from megascale.model.attention import Attend, attend, kv_heads_of
-from megascale.model.attention_delta import recall
 from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges
 from megascale.parallel.delta import by_heads, in_ring
@@ -116,7 +115,8 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
     if ring.size > 1:
         exchanges.with_blocks = partial(with_parts, axis=ring, met={n: spread.met for n, spread in spreads.items()})
     for name, block in model.units():
-        block.attention.attend = meeting(block.attention.attend, spreads[model.length_of(name)], ring, ulysses)
+        alone, scans = block.attention.attend, block.cfg.attention_row.scans
+        block.attention.attend = meeting(alone, spreads[model.length_of(name)], ring, ulysses, scans)
 
 
 def _heads_between(heads: int, before: Callable[[int], range], axis: Axis) -> range:
@@ -126,20 +126,17 @@ def _heads_between(heads: int, before: Callable[[int], range], axis: Axis) -> ra
     return range(ends[axis.rank], ends[axis.rank + 1])
 
 
-def meeting(alone: Any, spread: Spread, ring: Axis, ulysses: Axis) -> Any:
-    """The distributed form of `alone`, which is attend, attend_all or recall on one rank."""
-    linear = alone is recall
+def meeting(alone: Any, spread: Spread, ring: Axis, ulysses: Axis, scans: bool = False) -> Any:
+    """The distributed form of `alone`, which is attend or attend_all on one rank, or recall if tokens meet through a state (`scans`)."""
     meet = alone
     if ring.size > 1:
         around = Ring.of(ring, spread.met)
-        meet = (
-            in_ring(around, partial(take, ranges=around.here)) if linear else partial(ring_attention, ring=around, causal=alone is attend)
-        )
+        meet = in_ring(around, partial(take, ranges=around.here)) if scans else partial(ring_attention, ring=around, causal=alone is attend)
     if ulysses.size == 1:
         return meet
     first = ring.rank * ulysses.size
     lengths = [total(r) for r in spread.held[first : first + ulysses.size]]
-    return partial(by_heads if linear else ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
+    return partial(by_heads if scans else ulysses_attention, axis=ulysses, lengths=lengths, inner=meet)
 
 
 def whole(x: Tensor, enter: Callable[[Tensor], Tensor], held: list[list[range]], axis: Axis) -> Tensor:

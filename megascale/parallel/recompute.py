@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megascale.comm import exchange, functional  # noqa: F401  the first declares operators
 from megascale.model.exchanges import Pass, in_turn
 from megascale.model.family import Family
-from megascale.model.ops import attention_masked, delta_rule, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
+from megascale.model.ops import attention_masked, delta_kernel, delta_rule, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
 from megascale.model.ops.compiled import Backend, compile_static
 from megascale.model.router import Router
 from megascale.parallel import delta, ring
@@ -46,6 +46,7 @@ KEPT = CHOICES | {
     ring.OPERATOR,
     delta.OPERATOR,
     delta_rule.OPERATOR,
+    delta_kernel.OPERATOR,
     torch.ops.megascale.fp8_product.default,
     torch.ops.megascale.product.default,
     torch.ops.megascale.product_by_expert.default,

@@ -17,6 +17,7 @@ from megascale.launch.ranks import node_name
 from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
 from megascale.model.layers import Fp8
+from megascale.model.ops.delta_kernel import Rule, choose_rule
 from megascale.model.ops.matmul import way_of
 from megascale.model.ops.norm_kernels import NormKernel, choose_kernels
 from megascale.model.shape import shape_of
@@ -68,6 +69,8 @@ def build_model(
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
         **({"threads": torch.get_num_threads(), "products": way_of(shape.compute)} if device.type == "cpu" else {}),
     }
+    if (chosen := rule_of(config, device)) is not None:
+        facts["delta_kernel"] = chosen[1]
     note = immovable_note(config, specs)
     if note is not None:
         facts["immovable"] = note
@@ -90,7 +93,14 @@ def draw_model(config: Config, ranks: int, device: torch.device) -> ParallelMode
 
 def _assemble(config: Config, mesh: Mesh, device: torch.device, norm: NormKernel) -> ParallelModel:
     stages = build_stages(config.model, shape_of(config), config.parallel, mesh["pp"].rank)
-    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), norm)
+    rule = rule_of(config, device)
+    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), norm, None if rule is None else rule[0])
+
+
+def rule_of(config: Config, device: torch.device) -> tuple[Rule, str] | None:
+    """The implementation of the gated delta rule with the reason for it; None for models without."""
+    widths = [m.delta.key_dim for m in config.model.variants.values() if m.delta is not None]
+    return choose_rule(config.run.kernels, max(widths), shape_of(config).compute, device) if widths else None
 
 
 def products_of(precision: Precision) -> Fp8:
