@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megascale.config.schema import Matformer, Moe, Moeut, Optim, Spacetime, Tokenformer
+from megascale.config.schema import Delta, Matformer, Moe, Moeut, Optim, Spacetime, Tokenformer
 from tests.layouts import Case, tiny, train
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
@@ -51,6 +51,7 @@ CASES: dict[str, Case] = {
     ),
     "lion": Case(tiny(), optim=Optim(name="lion", lr=1e-4)),
     "muon": Case(tiny(), optim=Optim(name="muon", lr=1e-3)),
+    "gated delta": Case(tiny(attention="gated_delta", delta=Delta(key_heads=2, value_heads=4, key_dim=6, value_dim=5)), packed=True),
 }
 
 
