@@ -35,6 +35,10 @@ def main(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw from the fewest tokens that together have this probability")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
+    drafts: Annotated[
+        int | None,
+        typer.Option(min=0, max=3, help="tokens per pass that multi-token prediction drafts; default: all it can at temperature 0"),
+    ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="continue after the token that ends a document")] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="a tokenizer's file or folder; default: the one of the checkpoint or its data")
@@ -51,6 +55,7 @@ def main(
     from megascale.formats.load import load_model
     from megascale.generation.open import layout, open_model
     from megascale.generation.run import Sampling, beyond, check_not_empty, generate
+    from megascale.generation.speculate import Counts
     from megascale.launch.ranks import find_ranks
     from megascale.train.device import choose_device
     from megascale.train.process_group import process_group
@@ -72,7 +77,7 @@ def main(
     config = layout(opened, ranks.size, device)
     where = choose_device(config, ranks)
     ends = opened.ends or (frozenset() if text is None else frozenset({text.eos_id}))
-    how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends)
+    how = Sampling(max_new_tokens, temperature, top_p, seed, frozenset() if ignore_end else ends, drafts)
     with process_group(config, ranks):
         mesh = build_mesh(axis_sizes(config.parallel, ranks.size), where.type)
         model = on_all_ranks(
@@ -80,7 +85,11 @@ def main(
                 config.model, opened.seq_len, opened.produce, mesh, config.parallel, where, parse_dtype(dtype) or opened.dtype, opened.fp8
             )
         )
-        found = generate(model, prompts, how)
+        counts = Counts()
+        found = generate(model, prompts, how, counts)
+    if counts.drafted and ranks.rank == 0:
+        share = counts.accepted / counts.drafted
+        print(f"{counts.accepted} of {counts.drafted} drafts accepted ({share:.0%}) in {counts.passes} passes", file=sys.stderr)
     for given, ids in zip(prompt or tokens or [], found):
         said = None if text is None else text.decode(ids[:-1] if ids[-1] in how.ends else ids)
         if ranks.rank == 0:

@@ -7,7 +7,7 @@ Shapes: b batch, h query heads and g KV heads here, n new tokens, t tokens so fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,25 +46,30 @@ class CacheLayer:
         self.new = positions.shape[1]
         self.passes += 1
 
+    def hide(self, positions: Tensor) -> None:
+        """Takes the tokens at `positions` [b, n] out of what is kept, where they are not negative. An end that nobody sees is dropped."""
+        gone = (self.positions[:, :, None] == positions[:, None]).any(-1)
+        self.positions = self.positions.masked_fill(gone, -1)
+        seen = (self.positions >= 0).any(0).nonzero()
+        self.positions = self.positions[:, : int(seen[-1]) + 1 if len(seen) else 0]
+
 
 @dataclass
 class Rows:
-    """A buffer [b, g, room, e] whose first `length` tokens are filled."""
+    """A buffer [b, g, room, e] of the tokens so far."""
 
     data: Tensor | None = None
-    length: int = 0
 
-    def add(self, x: Tensor, expected: int) -> Tensor:
-        """Appends x [b, g, n, e]; returns all so far [b, g, t, e]."""
-        end = self.length + x.shape[2]
+    def add(self, x: Tensor, end: int, expected: int) -> Tensor:
+        """Puts x [b, g, n, e] before place `end`; returns all up to there [b, g, end, e]."""
+        begin = end - x.shape[2]
         if self.data is None or self.data.shape[2] < end:
-            wanted = max(end, expected, self.length + self.length // 4)  # grow geometrically, so that copies are rare
+            wanted = max(end, expected, begin + begin // 4)  # grow geometrically, so that copies are rare
             more = x.new_empty((*x.shape[:2], -(-wanted // GROWTH) * GROWTH, x.shape[3]))
             if self.data is not None:
-                more[:, :, : self.length] = self.data[:, :, : self.length]
+                more[:, :, :begin] = self.data[:, :, :begin]
             self.data = more
-        self.data[:, :, self.length : end] = x
-        self.length = end
+        self.data[:, :, begin:end] = x
         return self.data[:, :, :end]
 
 
@@ -91,8 +96,9 @@ class Remembering:
         if self.calls == len(self.rows):
             self.rows.append((Rows(), Rows()))
         kept_keys, kept_values = self.rows[self.calls]
-        keys = kept_keys.add(k, self.place.expected)
-        values = keys if self.one else kept_values.add(v, self.place.expected)
+        end = self.place.positions.shape[1]
+        keys = kept_keys.add(k, end, self.place.expected)
+        values = keys if self.one else kept_values.add(v, end, self.place.expected)
         if q.shape[1] != k.shape[1] and q.device.type == "cpu":
             repeat = q.shape[1] // k.shape[1]
             keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
@@ -144,24 +150,28 @@ def part_length(batch: int, heads: int, total: int) -> int:
 
 
 @contextmanager
-def remembering(stage: Family, place: CacheLayer, bias_of: Callable[[Model], Bias | None]) -> Iterator[None]:
+def remembering(
+    stage: Family, place: CacheLayer, bias_of: Callable[[Model], Bias | None], of_modules: Sequence[CacheLayer] = ()
+) -> Iterator[None]:
     """Gives every attention of a stage a cache; restores all of them at the end, also after an error. `bias_of`: a layer's config → its
-    score biases.
+    score biases. `of_modules`: places of the modules of multi-token prediction.
     """
-    units = [(unit.cfg, m) for _, unit in stage.units() for m in unit.modules() if hasattr(m, "attend")]
-    before: list[tuple[Any, Any]] = [(m, m.attend) for _, m in units]
+    own = {f"mtp.{k}.block": of for k, of in enumerate(of_modules)}
+    units = [(name, unit.cfg, m) for name, unit in stage.units() for m in unit.modules() if hasattr(m, "attend")]
+    before: list[tuple[Any, Any]] = [(m, m.attend) for *_, m in units]
     try:
-        for cfg, module in units:
+        for name, cfg, module in units:
             latent = isinstance(module, LatentAttention) and module.absorbs
+            at = own.get(name, place)
             if isinstance(module, GatedDelta):
-                module.attend = RememberingState(place)
+                module.attend = RememberingState(at)
                 continue
-            module.attend = Remembering(place, cfg.sliding_window, bias_of(cfg), latent)  # type: ignore[assignment]
+            module.attend = Remembering(at, cfg.sliding_window, bias_of(cfg), latent)  # type: ignore[assignment]
             if isinstance(module, LatentAttention):
                 module.absorbed = latent
         yield
     finally:
-        for _, module in units:
+        for *_, module in units:
             if isinstance(module, LatentAttention):
                 module.absorbed = False
         for module, attend in before:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.generation.cache import Bias, CacheLayer, part_length, remembering
 from megascale.generation.sample import choose
+from megascale.generation.speculate import Counts, Drafter, Texts, accepted
 from megascale.measure.health import free_memory
 from megascale.model.decoder import Decoder
 from megascale.model.position import alibi_slopes
@@ -28,74 +28,127 @@ SEEDS = range(-(1 << 63), 1 << 64)  # seeds that torch's generators accept
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen (`sample.choose`), and when to stop: after `most` tokens, or after one of `ends`."""
+    """How tokens are chosen (`sample.choose`), and when to stop: after `most` tokens, or after one of `ends`. `drafts`: tokens that
+    multi-token prediction drafts before every pass; None: as many as it can if the likeliest tokens are wanted, else none.
+    """
 
     most: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     ends: frozenset[int] = frozenset()
+    drafts: int | None = None
+
+    def drafts_of(self, stage: Decoder) -> int:
+        """The number of drafts with this model. A state that tokens meet in cannot forget drafts."""
+        if self.drafts is not None or self.temperature or _state_of(stage):
+            return self.drafts or 0
+        return stage.cfg.mtp_depth
 
 
 @torch.no_grad()
-def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampling) -> list[list[int]]:
+def generate(model: ParallelModel, prompts: Sequence[Sequence[int]], how: Sampling, counts: Counts | None = None) -> list[list[int]]:
     """The tokens that follow each prompt, including the end token if reached. Collective; all ranks get the same.
 
-    Each pass computes only new tokens; a long prompt takes several passes. The model is left as it was. Raises UsageError for a prompt that
-    is empty, holds an unknown token, is longer than learned positions, or does not fit into memory.
+    Each pass computes only new tokens; a long prompt takes several passes. The model is left as it was. `counts` hears about passes and
+    drafts. Raises UsageError for a prompt that is empty, holds an unknown token, is longer than learned positions, or does not fit into
+    memory, and for drafts that the model cannot make.
     """
     stage = model.model
     assert isinstance(stage, Decoder) and stage.cfg.vocab_size is not None
     check(stage, prompts, how)
-    device = next(stage.parameters()).device
+    device, drafts = next(stage.parameters()).device, how.drafts_of(stage)
     length = max(map(len, prompts))
-    check_memory(stage, len(prompts), length, how.most, device)
-    tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
-    positions = torch.tensor([range(len(p) - length, len(p)) for p in prompts], device=device)
-    bias_of = partial(distance_bias, stage, device)
-    heads = max((len(stage.exchanges.query_heads(m.num_heads)) for m in stage.cfg.variants.values() if bias_of(m) is not None), default=1)
-    place = CacheLayer(positions[:, :0], length)
+    check_memory(stage, len(prompts), length, how.most, drafts, device)
+    places = [CacheLayer(torch.empty(len(prompts), 0, dtype=torch.int64, device=device), length) for _ in range(1 + drafts)]
+    texts = Texts.of(prompts, how.most, drafts, device)
+    with reading(model, stage) as head, remembering(stage, places[0], partial(distance_bias, stage, device), places[1:]):
+        drafter = Drafter(stage, drafts, places[1:], head.enter) if drafts else None
+        return _continue(model, stage, texts, how, places[0], head, drafter, counts or Counts())
+
+
+def _continue(
+    model: ParallelModel,
+    stage: Decoder,
+    texts: Texts,
+    how: Sampling,
+    place: CacheLayer,
+    head: Head,
+    drafter: Drafter | None,
+    counts: Counts,
+) -> list[list[int]]:
+    """The loop of `generate` over texts that hold the prompts."""
+    begin, device = texts.length.tolist(), texts.tokens.device
+    batch, longest, drafts = len(begin), max(begin), drafter.drafts if drafter else 0
+    biased = [m for m in stage.cfg.variants.values() if distance_bias(stage, device, m) is not None]
+    heads = max((len(stage.exchanges.query_heads(m.num_heads)) for m in biased), default=1)
     generator = torch.Generator().manual_seed(how.seed)
-    found: list[list[int]] = [[] for _ in prompts]
-    going = [True] * len(prompts)
-    with reading(model, stage), remembering(stage, place, bias_of):
-        for _ in range(how.most):
-            most = part_length(len(prompts), heads, place.positions.shape[1] + tokens.shape[1])
-            for new, at in zip(tokens.split(most, 1), positions.split(most, 1)):
-                place.add(at)
-                logits = model.module(new, positions=at.clamp(min=0))[:, -1]
-            chosen = choose(_whole(stage, logits), how.temperature, how.top_p, generator)
-            for i, token in enumerate(chosen.tolist()):
-                if going[i]:
-                    found[i].append(token)
-                    going[i] = token not in how.ends
-            if not any(going):
-                break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-    return found
+    going = torch.ones(batch, dtype=torch.bool)
+    at = (texts.length[:, None] - longest + torch.arange(longest, device=device)).clamp(min=-1)  # prompts are padded on the left
+    while True:
+        most = part_length(batch, heads, place.positions.shape[1] + at.shape[1])
+        streams, logits = [], []
+        for part in at.split(most, 1):
+            place.add(part)
+            logits.append(model.module(texts.at(part), positions=part.clamp(min=0)))
+            assert head.stream is not None
+            streams.append(head.stream)
+        chosen = choose(_whole(stage, torch.cat(logits, 1)[:, -head.rows :].flatten(0, 1)), how.temperature, how.top_p, generator).view(
+            batch, -1
+        )
+        checked = at[:, -head.rows :]
+        taken = accepted(texts, checked, chosen)
+        counts.add(checked, taken)
+        rejected = checked.where(torch.arange(head.rows, device=device) > taken[:, None], -1)
+        texts.put(taken, chosen.gather(1, taken[:, None])[:, 0])
+        texts.advance(going, chosen, taken, how.ends)
+        if not going.any():
+            return [row[start:end] for row, start, end in zip(texts.tokens.tolist(), begin, texts.length.tolist())]
+        if drafter is not None:
+            place.hide(rejected)
+            at[:, -head.rows :].masked_fill_(rejected >= 0, -1)
+            drafter.draft(texts, at, torch.cat(streams, 1), most)
+        at, head.rows = texts.next_pass(drafts, going.to(device)), 1 + drafts
+
+
+@dataclass
+class Head:
+    """In generation, stands before the head: keeps the stream [b, n, d], and lets only the last `rows` tokens of it pass to logits."""
+
+    enter: Callable[[Tensor], Tensor]
+    rows: int = 1
+    stream: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.stream = x
+        return self.enter(x[:, -self.rows :])
 
 
 @contextmanager
-def reading(model: ParallelModel, stage: Decoder) -> Iterator[None]:
-    """Puts the model into evaluation mode, with logits of the last token only and one XPos origin for all passes; restores it after."""
-    middle, head = stage.xpos_middle, stage.exchanges.enter_head
+def reading(model: ParallelModel, stage: Decoder) -> Iterator[Head]:
+    """Puts the model into evaluation mode, with logits of the last tokens only and one XPos origin for all passes; restores it after."""
+    middle, head = stage.xpos_middle, Head(stage.enter_head)
     modes = [(m, m.training) for module in model.modules for m in module.modules()]
     try:
         model.train(False)
-        stage.xpos_middle, stage.exchanges.enter_head = 0, partial(_last, then=head)
-        yield
+        stage.xpos_middle, stage.enter_head = 0, head  # type: ignore[method-assign]
+        yield head
     finally:
-        stage.xpos_middle, stage.exchanges.enter_head = middle, head
+        stage.xpos_middle = middle
+        del stage.enter_head
         for m, training in modes:
             m.training = training
 
 
-def check_memory(stage: Decoder, batch: int, length: int, most: int, device: torch.device) -> None:
+def check_memory(stage: Decoder, batch: int, length: int, most: int, drafts: int, device: torch.device) -> None:
     """Raises UsageError if the caches for prompts of `length` plus `most` new tokens do not fit into memory, or if the attention does not
     state their size.
     """
-    kept, fixed, wide = 0.0, 0.0, torch.promote_types(stage.shape.compute, torch.float32)
-    for layer in range(stage.cfg.num_layers):
+    columns, wide = length + most + drafts, torch.promote_types(stage.shape.compute, torch.float32)
+    if batch > 1:
+        columns += most * drafts  # at most: what one row rejects keeps its place if another accepts it
+    kept, fixed = 0.0, 0.0
+    for layer in [*range(stage.cfg.num_layers), *[stage.cfg.num_layers - 1] * drafts]:
         cfg = stage.cfg.at_layer(layer)
         cached = cfg.attention_row.cached
         if cached is None:
@@ -105,7 +158,7 @@ def check_memory(stage: Decoder, batch: int, length: int, most: int, device: tor
             )
         heads = len(stage.exchanges.query_heads(cfg.num_heads))
         kept, fixed = kept + cached(cfg, heads), fixed + cfg.attention_row.state(cfg, heads)
-    needed = batch * (kept * (length + most) * stage.shape.compute.itemsize + fixed * wide.itemsize)
+    needed = batch * (kept * columns * stage.shape.compute.itemsize + fixed * wide.itemsize)
     free = free_memory(device)
     if needed > free:
         raise UsageError(
@@ -136,13 +189,8 @@ def beyond(seq_len: int, prompts: Sequence[Sequence[int]], most: int) -> str | N
     )
 
 
-def _last(x: Tensor, then: Any) -> Tensor:
-    """Computes logits of the last token only."""
-    return then(x[:, -1:])  # type: ignore[no-any-return]
-
-
 def _whole(stage: Decoder, logits: Tensor) -> Tensor:
-    """[b, V here] → [b, V]"""
+    """[n, V here] → [n, V]"""
     assert stage.cfg.vocab_size is not None
     if stage.exchanges.rows is not None:
         logits = all_gather(logits, stage.exchanges.rows, 1)
@@ -155,11 +203,27 @@ def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
         raise UsageError(f"prompt {empty} has no tokens: give it some text")
 
 
+def _state_of(stage: Decoder) -> str | None:
+    """The name of an attention in the model whose tokens meet in a state, if there is one."""
+    return next((m.attention for m in stage.cfg.variants.values() if m.attention_row.scans), None)
+
+
 def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
     vocabulary = stage.cfg.vocab_size or 0
     if how.seed not in SEEDS:
         raise UsageError(f"--seed is {how.seed}: give a number from {SEEDS.start} to {SEEDS.stop - 1}")
     check_not_empty(prompts)
+    if how.drafts and how.temperature:
+        raise UsageError(
+            f"--drafts is {how.drafts} and --temperature is {how.temperature:g}: drafts are for the likeliest tokens; leave out one"
+        )
+    if how.drafts_of(stage) > stage.cfg.mtp_depth:
+        raise UsageError(
+            f"--drafts is {how.drafts}, but the model has {stage.cfg.mtp_depth} modules of multi-token prediction, which make one draft "
+            f"each: give at most {stage.cfg.mtp_depth}"
+        )
+    if how.drafts and (kind := _state_of(stage)):
+        raise UsageError(f"--drafts is {how.drafts}, but model.attention is {kind}, whose state cannot forget drafts: leave out --drafts")
     for number, prompt in enumerate(prompts):
         wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
         if wrong is not None:

@@ -8,15 +8,22 @@ Shapes: b micro-batch, S whole sequence, s tokens here, d hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.handles import handle_of
+from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
 from megascale.model.layers import Linear, Norm
 from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.model.residual import Stack, residual
+
+if TYPE_CHECKING:
+    from megascale.model.decoder import Decoder
 
 
 class Ahead(nn.Module):
@@ -37,7 +44,7 @@ class Ahead(nn.Module):
         self.block = Block(own, row, stack, dtype, sparse)
         self.norm = norm()
         self.handle = handle_of(self)  # of what hears about a micro-batch
-        self.metrics = ModuleMetrics("mtp", {"loss": 1, "tokens": 1}, {}, _mean_loss)
+        self.metrics = ModuleMetrics("mtp", {"loss": 1, "tokens": 1, "accepted": 1, "drafts": 1}, {}, _read)
 
     def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """x [b, s, d], embedded tokens [b, s, d] → the stream of the next module [b, s, d]."""
@@ -49,9 +56,12 @@ class Ahead(nn.Module):
             self.metrics.add(name, value)
 
 
-def _mean_loss(totals: Totals) -> dict[str, float]:
-    """Cross-entropy per token that the module predicted."""
-    return {"loss": float(totals["loss"] / totals["tokens"].clamp(min=1))}
+def _read(totals: Totals) -> dict[str, float]:
+    """Cross-entropy per token that the module predicted, and after an evaluation the share of its tokens that speculation would accept."""
+    read = {"loss": float(totals["loss"] / totals["tokens"].clamp(min=1))}
+    if totals.get("drafts"):
+        read["acceptance"] = float(totals["accepted"] / totals["drafts"])
+    return read
 
 
 def shifted(x: Tensor, by: int, beyond: int) -> Tensor:
@@ -63,3 +73,48 @@ def targets_ahead(targets: Tensor, documents: Tensor | None, by: int) -> Tensor:
     """targets [b, S] of the next token → of the token `by` places after it, −1 where that is not counted or in another document."""
     found = shifted(targets, by, -1)
     return found if documents is None else found.where(shifted(documents, by, -1) == documents, -1)
+
+
+def ahead_of(model: Decoder, x: Tensor, tokens: Tensor, contexts: Iterator[Context]) -> Iterator[tuple[int, Ahead, Tensor]]:
+    """A model's predictions on the stream before its head x [b, s, d] of tokens [b, S]: each module's number, from 1, the module, and the
+    head's input [b, s, d].
+    """
+    for number, (ahead, context) in enumerate(zip(model.mtp.values(), contexts), 1):
+        assert isinstance(ahead, Ahead)
+        x = ahead(x, model.embedded(shifted(tokens, number, 0), model.embedding), context)
+        yield number, ahead, model.enter_head(ahead.norm(x))
+
+
+def look_ahead(
+    model: Decoder,
+    x: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    documents: Tensor | None,
+    contexts: Iterator[Context],
+    scale: float,
+) -> Tensor:
+    """The stream before the head x [b, s, d], unchanged, with the losses of multi-token prediction on it. `head`: the head's weight."""
+    stream = x
+    for number, ahead, predicting in ahead_of(model, stream, tokens, contexts):
+        wanted = model.exchanges.sequence_here(targets_ahead(targets, documents, number)).flatten()
+        loss = model.loss_of(predicting, head, wanted, scale)
+        x = ride_on(x, loss, model.cfg.mtp_weight / len(model.mtp), ahead.handle, (loss.detach() / scale, (wanted >= 0).sum()))
+    return x
+
+
+def count_accepted(
+    model: Decoder, x: Tensor, head: Tensor, tokens: Tensor, targets: Tensor, documents: Tensor | None, contexts: Iterator[Context]
+) -> Tensor:
+    """In evaluation, the stream before the head x [b, s, d], unchanged. Each module hears for how many of the tokens that it predicts
+    greedy speculation would accept its own: the model itself, given the tokens before, finds the same one likeliest.
+    """
+    exchanges = model.exchanges
+    own = exchanges.sequence_whole(model.likeliest(model.enter_head(x), head))
+    for number, ahead, predicting in ahead_of(model, x, tokens, contexts):
+        counted = exchanges.sequence_here(targets_ahead(targets, documents, number)) >= 0
+        same = model.likeliest(predicting, head) == exchanges.sequence_here(shifted(own, number, -1))
+        ahead.metrics.add("accepted", (same & counted).sum())
+        ahead.metrics.add("drafts", counted.sum())
+    return x

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from megascale.comm.host import constant
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, has_experts
-from megascale.model.ahead import Ahead, shifted, targets_ahead
+from megascale.model.ahead import Ahead, count_accepted, look_ahead
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context, Memory
 from megascale.model.exchanges import Exchanges
 from megascale.model.family import Family, Unit
 from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Norm, linear
-from megascale.model.loss import cross_entropy_sum
+from megascale.model.loss import cross_entropy_sum, likeliest
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, alibi_slopes, inverse_frequencies, pair_exponents, rotary
@@ -135,6 +135,10 @@ class Decoder(Family):
             assert isinstance(ahead, Ahead)
             yield f"mtp.{number}.block", ahead.block
 
+    def measured(self) -> Iterator[tuple[int, nn.Module]]:
+        yield from super().measured()
+        yield from enumerate(self.mtp.values(), self.cfg.num_layers)
+
     def here(self, x: Tensor) -> Tensor:
         """This rank's part [b, s] of a [b, S] tensor of whole sequences."""
         return self.exchanges.tokens_here(self.exchanges.sequence_here(x))
@@ -203,31 +207,12 @@ class Decoder(Family):
         if not self.part.last:
             return attach(x, tables)
         ahead = None
-        if self.mtp and targets is not None and torch.is_grad_enabled():
+        if self.mtp and targets is not None and (torch.is_grad_enabled() or not self.training):
             layers = range(self.cfg.num_layers, self.cfg.num_layers + len(self.mtp))
             further = self.contexts(layers, tokens, mask_of, positions, samples, self.loss_weights(targets, scale))
-            ahead = partial(self.look_ahead, tokens=tokens, targets=targets, documents=documents, scale=scale, contexts=further)
+            look = partial(look_ahead, self, scale=scale) if self.training else partial(count_accepted, self)
+            ahead = partial(look, tokens=tokens, targets=targets, documents=documents, contexts=further)
         return self.finish(x, targets, scale, ahead)
-
-    def look_ahead(
-        self,
-        x: Tensor,
-        head: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        documents: Tensor | None,
-        scale: float,
-        contexts: Iterator[Context],
-    ) -> Tensor:
-        """The stream before the head x [b, s, d], unchanged, with the losses of multi-token prediction on it. `head`: the head's weight."""
-        stream = x
-        for number, (ahead, context) in enumerate(zip(self.mtp.values(), contexts), 1):
-            assert isinstance(ahead, Ahead)
-            stream = ahead(stream, self.embedded(shifted(tokens, number, 0), self.embedding), context)
-            wanted = self.exchanges.sequence_here(targets_ahead(targets, documents, number)).flatten()
-            loss = self.loss_of(self.enter_head(ahead.norm(stream)), head, wanted, scale)
-            x = ride_on(x, loss, self.cfg.mtp_weight / len(self.mtp), ahead.handle, (loss.detach() / scale, (wanted >= 0).sum()))
-        return x
 
     def enter_head(self, x: Tensor) -> Tensor:
         """The normalized stream [b, s, d] → the head's input, with the tokens of all tensor ranks."""
@@ -244,6 +229,11 @@ class Decoder(Family):
         """The head's input x [b, s, d] and the local tokens' targets [b · s] → their summed loss times `scale`."""
         first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
         return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, self.exchanges.loss_backend, bias)
+
+    def likeliest(self, x: Tensor, head: Tensor) -> Tensor:
+        """The head's input x [b, s, d] → the tokens [b, s] with the largest logits."""
+        first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
+        return likeliest(x.flatten(0, 1), head, first, self.predicted, rows).view(x.shape[:2])
 
     def finish(self, x: Tensor, targets: Tensor | None, scale: float, ahead: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """The stream after the last block → the result of `forward`. `ahead`: what it passes before the head, given the head's weight."""

@@ -34,6 +34,7 @@ class Exchanges:
     leave_embedding  sums the ranks' partial embeddings
     enter_memory     gathers the tokens of all ranks for cross-attention
     sequence_here    this rank's positions of a [b, S] tensor of whole sequences; sources by their own length
+    sequence_whole   the [b, S] tensor whose positions here are a [b, s] tensor; targets' length in an encoder-decoder
     tokens_here      this tensor rank's tokens of a [b, s] tensor of these positions
     query_heads      the number of a layer's query heads → global numbers of those here
     with_blocks      adds to a mask, for sequences of a length, what FlexAttention needs on a GPU
@@ -46,6 +47,7 @@ class Exchanges:
     leave_embedding: Exchange = identity
     enter_memory: Exchange = identity
     sequence_here: Exchange = identity
+    sequence_whole: Exchange = identity
     tokens_here: Exchange = identity
     query_heads: Callable[[int], range] = range
     with_blocks: Callable[[AttentionMask, int, torch.device], AttentionMask] = with_blocks

@@ -45,6 +45,11 @@ class Family(nn.Module):
         """The blocks with their names."""
         raise NotImplementedError
 
+    def measured(self) -> Iterator[tuple[int, nn.Module]]:
+        """Where modules with metrics are (module_metrics.py): the number of a layer, and its module."""
+        for layer, (_, unit) in zip(self.part.layers, self.units()):
+            yield layer, unit
+
     @property
     def tail(self) -> list[nn.Module]:
         """The modules after the last block that share no weight with the rest, in the order in which they run."""

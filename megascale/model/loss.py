@@ -46,6 +46,21 @@ def cross_entropy_sum(
     return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias)  # type: ignore[no-any-return]
 
 
+def likeliest(x: Tensor, weight: Tensor, first: int, vocab_size: int, axis: Axis | None) -> Tensor:
+    """x [T, d] → the tokens [T] with the largest logits, the first of equal ones; arguments as in `cross_entropy_sum`. No gradient."""
+    w, found = weight.to(x.dtype), []
+    real = min(max(vocab_size - first, 0), w.shape[0])
+    for rows in x.split(max(1, CHUNK_ELEMENTS // w.shape[0])):
+        logits = linear(rows, w, None)
+        logits[:, real:] = float("-inf")
+        top, token = logits.max(1)
+        if axis is not None:
+            here = top == all_reduce(top.clone(), axis, "max")
+            token = -all_reduce(torch.where(here, -(token + first), -vocab_size), axis, "max")
+        found.append(token)
+    return torch.cat(found)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Computes gradients in forward, while a chunk's logits exist: three products instead of recomputation's four."""
 

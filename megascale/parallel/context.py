@@ -22,7 +22,7 @@ from torch import Tensor
 from megascale.comm.collectives import copy_to_ranks, gather_unequal, switch
 from megascale.comm.mesh import Axis, Mesh
 from megascale.config.schema import Parallel
-from megascale.model.attention import Attend, attend, kv_heads_of
+from megascale.model.attention import Attend, attend, identity, kv_heads_of
 from megascale.model.family import Family
 from megascale.model.ops.attention_tiles import AttentionMask, Ranges
 from megascale.parallel.delta import by_heads, in_ring
@@ -111,6 +111,7 @@ def spread_sequence(model: Family, mesh: Mesh, cfg: Parallel) -> None:
     exchanges = model.exchanges
     exchanges.sequence_here = lambda x: take(x, spreads[x.shape[1]].held[cp.rank])
     exchanges.enter_memory = partial(whole, enter=exchanges.enter_memory, held=spreads[source_len].held, axis=cp)
+    exchanges.sequence_whole = partial(whole, enter=identity, held=spreads[length].held, axis=cp)
     exchanges.query_heads = partial(_heads_between, before=exchanges.query_heads, axis=ulysses)
     if ring.size > 1:
         exchanges.with_blocks = partial(with_parts, axis=ring, met={n: spread.met for n, spread in spreads.items()})
@@ -140,7 +141,7 @@ def meeting(alone: Any, spread: Spread, ring: Axis, ulysses: Axis, scans: bool =
 
 
 def whole(x: Tensor, enter: Callable[[Tensor], Tensor], held: list[list[range]], axis: Axis) -> Tensor:
-    """A memory's tokens [b, t_here, d], through the tensor ranks' `enter`, gathered from all cp ranks in order of position [b, t, d]. In
+    """A memory's tokens [b, t_here, …], through the tensor ranks' `enter`, gathered from all cp ranks in order of position [b, t, …]. In
     backward each rank gets the sum of all ranks' gradients of its own tokens.
     """
     x = copy_to_ranks(gather_unequal(enter(x), axis, 1, [total(r) for r in held]), axis)

@@ -70,7 +70,9 @@ class Session:
         self.model.at_step(max(1, self.step))
         with self._at_work():
             try:
-                return self.trainer.evaluate()
+                losses = self.trainer.evaluate()
+                self.trainer.reporter.observed.flush()  # rows tell of a run's own evaluations
+                return losses
             except Halted:
                 self.trainer.leave()
 

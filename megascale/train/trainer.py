@@ -148,6 +148,8 @@ class Trainer:
         begin = time.perf_counter()
         try:
             result.valid_loss = self.evaluate()
+            for source, totals in self.reporter.observed.flush().items():
+                result.seen[source].update(totals)
         except Halted:
             self.reporter.event("evaluation_cut_short", result.step)
             return False

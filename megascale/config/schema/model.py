@@ -152,7 +152,9 @@ class Model(Section):
     moeut: Moeut | None = None
     """Universal transformer with mixtures of experts (MoEUT, arXiv 2405.16039). Absent: every layer has weights of its own."""
     mtp_depth: Annotated[int, Field(ge=0, le=3)] = 0
-    """Multi-token prediction: modules that each predict one token further (DeepSeek-V3, arXiv 2412.19437). Generation leaves them out."""
+    """Multi-token prediction: modules that each predict one token further (DeepSeek-V3, arXiv 2412.19437). Generation
+    drafts with them.
+    """
     mtp_weight: Annotated[float, Field(gt=0)] = 0.3
     """Weight of the mean of their losses in training. `loss` in the metrics is without them."""
     kinds: dict[str, Kind] = Field(default_factory=dict)

@@ -89,8 +89,8 @@ class MetricsOverRanks:
 
 def _sources(model: ParallelModel) -> Iterable[tuple[MetricSource, ModuleMetrics]]:
     for stage in model.stages:
-        for layer, (_, block) in zip(stage.part.layers, stage.units()):
-            for path, module in block.named_modules():
+        for layer, part in stage.measured():
+            for path, module in part.named_modules():
                 metrics = getattr(module, "metrics", None)
                 if isinstance(metrics, ModuleMetrics):
                     yield (
