@@ -57,8 +57,8 @@ def point_names(model: ParallelModel) -> list[tuple[int, str]]:
     encoder = cfg.encoder_layers or 0
 
     def behind(layers: range, *kinds: str) -> list[tuple[int, str]]:
-        one_norm = [cfg.at_layer(layer).residual_row.one_norm for layer in layers]
-        return [(layer, kind) for layer, one in zip(layers, one_norm) for kind in (("block",) if one else kinds)]
+        together = [cfg.at_layer(layer).residual_row.together for layer in layers]
+        return [(layer, kind) for layer, one in zip(layers, together) for kind in (("block",) if one else kinds)]
 
     if not encoder:
         return [(-1, "embedding"), *behind(range(cfg.num_layers), "attention", "ffn")]
@@ -99,7 +99,7 @@ class Taps:
                     handles.append(block.register_forward_pre_hook(self._before(entry)))
                 for kind, entered in _entries(block):
                     handles.append(entered.register_forward_pre_hook(self._before(self.row[layer, kind])))
-                handles.append(block.register_forward_hook(self._after(self.row[layer, "block" if block.row.scheme.one_norm else "ffn"])))
+                handles.append(block.register_forward_hook(self._after(self.row[layer, "block" if block.row.scheme.together else "ffn"])))
         try:
             yield
         finally:
@@ -171,7 +171,7 @@ class Taps:
 
 def _entries(block: Block) -> list[tuple[str, nn.Module]]:
     """The sublayers that another sublayer follows, each with the module that first reads the stream after it."""
-    if block.row.scheme.one_norm:
+    if block.row.scheme.together:
         return []
     before = block.row.scheme.norm in ("before", "around")
     entries: list[tuple[str, nn.Module | None]] = []

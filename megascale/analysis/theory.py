@@ -63,7 +63,7 @@ def stack_points(cfg: Model, stack: Stack, seq_len: int, warm: float, first: Sig
         own = cfg.at_layer(layer)
         row = residual(own, stack, layer)
         parts: list[tuple[str, list[Sublayer]]] = [("attention", [attention]), ("ffn", [feed_forward])]
-        if row.scheme.one_norm:
+        if row.scheme.together:
             parts = [("block", [attention, feed_forward])]
         for kind, sublayers in parts:
             x, pull = _join(own, row, x, sublayers, seq_len, stack.side == "decoder", warm, kind != "ffn")

@@ -20,6 +20,7 @@ class ResidualScheme:
     ends         model → `model.residual.Ends`: how the stream begins and ends
     inner_norms  norms before the attention's output product and after the feed-forward's activation
     one_norm     attention and feed-forward read the same normalized stream and are added to it together
+    two_norms    the same, but each reads the stream behind a norm of its own
     qk_norm      queries and keys are normalized whatever the config says
     unbiased     roles that have no bias whatever the config says
     channel_scales  a learned vector multiplies each branch (the layer's row has its initial value)
@@ -35,6 +36,7 @@ class ResidualScheme:
     ends: str | Callable[..., Any] = f"{OURS}:constant_ends"
     inner_norms: bool = False
     one_norm: bool = False
+    two_norms: bool = False
     qk_norm: bool = False
     unbiased: tuple[str, ...] = ()
     channel_scales: bool = False
@@ -45,14 +47,19 @@ class ResidualScheme:
     megatron: bool = False
 
     @property
+    def together(self) -> bool:
+        """Whether the feed-forward reads the stream that entered the block, without what attention adds to it."""
+        return self.one_norm or self.two_norms
+
+    @property
     def final_norm(self) -> bool:
         """Whether there is a norm before the head. If norms come after the sum, the last block already ends with one."""
         return self.norm != "after"
 
 
 # Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; sandwich CogView, 2105.13290, and Gemma 2, 2408.00118; DeepNorm
-# 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, μS (μnit
-# Scaling) 2502.05967.
+# 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442 and those of
+# GPT-NeoX 2204.06745, μS (μnit Scaling) 2502.05967.
 DEEPSCALE: dict[str, Any] = {
     "layer": f"{OURS}:deepscale_layer",
     "ends": f"{OURS}:deepscale_ends",
@@ -71,6 +78,7 @@ RESIDUALS: dict[str, ResidualScheme] = {
     "subln": ResidualScheme("before", f"{OURS}:subln_layer", inner_norms=True),
     "layerscale": ResidualScheme("before", f"{OURS}:layerscale_layer", channel_scales=True),
     "parallel": ResidualScheme("before", f"{OURS}:scaled_writers", one_norm=True, qk_norm=True, unbiased=("query", "key", "value", "norm")),
+    "neox": ResidualScheme("before", f"{OURS}:scaled_writers", two_norms=True),
     "mus": ResidualScheme("within", f"{OURS}:mus_layer", f"{OURS}:mus_ends", unit_scaled=True, reads=("mus_tau",)),
 }
 

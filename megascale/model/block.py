@@ -95,12 +95,12 @@ class Block(Unit):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [b, s, d] → [b, s, d]"""
-        return self.feed(self.meet(x, context), context) if self.ffn_norm is not None else self.both(x, context)
+        return self.both(x, context) if self.row.scheme.together else self.feed(self.meet(x, context), context)
 
     def both(self, x: Tensor, context: Context) -> Tensor:
-        """Attention and feed-forward of the same normalized stream, added to it together."""
+        """Attention and feed-forward of the same stream, behind one norm or two, added to it together."""
         h = self.attention_norm(x)
-        y = self._attend(h, context) + self._feed_forward(h, context)
+        y = self._attend(h, context) + self._feed_forward(h if self.ffn_norm is None else self.ffn_norm(x), context)
         return self._add(x, y if self.cross is None else y + self._cross_attend(h, context), context)
 
     def meet(self, x: Tensor, context: Context) -> Tensor:

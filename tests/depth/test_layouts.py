@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "subln": {"norm": "layernorm", "bias": True},
     "layerscale": {"norm": "dyt", "qk_norm": True},
     "parallel": {"dropout": 0.1},
+    "neox": {"norm": "layernorm", "bias": True, "rope_fraction": 0.5, "dropout": 0.1},
     "subln with dyt": {"norm": "dyt"},
     "deepnorm encoder": {"family": "encoder", "num_kv_heads": 1, "position": "learned"},
     "bitlinear": {"linear": "bitlinear", "num_kv_heads": 1, "bias": True},

@@ -147,6 +147,7 @@ STACKS: dict[str, dict[str, Any]] = {
     "subln": {"num_kv_heads": 2},
     "layerscale": {"norm": "layernorm"},
     "parallel": {"dropout": 0.1},
+    "neox": {"norm": "layernorm"},
     "pre with dyt": {"norm": "dyt"},
     "pre with bitlinear": {"linear": "bitlinear"},
 }

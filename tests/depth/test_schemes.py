@@ -108,6 +108,8 @@ class Reference:
                 case "parallel":
                     h = self.norm(x, first)
                     return x + self.attention(h, at) + self.ffn(h, at)
+                case "neox":
+                    return x + self.attention(self.norm(x, first), at) + self.ffn(self.norm(x, second), at)
         return x
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class Reference:
             x = x * self.w["embedding_scale"]
         for layer in range(self.cfg.num_layers):
             x = self.block(x, f"blocks.{layer}")
-        if self.cfg.residual in ("pre", "res_post", "subln", "deepscale", "layerscale", "parallel", "mus"):
+        if self.cfg.residual in ("pre", "res_post", "subln", "deepscale", "layerscale", "parallel", "neox", "mus"):
             x = self.norm(x, "final_norm")
         if self.cfg.residual.startswith("deepscale") and self.cfg.tie_embeddings:
             x = x / math.sqrt((1 - self.cfg.dropout) * self.cfg.hidden_size)

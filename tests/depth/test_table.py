@@ -15,7 +15,8 @@ from megascale.model.residual import Stack, deepnorm, deepscale, ends, layerscal
 from tests.layouts import Case, build, tiny
 
 SCHEMES = (
-    "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "mus",
+    "pre", "post", "res_post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "neox",
+    "mus",
 )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_starts_by_role(name: str, kv_heads: int, ffn: str) -> None:
     def expected(role: str, layer: int) -> float:
         out, width = shapes[role]
         xavier = math.sqrt(2 / (out + width))
-        if name in ("pre", "parallel"):
+        if name in ("pre", "parallel", "neox"):
             return 0.02 / math.sqrt(2 * L) if role in ("attention_out", "down") else 0.02
         if name in ("post", "res_post", "layerscale"):
             return 0.02
