@@ -58,7 +58,7 @@ class ResidualScheme:
 
 
 # Sources: res_post Swin V2, arXiv 2111.09883, and OLMo 2, 2501.00656; sandwich CogView, 2105.13290, and Gemma 2, 2408.00118; DeepNorm
-# 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442 and those of
+# 2203.00555, BranchNorm 2305.02790, DeepScaleLM 2403.09635, SubLN 2210.06423, LayerScale 2103.17239, parallel blocks 2302.05442, those of
 # GPT-NeoX 2204.06745, μS (μnit Scaling) 2502.05967.
 DEEPSCALE: dict[str, Any] = {
     "layer": f"{OURS}:deepscale_layer",

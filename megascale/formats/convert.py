@@ -133,7 +133,7 @@ def write_ours(
     if (source / GENERATION).is_file():
         trainer["hf_generation_config"] = read_object(source / GENERATION)
         extra = {**extra, GENERATION: (source / GENERATION).read_bytes()}
-    section = {"model": {k: v for k, v in foreign.model.model_dump(mode="json", exclude_defaults=True).items() if v is not None}}
+    section = {"model": _told(foreign.model)}
     with atomic_folder(target) as temporary:
         step = write_streamed(
             temporary,
@@ -149,6 +149,12 @@ def write_ours(
         for name, content in {**extra, "model.yaml": to_yaml(section).encode()}.items():
             write_durably(temporary / name, content)
     return target / step.name
+
+
+def _told(model: Model) -> dict[str, Any]:
+    """The model section without what is the default; a null in a kind is a value."""
+    told = {k: v for k, v in model.model_dump(mode="json", exclude_defaults=True).items() if v is not None}
+    return {**told, **({"kinds": model.model_dump(mode="json")["kinds"]} if model.kinds else {})}
 
 
 def whole_checkpoint(path: Path) -> OpenCheckpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from megascale.checkpoint.streaming import Target
 from megascale.config.load import flatten
@@ -48,6 +49,11 @@ def our_shapes(model: Model, seq_len: int) -> dict[str, Sizes]:
     return {name: spec.shape for name, spec in our_specs(model, seq_len).items()}
 
 
+def our_states(model: Model, seq_len: int) -> dict[str, ParamSpec]:
+    """Name in a checkpoint → spec of what is stored beside weights: coefficients of layers, biases of routers."""
+    return {MODEL + name: spec for name, spec in states_of(_built(model, seq_len)).items()}
+
+
 def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
     """Canonical name → spec of every weight and state of a model, in the order of the forward pass.
 
@@ -55,9 +61,12 @@ def our_specs(model: Model, seq_len: int) -> dict[str, ParamSpec]:
 
     Raises UsageError for sizes that torch cannot count.
     """
-    shape = Shape(seq_len, torch.float32, torch.float32)
+    built = _built(model, seq_len)
+    return {**specs_of(built), **states_of(built)}
+
+
+def _built(model: Model, seq_len: int) -> nn.Module:
     try:
-        built = build_part(model, shape)
+        return build_part(model, Shape(seq_len, torch.float32, torch.float32))
     except (RuntimeError, OverflowError) as error:
         raise UsageError(f"a model of these sizes cannot be ({str(error).splitlines()[0]}): correct the file that describes it") from None
-    return {**specs_of(built), **states_of(built)}

@@ -14,12 +14,12 @@ from torch import Tensor
 from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, Index, read_index
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.shards import read_slice
-from megascale.checkpoint.streaming import Target
+from megascale.checkpoint.streaming import ReadSlice, Target
 from megascale.checkpoint.trainer import read_trainer
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
-from megascale.formats.tensor_maps import Rearranged, Sizes, compare_names
+from megascale.formats.tensor_maps import Sizes, compare_names
 from megascale.plugins import gone
 
 LAST_STEP = 10**15
@@ -94,7 +94,7 @@ class Foreign:
     model: Model
     seq_len: int
     targets: list[Target]
-    produce: Rearranged
+    produce: ReadSlice
     config: dict[str, Any]
     stamp: str
     notes: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ class TensorMap:
 
     axes  for each dimension of ours the dimension of theirs; None if theirs has none and our size is 1. Dimensions of theirs without one of
           ours have size 1.
+    paired  theirs is seen with its last dimension split into pairs
     """
 
     ours: str
@@ -33,6 +34,7 @@ class TensorMap:
     theirs: str
     to: Sizes
     axes: tuple[int | None, ...]
+    paired: bool = False
 
     @property
     def size_there(self) -> Sizes:

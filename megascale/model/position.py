@@ -58,7 +58,9 @@ def _yarn(freq: Tensor, exponents: Tensor, theta: float, scaling: RopeScaling) -
     def channel(turns: float) -> float:
         return dim * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = max(0, math.floor(channel(scaling.beta_fast))), min(dim - 1, math.ceil(channel(scaling.beta_slow)))
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    low, high = (math.floor(first), math.ceil(last)) if scaling.truncate else (first, last)
+    low, high = max(0, low), min(dim - 1, high)
     ramp = ((exponents * dim / 2 - low) / (high - low or 1e-3)).clamp(0, 1)
     return freq / scaling.factor * ramp + freq * (1 - ramp)
 

@@ -54,7 +54,20 @@ def change(**values: list[Any]) -> dict[str, list[Any]]:
 
 MODELS = change(
     norm=["rmsnorm", "layernorm", "dyt"],
-    residual=["pre", "post", "deepnorm", "branchnorm", "deepscale", "deepscale_post", "subln", "layerscale", "parallel", "neox", "res_post", "mus"],
+    residual=[
+        "pre",
+        "post",
+        "deepnorm",
+        "branchnorm",
+        "deepscale",
+        "deepscale_post",
+        "subln",
+        "layerscale",
+        "parallel",
+        "neox",
+        "res_post",
+        "mus",
+    ],
     position=["rope", "alibi", "learned", "xpos", "none"],
     ffn=["swiglu", "gelu", "relu"],
     tie_embeddings=[False, True],

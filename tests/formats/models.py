@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 LENGTH = 20  # tokens that logits are compared on
 DECODERS = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
-NEWER = ("qwen2", "olmo3", "gemma3_text", "phi3", "starcoder2", "bloom")
+NEWER = ("qwen2", "olmo3", "gemma3_text", "phi3", "starcoder2", "granite", "gpt_neox", "bloom")
+MIXTURES: tuple[str, ...] = ()
 FAMILIES = (*DECODERS, "bert", "t5", *NEWER)
 
 
@@ -19,10 +20,10 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
     """Keyword arguments of a config class of transformers."""
     group, kv = draw(st.sampled_from([(1, 4), (2, 2), (4, 1), (3, 1), (1, 1)]))
     heads = group * kv
-    experts = family in ("mixtral", "qwen3_moe")
+    experts = family in ("mixtral", "qwen3_moe", *MIXTURES)
     head = draw(st.sampled_from([4, 8] if experts else [4, 8, 10]))
     multiple = 4 if experts else 1  # transformers' grouped products want rows of a multiple of 16 bytes
-    own_head = family in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "t5", "gemma3_text") and draw(st.booleans())
+    own_head = family in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "t5", "gemma3_text", *MIXTURES) and draw(st.booleans())
     hidden = heads * head if not own_head else 4 * draw(st.integers(2, 7)) * heads
     common = {
         "vocab_size": draw(st.integers(30, 70)),
@@ -87,7 +88,7 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
         "max_position_embeddings": 64,
         "rope_parameters": draw(ropes()),
     }
-    if family not in ("olmo2", "olmo3", "qwen2", "phi3", "starcoder2"):
+    if family not in ("olmo2", "olmo3", "qwen2", "phi3", "starcoder2", "granite", "gpt_neox", "deepseek_v3"):
         values["head_dim"] = head
     if family in ("olmo3", "gemma3_text", "qwen2"):
         values |= draw(layer_types(family, layers + 1))
@@ -103,6 +104,16 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
     if family == "starcoder2":
         values |= {"norm_epsilon": values.pop("rms_norm_eps"), "sliding_window": draw(st.sampled_from([None, 7]))}
         values |= {"hidden_act": draw(st.sampled_from(["gelu", "gelu_pytorch_tanh"]))}
+    if family == "granite":
+        factors = ("embedding_multiplier", "logits_scaling", "attention_multiplier", "residual_multiplier")
+        values |= {key: draw(st.sampled_from([1.0, 0.22, 12.0])) for key in factors if draw(st.booleans())}
+    if family == "gpt_neox":
+        values |= {"layer_norm_eps": values.pop("rms_norm_eps"), "use_parallel_residual": draw(st.booleans())}
+        values |= {"hidden_act": draw(st.sampled_from(["gelu", "gelu_fast"])), "attention_bias": draw(st.booleans())}
+        values["rope_parameters"] |= {"partial_rotary_factor": draw(st.sampled_from([0.5, 1.0] if head % 4 == 0 else [1.0]))}
+        values.pop("num_key_value_heads")
+    if family in MIXTURES:
+        return values | draw(mixtures(family, values, layers + 1))
     if family in ("mistral", "mixtral"):
         values["sliding_window"] = draw(st.sampled_from([None, 7]))
     if family in ("qwen3", "qwen3_moe") and draw(st.booleans()):
@@ -119,6 +130,36 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
             "decoder_sparse_step": draw(st.integers(1, layers)),
         }
     return values
+
+
+@st.composite
+def mixtures(draw: st.DrawFn, family: str, values: dict[str, Any], layers: int) -> dict[str, Any]:
+    """What is drawn further for a mixture of today."""
+    found: dict[str, Any] = {"num_hidden_layers": layers}
+    if family == "gpt_oss":
+        number = draw(st.integers(2, 5))
+        found |= {"num_local_experts": number, "num_experts_per_tok": draw(st.integers(2, number)), "sliding_window": 6}
+        found["rope_parameters"] = values["rope_parameters"] | (
+            {"truncate": draw(st.booleans())} if values["rope_parameters"]["rope_type"] == "yarn" else {}
+        )
+        return found | (draw(layer_types(family, layers)) if draw(st.booleans()) else {})
+    groups, of_group = draw(st.sampled_from([(1, 4), (2, 2), (4, 2)]))
+    open_groups = draw(st.integers(1, groups))
+    chosen = draw(st.integers(1, min(3, open_groups * of_group)))
+    found |= {"n_routed_experts": groups * of_group, "n_group": groups, "topk_group": open_groups, "num_experts_per_tok": chosen}
+    found |= {"moe_intermediate_size": 4 * draw(st.integers(1, 5)), "n_shared_experts": draw(st.integers(1, 2))}
+    found |= {"first_k_dense_replace": draw(st.integers(0, layers - 1)), "norm_topk_prob": chosen > 1 and draw(st.booleans())}
+    found |= {"routed_scaling_factor": draw(st.sampled_from([1.0, 2.5]))}
+    if family == "glm4_moe":
+        found |= {"use_qk_norm": draw(st.booleans()), "attention_bias": draw(st.booleans())}
+        found["rope_parameters"] = values["rope_parameters"] | {"partial_rotary_factor": draw(st.sampled_from([0.5, 1.0]))}
+        return found
+    rope = values["rope_parameters"]
+    if rope["rope_type"] == "yarn" and draw(st.booleans()):
+        rope = rope | {"mscale": draw(st.sampled_from([1.0, 0.7])), "mscale_all_dim": draw(st.sampled_from([1.0, 0.5]))}
+    sizes = {k: draw(st.sampled_from([4, 8, 12])) for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")}
+    found |= {**sizes, "q_lora_rank": draw(st.sampled_from([None, 12])), "rope_interleave": draw(st.booleans()), "rope_parameters": rope}
+    return found | {"head_dim": sizes["qk_rope_head_dim"], "num_key_value_heads": values["num_attention_heads"]}
 
 
 @st.composite
@@ -176,6 +217,9 @@ def save(family: str, values: dict[str, Any], folder: Path, dtype: torch.dtype =
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(folder, **options)
     return model
 
@@ -185,7 +229,7 @@ SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size
 PLAIN: dict[str, dict[str, Any]] = {
     **{
         f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None}
-        for f in (*DECODERS[:6], *NEWER[:5])
+        for f in (*DECODERS[:6], *NEWER[:7], *MIXTURES)
     },
     "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
 }
@@ -193,6 +237,7 @@ PLAIN["bloom"] = {"vocab_size": 50, "hidden_size": 32, "n_head": 4, "n_layer": 2
 PLAIN["gemma3_text"] |= {"head_dim": 8, "pad_token_id": None}
 PLAIN["phi3"] |= {"pad_token_id": None}
 PLAIN["olmo3"] |= {"pad_token_id": None}
+del PLAIN["gpt_neox"]["num_key_value_heads"]
 PLAIN["bert"] = {**SIZES, "max_position_embeddings": 64}
 PLAIN["t5"] = {
     "vocab_size": 50, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu",

@@ -136,6 +136,13 @@ class RopeScaling(Section):
     """`yarn`: frequencies with fewer turns than this over the original context are stretched in full."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
     """`yarn`: factor on cosines and sines. Default: 0.1·ln(factor) + 1."""
+    truncate: bool = True
+    """`yarn`: the channels between which the ramp runs are rounded outwards; GPT-OSS does not round them."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `truncate` out where it is as in configs that do not know it."""
+        return {k: v for k, v in handler(self).items() if k != "truncate" or v is False}
 
     @property
     def amplitude(self) -> float:

@@ -32,6 +32,47 @@ AROUND = places(
 
 NEWER: tuple[Family, ...] = (
     Family(
+        "granite",
+        "GraniteForCausalLM",
+        LLAMA,
+        (
+            *SIZES,
+            EPS6,
+            Key("embedding_multiplier", "embedding_factor", 1.0, neutral=1.0),
+            Key("attention_multiplier", "attention_scale", 1.0),
+            Key("logits_scaling", "head_scale", 1.0, power=-1.0, neutral=1.0),
+        ),
+        {**NO_BIAS, "mlp_bias": (False,)},
+        "model.layers.",
+        {**PRE, **attention(), **SWIGLU},
+        OUTER,
+        branch="residual_multiplier",
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        {"norm": "layernorm", "bias": True, "position": "rope", "qk_norm": False},
+        (
+            *(k for k in SIZES if k.theirs not in ("num_key_value_heads", "head_dim")),
+            Key("layer_norm_eps", "norm_eps", 1e-5),
+            Key("hidden_act", "ffn", "gelu", {**PLAIN_FFN, "gelu_fast": "gelu_tanh"}),
+            Key("use_parallel_residual", "residual", True, {True: "neox", False: "pre"}),
+            Key("attention_bias", "attention_bias", True, {True: True, False: False}),
+        ),
+        {},
+        "gpt_neox.layers.",
+        {
+            **PRE,
+            **{name: ModuleMap("attention.query_key_value", by_head=QKV) for name in QKV},
+            **places(attention__o="attention.dense", ffn__up="mlp.dense_h_to_4h", ffn__down="mlp.dense_4h_to_h"),
+        },
+        places(embedding="gpt_neox.embed_in", final_norm="gpt_neox.final_layer_norm", head="embed_out"),
+        prefix="gpt_neox.",
+        partial=True,
+        share=0.25,
+        spelled={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    ),
+    Family(
         "qwen2",
         "Qwen2ForCausalLM",
         {**LLAMA, "attention_bias": "qkv"},
@@ -54,6 +95,7 @@ NEWER: tuple[Family, ...] = (
         OUTER,
         theta=500000.0,
         window="by_layer",
+        rope=("nested",),
         default_window=4096,
         full_every=4,
     ),
@@ -82,6 +124,7 @@ NEWER: tuple[Family, ...] = (
         OUTER,
         theta=1000000.0,
         window="by_layer",
+        rope=("nested",),
         default_window=4096,
         full_every=6,
         sliding_theta=10000.0,
@@ -147,7 +190,7 @@ NEWER: tuple[Family, ...] = (
         "transformer.h.",
         {
             **PRE,
-            **{name: ModuleMap("self_attention.query_key_value", part=part, by_head=3) for part, name in enumerate(QKV)},
+            **{name: ModuleMap("self_attention.query_key_value", by_head=QKV) for name in QKV},
             **places(attention__o="self_attention.dense", ffn__up="mlp.dense_h_to_4h", ffn__down="mlp.dense_4h_to_h"),
         },
         places(

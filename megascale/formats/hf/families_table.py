@@ -12,6 +12,8 @@ IN_WORDS = {
     "olmo2": "… with `residual: res_post`, `qk_norm: width` (over all heads)",
     "olmo3": "… and windows in three of four layers: `kinds: {sliding, full}`, whose rope scaling differs",
     "gemma3_text": "`residual: sandwich`, `norm: rmsnorm_1p`, `geglu_tanh`, `embedding_factor`; `kinds` with own windows and bases",
+    "granite": "llama with `embedding_factor`, `attention_scale`, `head_scale` and a factor on branches (`layer_coefficients`)",
+    "gpt_neox": "`layernorm`, `bias`, rope with `rope_fraction`, `residual: neox` (or `pre`), its q, k, v fused head by head",
     "phi3": "llama with fused products and `rope_fraction`; `longrope` is refused",
     "starcoder2": "`layernorm`, `bias`, `ffn: gelu_tanh`, rope",
     "gpt2": "`layernorm`, `bias`, `ffn: gelu_tanh` (or `gelu`, `relu`), `position: learned`, its products transposed, its q, k, v fused",

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megascale.config.activations import ACTIVATIONS
+from megascale.config.schema import Model
 
 
 @dataclass(frozen=True)
 class Key:
     """A key of theirs and ours (`moe.top_k` is inside model.moe). `default`: transformers' value if absent. `values`: theirs → ours.
-    `also`: another name that some versions of transformers write. `power`: ours is theirs to that power.
+    `also`: another name that some versions of transformers write. `power`: ours is theirs to that power. `neutral`: theirs if ours is not
+    set. `per`: theirs counts in units of this other key of theirs.
     """
 
     theirs: str
@@ -25,6 +27,8 @@ class Key:
     values: Mapping[Any, Any] | None = None
     also: str | None = None
     power: float | None = None
+    neutral: Any = None
+    per: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,42 @@ class ModuleMap:
     transposed  weights are [in, out]
     part        ours is the part-th of equal parts of theirs along the output
     fused       theirs holds ours and these modules of ours one after the other along the output, in this order
-    by_head     theirs holds that part of every head in turn: head 0's parts, head 1's parts, …
+    by_head     theirs holds these modules of ours head by head: their rows for head 0, those for head 1, …; heads: the key of our model
+                that counts these heads
+    taps        theirs has a dimension of one element before the last
+    paired      outputs of theirs alternate between these two modules of ours
+    swapped     halves of its inputs are the other way round
+    bank        theirs stacks the matrices of all experts, as ours does
     untied      its second place in models with an untied head; if both are stored, this one counts
     gated       its place in models with a gated feed-forward
+    direct      its place in models whose queries are made from the stream itself, not from a latent
+    leaves      what follows theirs for one of our leaves, if not a point and the leaf's name
     """
 
     theirs: str
     transposed: bool = False
     part: int = 0
     fused: tuple[str, ...] = ()
-    by_head: int = 0
+    by_head: tuple[str, ...] = ()
+    heads: str = "num_heads"
+    taps: bool = False
+    paired: tuple[str, ...] = ()
+    swapped: bool = False
+    bank: bool = False
     untied: str | None = None
     gated: str | None = None
+    direct: str | None = None
+    leaves: Mapping[str, str] = field(default_factory=dict)
+
+    def stem(self, model: Model) -> str:
+        """Its place in this model."""
+        if self.gated is not None and model.gated:
+            return self.gated
+        without = self.direct is not None and model.latent is not None and model.latent.query_rank is None
+        return self.direct if without and self.direct is not None else self.theirs
+
+    def named(self, stem: str, leaf: str) -> str:
+        return f"{stem}{self.leaves.get(leaf, f'.{leaf}')}"
 
 
 @dataclass(frozen=True)
@@ -57,10 +85,21 @@ class Family:
     encoder, encoder_inner  the same for the layers of its encoder
     theta   rope_theta if absent
     window  whether a `sliding_window` applies to every layer: always, never, if use_sliding_window is set (asked), or where layer_types
-            says so (by_layer)
-    full_every     under by_layer every n-th layer attends to everything if there are no layer_types
+            says so (by_layer); linear: never, and layer_types says which layers have linear attention
+    full_every     under by_layer and linear every n-th layer attends to everything if there are no layer_types
+    linear         our keys of layers with linear attention, beside the sizes in `keys`; linear_inner: their modules, where they differ
     inert     keys that change nothing in what can be read
-    partial   a part of each head may rotate (partial_rotary_factor)
+    partial   a part of each head may rotate (partial_rotary_factor); `share` if absent
+    rope      how positions are said: `truncate`, whether YaRN may leave its range of channels unrounded; `mscale`, DeepSeek's factors on
+              amplitude and scores; `nested`, whether layer types have their own
+    scaled    its rope_scaling if absent
+    spelled   names of rotary keys that are its own
+    dense_first    the key that counts the dense layers before those with experts
+    branch    the key of a factor on every branch
+    same      keys that repeat another one
+    quantized    the kinds of quantization_config that are undone on reading
+    ahead     our modules of multi-token prediction beside their blocks, which are stored as further layers; ahead_copies: modules there
+              that hold a copy of one of our tables
     sliding_theta  under by_layer the rope_theta of the other layers if absent; their positions are never stretched by rope_scaling
     length    the key of the longest sequence, `default_length` if absent
     copies    modules that hold another copy of the embedding
@@ -85,6 +124,18 @@ class Family:
     sliding_theta: float | None = None
     width_factor: bool = False
     partial: bool = False
+    share: float = 1.0
+    rope: tuple[str, ...] = ()
+    scaled: Mapping[str, Any] = field(default_factory=dict)
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    linear: Mapping[str, Any] = field(default_factory=dict)
+    linear_inner: Mapping[str, ModuleMap] = field(default_factory=dict)
+    dense_first: str | None = None
+    branch: str | None = None
+    same: Mapping[str, str] = field(default_factory=dict)
+    quantized: tuple[str, ...] = ()
+    ahead: Mapping[str, ModuleMap] = field(default_factory=dict)
+    ahead_copies: Mapping[str, str] = field(default_factory=dict)
     inert: tuple[str, ...] = ()
     length: str = "max_position_embeddings"
     default_length: int | None = None

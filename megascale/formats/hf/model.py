@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,23 +11,40 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.streaming import FilePlan, Progress, SliceOfTensor, Target, write_files
+from megascale.checkpoint.streaming import FilePlan, Progress, ReadSlice, SliceOfTensor, Target, write_files
 from megascale.config.schema import Model
+from megascale.config.stages import has_experts
 from megascale.errors import UsageError
 from megascale.files import atomic_folder, write_durably
 from megascale.formats.hf import t5
+from megascale.formats.hf.ahead import copies_ahead, drop_ahead
+from megascale.formats.hf.compare import same_numbers
 from megascale.formats.hf.config import differences, family_of, hf_config, model_section
 from megascale.formats.hf.families import BY_TYPE
 from megascale.formats.hf.family import Family
 from megascale.formats.hf.folder import CONFIG, INDEX, SINGLE, as_json, open_hf
+from megascale.formats.hf.paired import Interleaved, Paired, joined
+from megascale.formats.hf.quantized import dequantized
 from megascale.formats.hf.tensor_names import links_of
 from megascale.formats.json_file import read_object
-from megascale.formats.shapes import check_depth, check_floating
-from megascale.formats.sources import Foreign, OpenCheckpoint, StoredTensors
-from megascale.formats.tensor_maps import Rearranged, Sizes, TensorMap, compare_names, copies_to_ours, copies_to_theirs, extents
+from megascale.formats.shapes import check_depth, check_floating, our_states
+from megascale.formats.sources import Foreign, OpenCheckpoint
+from megascale.formats.tensor_maps import (
+    Rearranged,
+    Sizes,
+    TensorMap,
+    TensorSource,
+    compare_names,
+    copies_to_ours,
+    copies_to_theirs,
+    extents,
+)
 
 # Buffers that older versions of transformers save with the weights.
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(bert\.)?embeddings\.position_ids")
+BUFFERS = re.compile(
+    r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(gpt_neox\.)?layers\.\d+\.attention\.(masked_)?bias|"
+    r"(bert\.)?embeddings\.position_ids"
+)
 # Names of a norm's weight and bias in the first BERTs, which came from TensorFlow.
 OLD_NORMS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 # Wrappers of models, and the prefix that they add to every name.
@@ -38,8 +54,8 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP",
     "base_model.model.": "PEFT",
 }
+SHOWN = 4  # skipped tensors that are named
 FILE_BYTES = 5 * 10**9  # per file, as in transformers
-COMPARED = 1 << 24  # elements of tables compared at once
 
 
 def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None) -> Foreign:
@@ -55,7 +71,8 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     config = read_object(folder / CONFIG)
     where = str(folder / CONFIG)
     family = family_of(config, where)
-    source = open_hf(folder)
+    stored = open_hf(folder)
+    source = dequantized(stored, config, str(folder)) if family.quantized else stored
     if family.model_type == "t5":
         config = t5.with_ties(config, _has_own_head(family, source))
     found, length = model_section(config, where)
@@ -66,39 +83,64 @@ def read_hf(folder: str | Path, *, model: Model | None = None, seq_len: int | No
     wanted = seq_len or length
     if found.position_row.table and wanted > length:
         raise UsageError(f"train.seq_len is {wanted} but {where} has {length} learned positions: choose a shorter train.seq_len")
-    _check_counts(found, source, where)
-    links = links_of(family, model or found, wanted if found.position_row.table else length)
+    _check_counts(family, found, source, where)
     unused = sorted(n for n in source.tensors if n.startswith(family.unused))
     held = {n: t for n, t in source.tensors.items() if not BUFFERS.fullmatch(n) and n not in unused}
     check_floating(held, str(folder))
+    found, ahead, told = drop_ahead(family, found, held, source, model is None or model.mtp_depth == found.mtp_depth)
+    links = links_of(family, model or found, wanted if found.position_row.table else length, ahead)
     links = _as_stored(family, links, held)
     _drop_tied(family, found, held, source, folder)
-    expected = extents(copies_to_theirs(links))
+    paired = frozenset(link.theirs for link in links if link.paired)
+    expected = {n: joined(size) if n in paired else size for n, size in extents(copies_to_theirs(links)).items()}
     short = frozenset(n for n in (_position(family), _position(family).removeprefix(family.prefix)) if n in expected and wanted < length)
     if family.segments is not None:
         expected[f"{family.segments}.weight"] = (config.get("type_vocab_size", 2), found.hidden_size)
     compare_names(expected, held, str(folder), short)
     steps = copies_to_ours(links)
-    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    states = our_states(model or found, length)
+    dtypes = {
+        name: held[parts[0].source].dtype if name in states else dtype or held[parts[0].source].dtype for name, parts in steps.items()
+    }
     targets = [Target(name, dtypes[name], shape) for name, shape in extents(steps).items()]
+    targets += [Target(name, torch.float32, spec.shape) for name, spec in states.items() if spec.role == "coefficient"]
     read = source if family.segments is None else Segmented(source, _position(family), f"{family.segments}.weight")
-    notes = (f"skipped, since they do not affect logits: {', '.join(unused)}",) if unused else ()
-    return Foreign(model or found, length, targets, Rearranged(read, steps, dtypes), config, source.stamp, notes)
+    read = Paired(read, paired) if paired else read
+    fixed = {name: spec.mean for name, spec in states.items() if spec.role == "coefficient"}
+    produce = Rearranged(read, steps, dtypes)
+    notes = (f"skipped, since they do not affect logits: {_some(unused)}",) if unused else ()
+    return Foreign(model or found, length, targets, Filled(produce, fixed) if fixed else produce, config, source.stamp, (*notes, *told))
 
 
-def _check_counts(model: Model, source: StoredTensors, where: str) -> None:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A `ReadSlice` that makes tensors of one number, by name; `produce` makes the others."""
+
+    produce: ReadSlice
+    fixed: Mapping[str, float]
+
+    def __call__(self, name: str, offset: Sizes, shape: Sizes) -> torch.Tensor:
+        return torch.full(shape, self.fixed[name]) if name in self.fixed else self.produce(name, offset, shape)
+
+
+def _check_counts(family: Family, model: Model, source: TensorSource, where: str) -> None:
     """Raises UsageError for more layers or experts than stored tensors, before looking for each, and for names that all have a wrapper's
     prefix.
     """
     count = len(source.tensors)
     check_depth(model, count, where)
-    experts = 0 if model.moe is None else model.moe.num_experts * (model.num_layers // model.moe.every)
-    if experts > count:
+    each = any("{expert}" in place.theirs for place in family.inner.values())
+    experts = sum(m.num_experts for i in range(model.num_layers) if has_experts(model, i) and (m := model.at_layer(i).moe) is not None)
+    if each and experts > count:
         raise UsageError(f"{where} describes {experts} experts in all layers, but {count} tensors are stored: get the files again")
     for prefix, of in WRAPPERS.items():
         if source.tensors and all(n.startswith(prefix) for n in source.tensors):
             raise UsageError(
-                f"the tensors of {source.index.folder} are named {prefix}…, which is what {of} puts before a model's own names: save the "
+                f"the tensors beside {where} are named {prefix}…, which is what {of} puts before a model's own names: save the "
                 "model inside it"
             )
 
@@ -129,7 +171,7 @@ class Segmented:
     `positions`, and rounds only the result.
     """
 
-    source: StoredTensors
+    source: TensorSource
     positions: str
     segments: str
 
@@ -157,7 +199,7 @@ def _must_agree(model: Model, found: Model, where: str) -> None:
         raise UsageError("\n  ".join([f"the model section is not that of {where}:", *lines]) + "\nset them as the file has them")
 
 
-def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: StoredTensors, folder: Path) -> None:
+def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: TensorSource, folder: Path) -> None:
     """Copies of the embedding, such as a stored head of a tied model, must equal it, as must two copies of a bias; removes them from
     `held`.
     """
@@ -169,29 +211,17 @@ def _drop_tied(family: Family, model: Model, held: dict[str, Target], source: St
     for copy, of in copies.items():
         if copy not in held:
             continue
-        if not _equal(source, held[copy], held.get(of)):
+        if not same_numbers(source, held[copy], held.get(of)):
             what = "it is always tied" if copy.removesuffix(".weight") in family.copies else "its config says tie_word_embeddings"
             fix = "get the files again" if copy.removesuffix(".weight") in family.copies else f"set that to false in {CONFIG}"
             raise UsageError(f"{folder} has a {copy} of its own, but {what}: {fix}")
         del held[copy]
 
 
-def _has_own_head(family: Family, source: StoredTensors) -> bool:
+def _has_own_head(family: Family, source: TensorSource) -> bool:
     """Whether a head is stored that differs from the embedding."""
     head, table = (source.tensors.get(family.outer[n].theirs + ".weight") for n in ("head", "embedding"))
-    return head is not None and not _equal(source, head, table)
-
-
-def _equal(source: StoredTensors, one: Target, other: Target | None) -> bool:
-    if other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    rows = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
-    for first in range(0, one.shape[0] if one.shape else 0, rows):
-        size = (min(rows, one.shape[0] - first), *one.shape[1:])
-        at = (first, *[0] * (len(size) - 1))
-        if not torch.equal(source.read(one.name, at, size), source.read(other.name, at, size)):
-            return False
-    return True
+    return head is not None and not same_numbers(source, head, table)
 
 
 @dataclass(frozen=True)
@@ -201,7 +231,7 @@ class Export:
     config: dict[str, Any]
     files: list[FilePlan]
     targets: dict[str, Target]
-    produce: Rearranged
+    produce: ReadSlice
     stamp: str
     notes: tuple[str, ...] = ()
 
@@ -214,19 +244,26 @@ def plan_export(checkpoint: OpenCheckpoint, dtype: torch.dtype | None = None) ->
     original = checkpoint.trainer.get("hf_config")
     config = hf_config(checkpoint.model, checkpoint.seq_len, original if isinstance(original, dict) else None)
     family = BY_TYPE[config["model_type"]]
-    steps = copies_to_theirs(links_of(family, checkpoint.model, checkpoint.seq_len))
+    model = checkpoint.model
+    ahead = model.mtp_depth if family.ahead else 0
+    links = [*links_of(family, model, checkpoint.seq_len, ahead), *copies_ahead(family, model, checkpoint.source.tensors, ahead)]
+    steps, states = copies_to_theirs(links), our_states(model, checkpoint.seq_len)
     held = checkpoint.source.tensors
-    dtypes = {name: dtype or held[parts[0].source].dtype for name, parts in steps.items()}
+    kept = {n: held[parts[0].source].dtype for n, parts in steps.items()}
+    dtypes = {n: kept[n] if parts[0].source in states else dtype or kept[n] for n, parts in steps.items()}
     config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
     config.pop("dtype", None)  # the newer name of torch_dtype
-    targets = {name: Target(name, dtypes[name], shape) for name, shape in extents(steps).items()}
+    paired = frozenset(link.theirs for link in links if link.paired)
+    shapes = {n: joined(shape) if n in paired else shape for n, shape in extents(steps).items()}
+    targets = {name: Target(name, dtypes[name], shape) for name, shape in shapes.items()}
     if family.segments is not None:  # nothing writes it: zeros
         name = f"{family.segments}.weight"
         dtypes[name], steps[name] = dtypes[_position(family)], ()
         targets[name] = Target(name, dtypes[name], (config["type_vocab_size"], checkpoint.model.hidden_size))
     stamp = json.dumps([checkpoint.source.stamp, config], sort_keys=True, default=str)
     notes = _length_note(family, config, checkpoint.seq_len)
-    return Export(config, _files(list(targets.values())), targets, Rearranged(checkpoint.source, steps, dtypes), stamp, notes)
+    produce = Rearranged(checkpoint.source, steps, dtypes)
+    return Export(config, _files(list(targets.values())), targets, Interleaved(produce, paired) if paired else produce, stamp, notes)
 
 
 def _length_note(family: Family, config: Mapping[str, Any], seq_len: int) -> tuple[str, ...]:
