@@ -47,7 +47,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
 
 WAYS: dict[str, Callable[..., Tensor]] = {
     "loop": loop,
-    "chunks": lambda *x: delta_rule(*x, None),
+    "chunks": lambda q, k, v, g, beta: delta_rule(q, k, v, g, beta, None),
     "chunks, autograd": lambda *x: scan(x, None, Fold.of([x[0].shape[1]]))[0],
 }
 

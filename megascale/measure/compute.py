@@ -93,8 +93,11 @@ def flops_per_token(cfg: Model, specs: dict[str, ParamSpec], seq_len: int, sourc
     if cfg.mtp_depth:  # each module has one more block, and passes the head once more
         weights += cfg.mtp_depth * sum(s.numel for s in specs.values() if s.role == ("embedding" if cfg.tie_embeddings else "head"))
         kinds.append((cfg.mtp_depth, cfg.at_layer(cfg.num_layers - 1)))
-    met = sum(n * (m.attention_row.pair_flops(m) * keys_met(m, seq_len, documents) + m.attention_row.token_flops(m)) for n, m in kinds)
-    return 6 * weights + 3 * met
+    between = 0.0
+    for layers, own in kinds:
+        row = own.attention_row
+        between += layers * (row.pair_flops(own) * keys_met(own, seq_len, documents) + row.token_flops(own))
+    return 6 * weights + 3 * between
 
 
 def _wait(device: torch.device) -> None:

@@ -138,8 +138,8 @@ def recall(
     q, k, v = convolved(joined, torch.cat(own[:3]), age, ahead).split([y.shape[2] * y.shape[3] for y in x[:3]], 2)
     q, k = of_length_one(q.unflatten(2, x.q.shape[2:])) * x.q.shape[3] ** -0.5, of_length_one(k.unflatten(2, x.k.shape[2:]))
     g = -own.decay.to(wide).exp() * F.softplus(x.a.to(wide) + own.step.to(wide))
-    values = v.unflatten(2, x.v.shape[2:])
-    return scan(*(y.to(x.q.dtype) for y in (q, k, values)), g, x.b.to(wide).sigmoid(), age)
+    values, narrow = v.unflatten(2, x.v.shape[2:]), x.q.dtype
+    return scan(q.to(narrow), k.to(narrow), values.to(narrow), g, x.b.to(wide).sigmoid(), age)
 
 
 def convolved(x: Tensor, taps: Tensor, age: Tensor | None, ahead: Ahead) -> Tensor:
