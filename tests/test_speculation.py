@@ -38,6 +38,19 @@ MODELS: dict[str, Model] = {
         pattern=["near"],
         pattern_last=["mixed"],
     ),
+    "states": tiny(
+        num_layers=3,
+        mtp_depth=2,
+        kinds={
+            "state": {
+                "attention": "gated_delta",
+                "delta": {"key_heads": 2, "value_heads": 4, "key_dim": 4, "value_dim": 6, "conv_size": 3},
+            },
+            "pairs": {},
+        },
+        pattern=["state"],
+        pattern_first=["pairs"],
+    ),
 }
 
 

@@ -32,16 +32,19 @@ MASKED = 1 << 24  # most elements of a mask [b, 1 or h, n, t]: longer prompts ar
 @dataclass
 class CacheLayer:
     """Positions of a batch's tokens: `positions` [b, t] of all so far, of which `new` belong to the current pass, the `passes`-th.
-    `expected`: least number of tokens in the end.
+    `expected`: least number of tokens in the end. `dropped` [b, n]: which tokens of the pass before this one nobody sees any more.
     """
 
     positions: Tensor
     expected: int = 0
     new: int = 0
     passes: int = 0
+    dropped: Tensor | None = None
+    _hidden: Tensor | None = None
 
     def add(self, positions: Tensor) -> None:
         """positions [b, n] of the tokens of the next pass."""
+        self.dropped, self._hidden = self._hidden, None
         self.positions = torch.cat((self.positions, positions), 1)
         self.new = positions.shape[1]
         self.passes += 1
@@ -50,6 +53,7 @@ class CacheLayer:
         """Takes the tokens at `positions` [b, n] out of what is kept, where they are not negative. An end that nobody sees is dropped."""
         gone = (self.positions[:, :, None] == positions[:, None]).any(-1)
         self.positions = self.positions.masked_fill(gone, -1)
+        self._hidden = self.positions[:, gone.shape[1] - self.new :] < 0
         seen = (self.positions >= 0).any(0).nonzero()
         self.positions = self.positions[:, : int(seen[-1]) + 1 if len(seen) else 0]
 
@@ -120,28 +124,50 @@ class Remembering:
 class RememberingState:
     """Linear attention of new tokens from the state that the earlier ones left, for one module: its size does not depend on their number.
 
-    state  [b, n, r, K, V], None before the first token
-    tail   the last tokens of the convolution's input, [b, w − 1, channels]
+    state   [b, n, r, K, V], None before the first token
+    tail    the last tokens of the convolution's input, [b, w − 1, channels], None before the first token
+    before  both before the latest pass, whose tokens are `latest`: a state cannot forget, so after some were hidden the others pass again
+    hidden  in such a pass [b, n], which tokens are passed over
     """
 
     place: CacheLayer
     state: Tensor | None = None
     tail: Tensor | None = None
+    before: tuple[Tensor | None, Tensor | None] = (None, None)
+    latest: Streams | None = None
+    hidden: Tensor | None = None
 
     def __call__(self, x: Streams, own: HeadWeights, mask: AttentionMask | None) -> Tensor:
         """Padding brings zeros, which leave the state of zeros as it is."""
+        if self.latest is not None and self.place.dropped is not None:
+            self.hidden, (self.state, self.tail) = self.place.dropped, self.before
+            again = Streams(*self.latest[:3], *(_hidden_first(y, self.hidden) for y in self.latest[3:]))
+            recall(again, own, None, self._ahead, self._scan)
+            self.hidden = None
         real = (self.place.positions[:, -self.place.new :] >= 0).to(x.q.dtype)[..., None, None]
-        return recall(x._replace(q=x.q * real, k=x.k * real, v=x.v * real), own, None, self._ahead, self._scan)
+        self.before, self.latest = (self.state, self.tail), x._replace(q=x.q * real, k=x.k * real, v=x.v * real)
+        return recall(self.latest, own, None, self._ahead, self._scan)
 
     def _ahead(self, x: Tensor, tokens: int) -> list[Tensor]:
         before = x.new_zeros(x.shape[0], tokens, x.shape[2]) if self.tail is None else self.tail
         joined = torch.cat((before, x), 1)
+        if self.hidden is not None:  # the tail too moves next to the tokens that stay
+            joined = _hidden_first(joined, torch.nn.functional.pad(self.hidden, (tokens, 0)))
         self.tail = joined[:, joined.shape[1] - tokens :].clone()
         return [joined]
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, age: Tensor | None) -> Tensor:
+        if self.hidden is not None:  # a zero key writes nothing, and without decay nothing is forgotten
+            first = _hidden_first(self.hidden, self.hidden)[..., None]
+            k, g = k.masked_fill(first[..., None], 0.0), g.masked_fill(first, 0.0)
         out, _, (self.state,) = scan((q, k, v, g, beta), age, Fold.of([q.shape[1]]), lambda pieces, back: [self.state])
         return out
+
+
+def _hidden_first(x: Tensor, hidden: Tensor) -> Tensor:
+    """x [b, n, …] with each row's `hidden` [b, n] entries before the others."""
+    order = (~hidden).to(torch.int8).argsort(dim=1, stable=True)
+    return x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), 1)
 
 
 def part_length(batch: int, heads: int, total: int) -> int:

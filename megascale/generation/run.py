@@ -40,10 +40,8 @@ class Sampling:
     drafts: int | None = None
 
     def drafts_of(self, stage: Decoder) -> int:
-        """The number of drafts with this model. A state that tokens meet in cannot forget drafts."""
-        if self.drafts is not None or self.temperature or _state_of(stage):
-            return self.drafts or 0
-        return stage.cfg.mtp_depth
+        """The number of drafts with this model."""
+        return self.drafts if self.drafts is not None else stage.cfg.mtp_depth if self.temperature == 0.0 else 0
 
 
 @torch.no_grad()
@@ -203,11 +201,6 @@ def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
         raise UsageError(f"prompt {empty} has no tokens: give it some text")
 
 
-def _state_of(stage: Decoder) -> str | None:
-    """The name of an attention in the model whose tokens meet in a state, if there is one."""
-    return next((m.attention for m in stage.cfg.variants.values() if m.attention_row.scans), None)
-
-
 def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
     vocabulary = stage.cfg.vocab_size or 0
     if how.seed not in SEEDS:
@@ -222,8 +215,6 @@ def check(stage: Decoder, prompts: Sequence[Sequence[int]], how: Sampling) -> No
             f"--drafts is {how.drafts}, but the model has {stage.cfg.mtp_depth} modules of multi-token prediction, which make one draft "
             f"each: give at most {stage.cfg.mtp_depth}"
         )
-    if how.drafts and (kind := _state_of(stage)):
-        raise UsageError(f"--drafts is {how.drafts}, but model.attention is {kind}, whose state cannot forget drafts: leave out --drafts")
     for number, prompt in enumerate(prompts):
         wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
         if wrong is not None:
