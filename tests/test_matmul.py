@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,25 @@ def test_attention(without: None) -> None:
         assert y.dtype == BF16 and (y - expected).abs().max() < 2**-7
         for mine, theirs in zip(torch.autograd.grad(y.float().square().sum(), (q, k, v)), right):
             assert (mine - theirs).abs().max() < 2**-5
+
+
+def test_groups_of_heads_find_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches KV heads for groups of query heads under a mask, or in fp32, that on a GPU only torch's matrix of scores takes."""
+    asked: list[bool] = []
+    real = F.scaled_dot_product_attention
+
+    def spy(*args: Tensor, enable_gqa: bool, **keys: Any) -> Tensor:
+        asked.append(enable_gqa)
+        return real(*args, enable_gqa=enable_gqa, **keys)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(matmul, "widens", lambda *_: False)
+    for dtype, masked in ((torch.float32, False), (BF16, True), (BF16, False), (torch.float64, False)):
+        q, k, v = (torch.randn(1, heads, 16, 8, dtype=dtype) for heads in (4, 2, 2))
+        found = matmul.attention(q, k, v, torch.zeros(16, 16, dtype=dtype) if masked else None, grouped=True)
+        wide = [x.double().repeat_interleave(4 // x.shape[1], 1) for x in (q, k, v)]
+        assert (found - real(*wide)).abs().max() < 2**-6
+    assert asked == [False, False, True, True]
 
 
 class Bf16Products(TorchDispatchMode):

@@ -77,6 +77,12 @@ def as_exit(error: BaseException) -> Exit | None:
     lost = isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and any(w in text for w in PEER_WORDS)
     if lost or names & PEER_ERRORS or (isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)):
         return Exit(ExitCode.PEER_LOST, f"a peer is gone or silent ({first}); run the same command again")
+    if isinstance(error, RuntimeError) and "no available kernel" in text:
+        return Exit(
+            ExitCode.TRAINING,
+            "no fused attention kernel of torch takes these heads on this GPU, and its way without one needs memory for the square of the "
+            "sequence; use precision.compute bf16 and a model.head_dim that is a multiple of 8, up to 256",
+        )
     if isinstance(error, RecursionError):
         return Exit(ExitCode.USAGE, f"something that was read is nested too deeply ({first}): flatten it")
     if isinstance(error, OSError):

@@ -12,6 +12,7 @@ from megascale.comm.agreement import Agreement
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.launch.devices import device_index
+from megascale.launch.numa import bind_near
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import core_quota, own_cores, slurm_cores
 from megascale.train.gpu import check_card, why_no_gpu
@@ -26,7 +27,17 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
     device = torch.device("cuda", device_index(ranks, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     check_card(config, ranks, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+    if config.run.numa:
+        bind_near(torch.cuda.get_device_properties(device))
+    forbid_scores(config)
     return device
+
+
+def forbid_scores(config: Config) -> None:
+    """Forbids torch's attention that builds the matrix of scores, to which it turns silently where no fused kernel fits: memory and time of
+    the square of the sequence. Only that one knows fp64.
+    """
+    torch.backends.cuda.enable_math_sdp(config.precision.compute == "fp64")
 
 
 class Seat(NamedTuple):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.config.schema import Config, DataSource
 from megascale.data.memory import NAME, PLACE, Samples, TokenLists
-from megascale.errors import ExitCode, Halted, MegascaleError, OutOfMemoryError, PeerLostError, StopRequested, UsageError
+from megascale.errors import ExitCode, Halted, MegascaleError, OutOfMemoryError, PeerLostError, StopRequested, TrainingError, UsageError
 from megascale.launch.exits import Exit, as_exit, write_exit
 from megascale.launch.ranks import RankInfo, find_ranks
 from megascale.parallel.model import ParallelModel
@@ -214,7 +214,11 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
 
 
 # torch raises these as many different errors; a program catches each by one name.
-TOLD_AS: dict[int, type[MegascaleError]] = {ExitCode.PEER_LOST: PeerLostError, ExitCode.OUT_OF_MEMORY: OutOfMemoryError}
+TOLD_AS: dict[int, type[MegascaleError]] = {
+    ExitCode.PEER_LOST: PeerLostError,
+    ExitCode.OUT_OF_MEMORY: OutOfMemoryError,
+    ExitCode.TRAINING: TrainingError,
+}
 
 
 def ending_of(error: BaseException, own: bool) -> Exit:

@@ -39,6 +39,7 @@ def caused(error: Exception) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 2),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), 2),
+        (RuntimeError("No available kernel. Aborting execution."), 3),
         (RecursionError("maximum recursion depth exceeded"), 2),
         (caused(dist.DistNetworkError("gone")), 5),
         (ValueError("timeout must be positive"), None),

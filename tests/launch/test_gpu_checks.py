@@ -71,6 +71,22 @@ def test_the_device_is_set_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatc
     assert chosen == [torch.device("cuda", 1)]
 
 
+def test_scores_are_never_built_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches attention that falls back to the square of the sequence on a GPU, and fp64, which has no other way, without any."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(HOPPER))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace())
+    allowed: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_math_sdp", allowed.append)
+    for compute in ("bf16", "fp64", "fp32"):
+        choose_device(config(f"precision.compute={compute}"), TWO)
+    assert allowed == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("built", "driver", "said"),
     [

@@ -34,6 +34,8 @@ class Run(Section):
     """Where ranks compute. `auto` takes CUDA if a GPU is usable, otherwise the CPU."""
     threads: Threads | None = None
     """CPU threads per rank. Default: the rank's share of the cores it may use; a single process also respects `OMP_NUM_THREADS`."""
+    numa: bool = True
+    """On a GPU: run only on the cores next to it, of those that the launcher left to the rank."""
     kernels: Literal["auto", "torch", "apex", "te"] = "auto"
     """Implementation of the norms: torch's own, NVIDIA Apex or Transformer Engine. `auto` is torch."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None

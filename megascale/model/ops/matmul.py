@@ -69,7 +69,12 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, grouped: bool = False) -> Tensor:
-    """torch's attention of q [b, h, s, e] over k and v [b, g, t, e]."""
+    """torch's attention of q [b, h, s, e] over k and v [b, g, t, e]. Fused kernels take KV heads for groups of query heads in 16 bits and
+    without a mask only; KV heads are repeated otherwise, since torch would build the matrix of scores.
+    """
+    if grouped and (mask is not None or q.dtype == torch.float32):
+        times, grouped = q.shape[1] // k.shape[1], False
+        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
     if not widens(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     if mask is not None and mask.dtype == torch.bfloat16:
