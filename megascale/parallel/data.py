@@ -60,12 +60,15 @@ def shard_model(
     dims = {p: placements[name].shard_dim for name, p in model.named_parameters()}
     alone: set[nn.Parameter] = set()
     device = mesh.device_mesh.device_type
+    grids: dict[tuple[int, tuple[str, ...]], DeviceMesh] = {}
 
     def shard(modules: list[nn.Module], axis: Axis, grid: DeviceMesh, reshard: bool | int) -> None:
         names = ("dp_replicate", axis.name) if replicate.size > 1 else (axis.name,)
+        if (id(grid), names) not in grids:
+            grids[id(grid), names] = grid[names]  # a view of its own for every layer would cost the host
         fully_shard(
             modules if len(modules) > 1 else modules[0],
-            mesh=grid[names],
+            mesh=grids[id(grid), names],
             reshard_after_forward=reshard,
             mp_policy=mixed,
             offload_policy=place,
@@ -104,12 +107,26 @@ def shard_model(
 
     @contextmanager
     def scope(last: bool) -> Iterator[None]:
+        forget_reduced(model)
         # Replicas are summed once per step, after the last micro-batch; until then each keeps the sums of its own shard group.
         model.set_requires_all_reduce(last)  # type: ignore[operator]
         model.set_is_last_backward(last)  # type: ignore[operator]
         yield
 
     return scope
+
+
+def forget_reduced(model: nn.Module) -> None:
+    """Frees the unsharded gradient that FSDP2 reduced last, that of the embedding, which it would keep through the next micro-batch's
+    forward pass: 2.1 GB for a vocabulary of 128k and a width of 4096. Its memory is used again once the reduction has read it.
+    """
+    assert isinstance(model, FSDPModule)
+    context: Any = getattr(model._get_fsdp_state(), "_comm_ctx", None)
+    states = getattr(context, "reduce_scatter_states", [])  # another torch may keep them elsewhere
+    for state in states:
+        if state.reduce_scatter_input.is_cuda:
+            state.reduce_scatter_input.record_stream(context.reduce_scatter_stream)
+    states.clear()
 
 
 def asked_of(module: nn.Module | FSDPModule, method: str, comm: str) -> Callable[..., None]:
