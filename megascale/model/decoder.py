@@ -326,7 +326,10 @@ class Decoder(Family):
         if documents is None and cfg.sliding_window is None and slopes is None:
             return None
         mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
-        return mask if device.type == "cpu" else self.exchanges.with_blocks(mask, seq_len, device)
+        if device.type == "cpu":
+            return mask
+        name = "mask", cfg.causal, cfg.sliding_window, cfg.position_row.slopes, cfg.alibi_slopes, cfg.num_heads, seq_len, device
+        return self.exchanges.remembered.of(documents, name, lambda: self.exchanges.with_blocks(mask, seq_len, device))
 
     def contexts(
         self,
@@ -349,7 +352,9 @@ class Decoder(Family):
             kind = self.cfg.kind_at(layer) if self.cfg.kinds else ""
             if kind not in shared:
                 own = self.cfg.of_kind(kind) if kind else self.cfg
-                shared[kind] = self.angles(own, tokens, positions), mask_of(own)
+                name = "angles", kind, tokens.shape[1], tokens.device, self.xpos_middle
+                angles = self.exchanges.remembered.of(positions, name, partial(self.angles, own, tokens, positions))
+                shared[kind] = angles, mask_of(own)
             of_layer = None if keys is None else mix64_signed(keys + (layer << 32))
             yield Context(*shared[kind], of_layer, self.warm, loss_weights, memory)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megascale.model.attention import identity
 from megascale.model.ops.attention_flex import with_blocks
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.compiled import Backend
+from megascale.model.remembered import Remembered
 
 Exchange = Callable[[Tensor], Tensor]
 Pass = tuple[nn.Module, Any]  # a block and its context
@@ -41,6 +42,7 @@ class Exchanges:
     rows             the axis over which the rows of tables are sharded; None: unsharded
     pass_blocks      runs the stream through blocks; nested recomputation does so in groups
     loss_backend     the torch.compile backend for the loss's passes over the logits; None: eager
+    remembered       what layers and stages share for a micro-batch
     """
 
     enter_head: Exchange = identity
@@ -54,6 +56,7 @@ class Exchanges:
     rows: Axis | None = None
     pass_blocks: Callable[[Tensor, Iterable[Pass]], Tensor] = in_turn
     loss_backend: Backend | None = None
+    remembered: Remembered = field(default_factory=Remembered)
 
     def first_row(self, rows: int | None) -> int:
         """The global number of this rank's first row of a table of `rows`."""

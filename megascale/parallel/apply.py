@@ -88,6 +88,7 @@ def parallelize(
     if cfg.tp_async:
         share_memory(mesh["tp"], device)
     for stage in stages:
+        stage.exchanges.remembered = stages[0].exchanges.remembered
         module: nn.Module = stage
         placements = cut_stage(stage, mesh.axes, cfg)
         if rule is not None:
