@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from megascale.config.schema import Model, Parallel
@@ -18,6 +19,7 @@ from megascale.config.stages import estimated_costs, split_layers, stage_parts, 
 from megascale.handles import handle_of
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block
+from megascale.schedule.fsdp_roots import param_groups
 from megascale.schedule.orders import Action, compute_order, layered_order, steps, with_weights
 from megascale.schedule.pipeline import Pipeline, Stage
 from megascale.schedule.timeline import draw, simulate, text_lanes
@@ -152,6 +154,39 @@ def test_bytes_between_stages(schedule: str) -> None:
         ends = {0: 2, 1: 0}[rank] if schedule in ("zbv", "dualpipev") else 1
         for operation in ("all_gather", "reduce_scatter"):
             assert result["calls"]["dp_shard", operation] == 2 + ends
+
+
+def kept_gradients(case: Case) -> int:
+    """Bytes of unsharded gradients that FSDP2 holds between two micro-batches of a step, at most."""
+    most, real = 0, Stage.backward_one_chunk
+
+    def spy(self: Stage, chunk: int, *args: Any, **keys: Any) -> None:
+        nonlocal most
+        real(self, chunk, *args, **keys)
+        found = [p.unsharded_accumulated_grad for g in param_groups(self.submod) for p in g.fsdp_params]
+        buffers = fully_shard.state(self.submod)._comm_ctx.reduce_scatter_states  # type: ignore[attr-defined]
+        most = max(most, sum(g.nbytes for g in found if g is not None) + sum(s.reduce_scatter_input.nbytes for s in buffers))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "backward_one_chunk", spy)
+        train(case)
+    return most
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_gradients_are_reduced_every_few_micro_batches(every: int) -> None:
+    """Catches a reduction that loses or doubles a sum, replicas that are summed too early or never, and gradients that stay unsharded."""
+    layouts = {"shards": {"dp_shard": 2}, "replicas": {"dp_replicate": 2, "dp_shard": 1}}
+    for keys in layouts.values():
+        case = Case(deep("llama", 4), pipelined("1f1b", pp_reduce_every=every, **keys), precision="fp32", batch=8)
+        once = replace(case, parallel=case.parallel.model_copy(update={"pp_reduce_every": None}), precision="fp64")
+        assert_equal(replace(case, precision="fp64"), 4)
+        if every == 1:
+            assert max(run_ranks(4, kept_gradients, case)) == 0 < min(run_ranks(4, kept_gradients, replace(once, precision="fp32")))
+    case = Case(deep("llama", 4), pipelined("1f1b", pp_reduce_every=every, dp_shard=2), steps=1, batch=8, keep_tensors=False)
+    results = run_ranks(4, train, case)
+    assert_planned(case, results)
+    assert results[0]["calls"]["dp_shard", "reduce_scatter"] == 3 * -(-4 // every)
 
 
 def recorded(case: Case) -> list[Action]:

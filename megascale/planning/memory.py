@@ -166,12 +166,15 @@ def _exchanged(s: Setting, parts: list[StagePart], layers: list[tuple[Unit, int]
     whole, block = sum(size * n for size, n in sizes), max((size for size, _ in sizes), default=0)
     ends = [held(u, s.cuts).whole for u in s.ends_of(parts)]
     if not s.sharded:
-        # Products cast stored weights, and autograd keeps the casts unless they are recomputed.
+        # Products cast stored weights without a shadow, and autograd keeps the casts unless they are recomputed.
+        if s.config.shadows:
+            return 0.0, 0.0
         cast = s.item * (whole if p.recompute == "none" else block) if s.item != s.stored else 0
         return float(cast), 0.0
     if p.pp > 1:
         share = min(1.0, GATHERED_STAGES / p.stages_per_rank)
-        return s.item * (share * whole + sum(ends)), float(s.reduced * (whole + sum(ends)))
+        summed = 2 * block + max(ends, default=0) if p.pp_reduce_every == 1 else whole + sum(ends)
+        return s.item * (share * whole + sum(ends)), float(s.reduced * summed)
     if p.reshard_after_forward is False and p.accumulation != "layered":
         kept = float(whole)
     elif not isinstance(p.reshard_after_forward, bool):

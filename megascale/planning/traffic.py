@@ -127,7 +127,9 @@ def gathers(s: Setting, unit: Unit, experts: bool = False) -> tuple[float, float
 def reductions(s: Setting) -> int:
     """How often gradients are reduced in a step."""
     p, m = s.config.parallel, s.micro_batches
-    return 1 if p.pp > 1 else m // (p.breadth_first or m) if p.accumulation == "layered" else m
+    if p.pp > 1:
+        return -(-m // (p.pp_reduce_every or m))
+    return m // (p.breadth_first or m) if p.accumulation == "layered" else m
 
 
 def sent_bytes(s: Setting) -> dict[str, float]:

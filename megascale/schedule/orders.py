@@ -6,6 +6,7 @@ their own runtime and restrict the number of micro-batches.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -117,9 +118,25 @@ def _as_step(action: Any) -> Action | None:
     return Action(kind, action.stage_index, action.microbatch_index) if kind in ("F", "B", "I", "W") else None
 
 
-def with_weights(order: Order, micro_batches: int) -> Order:
-    """An order of computations with the exchanges of weights that torch's runtime inserts for FSDP2's stages."""
-    return {r: engine._add_reduce_grad([*engine._add_unshard_reshard(actions)], micro_batches) for r, actions in order.items()}
+def with_weights(order: Order, micro_batches: int, every: int | None = None) -> Order:
+    """An order of computations with the exchanges of weights that torch's runtime inserts for FSDP2's stages, and reductions after `every`
+    so many backward passes of a stage.
+    """
+    whole = {r: engine._add_reduce_grad([*engine._add_unshard_reshard(actions)], micro_batches) for r, actions in order.items()}
+    return whole if every is None else {r: _reduced_early(actions, micro_batches, every) for r, actions in whole.items()}
+
+
+def _reduced_early(actions: list[Any], micro_batches: int, every: int) -> list[Any]:
+    found: list[Any] = []
+    done: Counter[int] = Counter()
+    for action in actions:
+        found.append(action)
+        step = _as_step(action)
+        if step is not None and step.kind == "B":
+            done[step.stage] += 1
+            if done[step.stage] % every == 0 and done[step.stage] < micro_batches:
+                found.append(Action("R", step.stage, -1))
+    return found
 
 
 def _apart(action: Any) -> list[Any]:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime
 
 from megascale.comm.collectives import all_reduce
@@ -25,6 +27,7 @@ from megascale.model.deferred import Deferred, defer
 from megascale.model.experts import Bank
 from megascale.model.family import Family
 from megascale.model.layers import Linear
+from megascale.parallel.data import forget_reduced
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.fsdp_roots import forget_order, param_groups, share_buffers
 from megascale.schedule.orders import compute_order, forward_order
@@ -106,7 +109,7 @@ class Runtime:
     ) -> None:
         order = compute_order(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, m)
         total = cfg.pp * len(numbers)
-        self.stages = [Stage(model, *stage, total, tokens, device) for stage in zip(model.stages, numbers, queues)]
+        self.stages = [Stage(model, *stage, total, tokens, device, cfg.pp_reduce_every) for stage in zip(model.stages, numbers, queues)]
         self.device, self.has_head = device, any(s.is_last for s in self.stages)
         self.engine = _PipelineScheduleRuntime(self.stages, m, loss_fn=_already_loss, scale_grads=False)
         self.engine._prepare_schedule_with_comms(order)
@@ -148,6 +151,7 @@ class Stage(PipelineStage):
         total: int,
         tokens: torch.Size,
         device: torch.device,
+        reduce_every: int | None,
     ) -> None:
         mesh: Mesh = model.mesh
         taken, given = (
@@ -156,7 +160,7 @@ class Stage(PipelineStage):
         loss = torch.empty((), dtype=torch.promote_types(module.shape.compute, torch.float32), device="meta", requires_grad=True)
         first, last = number == 0, number == total - 1
         nothing = torch.empty(0, device="meta")
-        self.queue = queue
+        self.queue, self.reduce_every, self.backwards = queue, reduce_every, 0
         super().__init__(
             module,
             number,
@@ -214,8 +218,28 @@ class Stage(PipelineStage):
         for info in (*self.args_recv_info[bwd_chunk_id], *self.grad_recv_info.get(bwd_chunk_id, ())):
             info.buffer = None
 
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+        """torch's own never reduces here, but once at the end of a step."""
+        self.backwards += 1
+        if self.reduce_every is None or self.backwards % self.reduce_every or not isinstance(self.submod, FSDPModule):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self.submod.set_is_last_backward(False)
+        self.submod.set_reshard_after_backward(False)  # the stage stays gathered for the next micro-batch
+        self.submod.set_requires_gradient_sync(True)
+        self.submod.set_requires_all_reduce(self.backwards == len(self.batches))  # replicas are summed once
+        given = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]
+        found = stage_backward(*given)
+        forget_reduced(self.submod)
+        return found, None
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        if isinstance(self.submod, FSDPModule):
+            self.submod.set_requires_all_reduce(True)
+        super().perform_reduce_grad(grad_scale_factor)
+
     def clear_runtime_states(self) -> None:
         super().clear_runtime_states()
+        self.backwards = 0
         for infos in self.args_recv_info.values():
             for info in infos:
                 info.buffer = None

@@ -263,6 +263,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "layered_engine": (1, ("parallel.accumulation=layered", "parallel.engine=ddp")),
     "layered_pipeline": (2, ("parallel.accumulation=layered", "parallel.pp=2", "model.num_layers=4")),
     "dp_comm": (2, ("parallel.dp_comm=separate", "parallel.engine=ddp", "parallel.dp_shard=1", "parallel.dp_replicate=2")),
+    "pp_reduce_every": (2, ("parallel.pp_reduce_every=1", "parallel.pp=2", "parallel.pp_schedule=zbv", "model.num_layers=4")),
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
     "update_in_backward": (1, ("parallel.update_in_backward=true", "parallel.accumulation=layered")),

@@ -32,6 +32,16 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "leave dp_comm out, or use engine fsdp2 with accumulation depth_first",
     ),
     Rule(
+        "pp_reduce_every",
+        ("parallel.pp_reduce_every", "parallel.pp", "parallel.pp_schedule", "parallel.engine"),
+        lambda c, n: (
+            c.parallel.pp_reduce_every is not None
+            and (c.parallel.pp == 1 or c.parallel.engine != "fsdp2" or c.parallel.pp_schedule in SPLIT_BACKWARD)
+        ),
+        "pp_reduce_every is about FSDP2 in a pipeline, and schedules that split the backward pass have no gradients of weights at its end",
+        "leave pp_reduce_every out, or use pp above 1 with engine fsdp2 and pp_schedule 1f1b or interleaved_1f1b",
+    ),
+    Rule(
         "breadth_without_layers",
         ("parallel.breadth_first", "parallel.accumulation"),
         lambda c, n: (c.parallel.breadth_first or 1) > 1 and c.parallel.accumulation == "depth_first",

@@ -58,6 +58,10 @@ class Parallel(Section):
     """Pipeline stages per rank. `zbv` and `dualpipev` always have two."""
     pp_layers: tuple[NonNegative, ...] | None = None
     """Layers of each stage, in order. Default: balanced by estimated cost; `megascale balance` measures it."""
+    pp_reduce_every: Positive | None = None
+    """Micro-batches after which a pipeline's stage reduces its gradients under FSDP2. Until then it keeps their sum unsharded, 4 bytes per
+    weight of the stage; 1 keeps that of one layer at a time, and each reduction sends as much again. Default: once per step.
+    """
     ep: Ranks = 1
     """Expert-parallel ranks, over which experts are distributed."""
     etp: Ranks | None = None

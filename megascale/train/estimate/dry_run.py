@@ -210,7 +210,7 @@ def pipeline_timeline(config: Config, ranks: int) -> Timeline | None:
     if p.pp == 1:
         return None
     order = compute_order(p.pp_schedule, p.pp, p.pp_virtual, m)
-    return simulate(with_weights(order, m) if p.engine == "fsdp2" and p.dp_shard > 1 else order)
+    return simulate(with_weights(order, m, p.pp_reduce_every) if p.engine == "fsdp2" and p.dp_shard > 1 else order)
 
 
 def pipeline_facts(config: Config, timeline: Timeline) -> dict[str, Any]:
