@@ -32,6 +32,7 @@ class Case:
     precision: str = "fp64"
     fp8: Fp8 = "false"
     reduce: str | None = None
+    shadows: bool | None = None
     loss_scale: float = 1.0
     seq_len: int = 12
     source_len: int = 8  # of an encoder_decoder
@@ -55,7 +56,7 @@ class Case:
             train=Train(steps=self.steps, clip=self.clip, **sizes, **batch),
             optim=self.optim,
             data=Data(train="none"),
-            precision=Precision(compute=self.precision, reduce=self.reduce, **fp8),  # type: ignore[arg-type]
+            precision=Precision(compute=self.precision, reduce=self.reduce, shadow_weights=self.shadows, **fp8),  # type: ignore[arg-type]
         )
 
 

@@ -214,7 +214,9 @@ def live_bytes(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     model = build(case, ranks)
     state = build_optimizer(model, case.optim).state()
     weights = sum(w.local.nbytes for w in [*model.weights, *([model.tied_copy] if model.tied_copy else [])])
+    shadows = sum(x.nbytes for stage in model.stages for m in stage.modules() if (x := getattr(m, "shadow", None)) is not None)
     held = {"parameters": weights, "gradients": weights, "optimizer": sum(t.nbytes for ts in state.values() for t in ts.values())}
+    held |= {"shadows": shadows} if shadows else {}
     config = build_config({"model": case.model.model_dump(), "train": {"steps": 1, "seq_len": case.seq_len}, "data": {"train": "x"}})
     config = config.model_copy(
         update={

@@ -31,6 +31,7 @@ from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
 from megascale.model.residual import Stack, ends, residual
+from megascale.model.shadow import product_weight
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, declare
 from megascale.model.tables import MaskedHead, Table, rows_of
@@ -228,7 +229,8 @@ class Decoder(Family):
     def loss_of(self, x: Tensor, head: Tensor, targets: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
         """The head's input x [b, s, d] and the local tokens' targets [b · s] → their summed loss times `scale`."""
         first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
-        return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, self.exchanges.loss_backend, bias)
+        shadow, backend = (self.embedding if self.cfg.tie_embeddings else self.head).shadow, self.exchanges.loss_backend
+        return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, backend, bias, shadow)
 
     def likeliest(self, x: Tensor, head: Tensor) -> Tensor:
         """The head's input x [b, s, d] → the tokens [b, s] with the largest logits."""
@@ -294,7 +296,7 @@ class Decoder(Family):
 
     def embedded(self, tokens: Tensor, table: Table) -> Tensor:
         """Tokens [b, S] in a table [V_here, d] → [b, s, d], as they stand there."""
-        exchanges, weight = self.exchanges, table.weight.to(self.shape.compute)
+        exchanges, weight = self.exchanges, product_weight(table).to(self.shape.compute)
         return exchanges.leave_embedding(rows_of(weight, exchanges.sequence_here(tokens), exchanges.first_row(table.rows), exchanges.rows))
 
     def weights(self, targets: Tensor | None, scale: float) -> Tensor | None:

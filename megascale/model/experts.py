@@ -29,6 +29,7 @@ from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.model.ops.grouped_matmul import Permutation, add_bias, add_by_expert, by_expert, grouped_product
 from megascale.model.residual import Residual
 from megascale.model.router import Choice, Router, balance_loss, batch_loss, entropy_loss, within_capacity, z_loss
+from megascale.model.shadow import product_weight
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.fp8 import E4M3, E5M2, fp8_grouped, grouped_weight_gradient, to_fp8
 
@@ -62,7 +63,8 @@ def stay(counts: Tensor) -> Departure:
 
 
 class Bank(nn.Module):
-    """One matrix of all experts, [E, out, in], and their biases [E, out]. `scale`, `deferred`, `fp8`, `watch` and `metrics` as in `Linear`.
+    """One matrix of all experts, [E, out, in], and their biases [E, out]. `scale`, `deferred`, `fp8`, `watch`, `metrics` and `shadow` as in
+    `Linear`.
 
     If the matrices are split along their inputs, the results of `copies` ranks are summed, and each adds its share of the bias.
     """
@@ -81,6 +83,7 @@ class Bank(nn.Module):
         self.fp8 = False
         self.watch: Tensor | None = None
         self.metrics: ModuleMetrics | None = None
+        self.shadow: Tensor | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         y = self.product(x, counts)
@@ -90,9 +93,10 @@ class Bank(nn.Module):
         return add_bias(y, bias if self.copies == 1 else bias / self.copies, counts)
 
     def product(self, x: Tensor, counts: Tensor) -> Tensor:
+        weight = product_weight(self)
         if self.deferred is None or not torch.is_grad_enabled():
-            return self._product(x, self.weight, counts)
-        product = partial(self._product, weight=self.weight.detach(), counts=counts)
+            return self._product(x, weight, counts)
+        product = partial(self._product, weight=weight.detach(), counts=counts)
         return deferred_product(self, x, product, self.weight.shape[1], counts)
 
     def _product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from megascale.model.norms import NormKernel
 from megascale.model.norms import norm as norm_functions
 from megascale.model.ops import matmul, matmul_cpu
 from megascale.model.ops.bitlinear import Statistics, quantized_input, quantized_weight
+from megascale.model.shadow import product_weight
 from megascale.model.spec import Cut, ParamSpec, Role, declare
 from megascale.precision.dynamic import dynamic_linear
 from megascale.precision.fp8 import E4M3, E5M2, fp8_linear, to_fp8, weight_gradient
@@ -43,7 +44,7 @@ class Linear(nn.Module):
     `rows`, set by the tensor pass, restricts an unsharded weight to the output rows that this rank needs. The pipeline lets the weight's
     gradient be `deferred` (deferred.py) under schedules that compute it separately. The precision pass sets `fp8`, `metrics` and, on some
     steps, `watch`, the handle of what hears the losses of casts.
-    `kind` is dense or bitlinear (bitlinear.py).
+    `kind` is dense or bitlinear (bitlinear.py); `shadow` is the weight in the compute dtype (shadow.py).
     """
 
     bias: Tensor | None
@@ -74,16 +75,18 @@ class Linear(nn.Module):
         self.deferred: Deferred | None = None
         self.handle: Tensor | None = None
         self.statistics = Statistics() if kind == "bitlinear" else None
+        self.shadow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.deferred is not None or self.statistics is not None or self.scale != 1.0 or self.fp8 != "false":
             return self.add_bias(self.product(x))
-        weight: Tensor = self.weight
+        weight = product_weight(self)
         return linear(x, weight if self.rows is None else weight[slice(*self.rows)], self._bias())
 
     def product(self, x: Tensor) -> Tensor:
         """The product without the bias: for input-split weights, whose partial results are summed over ranks first."""
-        weight: Tensor = self.weight if self.columns is None else self.weight[:, : self.columns]
+        weight = product_weight(self)
+        weight = weight if self.columns is None else weight[:, : self.columns]
         if self.statistics is not None:
             x, weight = quantized_input(x, self.statistics), quantized_weight(weight, self.statistics)
         rows = slice(*self.rows) if self.rows else slice(None)

@@ -35,15 +35,25 @@ def cross_entropy_sum(
     axis: Axis | None,
     backend: Backend | None = None,
     bias: Tensor | None = None,
+    shadow: Tensor | None = None,
 ) -> Tensor:
     """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32.
 
     x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, where rows from `vocab_size` on are padding; targets [T],
     negative ones are not counted. With an axis the vocabulary is sharded over its ranks and all return the same loss; the gradient of x is
     then a partial sum. `scale` is applied before gradients are rounded to x's dtype. `backend`: of torch.compile, which fuses the passes
-    over a chunk; None: eager.
+    over a chunk; None: eager. `shadow`: the weight in x's dtype, if there is one; the gradient stays as exact as without.
     """
-    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias)  # type: ignore[no-any-return]
+    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias, shadow)  # type: ignore[no-any-return]
+
+
+def one_for(loss: Tensor) -> Tensor:
+    """The gradient to begin a backward pass with, marked: if it reaches the loss as it is, a multiplication of the head's gradient by it, a
+    pass of up to 2 GB, is left out.
+    """
+    one: Any = torch.ones_like(loss)
+    one.is_one = True
+    return one  # type: ignore[no-any-return]
 
 
 def likeliest(x: Tensor, weight: Tensor, first: int, vocab_size: int, axis: Axis | None) -> Tensor:
@@ -76,8 +86,9 @@ class _CrossEntropySum(torch.autograd.Function):
         axis: Axis | None,
         backend: Backend | None,
         bias: Tensor | None,
+        shadow: Tensor | None,
     ) -> Tensor:
-        w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        w, b = weight.to(x.dtype) if shadow is None else shadow, None if bias is None else bias.to(x.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=x.device)
         need_x, need_w, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[8]
@@ -114,9 +125,12 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         g = grads[0]
+        if hasattr(g, "is_one"):
+            to_x, to_w, to_b = ctx.saved_tensors
+            return to_x, to_w, *[None] * 6, to_b, None
         # In place: a second gradient of the whole head would be this step's largest tensor.
         to_x, to_w, to_b = (None if grad is None else grad.mul_(g.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return to_x, to_w, *[None] * 6, to_b
+        return to_x, to_w, *[None] * 6, to_b, None
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,7 @@ from megascale.model.layers import Norm, linear
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, inverse_frequencies, pair_exponents, rotary
 from megascale.model.residual import Side, Stack, residual
+from megascale.model.shadow import product_weight
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec
 from megascale.model.tables import Table, rows_of
@@ -133,12 +134,12 @@ class Spacetime(Family):
             return x if text is None else torch.cat((x, text), 1)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        predicted = linear(self.exchanges.enter_head(x), self.head.weight)
+        predicted = linear(self.exchanges.enter_head(x), product_weight(self.head))
         return predicted if targets is None else self.error(predicted, tokens, targets) * scale
 
     def embed(self, fields: Tensor, targets: Tensor | None) -> Tensor:
         """[b, n, d] in the compute dtype."""
-        grid, weight = self.grids[self.part.layers.start], self.embedding.weight.to(self.shape.compute)
+        grid, weight = self.grids[self.part.layers.start], product_weight(self.embedding).to(self.shape.compute)
         x = self.exchanges.leave_embedding(linear(self._values(fields[:, : self.fields.shape[0]], grid, weight.shape[1]), weight))
         if self.fields.objective == "masked" and targets is not None:
             hidden = self.exchanges.tokens_here(self._counted(targets, grid)).unsqueeze(-1)
@@ -154,7 +155,7 @@ class Spacetime(Family):
         """The text [b, t] → [b, t_here, d] in the compute dtype."""
         if source is None or not self.fields.text_len:
             return None
-        weight = self.text.weight.to(self.shape.compute)
+        weight = product_weight(self.text).to(self.shape.compute)
         x = self.exchanges.leave_embedding(
             rows_of(weight, source.clamp(min=0), self.exchanges.first_row(self.fields.text_vocab_size), self.exchanges.rows)
         )

@@ -17,12 +17,14 @@ from megascale.model.spec import ParamSpec, declare
 
 
 class Table(nn.Module):
-    """A bare weight with a name: rows of the vocabulary or of positions."""
+    """A bare weight with a name: rows of the vocabulary or of positions. `shadow` as in `Linear`."""
 
     def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = declare(spec, dtype)
         self.rows = spec.shape[0]  # rows of the whole table
+        self.vocabulary = spec.role in ("embedding", "head")
+        self.shadow: Tensor | None = None
 
     def forward(self) -> Tensor:
         """The weight, asked for as a module's result: FSDP gathers it then."""

@@ -139,6 +139,7 @@ class AdamW:
                     eps=group["eps"],
                     maximize=False,
                 )
+                torch.autograd.graph.increment_version([self.locals[n] for n in names])  # the fused kernel leaves it to others
                 for name, m, v in zip(names, first, second):
                     self.exp_avg[name].close(m)
                     self.exp_avg_sq[name].close(v)

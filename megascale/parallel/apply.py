@@ -33,6 +33,7 @@ from megascale.parallel.model import MicroBatchScope, ParallelModel, State, Weig
 from megascale.parallel.offload import offload_block_inputs
 from megascale.parallel.precision import gather_in_fp8, multiply_in_fp8
 from megascale.parallel.recompute import wrap_blocks
+from megascale.parallel.shadows import Shadows
 from megascale.parallel.tensor import Placement, cut_model
 
 # How context parallelism splits each kind of sequence that a family may have.
@@ -66,12 +67,14 @@ def parallelize(
     fp8: Fp8 = "false",
     norm_kernel: NormKernel | None = None,
     rule: Rule | None = None,
+    shadows: bool = False,
 ) -> ParallelModel:
     """Meta modules → this rank's part of them, in memory but not yet drawn.
 
     fp8          whether and how hidden products run in FP8
     norm_kernel  the kernel of norms, if not torch's own
     rule         the gated delta rule on whole sequences, if not our own
+    shadows      keep weights that nothing gathers in the compute dtype too
     """
     weights: list[Weight] = []
     states: list[State] = []
@@ -114,6 +117,8 @@ def parallelize(
                 prefetch(stage)
         allocate(stage, device, on_host)
         gather_in_fp8(stage, placements)
+        if shadows:
+            Shadows(stage, device)
         stage.at_step(1)
         if cfg.engine == "ddp" and copies and not pipeline:
             from megascale.parallel.data import replicate_model

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megascale.comm.dtensor import is_dtensor
+from megascale.config.schema import Precision
 from megascale.handles import handle_of
 from megascale.model.experts import Bank
 from megascale.model.family import Family
@@ -20,6 +21,11 @@ from megascale.model.spec import MATRICES
 from megascale.parallel.tensor import Placement, local_tensor
 from megascale.precision.fp8 import E4M3, HeldFp8, cast_losses, weight_to_fp8
 from megascale.precision.watch import LOST, SUMS, shares
+
+
+def products_of(precision: Precision) -> Fp8:
+    """The product function of hidden layers for a precision."""
+    return precision.fp8_recipe if precision.fp8 == "dynamic" else precision.fp8
 
 
 def multiply_in_fp8(stage: Family, mode: Fp8) -> None:

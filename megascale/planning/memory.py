@@ -43,18 +43,22 @@ def state_of(unit: Unit, cuts: Cuts, name: str, moments: str | None, itemsize: i
 
 
 def stored_bytes(config: Config, ranks: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state on the rank that stores most: what `--dry-run` says (train/estimate/memory.py)."""
+    """Bytes of weights, gradients, optimizer state and shadows, if any, on the rank that stores most: what `--dry-run` says
+    (train/estimate/memory.py).
+    """
     setting = setting_of(config, ranks)
     return max((_stored(setting, parts) for parts in setting.stages), key=lambda b: sum(b.values()))
 
 
 def _stored(s: Setting, parts: list[StagePart]) -> dict[str, int]:
-    optim, weights, state = s.config.optim, 0, 0
+    optim, weights, state, copies = s.config.optim, 0, 0, 0
     for unit, n in (*s.layers_of(parts), *((end, 1) for end in s.ends_of(parts))):
         weights += n * held(unit, s.cuts).kept
+        copies += n * sum(s.cuts.held(w) for w in unit.weights if s.shadowed(w))
         if unit is not s.units.copy:  # the rank of the embedding updates it
             state += n * state_of(unit, s.cuts, optim.name, optim.moments, s.stored)
-    return {"parameters": weights * s.stored, "gradients": weights * s.stored, "optimizer": state}
+    shadows = {"shadows": copies * s.item} if copies else {}
+    return {"parameters": weights * s.stored, "gradients": weights * s.stored, "optimizer": state, **shadows}
 
 
 def peak_bytes(config: Config, ranks: int, cpu: bool = False) -> dict[str, float]:
@@ -80,6 +84,7 @@ def _peak(s: Setting, rank: int, cpu: bool) -> dict[str, float]:
     kept = _activations(s, rank, layers)
     largest = max((temporary(s, unit) for unit, _ in layers), default=0.0)
     gathered, reduce = _exchanged(s, parts, layers)
+    gathered += stored.get("shadows", 0)
     has_head = any(part.last for part in parts)
     loss = loss_bytes(s, cpu) if has_head else 0.0
     # In the loss nothing of a block is recomputed yet; in the first block's backward the logits are gone, but not the head's gradient.

@@ -11,7 +11,7 @@ from megascale.config.layout import axis_sizes
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart, stage_parts, stages_of_rank
 from megascale.errors import UsageError
-from megascale.planning.weights import Cuts, Unit, Units, units_of
+from megascale.planning.weights import Cuts, Unit, Units, Weight, units_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp64": 8}
 
@@ -71,6 +71,16 @@ class Setting:
         """FSDP2 wraps the weights: ranks with other tokens hold the same ones."""
         s = self.sizes
         return self.config.parallel.engine == "fsdp2" and s["dp_shard"] * s["cp"] * s["dp_replicate"] * s["edp"] > 1
+
+    def shadowed(self, w: Weight) -> bool:
+        """Whether a weight has a shadow: what a product multiplies with as it is, where nothing gathers it (parallel/shadows.py)."""
+        model, fp8, s = self.config.model, self.config.precision.fp8, self.sizes
+        hidden = w.matrix and (fp8 == "false" or (w.experts and fp8 == "dynamic"))
+        as_it_is = hidden and model.tokenformer is None and (w.experts or model.linear != "bitlinear")
+        own = w.experts and self.cuts.own_experts
+        others = s["dp_replicate"] * s["edp"] * (1 if own else s["dp_shard"] * s["cp"])
+        plain = self.config.parallel.engine == "ddp" or others == 1
+        return self.config.shadows and plain and (as_it_is or w.name.endswith(("embedding.weight", "head.weight", "mlm.dense.weight")))
 
     @cached_property
     def stages(self) -> list[list[StagePart]]:

@@ -11,12 +11,11 @@ import torch
 
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.layout import axis_sizes
-from megascale.config.schema import Config, Parallel, Precision, any_layer
+from megascale.config.schema import Config, Parallel, any_layer
 from megascale.errors import UsageError
 from megascale.launch.ranks import node_name
 from megascale.measure.compute import flops_per_token
 from megascale.model.families import build_part
-from megascale.model.layers import Fp8
 from megascale.model.ops.delta_kernel import Rule, choose_rule
 from megascale.model.ops.matmul import way_of
 from megascale.model.ops.norm_kernels import NormKernel, choose_kernels
@@ -27,6 +26,7 @@ from megascale.optim.masters import immovable_note
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.model import ParallelModel
+from megascale.parallel.precision import products_of
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
 from megascale.train.engines.engine import Engine, Native
@@ -94,18 +94,14 @@ def draw_model(config: Config, ranks: int, device: torch.device) -> ParallelMode
 def _assemble(config: Config, mesh: Mesh, device: torch.device, norm: NormKernel) -> ParallelModel:
     stages = build_stages(config.model, shape_of(config), config.parallel, mesh["pp"].rank)
     rule = rule_of(config, device)
-    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), norm, None if rule is None else rule[0])
+    own = None if rule is None else rule[0]
+    return parallelize(stages, mesh, config.parallel, device, products_of(config.precision), norm, own, config.shadows)
 
 
 def rule_of(config: Config, device: torch.device) -> tuple[Rule, str] | None:
     """The implementation of the gated delta rule with the reason for it; None for models without."""
     widths = [m.delta.key_dim for m in config.model.variants.values() if m.delta is not None]
     return choose_rule(config.run.kernels, max(widths), shape_of(config).compute, device) if widths else None
-
-
-def products_of(precision: Precision) -> Fp8:
-    """The product function of hidden layers for a precision."""
-    return precision.fp8_recipe if precision.fp8 == "dynamic" else precision.fp8
 
 
 def build_schedule(model: ParallelModel, parallel: Parallel, device: torch.device) -> Schedule:

@@ -65,10 +65,17 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def config_of(model: dict[str, Any], parallel: dict[str, Any], optimizer: str, moments: str | None = None) -> Config:
+def config_of(model: dict[str, Any], parallel: dict[str, Any], optimizer: str, moments: str | None = None, compute: str = "fp32") -> Config:
     train = {"steps": 1, "seq_len": 32, "global_batch_size": 32}
     return build_config(
-        {"model": model, "parallel": parallel, "optim": {"name": optimizer, "moments": moments}, "train": train, "data": {"train": "x"}}
+        {
+            "model": model,
+            "parallel": parallel,
+            "optim": {"name": optimizer, "moments": moments},
+            "precision": {"compute": compute},
+            "train": train,
+            "data": {"train": "x"},
+        }
     )
 
 
@@ -86,17 +93,20 @@ def test_weights_are_those_of_the_model(model: dict[str, Any]) -> None:
     assert units.parameters == sum(s.numel for s in specs.values()) and units.active == active_parameters(specs)
 
 
+COMPUTE = st.sampled_from(["fp32", "bf16"])
 MOMENTS = st.sampled_from([None, "bf16", "int8"])
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@given(models(), layouts(), st.sampled_from([1, 2, 4]), st.sampled_from([None, 1]), st.sampled_from([4, 8, 16]), MOMENTS)
-def test_stored_bytes_are_exact(model: dict[str, Any], layout: dict[str, Any], ep: int, etp: int | None, ranks: int, moments: str) -> None:
-    """Catches a weight that the planner cuts differently, shards over other ranks, or pads as FSDP2 does not: weights, gradients and
-    optimizer state of the fullest rank are those of the dry run, to the byte.
+@given(models(), layouts(), st.sampled_from([1, 2, 4]), st.sampled_from([None, 1]), st.sampled_from([1, 4, 8, 16]), MOMENTS, COMPUTE)
+def test_stored_bytes_are_exact(
+    model: dict[str, Any], layout: dict[str, Any], ep: int, etp: int | None, ranks: int, moments: str, compute: str
+) -> None:
+    """Catches a weight that the planner cuts differently, shards over other ranks, or pads as FSDP2 does not: weights, gradients,
+    optimizer state and shadows of the fullest rank are those of the dry run, to the byte.
     """
     experts = {"ep": ep, "etp": etp} if model["moe"] and layout["engine"] == "fsdp2" else {}
-    config = config_of(model, layout | experts, "muon" if model["bias"] else "adamw", moments)
+    config = config_of(model, layout | experts, "muon" if model["bias"] else "adamw", moments, compute)
     try:
         config = check(config, ranks)
     except UsageError:

@@ -140,5 +140,13 @@ class Config(Section):
         return self.model_dump(mode="json", by_alias=True)
 
     @property
+    def shadows(self) -> bool:
+        """Whether weights that nothing gathers are also kept in the compute dtype."""
+        wanted, p = self.precision.shadow_weights, self.parallel
+        if p.engine == "deepspeed" or "parameters" in p.offload or self.precision.compute == self.precision.storage:
+            return False
+        return p.recompute not in ("full", "nested") if wanted is None else wanted
+
+    @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"

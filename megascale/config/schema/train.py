@@ -100,6 +100,12 @@ class Precision(Section):
     loss_scale: Annotated[float, Field(gt=0, le=2.0**64), AfterValidator(_power_of_two)] | None = None
     """`fp8: static`: factor on gradients during backward, a power of two. Default: derived from the shapes."""
 
+    shadow_weights: bool | None = None
+    """Keep weights that nothing gathers (one GPU, DDP, pipelines without data parallelism) in `compute`, too, so that products do not cast
+    them again: the same numbers for 2 bytes a weight. FSDP2 gathers in `compute` anyway. Default: yes, unless `parallel.recompute` is
+    `full` or `nested`, which save memory first.
+    """
+
     @property
     def storage(self) -> str:
         return self.master or ("fp64" if self.compute == "fp64" else "fp32")

@@ -21,7 +21,9 @@ from megascale.limits import memory_free
 from megascale.model.shape import DTYPES, shape_of
 from megascale.model.spec import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
+from megascale.parallel.precision import multiply_in_fp8, products_of
 from megascale.parallel.recompute import group_size
+from megascale.parallel.shadows import shadowed
 from megascale.parallel.tensor import Placement
 from megascale.sizes import byte_words
 
@@ -36,27 +38,35 @@ def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
 def resident_bytes(config: Config, ranks: int) -> int:
     """Bytes of weights and optimizer state on the fullest of `ranks` ranks: what lies there from the start to the end."""
     held = largest_rank(config, axis_sizes(config.parallel, ranks))
-    return held["parameters"] + held["optimizer"]
+    return held["parameters"] + held["optimizer"] + held.get("shadows", 0)
 
 
 def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of stored weights, their gradients and optimizer state on the rank at `place`. Gathered copies are not counted."""
+    """Bytes of stored weights, their gradients, optimizer state and shadows, if there are any, on the rank at `place`. Gathered copies are
+    not counted.
+    """
     shape = shape_of(config)
     storage = shape.storage
     traffic = Traffic()
     axes = {n: Axis(n, sizes[n], place[n], None, traffic) for n in (*NAMES, *EXPERT_AXES)}
     axes["shard"] = Axis("dp_shard", sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"], None, traffic)
-    weights = optimizer = 0
+    weights = optimizer = copies = 0
+    data = sizes["dp_shard"] * sizes["cp"] * sizes["dp_replicate"]
     for stage in build_stages(config.model, shape, config.parallel, place["pp"]):
+        multiply_in_fp8(stage, products_of(config.precision))
+        copied = {name for name, _ in shadowed(stage)} if config.shadows else set()
         for name, p in cut_stage(stage, axes, config.parallel).items():
             held = _held(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
             weights += held * storage.itemsize
+            ranks = sizes["edp"] * sizes["dp_replicate"] if p.shard == "edp" else data * sizes["edp"]
+            if name in copied and (config.parallel.engine == "ddp" or ranks == 1):
+                copies += held * shape.compute.itemsize
             # A tied embedding's copy at the head is optimized on the rank of the embedding.
             if name != "embedding.weight" or stage.part.first:
                 optimizer += optimizer_bytes(config.optim, p, held, storage.itemsize)
     if config.parallel.engine == "deepspeed":
         return _zero_bytes(config, weights // storage.itemsize, sizes["dp_shard"])
-    return {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+    return {"parameters": weights, "gradients": weights, "optimizer": optimizer, **({"shadows": copies} if copies else {})}
 
 
 def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
