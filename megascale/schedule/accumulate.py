@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megascale.data.loader import Batch
+from megascale.model.loss import one_for
 from megascale.parallel.model import ParallelModel
 
 
@@ -35,7 +36,7 @@ class Accumulation:
             self.model.mesh.traffic.micro_batch()
             with self.model.micro_batch(i == len(batches) - 1):
                 loss = self.model.module(**batch.inputs(), scale=scale)
-                loss.backward()
+                loss.backward(one_for(loss))
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         self.model.finish_gradients()

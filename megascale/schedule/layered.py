@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megascale.data.loader import Batch
 from megascale.model.family import Family
+from megascale.model.loss import one_for
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.fsdp_roots import forget_order, share_buffers
 from megascale.schedule.orders import Action, layered_forward_order, layered_order
@@ -128,7 +129,7 @@ class _Pass:
             self.streams[i] = y.detach()
         else:
             self.losses.append(y.detach())
-            self.grads[i] = torch.ones_like(y)
+            self.grads[i] = one_for(y)
 
     def backward(self, number: int, i: int) -> None:
         key = number, i
