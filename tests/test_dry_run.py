@@ -19,6 +19,8 @@ from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo
 from megascale.train.estimate import verdict
 from megascale.train.estimate.dry_run import dry_run
+from megascale.train.estimate.memory import needed
+from megascale.train.estimate.oom_advice import ROOM
 from megascale.train.phases import Phase, phases_of
 from tests.runs import make_tokens, settings
 
@@ -131,3 +133,20 @@ def test_the_config_only_on_request(tmp_path: Path) -> None:
     ):
         refused = CliRunner().invoke(app, [str(path), *words])
         assert isinstance(refused.exception, UsageError) and not refused.stdout
+
+
+def test_replicas_beyond_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches shards over several nodes that nobody advises against, advice that does not fit, and advice where none is due."""
+
+    def advice(ranks: int, room: float, **keys: Any) -> str:
+        values = settings(tmp_path, **LARGE, parallel__dp_shard=-1, run__device="cuda", **keys)
+        dry_run(build_config(values), ranks, None, device_bytes=room)
+        return next((line for line in told(capsys) if "HSDP" in line), "")
+
+    assert "parallel.dp_shard=8 parallel.dp_replicate=4 (HSDP) gathers within a node" in advice(32, 80 * GB)
+    assert "over 16 ranks on 4 nodes" in advice(32, 80 * GB, parallel__tp=2) and "parallel.dp_shard=4" in advice(
+        32, 80 * GB, parallel__tp=2
+    )
+    two_nodes = check(build_config(settings(tmp_path, **LARGE, parallel__dp_shard=16, parallel__dp_replicate=2)), 32)
+    assert "parallel.dp_shard=16 parallel.dp_replicate=2" in advice(32, 1.001 * sum(needed(two_nodes, 32)) / ROOM)
+    assert not any((advice(8, 80 * GB), advice(32, 80 * GB, parallel__accumulation="layered"), advice(32, 1 * GB)))

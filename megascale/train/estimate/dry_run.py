@@ -26,6 +26,7 @@ from megascale.plugins import plugins
 from megascale.schedule.orders import compute_order, layered_order, with_weights
 from megascale.schedule.timeline import Timeline, draw, simulate, text_lanes
 from megascale.sizes import byte_words, count_words, model_words, work_words
+from megascale.train.estimate.hsdp import hsdp_note
 from megascale.train.estimate.memory import host_bytes, largest_rank
 from megascale.train.estimate.verdict import Verdict, room_of, verdict, verdict_lines
 from megascale.train.phases import Phase, phases_of
@@ -56,7 +57,8 @@ def dry_run(
         report |= traced
         verdict_words = traced_words if traced else [verdict_words[0], *traced_words, *verdict_words[1:]]
     lines = [*verdict_words, *model_lines(config, report), *schedule_lines(config, report["schedule"], timeline)]
-    lines += [f"note: {note}" for note in (padding_note(config), schedule_note(config.optim, config.train.total_steps)) if note]
+    notes = padding_note(config), schedule_note(config.optim, config.train.total_steps), hsdp_note(config, ranks, found.room.limit)
+    lines += [f"note: {note}" for note in notes if note]
     print("\n".join(lines))
     if show_config:
         print(f"---\n{to_yaml(config.plain())}", end="")
