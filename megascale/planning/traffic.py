@@ -173,7 +173,8 @@ def _sharding(s: Setting, layers: list[tuple[Unit, int]], ends: list[Unit], expe
         total += n * times * reduce_bytes(s, unit, experts)
     if p.accumulation == "layered" and layers:
         total -= times * gather_bytes(s, layers[-1][0], experts)
-    return total + sum(times * (gather_bytes(s, u, experts) + reduce_bytes(s, u, experts)) for u in ends)
+    once = 1 if p.pp > 1 else times
+    return total + sum(once * gather_bytes(s, u, experts) + times * reduce_bytes(s, u, experts) for u in ends)
 
 
 def _tensor(s: Setting, rank: int, layers: list[tuple[Unit, int]]) -> float:
