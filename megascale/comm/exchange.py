@@ -106,6 +106,8 @@ def start_rows(x: Tensor, send: list[int], receive: list[int], axis: Axis, rows:
     axis.traffic.add(axis.name, "all_to_all", row * (going - send[axis.rank]))
     work = dist.all_to_all_single(out[:coming], x[:going].contiguous(), receive, send, group=axis.group, async_op=True)
     in_flight(out, work)
+    if axis.traffic.started is not None:
+        axis.traffic.started()
     return out
 
 

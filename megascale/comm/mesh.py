@@ -19,7 +19,7 @@ class Traffic:
 
     Each is counted before it is sent, so that `last` names the collective in which a rank hangs. `moved` never decreases. `gate`: called
     before every micro-batch, where all ranks may stop (train/faults/gate.py). `mark`, on a device that lags behind the host: records an
-    event after everything queued so far.
+    event after everything queued so far. `started`: called when rows for experts are on their way, and another pass may go on (turns.py).
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -28,6 +28,7 @@ class Traffic:
     last: str = ""
     gate: Callable[[], None] | None = None
     mark: Callable[[], Any] | None = None
+    started: Callable[[], None] | None = None
     _given: deque[tuple[int, str, Any]] = field(default_factory=deque)  # collectives that the device had not reached at the last check
     _reached: tuple[int, str] = (0, "")
 

@@ -33,8 +33,8 @@ class Action:
     micro_batch: int
 
 
-def compute_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -> Order:
-    """The computations of every rank in order, as torch's actions."""
+def compute_order(schedule: str, ranks: int, virtual: int, micro_batches: int, pairs: bool = False) -> Order:
+    """The computations of every rank in order, as torch's actions. `pairs`: those that DualPipeV overlaps stay together."""
     match schedule:
         case "gpipe" | "looped_bfs":
             return {r: _breadth_first(schedule, ranks, virtual, micro_batches, r, backward=True) for r in range(ranks)}
@@ -56,6 +56,8 @@ def compute_order(schedule: str, ranks: int, virtual: int, micro_batches: int) -
         for i in own
     ]
     order = kind(stand_ins, micro_batches, loss_fn=_no_loss, scale_grads=False).pipeline_order
+    if pairs:
+        return order
     return {rank: [a for action in actions for a in _apart(action)] for rank, actions in order.items()}
 
 

@@ -255,6 +255,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "expert_mesh": (3, ("model.moe={}", "parallel.ep=2")),
     "reshard_ranks": (4, ("parallel.reshard_after_forward=3",)),
     "ep_engine": (2, ("model.moe={}", "parallel.tp=2", "parallel.tp_sequence=true", "parallel.etp=1", "parallel.engine=ddp")),
+    "ep_kernels": (2, ("model.moe={}", "parallel.ep_kernels=deepep", "parallel.ep=2")),
+    "ep_overlap": (2, ("model.moe={}", "parallel.ep_overlap=true", "parallel.ep=2")),
     "moe_deepspeed": (2, ("model.moe={}", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "etp_width": (2, ("model.moe={ffn_size: 25}", "parallel.tp=2")),
     "capacity_cut": (2, ("model.moe={capacity_factor: 1.25}", "parallel.cp=2")),

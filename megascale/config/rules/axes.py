@@ -179,6 +179,29 @@ AXIS_RULES: tuple[Rule, ...] = (
         "use engine fsdp2, or set ep to 1 and leave etp out",
     ),
     Rule(
+        "ep_kernels",
+        ("parallel.ep_kernels", "parallel.ep", "parallel.ep_rows", "parallel.ep_overlap", "parallel.compile", "precision.compute"),
+        lambda c, n: (
+            c.parallel.ep_kernels == "deepep"
+            and (
+                c.parallel.ep == 1
+                or c.parallel.ep_rows is not None
+                or c.parallel.ep_overlap
+                or c.parallel.compile
+                or c.precision.compute != "bf16"
+            )
+        ),
+        "DeepEP exchanges rows of experts in bf16, in one round, as eager code",
+        "use ep_kernels torch, or ep above 1 with precision.compute bf16 and without compile, ep_rows and ep_overlap",
+    ),
+    Rule(
+        "ep_overlap",
+        ("parallel.ep_overlap", "parallel.ep", "parallel.pp", "parallel.pp_schedule"),
+        lambda c, n: c.parallel.ep_overlap and (c.parallel.ep == 1 or c.parallel.pp == 1 or c.parallel.pp_schedule != "dualpipev"),
+        "ep_overlap is about exchanges between experts' ranks in the pairs of passes that dualpipev has",
+        "leave ep_overlap out, or use pp_schedule dualpipev with pp and ep above 1",
+    ),
+    Rule(
         "moe_deepspeed",
         ("model.moe", "parallel.engine"),
         lambda c, n: c.model.moe is not None and c.parallel.engine == "deepspeed",

@@ -70,6 +70,12 @@ class Parallel(Section):
     """Exchange rows of experts in rounds of a fixed size, so that the host never waits for their number: each expert-parallel rank has room
     for this many times an even load, and ep / ep_rows rounds take all of them. Default: one exchange of the exact number.
     """
+    ep_kernels: Literal["torch", "deepep"] = "torch"
+    """What exchanges rows of experts: torch's collectives, or DeepEP's kernels, where that package is installed (CUDA, bf16)."""
+    ep_overlap: bool = False
+    """Under `pp_schedule: dualpipev`: let the forward pass of one micro-batch compute while rows for experts of another's backward pass
+    travel, and the other way round. Both passes of a pair then wait for both of their messages.
+    """
     accumulation: Literal["depth_first", "layered"] = "depth_first"
     """Order of micro-batches: all layers for one micro-batch after the other, or all micro-batches for one layer after the other."""
     breadth_first: Positive | None = None

@@ -1,0 +1,112 @@
+"""DualPipeV's pairs of passes: one computes while the other's rows travel to experts, and all numbers stay as they are."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megascale.comm import exchange
+from megascale.comm.turns import Turns
+from megascale.config.schema import Parallel
+from megascale.model.ops import grouped_matmul
+from tests.layouts import CPU, Case, train
+from tests.ranks import run_ranks
+from tests.test_experts import sparse
+
+PARALLEL = Parallel(pp=2, pp_schedule="dualpipev", ep=2, ep_overlap=True)
+CASE = Case(sparse(4, num_shared=1), PARALLEL, batch=12, steps=2)
+Event = tuple[bool, str]  # whether in the forward pass, and what: start, land, compute
+
+
+def overlapped(events: list[Event], forward: bool) -> int:
+    """How many exchanges of one pass started before the other computed, which it did before they were waited for."""
+    count, pending = 0, [False, False]
+    for own, what in events:
+        if own == forward:
+            count += what == "land" and all(pending)
+            pending = [what == "start", False] if what != "compute" else pending
+        else:
+            pending[1] |= pending[0] and what == "compute"
+    return count
+
+
+def watched(case: Case) -> tuple[dict[str, Any], list[Event]]:
+    """Trains; what happened in both passes, in order."""
+    events: list[Event] = []
+    main = threading.get_ident()
+
+    def spy(patch: pytest.MonkeyPatch, where: Any, name: str, what: str) -> None:
+        real = getattr(where, name)
+
+        def noted(*args: Any, **keys: Any) -> Any:
+            events.append((threading.get_ident() == main, what))
+            return real(*args, **keys)
+
+        patch.setattr(where, name, noted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, exchange, "start_rows", "start")
+        spy(patch, exchange, "wait", "land")
+        spy(patch, grouped_matmul, "product_by_expert", "compute")
+        return train(case), events
+
+
+def both(cases: list[Case]) -> list[tuple[dict[str, Any], list[Event]]]:
+    return [watched(case) for case in cases]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "recompute", ["none", pytest.param("selective", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
+def test_passes_overlap_and_agree(recompute: str) -> None:
+    """Catches pairs that run one after the other, an exchange that is waited for at once, a gradient that one pass takes from the other,
+    and ranks that send in another order, which would hang.
+    """
+    case = replace(CASE, parallel=CASE.parallel.model_copy(update={"recompute": recompute}))
+    apart = replace(case, parallel=case.parallel.model_copy(update={"ep_overlap": False}))
+    (got, events), (wanted, alone) = run_ranks(4, both, [case, apart], timeout=300)[0]
+    assert got["loss"] == wanted["loss"] and got["norm"] == wanted["norm"]
+    assert all(torch.equal(got[kind][n], x) for kind in ("grad", "weight") for n, x in wanted[kind].items())
+    assert (got["sent"], got["calls"]) == (wanted["sent"], wanted["calls"])
+    assert min(overlapped(events, True), overlapped(events, False)) >= 8
+    assert overlapped(alone, True) == overlapped(alone, False) == 0
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{"compile": True}, {"ep_rows": 1.0}, {"dp_shard": 4, "ep": 2}], ids=str)
+def test_other_layouts_agree(keys: dict[str, Any]) -> None:
+    """Catches graphs, rounds and experts that FSDP2 shards, in which passes cannot take turns."""
+    case = replace(CASE, parallel=Parallel(**{**PARALLEL.model_dump(exclude_unset=True), **keys}), batch=24)
+    apart = replace(case, parallel=case.parallel.model_copy(update={"ep_overlap": False}))
+    ranks = 8 if "dp_shard" in keys else 4
+    got, wanted = (run_ranks(ranks, train, c, timeout=600)[0] for c in (case, apart))
+    assert got["loss"] == wanted["loss"] and all(torch.equal(got["weight"][n], x) for n, x in wanted["weight"].items())
+
+
+def test_turns() -> None:
+    """Catches passes that run at the same time, a pass that waits for one that has ended, and an error that is lost."""
+    turns, done = Turns(), list[str]()
+
+    def steps(name: str, n: int) -> None:
+        for i in range(n):
+            done.append(f"{name}{i}")
+            turns.pass_on()
+
+    turns.run(lambda: steps("a", 2), lambda: steps("b", 4), CPU)
+    assert done == ["a0", "b0", "a1", "b1", "b2", "b3"]
+
+    def fails() -> None:
+        x = torch.ones(2, requires_grad=True)
+        x.register_hook(lambda g: Tensor.view(g, 3))
+        x.sum().backward()
+
+    for first, second in ((fails, lambda: None), (lambda: None, fails)):
+        with pytest.raises(RuntimeError, match="shape"):
+            Turns().run(first, second, CPU)
