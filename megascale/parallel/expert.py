@@ -28,6 +28,7 @@ from megascale.model.ops.grouped_matmul import permute, places
 from megascale.model.router import moved_bias, share_of
 from megascale.model.spec import ParamSpec
 from megascale.parallel.bounded import bounded_dispatch
+from megascale.parallel.deepep import deepep_dispatch
 from megascale.parallel.once import once
 from megascale.parallel.tensor import Placement, Slice, local_tensor, resize
 
@@ -42,12 +43,15 @@ def cut_experts(model: Family, placements: dict[str, Placement], axes: Mapping[s
         if placement.spec.experts:
             resize(model, name, placement)
     tp, whole, handle = axes["tp"], cfg.expert_tp == cfg.tp, handle_of(axes["ep"])
+    through_deepep = deepep_dispatch(axes["ep"], model.cfg.hidden_size)
     for moe in mixtures(model):
         moe.copies = moe.experts.down.copies = tp.size if whole else 1
         if axes["ep"].size > 1:
             moe.dispatch = partial(dispatch, axis=axes["ep"], handle=handle)
             if cfg.ep_rows is not None:
                 moe.dispatch = partial(bounded_dispatch, axis=axes["ep"], handle=handle, factor=cfg.ep_rows)
+            elif cfg.ep_kernels == "deepep":
+                moe.dispatch = through_deepep
             elif moe.moe.groups is not None:
                 most = ranks_met(moe.moe, axes["ep"].size)
                 moe.travel = partial(once, num_experts=moe.num_experts, most=most, axis=axes["ep"], handle=handle)

@@ -25,6 +25,7 @@ from megascale.optim.clip import norm_factors
 from megascale.optim.masters import immovable_note
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.apply import build_stages, parallelize
+from megascale.parallel.deepep import buffer_class
 from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import products_of
 from megascale.precision.dynamic import check_torchao
@@ -34,7 +35,9 @@ from megascale.train.gpu import gpu_facts
 
 
 def check_torch(config: Config) -> None:
-    """Refuses pipelines on torch before 2.12, whose pipeline stages had another interface."""
+    """Refuses pipelines on torch before 2.12, whose pipeline stages had another interface, and packages that are missing."""
+    if config.parallel.ep_kernels == "deepep":
+        buffer_class()
     if config.precision.fp8 == "dynamic":
         check_torchao()
     if config.parallel.pp > 1 and torch.__version__.startswith("2.11."):
