@@ -12,14 +12,18 @@ from megascale.comm.dtensor import is_dtensor
 from megascale.model.experts import Bank
 from megascale.model.family import Family
 from megascale.model.layers import Linear
+from megascale.model.spec import MATRICES
 from megascale.model.tables import Table
 
 
 def shadowed(stage: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers of a stage whose weight is cast as it is, with the weight's name: products in the compute dtype, and vocabularies."""
+    """The layers of a stage whose weight is wide and cast as it is, with the weight's name: hidden products, and vocabularies."""
     for path, layer in stage.named_modules():
-        plain = layer.fp8 in (False, "false") if isinstance(layer, Linear | Bank) else isinstance(layer, Table) and layer.vocabulary
-        if plain and not (isinstance(layer, Linear) and layer.statistics is not None):
+        if isinstance(layer, Linear):
+            cast = layer.fp8 == "false" and layer.statistics is None and layer.role in (*MATRICES, "head")
+        else:
+            cast = (isinstance(layer, Bank) and not layer.fp8) or (isinstance(layer, Table) and layer.vocabulary)
+        if cast:
             yield f"{path}.weight", layer
 
 
