@@ -8,10 +8,12 @@ import math
 import re
 import tokenize
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.comm.piece import Piece
 from megascale.config.schema import Optim, RopeScaling
@@ -52,6 +54,35 @@ def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
         torch.testing.assert_close(got, want.detach())
         for ours, plain in zip((x, w) if b is None else (x, w, bias), inputs):
             torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_a_gradient_of_one_is_not_multiplied() -> None:
+    """Catches a pass over the head's gradient that only multiplies by one, and one that is left out where it is needed."""
+    case = Case(tiny(), precision="bf16")
+    found: dict[bool, float] = {}
+    for marked in (True, False):
+        model = build(case, 1)
+        y = model.module(**fake_batch(case, [1, 2]).inputs(), scale=0.5)
+        with Multiplications() as mode:
+            y.backward(loss.one_for(y) if marked else 2 * torch.ones_like(y))
+        head = next(w.local_grad for w in model.weights if w.name == "head.weight")
+        assert head is not None
+        found[marked] = float(head.abs().sum())
+        assert bool(mode.shapes.count((37, 24))) is not marked
+    assert found[False] == pytest.approx(2 * found[True], rel=1e-2)
+
+
+class Multiplications(TorchDispatchMode):
+    """Shapes of tensors that are multiplied in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mul_.Tensor:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
 
 
 def test_decoder_against_a_plain_loop() -> None:
