@@ -8,11 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.pipelining.schedules import _wait_batch_p2p
+from torch.distributed.pipelining.schedules import OVERLAP_F_B, _wait_batch_p2p
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from megascale.comm.mesh import Traffic
 from megascale.comm.turns import Turns
+
+
+def overlap_pairs(engine: Any, traffic: Traffic, device: torch.device) -> None:
+    """Makes torch's runtime run pairs in turns."""
+    engine.register_custom_function(OVERLAP_F_B, partial(run_pair, traffic=traffic, device=device))
 
 
 def run_pair(action: Any, context: Any, traffic: Traffic, device: torch.device) -> None:

@@ -8,7 +8,6 @@ layers, and evaluation under every placement.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
-from torch.distributed.pipelining.schedules import OVERLAP_F_B, _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import _add_send_recv, _add_unshard_reshard, _PipelineScheduleRuntime
 
 from megascale.comm.collectives import all_reduce
 from megascale.comm.mesh import Mesh
@@ -32,7 +31,6 @@ from megascale.parallel.data import forget_reduced
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.fsdp_roots import forget_order, param_groups, share_buffers
 from megascale.schedule.orders import compute_order, forward_order
-from megascale.schedule.overlap import run_pair
 from megascale.schedule.tied import TiedEmbedding
 
 
@@ -116,8 +114,9 @@ class Runtime:
         self.engine = _PipelineScheduleRuntime(self.stages, m, loss_fn=_already_loss, scale_grads=False)
         self.engine._prepare_schedule_with_comms(order)
         if cfg.ep_overlap:
-            pair = partial(run_pair, traffic=model.mesh.traffic, device=device)
-            self.engine.register_custom_function(OVERLAP_F_B, pair)
+            from megascale.schedule.overlap import overlap_pairs  # asks torch for more of its runtime
+
+            overlap_pairs(self.engine, model.mesh.traffic, device)
         # torch's check of an order requires backward passes, and evaluation has none.
         rank_of_stage = self.engine.stage_index_to_group_rank
         forwards = {r: _add_unshard_reshard(a) for r, a in forward_order(cfg.pp_schedule, cfg.pp, cfg.pp_virtual, m).items()}
