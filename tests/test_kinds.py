@@ -154,6 +154,9 @@ KEYS = st.fixed_dictionaries(
         "num_kv_heads": st.sampled_from([1, 2, 4]),
         "ffn_size": st.sampled_from([16, 32]),
         "qk_norm": st.booleans(),
+        "attention_sink": st.sampled_from([None, "learned", "zero"]),
+        "attention_softcap": st.sampled_from([None, 0.5]),
+        "attention_gate": st.sampled_from([None, "channel", "head"]),
         "moe": st.sampled_from([None, {"num_experts": 4, "top_k": 2, "ffn_size": 8}]),
     },
 )

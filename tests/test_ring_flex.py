@@ -34,7 +34,8 @@ MASKS: dict[str, AttentionMask] = {
     "documents": AttentionMask(documents=documents()),
     "window": AttentionMask(window=150),
     "alibi": AttentionMask(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
-    "all": AttentionMask(documents=documents(), window=40, slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
+    "all": AttentionMask(documents=documents(), window=40, slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]), softcap=1.5),
+    "cap": AttentionMask(softcap=0.7),
     "documents, not causal": AttentionMask(False, documents()),
     "padding": AttentionMask(False, valid=torch.arange(LENGTH) < torch.tensor([[333], [LENGTH]])),
 }
@@ -75,7 +76,7 @@ def in_blocks(mask: AttentionMask) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("name", ["all", "padding"])
 def test_blocks_are_plain_attention(name: str) -> None:
     """Catches a rule by local index, a skipped tile of which a pair is seen, rows that see nothing turning into NaN, and a backward pass of
-    a block that takes its own log-sum-exp for that of all.
+    a block that takes its own log-sum-exp for that of all, and a cap without its slope.
     """
     torch._dynamo.reset()  # it gives up after a few shapes of one function
     for got, expected in zip(*in_blocks(MASKS[name])):

@@ -116,7 +116,7 @@ def test_single_and_mixed_precision(precision: str, bound: float, method: str) -
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, seen: AttentionMask) -> Tensor:
-    """softmax(q·kᵀ/√e − slope·distance)·v with every pair at once."""
+    """softmax(cap(q·kᵀ/√e) − slope·distance)·v with every pair at once, beside a sink if there is one."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     n = torch.arange(q.shape[2])
@@ -129,9 +129,14 @@ def plain(q: Tensor, k: Tensor, v: Tensor, seen: AttentionMask) -> Tensor:
     if seen.documents is not None:
         hidden = hidden | (seen.documents[:, None, :, None] != seen.documents[:, None, None, :])
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    if seen.softcap is not None:
+        scores = seen.softcap * torch.tanh(scores / seen.softcap)
     if seen.slopes is not None:
         scores = scores - seen.slopes.view(1, -1, 1, 1) * back
-    return torch.softmax(scores.masked_fill(hidden, float("-inf")), -1) @ v
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if seen.sinks is not None:
+        scores = torch.cat((scores, seen.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    return torch.softmax(scores, -1)[..., : k.shape[2]] @ v
 
 
 def inputs(length: int, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, ...]:

@@ -48,6 +48,7 @@ class AttentionRow:
     megatron    models with it can be converted to and from Megatron
     scans       tokens meet in order, through a state: it has neither positions nor windows nor a score for each pair
     reads       sections of the model that it needs, and that other kinds refuse
+    options     keys of the model that it follows and that kinds without them refuse: attention_sink, attention_softcap, attention_gate
     """
 
     build: str | Callable[..., Any]
@@ -66,15 +67,30 @@ class AttentionRow:
     megatron: bool = False
     scans: bool = False
     reads: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+OPTIONS = ("attention_sink", "attention_softcap", "attention_gate")
+
+
+def gate_width(m: Model) -> int:
+    """Rows of the gate's product: a channel of the heads' results each, or a head; 0 without a gate."""
+    channels = m.head_dim if m.latent is None else m.latent.value_dim or m.head_dim
+    return {None: 0, "head": m.num_heads, "channel": m.num_heads * channels}[m.attention_gate]
+
+
+def _gate_widths(m: Model, tp: int) -> tuple[int, ...]:
+    return (gate_width(m) // tp,) if m.attention_gate is not None else ()
 
 
 def _grouped_weights(m: Model) -> int:
-    return m.hidden_size * m.head_dim * 2 * (m.num_heads + m.num_kv_heads)
+    return m.hidden_size * (m.head_dim * 2 * (m.num_heads + m.num_kv_heads) + gate_width(m))
 
 
 def _grouped_widths(m: Model, tp: int) -> tuple[int, ...]:
-    """Widths of queries, and of keys and values, which are replicated if tp does not divide their heads."""
-    return m.num_heads * m.head_dim // tp, (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim
+    """Widths of queries, of keys and values, which are replicated if tp does not divide their heads, and of a gate."""
+    keys = (m.num_kv_heads // tp if m.num_kv_heads % tp == 0 else 1) * m.head_dim
+    return m.num_heads * m.head_dim // tp, keys, *_gate_widths(m, tp)
 
 
 GROUPED_GROWTH = AttentionGrowth(
@@ -122,6 +138,7 @@ GROUPED = AttentionRow(
     growth=GROUPED_GROWTH,
     theory=True,
     megatron=True,
+    options=OPTIONS,
 )
 
 
@@ -129,7 +146,7 @@ def _latent_weights(m: Model) -> int:
     sizes, d, h = _sizes(m), m.hidden_size, m.num_heads
     content, values = m.head_dim, sizes.value_dim or m.head_dim
     query = h * (content + sizes.rope_dim) * (sizes.query_rank or d) + d * (sizes.query_rank or 0)
-    return query + d * (sizes.kv_rank + sizes.rope_dim) + sizes.kv_rank * h * (content + values) + h * values * d
+    return query + d * (sizes.kv_rank + sizes.rope_dim) + sizes.kv_rank * h * (content + values) + (h * values + gate_width(m)) * d
 
 
 def _latent_pairs(m: Model) -> int:
@@ -140,7 +157,7 @@ def _latent_widths(m: Model, tp: int) -> tuple[int, ...]:
     """Widths of the latents' products, which every tensor rank computes, and of its heads' queries, keys and values."""
     sizes, h, content = _sizes(m), m.num_heads // tp, m.head_dim
     whole = sizes.query_rank or sizes.kv_rank, sizes.kv_rank, sizes.kv_rank + sizes.rope_dim
-    return *whole, h * (content + sizes.rope_dim), h * content, h * (sizes.value_dim or content)
+    return *whole, h * (content + sizes.rope_dim), h * content, h * (sizes.value_dim or content), *_gate_widths(m, tp)
 
 
 def _sizes(m: Model) -> Latent:
@@ -158,6 +175,7 @@ LATENT = AttentionRow(
     cp=("ring", "ulysses"),
     both_ways=True,
     reads=("latent",),
+    options=OPTIONS,
 )
 
 

@@ -185,7 +185,7 @@ def refuse_unknown_parts(source: Model) -> None:
             f"model.ffn is {source.ffn}, whose row does not say that it grows: a model with it cannot change its sizes; set `grows` "
             f"in its row, or use a model with one of {known}"
         )
-    for key in ("embedding_norm", "mlm_head", "attention_scale"):
+    for key in ("embedding_norm", "mlm_head", "attention_scale", "attention_sink", "attention_softcap", "attention_gate", "logit_softcap"):
         if getattr(source, key):
             raise UsageError(f"model.{key} is set: a model with it cannot change its sizes; use one without")
     if not source.position_row.grows:

@@ -19,6 +19,7 @@ from megascale.config.schema import Model
 from megascale.model.attention_delta import GatedDelta, HeadWeights, Streams, recall
 from megascale.model.attention_latent import LatentAttention
 from megascale.model.family import Family
+from megascale.model.ops.attention_dense import dense_attention
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.ops.delta_rule import Fold, scan
 from megascale.model.ops.matmul import attention
@@ -26,7 +27,7 @@ from megascale.model.ops.matmul import attention
 # Distances (query − key) [b, n, t] → score biases [b, h here, n, t].
 Bias = Callable[[Tensor], Tensor]
 GROWTH = 256  # least number of tokens by which a cache grows
-MASKED = 1 << 24  # most elements of a mask [b, 1 or h, n, t]: longer prompts are processed in parts
+MASKED = 1 << 24  # most elements of a mask or of scores [b, 1 or h, n, t]: longer prompts are processed in parts
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Remembering:
     passes: int = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-        """q [b, h, n, e], k and v [b, g, n, e] → [b, h, n, e]; the mask follows from positions."""
+        """q [b, h, n, e], k and v [b, g, n, e] → [b, h, n, e]; the mask follows from positions, cap and sinks are those of `mask`."""
         self.calls = 0 if self.passes != self.place.passes else self.calls + 1
         self.passes = self.place.passes
         if self.calls == len(self.rows):
@@ -103,10 +104,12 @@ class Remembering:
         end = self.place.positions.shape[1]
         keys = kept_keys.add(k, end, self.place.expected)
         values = keys if self.one else kept_values.add(v, end, self.place.expected)
+        dense_mask = self._mask(q.dtype)
+        if mask is not None and (mask.softcap is not None or mask.sinks is not None):
+            return dense_attention(q, keys, values, dense_mask, mask.softcap, mask.sinks)
         if q.shape[1] != k.shape[1] and q.device.type == "cpu":
             repeat = q.shape[1] // k.shape[1]
             keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
-        dense_mask = self._mask(q.dtype)
         return attention(q, keys, values, dense_mask, grouped=q.shape[1] != keys.shape[1])
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
@@ -171,7 +174,7 @@ def _hidden_first(x: Tensor, hidden: Tensor) -> Tensor:
 
 
 def part_length(batch: int, heads: int, total: int) -> int:
-    """Tokens per pass for prompts of `total`, so that a mask has at most MASKED elements; `heads`: number of heads with their own mask."""
+    """Tokens per pass for prompts of `total`, so that a mask has at most MASKED elements; `heads`: those with their own masks or scores."""
     return max(1, MASKED // (batch * heads * total))
 
 

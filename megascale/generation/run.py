@@ -78,8 +78,8 @@ def _continue(
     """The loop of `generate` over texts that hold the prompts."""
     begin, device = texts.length.tolist(), texts.tokens.device
     batch, longest, drafts = len(begin), max(begin), drafter.drafts if drafter else 0
-    biased = [m for m in stage.cfg.variants.values() if distance_bias(stage, device, m) is not None]
-    heads = max((len(stage.exchanges.query_heads(m.num_heads)) for m in biased), default=1)
+    whole = [m for m in stage.cfg.variants.values() if distance_bias(stage, device, m) is not None or has_whole_scores(m)]
+    heads = max((len(stage.exchanges.query_heads(m.num_heads)) for m in whole), default=1)
     generator = torch.Generator().manual_seed(how.seed)
     going = torch.ones(batch, dtype=torch.bool)
     at = (texts.length[:, None] - longest + torch.arange(longest, device=device)).clamp(min=-1)  # prompts are padded on the left
@@ -120,6 +120,11 @@ class Head:
     def __call__(self, x: Tensor) -> Tensor:
         self.stream = x
         return self.enter(x[:, -self.rows :])
+
+
+def has_whole_scores(cfg: Model) -> bool:
+    """Whether the scores of all heads exist at once in layers with this config: no kernel of torch's knows caps and sinks."""
+    return cfg.attention_sink is not None or cfg.attention_softcap is not None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attend, attend, attend_all, identity
+from megascale.model.attention_parts import gate_of, gated, sinks_of, with_sinks
 from megascale.model.layers import Linear, Norm
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, rotate
@@ -53,7 +54,10 @@ class LatentAttention(nn.Module):
         self.kv_norm = norm(sizes.kv_rank)
         self.k = product(h * e, sizes.kv_rank, "key", 0)
         self.v = product(h * f, sizes.kv_rank, "value", 0)
+        self.gate = gate_of(cfg, f, product)
         self.o = product(d, h * f, "attention_out", 1)
+        self.sinks = sinks_of(cfg, dtype)
+        self.sink, self.causal = cfg.attention_sink, causal
         self.scale = cfg.attention_scale or (e + p) ** -0.5
         self.absorbed, self.interleaved = False, cfg.rope_interleaved
         self.enter: Callable[[Tensor], Tensor] = identity
@@ -70,7 +74,9 @@ class LatentAttention(nn.Module):
         if rotary is not None:
             turned, key = (rotate(x, c, s, self.interleaved) for x, c, s in ((turned, *rotary[:2]), (key, *rotary[2:])))
         meet = self._meet_in_latent if self.absorbed and self.absorbs else self._meet
+        mask = with_sinks(mask, self.sink, self.sinks, content, self.causal)
         y = meet(content, turned, latent, key, mask).transpose(1, 2).flatten(2)
+        y = y if self.gate is None else gated(y, self.gate(x))
         return self.o.add_bias(self.leave(self.o.product(y)))
 
     @property

@@ -27,6 +27,7 @@ from megascale.model.feedforward import FeedForward
 from megascale.model.layers import Norm, linear
 from megascale.model.loss import cross_entropy_sum, likeliest
 from megascale.model.moeut import Masses, RepeatedBlock, repeats_loss
+from megascale.model.ops.attention_fused import has_kernel
 from megascale.model.ops.attention_tiles import AttentionMask
 from megascale.model.position import Rotary, alibi_slopes, inverse_frequencies, pair_exponents, rotary
 from megascale.model.relative import attach, biased, detach, rows_for
@@ -229,8 +230,9 @@ class Decoder(Family):
     def loss_of(self, x: Tensor, head: Tensor, targets: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
         """The head's input x [b, s, d] and the local tokens' targets [b · s] → their summed loss times `scale`."""
         first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
-        shadow, backend = (self.embedding if self.cfg.tie_embeddings else self.head).shadow, self.exchanges.loss_backend
-        return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, backend, bias, shadow)
+        shadow = (self.embedding if self.cfg.tie_embeddings else self.head).shadow
+        how = self.exchanges.loss_backend, bias, shadow, self.cfg.logit_softcap
+        return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, *how)
 
     def likeliest(self, x: Tensor, head: Tensor) -> Tensor:
         """The head's input x [b, s, d] → the tokens [b, s] with the largest logits."""
@@ -250,6 +252,9 @@ class Decoder(Family):
         if targets is not None:
             return self.loss_of(x, head, self.exchanges.sequence_here(targets).flatten(), scale, bias)
         logits = linear(x, head, bias)
+        if self.cfg.logit_softcap is not None:
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            logits = (self.cfg.logit_softcap * torch.tanh(logits.to(exact) / self.cfg.logit_softcap)).to(logits.dtype)
         if self.cfg.vocab_enabled is not None:
             logits[..., max(0, self.predicted - self.exchanges.first_row(self.cfg.vocab_size)) :] = float("-inf")
         return logits
@@ -320,18 +325,21 @@ class Decoder(Family):
         if cfg.attention_row.scans:
             return None if documents is None else AttentionMask(documents=documents)
         if tables:
-            return biased(cfg, tables[-1], seq_len, cfg.causal, documents)
+            return biased(cfg, tables[-1], seq_len, cfg.causal, documents)._replace(softcap=cfg.attention_softcap)
         if cfg.position_row.slopes:
             every = cfg.alibi_slopes or alibi_slopes(cfg.num_heads)
             here = self.exchanges.query_heads(cfg.num_heads)
             slopes = constant(tuple(every[here.start : here.stop]), device, torch.float32)
-        if documents is None and cfg.sliding_window is None and slopes is None:
+        mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes, softcap=cfg.attention_softcap)
+        # Where no fused kernel takes the heads, their sinks need the tiles of another.
+        if mask.fused and (cfg.attention_sink is None or has_kernel(device, self.shape.compute, cfg.head_width)):
             return None
-        mask = AttentionMask(cfg.causal, documents, cfg.sliding_window, slopes)
         if device.type == "cpu":
             return mask
-        name = "mask", cfg.causal, cfg.sliding_window, cfg.position_row.slopes, cfg.alibi_slopes, cfg.num_heads, seq_len, device
-        return self.exchanges.remembered.of(documents, name, lambda: self.exchanges.with_blocks(mask, seq_len, device))
+        shape = cfg.causal, cfg.sliding_window, cfg.attention_softcap, cfg.position_row.slopes, cfg.alibi_slopes, cfg.num_heads
+        return self.exchanges.remembered.of(
+            documents, ("mask", *shape, seq_len, device), lambda: self.exchanges.with_blocks(mask, seq_len, device)
+        )
 
     def contexts(
         self,

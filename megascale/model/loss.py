@@ -36,15 +36,17 @@ def cross_entropy_sum(
     backend: Backend | None = None,
     bias: Tensor | None = None,
     shadow: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
-    """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32.
+    """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32. With a `cap` c logits are
+    c·tanh(logit ÷ c).
 
     x [T, d]; weight [V, d] and bias [V], rows first…first+V of the vocabulary, where rows from `vocab_size` on are padding; targets [T],
     negative ones are not counted. With an axis the vocabulary is sharded over its ranks and all return the same loss; the gradient of x is
     then a partial sum. `scale` is applied before gradients are rounded to x's dtype. `backend`: of torch.compile, which fuses the passes
     over a chunk; None: eager. `shadow`: the weight in x's dtype, if there is one; the gradient stays as exact as without.
     """
-    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias, shadow)  # type: ignore[no-any-return]
+    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias, shadow, cap)  # type: ignore[no-any-return]
 
 
 def one_for(loss: Tensor) -> Tensor:
@@ -87,6 +89,7 @@ class _CrossEntropySum(torch.autograd.Function):
         backend: Backend | None,
         bias: Tensor | None,
         shadow: Tensor | None,
+        cap: float | None,
     ) -> Tensor:
         w, b = weight.to(x.dtype) if shadow is None else shadow, None if bias is None else bias.to(x.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -106,7 +109,7 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, x.shape[0], max(1, step)):
             rows = slice(start, start + step)
             raw = linear(x[rows], w, b)
-            loss, d_logits = chunk(raw, targets[rows], factor, first, vocab_size, axis, need_x or need_w or need_b, exact)
+            loss, d_logits = chunk(raw, targets[rows], factor, first, vocab_size, axis, need_x or need_w or need_b, exact, cap)
             total += loss
             if grad_x is not None:
                 grad_x[rows] = linear(d_logits, w.t())
@@ -127,10 +130,10 @@ class _CrossEntropySum(torch.autograd.Function):
         g = grads[0]
         if hasattr(g, "is_one"):
             to_x, to_w, to_b = ctx.saved_tensors
-            return to_x, to_w, *[None] * 6, to_b, None
+            return to_x, to_w, *[None] * 6, to_b, None, None
         # In place: a second gradient of the whole head would be this step's largest tensor.
         to_x, to_w, to_b = (None if grad is None else grad.mul_(g.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return to_x, to_w, *[None] * 6, to_b, None
+        return to_x, to_w, *[None] * 6, to_b, None, None
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,9 +161,10 @@ def _chunk(
     axis: Axis | None,
     need_grad: bool,
     exact: torch.dtype,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Logits [t, V] of one chunk → (its loss sum, the gradient of its logits in their dtype; without need_grad, the exponentials)."""
-    logits = raw.to(exact)
+    logits = raw.to(exact) if cap is None else (raw.to(exact) / cap).tanh_().mul_(cap)
     real = vocab_size - first
     if real < logits.shape[1]:
         logits[:, max(real, 0) :] = float("-inf")
@@ -185,7 +189,15 @@ def _chunk(
     if torch.compiler.is_compiling():
         # A comparison is fused into the pass over the logits; a scatter makes the compiler write them out in fp32 and read them again.
         at_target = (torch.arange(logits.shape[1], device=raw.device) == column) & here
-        return loss, torch.where(at_target, logits * factor - scale, logits * factor).to(raw.dtype)
+        d_logits = torch.where(at_target, logits * factor - scale, logits * factor)
+        return loss, (d_logits if cap is None else d_logits * _slope(raw, cap, exact)).to(raw.dtype)
     logits *= factor
     logits.scatter_add_(1, column, (here.to(exact) * -scale))
+    if cap is not None:
+        logits *= _slope(raw, cap, exact)
     return loss, logits.to(raw.dtype)
+
+
+def _slope(raw: Tensor, cap: float, exact: torch.dtype) -> Tensor:
+    """The derivative of cap·tanh(raw ÷ cap), computed again instead of kept through the passes over a chunk."""
+    return 1 - (raw.to(exact) / cap).tanh_().square_()

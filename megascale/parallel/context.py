@@ -174,4 +174,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Non
     kv, expand = served[axis.rank]
     whole = switch(packed, axis, HEADS, parts, SEQUENCE, lengths).split([heads[axis.rank], len(kv), len(kv)], HEADS)
     k, v = (x if expand is None else x[:, expand] for x in whole[1:])
+    if mask is not None and mask.sinks is not None:
+        here = queries[axis.rank]
+        mask = mask._replace(sinks=mask.sinks[here.start : here.stop])
     return switch(inner(whole[0], k, v, mask), axis, SEQUENCE, lengths, HEADS, heads)

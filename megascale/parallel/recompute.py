@@ -17,7 +17,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megascale.comm import exchange, functional  # noqa: F401  the first declares operators
 from megascale.model.exchanges import Pass, in_turn
 from megascale.model.family import Family
-from megascale.model.ops import attention_masked, delta_kernel, delta_rule, grouped_matmul, matmul_cpu  # noqa: F401  they declare operators
+from megascale.model.ops import (  # noqa: F401  they declare operators
+    attention_masked,
+    attention_sink,
+    delta_kernel,
+    delta_rule,
+    grouped_matmul,
+    matmul_cpu,
+)
 from megascale.model.ops.compiled import Backend, compile_static
 from megascale.model.router import Router
 from megascale.parallel import delta, ring
@@ -43,6 +50,7 @@ KEPT = CHOICES | {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.megascale.masked_attention.default,
+    torch.ops.megascale.sink_attention.default,
     ring.OPERATOR,
     delta.OPERATOR,
     delta_rule.OPERATOR,

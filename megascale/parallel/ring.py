@@ -1,8 +1,8 @@
 """Ring attention (arXiv 2310.01889): queries stay on their rank, keys and values pass from rank to rank.
 
-While a rank attends to one block, the next is already on its way. Blocks without documents, windows or slopes use torch's fused kernels
-(model/ops/attention_fused.py). Others use FlexAttention (attention_flex.py), or on CPUs run tile by tile. It is a custom operator, so that
-torch.compile and selective recomputation treat it as a whole.
+While a rank attends to one block, the next is already on its way. Blocks without documents, windows, slopes or a cap use torch's fused
+kernels (model/ops/attention_fused.py). Others use FlexAttention (attention_flex.py), or on CPUs run tile by tile. Sinks are merged before
+the first block. It is a custom operator, so that torch.compile and selective recomputation treat it as a whole.
 
 Shapes: b micro-batch, h query heads, g KV heads, s local positions, e head size.
 """
@@ -21,7 +21,7 @@ from megascale.comm.collectives import Passing, pass_on
 from megascale.comm.mesh import Axis
 from megascale.model.ops import attention_flex
 from megascale.model.ops.attention_fused import block_attention, block_gradients, merge, takes
-from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients
+from megascale.model.ops.attention_tiles import AttentionMask, Ranges, add_block, add_block_gradients, begun, sink_gradient
 
 # An operator takes tensors, numbers and strings only, so it gets a ring by its name, as torch's operators get process groups.
 RINGS: WeakValueDictionary[str, Ring] = WeakValueDictionary()
@@ -101,8 +101,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, 
     causal  if `mask` is None: whether a token attends to itself and all before it, or to all
     """
     mask = mask or AttentionMask(causal)
-    masking = mask.documents, mask.slopes, mask.valid, mask.window, mask.causal, mask.blocks or []
-    return _attention(q, k, v, *masking, ring.name)[0]  # type: ignore[no-any-return]
+    masking = mask.documents, mask.slopes, mask.valid, mask.window, mask.softcap, mask.causal, mask.blocks or []
+    return _attention(q, k, v, mask.sinks, *masking, ring.name)[0]  # type: ignore[no-any-return]
 
 
 def with_parts(mask: AttentionMask, seq_len: int, device: torch.device, axis: Axis, met: dict[int, list[list[range]]]) -> AttentionMask:
@@ -119,14 +119,12 @@ def with_parts(mask: AttentionMask, seq_len: int, device: torch.device, axis: Ax
 @torch.library.custom_op(
     "megascale::ring_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? slopes, Tensor? valid, int? window, bool causal, "
-    "Tensor[] blocks, str ring) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? documents, Tensor? slopes, Tensor? valid, int? window, float? softcap, "
+    "bool causal, Tensor[] blocks, str ring) -> (Tensor, Tensor)",
 )
-def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *masking: Any) -> tuple[Tensor, Tensor]:
     mask, ring = _read(*masking)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(q.shape, dtype=wide, device=q.device)
-    lse = torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
+    out, lse = begun(q, sinks)
     sight, parts = _sight(mask)
     for block, owner, step in ring.around(torch.stack((k, v))):
         if sight is not None:
@@ -142,7 +140,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *masking: Any) -> tuple[Tensor, 
     "megascale::ring_attention_backward",
     mutates_args=(),
     schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, Tensor? slopes, Tensor? valid, "
-    "int? window, bool causal, Tensor[] blocks, str ring) -> (Tensor, Tensor)",
+    "int? window, float? softcap, bool causal, Tensor[] blocks, str ring) -> (Tensor, Tensor)",
 )
 def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masking: Any) -> tuple[Tensor, Tensor]:
     """Gradients of q and, as one tensor [2, b, g, s, e], of k and v. Keys and values go around again, and their gradients follow one step
@@ -209,11 +207,12 @@ def _read(
     slopes: Tensor | None,
     valid: Tensor | None,
     window: int | None,
+    softcap: float | None,
     causal: bool,
     blocks: list[Tensor],
     ring: str,
 ) -> tuple[AttentionMask, Ring]:
-    return AttentionMask(causal, documents, window, slopes, blocks or None, valid), RINGS[ring]
+    return AttentionMask(causal, documents, window, slopes, blocks or None, valid, softcap=softcap), RINGS[ring]
 
 
 def _sight(mask: AttentionMask) -> tuple[attention_flex.Sight | None, list[attention_flex.Part]]:
@@ -222,19 +221,20 @@ def _sight(mask: AttentionMask) -> tuple[attention_flex.Sight | None, list[atten
 
 
 def _fused(q: Tensor, mask: AttentionMask) -> bool:
-    return takes(q) and mask.documents is None and mask.slopes is None and mask.valid is None and mask.window is None
+    return takes(q) and mask.fused
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, documents, slopes, valid, *ctx.rest, blocks, ctx.ring = inputs
-    ctx.save_for_backward(q, k, v, *output, documents, slopes, valid, *blocks)
+    q, k, v, sinks, documents, slopes, valid, *ctx.rest, blocks, ctx.ring = inputs
+    ctx.save_for_backward(sinks, q, k, v, *output, documents, slopes, valid, *blocks)
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # recomputation allows it once
+    sinks, *saved = ctx.saved_tensors  # recomputation allows it once
     blocks = list(saved[8:])
+    into_sinks = sink_gradient(d_out, saved[3], saved[4], sinks)
     d_q, (d_k, d_v) = _attention_backward(d_out, *saved[:8], *ctx.rest, blocks, ctx.ring)
-    return d_q, d_k, d_v, *[None] * 5, [None] * len(blocks), None
+    return d_q, d_k, d_v, into_sinks, *[None] * 6, [None] * len(blocks), None
 
 
 _attention.register_autograd(_backward, setup_context=_keep)

@@ -212,6 +212,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "latent": (1, ("model.attention=latent", "model.latent={kv_rank: 8, rope_dim: 3}")),
     "delta": (1, ("model.attention=gated_delta",)),
     "scanned_keys": (1, ("model.attention=gated_delta", "model.delta={key_heads: 1, value_heads: 2}", "model.qk_norm=true")),
+    "attention_options": (1, ("model.attention=mute", "model.attention_gate=head")),
+    "options_family": (1, ("model.family=encoder_decoder", "model.attention_gate=head")),
     "rope_fraction": (1, ("model.rope_fraction=0.3",)),
     "mtp_family": (1, ("model.mtp_depth=1", "model.family=encoder")),
     "kinds_family": (1, ("model.family=encoder_decoder", "model.kinds={a: {}}", "model.pattern=[a]")),

@@ -1,7 +1,10 @@
-"""Rules about latent and linear attention, partly rotated heads, multi-token prediction, and layers of different kinds."""
+"""Rules about latent and linear attention, sinks, caps and gates, partly rotated heads, multi-token prediction, and layers of different
+kinds.
+"""
 
 from __future__ import annotations
 
+from megascale.config.attentions import OPTIONS
 from megascale.config.rules.rule import Rule, changed, grid
 from megascale.config.schema import Config, Model
 
@@ -16,6 +19,7 @@ PAIRWISE = (
     "attention_scale",
     "sliding_window",
     "qk_norm",
+    *OPTIONS,
 )
 
 KIND_RULES: tuple[Rule, ...] = (
@@ -50,6 +54,24 @@ KIND_RULES: tuple[Rule, ...] = (
         "attention that keeps a state has no positions, windows, scores nor heads of such sizes, and would ignore these keys",
         "leave them out of kinds with attention gated_delta, and out of models whose layers are all of it",
         whole=True,
+    ),
+    Rule(
+        "attention_options",
+        ("model.attention", *(f"model.{key}" for key in OPTIONS)),
+        lambda c, n: (
+            not c.model.attention_row.scans and any(changed(c.model, key) and key not in c.model.attention_row.options for key in OPTIONS)
+        ),
+        "this kind of attention does not say that it follows all of these keys",
+        "leave out what is set of them, or use attention grouped or latent",
+    ),
+    Rule(
+        "options_family",
+        ("model.family", "model.moeut", *(f"model.{key}" for key in OPTIONS), "model.logit_softcap"),
+        lambda c, n: (
+            changed(c.model, *OPTIONS, "logit_softcap") and (c.model.family not in ("decoder", "encoder") or c.model.moeut is not None)
+        ),
+        "sinks, caps and gates are for text models with one stack; MoEUT has its own attention",
+        "use family decoder or encoder without moeut, or leave these keys out",
     ),
     Rule(
         "rope_fraction",

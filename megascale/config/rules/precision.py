@@ -42,14 +42,14 @@ PRECISION_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "fp8_heads",
-        ("precision.fp8", "model.num_heads", "model.num_kv_heads", "model.head_dim", "parallel.tp"),
+        ("precision.fp8", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.attention_gate", "parallel.tp"),
         lambda c, n: (
             (widths := c.model.attention_row.widths) is not None
             and c.model.attention_sized
             and _unaligned(c, *widths(c.model, c.parallel.tp))
         ),
-        f"FP8 products need a multiple of {ALIGNED} for head_dim × a rank's query heads, and × its KV heads",
-        "choose such sizes, or a smaller tp",
+        f"FP8 products need a multiple of {ALIGNED} for head_dim × a rank's query heads, and × its KV heads, and for a gate's rows",
+        "choose such sizes, a smaller tp, or attention_gate channel",
     ),
     Rule(
         "fp8_attention",

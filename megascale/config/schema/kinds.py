@@ -39,6 +39,9 @@ KEYS = (
     "attention_scale",
     "sliding_window",
     "qk_norm",
+    "attention_sink",
+    "attention_softcap",
+    "attention_gate",
 )
 
 

@@ -125,8 +125,18 @@ class Model(Section):
     """Distance in tokens beyond which `position: relative` uses the last bucket."""
     attention_scale: Annotated[float, Field(gt=0)] | None = None
     """Factor on attention scores. Default: 1/√head_dim."""
+    attention_sink: Literal["learned", "zero"] | None = None
+    """A logit per query head that takes a share of the softmax beside the keys: `learned`, as in GPT-OSS, starting at zero; or `zero`, the
+    off-by-one softmax.
+    """
+    attention_softcap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Cap c on attention scores, which become c·tanh(score/c), as in Gemma 2. ALiBi's biases are added to the capped scores."""
+    attention_gate: Literal["channel", "head"] | None = None
+    """A sigmoid gate on attention's result before its output product, from the layer's input: per channel (Qwen3-Next) or per head."""
     head_scale: Annotated[float, Field(gt=0)] | None = None
     """Factor on the input of the output head. Default: the residual scheme's."""
+    logit_softcap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Cap c on the output logits, which become c·tanh(logit/c)."""
     sliding_window: Positive | None = None
     """Tokens that a token can attend to, itself included. Absent: all earlier ones."""
     tie_embeddings: bool = False
@@ -172,6 +182,13 @@ class Model(Section):
         if self.latent is not None:
             return self.latent.rope_dim
         return int(self.head_dim * self.rope_fraction) if self.moeut is None else self.head_dim // 4 * 2
+
+    @property
+    def head_width(self) -> int:
+        """Channels of a head's queries, keys and values as attention gets them."""
+        if self.latent is not None:
+            return max(self.head_dim + self.latent.rope_dim, self.latent.value_dim or self.head_dim)
+        return self.head_dim
 
     @property
     def gated(self) -> bool:

@@ -68,7 +68,8 @@ def check_model(model: Model, cut: Cut) -> None:
         "moeut": (None,), "position": _exchanged(positions()), "qk_norm": (False, True), "attention_scale": (None,), "head_scale": (None,),
         "layer_coefficients": (None,), "norm_eps_of": ({},), "rope_exponents": (None,), "ffn_sizes": (None,), "vocab_enabled": (None,),
         "kinds": ({},), "mtp_depth": (0,), "attention_bias": (None,), "rope_fraction": (1.0,), "rope_interleaved": (False,),
-        "embedding_factor": (None,),
+        "embedding_factor": (None,), "attention_sink": (None,), "attention_softcap": (None,), "attention_gate": (None,),
+        "logit_softcap": (None,),
     }  # fmt: skip
     for key, allowed in wanted.items():
         value = getattr(model, key)

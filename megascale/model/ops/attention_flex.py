@@ -1,7 +1,8 @@
 """The same attention as attention_masked.py on GPUs: torch's FlexAttention, which skips fully masked tiles of the square.
 
-The tiles follow from the starts of documents, without ever building a mask of [s, s]. Queries and keys may be any parts of a sequence, as
-ranks of a ring have them; each result then comes with its log Σ exp, and merges like those of attention_fused.py.
+The tiles follow from the starts of documents, without ever building a mask of [s, s]. A cap on scores is part of the kernel, and sinks
+follow from its log Σ exp. Queries and keys may be any parts of a sequence, as ranks of a ring have them; each result then comes with its
+log Σ exp, and merges like those of attention_fused.py.
 
 Shapes: b micro-batch, h heads, g KV heads dividing h, s sequence, n queries, t keys, e head size.
 """
@@ -45,15 +46,21 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tens
     """q [b, h, s, e], k and v [b, g, s, e] → [b, h, s, e]; `mask` must have its blocks."""
     assert mask.blocks is not None
     place = None if mask.slopes is None else torch.arange(q.shape[2], device=q.device)
-    bias = _bias(mask.slopes, place, place)
-    return _kernel(q.device.type)(q, k, v, score_mod=bias, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
+    options = {"score_mod": _bias(mask, place, place), "block_mask": mask.blocks, "enable_gqa": q.shape[1] != k.shape[1]}
+    if mask.sinks is None:
+        return _kernel(q.device.type)(q, k, v, **options)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, aux = _kernel(q.device.type)(q, k, v, **options, return_aux=AuxRequest(lse=True))
+    # What the keys keep of the softmax; the kernel's backward pass takes the gradient of the log-sum-exp too.
+    return out * torch.sigmoid(aux.lse - mask.sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)  # type: ignore[no-any-return]
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sight: Sight, part: Part) -> tuple[Tensor, Tensor]:
     """q [b, h, n, e] over one block k and v [b, g, t, e] → [b, h, n, e] and log Σ exp [b, h, n, 1], −∞ where nothing is seen."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    bias, blocks = _bias(mask.slopes, sight.queries, part.keys), _block_mask(mask, sight, part)
+    bias, blocks = _bias(mask, sight.queries, part.keys), _block_mask(mask, sight, part)
     grouped = q.shape[1] != k.shape[1]
     out, aux = _kernel(q.device.type)(q, k, v, score_mod=bias, block_mask=blocks, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
     return out, aux.lse.unsqueeze(-1)
@@ -63,15 +70,15 @@ def block_gradients(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask, sight: Sight, part: Part
 ) -> Gradients:
     """This block's parts of the gradients of q, k and v, from `out` [b, h, n, e] and `lse` [b, h, n, 1] merged over all blocks."""
-    bias, blocks = _bias(mask.slopes, sight.queries, part.keys), _block_mask(mask, sight, part)
+    bias, blocks = _bias(mask, sight.queries, part.keys), _block_mask(mask, sight, part)
     given = [x.detach() for x in (d_out, q, k, v, out, lse.squeeze(-1))]
     with _autograd_inside_operators(), torch.enable_grad():  # torch derives the bias
         return _backward_kernel(q.device.type)(*given, bias, blocks)  # type: ignore[no-any-return]
 
 
 def with_blocks(mask: AttentionMask, seq_len: int, device: torch.device) -> AttentionMask:
-    """`mask` with torch's BlockMask for whole sequences if it is causal."""
-    if not mask.causal:
+    """`mask` with torch's BlockMask for whole sequences, if it is causal or its scores are capped."""
+    if not mask.causal and mask.softcap is None:
         return mask
     everything = torch.arange(seq_len, device=device)
     sight = sight_of(mask, everything)
@@ -188,11 +195,17 @@ def _rule(sight: Sight, keys: Tensor | None, valid: Tensor | None) -> Rule:
     return mask
 
 
-def _bias(slopes: Tensor | None, queries: Tensor | None, keys: Tensor | None) -> Bias | None:
-    if slopes is None or queries is None or keys is None:
-        return None
+def _bias(mask: AttentionMask, queries: Tensor | None, keys: Tensor | None) -> Bias | None:
+    """What becomes of a score: it is capped, then biased by distance."""
+    slopes, cap = mask.slopes, mask.softcap
     entry = torch.ops.aten.index.Tensor  # torch 2.13 derives no gradient of `slopes[h]`
-    return lambda score, b, h, query, key: score - entry(slopes, [h]) * (entry(queries, [query]) - entry(keys, [key]))
+    if slopes is None or queries is None or keys is None:
+        return None if cap is None else lambda score, b, h, query, key: cap * torch.tanh(score / cap)
+    if cap is None:
+        return lambda score, b, h, query, key: score - entry(slopes, [h]) * (entry(queries, [query]) - entry(keys, [key]))
+    return lambda score, b, h, query, key: (
+        cap * torch.tanh(score / cap) - entry(slopes, [h]) * (entry(queries, [query]) - entry(keys, [key]))
+    )
 
 
 @cache

@@ -20,9 +20,12 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 def takes(q: Tensor) -> bool:
     """Whether there is a fused kernel for these queries; on a GPU for 16-bit dtypes and head sizes up to 256, in multiples of 8."""
-    if q.device.type == "cpu":
-        return True
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return has_kernel(q.device, q.dtype, q.shape[-1])
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """`takes` for queries of this dtype and size."""
+    return device.type == "cpu" or (dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,9 @@ class AttentionMask(NamedTuple):
     S], a run of equal numbers each); `slopes` [h] of ALiBi weigh the distance. `blocks` is the same mask for torch's FlexAttention. `valid`
     [b, t]: existing keys, if samples have different lengths and order does not matter. `bias` [1 or b, h, s, t] contains everything, added
     to scores: learned biases, −∞ for masked pairs.
+
+    Two more change how scores become weights: `softcap` c turns products into c·tanh(product ÷ c), before anything is added to them;
+    `sinks` [h] is a logit per head that takes a share of the softmax and gives no value.
     """
 
     causal: bool = True
@@ -37,6 +40,13 @@ class AttentionMask(NamedTuple):
     blocks: Any = None
     valid: Tensor | None = None
     bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether kernels for plain attention compute it: they know order, and sinks are merged into their results."""
+        return all(x is None for x in (self.documents, self.window, self.slopes, self.valid, self.bias, self.softcap))
 
 
 class Tile(NamedTuple):
@@ -88,14 +98,33 @@ def visible_pairs(queries: Ranges, keys: Ranges, causal: bool = True, window: in
     return pairs
 
 
+def begun(q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Result [b, h, n, e] and log Σ exp [b, h, n, 1] before any block of keys, in at least fp32: 0, and −∞ or the sinks [h].
+
+    A sink is a block of one key whose score is the sink and whose value is zero. Merged like any other, it makes result and log-sum-exp
+    those of the whole softmax, and with these every kernel's backward pass computes the gradients of q, k and v.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.zeros(q.shape, dtype=wide, device=q.device), torch.full((*q.shape[:3], 1), float("-inf"), dtype=wide, device=q.device)
+    return out, lse if sinks is None else lse.copy_(sinks.view(1, -1, 1, 1))
+
+
+def sink_gradient(d_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """[h]: a sink's weight exp(sink − lse) times the gradient of its score, which is that of any key with the value zero."""
+    if sinks is None:
+        return None
+    delta = (d_out.to(lse.dtype) * out).sum(-1, keepdim=True)
+    return -((sinks.to(lse.dtype).view(1, -1, 1, 1) - lse).exp() * delta).sum((0, 2, 3)).to(sinks.dtype)
+
+
 @torch.no_grad()
 def add_block(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, mask: AttentionMask) -> None:
     """Merges the attention of q [b, h, n, e] over one block k, v [b, g, t, e] into `out` [b, h, n, e] and `lse` [b, h, n, 1].
 
-    They start as 0 and −∞ in at least fp32, and after all blocks hold the result and log Σ exp of the scores.
+    They start as `begun`, and after all blocks hold the result and log Σ exp of the scores.
     """
     for tile in _tiles(q, k, queries, keys, mask):
-        scores = _scores(q, k, tile, mask)
+        scores = _masked(_products(q, k, tile, mask)[0], q, k, tile, mask)
         top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # avoids −∞ − −∞ in fully masked rows
         scores.sub_(top).exp_()
         total = scores.sum(-1, keepdim=True)
@@ -127,9 +156,11 @@ def add_block_gradients(
     d_q, d_k, d_v = grads
     scale = q.shape[-1] ** -0.5
     for tile in _tiles(q, k, queries, keys, mask):
-        p = _scores(q, k, tile, mask).sub_(_group(lse, k, tile)).exp_()
+        scores, share = _products(q, k, tile, mask)
+        p = _masked(scores, q, k, tile, mask).sub_(_group(lse, k, tile)).exp_()
         d_rows = _group(d_out, k, tile)
-        d_scores = _product(_wide(d_rows), _wide(_keys(v, tile)).transpose(1, 2)).sub_(_group(delta, k, tile)).mul_(p).to(q.dtype)
+        d_scores = _product(_wide(d_rows), _wide(_keys(v, tile)).transpose(1, 2)).sub_(_group(delta, k, tile)).mul_(p)
+        d_scores = (d_scores if share is None else d_scores.mul_(1 - share.square())).to(q.dtype)
         d_q[:, :, tile.rows] += _ungroup(_product(d_scores, _keys(k, tile)), q) * scale
         d_k[:, :, tile.keys] += _product(d_scores.transpose(1, 2), _group(q, k, tile)).view_as(d_k[:, :, tile.keys]) * scale
         d_v[:, :, tile.keys] += _product(p.to(q.dtype).transpose(1, 2), d_rows).view_as(d_v[:, :, tile.keys])
@@ -147,9 +178,17 @@ def _tiles(q: Tensor, k: Tensor, queries: Ranges, keys: Ranges, mask: AttentionM
     return tiles(queries, keys, height, mask.causal, mask.window, starts)
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile, mask: AttentionMask) -> Tensor:
-    """[b·g, r·n, t] of one tile in at least fp32, −∞ for masked pairs."""
+def _products(q: Tensor, k: Tensor, tile: Tile, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
+    """q·k/√e of one tile [b·g, r·n, t] in at least fp32; if they are capped, also their share of the cap."""
     scores = _product(_wide(_group(q, k, tile)), _wide(_keys(k, tile)).transpose(1, 2), q.shape[-1] ** -0.5)
+    if mask.softcap is None:
+        return scores, None
+    share = scores.div_(mask.softcap).tanh_()
+    return share * mask.softcap, share
+
+
+def _masked(scores: Tensor, q: Tensor, k: Tensor, tile: Tile, mask: AttentionMask) -> Tensor:
+    """The products of one tile with its biases, −∞ for masked pairs, in place."""
     n, t = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
     grid = scores.view(q.shape[0], k.shape[1], -1, n, t)
     back: Tensor | None = None
