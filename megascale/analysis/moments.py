@@ -116,11 +116,31 @@ def swiglu_gradients(g2: float, gate: Signal, up: Signal) -> tuple[float, float]
     return g2 * expectation(lambda z: _silu_slope(z) ** 2, gate.var) * up.var, g2 * expectation(lambda z: _silu(z) ** 2, gate.var)
 
 
+def gated(gate: Signal, y: Signal) -> Signal:
+    """sigmoid(gate)·y for independent inputs of mean zero."""
+    var = expectation(lambda z: _sigmoid(z) ** 2, gate.var) * y.var
+    return Signal(0.0, var, joint(_sigmoid, gate) * y.corr * y.var / var)
+
+
+def gated_gradients(g2: float, gate: Signal, y: Signal) -> tuple[float, float]:
+    """Gradient variances of the gate and of y."""
+    slope = expectation(lambda z: _sigmoid_slope(z) ** 2, gate.var)
+    return g2 * slope * y.var, g2 * expectation(lambda z: _sigmoid(z) ** 2, gate.var)
+
+
+def capped(var: float, cap: float) -> float:
+    """Variance of cap·tanh(z/cap), z of mean zero."""
+    return cap**2 * expectation(lambda z: np.tanh(z / cap) ** 2, var)
+
+
 def slope_correlation(kind: str, x: Signal) -> float:
-    """Factor on a gradient's correlation through φ: E[φ'(a)φ'(b)]/E[φ'²]. `kind`: relu, gelu, silu (slope) or gate (silu itself)."""
+    """Factor on a gradient's correlation through φ: E[φ'(a)φ'(b)]/E[φ'²]. `kind`: relu, gelu, silu (slope) or gate (silu itself), sigmoid
+    (slope) or share (the sigmoid itself).
+    """
     if kind == "relu":
         return (math.pi - math.acos(min(1.0, x.corr))) / math.pi
-    f = {"gelu": _gelu_slope, "silu": _silu_slope, "gate": _silu}[kind]
+    slopes = {"gelu": _gelu_slope, "silu": _silu_slope, "gate": _silu, "sigmoid": _sigmoid_slope, "share": _sigmoid}
+    f = slopes[kind]
     return joint(f, x) / expectation(lambda z: f(z) ** 2, x.var)
 
 
@@ -135,6 +155,14 @@ def joint(f: Function, x: Signal) -> float:
     a = _NODES[:, None] * math.sqrt(x.var)
     b = (r * _NODES[:, None] + math.sqrt(1 - r * r) * _NODES[None, :]) * math.sqrt(x.var)
     return float((f(a) * f(b) * _WEIGHTS[:, None] * _WEIGHTS[None, :]).sum())
+
+
+def _sigmoid(z: Array) -> Array:
+    return 1 / (1 + np.exp(-z))
+
+
+def _sigmoid_slope(z: Array) -> Array:
+    return _sigmoid(z) * (1 - _sigmoid(z))
 
 
 def _silu(z: Array) -> Array:

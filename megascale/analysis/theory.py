@@ -12,12 +12,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megascale.analysis.moments import (
     Gradient,
     Signal,
+    capped,
     dropout,
     dropout_gradient,
+    expectation,
+    gated,
+    gated_gradients,
     gelu,
     gelu_gradient,
     linear,
@@ -32,6 +37,7 @@ from megascale.analysis.moments import (
     tanh,
     tanh_gradient,
 )
+from megascale.config.attentions import gate_width
 from megascale.config.schema import Model
 from megascale.model.residual import Residual, Stack, residual
 
@@ -115,16 +121,19 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
     for role, width in (("query", wide), ("key", narrow)):
         z, _ = _product(cfg, row, h, role, width, d)
         scores *= (_norm(cfg, z, cfg.dyt_alpha[1])[0] if cfg.qk_norm or row.scheme.qk_norm else z).square
+    scores = scores if cfg.attention_softcap is None else capped(scores, cfg.attention_softcap)
     peak = math.exp(min(50.0, (1 - h.corr) * scores))
     seen = np.arange(1, seq_len + 1) if causal else np.full(seq_len, seq_len)
     own = float(np.minimum(1.0, peak / seen).mean())  # Σa² over a query's keys
     later = np.arange(1, seq_len + 1)
     shared = float(((later - 1) / seen).sum() * 2 / max(1, seq_len * (seq_len - 1)))  # Σab of two queries
     values, pull_values = _product(cfg, row, h, "value", narrow, d)
-    y = Signal(0.0, values.var * (values.corr + (1 - values.corr) * own), 0.0)
-    y = y._replace(corr=values.var * (values.corr + (1 - values.corr) * shared) / y.var)
+    kept = _kept_by_keys(scores, h.corr, seen) if cfg.attention_sink is not None else 1.0
+    alike = values.corr + (1 - values.corr) * own
+    y = Signal(0.0, values.var * alike * kept, (values.corr + (1 - values.corr) * shared) / alike)
     inner, pull_inner = _norm(cfg, y, cfg.dyt_alpha[1]) if row.scheme.inner_norms else (y, _unchanged)
-    out, pull_out = _product(cfg, row, inner, "attention_out", d, wide)
+    passed, pull_gate = _gated(cfg, row, h, inner) if cfg.attention_gate is not None else (inner, None)
+    out, pull_out = _product(cfg, row, passed, "attention_out", d, wide)
     # Gradient of a value: Σ of a over all queries that attend to it.
     weight = 1 / seen
     received = np.cumsum(weight[::-1])[::-1] if causal else np.ones(seq_len)
@@ -133,13 +142,38 @@ def attention(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) 
     crossed, met = (seq_len**2 - seq_len * squared) / pairs, (seq_len - float(np.minimum(1.0, peak / seen).sum())) / pairs
 
     def pull(g: Gradient) -> Gradient:
-        g = pull_inner(pull_out(g))
-        var = g.var * (g.corr * squared + (1 - g.corr) * alone)
-        cov = g.var * (g.corr * crossed + (1 - g.corr) * met)
+        g = pull_out(g)
+        g, into_gate = (g, None) if pull_gate is None else pull_gate(g)
+        g = pull_inner(g)
+        var = kept * g.var * (g.corr * squared + (1 - g.corr) * alone)
+        cov = kept * g.var * (g.corr * crossed + (1 - g.corr) * met)
         # Queries of a group share a value, so its gradients add up.
-        return pull_values(Gradient(var * wide / narrow, min(1.0, cov / var)))
+        back = pull_values(Gradient(var * wide / narrow, min(1.0, cov / var)))
+        return back if into_gate is None else _sum([back, into_gate])
 
     return out, pull
+
+
+def _kept_by_keys(scores: float, corr: float, seen: NDArray[np.int64]) -> float:
+    """Mean square of the share of the softmax that keys get beside a sink of 0, for queries that see `seen` keys. Of the scores' variance
+    the share `corr` is common to a query's keys, and moves them all against the sink.
+    """
+    mass = (seen * math.exp(min(50.0, (1 - corr) * scores / 2)))[:, None]
+    return expectation(lambda z: ((1 / (1 + np.exp(-z) / mass)) ** 2).mean(0), max(0.0, corr) * scores)
+
+
+def _gated(cfg: Model, row: Residual, h: Signal, y: Signal) -> tuple[Signal, Callable[[Gradient], tuple[Gradient, Gradient]]]:
+    """y times its gate; a gradient of that → those of y and of the gate's input h."""
+    rows = gate_width(cfg)
+    gate, pull_gate = _product(cfg, row, h, "gate", rows, cfg.hidden_size)
+
+    def pull(g: Gradient) -> tuple[Gradient, Gradient]:
+        to_gate, to_y = gated_gradients(g.var, gate, y)
+        to_gate *= cfg.num_heads * cfg.head_dim / rows  # a head's gate hears all its channels
+        back = pull_gate(Gradient(to_gate, g.corr * y.corr * slope_correlation("sigmoid", gate)))
+        return Gradient(to_y, g.corr * slope_correlation("share", gate)), back
+
+    return gated(gate, y), pull
 
 
 def feed_forward(cfg: Model, row: Residual, h: Signal, seq_len: int, causal: bool) -> tuple[Signal, Pull]:

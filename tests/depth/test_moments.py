@@ -150,6 +150,7 @@ STACKS: dict[str, dict[str, Any]] = {
     "neox": {"norm": "layernorm"},
     "pre with dyt": {"norm": "dyt"},
     "pre with bitlinear": {"linear": "bitlinear"},
+    "pre with gates": {"attention_gate": "channel", "attention_sink": "learned", "attention_softcap": 1.0},
 }
 
 
