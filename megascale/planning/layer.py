@@ -62,7 +62,8 @@ def layer_seconds(s: Setting, unit: Unit, device: Device) -> Seconds:
     q, k = m.num_heads * m.head_dim / p.tp, m.num_kv_heads * m.head_dim / p.tp
     width = sum(w.shape[0] for w in unit.weights if w.name == "ffn.up.weight") / p.tp
     rows = s.rows * (0 if not unit.sparse or m.moe is None else m.moe.ffn_size or 0) / s.cuts.etp
-    numbers = STREAM * s.stream * m.hidden_size + ROTATED * s.tokens * (q + k) + INNER * (s.tokens * width + rows)
+    gated = q if m.attention_gate is not None else 0.0
+    numbers = STREAM * s.stream * m.hidden_size + ROTATED * s.tokens * (q + k) + INNER * (s.tokens * (width + gated) + rows)
     if unit.sparse:
         numbers += 4 * s.rows * m.hidden_size  # permuting rows there and back
     numbers *= (1.0 if p.compile else EAGER) * (1.0 if precision.fp8 == "false" else FP8_CASTS)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megascale.config.attentions import gate_width
 from megascale.config.optimizers import state_bytes
 from megascale.config.schema import Config
 from megascale.config.stages import StagePart
@@ -104,6 +105,7 @@ def layer_bytes(s: Setting, unit: Unit, mode: str) -> float:
     scores = 4.0 * t * m.num_heads / tp / s.item  # log-sum-exp in fp32
     norms = t * (q + k) if m.qk_norm or m.residual_row.qk_norm else 0.0
     inner = t * q if m.residual_row.inner_norms else 0.0
+    inner += _gate_numbers(s, t, q, mode)
     width = next((w.shape[0] for w in unit.weights if w.name in ("ffn.up.weight", "ffn.up.values")), 0)
     branch = _feed_forward_numbers(s, t * width / tp, mode, compiled)
     if unit.sparse:
@@ -114,7 +116,7 @@ def layer_bytes(s: Setting, unit: Unit, mode: str) -> float:
         branch += n * d * (1 if mode == "selective" else 3) + 4 * t * m.moe.num_experts * 3 / s.item
     if mode == "selective":
         # Results of the products: of o and down too, of which compiled blocks keep only what backward reads.
-        return (stream + (1 if compiled else 2) * t * d + attention + branch) * s.item + scores * s.item
+        return (stream + (1 if compiled else 2) * t * d + attention + _gate_numbers(s, t, q, mode) + branch) * s.item + scores * s.item
     # What products read: the normalized stream twice, whole where tp_sequence gathers it; and the stream before each norm.
     return (2 * stream + (0 if compiled else 2) * t * d + attention + norms + inner + branch + scores) * s.item
 
@@ -125,6 +127,15 @@ def _feed_forward_numbers(s: Setting, width_rows: float, mode: str, compiled: bo
     if mode == "selective" or compiled:
         return (2 if gated else 1) * width_rows
     return (4 if gated else 2) * width_rows
+
+
+def _gate_numbers(s: Setting, t: float, q: float, mode: str) -> float:
+    """Numbers that a gate on attention's result keeps: its sigmoids and the gated result; with selective recomputation its logits."""
+    m = s.config.model
+    if m.attention_gate is None:
+        return 0.0
+    rows = t * gate_width(m) / s.cuts.tp
+    return rows if mode == "selective" else rows + t * q
 
 
 def _kv_channels(s: Setting) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from megascale.config.attentions import GROUPED
+from megascale.config.attentions import GROUPED, gate_width
 from megascale.config.layout import even_dim
 from megascale.config.schema import Config, Model
 from megascale.config.stages import has_experts
@@ -213,10 +213,14 @@ def _attention(m: Model) -> Iterator[Weight]:
     d, q, kv, e = m.hidden_size, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, m.head_dim
     scheme = m.residual_row
     biased = m.bias if m.attention_bias is None else m.attention_bias
-    roles = (("q", "query", q, d, 0), ("k", "key", kv, d, "kv_heads"), ("v", "value", kv, d, "kv_heads"), ("o", "attention_out", d, q, 1))
+    gate = (("gate", "gate", gate_width(m), d, 0),) if m.attention_gate is not None else ()
+    inner = (("q", "query", q, d, 0), ("k", "key", kv, d, "kv_heads"), ("v", "value", kv, d, "kv_heads"), *gate)
+    roles = (*inner, ("o", "attention_out", d, q, 1))
     for name, role, out, into, cut in roles:
-        bias = (role != "attention_out" if biased == "qkv" else bool(biased)) and role not in scheme.unbiased
+        bias = (role in ("query", "key", "value") if biased == "qkv" else bool(biased)) and role not in scheme.unbiased
         yield from _product(m, f"attention.{name}", out, into, cut, bias)  # type: ignore[arg-type]
+    if m.attention_sink == "learned":
+        yield Weight("attention.sinks", (m.num_heads,), 0)
     norm_bias = m.bias and "norm" not in scheme.unbiased
     if m.qk_norm or scheme.qk_norm:
         wide = m.qk_norm == "width"

@@ -43,6 +43,8 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "position": draw(st.sampled_from(["rope", "learned", "relative"])),
         "tie_embeddings": draw(st.booleans()),
         "qk_norm": draw(st.sampled_from([False, True, "width"])),
+        "attention_sink": draw(st.sampled_from([None, "learned", "zero"])),
+        "attention_gate": draw(st.sampled_from([None, "head", "channel"])),
         "embedding_norm": draw(st.booleans()),
         "mlm_head": draw(st.booleans()),
         "moe": moe,

@@ -11,6 +11,7 @@ import psutil
 
 from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
+from megascale.config.attentions import gate_width
 from megascale.config.axes import EXPERT_AXES, NAMES
 from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.optimizers import state_bytes
@@ -102,10 +103,19 @@ def activation_bytes(config: Config, ranks: int) -> float:
     cut = 1.0 / t if p.tp_sequence else 1.0
     # Per token and unit of width 24 bytes live inside the products that tp splits, 10 outside. Selective recomputation keeps the results of
     # products and attention, about 16 and 2; full only a block's input, nested the input of some blocks.
-    everything = 24 / t + 10 * cut
-    chosen = {"none": everything, "selective": 16 / t + 2 * cut, "budget": 2 * cut + p.budget * (everything - 2 * cut)}
+    gates, gated = _gate_bytes(config)
+    everything = (24 + gates + gated) / t + 10 * cut
+    chosen = {"none": everything, "selective": (16 + gates) / t + 2 * cut, "budget": 2 * cut + p.budget * (everything - 2 * cut)}
     per_unit = chosen.get(p.recompute, 2 * cut)
     return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
+
+
+def _gate_bytes(config: Config) -> tuple[float, float]:
+    """Bytes per token and unit of width of the gates on attention's results and of the gated results, means over layers."""
+    m = config.model
+    layers = [(len(m.layers_of(name)) / m.num_layers, v) for name, v in m.variants.items() if v.attention_gate is not None]
+    width = 2 / m.hidden_size
+    return sum(width * n * gate_width(v) for n, v in layers), sum(width * n * v.num_heads * v.head_dim for n, v in layers)
 
 
 def stashed_bytes(config: Config, ranks: int) -> float:
