@@ -30,6 +30,7 @@ from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import products_of
 from megascale.precision.dynamic import check_torchao
 from megascale.schedule.accumulate import Accumulation, Schedule
+from megascale.train.attention_kernels import attention_kernels
 from megascale.train.engines.engine import Engine, Native
 from megascale.train.gpu import gpu_facts
 
@@ -69,6 +70,7 @@ def build_model(
         "parameters_active": active,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         **gpu_facts(device),
+        "attention_kernels": attention_kernels(config, device),
         "norm_kernel": f"{kernels.source} ({kernels.reason})",
         **({"threads": torch.get_num_threads(), "products": way_of(shape.compute)} if device.type == "cpu" else {}),
     }

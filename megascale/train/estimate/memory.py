@@ -15,7 +15,7 @@ from megascale.config.attentions import gate_width
 from megascale.config.axes import EXPERT_AXES, NAMES
 from megascale.config.layout import axis_sizes, micro_batches
 from megascale.config.optimizers import state_bytes
-from megascale.config.schema import Config, Optim
+from megascale.config.schema import Config, Model, Optim
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_free
@@ -113,9 +113,13 @@ def activation_bytes(config: Config, ranks: int) -> float:
 def _gate_bytes(config: Config) -> tuple[float, float]:
     """Bytes per token and unit of width of the gates on attention's results and of the gated results, means over layers."""
     m = config.model
-    layers = [(len(m.layers_of(name)) / m.num_layers, v) for name, v in m.variants.items() if v.attention_gate is not None]
+    layers = [(len(m.layers_of(name)) / m.num_layers, v) for name, v in m.variants.items() if _gated(v)]
     width = 2 / m.hidden_size
     return sum(width * n * gate_width(v) for n, v in layers), sum(width * n * v.num_heads * v.head_dim for n, v in layers)
+
+
+def _gated(m: Model) -> bool:
+    return m.attention_gate is not None and not m.attention_row.scans
 
 
 def stashed_bytes(config: Config, ranks: int) -> float:

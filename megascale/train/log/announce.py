@@ -68,7 +68,8 @@ def announce(
     way = " (products in fp32: this CPU has no bf16 instructions)" if facts.get("products") == "fp32" else ""
     threads = f", {facts['threads']} threads per process" if "threads" in facts else ""
     precision = f"{config.precision.compute}{way}{fp8}"
-    kernels = f"norm kernel {facts['norm_kernel']}" + (f", gated delta rule {facts['delta_kernel']}" if "delta_kernel" in facts else "")
+    kernels = f"attention by {facts['attention_kernels']}, " if facts["attention_kernels"] else ""
+    kernels += f"norm kernel {facts['norm_kernel']}" + (f", gated delta rule {facts['delta_kernel']}" if "delta_kernel" in facts else "")
     console.say(f"{config.run.name}: {model} on {layout} ({facts['device']}), {precision}{threads}, {kernels}")
     for plugin in plugins():
         console.say(f"plugin {plugin}: {plugin.names}")
