@@ -52,6 +52,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "moeut": on(1, replace(DENSE, model=tiny(hidden_size=32, num_kv_heads=4, **REPEATED))),
     "packed": on(1, replace(DENSE, packed=True)),
     "own frequencies": on(1, replace(DENSE, model=tiny(rope_exponents=(0.0, 0.3, 0.6)))),
+    "sinks and caps": on(1, replace(DENSE, model=tiny(attention_sink="learned", attention_gate="head", logit_softcap=9.0))),
     "selective": on(1, recompute="selective"),
     "full": on(1, recompute="full"),
     "nested": on(1, recompute="nested"),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megascale import handles
 from megascale.comm import exchange
-from megascale.model.ops import delta_rule
+from megascale.model.ops import attention_sink, delta_rule
 from megascale.optim import owners
 from megascale.parallel import apply, delta, ring
 from megascale.trace.meter import OPENED
@@ -22,8 +22,9 @@ def open_operators() -> None:
     """Meters look inside the operators that exchange and allocate."""
     rows = (exchange.exchange_counts, exchange.on_host, exchange.first_rows, exchange.send_rows, exchange.move_rows)
     rings = (ring._attention, ring._attention_backward, delta._rule, delta._rule_backward)
+    sinks = (attention_sink._attention, attention_sink._attention_backward)
     scans = (delta_rule._rule, delta_rule._rule_backward)
-    for operator in (*rings, *scans, *rows):
+    for operator in (*rings, *sinks, *scans, *rows):
         body = getattr(operator, "_init_fn", None)  # private, and without it the operator is one kernel
         if body is not None:
             OPENED[operator._opoverload] = body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ def choose_as_cuda() -> None:
         keeps = q.requires_grad or k.requires_grad
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
 
-    def flex(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, **_: Any) -> Tensor:
+    def flex(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, return_aux: Any = None, **_: Any) -> Any:
         """FlexAttention keeps what causal attention keeps; it skips more tiles, so it is faster than this."""
-        return attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+        out = attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+        return out if return_aux is None else (out, SimpleNamespace(lse=q.new_empty(q.shape[:3], dtype=torch.float32)))
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return aten._fused_rms_norm(x, list(shape), weight, eps)[0] if x.device.type != "cpu" else norm(x, shape, weight, eps)  # type: ignore[no-any-return]

@@ -31,6 +31,7 @@ def on(ranks: int, case: Case = DENSE, **parallel: Any) -> tuple[int, Case]:
 LAYOUTS = {
     "one": on(1),
     "tied": on(1, TIED),
+    "sinks": on(1, replace(DENSE, model=tiny(**SIZES, attention_sink="learned", attention_gate="channel", logit_softcap=9.0))),
     "fsdp": on(2, dp_shard=2),
     "fsdp selective": on(2, dp_shard=2, recompute="selective"),
     "fsdp full": on(2, dp_shard=2, recompute="full"),
