@@ -98,15 +98,17 @@ def generate(
 
 def grow(source: str | Path, target: str | Path, *, data: str | None = None, workers: int = 1, **asked: Any) -> dict[str, Any]:
     """Writes a larger checkpoint that continues from `source` and returns the report. `asked`: sizes such as hidden_size=128, and
-    methods such as depth="stack", named as in `Sizes` and `GrowthOptions` (expand/options.py).
+    methods such as depth="stack", named as in `Sizes` and `GrowthOptions` (expand/options.py); kinds={"dense": {"ffn_size": 64}} for sizes
+    of one kind of layer.
     """
     from megascale.expand.grow import grow as grow_checkpoint
-    from megascale.expand.options import GrowthOptions, Sizes
+    from megascale.expand.options import GrowthOptions, Sizes, sizes_of
     from megascale.expand.write import Effort
 
-    sizes, options = _split("grow", asked, Sizes, GrowthOptions)
+    kinds = {name: sizes_of(name, given) for name, given in asked.get("kinds", {}).items()}
+    sizes, options = _split("grow", {**asked, "kinds": kinds}, Sizes, GrowthOptions)
     for key, value in {**vars(sizes), "workers": workers}.items():
-        if value is not None and (type(value) is not int or value < 1):
+        if key != "kinds" and value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"{key} is {value!r}: give a whole number, 1 or more")
     return grow_checkpoint(source, Path(target), sizes, options, Effort(workers, data=data))
 

@@ -28,7 +28,7 @@ from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.expand.options import GrowthOptions, Sizes, check_options
 from megascale.expand.plan import plan_growth
-from megascale.expand.shrink import Smaller, smaller_model
+from megascale.expand.smaller import Smaller, smaller_model
 from megascale.formats.hf.config import hf_config
 from megascale.formats.megatron.tensor_names import Cut, check_model
 from megascale.measure.compute import flops_per_token

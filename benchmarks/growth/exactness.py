@@ -23,8 +23,9 @@ from megascale.errors import UsageError
 from megascale.expand.apply import Read, element_block
 from megascale.expand.axes import FRESH, AxisMap
 from megascale.expand.options import GrowthOptions, Sizes
-from megascale.expand.plan import Growth, TensorPlan, plan_growth
+from megascale.expand.plan import Growth, plan_growth
 from megascale.expand.stack import specs
+from megascale.expand.tensors import TensorPlan
 from megascale.expand.verify import compare, run
 
 SEQ = 16

@@ -18,7 +18,8 @@ from benchmarks.common import machine
 from benchmarks.growth.saving import CONFIG, overrides
 from megascale.config.load import load_config
 from megascale.config.schema import Config
-from megascale.expand.shrink import Smaller, shrink
+from megascale.expand.shrink import shrink
+from megascale.expand.smaller import Smaller
 from megascale.expand.write import Effort
 from megascale.launch.ranks import RankInfo
 from megascale.train.setup import build_trainer

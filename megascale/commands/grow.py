@@ -34,11 +34,18 @@ app = new_app(__doc__ or "")
         "megascale grow runs/small grown --hidden-size 512 --num-heads 8 --num-layers 12 --report grown.json",
         "megascale train grown/config.yaml checkpoint.init_from=grown checkpoint.init_schedule=lemon",
         "megascale grow runs/small grown --num-layers 24 --optimizer transform",
+        "megascale grow runs/mixed grown kinds.dense.ffn_size=4096 kinds.full.num_layers=8",
     )
 )
 def main(
     source: From,
     target: To,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[kinds.NAME.SIZE=N]...", help="sizes of one kind of layer, such as kinds.dense.ffn_size=8192; num_layers too"
+        ),
+    ] = None,
     hidden_size: Size = None,
     num_heads: Size = None,
     num_kv_heads: Size = None,
@@ -54,6 +61,11 @@ def main(
     vocab_size: Size = None,
     seq_len: Size = None,
     tokenformer_size: Size = None,
+    kv_rank: Size = None,
+    query_rank: Size = None,
+    rope_dim: Size = None,
+    value_dim: Size = None,
+    mtp_depth: Annotated[int | None, typer.Option(min=1, help="modules of multi-token prediction; new ones start fresh")] = None,
     width: Annotated[str, typer.Option("--width-method", help="duplicate, zero or average: new channels of the stream")] = "duplicate",
     ffn: Annotated[str, typer.Option("--ffn-method", help="duplicate or zero")] = "duplicate",
     heads: Annotated[str, typer.Option("--heads-method", help="duplicate or zero")] = "duplicate",
@@ -76,12 +88,12 @@ def main(
 ) -> None:
     """Makes TARGET from SOURCE. Exit code 2 for a refusal, 3 if the source turns out to be damaged; nothing is left half-written."""
     from megascale.expand.grow import grow
-    from megascale.expand.options import GrowthOptions, Sizes, parse_split
+    from megascale.expand.options import GrowthOptions, Sizes, kinds_of, parse_split
     from megascale.expand.write import Effort
 
     sizes = Sizes(
         hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, expert_ffn_size, num_layers, num_experts, top_k, granularity, vocab_size,
-        seq_len, tokenformer_size,
+        seq_len, tokenformer_size, kv_rank, query_rank, rope_dim, value_dim, mtp_depth, kinds_of(changes or ()),
     )  # fmt: skip
     options = GrowthOptions(
         width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary),

@@ -33,11 +33,17 @@ app = new_app(__doc__ or "")
 def main(
     source: From,
     target: To,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[kinds.NAME.SIZE=N]...", help="sizes of one kind of layer, such as kinds.dense.ffn_size=2048"),
+    ] = None,
     hidden_size: Size = None,
     num_heads: Size = None,
     num_kv_heads: Size = None,
     ffn_size: Size = None,
     num_layers: Size = None,
+    mtp_depth: Annotated[int | None, typer.Option(min=0, help="modules of multi-token prediction that stay, the first ones")] = None,
+    drop_layers: Annotated[str | None, typer.Option(help="layers that go, from 0, such as 3,7")] = None,
     ffn_sizes: Annotated[str | None, typer.Option(help="a MatFormer's width per layer, such as 64,32,32,64")] = None,
     ranking: Annotated[str, typer.Option(help="importance; random or reversed for comparison")] = "importance",
     seed: int = 1234,
@@ -49,15 +55,15 @@ def main(
     trust_source: Trust = False,
 ) -> None:
     """Makes TARGET from SOURCE. Exit code 2 for a refusal; nothing is left half-written."""
-    from megascale.expand.shrink import Smaller, shrink
+    from megascale.expand.options import kinds_of
+    from megascale.expand.shrink import shrink
+    from megascale.expand.smaller import Smaller
     from megascale.expand.write import Effort
 
     check_report(report)
-    try:
-        mixed = None if ffn_sizes is None else tuple(int(part) for part in ffn_sizes.split(","))
-    except ValueError:
-        raise UsageError(f"--ffn-sizes is {ffn_sizes!r}: write a width per layer, such as 64,32,32,64") from None
-    sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed)
+    mixed = numbers(ffn_sizes, "--ffn-sizes", "write a width per layer, such as 64,32,32,64")
+    drop = numbers(drop_layers, "--drop-layers", "write the numbers of layers, such as 3,7") or ()
+    sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed, mtp_depth, drop, kinds_of(changes or ()))
     effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
     with progress_bar() as progress:
         found = shrink(source, target, sizes, ranking, seed, effort, progress)
@@ -68,3 +74,11 @@ def main(
     if found["without_block"] is not None:
         print(f"layers kept: {', '.join(map(str, found['kept']['layers']))}, by the loss without each")
     print_next(target)
+
+
+def numbers(text: str | None, flag: str, fix: str) -> tuple[int, ...] | None:
+    """`3,7` → its numbers."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} is {text!r}: {fix}") from None

@@ -18,12 +18,17 @@ if TYPE_CHECKING:  # the config section imports this file to check names
 
 @dataclass(frozen=True)
 class AttentionGrowth:
-    """`axes`: by a weight's name in the module, the growth axis of each of its dimensions. Axes query, key, value and heads grow by heads
-    and channels; stream, read and the others are those of expand/plan.py. `writers`: the weights that write into the stream.
+    """axes     by a weight's name in the module, the growth axis of each of its dimensions: those that `maps` gives, and stream, read and
+             the others of expand/tensors.py
+    writers  the weights that write into the stream
+    maps     (model, larger model, options, map of what reads the stream) → `expand.attention.AttentionMaps`, or its "module:name"
+    cut      (model, smaller model, query heads that stay, KV heads that stay) → the same for fewer heads
     """
 
     axes: Mapping[str, tuple[str, ...]]
     writers: tuple[str, ...]
+    maps: str | Callable[..., Any] = "megascale.expand.attention:grouped"
+    cut: str | Callable[..., Any] = "megascale.expand.kept:grouped"
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,31 @@ def _sizes(m: Model) -> Latent:
     return m.latent
 
 
+LATENT_GROWTH = AttentionGrowth(
+    {
+        "q_down.weight": ("query_latent", "read"),
+        "q_down.bias": ("query_latent",),
+        "q_norm.weight": ("query_latent_gain",),
+        "q_norm.bias": ("query_latent_shift",),
+        "q_norm.alpha": ("one",),
+        "q.weight": ("query", "query_source"),
+        "q.bias": ("query",),
+        "kv_down.weight": ("latent", "read"),
+        "kv_down.bias": ("latent",),
+        "kv_norm.weight": ("latent_gain",),
+        "kv_norm.bias": ("latent_shift",),
+        "kv_norm.alpha": ("one",),
+        "k.weight": ("key", "latent_read"),
+        "k.bias": ("key",),
+        "v.weight": ("value", "latent_read"),
+        "v.bias": ("value",),
+        "o.weight": ("stream", "heads"),
+        "o.bias": ("stream",),
+    },
+    writers=("o.weight", "o.bias"),
+    maps="megascale.expand.attention:latent",
+    cut="megascale.expand.kept:latent",
+)
 LATENT = AttentionRow(
     "megascale.model.attention_latent:LatentAttention",
     weights=_latent_weights,
@@ -174,6 +204,7 @@ LATENT = AttentionRow(
     tp=True,
     cp=("ring", "ulysses"),
     both_ways=True,
+    growth=LATENT_GROWTH,
     reads=("latent",),
     options=OPTIONS,
 )

@@ -85,7 +85,7 @@ NORMS: dict[str, NormRow] = {
         theory="norm",
     ),
     # Zero-centred: a gain of 1 + weight (Gemma, Qwen3-Next).
-    "rmsnorm_1p": NormRow(f"{OURS}:rms_normalized", f"{OURS}:rmsnorm", bias=False, offset=1.0, theory="norm"),
+    "rmsnorm_1p": NormRow(f"{OURS}:rms_normalized", f"{OURS}:rmsnorm", bias=False, offset=1.0, growth=NormGrowth(2.0), theory="norm"),
     "layernorm": NormRow(
         f"{OURS}:layer_normalized",
         f"{OURS}:layernorm",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megascale.comm.piece import Piece
 from megascale.expand.axes import FRESH, MEAN, ZERO, AxisMap, same
-from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.plan import Growth
+from megascale.expand.tensors import TensorPlan
 from megascale.model.init import TILE, initialize
 from megascale.model.spec import ParamSpec
 
@@ -45,12 +46,26 @@ def element_block(growth: Growth, plan: TensorPlan, shapes: dict[str, tuple[int,
     axes = growth.axes_of(plan)
     if plan.source is None and plan.drawn is None:
         return _started(plan, growth.seed, dtype, offset, shape)
+    if plan.offset and (plan.scale != 1.0 or any((a.weight != 1).any() for a in axes)):
+        return _offset_block(growth, plan, shapes, read, dtype, offset, shape)
     noise = growth.symmetry if axes[-1].shared and len(axes) > 1 else "none"
     mean_by = None
     if plan.mean_by is not None and any((a.source == MEAN).any() for a in axes):
         mean_by = read(plan.mean_by, (0,), shapes[plan.mean_by]).to(torch.float64) / _start_value(plan, growth)
     values = Values(plan.name, plan.spec, plan.scale, growth.seed, noise, mean_by)
     return _nested(values, axes, _matrices(plan, shapes, read, growth.seed), dtype, offset, shape)
+
+
+def _offset_block(growth: Growth, plan: TensorPlan, shapes: dict[str, tuple[int, ...]], read: Read, dtype: torch.dtype,
+                  offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:  # fmt: skip
+    """`element_block` of a weight to which the norm adds a number: their sum is mapped. New elements are as they start."""
+
+    def whole(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        return read(name, offset, shape).to(torch.float64) + plan.offset
+
+    (known,) = (a.known[offset[0] : offset[0] + shape[0]] for a in growth.axes_of(plan))
+    found = element_block(growth, replace(plan, offset=0.0), shapes, whole, torch.float64, offset, shape)
+    return (found - torch.from_numpy(known) * plan.offset).to(dtype)
 
 
 def _started(plan: TensorPlan, seed: int, dtype: torch.dtype, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:

@@ -112,13 +112,20 @@ def inside(outer: AxisMap, inner: AxisMap) -> AxisMap:
     return AxisMap(source.reshape(-1), weight.reshape(-1), outer.old * inner.old, outer.shared or inner.shared)
 
 
+def beside(*parts: AxisMap) -> AxisMap:
+    """The map of dimensions that are joined into one, one after the other. None of them takes means, which would be over all."""
+    begins = np.cumsum([0, *(p.old for p in parts)])
+    source = np.concatenate([np.where(p.known, p.source + begin, p.source) for p, begin in zip(parts, begins)])
+    return AxisMap(source, np.concatenate([p.weight for p in parts]), int(begins[-1]), any(p.shared for p in parts))
+
+
 def cancelling(rows: AxisMap) -> tuple[AxisMap, AxisMap]:
     """Neighbouring pairs with equal inputs and opposite outputs (LEMON, arXiv 2310.07999): the rows' map, and the map of the columns that
-    take their outputs. An odd one's output is zero.
+    take their outputs. An odd one's output is zero, and so is that of new ones, which start differently; of zero rows it starts anyhow.
     """
     number = np.arange(rows.size)
     lone = (rows.size % 2 == 1) & (number == rows.size - 1)
     paired = replace(rows, source=rows.source[number - number % 2], weight=rows.weight[number - number % 2])
     sign = np.where(number % 2 == 0, 1.0, -1.0)
-    source = np.where(lone, ZERO, paired.source)
+    source = np.where(lone | (paired.source == FRESH), ZERO, np.where(paired.source == ZERO, FRESH, paired.source))
     return paired, AxisMap(source, np.where(paired.known, sign, 1.0), rows.old)

@@ -25,6 +25,24 @@ class Layer:
     mode: Mode = "keep"
 
 
+def insert_layers(old: int, where: list[int], method: str, placement: str, extra: int) -> tuple[Layer, ...]:
+    """All `old` layers with `extra` copies of those at `where`, each after its source: spread evenly over them, or all after the last."""
+    if method not in (*EXACT, "inject"):
+        raise UsageError(
+            f"--depth-method {method} copies whole stacks, not layers of one kind: use identity, cancel or inject, or num_layers"
+        )
+    mode: Mode = "keep" if method == "inject" else method  # type: ignore[assignment]
+    copies = dict(zip(where, _shares(len(where), extra, placement)))
+    return tuple(layer for i in range(old) for layer in (Layer(i), *(Layer(i, mode) for _ in range(copies.get(i, 0)))))
+
+
+def _shares(places: int, extra: int, placement: str) -> list[int]:
+    """How many of `extra` copies follow each place."""
+    if placement == "end":
+        return [0] * (places - 1) + [extra]
+    return [(i + 1) * extra // places - i * extra // places for i in range(places)]
+
+
 @dataclass(frozen=True)
 class NormChange:
     """The change of a norm after the sum: epsilon as `factor` times the model's or as `absolute`; gain and bias from the norm `affine` (its
@@ -37,55 +55,57 @@ class NormChange:
     absolute: float | None = None
 
 
-def grow_layers(old: int, new: int, method: str, placement: str, period: int) -> tuple[Layer, ...]:
+def grow_layers(old: int, new: int, method: str, placement: str, period: int, beside: int = 0) -> tuple[Layer, ...]:
     """The layers of a stack of `new` from one of `old`. Raises UsageError for a depth that the method cannot reach.
 
-    period     layers that belong together (experts in every n-th layer, alternating grid dimensions): whole periods are inserted
+    period     layers that belong together (experts in every n-th layer, a pattern of kinds, alternating grid dimensions): whole periods are
+               inserted
     placement  positions of inserted layers: spread evenly, or all at the end
+    beside     layers before and after the stack, which stay; they count in messages
     """
     if new < old:
-        raise UsageError(f"num_layers is {old} and cannot grow to {new}: choose at least {old}, or use megascale shrink")
+        raise UsageError(
+            f"num_layers is {old + beside} and cannot grow to {new + beside}: choose at least {old + beside}, or use megascale shrink"
+        )
     if new == old:
         return tuple(Layer(i) for i in range(old))
     match method:
         case "stack":
             layers = tuple(Layer(i % old) for i in range(new))
         case "interleave":
-            layers = tuple(Layer(i * old // new) for i in range(new))
+            groups = (group * old // new for group in range(new // period))
+            layers = tuple(Layer(group * period + i) for group in groups for i in range(period))
         case "dus":
             # The first n − m and the last n − m layers of the source (SOLAR, arXiv 2312.15166).
             if new % 2 or new > 2 * old:
+                outside = f", beside the {beside} that no pattern repeats," if beside else ""
                 raise UsageError(
-                    f"depth up-scaling joins two halves of at most {old} layers: num_layers {new} must be even and at most {2 * old}"
+                    f"depth up-scaling joins two halves of at most {old} layers: num_layers {new}{outside} must be even and at "
+                    f"most {2 * old}"
                 )
             half = new // 2
             layers = tuple(Layer(i if i < half else old - new + i) for i in range(new))
         case "identity" | "cancel" | "inject":
             if old % period or new % period:
                 raise UsageError(
-                    f"num_layers grows from {old} to {new} and {period} layers belong together: grow by a multiple of {period}"
+                    f"num_layers grows from {old + beside} to {new + beside} and {period} layers belong together: grow by a multiple of "
+                    f"{period}"
                 )
             mode: Mode = "keep" if method == "inject" else method  # type: ignore[assignment]
-            layers = _insert(old // period, new // period, placement, period, mode)
+            copies = _shares(old // period, (new - old) // period, placement)
+            layers = tuple(
+                layer
+                for group, more in enumerate(copies)
+                for inside in [range(group * period, (group + 1) * period)]
+                for layer in (*(Layer(i) for i in inside), *(Layer(i, mode) for _ in range(more) for i in inside))
+            )
         case _:
             raise UsageError(f"no depth method {method}")
-    if any((i - layer.source) % period for i, layer in enumerate(layers)):
-        raise UsageError(f"{method} to {new} layers would put layers into positions of another kind; layers come in groups of {period}")
+    if len(layers) != new or any((i - layer.source) % period for i, layer in enumerate(layers)):
+        raise UsageError(
+            f"{method} to {new + beside} layers would put layers into positions of another kind; layers come in groups of {period}"
+        )
     return layers
-
-
-def _insert(old: int, new: int, placement: str, period: int, mode: Mode) -> tuple[Layer, ...]:
-    """Groups of `period` layers, each followed by as many inserted copies as its share of the new ones (LLaMA-Pro, arXiv 2401.02415)."""
-    extra = new - old
-    layers: list[Layer] = []
-    for group in range(old):
-        if placement == "end":
-            copies = extra if group == old - 1 else 0
-        else:
-            copies = (group + 1) * extra // old - group * extra // old
-        inside = range(group * period, (group + 1) * period)
-        layers += [Layer(i) for i in inside] + [Layer(i, mode) for _ in range(copies) for i in inside]
-    return tuple(layers)
 
 
 def norm_chain(layers: tuple[Layer, ...], skips: list[float], power: float) -> dict[str, NormChange]:

@@ -13,7 +13,7 @@ import torch
 
 from megascale.checkpoint.index import read_index
 from megascale.checkpoint.streaming import Progress
-from megascale.config.schema import Config, Multiplier, Parallel
+from megascale.config.schema import Config, Multiplier, Parallel, any_layer
 from megascale.config.support import refusals
 from megascale.errors import UsageError
 from megascale.expand.options import GrowthOptions, Sizes
@@ -103,9 +103,9 @@ def grown_config(config: Config, growth: Growth, options: GrowthOptions) -> tupl
     if config.optim.base_width is not None:
         # Unit scaling already changes the rate with the width; do not count it twice.
         ratio = (growth.target.hidden_size / growth.source.hidden_size) ** 0.5
-        roles: dict[str, Role] = {t.name: t.spec.role for t in growth.tensors}
+        roles: dict[str, Role] = {name: t.spec.role for t in growth.tensors for name in (t.name, any_layer(t.name))}
         for name, m in factors.items():
-            if roles.get(name.replace("*", "0")) in (*MATRICES, "router"):
+            if roles.get(name) in (*MATRICES, "router"):
                 factors[name] = m.model_copy(update={"lr": m.lr * ratio, "weight_decay": m.weight_decay / ratio})
     before = config.optim.multipliers
     optim = config.optim

@@ -98,69 +98,96 @@ class Channels:
     dead: str | None = None
 
 
-def grow_channels(
-    old: int, new: int, norm: NormRow | None, rotary: bool, exponents: tuple[float, ...] | None, method: str, silent: bool
-) -> Channels:
+@dataclass(frozen=True)
+class Turned:
+    """The channels of a head that rotate, its first ones: their number before and after, the exponents of their pairs (None: 2i/old), and
+    whether the two channels of a pair are neighbours or half of them apart.
+    """
+
+    old: int
+    new: int
+    exponents: tuple[float, ...] | None = None
+    interleaved: bool = False
+
+
+NOTHING_TURNS = Turned(0, 0)
+
+
+def grow_channels(old: int, new: int, norm: NormRow | None, turned: Turned, silent: bool, own_scale: bool = False) -> Channels:
     """A head of `old` channels → `new`. Raises UsageError if no map is exact.
 
-    norm      norm of queries and keys, if any
-    rotary    pairs (i, i + e/2) rotate with θ^−u with the pair's exponent u, 2i/e unless given
+    norm       norm of queries and keys, if any
+    own_scale  the factor on scores is a number of its own instead of 1/√channels
     """
     plain = same(old)
     if new == old:
-        return Channels(plain, plain, plain, plain, plain, plain, 1.0, exponents)
-    if new < old or (rotary and new % 2):
-        raise UsageError(f"head_dim grows from {old} to {new}: choose {'an even number of ' if rotary else ''}at least {old}")
+        return Channels(plain, plain, plain, plain, plain, plain, 1.0, turned.exponents)
+    if new < old or turned.new % 2:
+        raise UsageError(f"head_dim grows from {old} to {new}: choose {'an even number of ' if turned.new else ''}at least {old}")
     ratio, value = new / old, axis([*range(old), *[ZERO if silent else FRESH] * (new - old)], old)
+    smaller = 0.0 if own_scale else 0.5  # the power of the ratio by which the factor on scores falls
     out = value.filled(FRESH if silent else ZERO)
     power = None if norm is None or norm.growth is None else norm.growth.power
     copied = power is not None and new % old == 0
-    place, turns = _pairs(old, new, rotary, exponents, copied)
+    place, turns = _places(old, new, turned, copied)
     if copied:
-        # Repeated channels with the same frequencies keep the norm's statistics and the product over √new.
+        # Repeated channels with the same frequencies keep the norm's statistics; the product is a sum over all copies.
         both = axis(place, old)
-        gain = both.scaled(ratio**-0.5)
+        gain = both.scaled(ratio ** (smaller - 1))
         return Channels(both, both, value, out, gain, both, 1.0, turns)
     where = axis(place, old)
     if norm is None:
-        return Channels(where, where.filled(ZERO).scaled(ratio**0.5), value, out, plain, plain, 1.0, turns)
+        return Channels(where, where.filled(ZERO).scaled(ratio**smaller), value, out, plain, plain, 1.0, turns)
     if power is None:
         # Without statistics new query channels may be nonzero at once; the keys' stay zero through the norm.
         quiet = where.filled(ZERO)
-        return Channels(where, quiet, value, out, where, where.scaled(ratio**0.5), 1.0, turns)
+        return Channels(where, quiet, value, out, where, where.scaled(ratio**smaller), 1.0, turns)
     if norm.centres or norm.bias:
         raise UsageError(
             f"head_dim grows from {old} to {new} under QK-norm: new channels would move its {'mean' if norm.centres else 'bias'}; choose a "
             f"multiple of {old}"
         )
-    # With added zeros both norms return ratio^(1/power) times as much, and the product is divided by √new.
-    shrink = ratio ** (0.5 - 2 / power)
+    # With added zeros both norms return ratio^(1/power) times as much.
+    shrink = ratio ** (smaller - 2 / power)
     quiet = where.filled(ZERO)
     dead = f"new query and key channels next to {old} normalized ones are zero on both sides: a multiple of {old} would train"
     return Channels(quiet, quiet, value, out, where.scaled(shrink), where, (ratio ** (-1 / power)) ** power, turns, dead)
 
 
-def _pairs(
-    old: int, new: int, rotary: bool, exponents: tuple[float, ...] | None, copied: bool
-) -> tuple[list[int], tuple[float, ...] | None]:
+def _places(old: int, new: int, turned: Turned, copied: bool) -> tuple[list[int], tuple[float, ...] | None]:
     """Source channel of every target channel (FRESH: new), and the pairs' exponents if 2i/new would not keep the old ones."""
-    if not rotary:
-        return [i % old if copied or i < old else FRESH for i in range(new)], None
+    first, turns = turned_places(turned, copied)
+    still, still2 = old - turned.old, new - turned.new
+    return [*first, *(turned.old + i % still if still and (copied or i < still) else FRESH for i in range(still2))], turns
+
+
+def turned_places(turned: Turned, copied: bool = False) -> tuple[list[int], tuple[float, ...] | None]:
+    """The same of the channels that rotate. `copied`: the new ones turn as the old ones do."""
+    old, new = turned.old, turned.new
+    if not old:
+        return [], None
     half, half2 = old // 2, new // 2
-    was = exponents or tuple(2 * i / old for i in range(half))
+    was = turned.exponents or tuple(2 * i / old for i in range(half))
     if copied:
         pair = [p % half for p in range(half2)]
         turns: tuple[float, ...] | None = tuple(was[p] for p in pair)
-    elif new % old == 0 and exponents is None:
+    elif new % old == 0 and turned.exponents is None:
         # Old pair i becomes pair ratio·i, which has the same frequency.
         step = new // old
         pair, turns = [p // step if p % step == 0 else FRESH for p in range(half2)], None
     else:
         pair = [p if p < half else FRESH for p in range(half2)]
         turns = tuple(was[p] if p < half else (p - half) / (half2 - half) for p in range(half2))
+    if turned.interleaved:
+        return [c for p in pair for c in ((2 * p, 2 * p + 1) if p >= 0 else (FRESH, FRESH))], turns
     return [*pair, *(p + half if p >= 0 else FRESH for p in pair)], turns
 
 
 def channel_rows(heads: AxisMap, channels: AxisMap) -> AxisMap:
     """The map of [heads·channels]."""
     return inside(heads, channels)
+
+
+def magnitude(channels: AxisMap) -> AxisMap:
+    """The same map without signs."""
+    return AxisMap(channels.source, abs(channels.weight), channels.old, channels.shared)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, layered_parts
 from megascale.expand.apply import Read
-from megascale.expand.verify import LATE, fill
+from megascale.expand.verify import LATE, fill, predicted_ahead
 from megascale.model.block import Block
 from megascale.model.families import build_part
 from megascale.model.feedforward import FeedForward
@@ -26,8 +26,8 @@ from megascale.model.shape import Shape
 
 @dataclass(frozen=True)
 class Importance:
-    """Importance of each channel of the stream [d] and of each layer's neurons [f] and heads [h] (empty if the layer has experts), and the
-    loss without each block, None if not requested.
+    """Importance of each channel of the stream [d] and of each layer's neurons [f] (empty if it has experts) and heads [h], those of
+    modules of multi-token prediction last, and the loss without each run of layers, None if not requested.
     """
 
     stream: Tensor
@@ -38,42 +38,55 @@ class Importance:
 
 
 @torch.no_grad()
-def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, blocks: bool) -> Importance:
+def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, runs: tuple[range, int] | None) -> Importance:
     """Measures on tokens [b, s] in fp32. A channel's importance is its mean size over tokens and layers, equally weighted; a neuron's or
-    head's the mean size of its output times that of the weights that take it. `blocks`: also the loss without each inner block.
+    head's the mean size of its output times that of the weights that take it. `runs`: also the loss without each run of layers, given by
+    its first layer; these, and the length of a run.
     """
-    parts = layered_parts(model.num_layers)
-    first, *inner, last = parts
+    first, *inner, last = layered_parts(model.num_layers)
     stream = _load(model, seq_len, read, first)(tokens)
-    channels, neurons, heads, before = torch.zeros(stream.shape[-1]), [], [], []
-    for part in inner:
+    channels, before = torch.zeros(stream.shape[-1]), []
+    found: list[tuple[Tensor, Tensor]] = []
+    for i, part in enumerate(inner):
         channels += _shares(stream)
         before.append(stream)
         module = _load(model, seq_len, read, part)
-        block = module.blocks[str(part.layers.start)]
-        assert isinstance(block, Block)
-        seen: dict[str, Tensor] = {}
-        assert isinstance(block.attention.o, Linear)
-        _watch(block.attention.o, "heads", seen)
-        down = block.ffn.down if isinstance(block.ffn, FeedForward) and isinstance(block.ffn.down, Linear) else None
-        if down is not None:
-            _watch(down, "neurons", seen)
+        watched = Watched(module.blocks[str(i)])
         stream = module(tokens, stream=stream)
-        per_channel = seen["heads"] * block.attention.o.weight.norm(dim=0)
-        heads.append(per_channel.unflatten(0, (model.num_heads, -1)).sum(1))
-        neurons.append(seen["neurons"] * down.weight.norm(dim=0) if down is not None else torch.empty(0))
+        found.append(watched.importance(model.at_layer(i)))
     channels += _shares(stream)
     end = _load(model, seq_len, read, last)
+    modules = [Watched(ahead.block) for ahead in end.mtp.values()] if model.mtp_depth else []
+    if modules:
+        predicted_ahead(end, tokens, stream)
+    found += [watched.importance(model.at_layer(model.num_layers - 1)) for watched in modules]
     whole = _loss(end(tokens, stream=stream), tokens)
     without = None
-    if blocks:
+    if runs is not None:
         without = [float("inf")] * model.num_layers
-        for dropped in range(1, model.num_layers - 1):
-            x = before[dropped]
-            for part in inner[dropped + 1 :]:
+        for begin in runs[0]:
+            x = before[begin]
+            for part in inner[begin + runs[1] :]:
                 x = _load(model, seq_len, read, part)(tokens, stream=x)
-            without[dropped] = _loss(end(tokens, stream=x), tokens)
-    return Importance(channels, neurons, heads, whole, without)
+            without[begin] = _loss(end(tokens, stream=x), tokens)
+    return Importance(channels, [neurons for neurons, _ in found], [heads for _, heads in found], whole, without)
+
+
+class Watched:
+    """A block whose products into the stream record the sizes of their inputs."""
+
+    def __init__(self, block: nn.Module) -> None:
+        assert isinstance(block, Block) and isinstance(block.attention.o, Linear)
+        self.out, self.seen = block.attention.o, dict[str, Tensor]()
+        self.down = block.ffn.down if isinstance(block.ffn, FeedForward) and isinstance(block.ffn.down, Linear) else None
+        _watch(self.out, "heads", self.seen)
+        if self.down is not None:
+            _watch(self.down, "neurons", self.seen)
+
+    def importance(self, own: Model) -> tuple[Tensor, Tensor]:
+        """Of the neurons [f], empty under experts, and of the heads [h]."""
+        heads = (self.seen["heads"] * self.out.weight.norm(dim=0)).unflatten(0, (own.num_heads, -1)).sum(1)
+        return self.seen["neurons"] * self.down.weight.norm(dim=0) if self.down is not None else torch.empty(0), heads
 
 
 def _load(model: Model, seq_len: int, read: Read, part: StagePart) -> Any:

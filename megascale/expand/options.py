@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megascale.config.routers import routers
-from megascale.config.schema import Model
+from megascale.config.schema import Latent, Model
 from megascale.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the target; None: the source's. `seq_len` is the context; `experts` counts experts as wide as the source's (or its dense
-    feed-forward), each cut into `granularity` finer ones.
+    feed-forward), each cut into `granularity` finer ones. `kinds`: sizes that one kind of layer alone gets, and its number of layers.
     """
 
     hidden_size: int | None = None
@@ -31,6 +33,20 @@ class Sizes:
     vocab_size: int | None = None
     seq_len: int | None = None
     tokenformer_size: int | None = None
+    kv_rank: int | None = None
+    query_rank: int | None = None
+    rope_dim: int | None = None
+    value_dim: int | None = None
+    mtp_depth: int | None = None
+    kinds: Mapping[str, Sizes] = field(default_factory=dict)
+
+
+# Sizes that a kind of layer may have for itself; its `num_layers` counts layers of that kind.
+KIND_SIZES = (
+    "num_heads", "num_kv_heads", "head_dim", "ffn_size", "expert_ffn_size", "experts", "top_k", "granularity", "kv_rank", "query_rank",
+    "rope_dim", "value_dim",
+)  # fmt: skip
+LATENT_SIZES = ("kv_rank", "query_rank", "rope_dim", "value_dim")
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,7 @@ CHOICES = {
 
 METHODS = ("width", "ffn", "heads", "depth")  # their flags end in -method
 MOST_TIMES = 4096
+MOST_AHEAD = 3  # modules of multi-token prediction
 LARGEST_RATIO = 60  # dB: beyond it, noise above the weights leaves few of their digits, and noise below them vanishes
 
 
@@ -104,7 +121,7 @@ def parse_split(text: str) -> tuple[float, float]:
 def target_model(source: Model, sizes: Sizes, router: str) -> Model:
     """The source's config at the new sizes. Raises UsageError for sizes that shrink or that the config refuses."""
     changes: dict[str, Any] = {}
-    for key in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "num_layers", "vocab_size"):
+    for key in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "num_layers", "vocab_size", "mtp_depth"):
         old, new = getattr(source, key), getattr(sizes, key)
         if new is None or new == old:
             continue
@@ -113,13 +130,17 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
         if new < old:
             by_shrinking = "" if key in ("head_dim", "vocab_size") else ", megascale shrink does"
             raise UsageError(f"--{key.replace('_', '-')} is {new} but the source has {old}: growth does not shrink{by_shrinking}")
-        check_times(f"--{key.replace('_', '-')}", old, new)
+        check_times(f"--{key.replace('_', '-')}", max(old, 1), new)
         changes[key] = new
+    if changes.get("mtp_depth", 0) > MOST_AHEAD:
+        raise UsageError(f"--mtp-depth is {changes['mtp_depth']}: multi-token prediction looks at most {MOST_AHEAD} tokens further")
     if "num_heads" in changes and sizes.num_kv_heads is None and source.num_kv_heads == source.num_heads:
         changes["num_kv_heads"] = changes["num_heads"]  # every query head keeps its own KV head
     moe = _target_experts(source, sizes, router, changes)
     if moe is not None:
         changes["moe"] = moe
+    if any(getattr(sizes, key) is not None for key in LATENT_SIZES):
+        changes["latent"] = _target_latent(source, sizes)
     if sizes.tokenformer_size is not None:
         changes |= _target_tokens(source, sizes.tokenformer_size)
     return source.model_copy(update=changes)
@@ -129,6 +150,50 @@ def check_times(flag: str, old: int, new: int) -> None:
     """Raises UsageError for an implausible size, whose maps alone would fill the memory."""
     if new > MOST_TIMES * old:
         raise UsageError(f"{flag} is {new} but the source has {old}: more than {MOST_TIMES} times as much is implausible, check the number")
+
+
+def _target_latent(source: Model, sizes: Sizes) -> Latent:
+    """The sizes of a larger latent attention."""
+    old, changes = source.latent, {}
+    for key in LATENT_SIZES:
+        new, flag = getattr(sizes, key), f"--{key.replace('_', '-')}"
+        if new is None:
+            continue
+        if old is None:
+            raise UsageError(f"{flag} is {new} but model.attention is {source.attention}: only latent attention has it")
+        was = getattr(old, key) if key != "value_dim" else old.value_dim or source.head_dim
+        if was is None:
+            raise UsageError(f"{flag} is {new} but queries come from the stream itself: a model without a query_rank gets none")
+        if new < was:
+            raise UsageError(f"{flag} is {new} but the source has {was}: growth does not shrink, megascale shrink does")
+        check_times(flag, was, new)
+        changes[key] = new
+    assert old is not None
+    return old.model_copy(update=changes)
+
+
+def kinds_of(changes: Iterable[str]) -> dict[str, Sizes]:
+    """`kinds.NAME.SIZE=N` … → the sizes of each kind. Raises UsageError for anything else."""
+    found: dict[str, dict[str, int]] = {}
+    for change in changes:
+        match = re.fullmatch(r"kinds\.([A-Za-z_][A-Za-z0-9_-]*)\.([a-z_]+)=(\d+)", change)
+        if match is None or int(match[3]) < 1:
+            raise UsageError(f"{change!r} is not understood: write kinds.NAME.SIZE=N, such as kinds.dense.ffn_size=4096")
+        found.setdefault(match[1], {})[match[2]] = int(match[3])
+    return {name: sizes_of(name, given) for name, given in found.items()}
+
+
+def sizes_of(kind: str, given: Mapping[str, Any]) -> Sizes:
+    """The sizes of one kind, by the names of the command's flags. Raises UsageError for names that a kind does not have."""
+    known = {"num_experts" if key == "experts" else key: key for key in (*KIND_SIZES, "num_layers")}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.6)
+            hint = f"did you mean {near[0]}?" if near else f"its sizes are {', '.join(known)}"
+            raise UsageError(f"kinds.{kind}.{key} is not a size of a kind; {hint}")
+        if type(value) is not int or value < 1:
+            raise UsageError(f"kinds.{kind}.{key} is {value!r}: give a whole number, 1 or more")
+    return Sizes(**{known[key]: value for key, value in given.items()})
 
 
 def _target_tokens(source: Model, size: int) -> dict[str, Any]:

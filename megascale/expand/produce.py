@@ -15,9 +15,10 @@ from megascale.checkpoint.shards import read_slice
 from megascale.checkpoint.streaming import Target
 from megascale.errors import UsageError
 from megascale.expand.apply import element_block
-from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.plan import Growth
 from megascale.expand.stack import unlearned
 from megascale.expand.state import counts, powers, state_plan
+from megascale.expand.tensors import TensorPlan
 from megascale.model.spec import MATRICES
 
 

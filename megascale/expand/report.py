@@ -10,8 +10,10 @@ import numpy as np
 from megascale.checkpoint.index import Index
 from megascale.config.load import flatten
 from megascale.config.schema import Config
-from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.plan import Growth
 from megascale.expand.source import GrowthSource
+from megascale.expand.stack import specs
+from megascale.expand.tensors import TensorPlan
 
 
 def describe(growth: Growth, source: GrowthSource, config: Config, index: Index) -> dict[str, Any]:
@@ -32,8 +34,6 @@ def describe(growth: Growth, source: GrowthSource, config: Config, index: Index)
 
 
 def _specs(growth: Growth, which: str) -> list[Any]:
-    from megascale.expand.stack import specs
-
     model, seq_len = (growth.source, growth.seq_lens[0]) if which == "source" else (growth.target, growth.seq_lens[1])
     return [s for s in specs(model, seq_len).values() if s.role != "coefficient"]
 

@@ -16,7 +16,8 @@ from megascale.config.optimizers import rows_of
 from megascale.config.schema import Multiplier, any_layer
 from megascale.errors import UsageError
 from megascale.expand.axes import MEAN, ZERO, AxisMap
-from megascale.expand.plan import Growth, TensorPlan
+from megascale.expand.plan import Growth
+from megascale.expand.tensors import TensorPlan
 
 
 def powers(optimizer: str) -> dict[str, int | None]:
@@ -54,7 +55,7 @@ def state_plan(growth: Growth, power: int) -> Growth:
     tensors = tuple(
         replace(t, source=None, drawn=None, axes=(), constant=0.0)
         if t.inserted or t.source is None
-        else replace(t, scale=t.scale**-power, mean_by=None)
+        else replace(t, scale=t.scale**-power, mean_by=None, offset=0.0)
         for t in growth.tensors
     )
     axes = {name: state_axis(a, power) for name, a in growth.axes.items()}

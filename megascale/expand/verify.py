@@ -6,7 +6,8 @@ Shapes: b sequences, s positions, d hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from megascale.config.schema import Model
 from megascale.config.stages import layered_parts
 from megascale.expand.apply import Read
 from megascale.expand.plan import Growth
+from megascale.model.ahead import Ahead, shifted
+from megascale.model.decoder import Decoder
 from megascale.model.families import build_part
+from megascale.model.layers import linear
 from megascale.model.shape import Shape
 
 LATE = 1 << 40  # a step by which every scheme that depends on the step has settled
@@ -28,10 +32,13 @@ UNITS = 1.0  # units in the last place: rounding once gives at most half of one
 
 @dataclass(frozen=True)
 class Passed:
-    """A model's results on tokens [b, s]: the stream [b, s, d] after the embedding and after every layer, and logits [b, s, V]."""
+    """A model's results on tokens [b, s]: the stream [b, s, d] after the embedding and after every layer, logits [b, s, V], and those of
+    each module of multi-token prediction.
+    """
 
     streams: list[Tensor]
     logits: Tensor
+    ahead: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -39,18 +46,33 @@ def run(
     model: Model, seq_len: int, read: Read, dtype: torch.dtype, tokens: Tensor, keep: Callable[[int], bool] = lambda layer: True
 ) -> Passed:
     """Builds, fills with `read`, runs and frees one part of the model at a time. `keep`: layers whose stream is kept."""
-    shape, stream, streams = Shape(seq_len, dtype, dtype), None, []
+    shape, stream, streams, further = Shape(seq_len, dtype, dtype), None, [], []
     for number, part in enumerate(layered_parts(model.num_layers)):
         module = build_part(model, shape, part)
         module.to_empty(device="cpu")
         module.eval()
         fill(module, read)
         module.at_step(LATE)
+        if stream is not None and isinstance(module, Decoder) and module.mtp:
+            further = predicted_ahead(module, tokens, stream)
         stream = module(tokens, stream=stream)
         if not part.last:
             streams.append(stream if keep(number - 1) else stream.new_empty(0))
     assert stream is not None
-    return Passed(streams, stream)
+    return Passed(streams, stream, further)
+
+
+def predicted_ahead(module: Decoder, tokens: Tensor, stream: Tensor) -> list[Tensor]:
+    """Logits [b, s, V] of each module of multi-token prediction, from the stream [b, s, d] after the last block."""
+    mask_of = partial(module.attention_mask, documents=None, seq_len=tokens.shape[1], device=tokens.device)
+    layers = range(module.cfg.num_layers, module.cfg.num_layers + len(module.mtp))
+    contexts = module.contexts(layers, tokens, mask_of, None, None, None)
+    x, found = stream if module.final_norm is None else module.final_norm(stream), []
+    for number, (ahead, context) in enumerate(zip(module.mtp.values(), contexts), 1):
+        assert isinstance(ahead, Ahead)
+        x = ahead(x, module.embedded(shifted(tokens, number, 0), module.embedding), context)
+        found.append(linear(module.enter_head(ahead.norm(x)), module.head_weight()))
+    return found
 
 
 def fill(module: nn.Module, read: Read) -> None:
@@ -68,13 +90,21 @@ def checkpoints(growth: Growth) -> dict[int, int]:
 
 
 def compare(growth: Growth, small: Passed, grown: Passed, tokens: Tensor) -> dict[str, Any]:
-    """Largest and mean |Δ| of the old tokens' logits, of the loss, and of the stream per layer."""
+    """Largest and mean |Δ| of the old tokens' logits, of the loss, and of the stream per layer. Modules of multi-token prediction that both
+    models have count in the largest.
+    """
     old_ids = growth.axes["vocabulary"].source if growth.source.spacetime is None else np.arange(small.logits.shape[-1])
     new_ids = torch.from_numpy(np.flatnonzero(old_ids >= 0))
-    a = small.logits[..., torch.from_numpy(old_ids[old_ids >= 0])].to(torch.float64)
+    same = torch.from_numpy(old_ids[old_ids >= 0])
+    a = small.logits[..., same].to(torch.float64)
     b = grown.logits[..., new_ids].to(torch.float64)
     difference = (a - b).abs()
     found: dict[str, Any] = {"logits_max": difference.max().item(), "logits_mean": difference.mean().item(), "logits_std": a.std().item()}
+    ahead = [
+        (x[..., same].to(torch.float64) - y[..., new_ids].to(torch.float64)).abs().max().item() for x, y in zip(small.ahead, grown.ahead)
+    ]
+    if ahead:
+        found |= {"logits_max": max(found["logits_max"], *ahead), "mtp_max": ahead}
     found["logits_typical"] = typical(a, b)
     if growth.source.spacetime is None and tokens.shape[1] > 1:
         was, now = (loss(x.logits, tokens) for x in (small, grown))
@@ -131,9 +161,14 @@ def slack(growth: Growth) -> float:
     sum, in the worst case in proportion to their numbers; four times that cannot happen by chance for a typical token, an average over a
     vocabulary and a median over tokens.
     """
-    a, b = growth.source, growth.target
-    widths = (b.hidden_size / a.hidden_size, b.num_heads * b.head_dim / (a.num_heads * a.head_dim), b.ffn_size / a.ffn_size)
-    return 4 * max(1.0, *widths) * max(1.0, b.total_layers / a.total_layers)
+    source, target = growth.source, growth.target
+    widths = [
+        width
+        for kind, a in source.variants.items()
+        for b in (target.of_kind(kind) if kind else target,)
+        for width in (b.hidden_size / a.hidden_size, b.num_heads * b.head_dim / (a.num_heads * a.head_dim), b.ffn_size / a.ffn_size)
+    ]
+    return 4 * max(1.0, *widths) * max(1.0, target.total_layers / source.total_layers)
 
 
 def typical(found: Tensor, true: Tensor) -> float:

@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 class Ahead(nn.Module):
     """One module: N_h(stream) and N_e(embedding) joined by a product [d, 2d], a block like the last one, and a norm before the head."""
 
-    def __init__(self, cfg: Model, stack: Stack, dtype: torch.dtype, sparse: bool) -> None:
+    def __init__(self, cfg: Model, stack: Stack, dtype: torch.dtype, sparse: bool, number: int) -> None:
         super().__init__()
         last = cfg.num_layers - 1
         own, d = cfg.at_layer(last), cfg.hidden_size
         row = residual(own, stack, last)
 
-        def norm() -> Norm:
-            return Norm(d, cfg.norm, cfg.eps_of("final_norm"), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
+        def norm(name: str) -> Norm:
+            return Norm(d, cfg.norm, cfg.eps_ahead(number, name), "tokens", dtype, cfg.bias, cfg.dyt_alpha[1])
 
-        self.hidden_norm, self.token_norm = norm(), norm()
+        self.hidden_norm, self.token_norm = norm("hidden_norm"), norm("token_norm")
         std = row.starts.std("up", d, 2 * d)
         self.join = Linear(d, 2 * d, "up", "tokens", std, dtype, scale=row.product_scale(2 * d))
         self.block = Block(own, row, stack, dtype, sparse)
-        self.norm = norm()
+        self.norm = norm("norm")
         self.handle = handle_of(self)  # of what hears about a micro-batch
         self.metrics = ModuleMetrics("mtp", {"loss": 1, "tokens": 1, "accepted": 1, "drafts": 1}, {}, _read)
 

@@ -86,7 +86,7 @@ class Decoder(Family):
         self.mtp = nn.ModuleDict()
         if part.last:
             sparse = has_experts(cfg, cfg.num_layers - 1)
-            self.mtp.update({str(k): Ahead(cfg, stack, dtype, sparse) for k in range(cfg.mtp_depth)})
+            self.mtp.update({str(k): Ahead(cfg, stack, dtype, sparse, k) for k in range(cfg.mtp_depth)})
         self.hidden_factor = at_ends.hidden_factor
         # BranchNorm's factor is a function of the step, so checkpoints do not store it: `at_step` sets it.
         warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")

@@ -57,11 +57,13 @@ def run_phases(config: Config, ranks: int) -> list[Phase]:
 
 def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
     """An entry of `grow` as sizes and options of the growth command."""
-    from megascale.expand.options import GrowthOptions, Sizes
+    from megascale.expand.options import GrowthOptions, Sizes, sizes_of
 
     sizes = Sizes(
         entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.head_dim, entry.ffn_size, entry.expert_ffn_size, entry.num_layers,
-        entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size,
+        entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size, kv_rank=entry.kv_rank,
+        query_rank=entry.query_rank, rope_dim=entry.rope_dim, value_dim=entry.value_dim, mtp_depth=entry.mtp_depth,
+        kinds={name: sizes_of(name, given) for name, given in entry.kinds.items()},
     )  # fmt: skip
     options = GrowthOptions(
         entry.width_method, entry.ffn_method, entry.heads_method, entry.depth_method, entry.placement, entry.symmetry, entry.split,

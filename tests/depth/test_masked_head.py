@@ -10,7 +10,7 @@ from megascale.config.schema import Parallel
 from megascale.errors import UsageError
 from megascale.expand.options import GrowthOptions, Sizes
 from megascale.expand.plan import plan_growth
-from megascale.expand.shrink import Smaller, smaller_model
+from megascale.expand.smaller import Smaller, smaller_model
 from tests.layouts import Case, tiny
 from tests.test_layouts import assert_equal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.grow import grow
 from megascale.expand.importance import measure, ranked
-from megascale.expand.options import GrowthOptions, Sizes
+from megascale.expand.options import GrowthOptions, Sizes, kinds_of
 from megascale.expand.plan import plan_growth
-from megascale.expand.shrink import Smaller, choose, plan_shrink, shrink, smaller_model
+from megascale.expand.shrink import choose, plan_shrink, shrink
+from megascale.expand.smaller import Smaller, cheapest_layers, removable, smaller_model, turn_of
 from megascale.expand.verify import run as run_model
 from megascale.expand.write import Effort
+from tests.expand.test_kinds_growth import LATENT
 from tests.layouts import Case, build, fake_batch
 from tests.runs import make_tokens, run, settings
 
@@ -37,8 +40,12 @@ TOKENS = torch.randint(0, 37, (3, SEQ), generator=torch.Generator().manual_seed(
         {"norm": "dyt"},
         {"norm": "dyt", "residual": "subln"},
         {"num_kv_heads": 4},
+        {"num_kv_heads": 4, **{k: v for k, v in LATENT.items() if k != "num_kv_heads"}},
+        {"mtp_depth": 2, "tie_embeddings": True, "norm_eps": 0.05},
+        {"residual": "sandwich", "norm": "rmsnorm_1p"},
+        {"kinds": {"a": {"sliding_window": 5}, "b": {"position": "none", "qk_norm": True}}, "pattern": ["a", "b"], "mtp_depth": 1},
     ],
-    ids=["pre", "qk", "tied", "mus", "post", "dyt", "inner dyt", "mha"],
+    ids=["pre", "qk", "tied", "mus", "post", "dyt", "inner dyt", "mha", "latent", "mtp", "sandwich", "kinds"],
 )
 def test_what_growth_added_comes_off_again(changes: dict[str, Any]) -> None:
     """Catches importance that ranks nothing above something, and gains or epsilons that are not undone: grown by zeros and shrunk by
@@ -52,15 +59,62 @@ def test_what_growth_added_comes_off_again(changes: dict[str, Any]) -> None:
     read = grown_reader(growth, state)
     grown_state = {t.name: read(t.name, (0,) * len(t.spec.shape), t.spec.shape) for t in growth.tensors}
     target = smaller_model(growth.target, Smaller(24, 4, model.num_kv_heads, 32))
-    kept = choose(growth.target, target, measure(growth.target, SEQ, read, TOKENS, False), "importance", 0)
-    assert kept.stream == list(range(24)) and kept.neurons == [list(range(32))] * 2
+    kept = choose(growth.target, target, measure(growth.target, SEQ, read, TOKENS, None), "importance", 0)
+    assert kept.stream == list(range(24)) and kept.neurons == [list(range(32))] * (2 + model.mtp_depth)
     back = plan_shrink(growth.target, SEQ, target, kept)
     assert back.target.norm_eps == pytest.approx(model.norm_eps, rel=1e-12)
-    logits = [
-        run_model(m, SEQ, r, torch.float64, TOKENS).logits
-        for m, r in ((model, reader(state)), (back.target, grown_reader(back, grown_state)))
-    ]
-    assert (logits[0] - logits[1]).abs().max() < 1e-12
+    first, again = (
+        run_model(m, SEQ, r, torch.float64, TOKENS) for m, r in ((model, reader(state)), (back.target, grown_reader(back, grown_state)))
+    )
+    for a, b in zip((first.logits, *first.ahead), (again.logits, *again.ahead), strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1.0, a.std().item())
+
+
+PATTERN = {
+    "kinds": {"a": {"ffn_size": 16}, "b": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4}},
+    "pattern_first": ["b"],
+    "pattern": ["a", "b"],
+    "num_layers": 7,
+}
+
+
+def test_layers_go_in_whole_patterns() -> None:
+    """Catches a layer that is left where another kind belongs, a first or last block that goes, and a cheaper choice that is missed."""
+    model = toy(**PATTERN)
+    losses = [math.inf, 5.0, 1.0, 2.0, 4.0, math.inf, math.inf]
+    assert (removable(model), turn_of(model)) == (range(1, 5), 2)
+    assert cheapest_layers(model, 5, losses) == [0, 1, 4, 5, 6]
+    assert cheapest_layers(model, 3, losses) == [0, 1, 6]  # 2 and 3, 4 and 5
+    plain = toy(num_layers=7)
+    assert cheapest_layers(plain, 4, [math.inf, 5.0, 1.0, 2.0, 4.0, 3.0, math.inf]) == [0, 1, 4, 6]
+    read, target = reader(random_state(model)), smaller_model(model, Smaller(num_layers=5, hidden_size=20))
+    kept = choose(model, target, measure(model, SEQ, read, TOKENS, (removable(model), 2)), "importance", 0)
+    plan = plan_shrink(model, SEQ, target, kept)
+    assert [plan.target.kind_at(i) for i in range(5)] == [model.kind_at(i) for i in kept.layers] and len(kept.layers) == 5
+    assert run_model(plan.target, SEQ, grown_reader(plan, random_state(model)), torch.float64, TOKENS).logits.isfinite().all()
+    with pytest.raises(UsageError, match="in patterns of 2 layers that go together: take off a multiple of 2, or name layers with"):
+        cheapest_layers(model, 4, losses)
+    with pytest.raises(UsageError, match="the first and the last block stay, choose at least 3"):
+        cheapest_layers(model, 1, losses)
+
+
+def test_named_layers_go() -> None:
+    """Catches a layer's weights under another's number, sizes of one kind taken for another's, and a pattern of layers that are gone."""
+    model = toy(**PATTERN)
+    target = smaller_model(model, Smaller(drop=(1, 2, 4), kinds=kinds_of(["kinds.b.num_heads=4"])))
+    assert [target.kind_at(i) for i in range(4)] == ["b", "a", "a", "b"] and target.num_layers == 4
+    assert {name: (m.num_heads, m.num_kv_heads) for name, m in target.variants.items()} == {"a": (4, 2), "b": (4, 4)}
+    plan = plan_shrink(model, SEQ, target, choose(model, target, measure(model, SEQ, reader(random_state(model)), TOKENS, None),
+                                                  "importance", 0, (1, 2, 4)))  # fmt: skip
+    assert {t.source for t in plan.tensors if t.name.startswith("blocks.2.")} == {
+        t.name.replace("blocks.2.", "blocks.5.") for t in plan.tensors if t.name.startswith("blocks.2.")
+    }
+    for drop, words in (((7,), "names layer 7, but the source has layers 0 to 6"), (tuple(range(7)), "names all layers")):
+        with pytest.raises(UsageError, match=words):
+            smaller_model(model, Smaller(drop=drop))
+    with pytest.raises(UsageError, match="end with a layer of the same kind"):
+        plan_shrink(ahead := toy(**PATTERN, mtp_depth=1), SEQ, short := smaller_model(ahead, Smaller(drop=(6,))),
+                    choose(ahead, short, None, "importance", 0, (6,)))  # fmt: skip
 
 
 def test_ranking() -> None:

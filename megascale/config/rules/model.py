@@ -6,7 +6,7 @@ import re
 
 from megascale.config.rules.pairs import spans_asked
 from megascale.config.rules.rule import Rule, grid
-from megascale.config.schema import BLOCK_NORMS, OUTER_NORMS, Config, Model
+from megascale.config.schema import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS, Config, Model
 from megascale.config.stages import SPLIT_BACKWARD
 
 ENCODERS = ("encoder", "encoder_decoder")  # families with bidirectional attention
@@ -283,8 +283,9 @@ def _is_norm(model: Model, name: str) -> bool:
         return False
     if name in OUTER_NORMS or name in BLOCK_NORMS:
         return True
-    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
-    return match is not None and int(match[1]) < model.num_layers and match[2] in BLOCK_NORMS
+    match = re.fullmatch(r"(blocks|mtp)\.(\d+)\.(\w+)", name)
+    count, norms = (model.mtp_depth, AHEAD_NORMS) if match and match[1] == "mtp" else (model.num_layers, BLOCK_NORMS)
+    return match is not None and int(match[2]) < count and match[3] in norms
 
 
 def _texts_fit(config: Config) -> bool:

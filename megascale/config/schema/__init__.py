@@ -6,13 +6,14 @@ Which keys can be combined is decided in `support.py`. Nothing in this package i
 
 from megascale.config.schema.config import Config, GrowAt, Run
 from megascale.config.schema.kinds import Kind, MoeOfKind
-from megascale.config.schema.model import BLOCK_NORMS, OUTER_NORMS, Model
+from megascale.config.schema.model import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS, Model
 from megascale.config.schema.model_parts import Delta, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.section import Section
 from megascale.config.schema.train import Checkpoint, Data, DataSource, Multiplier, Optim, Precision, Train, any_layer
 
 __all__ = [
+    "AHEAD_NORMS",
     "BLOCK_NORMS",
     "OUTER_NORMS",
     "Checkpoint",

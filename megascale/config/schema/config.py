@@ -87,6 +87,18 @@ class GrowAt(Section):
     """Cut each expert into this many finer ones."""
     tokenformer_size: Positive | None = None
     """New number of parameter tokens of `model.linear: tokenformer`."""
+    kv_rank: Positive | None = None
+    """New `model.latent.kv_rank`."""
+    query_rank: Positive | None = None
+    """New `model.latent.query_rank`."""
+    rope_dim: Positive | None = None
+    """New `model.latent.rope_dim`."""
+    value_dim: Positive | None = None
+    """New `model.latent.value_dim`."""
+    mtp_depth: Annotated[int, Field(ge=1, le=3)] | None = None
+    """New number of modules of multi-token prediction; those that are added start fresh."""
+    kinds: dict[str, dict[str, Positive]] = Field(default_factory=dict)
+    """New sizes of one kind of layer, by its name: `{dense: {ffn_size: 8192}}`. `num_layers` is then the number of layers of that kind."""
     width_method: Literal["duplicate", "zero", "average"] = "duplicate"
     """How new channels of the stream start: as copies, as zeros, or as the mean of the others."""
     ffn_method: Literal["duplicate", "zero"] = "duplicate"

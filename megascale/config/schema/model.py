@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # made from this section's keys, in kinds.py
 PATTERN = ("kinds", "pattern", "pattern_first", "pattern_last")
 # Norms by the names in `model.norm_eps_of`: outside blocks, and in each block (qk_norm and the inner norms belong to its sublayers).
 OUTER_NORMS = ("embedding_norm", "final_norm", "mlm_norm")
+AHEAD_NORMS = ("hidden_norm", "token_norm", "norm")  # in each module of multi-token prediction (mtp.0.hidden_norm)
 BLOCK_NORMS = (
     "attention_norm",
     "attention_post_norm",
@@ -242,6 +243,10 @@ class Model(Section):
         """The epsilon of a norm: set for its layer, for its kind, or for the model."""
         own = self.norm_eps_of.get(norm, self.norm_eps)
         return own if layer is None else self.norm_eps_of.get(f"blocks.{layer}.{norm}", own)
+
+    def eps_ahead(self, module: int, norm: str) -> float:
+        """The epsilon of a norm in a module of multi-token prediction: its own, or that of the norm before the head."""
+        return self.norm_eps_of.get(f"mtp.{module}.{norm}", self.eps_of("final_norm"))
 
     def at_layer(self, layer: int) -> Model:
         """The config of one layer: its kind's, with its own feed-forward width."""
