@@ -47,7 +47,7 @@ OURS = "megascale.model.activations"
 GELU_TANH = f"{OURS}:gelu_tanh"  # GPT-2's approximation; T5 1.1 gates with it
 ACTIVATIONS: dict[str, ActivationRow] = {
     "swiglu": ActivationRow(f"{F}:silu", True, 0.356, 0.735, homogeneous=True, grows=True, hf_gated=("gated-silu",), theory="swiglu"),
-    "swiglu_clamped": ActivationRow(f"{OURS}:clamped_swish", True, 0.844, 1.321, psi=f"{OURS}:clamped_plus_one"),
+    "swiglu_clamped": ActivationRow(f"{OURS}:clamped_swish", True, 0.844, 1.321, psi=f"{OURS}:clamped_plus_one", grows=True),
     "geglu_tanh": ActivationRow(GELU_TANH, True, 0.426, 0.882, homogeneous=True, grows=True, hf_gated=("gated-gelu", "gated-gelu_new")),
     "gelu": ActivationRow(f"{F}:gelu", False, 0.426, 0.456, grows=True, hf=("gelu",), theory="gelu"),
     "gelu_tanh": ActivationRow(GELU_TANH, False, 0.426, 0.456, grows=True, hf=("gelu_new", "gelu_pytorch_tanh"), theory="gelu"),

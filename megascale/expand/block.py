@@ -20,8 +20,8 @@ class BlockMaps:
 
     axes        by name; those of layers whose outputs cancel begin with `pair_`
     eps_factor  by norm: qk_norm, latent_norm, attention_inner_norm, ffn_inner_norm
-    gate_sum    factor on an expert's output product; `router_bias`: on the bias of the choice; `parts` that a source expert is cut into;
-                `uniform_router`: whether all gates must be equal
+    gate_sum    factor on an expert's output product; `router_bias`: on the bias of the choice; `load_share`: on an expert's share of the
+                load; `parts` that a source expert is cut into; `uniform_router`: whether all gates must be equal
     lossy       sentences about what cannot be exact, with an exact alternative; `dead`: what never gets a gradient; `notes` for the report
     """
 
@@ -32,6 +32,7 @@ class BlockMaps:
     gate_sum: float = 1.0
     parts: int = 1
     router_bias: float = 1.0
+    load_share: float = 1.0
     uniform_router: bool = False
     lossy: list[str] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
@@ -82,6 +83,8 @@ def _widths(maps: BlockMaps, options: GrowthOptions) -> None:
                 raise UsageError(
                     "model.moe.num_shared is set: experts with shared ones are not cut into finer ones; grow without granularity"
                 )
+        if cut > 1 and moe is not None and moe.expert_bias:
+            raise UsageError("model.moe.expert_bias is set: experts with biases are not cut into finer ones; grow without granularity")
     if source.matformer is not None and target.ffn_size != source.ffn_size:
         maps.notes.append("the whole feed-forward keeps its function; its nested prefixes stay those of the source")
     for name, (old, new) in widths.items():
@@ -117,6 +120,8 @@ def _experts(maps: BlockMaps) -> None:
     before = was.num_experts if was else 1
     copies = moe.num_experts // (before * parts)
     numbers = [(e, s) for _ in range(copies) for e in range(before) for s in range(parts)]
+    if moe.groups is not None:  # a group stays together
+        numbers = [(e, s) for _ in range(copies) for s in range(parts) for e in range(before)]
     maps.axes |= {
         "experts": axis([e * parts + s for e, s in numbers], before * parts),
         "routes": axis([e for e, _ in numbers], before),
@@ -143,6 +148,7 @@ def _experts(maps: BlockMaps) -> None:
             f"experts under the {was.router} router with top_k 1: its gate is not divided by a sum, and with more experts it is"
         )
     maps.gate_sum = 1 / copies if gates.own else float(parts)  # all copies and parts split any other gate
+    maps.load_share = 1 / (copies * parts)
     if gates.by_share:
         maps.router_bias = 1 / (copies * parts)  # it is added to scores, which the copies split
     if moe.capacity_factor is not None:

@@ -239,4 +239,8 @@ def _target_experts(source: Model, sizes: Sizes, router: str, changes: dict[str,
     if sizes.granularity > 1 and width != before:
         raise UsageError("experts grow in width or are cut into finer ones, one at a time: leave one of --granularity and the width out")
     update = {"num_experts": experts * parts, "top_k": top_k * parts, "ffn_size": width // parts}
+    if moe.groups is not None and moe.top_groups is not None:
+        # Every copy of the experts, and every part, is a group beside the old ones, so that a group's score stays what it was.
+        times = experts * parts // old
+        update |= {"groups": moe.groups * times, "top_groups": moe.top_groups * times}
     return moe.model_copy(update=update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from megascale.config.attentions import AttentionGrowth, attentions
@@ -30,7 +31,8 @@ def attention_growth(model: Model) -> AttentionGrowth:
 def gates_of(moe: Moe) -> RouterGrowth:
     """How the gates of a mixture take more experts. Raises UsageError for a router that does not say."""
     what, refused = f"model.moe.router is {moe.router}", "the number of experts cannot be changed under it"
-    return _said(moe.router_row.growth, what, refused, "a router such as", routers())
+    gates = _said(moe.router_row.growth, what, refused, "a router such as", routers())
+    return gates if moe.renormalize is None else replace(gates, normed=moe.renormalize)
 
 
 def _said(growth: G | None, what: str, refused: str, instead: str, rows: Mapping[str, Any]) -> G:

@@ -49,6 +49,10 @@ AXES: dict[str, tuple[str, ...]] = {
     "ffn.experts.up.weight": ("experts", "expert", "read"),
     "ffn.experts.gate.weight": ("experts", "expert", "read"),
     "ffn.experts.down.weight": ("experts", "stream", "expert_out"),
+    "ffn.experts.up.bias": ("experts", "expert"),
+    "ffn.experts.gate.bias": ("experts", "expert"),
+    "ffn.experts.down.bias": ("experts", "stream"),
+    "ffn.shared_gate.weight": ("one", "read"),
     "ffn.shared.up.weight": ("together", "read"),
     "ffn.shared.gate.weight": ("together", "read"),
     "ffn.shared.down.weight": ("stream", "together_out"),
@@ -56,8 +60,11 @@ AXES: dict[str, tuple[str, ...]] = {
     "ffn.router.project": ("routing", "read"),
     "ffn.router.temperature": ("one",),
     "ffn.router.bias": ("routes",),
+    "ffn.router.logit_bias": ("routes",),
+    "ffn.router.share": ("routes",),
 }
-WRITERS = ("ffn.down.weight", "ffn.down.values", "ffn.down.bias", "ffn.experts.down.weight", "ffn.shared.down.weight")
+DOWN_BIASES = ("ffn.down.bias", "ffn.experts.down.bias")
+WRITERS = (*DOWN_BIASES, "ffn.down.weight", "ffn.down.values", "ffn.experts.down.weight", "ffn.shared.down.weight")
 UNIT_SCALED = (*MATRICES, "router")  # roles of products that unit scaling multiplies by 1/√fan_in
 
 
@@ -215,7 +222,7 @@ def _silenced(suffix: str, writes: bool, layer: Layer, block: BlockMaps) -> floa
     if layer.mode == "cancel":
         # Under ALiBi every head has its own slope, under a norm over all heads its own gains: no two cancel.
         alone = target.position_row.slopes or target.qk_norm == "width"
-        return 0.0 if suffix == "ffn.down.bias" or (writes and (alone or suffix.endswith(".bias"))) else None
+        return 0.0 if suffix in DOWN_BIASES or (writes and (alone or suffix.endswith(".bias"))) else None
     if scheme.norm in ("before", "after"):
         return 0.0 if suffix in WRITERS or writes else None
     norm, _, leaf = suffix.rpartition(".")
@@ -228,13 +235,14 @@ def _of_experts(plan: TensorPlan, suffix: str, old: Mapping[str, ParamSpec], blo
         return _expert(plan, suffix, old, block)
     if ".router." in suffix and block.source.moe is None:
         return _router(plan, suffix, block)
-    return replace(plan, scale=block.router_bias) if suffix == "ffn.router.bias" else plan
+    scales = {"ffn.router.bias": block.router_bias, "ffn.router.share": block.load_share}
+    return replace(plan, scale=scales.get(suffix, plan.scale))
 
 
 def _expert(plan: TensorPlan, suffix: str, old: Mapping[str, ParamSpec], maps: BlockMaps) -> TensorPlan:
     """A bank from a bank, or from one feed-forward that every expert copies; `down` compensates for the sum of gates."""
     assert plan.source is not None
-    down = suffix.endswith("down.weight")
+    down = ".down." in suffix
     dense = plan.source.replace(".experts.", ".")
     lifted = plan.source not in old
     return replace(

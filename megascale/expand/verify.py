@@ -19,7 +19,7 @@ from megascale.config.schema import Model
 from megascale.config.stages import layered_parts
 from megascale.expand.apply import Read
 from megascale.expand.plan import Growth
-from megascale.model.ahead import Ahead, shifted
+from megascale.model.ahead import ahead_of
 from megascale.model.decoder import Decoder
 from megascale.model.families import build_part
 from megascale.model.layers import linear
@@ -67,12 +67,8 @@ def predicted_ahead(module: Decoder, tokens: Tensor, stream: Tensor) -> list[Ten
     mask_of = partial(module.attention_mask, documents=None, seq_len=tokens.shape[1], device=tokens.device)
     layers = range(module.cfg.num_layers, module.cfg.num_layers + len(module.mtp))
     contexts = module.contexts(layers, tokens, mask_of, None, None, None)
-    x, found = stream if module.final_norm is None else module.final_norm(stream), []
-    for number, (ahead, context) in enumerate(zip(module.mtp.values(), contexts), 1):
-        assert isinstance(ahead, Ahead)
-        x = ahead(x, module.embedded(shifted(tokens, number, 0), module.embedding), context)
-        found.append(linear(module.enter_head(ahead.norm(x)), module.head_weight()))
-    return found
+    x = stream if module.final_norm is None else module.final_norm(stream)
+    return [linear(predicting, module.head_weight()) for _, _, predicting in ahead_of(module, x, tokens, contexts)]
 
 
 def fill(module: nn.Module, read: Read) -> None:
