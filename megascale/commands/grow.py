@@ -65,6 +65,10 @@ def main(
     query_rank: Size = None,
     rope_dim: Size = None,
     value_dim: Size = None,
+    key_heads: Size = None,
+    value_heads: Size = None,
+    key_dim: Size = None,
+    conv_size: Size = None,
     mtp_depth: Annotated[int | None, typer.Option(min=1, help="modules of multi-token prediction; new ones start fresh")] = None,
     width: Annotated[str, typer.Option("--width-method", help="duplicate, zero or average: new channels of the stream")] = "duplicate",
     ffn: Annotated[str, typer.Option("--ffn-method", help="duplicate or zero")] = "duplicate",
@@ -93,7 +97,8 @@ def main(
 
     sizes = Sizes(
         hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, expert_ffn_size, num_layers, num_experts, top_k, granularity, vocab_size,
-        seq_len, tokenformer_size, kv_rank, query_rank, rope_dim, value_dim, mtp_depth, kinds_of(changes or ()),
+        seq_len, tokenformer_size, kv_rank, query_rank, rope_dim, value_dim, key_heads, value_heads, key_dim, conv_size, mtp_depth,
+        kinds_of(changes or ()),
     )  # fmt: skip
     options = GrowthOptions(
         width, ffn, heads, depth, placement, symmetry, parse_split(split), optimizer, router, read_vocabulary(vocabulary),

@@ -234,6 +234,29 @@ def _delta_widths(m: Model, tp: int) -> tuple[int, ...]:
     return s.key_heads * s.key_dim // tp, s.value_heads * s.value_dim // tp
 
 
+DELTA_GROWTH = AttentionGrowth(
+    {
+        **{f"{name}.weight": ("delta_keys", "read") for name in ("q", "k")},
+        **{f"{name}.bias": ("delta_keys",) for name in ("q", "k")},
+        "v.weight": ("delta_values", "read"),
+        "v.bias": ("delta_values",),
+        "z.weight": ("delta_gate", "read"),
+        "z.bias": ("delta_gate",),
+        "a.weight": ("delta_heads", "read"),
+        "b.weight": ("delta_heads", "read"),
+        "q_conv.weight": ("delta_key_taps", "taps"),
+        "k_conv.weight": ("delta_key_taps", "taps"),
+        "v_conv.weight": ("delta_gate", "taps"),
+        "A_log": ("delta_heads",),
+        "dt_bias": ("delta_heads",),
+        "norm.weight": ("head_gain",),
+        "o.weight": ("stream", "heads"),
+        "o.bias": ("stream",),
+    },
+    writers=("o.weight", "o.bias"),
+    maps="megascale.expand.delta:grow",
+    cut="megascale.expand.delta:cut",
+)
 # A head reads its state, and replaces a row of it, which is three products of a vector with a matrix, of 2·K·V operations each.
 GATED_DELTA = AttentionRow(
     "megascale.model.attention_delta:GatedDelta",
@@ -246,6 +269,7 @@ GATED_DELTA = AttentionRow(
     tp=True,
     cp=("ring", "ulysses"),
     scans=True,
+    growth=DELTA_GROWTH,
     reads=("delta",),
 )
 ATTENTIONS: dict[str, AttentionRow] = {"grouped": GROUPED, "latent": LATENT, "gated_delta": GATED_DELTA}

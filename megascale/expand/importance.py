@@ -85,7 +85,10 @@ class Watched:
 
     def importance(self, own: Model) -> tuple[Tensor, Tensor]:
         """Of the neurons [f], empty under experts, and of the heads [h]."""
-        heads = (self.seen["heads"] * self.out.weight.norm(dim=0)).unflatten(0, (own.num_heads, -1)).sum(1)
+        if own.attention_row.scans:  # num_heads are not its heads, which all stay
+            heads = torch.empty(0)
+        else:
+            heads = (self.seen["heads"] * self.out.weight.norm(dim=0)).unflatten(0, (own.num_heads, -1)).sum(1)
         return self.seen["neurons"] * self.down.weight.norm(dim=0) if self.down is not None else torch.empty(0), heads
 
 

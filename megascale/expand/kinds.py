@@ -11,7 +11,7 @@ from megascale.config.schema import Model, Moe
 from megascale.config.schema.kinds import KEYS, Kind, MoeOfKind
 from megascale.config.schema.model_parts import Given
 from megascale.errors import UsageError
-from megascale.expand.options import KIND_SIZES, LATENT_SIZES, Sizes, target_model
+from megascale.expand.options import DELTA_SIZES, KIND_SIZES, LATENT_SIZES, Sizes, target_model
 
 # Where the config has a size, if not as `model.SIZE`.
 PLACES = {
@@ -19,7 +19,6 @@ PLACES = {
     "experts": ("moe", "num_experts"),
     "granularity": ("moe", "num_experts"),
     "top_k": ("moe", "top_k"),
-    **dict.fromkeys(LATENT_SIZES, ("latent", None)),
 }
 Patterned = dict[str, tuple[str, ...]]  # pattern_first, pattern and pattern_last
 
@@ -31,10 +30,11 @@ def target_kinds(source: Model, sizes: Sizes, router: str) -> tuple[Model, dict[
         target = target_model(source, sizes, router)
         return target, {"": target}, {"": sizes.granularity}, []
     base = source.model_copy(update={"kinds": {}, "pattern": (), "pattern_first": (), "pattern_last": ()})
+    absent: dict[str, Any] = {key: None for key in (*LATENT_SIZES, *DELTA_SIZES) if not _has_size(base, key)}
+    of_model = replace(sizes, **absent)
     if base.moe is None and sizes.experts is None:  # sizes of experts are then those of kinds
-        target = target_model(base, replace(sizes, top_k=None, granularity=1, expert_ffn_size=None), router)
-    else:
-        target = target_model(base, sizes, router)
+        of_model = replace(of_model, top_k=None, granularity=1, expert_ffn_size=None)
+    target = target_model(base, of_model, router)
     variants, parts, stay = {}, {}, {}
     for name, own in source.variants.items():
         asked, stay[name] = sizes_of_kind(source, name, sizes)
@@ -44,6 +44,10 @@ def target_kinds(source: Model, sizes: Sizes, router: str) -> tuple[Model, dict[
             raise UsageError(f"kinds.{name}: {error}") from None
         parts[name] = asked.granularity
     for key in KIND_SIZES:
+        if _is_given(sizes, key) and not any(_has_size(own, key) for own in source.variants.values()):
+            raise UsageError(
+                f"{key} is {getattr(sizes, key)}, but no kind of layer has it: {', '.join(source.kinds)} are of other attention"
+            )
         if all(key in kept for kept in stay.values()):
             raise UsageError(
                 f"{key} is {getattr(sizes, key)}, but every kind of layer has its own: give kinds.NAME.{key}=N, NAME one of "
@@ -70,7 +74,7 @@ def sizes_of_kind(source: Model, name: str, sizes: Sizes) -> tuple[Sizes, list[s
     for key in KIND_SIZES:
         if _is_given(own, key):
             asked[key] = getattr(own, key)
-        elif _is_given(sizes, key):
+        elif _is_given(sizes, key) and _has_size(source.variants[name], key):
             if _has_own(source, name, key):
                 kept.append(key)
             else:
@@ -83,8 +87,15 @@ def _is_given(sizes: Sizes, key: str) -> bool:
     return getattr(sizes, key) not in ((None, 1) if key == "granularity" else (None,))
 
 
+def _has_size(model: Model, key: str) -> bool:
+    """Whether a model's attention has a size; others every model has."""
+    sections = {"latent": LATENT_SIZES, "delta": DELTA_SIZES}
+    owners = [section for section, keys in sections.items() if key in keys]
+    return not owners or any(getattr(model, section) is not None for section in owners)
+
+
 def _has_own(source: Model, name: str, key: str) -> bool:
-    """Whether a kind says this size, so that the model's does not reach it."""
+    """Whether a kind says this size, so that the model's does not reach it. Sizes of a kind of attention reach all layers that have it."""
     kind = source.kinds[name]
     section, field = PLACES.get(key, (key, None))
     if section not in kind.model_fields_set:

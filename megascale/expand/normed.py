@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megascale.config.norms import NormGrowth, NormRow
+from megascale.config.norms import NormGrowth
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.axes import FRESH, ZERO, AxisMap, repeated, shared
 from megascale.expand.options import GrowthOptions
 from megascale.expand.said import growth_of
+from megascale.model.spec import ParamSpec
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,6 @@ def kept_gain(growth: NormGrowth, kept: AxisMap) -> AxisMap:
     return kept.scaled(growth.gain(kept.old / kept.size))
 
 
-def offset_of(row: NormRow, leaf: str) -> float:
-    """What a norm adds to this weight of it before using it."""
-    return row.offset if leaf == "weight" else 0.0
+def offset_of(spec: ParamSpec, leaf: str) -> float:
+    """What a norm adds to this weight of it before using it: what its gains of 1 start without."""
+    return 1.0 - spec.mean if leaf == "weight" else 0.0

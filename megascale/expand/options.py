@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megascale.config.routers import routers
-from megascale.config.schema import Latent, Model
+from megascale.config.schema import Model
 from megascale.errors import UsageError
 
 
@@ -37,6 +37,10 @@ class Sizes:
     query_rank: int | None = None
     rope_dim: int | None = None
     value_dim: int | None = None
+    key_heads: int | None = None
+    value_heads: int | None = None
+    key_dim: int | None = None
+    conv_size: int | None = None
     mtp_depth: int | None = None
     kinds: Mapping[str, Sizes] = field(default_factory=dict)
 
@@ -44,9 +48,11 @@ class Sizes:
 # Sizes that a kind of layer may have for itself; its `num_layers` counts layers of that kind.
 KIND_SIZES = (
     "num_heads", "num_kv_heads", "head_dim", "ffn_size", "expert_ffn_size", "experts", "top_k", "granularity", "kv_rank", "query_rank",
-    "rope_dim", "value_dim",
+    "rope_dim", "value_dim", "key_heads", "value_heads", "key_dim", "conv_size",
 )  # fmt: skip
+# Those of the sections of kinds of attention; `value_dim` is of either.
 LATENT_SIZES = ("kv_rank", "query_rank", "rope_dim", "value_dim")
+DELTA_SIZES = ("key_heads", "value_heads", "key_dim", "value_dim", "conv_size")
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,8 @@ def target_model(source: Model, sizes: Sizes, router: str) -> Model:
     moe = _target_experts(source, sizes, router, changes)
     if moe is not None:
         changes["moe"] = moe
-    if any(getattr(sizes, key) is not None for key in LATENT_SIZES):
-        changes["latent"] = _target_latent(source, sizes)
+    if any(getattr(sizes, key) is not None for key in (*LATENT_SIZES, *DELTA_SIZES)):
+        changes |= _target_section(source, sizes)
     if sizes.tokenformer_size is not None:
         changes |= _target_tokens(source, sizes.tokenformer_size)
     return source.model_copy(update=changes)
@@ -152,24 +158,25 @@ def check_times(flag: str, old: int, new: int) -> None:
         raise UsageError(f"{flag} is {new} but the source has {old}: more than {MOST_TIMES} times as much is implausible, check the number")
 
 
-def _target_latent(source: Model, sizes: Sizes) -> Latent:
-    """The sizes of a larger latent attention."""
-    old, changes = source.latent, {}
-    for key in LATENT_SIZES:
+def _target_section(source: Model, sizes: Sizes) -> dict[str, Any]:
+    """The larger section of a kind of attention."""
+    name, known = ("delta", DELTA_SIZES) if source.delta is not None else ("latent", LATENT_SIZES)
+    old, changes = getattr(source, name), {}
+    for key in dict.fromkeys((*LATENT_SIZES, *DELTA_SIZES)):
         new, flag = getattr(sizes, key), f"--{key.replace('_', '-')}"
         if new is None:
             continue
-        if old is None:
-            raise UsageError(f"{flag} is {new} but model.attention is {source.attention}: only latent attention has it")
-        was = getattr(old, key) if key != "value_dim" else old.value_dim or source.head_dim
+        if old is None or key not in known:
+            owners = [row for row, keys in (("latent", LATENT_SIZES), ("gated_delta", DELTA_SIZES)) if key in keys]
+            raise UsageError(f"{flag} is {new} but model.attention is {source.attention}: only {' and '.join(owners)} attention has it")
+        was = getattr(old, key) or (source.head_dim if key == "value_dim" else None)
         if was is None:
             raise UsageError(f"{flag} is {new} but queries come from the stream itself: a model without a query_rank gets none")
         if new < was:
-            raise UsageError(f"{flag} is {new} but the source has {was}: growth does not shrink, megascale shrink does")
+            raise UsageError(f"{flag} is {new} but the source has {was}: growth does not shrink")
         check_times(flag, was, new)
         changes[key] = new
-    assert old is not None
-    return old.model_copy(update=changes)
+    return {name: old.model_copy(update=changes)}
 
 
 def kinds_of(changes: Iterable[str]) -> dict[str, Sizes]:

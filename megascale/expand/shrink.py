@@ -81,7 +81,8 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
 
 def _heads(source: Model, target: Model, scores: torch.Tensor | None, ranking: str, seed: int) -> tuple[list[int], list[int]]:
     """The query heads and KV heads of a layer that stay, by the query heads' `scores`."""
-    if (target.num_heads, target.num_kv_heads) == (source.num_heads, source.num_kv_heads):
+    same_heads = (target.num_heads, target.num_kv_heads) == (source.num_heads, source.num_kv_heads)
+    if same_heads or source.attention_row.scans:
         return list(range(source.num_heads)), list(range(source.num_kv_heads))
     assert scores is not None
     group, keep = source.num_heads // source.num_kv_heads, target.num_heads // target.num_kv_heads

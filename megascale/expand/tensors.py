@@ -199,12 +199,12 @@ def _tensor(name: str, spec: ParamSpec, place: Place, old: Mapping[str, ParamSpe
     if axes is None:
         raise UsageError(f"growth does not know what the dimensions of {name} are")
     if inserted and block is not None and layer is not None:
-        silent = _silenced(suffix, writes, layer, block)
+        silent = _silenced(spec, suffix, writes, layer, block)
         if silent is not None:
             return TensorPlan(name, spec, constant=silent, inserted=True)
         if layer.mode == "cancel":
             axes = tuple(f"pair_{a}" if f"pair_{a}" in block.axes else a for a in axes)
-    offset = offset_of(source.norm_row, suffix.rpartition(".")[2]) if spec.role == "norm" else 0.0
+    offset = offset_of(spec, suffix.rpartition(".")[2]) if spec.role == "norm" else 0.0
     plan = TensorPlan(name, spec, axes, origin, inserted=inserted, offset=offset)
     if block is not None:
         plan = _of_experts(plan, suffix, old, block)
@@ -216,7 +216,7 @@ def _tensor(name: str, spec: ParamSpec, place: Place, old: Mapping[str, ParamSpe
     return replace(plan, axes=tuple(maps.axis_of(a, *place.scopes) for a in plan.axes))
 
 
-def _silenced(suffix: str, writes: bool, layer: Layer, block: BlockMaps) -> float | None:
+def _silenced(spec: ParamSpec, suffix: str, writes: bool, layer: Layer, block: BlockMaps) -> float | None:
     """The constant of an inserted layer's tensor that makes its outputs zero, or lets them cancel; None: it is no such tensor."""
     scheme, target = block.target.residual_row, block.target
     if layer.mode == "cancel":
@@ -227,7 +227,7 @@ def _silenced(suffix: str, writes: bool, layer: Layer, block: BlockMaps) -> floa
         return 0.0 if suffix in WRITERS or writes else None
     norm, _, leaf = suffix.rpartition(".")
     last = ("attention_norm", "ffn_norm") if scheme.norm == "within" else ("attention_post_norm", "ffn_post_norm")
-    return -offset_of(target.norm_row, leaf) if norm in last and leaf != "alpha" else None
+    return -offset_of(spec, leaf) if norm in last and leaf != "alpha" else None
 
 
 def _of_experts(plan: TensorPlan, suffix: str, old: Mapping[str, ParamSpec], block: BlockMaps) -> TensorPlan:

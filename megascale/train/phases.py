@@ -62,7 +62,8 @@ def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
     sizes = Sizes(
         entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.head_dim, entry.ffn_size, entry.expert_ffn_size, entry.num_layers,
         entry.num_experts, entry.top_k, entry.granularity, tokenformer_size=entry.tokenformer_size, kv_rank=entry.kv_rank,
-        query_rank=entry.query_rank, rope_dim=entry.rope_dim, value_dim=entry.value_dim, mtp_depth=entry.mtp_depth,
+        query_rank=entry.query_rank, rope_dim=entry.rope_dim, value_dim=entry.value_dim, key_heads=entry.key_heads,
+        value_heads=entry.value_heads, key_dim=entry.key_dim, conv_size=entry.conv_size, mtp_depth=entry.mtp_depth,
         kinds={name: sizes_of(name, given) for name, given in entry.kinds.items()},
     )  # fmt: skip
     options = GrowthOptions(

@@ -87,6 +87,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "pattern": ["groups", "shared", "alone", "divided"],
         "num_layers": 4,
     },
+    "qwen3-next": {
+        "norm": "rmsnorm_1p",
+        "norm_eps": 0.01,
+        "kinds": {
+            "linear": {
+                "attention": "gated_delta",
+                "delta": {"key_heads": 2, "value_heads": 4, "key_dim": 4, "value_dim": 6, "conv_size": 3},
+            },
+            "full": {"qk_norm": True, "rope_fraction": 0.5, "head_dim": 8},
+        },
+        "pattern": ["linear", "full"],
+        "moe": {**MOE, "num_shared": 1, "shared_gate": True},
+    },
     "latent": {**LATENT, "norm": "layernorm", "bias": True},
     "latent without query rank": {
         **LATENT,
@@ -123,6 +136,12 @@ SIZES: dict[str, Sizes] = {
     "rope x 2": Sizes(rope_dim=8),
     "values": Sizes(value_dim=9),
     "mtp": Sizes(mtp_depth=3),
+    "delta heads": Sizes(value_heads=8),
+    "delta key heads": Sizes(value_heads=8, key_heads=4),
+    "delta key size": Sizes(key_dim=7),
+    "delta value size": Sizes(value_dim=8),
+    "delta value size x 2": Sizes(30, value_dim=12, value_heads=6, key_heads=3),
+    "convolution": Sizes(conv_size=5),
     "latent at once": Sizes(30, 8, 8, 16, ffn_size=40, num_layers=7, kv_rank=11, query_rank=20, rope_dim=6, value_dim=7),
     "one kind": Sizes(kinds=kinds_of(["kinds.local.ffn_size=40", "kinds.far.num_heads=16", "kinds.far.head_dim=6"])),
     "layers of kinds": Sizes(kinds=kinds_of(["kinds.local.num_layers=3", "kinds.far.num_layers=3", "kinds.sparse.num_experts=8"])),
@@ -168,6 +187,17 @@ def without_offset(growth: Growth) -> Growth:
     return replace(growth, tensors=tuple(replace(t, offset=0.0) for t in growth.tensors))
 
 
+def with_offset_of_delta(growth: Growth) -> Growth:
+    """A norm over values that has gains of 1 + weight, as the model's have."""
+    changed = (replace(t, offset=1.0, scale=1.5) if t.name.endswith("attention.norm.weight") else t for t in growth.tensors)
+    return replace(growth, tensors=tuple(changed))
+
+
+def reversed_taps(growth: Growth) -> Growth:
+    taps = growth.axes["taps@linear"]
+    return replace(growth, axes={**growth.axes, "taps@linear": replace(taps, source=np.roll(taps.source, -2))})
+
+
 def of_another_kind(growth: Growth) -> Growth:
     """The query heads of one kind as those of another."""
     heads = growth.axes["query@far"]
@@ -178,6 +208,10 @@ WRONG: dict[str, tuple[str, Sizes, Change]] = {
     "rows of the latent as they are": ("latent without query rank", Sizes(kv_rank=12), with_axis("latent", unweighted)),
     "gains of the latent as they are": ("latent without query rank", Sizes(kv_rank=12), with_axis("latent_gain", unweighted)),
     "readers of the latent repeated": ("latent without query rank", Sizes(kv_rank=16), with_axis("latent_read", unweighted)),
+    "delta: gains as they are": ("qwen3-next", Sizes(value_dim=8), with_axis("head_gain@linear", unweighted)),
+    "delta: the epsilon of the larger key": ("qwen3-next", Sizes(key_dim=8), with_target(norm_eps_of={})),
+    "delta: gains with the other norms' 1": ("qwen3-next", Sizes(30), with_offset_of_delta),
+    "delta: a convolution that begins with the token": ("qwen3-next", Sizes(conv_size=5), reversed_taps),
     "readers of the query latent repeated": ("deepseek", Sizes(query_rank=20), with_axis("query_source@sparse", unweighted)),
     "scores of the smaller head": ("latent", Sizes(rope_dim=8), with_axis("query", unweighted)),
     "new pairs turn as the old ones": ("latent", Sizes(rope_dim=6), with_target(rope_exponents=None)),

@@ -94,7 +94,15 @@ class GrowAt(Section):
     rope_dim: Positive | None = None
     """New `model.latent.rope_dim`."""
     value_dim: Positive | None = None
-    """New `model.latent.value_dim`."""
+    """New `value_dim` of `model.latent` or `model.delta`."""
+    key_heads: Positive | None = None
+    """New `model.delta.key_heads`."""
+    value_heads: Positive | None = None
+    """New `model.delta.value_heads`."""
+    key_dim: Positive | None = None
+    """New `model.delta.key_dim`."""
+    conv_size: Positive | None = None
+    """New `model.delta.conv_size`."""
     mtp_depth: Annotated[int, Field(ge=1, le=3)] | None = None
     """New number of modules of multi-token prediction; those that are added start fresh."""
     kinds: dict[str, dict[str, Positive]] = Field(default_factory=dict)
