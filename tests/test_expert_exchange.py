@@ -59,7 +59,7 @@ def forced(case: Case, to: list[int]) -> dict[str, Any]:
         layouts.build = original
 
 
-GROUPS = {"groups": 2, "top_groups": 1}
+GROUPS = {"groups": 2, "top_groups": 2}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ GROUPS = {"groups": 2, "top_groups": 1}
 )
 def test_all_tokens_to_one_rank(to: list[int], ep_rows: float | None, keys: dict[str, Any]) -> None:
     """Catches an exchange that cannot be empty, an expert without rows that gets no gradient, or a rank that waits for rows in vain. With
-    groups also a token that is sent for each of its experts there: one copy goes, with two gates and two numbers of a byte.
+    groups also a token that is sent for each of its experts there, or to ranks that have none: one copy goes, with two gates and numbers.
     """
     case = Case(sparse(1, **keys), Parallel(ep=2), steps=1)
     case = case if ep_rows is None else replace(case, parallel=Parallel(ep=2, ep_rows=ep_rows))
