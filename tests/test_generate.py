@@ -35,8 +35,7 @@ MODELS: dict[str, Model] = {
     "xpos": tiny(position="xpos", qk_norm=True),
     "window": tiny(sliding_window=4, residual="res_post", qk_norm="width"),
     "learned": tiny(position="learned", norm="layernorm", bias=True, ffn="gelu_tanh", tie_embeddings=True, num_kv_heads=4),
-    "experts": tiny(moe={"num_experts": 4, "num_shared": 1, "router": "sigmoid"}),
-    "grouped experts": tiny(
+    "experts": tiny(
         ffn="swiglu_clamped",
         moe={
             "num_experts": 8,
