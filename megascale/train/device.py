@@ -15,7 +15,7 @@ from megascale.launch.devices import device_index
 from megascale.launch.numa import bind_near
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import core_quota, own_cores, slurm_cores
-from megascale.train.gpu import check_card, why_no_gpu
+from megascale.train.gpu import check_card, take, why_no_gpu
 
 
 def choose_device(config: Config, ranks: RankInfo) -> torch.device:
@@ -25,7 +25,7 @@ def choose_device(config: Config, ranks: RankInfo) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError(f"run.device is cuda but torch finds no CUDA device here: {why_no_gpu()}")
     device = torch.device("cuda", device_index(ranks, torch.cuda.device_count()))
-    torch.cuda.set_device(device)
+    take(ranks, device)
     check_card(config, ranks, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
     if config.run.numa:
         bind_near(torch.cuda.get_device_properties(device))

@@ -42,6 +42,21 @@ def check_card(config: Config, ranks: RankInfo, name: str, capability: tuple[int
         )
 
 
+def take(ranks: RankInfo, device: torch.device) -> None:
+    """Makes `device` this process's own. Raises UsageError if CUDA cannot even start there, as on a GPU that is full or that one process
+    has for itself.
+    """
+    try:
+        torch.cuda.set_device(device)
+        torch.cuda.mem_get_info(device)  # needs a context, which takes some hundred MB
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"rank {ranks.rank} on {node_name()} cannot use {device} ({reason}): it is held by "
+            f"{holders(device) or 'processes that are not visible from here'}; end them, or choose other GPUs with CUDA_VISIBLE_DEVICES"
+        ) from None
+
+
 def why_no_gpu() -> str:
     """Why torch finds no GPU, and the fix."""
     built = torch.version.cuda
@@ -115,5 +130,10 @@ def slow_notes(config: Config, facts: dict[str, Any]) -> list[str]:
         notes.append(
             f"attention runs on FlashAttention-2, since cuDNN is {facts['cudnn']} and torch prefers its attention from {CUDNN_ATTENTION} "
             "on: up to 1.7 times slower on Hopper; install nvidia-cudnn 9.15.1 or newer (torch's wheels for CUDA 13 bring it)"
+        )
+    if not config.parallel.compile and config.precision.fp8 == "false":  # FP8 has a note of its own
+        notes.append(
+            f"parallel.compile is false on {facts['device']}: every operation of a block is a kernel of its own, which reads and writes "
+            "memory again; set parallel.compile true"
         )
     return notes

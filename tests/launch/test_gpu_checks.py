@@ -63,6 +63,7 @@ def test_the_device_is_set_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA K80")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (3, 7))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(HOPPER))
@@ -104,6 +105,26 @@ def test_no_gpu(built: str | None, driver: int, said: str, monkeypatch: pytest.M
         choose_device(config("run.device=cuda"), RankInfo())
 
 
+def test_a_gpu_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of CUDA where a GPU is so full that it has no room for a context, or in exclusive mode."""
+
+    def full(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1"))
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="4711, python, 79000 MiB\n"))  # type: ignore[attr-defined]
+    with pytest.raises(
+        UsageError, match=r"rank 1 on .* cannot use cuda:1 \(CUDA error: out of memory\): it is held by process 4711, python, .*; end them"
+    ):
+        choose_device(config(), TWO)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout=""))  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"held by processes that are not visible from here"):
+        choose_device(config(), TWO)
+
+
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a GPU that somebody else fills and that is found out of memory in the first step, without his name; on a node of many ranks
     after minutes of loading.
@@ -129,13 +150,18 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compute", "cudnn", "said"),
-    [("fp32", 92000, "without tensor cores"), ("bf16", 91002, "FlashAttention-2, since cuDNN is 91002"), ("bf16", 91501, None)],
+    ("compute", "cudnn", "compiled", "said"),
+    [
+        ("fp32", 92000, True, "without tensor cores"),
+        ("bf16", 91002, True, "FlashAttention-2, since cuDNN is 91002"),
+        ("bf16", 91501, False, "parallel.compile is false on NVIDIA H100"),
+        ("bf16", 91501, True, None),
+    ],
 )
-def test_what_is_slow_is_said(compute: str, cudnn: int, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a config written for a CPU that trains ten times too slowly on a GPU without a word, and an old cuDNN."""
+def test_what_is_slow_is_said(compute: str, cudnn: int, compiled: bool, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a config written for a CPU that trains ten times too slowly on a GPU without a word, an old cuDNN, and an eager run."""
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     facts = {"device": "NVIDIA H100", **gpu.gpu_facts(torch.device("cuda"))}
-    notes = gpu.slow_notes(config(f"precision.compute={compute}"), facts)
+    notes = gpu.slow_notes(config(f"precision.compute={compute}", f"parallel.compile={str(compiled).lower()}"), facts)
     assert (notes == []) if said is None else said in notes[0]
     assert gpu.slow_notes(config(), {"device": "cpu", **gpu.gpu_facts(torch.device("cpu"))}) == []
