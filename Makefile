@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Two processes take the tests file by file, so that what a file's tests share is made once.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadscope
+# Where DeepSpeed is installed its ranks abort if they are forked from a process that has compiled: its tests have a process of their own.
+APART = tests/test_deepspeed.py
 
 # What computes, once more as on a CPU with AVX2 alone: no AVX-512, no bf16 instructions.
 NARROW = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
@@ -17,14 +19,16 @@ quickstart: $(VENV)/.ready
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.ready
-	$(PYTEST)
+	$(PYTEST) --ignore=$(APART)
+	$(BIN)/python -m pytest $(APART)
 
 test-narrow: $(VENV)/.ready
 	$(NARROW) $(PYTEST) $(NUMERICS)
 	$(NARROW) $(PYTEST) $(BF16) -k "bf16 or (zbv and volume)"
 
 test-all: $(VENV)/.ready
-	$(PYTEST) -m "not gpu and not multigpu and not slurm"
+	$(PYTEST) --ignore=$(APART) -m "not gpu and not multigpu and not slurm"
+	$(BIN)/python -m pytest $(APART) -m "slow or not slow"
 	$(BIN)/python -m pytest -m slurm || [ $$? -eq 5 ] # 5: they were skipped
 
 check: lint types docs test
