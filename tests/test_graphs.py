@@ -12,6 +12,7 @@ from megascale.comm.functional import counting_backend
 from megascale.config.schema import Parallel
 from megascale.model.deferred import KEEPS_MEMORY, defer
 from megascale.model.layers import Linear
+from megascale.model.ops.compiled import compile_static, left_out
 from tests.layouts import Case, tiny, train, worst
 from tests.ranks import run_ranks
 from tests.test_layouts import single
@@ -100,3 +101,44 @@ def test_what_a_queue_holds_is_not_overwritten() -> None:
     for w, reference in zip(both.parameters(), plain.parameters()):
         assert w.grad is not None and reference.grad is not None
         torch.testing.assert_close(w.grad, reference.grad, rtol=1e-12, atol=1e-12)
+
+
+class Scaled(torch.nn.Module):
+    """Layers of one class whose constants differ, like kinds of blocks."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def test_many_kinds_are_compiled() -> None:
+    """Catches torch's limit of eight graphs for one function: more kinds of layers, or kinds with evaluation and watched FP8, ran eager."""
+    torch._dynamo.reset()
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    x = torch.ones(3)
+    for n in range(12):
+        assert torch.equal(compile_static(Scaled(n + 0.5).forward, backend=backend)(x), x * (n + 0.5))
+    assert len(compiled) == 12
+
+
+def test_what_is_left_to_eager_code_is_said() -> None:
+    """Catches a run whose blocks break in the compiler, through a plugin for example, and that nobody hears of."""
+    counters: Any = torch._dynamo.utils.counters
+    counters.clear()
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    assert left_out() is None
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    assert "left parts of the step to eager code" in (left_out() or "")
+    counters.clear()

@@ -8,6 +8,7 @@ table of docs/gpu.md.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -21,9 +22,30 @@ from tests.layouts import Case, build, fake_batch, tiny
 from tests.ranks import run_ranks
 
 MODES = ("none", "selective", "full", "nested")
-# Layouts, on two ranks if not on `ranks`.
+MIXTURE: dict[str, Any] = {
+    "num_experts": 4,
+    "top_k": 2,
+    "ffn_size": 32,
+    "num_shared": 1,
+    "aux_loss": 0.01,
+    "z_loss": 0.001,
+    "balance": "loss",
+}
+EXPERTS = {"moe": MIXTURE}
+UNIT = {"residual": "mus", "ffn": "gelu", "init_std": 1.0, "hidden_size": 64, "ffn_size": 64}  # rows of 16 for FP8, under tp as well
+LATENT = {
+    "attention": "latent",
+    "num_kv_heads": 4,
+    "head_dim": 8,
+    "latent": {"kv_rank": 16, "query_rank": 16, "rope_dim": 4, "value_dim": 8},
+}
+# More kinds than torch compiles of one function by itself.
+NINE = {f"window{n}": {"sliding_window": n} for n in range(4, 13)}
+KINDS = {"num_layers": 9, "kinds": NINE, "pattern": list(NINE)}
+# Layouts, on two ranks if not on `ranks`, with a `model` that differs from the dense one and `fp8`.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense, fsdp": {"dp_shard": 2},
+    "hsdp": {"dp_replicate": 2, "dp_shard": 2, "ranks": 4},
     "ddp": {"engine": "ddp", "dp_replicate": 2},
     "tp": {"tp": 2},
     "tp, tp_sequence": {"tp": 2, "tp_sequence": True},
@@ -31,22 +53,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp ring": {"cp": 2},
     "pp 1f1b": {"pp": 2},
     "pp zbv": {"pp": 2, "pp_schedule": "zbv"},
-    "experts, fsdp": {"dp_shard": 2, "experts": True},
-    "experts, ep": {"dp_shard": 2, "ep": 2, "experts": True},
-    "experts, ep in rounds": {"dp_shard": 2, "ep": 2, "ep_rows": 1.5, "experts": True},
-    "experts, ep and edp": {"dp_shard": 4, "ep": 2, "experts": True, "ranks": 4},
-    "experts, tp and ep": {"tp": 2, "tp_sequence": True, "dp_shard": 2, "ep": 2, "experts": True, "ranks": 4},
-    "experts, tp and etp 1": {"tp": 2, "tp_sequence": True, "etp": 1, "ep": 2, "experts": True},
-    "experts, zbv and ep": {"pp": 2, "pp_schedule": "zbv", "dp_shard": 2, "ep": 2, "experts": True, "ranks": 4},
+    "experts, fsdp": {"dp_shard": 2, "model": EXPERTS},
+    "experts, ep": {"dp_shard": 2, "ep": 2, "model": EXPERTS},
+    "experts, ep in rounds": {"dp_shard": 2, "ep": 2, "ep_rows": 1.5, "model": EXPERTS},
+    "experts, ep and edp": {"dp_shard": 4, "ep": 2, "model": EXPERTS, "ranks": 4},
+    "experts, tp and ep": {"tp": 2, "tp_sequence": True, "dp_shard": 2, "ep": 2, "model": EXPERTS, "ranks": 4},
+    "experts, tp and etp 1": {"tp": 2, "tp_sequence": True, "etp": 1, "ep": 2, "model": EXPERTS},
+    "experts, zbv and ep": {"pp": 2, "pp_schedule": "zbv", "dp_shard": 2, "ep": 2, "model": EXPERTS, "ranks": 4},
+    "fp8, fsdp": {"dp_shard": 2, "model": UNIT, "fp8": "static"},
+    "fp8, tp": {"tp": 2, "tp_sequence": True, "model": UNIT, "fp8": "static"},
+    "nine kinds of layers, fsdp": {"dp_shard": 2, "model": KINDS},
+    "latent attention, fsdp": {"dp_shard": 2, "model": LATENT},
+    "latent attention, tp": {"tp": 2, "model": LATENT},
+    "two tokens ahead, fsdp": {"dp_shard": 2, "model": {"mtp_depth": 2}},
 }
-EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_size": 32, "num_shared": 1, "aux_loss": 0.01, "z_loss": 0.001, "balance": "loss"}
 
 
 def case(row: dict[str, Any], mode: str) -> Case:
     """A small model in a layout, with compiled blocks."""
-    model: Model = tiny(num_layers=4, num_heads=4, num_kv_heads=2, **({"moe": EXPERTS} if row.get("experts") else {}))
-    parallel = Parallel(compile=True, recompute=mode, **{k: v for k, v in row.items() if k not in ("experts", "ranks")})  # type: ignore[arg-type]
-    return Case(model, parallel, precision="fp32", seq_len=32, batch=4, micro_batch=1)
+    model: Model = tiny(**{"num_layers": 4, "num_heads": 4, "num_kv_heads": 2, **row.get("model", {})})
+    parallel = Parallel(compile=True, recompute=mode, **{k: v for k, v in row.items() if k not in ("model", "fp8", "ranks")})  # type: ignore[arg-type]
+    precision = "bf16" if "fp8" in row else "fp32"
+    return Case(model, parallel, precision=precision, fp8=row.get("fp8", "false"), seq_len=32, batch=4, micro_batch=1)
 
 
 def _graphs_only(axes: Any, settings: Any) -> Any:
@@ -72,7 +100,8 @@ def main() -> None:
     found = {}
     for name, row in LAYOUTS.items():
         ranks = row.get("ranks", 2)
-        found[name] = run_ranks(ranks, coverage, {mode: case(row, mode) for mode in MODES}, ranks, timeout=600)[0]
+        found[name] = run_ranks(ranks, coverage, {mode: case(row, mode) for mode in MODES}, ranks, timeout=1200)[0]
+        print(name, {mode: vars(c) for mode, c in found[name].items()}, file=sys.stderr, flush=True)
     write(__file__, "graphs", {"machine": machine(), "coverage": {n: {m: vars(c) for m, c in row.items()} for n, row in found.items()}})
     print("\n| layout | " + " | ".join(f"recompute {mode}" for mode in MODES) + " |\n|" + "---|" * (len(MODES) + 1))
     for name, each in found.items():

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale.model import layers
+from megascale.model import experts, layers
+
+# Every hidden product goes through one of these.
+PRODUCTS = ((layers, ("linear", "fp8_linear", "dynamic_linear")), (experts, ("grouped_product", "fp8_grouped")))
 
 
 @dataclass
@@ -31,19 +34,23 @@ def counted_graphs() -> Iterator[Coverage]:
     dynamo.reset()
     counters: Any = dynamo.utils.counters
     counters.clear()
-    coverage, plain = Coverage(), layers.linear
+    coverage, plain = Coverage(), {(module, name): getattr(module, name) for module, names in PRODUCTS for name in names}
 
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not torch.compiler.is_compiling():
-            coverage.eager_products += 1
-        return plain(x, weight, bias)
+    def counting(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any, **more: Any) -> Tensor:
+            if not torch.compiler.is_compiling():
+                coverage.eager_products += 1
+            return product(*args, **more)
 
-    counting: Callable[..., Tensor] = product
-    layers.linear = counting
+        return counted
+
+    for (module, name), product in plain.items():
+        setattr(module, name, counting(product))
     try:
         yield coverage
     finally:
-        layers.linear = plain
+        for (module, name), product in plain.items():
+            setattr(module, name, product)
         coverage.graphs = counters["stats"].get("unique_graphs", 0)
         coverage.breaks = sum(counters["graph_break"].values())
         coverage.reasons = tuple(reason.splitlines()[0] for reason in counters["graph_break"])

@@ -48,7 +48,11 @@ class Ahead(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """x [b, s, d], embedded tokens [b, s, d] → the stream of the next module [b, s, d]."""
-        return self.block(self.join(torch.cat((self.hidden_norm(x), self.token_norm(tokens)), -1)), context)  # type: ignore[no-any-return]
+        return self.block(self.joined(x, tokens), context)  # type: ignore[no-any-return]
+
+    def joined(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Both [b, s, d], normalized, through the product."""
+        return self.join(torch.cat((self.hidden_norm(x), self.token_norm(tokens)), -1))  # type: ignore[no-any-return]
 
     def hear(self, about: str, *values: Tensor) -> None:
         """Adds a micro-batch's summed loss, and the number of tokens that it predicted."""

@@ -141,6 +141,9 @@ class Decoder(Family):
         yield from super().measured()
         yield from enumerate(self.mtp.values(), self.cfg.num_layers)
 
+    def joins(self) -> Iterator[Any]:
+        yield from self.mtp.values()
+
     def here(self, x: Tensor) -> Tensor:
         """This rank's part [b, s] of a [b, S] tensor of whole sequences."""
         return self.exchanges.tokens_here(self.exchanges.sequence_here(x))

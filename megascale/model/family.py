@@ -50,6 +50,10 @@ class Family(nn.Module):
         for layer, (_, unit) in zip(self.part.layers, self.units()):
             yield layer, unit
 
+    def joins(self) -> Iterator[Any]:
+        """Modules whose method `joined` has a product between blocks; it is compiled like a block."""
+        return iter(())
+
     @property
     def tail(self) -> list[nn.Module]:
         """The modules after the last block that share no weight with the rest, in the order in which they run."""

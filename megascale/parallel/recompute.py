@@ -97,6 +97,8 @@ def wrap_blocks(model: Family, mode: str, backend: Backend | None, budget: float
             block.forward = recomputed(block.forward)  # type: ignore[method-assign]
         else:
             block.forward = compile_static(recomputation(mode, routers, True)(block.forward), backend=backend)  # type: ignore[method-assign]
+    for module in model.joins() if backend is not None else ():
+        module.joined = compile_static(module.joined, backend=backend)  # type: ignore[method-assign]
     if mode == "nested":
         model.exchanges.pass_blocks = partial(in_groups, recomputed=recomputed)
 

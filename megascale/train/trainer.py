@@ -14,6 +14,7 @@ from megascale.checkpoint.saver import Checkpointer, Event, NoCheckpoints
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
+from megascale.model.ops.compiled import left_out
 from megascale.optim.learning_rate import learning_rate
 from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import watched_casts
@@ -86,6 +87,8 @@ class Trainer:
                 self.activity.at(step, "training")
             if step == self.first_step + 2:
                 end_start(self.config, (axis.group for axis in self.model.mesh.axes.values()))
+            if step == self.first_step + 1 and self.config.parallel.compile and (eager := left_out()):
+                self.reporter.warn_once("eager", eager)
             # A run's first step cannot be interrupted: before it there is nothing to save.
             self.model.mesh.traffic.gate = self.activity.gate.enter if self.progress.step else None
             try:

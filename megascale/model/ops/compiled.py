@@ -8,6 +8,7 @@ ATEN_CPU_CAPABILITY, it computed wrong numbers without an error.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 from megascale.comm.graphs import skip_wrappers
 
+# Graphs of one block's code: its kinds of layers, times training and evaluation, times steps that watch FP8. Beyond torch's limit of 8 the
+# rest of the model would run eager, with a line in a log as the only sign.
+GRAPHS = 64
 Backend = str | Callable[..., Any]  # of torch.compile: its name, or a function of a graph and its inputs
 
 
@@ -28,7 +32,17 @@ def compile_static(function: Callable[..., Any], **options: Any) -> Callable[...
     # The rows that an expert's rank receives are a size known at run time only.
     config: Any = importlib.import_module("torch._dynamo.config")
     config.capture_dynamic_output_shape_ops = True
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
     return torch.compile(function, dynamic=False, **options)
+
+
+def left_out() -> str | None:
+    """A sentence if torch.compile left parts of what it was given to eager code so far in this process."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    reasons = [] if utils is None else [str(reason).strip().splitlines()[0] for reason in utils.counters["graph_break"]]
+    if not reasons:
+        return None
+    return f"parallel.compile is true, but torch.compile left parts of the step to eager code, which is slower: {'; '.join(reasons[:3])}"
 
 
 def cache_tag() -> str:
