@@ -72,13 +72,16 @@ def graphs_of(name: str) -> dict[str, Any]:
     from benchmarks.gpu.lowering.capture import captured
 
     config = lower.as_on_gpu(name)
-    model = config.model.model_copy(update={"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 96})
+    narrow = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 96}
+    model = config.model.model_copy(update=narrow)
     config = config.model_copy(update={"model": model, "train": config.train.model_copy(update={"seq_len": 32, "micro_batch_size": 1})})
-    return {part: vars(floor_of(graph.graph)) for part, graph in captured(config).items()}
+    return {part: {**vars(floor_of(graph.graph)), "runs": graph.meta["runs"]} for part, graph in captured(config).items()}
 
 
 def test_graphs_are_those_of_a_run() -> None:
-    """Catches a block that is not captured whole, attention taken apart, and weights that are cast although FSDP2 would gather them so."""
+    """Catches a block that is not captured whole, attention taken apart, weights that are cast although FSDP2 would gather them so, and
+    launches that are counted once for all layers.
+    """
     found = fresh_process(graphs_of, "llama-8b", timeout=200)
     assert set(found) == {"0: forward", "0: inference", "0: backward"}
     tokens, d, f, kv = 32, 64, 96, 32
@@ -87,6 +90,7 @@ def test_graphs_are_those_of_a_run() -> None:
     attention = 2 * tokens * (2 * d + 2 * kv) + 4 * tokens * 4  # and the log of its sums in fp32
     assert 0 <= found["0: forward"]["calls"] - moved - attention < 64, "some numbers of the generator's state come with attention"
     assert all(part["casts"] == 0 for part in found.values())
+    assert [found[part]["runs"] for part in ("0: forward", "0: backward")] == [3, 3]
 
 
 def kept_and_repeated(recompute: str, budget: float | None) -> tuple[int, int, int]:
@@ -95,7 +99,8 @@ def kept_and_repeated(recompute: str, budget: float | None) -> tuple[int, int, i
     from benchmarks.gpu.lowering.capture import captured
 
     config = lower.as_on_gpu("llama-8b")
-    model = config.model.model_copy(update={"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 96})
+    narrow = {"num_layers": 1, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 96}
+    model = config.model.model_copy(update=narrow)
     parallel = config.parallel.model_copy(update={"recompute": recompute, "activation_budget": budget})
     train = config.train.model_copy(update={"seq_len": 128, "micro_batch_size": 1})
     graphs = captured(config.model_copy(update={"model": model, "parallel": parallel, "train": train}))

@@ -53,6 +53,7 @@ def measured(graphs: dict[str, torch.fx.GraphModule], registers: bool) -> dict[s
     """Each graph of a config, lowered."""
     found: dict[str, Any] = {}
     for part, graph in graphs.items():
+        runs = graph.meta["runs"]
         try:
             low = lower(graph, part.endswith("inference"))
         except Exception as error:  # one operator without a lowering must not hide the rest
@@ -60,7 +61,7 @@ def measured(graphs: dict[str, torch.fx.GraphModule], registers: bool) -> dict[s
             continue
         found[part] = {
             "fused_kernels": low.fused, "calls": low.calls, "fused_bytes": low.fused_bytes, "floor_bytes": low.floor.fused,
-            "call_bytes": low.floor.calls, "cast_bytes": low.floor.casts,
+            "call_bytes": low.floor.calls, "cast_bytes": low.floor.casts, "runs": runs,
         }  # fmt: skip
         if registers:
             found[part]["resources"] = usage(low.source)
@@ -81,6 +82,15 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {title} | {row['fused_kernels']} | {row['calls']} | {moved / 1e6:.0f} | {floor / 1e6:.0f} | {ratio} |"
             )
+    return "\n".join(lines)
+
+
+def launches(results: dict[str, Any]) -> str:
+    """Markdown: kernels and calls that the graphs of a config launch in a micro-batch, all layers and the loss."""
+    lines = ["| config | launches a micro-batch |", "|---|---|"]
+    for name, parts in results.items():
+        if not any("failed" in row for row in parts.values()):
+            lines.append(f"| {name} | {sum(row['runs'] * (row['fused_kernels'] + row['calls']) for row in parts.values())} |")
     return "\n".join(lines)
 
 
@@ -110,7 +120,7 @@ def main(
     before = known.get(label, {}).get("configs", {})
     known[label] = {"machine": where, "configs": before | results}
     out.write_text(json.dumps(known, indent=1) + "\n")
-    print(table(results))
+    print(f"{table(results)}\n\n{launches(results)}")
 
 
 if __name__ == "__main__":

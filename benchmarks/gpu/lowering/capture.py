@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megascale.config.schema import Config, Parallel
 from megascale.data.loader import Batch
+from megascale.model import attention
 from megascale.parallel.recompute import wrap_blocks
 from megascale.schedule.accumulate import Accumulation
 from megascale.train.build import place_model
@@ -18,8 +19,9 @@ META = torch.device("meta")
 
 
 def captured(config: Config) -> dict[str, torch.fx.GraphModule]:
-    """Name → graph, of one layer of the config and its loss, forward and backward as AOTAutograd partitions them for Inductor. One rank
-    computes whole layers: without the axes that would cut them. It changes torch, so it needs a process of its own.
+    """Name → graph, of each kind of layer of the config and of its loss, forward and backward as AOTAutograd partitions them for Inductor;
+    its `meta["runs"]` says how often a micro-batch runs it. One rank computes whole layers: without the axes that would cut them. It
+    changes torch, so it needs a process of its own.
     """
     import torch._functorch.partitioners
     import torch._inductor.config as settings
@@ -27,12 +29,13 @@ def captured(config: Config) -> dict[str, torch.fx.GraphModule]:
     torch._dynamo.reset()
     partitioners: Any = torch._functorch.partitioners
     functional: Any = torch.nn.functional
-    model = config.model.model_copy(update={"num_layers": 1, "encoder_layers": 1 if config.model.encoder_layers else 0})
-    whole = place_model(config.model_copy(update={"model": model, "parallel": Parallel()}), 1, META)
+    whole = place_model(config.model_copy(update={"parallel": Parallel()}), 1, META)
     found: dict[str, torch.fx.GraphModule] = {}
     asked = config.parallel
     wrap_blocks(whole.stages[0], asked.recompute, keeping(found), asked.budget)
     functional.scaled_dot_product_attention = cudnn_attention
+    grouped: Any = attention
+    grouped.flex_attention = one_call
     # Attention may drop out, so a recomputed one would come with the state of a generator, which there is none of. We never use it.
     partitioners.functionalize_rng_ops = lambda joint, forward, backward, symbols: (forward, backward)
     with settings.patch(joint_graph_constant_folding=False):  # it would compute constants, and there is nothing to compute with
@@ -45,8 +48,17 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = 
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, attn_mask, True, 0.0, is_causal)[0]  # type: ignore[no-any-return]
 
 
+def one_call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """FlexAttention reads and writes the same tensors in one kernel of its own, and refuses meta tensors."""
+    return cudnn_attention(q, k, v, is_causal=True)
+
+
 def meta_batch(config: Config) -> Batch:
-    t = config.train
+    t, fields = config.train, config.model.spacetime
+    if fields is not None:
+        values = torch.empty(t.micro_batch_size, fields.frames, *fields.shape[1:], fields.channels, device=META)
+        targets = torch.empty(t.micro_batch_size, fields.tokens, dtype=torch.int64, device=META)
+        return Batch(values, targets, None, None, torch.empty(t.micro_batch_size, dtype=torch.int64, device=META), targets.numel())
     tokens = torch.empty(t.micro_batch_size, t.seq_len, dtype=torch.int64, device=META)
     samples = torch.empty(t.micro_batch_size, dtype=torch.int64, device=META)
     source = torch.empty(t.micro_batch_size, t.source_length, dtype=torch.int64, device=META) if config.model.encoder_layers else None
@@ -55,6 +67,7 @@ def meta_batch(config: Config) -> Batch:
 
 def results(graph: torch.fx.GraphModule, *_: Any) -> list[Any]:
     """What a graph would return, without running it: some operators, such as those that keep a generator's state, refuse meta tensors."""
+    graph.meta["runs"] = graph.meta.get("runs", 0) + 1
     (output,) = next(iter(graph.graph.find_nodes(op="output"))).args
     values = [n.meta["val"] if isinstance(n, torch.fx.Node) else n for n in output]
     return [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=META) if isinstance(v, Tensor) else v for v in values]

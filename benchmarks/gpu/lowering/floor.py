@@ -25,6 +25,12 @@ CALLS = {
     aten._grouped_mm.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_cudnn_attention_backward.default,
+    # What experts add: the choice, the order of rows by expert, and the sum of a token's rows.
+    aten.topk.default,
+    aten.sort.stable,
+    aten._embedding_bag.default,
+    aten._embedding_bag_forward_only.default,
+    aten._embedding_bag_per_sample_weights_backward.default,
 }
 OWN = "megascale"  # this project's operators are products, too
 VIEWS = {
@@ -106,6 +112,8 @@ def _sources(node: Node, at: int, level: dict[Node, int], base: dict[Node, Node]
 
 
 def is_call(node: Node) -> bool:
+    if node.target is aten.scatter_add.default:  # of integers: CUDA has no such atomic sum, so torch's kernel does it
+        return not node.meta["val"].is_floating_point()
     return node.op == "call_function" and (node.target in CALLS or getattr(node.target, "namespace", "") == OWN)
 
 

@@ -16,8 +16,8 @@ GPU = torch.device("cuda", 0)
 
 @dataclass
 class Lowered:
-    """A graph's kernels. `calls`: products and attention, done by libraries; `fused`: kernels that Inductor writes. Bytes are read and
-    written, each operand of a kernel once.
+    """A graph's kernels. `calls`: products, attention and sorts, done by libraries; `fused`: kernels that Inductor writes. Bytes are read
+    and written, each operand of a kernel once.
     """
 
     fused: int
@@ -63,6 +63,7 @@ def lower(graph: torch.fx.GraphModule, inference: bool) -> Lowered:
     from torch._inductor.compile_fx import _recursive_post_grad_passes, view_to_reshape
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.ir import AssertScalar, MultiOutput
     from torch._inductor.virtualized import V
 
     view_to_reshape(graph)
@@ -74,7 +75,8 @@ def lower(graph: torch.fx.GraphModule, inference: bool) -> Lowered:
         lowering.run(*inputs)
         code: Any = lowering.codegen()[0]
         nodes = lowering.scheduler.nodes
-        size = [(node.is_extern(), node.get_read_write_buffers_sizes()) for node in nodes]
+        parts = (MultiOutput, AssertScalar)  # a call's other results, and checks on the host: no kernels
+        size = [(n.is_extern(), n.get_read_write_buffers_sizes()) for n in nodes if not isinstance(getattr(n, "node", None), parts)]
     source: str = code.value if hasattr(code, "value") else code
     return Lowered(
         fused=len(re.findall(r"async_compile\.triton\(", source)),
