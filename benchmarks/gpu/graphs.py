@@ -1,19 +1,21 @@
 """How much of a step torch.compile covers, by layout: graphs, breaks, and hidden products that run eager.
 
-    python -m benchmarks.gpu.graphs
+    python -m benchmarks.gpu.graphs [LAYOUT …] [--mode none …]
 
-Two or four gloo ranks on CPUs. Graphs are traced but not compiled, so that a row takes seconds. Writes results/graphs.json and prints the
-table of docs/gpu.md.
+Two or four gloo ranks on CPUs. Graphs are traced but not compiled, so that a cell takes seconds. Each row is written into
+results/graphs.json as soon as it is there, beside what was counted before; prints the table of docs/gpu.md.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.common import machine, write
+from benchmarks.common import machine
 from megascale.analysis.compiled_graphs import Coverage, counted_graphs
 from megascale.config.schema import Model, Parallel
 from megascale.parallel import apply
@@ -22,6 +24,8 @@ from tests.layouts import Case, build, fake_batch, tiny
 from tests.ranks import run_ranks
 
 MODES = ("none", "selective", "full", "nested")
+COUNTS = ("graphs", "breaks", "eager_products")
+RESULTS = Path(__file__).parent / "results" / "graphs.json"
 MIXTURE: dict[str, Any] = {
     "num_experts": 4,
     "top_k": 2,
@@ -96,18 +100,28 @@ def coverage(cases: dict[str, Case], ranks: int) -> dict[str, Coverage]:
     return found
 
 
-def main() -> None:
-    found = {}
-    for name, row in LAYOUTS.items():
-        ranks = row.get("ranks", 2)
-        found[name] = run_ranks(ranks, coverage, {mode: case(row, mode) for mode in MODES}, ranks, timeout=1200)[0]
-        print(name, {mode: vars(c) for mode, c in found[name].items()}, file=sys.stderr, flush=True)
-    write(__file__, "graphs", {"machine": machine(), "coverage": {n: {m: vars(c) for m, c in row.items()} for n, row in found.items()}})
-    print("\n| layout | " + " | ".join(f"recompute {mode}" for mode in MODES) + " |\n|" + "---|" * (len(MODES) + 1))
-    for name, each in found.items():
-        cells = [f"{each[m].graphs}, {each[m].breaks}, {each[m].eager_products}" if m in each else "–" for m in MODES]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def table(found: dict[str, Any]) -> str:
+    """The table of docs/gpu.md; – where nothing has been counted."""
+    lines = ["| layout | " + " | ".join(f"recompute {mode}" for mode in MODES) + " |", "|" + "---|" * (len(MODES) + 1)]
+    for name in (name for name in LAYOUTS if name in found):
+        cells = [", ".join(str(found[name][m][key]) for key in COUNTS) if m in found[name] else "–" for m in MODES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="layouts; default: all")] = None,
+    modes: Annotated[list[str], typer.Option("--mode", help="of recomputation")] = list(MODES),  # noqa: B006
+) -> None:
+    found: dict[str, Any] = json.loads(RESULTS.read_text())["coverage"] if RESULTS.exists() else {}
+    for name in names or LAYOUTS:
+        ranks = LAYOUTS[name].get("ranks", 2)
+        counted = run_ranks(ranks, coverage, {mode: case(LAYOUTS[name], mode) for mode in modes}, ranks, timeout=1200)[0]
+        found[name] = found.get(name, {}) | {mode: vars(each) for mode, each in counted.items()}
+        RESULTS.write_text(json.dumps({"machine": machine(), "coverage": found}, indent=1) + "\n")
+        print(name, found[name], flush=True)
+    print(f"\n{table(found)}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
