@@ -1,6 +1,6 @@
 """One rank's part of ring attention with simulated peers, against one fused call over as many pairs: the rate that a ring could reach.
 
-    python -m benchmarks.gpu.ring [--lengths 32768 65536] [--places 8] [--out FILE]
+    python -m benchmarks.gpu.ring [--lengths 32768 --lengths 65536] [--places 8]
 
 Each place of a ring of `places` holds 1/places of the sequence and attends to every block; nothing is sent. Forward and backward.
 """
@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -78,13 +77,12 @@ def main(
     places: Annotated[int, typer.Option()] = 8,
     heads: Annotated[int, typer.Option()] = 16,
     rounds: Annotated[int, typer.Option()] = 5,
-    out: Annotated[Path | None, typer.Option(help="also write the result here")] = None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"machine": machine(), "rows": [compare(n, places, heads, device, rounds) for n in lengths]}
-    print(json.dumps(result, indent=1))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        rows.append(compare(length, places, heads, device, rounds))
+        print(json.dumps({"machine": machine(), "places": places, "rows": rows}), flush=True)  # a longer one may not fit
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Whole training steps on one device: tokens/s, MFU, peak memory, kernel launches, and the lines at which the host waits.
 
-    python -m benchmarks.gpu.step --shape 1.2b [--fp8] [--recompute selective] [--moments int8 | --muon] [--out FILE]
+    python -m benchmarks.gpu.step --shape 1.2b [--fp8] [--recompute selective] [--moments int8 | --muon] [--micro-batches 8 --layered]
 
 `1.2b` is configs/llama-1.2b.yaml, `8b` eight layers of configs/llama-8b.yaml (all 32 of them need more than one GPU), `tiny` runs anywhere.
-Steps are those of a run: forward, backward, clipping, AdamW.
+Steps are those of a run: forward, backward, clipping, AdamW. Prints its result as soon as it has one, then with what a profiler and torch's
+warnings about waiting add.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,20 +63,21 @@ def launches(step: Any, device: torch.device) -> int:
 
 
 def measure(
-    name: str, device: torch.device, compute: str, compiled: bool, recompute: str, fp8: bool, rounds: int, optim: dict[str, Any]
-) -> dict[str, Any]:
+    name: str, device: torch.device, precision: Precision, parallel: Parallel, rounds: int, micro_batches: int, optim: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The time of a step, then the same with waits and launches: what looks for them may fail or hang."""
+    fp8 = precision.fp8 != "false"
     model, seq_len, batch = shape(name)
     if fp8:  # static scales need unit-scaled residuals
         model = model.model_copy(update={"residual": "mus"})
-    precision = Precision(compute=compute, fp8="static" if fp8 else "false")  # type: ignore[arg-type]
-    parallel = Parallel(compile=compiled, recompute=recompute)  # type: ignore[arg-type]
     config = toy(model, seq_len, parallel, precision=precision, optim=Optim(independent_decay=True, weight_decay=1e-4, **optim))
     _, engine = trained(config, 1, device)
     assert model.vocab_size is not None
-    batches = [next_token_batch(torch.randint(0, model.vocab_size, (batch, seq_len + 1), device=device))]
+    drawn = [torch.randint(0, model.vocab_size, (batch, seq_len + 1), device=device) for _ in range(micro_batches)]
+    batches, tokens = [next_token_batch(each) for each in drawn], micro_batches * batch * seq_len
 
     def step() -> None:
-        one_step(engine, batches, 1 / (batch * seq_len))
+        one_step(engine, batches, 1 / tokens)
 
     def wait() -> None:
         if device.type == "cuda":
@@ -95,13 +98,16 @@ def measure(
         seconds.append(time.perf_counter() - begin)
     took = statistics.median(seconds)
     flops = flops_per_token(model, specs_of(build_part(model, Shape(seq_len, torch.float32, torch.float32))), seq_len)
-    peak = peak_flops(device, torch.bfloat16 if compute == "bf16" else torch.float32)
-    return {
-        "shape": name, "tokens": batch * seq_len, "compute": compute, "fp8": fp8, "compile": compiled, "recompute": recompute, **optim,
-        "first_step_seconds": first, "step_seconds": took, "tokens_per_second": batch * seq_len / took,
-        "mfu": flops * batch * seq_len / took / peak, "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "host_waits": host_waits(step, device), "launches": launches(step, device),
+    peak = peak_flops(device, torch.bfloat16 if precision.compute == "bf16" else torch.float32)
+    found = {
+        "shape": name, "tokens": tokens, "compute": precision.compute, "fp8": fp8, "compile": parallel.compile,
+        "recompute": parallel.recompute, "accumulation": parallel.accumulation, **optim,
+        "first_step_seconds": first, "step_seconds": took, "tokens_per_second": tokens / took,
+        "mfu": flops * tokens / took / peak, "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }  # fmt: skip
+    yield found
+    yield (found := found | {"host_waits": host_waits(step, device)})
+    yield found | {"launches": launches(step, device)}
 
 
 def main(
@@ -112,15 +118,16 @@ def main(
     fp8: Annotated[bool, typer.Option("--fp8", help="products in FP8 with static scales")] = False,
     moments: Annotated[str | None, typer.Option(help="of AdamW: bf16 or int8")] = None,
     muon: Annotated[bool, typer.Option("--muon", help="Muon in bf16 instead of AdamW")] = False,
+    micro_batches: Annotated[int, typer.Option(help="of a step")] = 1,
+    layered: Annotated[bool, typer.Option("--layered", help="layered accumulation")] = False,
     rounds: Annotated[int, typer.Option()] = 10,
-    out: Annotated[Path | None, typer.Option(help="also write the result here")] = None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     optim: dict[str, Any] = {"name": "muon", "muon_dtype": "bf16"} if muon else {"moments": moments} if moments else {}
-    result = {"machine": machine(), **measure(name, device, compute, compiled, recompute, fp8, rounds, optim)}
-    print(json.dumps(result, indent=1))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    precision = Precision(compute=compute, fp8="static" if fp8 else "false")  # type: ignore[arg-type]
+    parallel = Parallel(compile=compiled, recompute=recompute, accumulation="layered" if layered else "depth_first")  # type: ignore[arg-type]
+    for result in measure(name, device, precision, parallel, rounds, micro_batches, optim):
+        print(json.dumps({"machine": machine(), **result}), flush=True)
 
 
 if __name__ == "__main__":

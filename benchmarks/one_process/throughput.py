@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ffn", choices=["swiglu", "gelu"], default="gelu", help="Hugging Face's Llama has swiglu only")
-    parser.add_argument("--config", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--config", choices=["cpu", "gpu", "tiny"], default="cpu", help="tiny: whether it runs at all")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--compare", action="store_true", help="also run Hugging Face's Llama (uses swiglu)")
     parser.add_argument("--plain", action="store_true", help="also run a plain loop in torch's own modules (on CPUs, with GELU)")
@@ -125,6 +125,8 @@ def main() -> None:
     else:
         ffn = "swiglu" if args.compare else args.ffn
         sizes = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "vocab_size": 8192, "tie_embeddings": True, "ffn": ffn}
+        if args.config == "tiny":
+            sizes |= {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "vocab_size": 256}
         cfg, seq_len, device = Model.model_validate(sizes), 512, torch.device("cpu")
     if args.both:
         both(cfg.model_copy(update={"num_layers": 4}), seq_len, 1, args.rounds)

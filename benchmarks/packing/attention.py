@@ -65,12 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "LENGTH"), help="only this row, as JSON")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(args.one[0], int(args.one[1]), torch.device(args.device))))
         return
     rows = []
-    for length in LENGTHS:
+    for length in args.lengths:
         for way in ("tiles", "mask"):
             if way == "mask" and length > LONGEST_DENSE:
                 continue
