@@ -211,14 +211,14 @@ def to_yaml(values: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file whose top level is a mapping. Raises UsageError naming file and line."""
+def read_yaml(path: Path, kind: str = "config file") -> dict[str, Any]:
+    """Reads a YAML file whose top level is a mapping; `kind` is what messages call it. Raises UsageError naming file and line."""
     try:
         text = read_small_file(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UsageError(f"there is no config file {path}{hint}") from None
+        raise UsageError(f"there is no {kind} {path}{hint}") from None
     try:
         values = parse_yaml(text)
         if not isinstance(values, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,13 @@ Count = Annotated[int, Field(ge=1, le=2**20)]
 DType = Literal["fp8", "bf16", "fp32", "fp64"]
 
 
+def check_ascending(table: Sequence[tuple[float, float]], name: str) -> None:
+    """Raises ValueError for sizes out of order, between which nothing could be read."""
+    for (before, _), (size, _) in pairwise(table):
+        if size <= before:
+            raise ValueError(f"{name} has the size {size:g} after {before:g}: sizes must ascend, each once")
+
+
 class Link(Section):
     """What one rank sends over a kind of link."""
 
@@ -36,9 +44,8 @@ class Link(Section):
     """Measured rates by size: pairs of a message's bytes and its bytes per second, sizes ascending. They replace the two numbers above."""
 
     @model_validator(mode="after")
-    def _ascends(self) -> Link:
-        if [size for size, _ in self.table] != sorted({size for size, _ in self.table}):
-            raise ValueError("the sizes of a link's table must ascend, each once")
+    def _sorted(self) -> Link:
+        check_ascending(self.table, "table")
         return self
 
     def seconds(self, size: float, share: float = 1.0, messages: int = 1) -> float:
@@ -97,6 +104,7 @@ class Device(Section):
 
     @model_validator(mode="after")
     def _room(self) -> Device:
+        check_ascending(self.product_table, "product_table")
         if self.reserve_bytes >= self.memory_bytes:
             raise ValueError(f"reserve_bytes is {self.reserve_bytes:g} but memory_bytes is {self.memory_bytes:g}: nothing is left")
         return self
@@ -175,6 +183,15 @@ class Cluster(Section):
     def gpus(self) -> int:
         return sum(pool.gpus for pool in self.pools)
 
+    def devices(self, ranks: int) -> list[Device]:
+        """Devices of the pools that the first `ranks` ranks use."""
+        used, left = [], ranks
+        for pool in self.pools:
+            if left > 0:
+                used.append(pool.device)
+            left -= pool.gpus
+        return used
+
     def node_of(self, rank: int) -> tuple[int, int]:
         """(pool, node within it) of a rank. Raises IndexError beyond the last one."""
         for i, pool in enumerate(self.pools):
@@ -204,7 +221,7 @@ class Cluster(Section):
 
 def load_cluster(path: str | Path) -> Cluster:
     """Reads a cluster file. Raises UsageError naming the file, the key and what is wrong."""
-    values = read_yaml(Path(path))
+    values = read_yaml(Path(path), "cluster file")
     try:
         return Cluster.model_validate(values)
     except ValidationError as error:

@@ -1,10 +1,11 @@
-"""Seconds of one layer, of the loss and of the optimizer on a device, without exchanges. Imports no torch."""
+"""Seconds of one layer, of the loss and of the optimizer on a device, without exchanges."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from megascale.planning.activations import head_rows
 from megascale.planning.cluster import Device
 from megascale.planning.memory import held, state_of
 from megascale.planning.setting import ITEMSIZE, Setting
@@ -31,41 +32,50 @@ class Seconds:
     kernels: float
 
 
-def product_flops(s: Setting, w: Weight) -> float:
+def product_flops(s: Setting, unit: Unit, w: Weight) -> float:
     """Forward FLOPs of one product on this rank."""
     if w.experts:
-        return 2.0 * s.rows * w.shape[1] * w.shape[2] / s.cuts.etp
-    elements = float(math.prod(s.cuts.local(w)))
-    if w.cut == "kv_heads" and not s.cuts.kv_cut:
-        elements *= math.ceil(s.config.model.num_kv_heads / s.cuts.tp) / s.config.model.num_kv_heads
-    return 2.0 * s.tokens * elements
+        return 2.0 * s.rows(unit) * w.shape[1] * w.shape[2] / s.cuts.etp
+    heads = unit.model.num_kv_heads
+    elements = float(math.prod(s.cuts.local(w, heads)))
+    if w.cut == "kv_heads" and heads % s.cuts.tp:
+        elements *= math.ceil(heads / s.cuts.tp) / heads
+    # A bank of attention's experts (MoEUT) is used in part; a memory has tokens of its own.
+    share = w.uses / s.units.repeats if len(w.shape) > 2 else 1.0
+    tokens = s.memory(unit) if w.name.startswith(("cross.k.", "cross.v.")) else s.tokens(unit)
+    return 2.0 * tokens * elements * share
 
 
-def attention_flops(s: Setting) -> float:
+def attention_flops(s: Setting, unit: Unit) -> float:
     """Forward FLOPs of attention on this rank, masked pairs left out."""
-    m, length = s.config.model, s.config.train.seq_len
+    m, train = unit.model, s.config.train
+    pairs = s.tokens(unit) * m.attention_row.pair_flops(m) / s.cuts.tp
+    if m.spacetime is not None:  # along one dimension
+        return pairs * (sum(m.spacetime.grid) / len(m.spacetime.grid) + s.memory(unit) / train.micro_batch_size)
+    length = train.source_length if unit.source else train.seq_len
     met = min(m.sliding_window or length, length)
-    share = (1 - met / (2 * length)) * met if m.causal else float(length)
-    return s.tokens * m.attention_row.pair_flops(m) / s.cuts.tp * share
+    share = (1 - met / (2 * length)) * met if m.causal and not unit.source else float(length)
+    return pairs * (share + s.memory(unit) / train.micro_batch_size)
 
 
 def layer_seconds(s: Setting, unit: Unit, device: Device) -> Seconds:
     """One layer's time on the device, at least that of launching its kernels."""
-    m, p, precision = s.config.model, s.config.parallel, s.config.precision
+    m, p, precision = unit.model, s.config.parallel, s.config.precision
     dtype = precision.compute if precision.fp8 == "false" else "fp8"
     products = 0.0
     for w in unit.weights:
         if w.product:
-            flops = product_flops(s, w)
+            flops = product_flops(s, unit, w)
             products += flops / device.product_rate("bf16" if w.name.startswith("ffn.router") else dtype, flops) if flops else 0.0
-    attention = attention_flops(s) / (device.attention_share * device.peak(precision.compute))
+    attention = attention_flops(s, unit) / (device.attention_share * device.peak(precision.compute))
     q, k = m.num_heads * m.head_dim / p.tp, m.num_kv_heads * m.head_dim / p.tp
     width = sum(w.shape[0] for w in unit.weights if w.name == "ffn.up.weight") / p.tp
-    rows = s.rows * (0 if not unit.sparse or m.moe is None else m.moe.ffn_size or 0) / s.cuts.etp
+    rows = s.rows(unit) * (0 if not unit.sparse or m.moe is None else m.moe.ffn_size or 0) / s.cuts.etp
     gated = q if m.attention_gate is not None else 0.0
-    numbers = STREAM * s.stream * m.hidden_size + ROTATED * s.tokens * (q + k) + INNER * (s.tokens * (width + gated) + rows)
+    numbers = STREAM * s.stream(unit) * m.hidden_size + ROTATED * s.tokens(unit) * (q + k)
+    numbers += INNER * (s.tokens(unit) * (width + gated) + rows)
     if unit.sparse:
-        numbers += 4 * s.rows * m.hidden_size  # permuting rows there and back
+        numbers += 4 * s.rows(unit) * m.hidden_size  # permuting rows there and back
     numbers *= (1.0 if p.compile else EAGER) * (1.0 if precision.fp8 == "false" else FP8_CASTS)
     passing = numbers * s.item / device.memory_bytes_per_second
     forward_kernels, backward_kernels = KERNELS[p.compile and not unit.sparse]
@@ -83,12 +93,11 @@ def layer_seconds(s: Setting, unit: Unit, device: Device) -> Seconds:
 
 
 def loss_seconds(s: Setting, device: Device) -> float:
-    """Head and loss of one micro-batch, gradients included: they are computed together."""
+    """Heads and losses of one micro-batch, gradients included: they are computed together."""
     m, p = s.config.model, s.config.parallel
-    assert m.vocab_size is not None
-    rows = -(-m.vocab_size // p.tp)
-    flops = 2.0 * s.tokens * rows * m.hidden_size
-    passes = LOSS_PASSES[p.compile] * 2 * s.tokens * rows * s.item / device.memory_bytes_per_second
+    rows, tokens = head_rows(s), s.tokens() * (1 + m.mtp_depth)
+    flops = 2.0 * tokens * rows * m.hidden_size
+    passes = LOSS_PASSES[p.compile] * 2 * tokens * rows * s.item / device.memory_bytes_per_second
     return (3 * flops / device.product_rate(s.config.precision.compute, flops) + passes) / device.step_share
 
 
@@ -102,16 +111,4 @@ def update_seconds(s: Setting, units: list[tuple[Unit, int]], device: Device) ->
 
 def flops_per_step(s: Setting) -> float:
     """Training FLOPs of the model in a step, as MFU counts them (measure/compute.py)."""
-    from megascale.config.stages import keys_met
-
-    m, train = s.config.model, s.config.train
-    units = s.units
-    weights = sum(
-        w.numel * w.uses for u in (units.front, *units.layers, units.tail) for w in u.weights if w.product or not _looked_up(w.name)
-    )
-    each = 6 * weights + 3 * m.num_layers * m.attention_row.pair_flops(m) * keys_met(m, train.seq_len)
-    return each * train.global_batch_size * train.seq_len
-
-
-def _looked_up(name: str) -> bool:
-    return name in ("embedding.weight", "position.weight", "relative.weight")
+    return s.units.flops * s.config.train.global_batch_size * s.config.train.seq_len

@@ -36,6 +36,22 @@ def live_forwards(schedule: str, ranks: int, virtual: int, micro_batches: int) -
     return [min(m * v, (v - 1) * (m // max(1, m // p)) + p)] * p
 
 
+def live_of_stages(schedule: str, ranks: int, virtual: int, micro_batches: int, rank: int) -> list[int]:
+    """A rank's `live_forwards` by its stages. In a V the first stage waits for the way there and back; interleaved stages take turns of a
+    round's micro-batches, so that the first ones are ahead.
+    """
+    whole = live_forwards(schedule, ranks, virtual, micro_batches)[rank]
+    if schedule in ("zbv", "dualpipev"):
+        back = min(rank + 1, micro_batches, whole)
+        return [whole - back, back]
+    turns, size = [0] * virtual, max(1, micro_batches // max(1, micro_batches // ranks))
+    if schedule in ("gpipe", "looped_bfs"):
+        size = micro_batches
+    for i in range(whole):
+        turns[i // size % virtual] += 1
+    return turns
+
+
 def sends(ranks: int, schedule: str, virtual: int, micro_batches: int, rank: int) -> int:
     """Messages of activations and gradients that a rank sends in a step: one for each micro-batch, direction, and border of its stages to
     another rank's. The two stages at the turn of a V are on one rank.

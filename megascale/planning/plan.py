@@ -1,4 +1,4 @@
-"""`megascale plan` and `ms.plan`: a config and a cluster file → lines and JSON. Imports no torch."""
+"""`megascale plan` and `ms.plan`: a config and a cluster file → lines and JSON."""
 
 from __future__ import annotations
 

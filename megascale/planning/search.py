@@ -130,8 +130,8 @@ def search(config: Config, ranks: int, cluster: Cluster, listed: int = LISTED) -
     fitting: list[tuple[float, float, int, Config, Prediction]] = []
     unfit: list[tuple[float, int, Config]] = []
     for number, changed in enumerate(c for base in axes(config, ranks, node) for c in variants(config, base)):
-        setting = setting_of(changed, ranks)
-        memory = peak_of(setting, links.cpu)
+        setting = setting_of(changed, ranks, links.cpu)
+        memory = peak_of(setting)
         needed = sum(memory.values())
         if needed > links.room:
             unfit.append((needed, number, changed))
@@ -161,7 +161,7 @@ def search(config: Config, ranks: int, cluster: Cluster, listed: int = LISTED) -
         for _, _, changed in unfit:
             checked = _checked(changed, ranks, refused)
             if checked is not None:
-                nearest = Layout(checked, predict_setting(setting_of(checked, ranks), links))
+                nearest = Layout(checked, predict_setting(setting_of(checked, ranks, links.cpu), links))
                 break
     return Found(layouts, pareto, len(fitting) + len(unfit), len(unfit), refused, nearest)
 

@@ -1,4 +1,4 @@
-"""A checked config on a number of ranks, taken apart once: sizes of axes, cuts of weights, tokens of a rank, stages. Imports no torch."""
+"""A checked config on a number of ranks, taken apart once: sizes of axes, cuts of weights, tokens of a rank, stages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from functools import cached_property, lru_cache
 
 from megascale.config.axes import data_parts
 from megascale.config.layout import axis_sizes
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Parallel
 from megascale.config.stages import StagePart, stage_parts, stages_of_rank
 from megascale.errors import UsageError
-from megascale.planning.weights import Cuts, Unit, Units, Weight, units_of
+from megascale.planning.weights import Cuts, Same, Unit, Units, Weight, units_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp64": 8}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Facts of a checked config on `ranks`. Tokens are those of one micro-batch on one rank; `stream` counts where tp_sequence splits
-    them.
+    """Facts of a checked config on `ranks`. Tokens are those of one micro-batch on one rank. `cpu`: it computes on CPUs, whose kernels keep
+    other tensors.
     """
 
     config: Config
@@ -27,34 +27,54 @@ class Setting:
     sizes: dict[str, int] = field(hash=False)
     cuts: Cuts
     units: Units
+    cpu: bool = False
 
     @cached_property
     def micro_batches(self) -> int:
         train = self.config.train
         return -(-train.global_batch_size // (train.micro_batch_size * data_parts(self.sizes)))
 
-    @cached_property
-    def tokens(self) -> float:
-        """Tokens that a rank's attention and feed-forward see, those of the whole tensor group."""
-        return self.config.train.micro_batch_size * self.config.train.seq_len / self.config.parallel.cp
+    def tokens(self, unit: Unit | None = None) -> float:
+        """Tokens that a rank's sublayers see in a layer, those of the whole tensor group; without a unit those of the loss."""
+        train, grid = self.config.train, self.config.model.spacetime
+        length = train.source_length if unit is not None and unit.source else train.seq_len if grid is None else grid.tokens
+        return train.micro_batch_size * length / self.config.parallel.cp
 
-    @cached_property
-    def stream(self) -> float:
+    def memory(self, unit: Unit) -> float:
+        """Tokens that a layer attends to beside its own: those of a source or of a text, whole on every rank."""
+        train, grid = self.config.train, self.config.model.spacetime
+        length = 0 if not unit.crossed else train.source_length if grid is None else grid.text_len or 0
+        return float(train.micro_batch_size * length)
+
+    def stream(self, unit: Unit | None = None) -> float:
         """Tokens of the residual stream on this rank."""
-        return self.tokens / (self.config.parallel.tp if self.config.parallel.tp_sequence else 1)
+        return self.tokens(unit) / (self.config.parallel.tp if self.config.parallel.tp_sequence else 1)
 
-    @cached_property
-    def rows(self) -> float:
+    @property
+    def message(self) -> float:
+        """Tokens that stages send: of both streams if there are two, and of a text."""
+        train, p, grid = self.config.train, self.config.parallel, self.config.model.spacetime
+        more = train.source_length if self.config.model.encoder_layers else 0
+        text = (grid.text_len or 0) if grid is not None else 0
+        cut = p.tp if p.tp_sequence else 1
+        return self.stream() + train.micro_batch_size * (more / p.cp + text) / cut
+
+    def rows(self, unit: Unit) -> float:
         """Rows that a rank's experts process, if they are equally busy."""
-        moe, p = self.config.model.moe, self.config.parallel
-        if moe is None:
+        moe, p = unit.model.moe, self.config.parallel
+        if moe is None or not unit.sparse:
             return 0.0
-        return moe.top_k * (self.tokens if p.expert_tp == p.tp else self.stream)
+        return moe.top_k * (self.tokens(unit) if p.expert_tp == p.tp else self.stream(unit))
 
     @cached_property
     def item(self) -> int:
         """Bytes of a number in the compute format."""
         return ITEMSIZE[self.config.precision.compute]
+
+    @cached_property
+    def saved(self) -> int:
+        """Bytes fewer for a number of a hidden matrix that is gathered in FP8."""
+        return self.item - 1 if self.config.precision.fp8 == "static" else 0
 
     @cached_property
     def stored(self) -> int:
@@ -87,30 +107,37 @@ class Setting:
         """Parts by pipeline rank. Layered accumulation's finest stages are one part here."""
         p = self.config.parallel
         if p.pp == 1:
-            return [[StagePart(range(self.config.model.num_layers))]]
+            return [[StagePart(range(self.config.model.total_layers))]]
         parts = stage_parts_of(self.config)
         return [[parts[i] for i in stages_of_rank(p.pp_schedule, p.pp, p.pp_virtual, r)] for r in range(p.pp)]
 
     @cached_property
     def distinct(self) -> list[int]:
         """Pipeline ranks that differ in what they hold: the first and the last of each kind."""
-        kinds: dict[tuple[tuple[int, bool, bool], ...], list[int]] = {}
+        kinds: dict[tuple[tuple[object, ...], ...], list[int]] = {}
         for rank, parts in enumerate(self.stages):
-            kinds.setdefault(tuple((len(p.layers), p.first, p.last) for p in parts), []).append(rank)
-        same = self.config.model.moe is None and self.config.model.ffn_sizes is None
-        return sorted({r for ranks in kinds.values() for r in (ranks[0], ranks[-1])}) if same else list(range(len(self.stages)))
+            key = tuple((tuple((id(u), n) for u, n in self.units.between(p.layers)), p.first, p.last) for p in parts)
+            kinds.setdefault(key, []).append(rank)
+        return sorted({r for ranks in kinds.values() for r in (ranks[0], ranks[-1])})
 
     def layers_of(self, parts: Sequence[StagePart]) -> list[tuple[Unit, int]]:
-        """The kinds of layers in some stages, each with its number."""
-        return [pair for part in parts for pair in self.units.between(part.layers)]
+        """The kinds of layers in some stages, each with the number of passes through it."""
+        found = [pair for part in parts for pair in self.units.between(part.layers)]
+        return found + [(unit, 1) for part in parts if part.last for unit in self.units.ahead]
+
+    def stored_of(self, parts: Sequence[StagePart]) -> list[tuple[Unit, int]]:
+        """The units whose weights some stages hold, each with their number."""
+        layers = [(u, n // self.units.repeats) for u, n in self.layers_of(parts)]
+        return [*layers, *((u, 1) for u in self.ends_of(parts))]
 
     def ends_of(self, parts: Sequence[StagePart]) -> list[Unit]:
-        """The units of some stages that are no layers. A tied table stands at both ends if these are different stages."""
+        """The units of some stages that are no layers. A shared table stands at both ends if these are different stages."""
         found = []
         for part in parts:
             if part.first:
                 found.append(self.units.front)
-            if part.last and self.units.tied and (not part.first or self.config.parallel.accumulation == "layered"):
+            found += [unit for layer, unit in self.units.beside.items() if layer in part.layers]
+            if part.last and self.units.copy and (not part.first or self.config.parallel.accumulation == "layered"):
                 found.append(self.units.copy)
             found += [self.units.tail] if part.last and self.units.tail.weights else []
         return found
@@ -118,33 +145,20 @@ class Setting:
 
 def stage_parts_of(config: Config) -> tuple[StagePart, ...]:
     """`stage_parts`, computed once for each number of stages of a model."""
-    return _parts(_PartsKey(config))
-
-
-class _PartsKey:
-    """What the split of layers depends on."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        p, m = config.parallel, config.model
-        sizes = (m.hidden_size, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_size, m.vocab_size, m.sliding_window, m.moe is None)
-        moe = None if m.moe is None else (m.moe.ffn_size, m.moe.top_k, m.moe.num_shared, m.moe.every)
-        self.key = (p.pp, p.stages_per_rank, p.pp_layers, config.train.seq_len, m.num_layers, sizes, moe, m.ffn, m.attention)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _PartsKey) and other.key == self.key
+    p, train = config.parallel, config.train
+    return _parts(Same(config.model), p.pp, p.pp_schedule, p.pp_virtual, p.pp_layers, train.seq_len, train.source_length)
 
 
 @lru_cache(maxsize=4096)
-def _parts(key: _PartsKey) -> tuple[StagePart, ...]:
-    c = key.config
-    return tuple(stage_parts(c.model, c.parallel.model_copy(update={"accumulation": "depth_first"}), c.train.seq_len))
+def _parts(
+    key: Same, pp: int, schedule: str, virtual: int, layers: tuple[int, ...] | None, seq_len: int, source_len: int
+) -> tuple[StagePart, ...]:
+    # Without the config's rules: a search asks for thousands.
+    parallel = Parallel().model_copy(update={"pp": pp, "pp_schedule": schedule, "pp_virtual": virtual, "pp_layers": layers})
+    return tuple(stage_parts(key.model, parallel, seq_len, source_len if key.model.encoder_layers else 0))
 
 
-def setting_of(config: Config, ranks: int) -> Setting:
+def setting_of(config: Config, ranks: int, cpu: bool = False) -> Setting:
     """Takes a checked config apart. Raises UsageError for what the planner does not know."""
     p = config.parallel
     if p.engine == "deepspeed":
@@ -159,6 +173,5 @@ def setting_of(config: Config, ranks: int) -> Setting:
         shard=sizes["dp_shard"] * sizes["cp"] if fsdp else 1,
         edp=sizes["edp"] if fsdp else 1,
         own_experts=own,
-        kv_cut=config.model.num_kv_heads % p.tp == 0,
     )
-    return Setting(config, ranks, sizes, cuts, units_of(config))
+    return Setting(config, ranks, sizes, cuts, units_of(config), cpu)

@@ -1,4 +1,4 @@
-"""Time of a step: computation, bubble, and the exchanges that computation does not hide. Imports no torch.
+"""Time of a step: computation, bubble, and the exchanges that computation does not hide.
 
 On GPUs gathers and reductions of weights run beside computation, as FSDP2 issues them: a layer's gather while the layer before computes, a
 layer's reduction while the next one computes. Exchanges of activations stop computation. On CPUs both share the cores, so nothing is
@@ -14,7 +14,7 @@ from functools import cached_property
 from megascale.config.schema import Config
 from megascale.planning.cluster import Cluster, Device, Link
 from megascale.planning.layer import flops_per_step, layer_seconds, loss_seconds, update_seconds
-from megascale.planning.memory import peak_of
+from megascale.planning.memory import held, peak_of
 from megascale.planning.pipeline import idle_units
 from megascale.planning.setting import Setting, setting_of
 from megascale.planning.traffic import (
@@ -66,12 +66,7 @@ class Links:
     @cached_property
     def devices(self) -> list[Device]:
         """Devices of the pools in use."""
-        used, left = [], self.ranks
-        for pool in self.cluster.pools:
-            if left > 0:
-                used.append(pool.device)
-            left -= pool.gpus
-        return used
+        return self.cluster.devices(self.ranks)
 
     @property
     def room(self) -> float:
@@ -106,7 +101,8 @@ class Links:
 
 def predict(config: Config, ranks: int, cluster: Cluster, links: Links | None = None) -> Prediction:
     """Memory, traffic and time of a checked config on the first `ranks` devices of a cluster."""
-    return predict_setting(setting_of(config, ranks), links or Links(cluster, ranks))
+    links = links or Links(cluster, ranks)
+    return predict_setting(setting_of(config, ranks, links.cpu), links)
 
 
 def predict_setting(s: Setting, links: Links, memory: dict[str, float] | None = None) -> Prediction:
@@ -124,7 +120,7 @@ def predict_setting(s: Setting, links: Links, memory: dict[str, float] | None = 
         flops / (s.ranks * peak * seconds),
         tokens,
         flops,
-        peak_of(s, links.cpu) if memory is None else memory,
+        peak_of(s) if memory is None else memory,
         links.room,
         sent_bytes(s),
     )
@@ -204,7 +200,7 @@ class Step:
         replicas = self.links.seconds(replica_bytes(s, unit, False) + replica_bytes(s, unit, True), shards, self.replica_stride)
         if p.engine == "ddp":
             copies = s.sizes["dp_replicate"] * s.sizes["cp"]
-            size = 2 * others(copies) * sum(s.cuts.held(w) for w in unit.weights) * s.stored
+            size = 2 * others(copies) * held(unit, s.cuts).kept * s.stored
             replicas = self.links.seconds(size, copies, p.tp)
         reduce = self._sharded(unit, reduce_bytes)
         return LayerTime(own.forward, own.backward, own.again, waits, gather, again, reduce, replicas, own.kernels)
@@ -213,7 +209,7 @@ class Step:
         """Time of attention, beside which a ring's blocks travel."""
         from megascale.planning.layer import attention_flops
 
-        return attention_flops(self.s) / (self.device.attention_share * self.device.peak(self.s.config.precision.compute))
+        return attention_flops(self.s, unit) / (self.device.attention_share * self.device.peak(self.s.config.precision.compute))
 
     def _messages(self, axis: str, size: float, ranks: int, stride: int) -> float:
         """Exchanges of a layer and pass: four over tp, two to four elsewhere, each a ring of its own."""
@@ -239,7 +235,7 @@ class Step:
         parts = {
             "compute": m * (sum(n * (t.forward + t.backward) for t, n in layers) + loss),
             "recompute": m * sum(n * t.again for t, n in layers),
-            "update": update_seconds(s, [*s.layers_of(stages), *((u, 1) for u in s.ends_of(stages))], self.device),
+            "update": update_seconds(s, s.stored_of(stages), self.device),
         }
         for axis in ("tp", "cp", "ep"):
             parts[axis] = m * sum(n * sum(t.waits.get(axis, (0.0, 0.0))) for t, n in layers)
@@ -263,7 +259,7 @@ class Step:
             replicas = self.links.seconds(replica_bytes(s, unit, False), s.sizes["dp_replicate"], self.replica_stride)
             if p.engine == "ddp":
                 copies = s.sizes["dp_replicate"] * s.sizes["cp"]
-                size = 2 * others(copies) * sum(s.cuts.held(w) for w in unit.weights) * s.stored
+                size = 2 * others(copies) * held(unit, s.cuts).kept * s.stored
                 replicas = self.links.seconds(size, copies, p.tp)
             self._layers[unit] = LayerTime(0.0, 0.0, 0.0, {}, gather, 0.0, reduce, replicas, 0.0)
         return self._layers[unit]
@@ -273,8 +269,8 @@ class Step:
         s, n = self.s, self.s.config.parallel.tp
         if n == 1:
             return 0.0
-        end = 2 * others(n) * s.tokens * s.config.model.hidden_size * s.item
-        sums = 2 * others(n) * 3 * s.tokens * max(4, s.item)
+        end = 2 * others(n) * s.tokens() * s.config.model.hidden_size * s.item
+        sums = 2 * others(n) * 3 * s.tokens() * max(4, s.item)
         return (first + last) * self.links.seconds(end, n, 1) + (2 * self.links.seconds(sums / 2, n, 1) if last else 0.0)
 
     def _sharding(self, layers: list[tuple[LayerTime, int]], ends: list[LayerTime]) -> float:
@@ -306,7 +302,7 @@ class Step:
         stages = p.stages_per_rank
         unit = work / (m * stages * 3)  # a third of a stage's forward and backward
         bubble = unit * idle_units(p.pp_schedule, p.pp, stages, m)
-        message = s.stream * s.config.model.hidden_size * s.item
+        message = s.message * s.config.model.hidden_size * s.item
         link, share = self.links.of(p.pp, s.ranks // p.pp)
         each = link.seconds(message, share)
         # While the pipeline fills and drains a message is waited for at every border; later only its latency.

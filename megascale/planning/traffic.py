@@ -1,5 +1,5 @@
 """Bytes that a rank sends in a step, by axis: the formulas of docs/layouts.md. `tests/test_counts.py` holds them equal to the program's
-counters. Imports no torch.
+counters.
 
 The primitives are bytes of one layer and one pass; `sent_bytes` sums them over a step, and `step.py` turns them into time.
 """
@@ -39,10 +39,10 @@ def tensor_passes(s: Setting, unit: Unit) -> Passes:
     p, n = s.config.parallel, s.config.parallel.tp
     if n == 1:
         return Passes()
-    half = others(n) * s.tokens * s.config.model.hidden_size * s.item  # a gather or a reduce-scatter of the stream; an all-reduce is two
-    sublayers = 2.0
+    half = others(n) * s.tokens(unit) * unit.model.hidden_size * s.item  # a gather or a reduce-scatter of the stream; an all-reduce is two
+    sublayers = 3.0 if unit.crossed else 2.0
     if unit.sparse and p.expert_tp == 1:  # experts take the tokens of their own rank; shared ones, all
-        sublayers = 2.0 if s.config.model.moe is not None and s.config.model.moe.num_shared else 1.0
+        sublayers -= 0.0 if unit.model.moe is not None and unit.model.moe.num_shared else 1.0
     halves = 2 * sublayers
     again = 0.0
     if p.recompute != "none":
@@ -55,19 +55,23 @@ def tensor_passes(s: Setting, unit: Unit) -> Passes:
 
 def context_passes(s: Setting, unit: Unit) -> Passes:
     """A layer's exchanges over cp: key-value blocks around a ring, heads by all-to-all."""
-    p, m = s.config.parallel, s.config.model
+    p, m = s.config.parallel, unit.model
     if p.cp == 1:
         return Passes()
     heads, ring = p.heads_over, p.cp // p.heads_over
-    q, kv_heads = m.num_heads * m.head_dim / p.tp, m.num_kv_heads / p.tp if s.cuts.kv_cut else math.ceil(m.num_kv_heads / p.tp)
-    k = (kv_heads if kv_heads % heads == 0 else max(kv_heads, heads)) * m.head_dim
-    around = (ring - 1) * s.tokens * 2 * k * s.item
-    across = others(heads) * s.tokens * (2 * q + 2 * k) * s.item
+    size = m.head_dim
+    if m.latent is not None:  # padded to one size
+        size = max(m.head_dim + m.latent.rope_dim, m.latent.value_dim or m.head_dim)
+    q, kv_heads = m.num_heads * size / p.tp, m.num_kv_heads / p.tp if m.num_kv_heads % p.tp == 0 else math.ceil(m.num_kv_heads / p.tp)
+    k = (kv_heads if kv_heads % heads == 0 else max(kv_heads, heads)) * size
+    around = (ring - 1) * s.tokens(unit) * 2 * k * s.item
+    across = others(heads) * s.tokens(unit) * (2 * q + 2 * k) * s.item
     kept = p.recompute == "none"
     again = (0.0 if kept or p.recompute == "selective" else around) + (
         0.0 if kept or (p.recompute == "selective" and p.compile) else across
     )
-    return Passes(around + across, 2 * around + across, again)
+    # Gradients of a ring's blocks add up in full precision.
+    return Passes(around + across, (1 + max(4, s.item) / s.item) * around + across, again)
 
 
 def expert_passes(s: Setting, unit: Unit) -> Passes:
@@ -76,12 +80,12 @@ def expert_passes(s: Setting, unit: Unit) -> Passes:
     """
     if not unit.sparse or s.cuts.ep == 1:
         return Passes()
-    moe, d = s.config.model.moe, s.config.model.hidden_size
+    moe, d = unit.model.moe, unit.model.hidden_size
     assert moe is not None
     if moe.groups is None or s.config.parallel.ep_rows is not None:
-        ways = 2 * others(s.cuts.ep) * s.rows * d * s.item
+        ways = 2 * others(s.cuts.ep) * s.rows(unit) * d * s.item
         return Passes(ways, ways, 0.0 if s.config.parallel.recompute == "none" else ways)
-    copies = others(s.cuts.ep) * s.rows / moe.top_k * ranks_met(moe, s.cuts.ep)
+    copies = others(s.cuts.ep) * s.rows(unit) / moe.top_k * ranks_met(moe, s.cuts.ep)
     ways = copies * (2 * d + moe.top_k) * s.item
     numbers = copies * moe.top_k * (1 if moe.num_experts // s.cuts.ep < 256 else 4)
     return Passes(ways + numbers, ways, 0.0 if s.config.parallel.recompute == "none" else ways + numbers)
@@ -90,7 +94,7 @@ def expert_passes(s: Setting, unit: Unit) -> Passes:
 def gather_bytes(s: Setting, unit: Unit, experts: bool, ranks: int | None = None) -> float:
     """Bytes to gather a unit's weights over the ranks that shard them; `ranks`: over so many neighbours instead."""
     n = ranks or (s.cuts.edp if experts else s.cuts.shard)
-    return others(n) * _whole(s, unit, experts) * s.item
+    return others(n) * (_whole(s, unit, experts) * s.item - _whole(s, unit, experts, True) * s.saved)
 
 
 def reduce_bytes(s: Setting, unit: Unit, experts: bool) -> float:
@@ -105,11 +109,13 @@ def replica_bytes(s: Setting, unit: Unit, experts: bool) -> float:
     return 2 * others(n) * _whole(s, unit, experts) / shards * s.reduced
 
 
-def _whole(s: Setting, unit: Unit, experts: bool) -> int:
-    """Gathered elements of a unit's experts with their own axes, or of its other weights."""
+def _whole(s: Setting, unit: Unit, experts: bool, matrices: bool = False) -> int:
+    """Gathered elements of a unit's experts with their own axes, or of its other weights; of its hidden `matrices` alone."""
+    found = held(unit, s.cuts)
     if not s.cuts.own_experts or not unit.sparse:
-        return 0 if experts else held(unit, s.cuts).whole
-    return sum(s.cuts.gathered(w) for w in unit.weights if w.experts == experts)
+        return 0 if experts else found.matrices if matrices else found.whole
+    of = [w for w in unit.weights if w.experts == experts and (w.matrix or not matrices)]
+    return sum(s.cuts.gathered(w, unit.model.num_kv_heads) for w in of)
 
 
 def gathers(s: Setting, unit: Unit, experts: bool = False) -> tuple[float, float]:
@@ -143,34 +149,41 @@ def sent_bytes(s: Setting) -> dict[str, float]:
 
 def _sent(s: Setting, rank: int) -> dict[str, float]:
     p, parts, m = s.config.parallel, s.stages[rank], s.micro_batches
-    layers, ends = s.layers_of(parts), s.ends_of(parts)
+    layers, stored = s.layers_of(parts), s.stored_of(parts)
     sent = {"tp": _tensor(s, rank, layers), "cp": m * sum(n * context_passes(s, u).total for u, n in layers)}
     sent["ep"] = m * sum(n * expert_passes(s, u).total for u, n in layers)
     if p.pp > 1:
-        message = s.stream * s.config.model.hidden_size * s.item
-        sent["pp"] = sends(p.pp, p.pp_schedule, p.stages_per_rank, m, rank) * message
+        sent["pp"] = sends(p.pp, p.pp_schedule, p.stages_per_rank, m, rank) * s.message * s.config.model.hidden_size * s.item
     if s.sharded:
-        sent["dp_shard"] = _sharding(s, layers, ends, False)
+        sent["dp_shard"] = _sharding(s, layers, s.ends_of(parts), False)
         sent["edp"] = _sharding(s, layers, [], True)
-        units = [*layers, *((u, 1) for u in ends)]
-        sent["dp_replicate"] = sum(n * (replica_bytes(s, u, False) + replica_bytes(s, u, True)) for u, n in units)
+        if s.config.optim.name == "muon":
+            sent["dp_shard"] += _owned(s, stored)
+        sent["dp_replicate"] = sum(n * (replica_bytes(s, u, False) + replica_bytes(s, u, True)) for u, n in stored)
     elif p.engine == "ddp":
         copies = s.sizes["dp_replicate"] * s.sizes["cp"]
-        elements = sum(n * held(u, s.cuts).kept for u, n in [*layers, *((u, 1) for u in ends)])
-        sent["dp_replicate"] = 2 * others(copies) * elements * s.stored
+        sent["dp_replicate"] = 2 * others(copies) * sum(n * held(u, s.cuts).kept for u, n in stored) * s.stored
     return sent
+
+
+def _owned(s: Setting, stored: list[tuple[Unit, int]]) -> float:
+    """Bytes of Muon's matrices, each of which a rank brings together and orthogonalizes for all: to their owners and back. Exact if all
+    ranks own as much.
+    """
+    n = s.cuts.shard
+    return 2 * others(n) * sum(count * _whole(s, u, False, True) for u, count in stored) / n * s.stored
 
 
 def _sharding(s: Setting, layers: list[tuple[Unit, int]], ends: list[Unit], experts: bool) -> float:
     """Gathers and reductions of a step. The ends stay gathered from forward to backward; layered accumulation also keeps the last layer."""
-    p = s.config.parallel
+    p, repeats = s.config.parallel, s.units.repeats
     far, near = gathers(s, layers[0][0], experts) if layers else (0, 0)
     times = reductions(s)
     near_ranks = p.reshard_after_forward if not isinstance(p.reshard_after_forward, bool) else 1
     total = 0.0
     for unit, n in layers:
         total += n * (far * gather_bytes(s, unit, experts) + near * gather_bytes(s, unit, experts, near_ranks))
-        total += n * times * reduce_bytes(s, unit, experts)
+        total += n / repeats * times * reduce_bytes(s, unit, experts)
     if p.accumulation == "layered" and layers:
         total -= times * gather_bytes(s, layers[-1][0], experts)
     once = 1 if p.pp > 1 else times
@@ -178,25 +191,36 @@ def _sharding(s: Setting, layers: list[tuple[Unit, int]], ends: list[Unit], expe
 
 
 def _tensor(s: Setting, rank: int, layers: list[tuple[Unit, int]]) -> float:
-    p, m, n = s.config.parallel, s.micro_batches, s.config.parallel.tp
+    p, m, n, model = s.config.parallel, s.micro_batches, s.config.parallel.tp, s.config.model
     if n == 1:
         return 0.0
     total = m * sum(count * tensor_passes(s, u).total for u, count in layers)
-    end = 2 * others(n) * s.tokens * s.config.model.hidden_size * s.item
     first, last = any(part.first for part in s.stages[rank]), any(part.last for part in s.stages[rank])
-    total += m * end * (first + last)
-    if last:
-        total += m * 2 * others(n) * 3 * s.tokens * max(4, s.item)  # largest logit, then denominator and the target's logit
+    pair = 2 * others(n) * model.hidden_size * s.item  # a gather and a reduction of a token, or an all-reduce
+    depth = model.mtp_depth
+    # Tables are looked up at the start, and by each module of multi-token prediction; every head reads the whole stream.
+    total += m * pair * s.tokens() * (first + last * (1 + 2 * depth))
+    if model.encoder_layers and first:
+        total += m * pair * s.config.train.micro_batch_size * s.config.train.source_length / p.cp
+    memories = sum(max((s.memory(u) for u, _ in s.layers_of([part])), default=0.0) for part in s.stages[rank])
+    total += m * pair * memories
+    if last and model.spacetime is None:
+        # The largest logit, then denominator and the target's logit.
+        total += m * (1 + depth) * 2 * others(n) * 3 * s.tokens() * max(4, s.item)
     partial = sum(
-        count * s.cuts.held(w) for u, count in [*layers, *((e, 1) for e in s.ends_of(s.stages[rank]))] for w in u.weights if _partial(s, w)
+        count * s.cuts.gathered(w, u.model.num_kv_heads) // s.cuts.ranks(w)
+        for u, count in s.stored_of(s.stages[rank])
+        for w in u.weights
+        if _partial(s, u, w)
     )
-    return total + 2 * others(n) * partial * s.stored * (1 if p.tp > 1 else 0)
+    return total + 2 * others(n) * partial * s.stored
 
 
-def _partial(s: Setting, w: Weight) -> bool:
+def _partial(s: Setting, unit: Unit, w: Weight) -> bool:
     """Whether a weight's gradient is a partial sum over tp."""
-    if isinstance(w.cut, int) or (w.cut == "kv_heads" and s.cuts.kv_cut):
+    cut = s.cuts.cut(w, unit.model.num_kv_heads)
+    if isinstance(cut, int):
         return False
     if w.experts:
         return s.cuts.etp > 1
-    return w.cut != "tokens" or s.config.parallel.tp_sequence
+    return cut != "tokens" or s.config.parallel.tp_sequence

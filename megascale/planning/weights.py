@@ -1,25 +1,26 @@
-"""Every weight of a text model as plain data, without building it: shapes, cuts over tensor ranks, groups of FSDP. Imports no torch.
-
-`tests/planning/test_weights.py` holds it equal to what the model's modules declare.
+"""Every weight of a model as plain data: shapes, cuts over tensor ranks, groups of FSDP. The model's own modules declare them, without
+memory, once for a search: so the planner knows every family and kind of layer. Torch is imported for that, and only then.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from megascale.config.attentions import GROUPED, gate_width
 from megascale.config.layout import even_dim
 from megascale.config.schema import Config, Model
-from megascale.config.stages import has_experts
+from megascale.config.stages import StagePart
 from megascale.errors import UsageError
+
+if TYPE_CHECKING:
+    from megascale.model.spec import ParamSpec
 
 # As `model.spec.Cut`: a dimension; or "tokens", "heads" (every tensor rank holds all), "kv_heads" (a dimension if there are heads for all).
 Cut = int | Literal["tokens", "heads", "kv_heads"]
+LOOKED_UP = ("position", "relative", "coefficient", "norm", "bias", "scale")  # roles that no token is multiplied with as a matrix
 
 
 @dataclass(frozen=True)
@@ -57,46 +58,61 @@ class Cuts:
     shard: int = 1
     edp: int = 1
     own_experts: bool = False
-    kv_cut: bool = True
 
-    def local(self, w: Weight) -> tuple[int, ...]:
-        """Shape of a tensor rank's part, padding included, before FSDP shards it."""
+    def local(self, w: Weight, kv_heads: int) -> tuple[int, ...]:
+        """Shape of a tensor rank's part, padding included, before FSDP shards it. `kv_heads`: those of its layer."""
         shape = list(w.shape)
         if w.experts:
             shape[0] //= self.ep
             if self.etp > 1 and isinstance(w.cut, int):
                 shape[w.cut] //= self.etp
         else:
-            cut = (0 if self.kv_cut else "heads") if w.cut == "kv_heads" else w.cut
+            cut = self.cut(w, kv_heads)
             if isinstance(cut, int):
                 shape[cut] = -(-shape[cut] // self.tp)
         return tuple(shape)
+
+    def cut(self, w: Weight, kv_heads: int) -> Cut:
+        """How a weight is split, once it is known whether there are KV heads for all tensor ranks."""
+        return (0 if kv_heads % self.tp == 0 else "heads") if w.cut == "kv_heads" else w.cut
 
     def ranks(self, w: Weight) -> int:
         """Ranks over which FSDP shards the weight."""
         return self.edp if w.experts and self.own_experts else self.shard
 
-    def gathered(self, w: Weight) -> int:
+    def gathered(self, w: Weight, kv_heads: int) -> int:
         """Elements of the gathered weight, padded as FSDP pads it."""
-        shape, ranks = self.local(w), self.ranks(w)
+        shape, ranks = self.local(w, kv_heads), self.ranks(w)
         if w.experts:
             dim = 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
         else:
             dim = even_dim(shape, ranks) if w.matrix else 0
         return math.prod(shape) // shape[dim] * (-(-shape[dim] // ranks) * ranks)
 
-    def held(self, w: Weight) -> int:
-        """Elements on the first rank, which holds most."""
-        return self.gathered(w) // self.ranks(w)
-
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A group of weights that are gathered and reduced together; `experts` form a group of their own if they have axes of their own."""
+    """A group of weights that are gathered and reduced together; `experts` form a group of their own if they have axes of their own.
+    `model` is the config of its layer, of which `sparse` ones have experts; `source`: its tokens are those of an encoder's source.
+    """
 
     weights: tuple[Weight, ...]
+    model: Model
     layer: bool = True
-    sparse: bool = False
+    source: bool = False
+
+    @cached_property
+    def names(self) -> dict[str, Weight]:
+        return {w.name: w for w in self.weights}
+
+    @cached_property
+    def sparse(self) -> bool:
+        return any(w.experts for w in self.weights)
+
+    @cached_property
+    def crossed(self) -> bool:
+        """Whether it also attends to a memory."""
+        return any(w.name.startswith("cross.") for w in self.weights)
 
     @property
     def parameters(self) -> int:
@@ -109,17 +125,24 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units of a model in order: what stands before the layers, each layer's kind, and the final norm with the head."""
+    """The units of a model in order: what stands before the layers, each layer's kind (an encoder's come first), and what stands after
+    them, the final norm with the head.
+
+    ahead    blocks of multi-token prediction, in the last stage
+    beside   by a layer's number, weights that its stage holds, such as the norm after an encoder
+    copy     the table again, where a last stage holds a copy of it
+    repeats  how often a group of layers is passed (MoEUT), whose layers are stored once
+    flops    training FLOPs of a token
+    """
 
     front: Unit
     layers: tuple[Unit, ...]
     tail: Unit
-    tied: bool
-
-    @cached_property
-    def copy(self) -> Unit:
-        """The table again, where a pipeline's last stage holds a copy of it as its head."""
-        return Unit(self.front.weights[:1], False)
+    ahead: tuple[Unit, ...]
+    beside: dict[int, Unit]
+    copy: Unit | None
+    repeats: int
+    flops: float
 
     def between(self, layers: range) -> tuple[tuple[Unit, int], ...]:
         """The kinds of some layers with how many of each there are."""
@@ -129,176 +152,102 @@ class Units:
     def _counted(self, start: int, stop: int) -> tuple[tuple[Unit, int], ...]:
         return tuple(Counter(self.layers[start:stop]).items())
 
+    @cached_property
+    def stored(self) -> tuple[Unit, ...]:
+        """Every unit once."""
+        return (self.front, *self.layers[: len(self.layers) // self.repeats], *self.beside.values(), self.tail, *self.ahead)
+
     @property
     def parameters(self) -> int:
-        return sum(u.parameters for u in (self.front, *self.layers, self.tail))
+        return sum(u.parameters for u in self.stored)
 
     @property
     def active(self) -> int:
-        return round(sum(u.active for u in (self.front, *self.layers, self.tail)))
+        return round(sum(u.active for u in self.stored))
 
 
-def check_family(model: Model) -> None:
-    """Raises UsageError for models whose weights this file does not know."""
-    unknown = {
-        f"family {model.family}": model.family not in ("decoder", "encoder"),
-        "moeut": model.moeut is not None,
-        f"attention {model.attention}": model.attention_row is not GROUPED,
-        "kinds of layers": bool(model.kinds),
-        "multi-token prediction": model.mtp_depth > 0,
-    }
-    for what, there in unknown.items():
-        if there:
-            raise UsageError(
-                f"megascale plan knows decoders and encoders with equal blocks of grouped attention, but not {what}: `megascale train "
-                "CONFIG --dry-run` reports the memory of every model, one layout at a time"
-            )
-    if model.vocab_size is None:
-        raise UsageError("model.vocab_size is absent and there may be no tokenizer yet: add it to plan, such as model.vocab_size=32000")
+class Same:
+    """A model as a key of a cache: the very object, which a search shares among its layouts."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.model is self.model
 
 
 def units_of(config: Config) -> Units:
-    """The units of a config's model."""
-    check_family(config.model)
-    return _units(_Key(config.model), config.train.seq_len)
-
-
-class _Key:
-    """A model as a key of a cache: pydantic's models hash by value, which is slow."""
-
-    def __init__(self, model: Model) -> None:
-        self.model, self.text = model, model.model_dump_json()
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.text == self.text
+    """The units of a config's model. Raises UsageError if its vocabulary is not known."""
+    m = config.model
+    if m.spacetime is None and (m.vocab_size is None or not (m.share_embeddings or m.source_vocab_size)):
+        key = "vocab_size" if m.vocab_size is None else "source_vocab_size"
+        raise UsageError(f"model.{key} is absent and there may be no tokenizer yet: add it to plan, such as model.{key}=32000")
+    return _units(Same(m), config.train.seq_len, config.train.source_length if m.encoder_layers else 0)
 
 
 @lru_cache(maxsize=64)
-def _units(key: _Key, seq_len: int) -> Units:
+def _units(key: Same, seq_len: int, source_len: int) -> Units:
+    import torch
+
+    from megascale.measure.compute import flops_per_token
+    from megascale.model.families import build_part
+    from megascale.model.shape import Shape
+    from megascale.model.spec import specs_of
+
     m = key.model
-    kinds: dict[tuple[int, bool], Unit] = {}
-    layers = []
-    for i in range(m.num_layers):
-        at = m.at_layer(i)
-        sparse = has_experts(m, i)
-        kind = (at.ffn_size, sparse)
+    shape = Shape(seq_len, torch.float32, torch.bfloat16, source_len)
+    whole = build_part(m, shape)
+    specs, shared = specs_of(whole), whole.shared_weight
+    first = specs_of(build_part(m, shape, StagePart(range(0), True, False)))
+    prefixes = [name for name, _ in whole.units()]
+    of_unit: dict[str, list[tuple[str, ParamSpec]]] = {name: [] for name in prefixes}
+    ends: dict[str, ParamSpec] = {}
+    for name, spec in specs.items():
+        prefix = next((".".join(parts[:n]) for parts in [name.split(".")] for n in (2, 3) if ".".join(parts[:n]) in of_unit), None)
+        if prefix is None:
+            ends[name] = spec
+        else:
+            of_unit[prefix].append((name.removeprefix(f"{prefix}."), spec))
+    kinds: dict[tuple[object, ...], Unit] = {}
+
+    def unit(prefix: str) -> Unit:
+        stack, number = prefix.split(".")[:2]
+        # Layers of multi-token prediction are of the last layer's kind.
+        layer = m.num_layers - 1 if stack == "mtp" else int(number)
+        own = m.at_layer(layer) if stack != "encoder" else m
+        weights = tuple(_weight(name, spec, m) for name, spec in of_unit[prefix])
+        kind = (stack, weights, m.kind_at(layer) if m.kinds and stack != "encoder" else "")
         if kind not in kinds:
-            kinds[kind] = Unit(tuple(_block(at, sparse)), True, sparse)
-        layers.append(kinds[kind])
-    return Units(Unit(tuple(_front(m, seq_len)), False), tuple(layers), Unit(tuple(_tail(m)), False), m.tie_embeddings)
+            kinds[kind] = Unit(weights, own, source=stack == "encoder")
+        return kinds[kind]
+
+    layers = tuple(unit(name) for name in prefixes if not name.startswith("mtp."))
+    repeats = m.total_layers // len(layers)
+    before = {n: s for n, s in ends.items() if n in first}
+    joined = {n: s for n, s in ends.items() if n.startswith("encoder_norm.")}
+    after = {n: s for n, s in ends.items() if n not in before and n not in joined}
+
+    def end(found: dict[str, ParamSpec]) -> Unit:
+        return Unit(tuple(_weight(name, spec, m) for name, spec in found.items()), m, layer=False)
+
+    return Units(
+        end(before),
+        layers * repeats,
+        end(after),
+        tuple(unit(name) for name in prefixes if name.startswith("mtp.")),
+        {(m.encoder_layers or 0) - 1: end(joined)} if joined else {},
+        end({shared: ends[shared]}) if shared else None,
+        repeats,
+        flops_per_token(m, specs, seq_len, source_len),
+    )
 
 
-def _norm(m: Model, name: str, dim: int, cut: Cut, bias: bool) -> Iterator[Weight]:
-    yield Weight(f"{name}.weight", (dim,), cut)
-    if m.norm_row.bias and bias:
-        yield Weight(f"{name}.bias", (dim,), cut)
-    if m.norm_row.scale:
-        yield Weight(f"{name}.alpha", (1,), "heads" if cut == 0 else cut)
+def _weight(name: str, spec: ParamSpec, m: Model) -> Weight:
+    from megascale.model.spec import MATRICES
 
-
-def _product(m: Model, name: str, out_dim: int, in_dim: int, cut: Cut, bias: bool) -> Iterator[Weight]:
-    if m.tokenformer is not None:
-        yield Weight(f"{name}.keys", (m.tokenformer.tokens, in_dim), "tokens", True, True)
-        yield Weight(f"{name}.values", (m.tokenformer.tokens, out_dim), "tokens", True, True)
-    else:
-        yield Weight(f"{name}.weight", (out_dim, in_dim), cut, True, True)
-    if bias:
-        yield Weight(f"{name}.bias", (out_dim,), "tokens" if cut == 1 or m.tokenformer is not None else cut)
-
-
-def _attention(m: Model) -> Iterator[Weight]:
-    d, q, kv, e = m.hidden_size, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, m.head_dim
-    scheme = m.residual_row
-    biased = m.bias if m.attention_bias is None else m.attention_bias
-    gate = (("gate", "gate", gate_width(m), d, 0),) if m.attention_gate is not None else ()
-    inner = (("q", "query", q, d, 0), ("k", "key", kv, d, "kv_heads"), ("v", "value", kv, d, "kv_heads"), *gate)
-    roles = (*inner, ("o", "attention_out", d, q, 1))
-    for name, role, out, into, cut in roles:
-        bias = (role in ("query", "key", "value") if biased == "qkv" else bool(biased)) and role not in scheme.unbiased
-        yield from _product(m, f"attention.{name}", out, into, cut, bias)  # type: ignore[arg-type]
-    if m.attention_sink == "learned":
-        yield Weight("attention.sinks", (m.num_heads,), 0)
-    norm_bias = m.bias and "norm" not in scheme.unbiased
-    if m.qk_norm or scheme.qk_norm:
-        wide = m.qk_norm == "width"
-        yield from _norm(m, "attention.q_norm", q if wide else e, 0 if wide else "heads", norm_bias)
-        yield from _norm(m, "attention.k_norm", kv if wide else e, 0 if wide else "heads", norm_bias)
-    if scheme.inner_norms:
-        yield from _norm(m, "attention.inner_norm", q, 0, norm_bias)
-
-
-def _feed_forward(m: Model, name: str, width: int) -> Iterator[Weight]:
-    d = m.hidden_size
-    yield from _product(m, f"{name}.up", width, d, 0, m.bias)
-    if m.gated:
-        yield from _product(m, f"{name}.gate", width, d, 0, m.bias)
-    yield from _product(m, f"{name}.down", d, width, 1, m.bias)
-    if m.residual_row.inner_norms:
-        yield from _norm(m, f"{name}.inner_norm", width, 0, m.bias)
-
-
-def _experts(m: Model) -> Iterator[Weight]:
-    moe, d = m.moe, m.hidden_size
-    assert moe is not None and moe.ffn_size is not None
-    n, f, uses = moe.num_experts, moe.ffn_size, moe.top_k / moe.num_experts
-    of = moe.router_row.directions
-    if of is not None:
-        yield Weight("ffn.router.project", (of.dim, d), "heads", product=True)
-        yield Weight("ffn.router.temperature", (1,), "heads")
-    yield Weight("ffn.router.weight", (n, d if of is None else of.dim), "heads", product=True)
-    if moe.router_bias:
-        yield Weight("ffn.router.logit_bias", (n,), "heads")
-    for name, out, into, cut in (("up", f, d, 1), *((("gate", f, d, 1),) if m.gated else ()), ("down", d, f, 2)):
-        yield Weight(f"ffn.experts.{name}.weight", (n, out, into), cut, True, True, True, uses)
-        if moe.expert_bias:
-            yield Weight(f"ffn.experts.{name}.bias", (n, out), 1 if cut == 1 else "heads", experts=True, uses=uses)
-    if moe.shared_gate:
-        yield Weight("ffn.shared_gate.weight", (1, d), "heads", product=True)
-    if moe.num_shared:
-        yield from _feed_forward(m, "ffn.shared", moe.num_shared * f)
-
-
-def _block(m: Model, sparse: bool) -> Iterator[Weight]:
-    d, scheme = m.hidden_size, m.residual_row
-    bias = m.bias and "norm" not in scheme.unbiased
-    yield from _norm(m, "attention_norm", d, "tokens", bias)
-    yield from _attention(m)
-    if not scheme.one_norm:
-        yield from _norm(m, "ffn_norm", d, "tokens", bias)
-    yield from _experts(m) if sparse else _feed_forward(m, "ffn", m.ffn_size)
-    if scheme.norm == "around":
-        yield from _norm(m, "attention_post_norm", d, "tokens", bias)
-        yield from _norm(m, "ffn_post_norm", d, "tokens", bias)
-    if m.residual_row.channel_scales:
-        yield Weight("attention_scale", (d,), "tokens")
-        yield Weight("ffn_scale", (d,), "tokens")
-
-
-def _front(m: Model, seq_len: int) -> Iterator[Weight]:
-    assert m.vocab_size is not None
-    yield Weight("embedding.weight", (m.vocab_size, m.hidden_size), 0, product=m.tie_embeddings)
-    if m.position_row.table:
-        yield Weight("position.weight", (seq_len, m.hidden_size), "tokens")
-    if m.position_row.distances:
-        yield Weight("relative.weight", (m.relative_buckets, m.num_heads), 1)
-    if not m.norm_row.divides:
-        yield Weight("embedding_scale", (1,), "tokens")
-    if m.embedding_norm:
-        yield from _norm(m, "embedding_norm", m.hidden_size, "tokens", m.bias)
-
-
-def _tail(m: Model) -> Iterator[Weight]:
-    assert m.vocab_size is not None
-    if m.residual_row.final_norm:
-        yield from _norm(m, "final_norm", m.hidden_size, "tokens", m.bias)
-    if m.mlm_head:
-        yield Weight("mlm.dense.weight", (m.hidden_size, m.hidden_size), "tokens", product=True)
-        if m.bias:
-            yield Weight("mlm.dense.bias", (m.hidden_size,), "tokens")
-            yield Weight("mlm.bias", (m.vocab_size,), 0)
-        yield from _norm(m, "mlm.norm", m.hidden_size, "tokens", m.bias)
-    if not m.tie_embeddings:
-        yield Weight("head.weight", (m.vocab_size, m.hidden_size), 0, product=True)
+    looked_up = spec.role in LOOKED_UP or (spec.role == "embedding" and not (m.tie_embeddings or m.spacetime is not None))
+    product = len(spec.shape) > 1 and not looked_up
+    return Weight(name, spec.shape, spec.cut, spec.role in MATRICES, product, spec.experts, spec.uses)

@@ -1,4 +1,4 @@
-"""The planner's result as lines for people and as JSON. Imports no torch."""
+"""The planner's result as lines for people and as JSON."""
 
 from __future__ import annotations
 

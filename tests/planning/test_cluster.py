@@ -55,11 +55,15 @@ def test_a_table_of_measured_rates_is_read_between_its_sizes() -> None:
         ({"nmae": "x"}, "nmae"),
         ({"pools": [{"nodes": 0}]}, "pools.0.nodes"),
         ({"pools": 2}, "between_pools"),
+        ({"product_table": [[1e9, 1e12], [1e6, 1e12]]}, "product_table has the size 1e\\+06 after 1e\\+09"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, change: dict[str, object], words: str) -> None:
     """Catches a traceback, or a message without the file and key, for a missing, unknown or impossible number."""
     values = load_cluster("configs/clusters/laptop.yaml").model_dump(mode="json")
+    if "product_table" in change:
+        values["pools"][0]["device"] |= change
+        change = {}
     values |= {"pools": [*values["pools"], *values["pools"]]} if change == {"pools": 2} else change
     file = tmp_path / "c.yaml"
     file.write_text(json.dumps(values))

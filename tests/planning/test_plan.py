@@ -122,7 +122,7 @@ def test_the_best_interval_is_the_best() -> None:
         (["--gpus", "0"], "--gpus is 0"),
         (["--gpus", "100000"], "has 16,384"),
         (["--gpus", "4", "model.num_layers=600"], "too much"),
-        (["--cluster", "none.yaml"], "no config file none.yaml"),
+        (["--cluster", "none.yaml"], "no cluster file none.yaml"),
         (["model.vocab_size=null"], "vocab_size"),
     ],
 )

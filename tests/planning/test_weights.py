@@ -1,4 +1,4 @@
-"""The planner's weights equal those that the model's modules declare, and memory's bytes of a rank."""
+"""The planner's units hold every weight of a model once, and their bytes on a rank are those of the program."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megascale.model.spec import active_parameters, specs_of
 from megascale.planning.memory import stored_bytes
 from megascale.planning.weights import units_of
 from megascale.train.estimate.memory import largest_rank
+from tests.test_golden import CASES
 
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "vocab_size": 77, "ffn_size": 64}
 MIXTURES: list[Any] = [
@@ -81,18 +82,36 @@ def config_of(model: dict[str, Any], parallel: dict[str, Any], optimizer: str, m
     )
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "kinds": {"kinds": {"near": {"sliding_window": 8}, "far": {"num_kv_heads": 1, "ffn_size": 96}}, "pattern": ["near", "far"]},
+    "first dense": {"kinds": {"dense": {"moe": None}, "sparse": {}}, "pattern": ["sparse"], "pattern_first": ["dense"], "moe": MIXTURES[0]},
+    "latent": {"attention": "latent", "num_kv_heads": 4, "latent": {"kv_rank": 16, "query_rank": 24, "rope_dim": 4}},
+    "ahead": {"mtp_depth": 2},
+    "ahead tied": {"mtp_depth": 1, "tie_embeddings": True},
+    "pair": {"family": "encoder_decoder", "encoder_layers": 2},
+    "pair apart": {
+        "family": "encoder_decoder",
+        "encoder_layers": 4,
+        "share_embeddings": False,
+        "source_vocab_size": 51,
+        "position": "relative",
+    },
+    "repeated": {k: v for k, v in CASES["moeut"].model.model_dump(exclude_unset=True, by_alias=True).items() if k not in SIZES},
+    "fields": {k: v for k, v in CASES["spacetime"].model.model_dump(exclude_unset=True, by_alias=True).items() if k != "num_layers"},
+}
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(models())
+@given(models() | st.sampled_from(list(FAMILIES.values())))
 def test_weights_are_those_of_the_model(model: dict[str, Any]) -> None:
-    """Catches a weight that the planner forgets or gives another shape than the modules declare."""
-    config = config_of(model, {}, "adamw")
+    """Catches a weight that is counted in no unit, in two, or as often as its layers are passed."""
+    config = config_of(SIZES | model, {}, "adamw")
     assume(not refusals(config, 1))
     specs = specs_of(build_part(config.model, shape_of(config)))
     units = units_of(config)
-    names = {w.name: w.shape for w in (*units.front.weights, *units.tail.weights)}
-    names |= {f"blocks.{i}.{w.name}": w.shape for i, unit in enumerate(units.layers) for w in unit.weights}
-    assert names == {name: spec.shape for name, spec in specs.items()}
+    assert sorted(w.shape for unit in units.stored for w in unit.weights) == sorted(spec.shape for spec in specs.values())
     assert units.parameters == sum(s.numel for s in specs.values()) and units.active == active_parameters(specs)
+    assert len(units.layers) == config.model.total_layers
 
 
 COMPUTE = st.sampled_from(["fp32", "bf16"])
@@ -100,15 +119,23 @@ MOMENTS = st.sampled_from([None, "bf16", "int8"])
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@given(models(), layouts(), st.sampled_from([1, 2, 4]), st.sampled_from([None, 1]), st.sampled_from([1, 4, 8, 16]), MOMENTS, COMPUTE)
+@given(
+    models() | st.sampled_from(list(FAMILIES.values())),
+    layouts(),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([None, 1]),
+    st.sampled_from([4, 8, 16]),
+    MOMENTS,
+)
 def test_stored_bytes_are_exact(
     model: dict[str, Any], layout: dict[str, Any], ep: int, etp: int | None, ranks: int, moments: str, compute: str
 ) -> None:
     """Catches a weight that the planner cuts differently, shards over other ranks, or pads as FSDP2 does not: weights, gradients,
     optimizer state and shadows of the fullest rank are those of the dry run, to the byte.
     """
-    experts = {"ep": ep, "etp": etp} if model["moe"] and layout["engine"] == "fsdp2" else {}
-    config = config_of(model, layout | experts, "muon" if model["bias"] else "adamw", moments, compute)
+    model = SIZES | model
+    experts = {"ep": ep, "etp": etp} if model.get("moe") and layout["engine"] == "fsdp2" else {}
+    config = config_of(model, layout | experts, "muon" if model.get("bias") else "adamw", moments, compute)
     try:
         config = check(config, ranks)
     except UsageError:

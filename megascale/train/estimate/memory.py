@@ -1,7 +1,4 @@
-"""Memory of a run on the device and on the host: stored state exactly, activations by the published estimate.
-
-Activation bytes follow Korthikanti et al. 2022 (arXiv:2205.05198) for blocks with fused attention, in two-byte numbers.
-"""
+"""Memory of a run on the device and on the host: stored state exactly, everything else by the planner's formulas."""
 
 from __future__ import annotations
 
@@ -11,11 +8,10 @@ import psutil
 
 from megascale.comm.mesh import Axis, Traffic, coordinates
 from megascale.comm.piece import chunk_bounds
-from megascale.config.attentions import gate_width
 from megascale.config.axes import EXPERT_AXES, NAMES
-from megascale.config.layout import axis_sizes, micro_batches
+from megascale.config.layout import axis_sizes
 from megascale.config.optimizers import state_bytes
-from megascale.config.schema import Config, Model, Optim
+from megascale.config.schema import Config, Optim
 from megascale.errors import UsageError
 from megascale.launch.ranks import RankInfo, node_name
 from megascale.limits import memory_free
@@ -23,10 +19,13 @@ from megascale.model.shape import DTYPES, shape_of
 from megascale.model.spec import MATRICES
 from megascale.parallel.apply import build_stages, cut_stage
 from megascale.parallel.precision import multiply_in_fp8, products_of
-from megascale.parallel.recompute import group_size
 from megascale.parallel.shadows import shadowed
 from megascale.parallel.tensor import Placement
+from megascale.planning.memory import inputs_away, peak_bytes
+from megascale.planning.setting import setting_of
 from megascale.sizes import byte_words
+
+STATE = ("weights", "gradients", "optimizer")  # kinds of the planner's that are stored state
 
 
 def largest_rank(config: Config, sizes: dict[str, int]) -> dict[str, int]:
@@ -97,75 +96,30 @@ def optimizer_bytes(optim: Optim, placement: Placement, elements: int, itemsize:
     return state_bytes(optim.name, optim.moments, spec.role in MATRICES, spec.shape[-1], elements, itemsize)
 
 
-def activation_bytes(config: Config, ranks: int) -> float:
-    """Estimated bytes of activations on the fullest rank, including micro-batches in flight, without embedding and head."""
-    p, t = config.parallel, config.parallel.tp
-    cut = 1.0 / t if p.tp_sequence else 1.0
-    # Per token and unit of width 24 bytes live inside the products that tp splits, 10 outside. Selective recomputation keeps the results of
-    # products and attention, about 16 and 2; full only a block's input, nested the input of some blocks.
-    gates, gated = _gate_bytes(config)
-    everything = (24 + gates + gated) / t + 10 * cut
-    chosen = {"none": everything, "selective": (16 + gates) / t + 2 * cut, "budget": 2 * cut + p.budget * (everything - 2 * cut)}
-    per_unit = chosen.get(p.recompute, 2 * cut)
-    return per_unit * _two_byte_units(config) * _blocks_in_flight(config, ranks)
-
-
-def _gate_bytes(config: Config) -> tuple[float, float]:
-    """Bytes per token and unit of width of the gates on attention's results and of the gated results, means over layers."""
-    m = config.model
-    layers = [(len(m.layers_of(name)) / m.num_layers, v) for name, v in m.variants.items() if _gated(v)]
-    width = 2 / m.hidden_size
-    return sum(width * n * gate_width(v) for n, v in layers), sum(width * n * v.num_heads * v.head_dim for n, v in layers)
-
-
-def _gated(m: Model) -> bool:
-    return m.attention_gate is not None and not m.attention_row.scans
-
-
-def stashed_bytes(config: Config, ranks: int) -> float:
-    """Bytes of block inputs offloaded to host memory on the fullest rank."""
-    cut = 1.0 / config.parallel.tp if config.parallel.tp_sequence else 1.0
-    return 2 * cut * _two_byte_units(config) * _blocks_in_flight(config, ranks)
-
-
-def _two_byte_units(config: Config) -> float:
-    """Tokens × width of this rank's part of a micro-batch, in units of two-byte numbers."""
-    # An encoder-decoder has two sequence lengths; the longer one counts for both stacks.
-    length = max(config.train.seq_len, config.train.source_length if config.model.encoder_layers else 0)
-    tokens = config.train.micro_batch_size * length / config.parallel.cp
-    return tokens * config.model.hidden_size * DTYPES[config.precision.compute].itemsize / 2
-
-
-def _blocks_in_flight(config: Config, ranks: int) -> float:
-    """Blocks whose activations are live at once: blocks of this rank × micro-batches between forward and backward."""
-    p, blocks = config.parallel, float(config.model.total_layers)
-    if p.accumulation == "layered":
-        return blocks * (p.breadth_first or micro_batches(config, ranks))
-    passes = 1
-    if p.pp > 1:
-        from megascale.schedule.orders import compute_order
-        from megascale.schedule.timeline import simulate
-
-        timeline = simulate(compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)))
-        blocks, passes = blocks / (p.pp * p.stages_per_rank), max(timeline.live)
-    if p.recompute == "nested":  # one input per group in flight, and those of the blocks in one group, the first being the group's own
-        size = group_size(math.ceil(blocks))
-        return blocks / size * passes + size - 1
-    return blocks * passes
-
-
-def needed(config: Config, ranks: int) -> tuple[int, float]:
-    """(bytes of stored state, estimated bytes of activations) on the device of the fullest rank."""
+def needed(config: Config, ranks: int, cpu: bool = False) -> tuple[int, float]:
+    """(bytes of stored state, estimated bytes of everything else at the peak of a step) on the device of the fullest rank. The estimate is
+    the planner's (planning/memory.py). `cpu`: the ranks compute on CPUs.
+    """
     kept = largest_rank(config, axis_sizes(config.parallel, ranks))
     offload = config.parallel.offload
     if "parameters" in offload:
         kept = {}
     elif "optimizer" in offload:
         kept = {**kept, "optimizer": 0}
-    live = activation_bytes(config, ranks)
-    if "activations" in offload:
-        live -= stashed_bytes(config, ranks)
-    return sum(kept.values()), live
+    state, peak = sum(kept.values()), peak_bytes(_planned(config), ranks, cpu)
+    at_peak = sum(size for kind, size in peak.items() if kind not in STATE)
+    # Gradients of a single micro-batch are not all there yet when activations are.
+    absent = kept.get("gradients", 0) - peak["gradients"]
+    return state, max(0.0, at_peak - absent)
+
+
+def _planned(config: Config) -> Config:
+    """The same run as the planner knows it: ZeRO's stages 1 and 2 keep weights gathered, stage 3 gathers layers as FSDP2 does."""
+    p = config.parallel
+    if p.engine != "deepspeed":
+        return config
+    changes = {"engine": "fsdp2", "reshard_after_forward": p.zero_stage == 3}
+    return config.model_copy(update={"parallel": p.model_copy(update=changes)})
 
 
 def host_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -174,7 +128,7 @@ def host_bytes(config: Config, ranks: int) -> dict[str, int]:
     state = {"optimizer", "parameters"} & set(offload)
     return {
         "state": sum(largest_rank(config, axis_sizes(config.parallel, ranks)).values()) if state else 0,
-        "inputs": int(stashed_bytes(config, ranks)) if "activations" in offload else 0,
+        "inputs": round(inputs_away(setting_of(_planned(config), ranks))) if "activations" in offload else 0,
     }
 
 

@@ -19,7 +19,7 @@ from megascale.sizes import byte_words
 from megascale.train.device import choose_device
 from megascale.train.estimate.memory import needed
 
-ROOM = 0.9  # share of a device that an estimate may fill: it leaves out logits, gathered weights and the allocator's overhead
+ROOM = 0.9  # share of a device that an estimate may fill: it leaves out contexts, buffers of collectives and the allocator's fragments
 SPREAD = (2, 4, 8, 16, 32, 64)  # factors on the number of ranks
 
 
@@ -43,17 +43,18 @@ def what_fits(config: Config, device: torch.device, ranks: RankInfo) -> str:
     """The memory arithmetic: what is available, what the run needs, and the smallest changes that would fit."""
     limit = limit_of(device, ranks)
     config = check(resolve_vocabulary(config), ranks.size)
-    state, live = needed(config, ranks.size)
+    cpu = device.type == "cpu"
+    state, live = needed(config, ranks.size, cpu)
     return (
         f"this rank has {byte_words(limit)} on {node_name()}; weights, gradients and optimizer take {byte_words(state)} and the "
-        f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {byte_words(live)}; "
-        f"{advice(config, ranks.size, limit)}"
+        f"activations of {config.train.micro_batch_size} × {config.train.seq_len} tokens about {byte_words(live)}, gathered weights and "
+        f"the loss included; {advice(config, ranks.size, limit, cpu)}"
     )
 
 
-def advice(config: Config, ranks: int, limit: float) -> str:
+def advice(config: Config, ranks: int, limit: float, cpu: bool = False) -> str:
     """The mildest change of each kind after which a checked config would fit into `limit` bytes per rank."""
-    groups = ([f"{words} ({byte_words(need)})" for words, need in group if need < ROOM * limit] for group in options(config, ranks))
+    groups = ([f"{words} ({byte_words(need)})" for words, need in group if need < ROOM * limit] for group in options(config, ranks, cpu))
     *cheap, spread = [fitting[:1] for fitting in groups]
     found = [words for fitting in cheap for words in fitting] or spread
     if found:
@@ -61,7 +62,7 @@ def advice(config: Config, ranks: int, limit: float) -> str:
     return "no micro-batch, recomputation or up to 64 times the ranks would fit: choose a smaller model.hidden_size or num_layers"
 
 
-def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
+def options(config: Config, ranks: int, cpu: bool = False) -> list[list[tuple[str, float]]]:
     """Lists of changes, each from mild to strong, with the bytes that the fullest rank would need: smaller micro-batches, recomputation,
     both, more shards alone and with both.
     """
@@ -83,17 +84,17 @@ def options(config: Config, ranks: int) -> list[list[tuple[str, float]]]:
         for beside, t, q in (([], train, p), (strongest, small[1], least[1]))
     ]
     return [
-        [option for words, t in batches for option in _option(words, config, t, p, ranks)],
-        [option for words, q in recomputed for option in _option(words, config, train, q, ranks)],
-        [option for w, t in batches for v, q in recomputed for option in _option(f"{w} {v}", config, t, q, ranks)],
-        [option for words, t, q, n in spread for option in _option(words, config, t, q, n)],
+        [option for words, t in batches for option in _option(words, config, t, p, ranks, cpu)],
+        [option for words, q in recomputed for option in _option(words, config, train, q, ranks, cpu)],
+        [option for w, t in batches for v, q in recomputed for option in _option(f"{w} {v}", config, t, q, ranks, cpu)],
+        [option for words, t, q, n in spread for option in _option(words, config, t, q, n, cpu)],
     ]
 
 
-def _option(words: str, config: Config, train: Train, parallel: Parallel, ranks: int) -> list[tuple[str, float]]:
+def _option(words: str, config: Config, train: Train, parallel: Parallel, ranks: int, cpu: bool) -> list[tuple[str, float]]:
     """One change with its bytes; empty if the support table refuses it."""
     try:
         changed = check(config.model_copy(update={"train": train, "parallel": parallel}), ranks)
     except MegascaleError:
         return []
-    return [(words, float(sum(needed(changed, ranks))))]
+    return [(words, float(sum(needed(changed, ranks, cpu))))]

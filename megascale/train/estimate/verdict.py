@@ -58,7 +58,7 @@ def verdict(phases: Sequence[Phase], ranks: int, room: Room) -> Verdict:
     worst = max(range(len(phases)), key=lambda i: sum(needs[i]))
     state, live = needs[worst]
     fits = None if room.limit is None else state + live < ROOM * room.limit
-    change = advice(phases[worst].config, ranks, room.limit) if fits is False and room.limit is not None else ""
+    change = advice(phases[worst].config, ranks, room.limit, room.host) if fits is False and room.limit is not None else ""
     return Verdict(fits, state, live, room, phases[worst - 1].until if worst else None, change)
 
 
@@ -72,8 +72,9 @@ def verdict_lines(found: Verdict) -> list[str]:
         first = f"fits: {'yes' if found.fits else 'no'}, {need} of {byte_words(room.limit)} {room.where}{after}"
     lines = [
         first,
-        f"  {byte_words(found.state)} of stored state, exact, and {byte_words(found.activations)} of activations, an estimate;",
-        f"  {100 * (1 - ROOM):.0f} % must stay free for what the estimate leaves out: logits, gathered weights, allocator overhead",
+        f"  {byte_words(found.state)} of stored state, exact, and {byte_words(found.activations)} of activations, gathered weights and "
+        "loss, an estimate;",
+        f"  {100 * (1 - ROOM):.0f} % must stay free for what the estimate leaves out: contexts, buffers of collectives, fragments",
     ]
     if room.limit is None:
         lines.append("  add --device-memory GB for a verdict, or run.device=cpu for one about this machine")
@@ -83,7 +84,7 @@ def verdict_lines(found: Verdict) -> list[str]:
 
 
 def _need(config: Config, ranks: int, room: Room) -> tuple[int, float]:
-    state, live = needed(config, ranks)
+    state, live = needed(config, ranks, room.host)
     if room.host:
         offloaded = host_bytes(config, ranks)
         live += offloaded["inputs"]
