@@ -13,18 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megascale.checkpoint.saver import NoCheckpoints
 from megascale.config.schema import Parallel
 from megascale.config.schema.model import Moe
 from megascale.data.loader import Batch
+from megascale.trace.step import trainer_of
 from megascale.train.build import build_engine
-from megascale.train.faults.stop import StopFlag
-from megascale.train.faults.watchdog import Activity
 from megascale.train.log.module_metrics import MetricsOverRanks
 from megascale.train.log.reporter import Reporter
 from megascale.train.log.step_metrics import step_metrics
-from megascale.train.state import Progress
-from megascale.train.trainer import Trainer
 from tests.layouts import Case, build, fake_batch, tiny
 from tests.ranks import fresh_process
 from tests.test_golden import CASES as VARIANTS
@@ -183,20 +179,8 @@ def second_step(case: Case, ranks: int, device: torch.device, backend: Any) -> l
         metrics=step_metrics(),
     )
     reporter.stop_agreed = lambda: False  # type: ignore[method-assign]  # ones are read
-    trainer = Trainer(
-        config=config,
-        model=model,
-        engine=build_engine(model, config, device),
-        batches=iter([[there] * micro_batches(case)] * 2),  # type: ignore[arg-type]
-        valid={},
-        checkpointer=NoCheckpoints(),
-        reporter=reporter,
-        stop=StopFlag(),
-        activity=Activity(),
-        progress=Progress(),
-        device=device,
-        until=9,
-    )
+    batches = iter([[there] * micro_batches(case)] * 2)
+    trainer = trainer_of(config, model, build_engine(model, config, device), device, batches, reporter, until=9)
     steps = iter(trainer)
     with host_syncs(device.type) as found:
         for _ in range(1 if case.parallel.engine == "ddp" else 2):  # DDP's second step looks at memory, and there is none

@@ -32,7 +32,7 @@ def main(request: str, answer: str) -> None:
     for rank in asked["of"]:
         facts, largest = traced_rank(machine, runs, ranks, rank)
         if not found and asked["chrome"]:
-            write_chrome(largest, Path(asked["chrome"]))
+            write_chrome(largest, machine.device.type, Path(asked["chrome"]))
             draw_memory(largest, machine.device.type, Path(asked["picture"]))
         found[str(rank)] = facts
     result = {

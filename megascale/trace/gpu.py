@@ -29,10 +29,15 @@ def choose_as_cuda() -> None:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if q.device.type == "cpu" or attn_mask is not None or q.dtype not in (torch.bfloat16, torch.float16):
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        if q.device.type == "cpu" or q.dtype == torch.float64 or (enable_gqa and not half):
             return original(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        keeps = q.requires_grad or k.requires_grad
-        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
+        keeps, bias = q.requires_grad or k.requires_grad, None
+        if attn_mask is not None:
+            # torch makes numbers of booleans, and expands them without copying.
+            bias = attn_mask.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        fused = aten._scaled_dot_product_cudnn_attention if half else aten._scaled_dot_product_efficient_attention
+        return fused(q, k, v, bias, keeps, dropout_p, is_causal, *([False] if half else []), scale=scale)[0]  # type: ignore[no-any-return]
 
     def flex(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, return_aux: Any = None, **_: Any) -> Any:
         """FlexAttention keeps what causal attention keeps; it skips more tiles, so it is faster than this."""
@@ -50,7 +55,7 @@ def choose_as_cuda() -> None:
     operators = attention_fused
     operators._cudnn = lambda _: True
     library = torch.library.Library("aten", "IMPL")
-    for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+    for name in ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward"):
         library.impl(name, _never, "PrivateUse1")  # that it exists keeps torch from taking it apart
     LIBRARIES.append(library)
 

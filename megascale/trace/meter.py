@@ -22,6 +22,7 @@ from megascale.trace.operations import Work, kind_of, name_of, work_of
 
 # Operations that take tensors of two devices on purpose.
 CROSSING = {"_to_copy", "copy_", "_pin_memory", "to"}
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 OPENED: dict[Any, Callable[..., Any]] = {}  # custom operators, each with the function that it runs, which is watched, too
 
 
@@ -79,7 +80,7 @@ class Meter(TorchDispatchMode):
         kind = kind_of(func)
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func in READS and isinstance(args[0], FakeTensor):
             return _read(func, args[0])
         if func in OPENED:
             with self:

@@ -21,30 +21,36 @@ def draw_memory(trace: Trace, device_type: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curve = trace.meter.memory.curve(device_type)
-    totals = np.array([sum(now.values()) for _, now in curve])
-    chosen = [int(part[0] + totals[part].argmax()) for part in np.array_split(np.arange(len(curve)), min(POINTS, len(curve)))]
-    times = [1e3 * (curve[i][0] - trace.begun) for i in chosen]
-    kinds = [kind for kind in KINDS if any(curve[i][1].get(kind) for i in chosen)]
+    curve = _thinned(trace.meter.memory.curve(device_type))
+    times = [1e3 * (time - trace.begun) for time, _ in curve]
+    kinds = [kind for kind in KINDS if any(now.get(kind) for _, now in curve)]
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
     axes.stackplot(
-        times, *[[curve[i][1].get(k, 0) / 1e9 for i in chosen] for k in kinds], labels=kinds, colors=[COLORS[KINDS.index(k)] for k in kinds]
+        times, *[[now.get(k, 0) / 1e9 for _, now in curve] for k in kinds], labels=kinds, colors=[COLORS[KINDS.index(k)] for k in kinds]
     )
-    most = max(chosen, key=lambda i: totals[i])
+    totals = [sum(now.values()) / 1e9 for _, now in curve]
+    most = max(range(len(curve)), key=lambda i: totals[i])
     axes.annotate(
-        f"{totals[most] / 1e9:.2f} GB",
-        (1e3 * (curve[most][0] - trace.begun), totals[most] / 1e9),
+        f"{totals[most]:.2f} GB",
+        (times[most], totals[most]),
         textcoords="offset points",
         xytext=(0, 6),
         ha="center",
     )
-    axes.set(xlabel="model time (ms)", ylabel="GB", xlim=(min(times), max(times)), ylim=(0, 1.12 * totals.max() / 1e9))
+    axes.set(xlabel="model time (ms)", ylabel="GB", xlim=(min(times), max(times)), ylim=(0, 1.12 * max(totals)))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def write_chrome(trace: Trace, path: Path) -> None:
+def _thinned(curve: list[tuple[float, dict[str, int]]]) -> list[tuple[float, dict[str, int]]]:
+    """At most POINTS of a curve of bytes by kind: the highest within each share of it."""
+    totals = np.array([sum(now.values()) for _, now in curve])
+    parts = np.array_split(np.arange(len(curve)), min(POINTS, len(curve)))
+    return [curve[int(part[0] + totals[part].argmax())] for part in parts]
+
+
+def write_chrome(trace: Trace, device_type: str, path: Path) -> None:
     """Kernels by stream, exchanges by axis, memory as a counter; microseconds."""
     names = {axis.group: axis.name for axis in trace.model.mesh.axes.values() if axis.group is not None}
     streams = sorted({kernel.stream for kernel in trace.meter.kernels})
@@ -71,5 +77,9 @@ def write_chrome(trace: Trace, path: Path) -> None:
             "args": {"bytes": call.size, "line": call.line},
         }
         for call in trace.calls.log
+    ]
+    events += [
+        {"name": "memory (GB)", "ph": "C", "pid": "memory", "ts": 1e6 * (time - trace.begun), "args": {k: n / 1e9 for k, n in now.items()}}
+        for time, now in _thinned(trace.meter.memory.curve(device_type))
     ]
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")

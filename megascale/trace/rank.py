@@ -46,7 +46,7 @@ class Machine:
     """The fake device, prepared once a process."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.device_facts = cluster, cluster.pools[0].device
+        self.cluster, self.device_facts = cluster, cluster.pools[0].device  # those of the rank that is traced
         self.fake = FakeDevice()
         torch.autograd.set_multithreading_enabled(False)
         choose_as_cuda()
@@ -91,6 +91,7 @@ class Machine:
 def trace_rank(machine: Machine, config: Config, ranks: int, rank: int, micro_batches: int) -> Trace:
     """A step as `rank` of `ranks`; of a pipeline the second, since torch's runtime tries its links before the first."""
     device, steps = machine.device, 2 if config.parallel.pp > 1 else 1
+    machine.device_facts = machine.cluster.pools[machine.cluster.node_of(rank)[0]].device
     calls = group.Calls(frozenset((device.type,)), group.Timed(machine.exchange, machine.wait))
     if ranks > 1:
         group.start(rank, ranks, calls)

@@ -12,17 +12,17 @@ VIEW = 1.5e-6  # seconds of the host for an operation that launches nothing
 CALL = 30e-6  # seconds of the host to start a collective
 
 
-def product_rate(device: Device, factors: str) -> float:
+def product_rate(device: Device, factors: str, flops: float) -> float:
     """FLOP/s of products that are limited by computing. `factors`: a number format, "attention", or "grouped" products in bf16."""
     if factors == "attention":
         return device.peak("bf16") * device.attention_share
-    return device.peak("bf16" if factors == "grouped" else factors) * device.product_share
+    return device.product_rate("bf16" if factors == "grouped" else factors, flops)
 
 
 def operation_seconds(device: Device, flops: float, moved: float, factors: str) -> float:
-    """The roofline: whichever takes longer, computing or moving bytes."""
-    computing = flops / product_rate(device, factors) if flops else 0.0
-    return max(computing, moved / device.memory_bytes_per_second, device.kernel_seconds)
+    """The roofline: whichever takes longer, computing or moving bytes, at the speed that kernels have within whole steps."""
+    computing = flops / product_rate(device, factors, flops) if flops else 0.0
+    return max(computing, moved / device.memory_bytes_per_second, device.kernel_seconds) / device.step_share
 
 
 def exchange_seconds(cluster: Cluster, operation: str, ranks: Sequence[int], size: int) -> float:

@@ -72,7 +72,9 @@ def _depths(config: Config) -> tuple[int, int] | None:
 def _counts(config: Config, m: int) -> tuple[int, int] | None:
     """Two small numbers of micro-batches at which a step's beginning, middle and end look as in the whole."""
     p = config.parallel
-    first, step = (2 * p.pp, p.pp) if p.pp > 1 else (p.breadth_first, p.breadth_first) if p.breadth_first else (2, 1)
+    # Of several stages on a rank the first one's gradients come after the last one's first backward passes.
+    pipeline = ((p.stages_per_rank + 1) * p.pp, p.pp)
+    first, step = pipeline if p.pp > 1 else (p.breadth_first, p.breadth_first) if p.breadth_first else (2, 1)
     return None if m <= first + step + 1 else (first, first + step)
 
 

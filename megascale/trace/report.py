@@ -16,12 +16,14 @@ def summary(traced: Mapping[str, Any], flops_per_step: float, bubble: float, ran
     """The keys of a traced dry run's JSON, for the fullest and the slowest of the traced ranks. `bubble`: share of a pipeline's time in
     which a rank is idle, if all stages are as fast as the slowest traced one.
     """
-    device: Device = traced["cluster"].pools[0].device
+    devices: list[Device] = traced["cluster"].devices(ranks)
+    device = min(devices, key=lambda d: d.room)
     found = {int(rank): facts for rank, facts in traced["ranks"].items()}
     totals = {rank: round(sum(facts["peak_bytes"].values())) for rank, facts in found.items()}
     fullest = max(totals, key=lambda rank: totals[rank])
     slowest = max(found, key=lambda rank: found[rank]["rank_seconds"])
     seconds = found[slowest]["rank_seconds"] / (1 - bubble)
+    sum_of_peaks = ranks * sum(d.peak(compute) for d in devices) / len(devices)
     return {
         "fits": totals[fullest] <= device.room,
         "peak_bytes": {"total": totals[fullest], **{k: round(found[fullest]["peak_bytes"].get(k, 0)) for k in KINDS}},
@@ -33,7 +35,7 @@ def summary(traced: Mapping[str, Any], flops_per_step: float, bubble: float, ran
         "wrong_device": _largest([facts["wrong_device"] for facts in found.values()]),
         "step_seconds": seconds,
         "bubble": bubble,
-        "mfu": flops_per_step / (seconds * ranks * device.peak(compute)),
+        "mfu": flops_per_step / (seconds * sum_of_peaks),
         "exposed_seconds": found[slowest]["exposed_seconds"],
         "launch_bound": found[slowest]["host_seconds"] > 0.95 * found[slowest]["rank_seconds"],
         "kernels": round(found[slowest]["kernels"]),
@@ -67,7 +69,7 @@ def lines_of(report: Mapping[str, Any], compiled: bool) -> list[str]:
         lines.append(f"  {byte_words(size):>10}  {kind:<17}{operation:<28.28}{place.removeprefix('megascale/')}")
     if facts["host_bytes"] > 1e6:
         lines.append(f"host memory at its peak: {byte_words(facts['host_bytes'])}")
-    lines += exchange_lines(facts)
+    lines += [*exchange_lines(facts), *formula_lines(report)]
     lines += time_lines(report, facts, compiled)
     lines += [f"the host waits: {n} × {where}" for where, n in report["host_syncs"].items()] or ["the host waits for the device: nowhere"]
     lines += [f"on the wrong device: {n} × {where}" for where, n in report["wrong_device"].items()]
@@ -84,6 +86,19 @@ def exchange_lines(facts: Mapping[str, Any]) -> list[str]:
                 f"{row['seconds']:.3g} s"
             )
     return lines
+
+
+def formula_lines(report: Mapping[str, Any]) -> list[str]:
+    """Axes over which the planner's formulas send something else than the traced ranks, which may not be those that send most."""
+    planned, sent = report["planned_sent_bytes"], report["sent_bytes"]
+    odd = [axis for axis in {**sent, **planned} if abs(planned.get(axis, 0) - sent.get(axis, 0)) > 16]
+    if not odd:
+        return ["  as the formulas of megascale plan say, to the byte"] if sent else []
+    return [
+        f"  over {axis} the formulas say {byte_words(planned.get(axis, 0))} for the rank that sends most, traced is "
+        f"{byte_words(sent.get(axis, 0))}"
+        for axis in odd
+    ]
 
 
 def time_lines(report: Mapping[str, Any], facts: Mapping[str, Any], compiled: bool) -> list[str]:

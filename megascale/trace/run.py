@@ -48,6 +48,16 @@ def ranks_asked(words: str, ranks: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def with_pools(asked: list[int], cluster: Cluster, ranks: int) -> list[int]:
+    """The ranks asked for, and one rank of every pool in use that none of them is in: pools differ in memory and speed."""
+    seen, found, first = {cluster.node_of(rank)[0] for rank in asked}, list(asked), 0
+    for i, pool in enumerate(cluster.pools):
+        if first < ranks and i not in seen:
+            found.append(first)
+        first += pool.gpus
+    return found
+
+
 def cluster_of(path: str | None, ranks: int) -> Cluster:
     """The cluster of a file; without one, enough nodes of 8 H100 with 80 GB."""
     if path is not None:
@@ -87,7 +97,7 @@ DEFAULT: dict[str, Any] = {
 def trace(config: Config, ranks: int, asked: Asked) -> dict[str, Any]:
     """The facts of the traced ranks (rank.py: `facts_of`), by rank. Raises TraceFailedError with a sentence."""
     cluster = cluster_of(asked.cluster, ranks)
-    of = ranks_asked(asked.of, ranks)
+    of = with_pools(ranks_asked(asked.of, ranks), cluster, ranks)
     refuse(config)
     plain = config.plain()
     plain["parallel"]["compile"] = False

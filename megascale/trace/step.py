@@ -54,23 +54,31 @@ def batch_of(config: Config, device: torch.device, integers: Integers) -> Batch:
     return Batch(tokens, targets, documents, positions, samples, rows * train.seq_len, source)
 
 
-def trainer_of(config: Config, model: ParallelModel, engine: Engine, device: torch.device) -> Trainer:
-    """A trainer for `train_step` alone: without data, files, and threads."""
+def trainer_of(
+    config: Config,
+    model: ParallelModel,
+    engine: Engine,
+    device: torch.device,
+    batches: Any = (),
+    reporter: Any = None,
+    until: int = 1,
+) -> Trainer:
+    """A trainer without files and threads; without `batches` and a `reporter` for `train_step` alone."""
     metrics = [m for stage in model.stages for m in _metrics(stage)]
-    reporter: Any = SimpleNamespace(observed=SimpleNamespace(flush=lambda: [m.flush() for m in metrics]), last_good="none")
+    silent: Any = SimpleNamespace(observed=SimpleNamespace(flush=lambda: [m.flush() for m in metrics]), last_good="none")
     return Trainer(
         config=config,
         model=model,
         engine=engine,
-        batches=iter(()),  # type: ignore[arg-type]
+        batches=batches,
         valid={},
         checkpointer=NoCheckpoints(),
-        reporter=reporter,
+        reporter=silent if reporter is None else reporter,
         stop=StopFlag(),
         activity=Activity(),
         progress=Progress(),
         device=device,
-        until=1,
+        until=until,
     )
 
 

@@ -13,9 +13,10 @@ from typer.testing import CliRunner, Result
 from megascale.commands.train import app
 from megascale.config.load import build_config, to_yaml
 from megascale.config.support import check
+from megascale.planning.cluster import load_cluster
 from megascale.trace.rates import exchange_seconds, operation_seconds
 from megascale.trace.reduced import combined, runs_of
-from megascale.trace.run import cluster_of
+from megascale.trace.run import cluster_of, with_pools
 
 SMALL: dict[str, Any] = {
     "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 128, "vocab_size": 256},
@@ -48,7 +49,10 @@ def test_a_traced_dry_run(tmp_path: Path) -> None:
     assert report["step_seconds"] > 0
     assert list(report["by_rank"]) == ["0", "3"]
     events = json.loads((tmp_path / "out.trace.json").read_text())["traceEvents"]
-    assert {e["pid"] for e in events} == {"device", "exchanges"}
+    assert {e["pid"] for e in events} == {"device", "exchanges", "memory"}
+    most = max(sum(e["args"].values()) for e in events if e["ph"] == "C")
+    assert most == pytest.approx(sum(report["by_rank"]["0"]["peak_bytes"].values()) / 1e9)
+    assert report["planned_sent_bytes"] == report["sent_bytes"]
     assert (tmp_path / "out.memory.png").stat().st_size > 10_000
 
 
@@ -102,6 +106,16 @@ def test_rates() -> None:
     inside, across = (exchange_seconds(cluster, "all_gather", ranks, 10**9) for ranks in (range(8), range(0, 64, 8)))
     assert across > 7 * inside
     assert exchange_seconds(cluster, "all_reduce", range(8), 10**9) == pytest.approx(2 * inside, rel=0.05)
+
+
+def test_every_pool_in_use_is_traced() -> None:
+    """Catches a run over two kinds of devices that is judged by the first one alone, and measured rates that are not used."""
+    cluster = load_cluster("configs/clusters/two-pools.yaml")
+    assert with_pools([0], cluster, 600) == [0, 512] and with_pools([0, 599], cluster, 600) == [0, 599]
+    assert with_pools([0], cluster, 512) == [0]
+    device = cluster_of(None, 4).pools[0].device
+    halved = device.model_copy(update={"step_share": 0.5, "product_table": ((1e9, 1e12), (1e12, 1e12))})
+    assert operation_seconds(halved, 1e11, 1.0, "bf16") == pytest.approx(0.2)
 
 
 def test_smaller_runs_add_up() -> None:

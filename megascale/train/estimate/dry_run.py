@@ -92,6 +92,8 @@ def report_of(config: Config, ranks: int, device_bytes: float | None = None) -> 
 
 def traced_report(config: Config, report: Mapping[str, Any], timeline: Timeline | None, asked: Asked) -> tuple[list[str], dict[str, Any]]:
     """Lines about the traced step, the verdict first, and its keys; without keys if it could not be traced."""
+    from megascale.planning.setting import setting_of
+    from megascale.planning.traffic import sent_bytes
     from megascale.trace.report import first_line, lines_of, summary
     from megascale.trace.run import TraceFailedError, trace
 
@@ -102,6 +104,7 @@ def traced_report(config: Config, report: Mapping[str, Any], timeline: Timeline 
         return [f"note: not traced: {error}; this is the estimate"], {}
     bubble = timeline.bubble if timeline is not None and config.parallel.pp > 1 else 0.0
     found = summary(traced, report["flops_per_step"], bubble, ranks, config.precision.compute)
+    found["planned_sent_bytes"] = {axis: round(n) for axis, n in sent_bytes(setting_of(config, ranks)).items()}
     files = [f"wrote {name}" for name in traced["files"]]
     return [first_line(found, traced["cluster"].name), *lines_of(found, config.parallel.compile), *files], found
 
