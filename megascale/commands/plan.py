@@ -1,6 +1,6 @@
 """Ranks layouts of a config on a cluster by predicted step time and memory, before anything runs.
 
-Nothing is measured: docs/planning.md says how far predictions have been compared with runs.
+docs/planning.md says how far predictions have been compared with runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from megascale.cli import ConfigFile, Overrides, examples, new_app
+from megascale.cli import Overrides, examples, new_app
+from megascale.errors import UsageError
 
 app = new_app(__doc__ or "")
 
@@ -19,19 +20,37 @@ app = new_app(__doc__ or "")
     epilog=examples(
         "megascale plan configs/llama-70b.yaml --cluster configs/clusters/h100-pod.yaml --gpus 512",
         "megascale plan configs/llama-8b.yaml --cluster configs/clusters/h200-pod.yaml --gpus 64 --json plan.json",
+        "megascale plan --calibrate here.yaml --gpus 4",
     )
 )
 def main(
-    file: ConfigFile,
-    cluster: Annotated[Path, typer.Option(help="the cluster's file; configs/clusters/ has examples")],
+    file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file; not needed to calibrate alone")] = None,
     overrides: Overrides = None,
+    cluster: Annotated[Path | None, typer.Option(help="the cluster's file; configs/clusters/ has examples")] = None,
     gpus: Annotated[int | None, typer.Option(help="devices to use; all of the cluster's if absent")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the result as JSON")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="measure products, attention, casts and links here, and write a cluster file first")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="calibrate with a result of benchmarks.gpu.ceilings instead, laid over --cluster")
+    ] = None,
 ) -> None:
     """Prints the best layout, why the next ones are slower, layouts with less memory, and the sections to paste into the config."""
     from megascale.config.load import load_config
     from megascale.planning.plan import plan_layouts, write
 
+    if measured is not None and calibrate is None:
+        raise UsageError(f"--measured {measured} is what to calibrate with: add --calibrate FILE, the cluster file to write")
+    if calibrate is not None:
+        from megascale.planning.calibrate import calibrate as run
+
+        print("\n".join(run(calibrate, gpus, cluster, measured)))
+        if file is None:
+            return
+        cluster = calibrate
+    if file is None or cluster is None:
+        raise UsageError("a plan needs a config and --cluster FILE, such as configs/clusters/h100-pod.yaml; --calibrate FILE writes one")
     text, result = plan_layouts(load_config(str(file), overrides or []), cluster, gpus)
     print("\n".join(text))
     if json is not None:
