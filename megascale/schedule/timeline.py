@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ class Timeline:
     marks: list[list[Mark]]
 
 
-def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
-    """Runs an order in model time; messages take no time. Raises ValueError for a deadlock."""
+def simulate(order: Order, durations: Mapping[str, float] | Callable[[Action], float] = DURATIONS) -> Timeline:
+    """Runs an order in model time, with durations by kind or of each action; messages take no time. Raises ValueError for a deadlock."""
+    lasts = durations if callable(durations) else lambda step: durations[step.kind]
     queues = {r: steps(actions) for r, actions in order.items()}
     rank_of = {s.stage: r for r, queue in queues.items() for s in queue}
     stages = len(rank_of)
@@ -61,7 +63,7 @@ def simulate(order: Order, durations: dict[str, float] = DURATIONS) -> Timeline:
                 if any(n not in done for n in needed):
                     break
                 start = max([clock[r], *(done[n] for n in needed)])
-                clock[r] = start + durations[step.kind]
+                clock[r] = start + lasts(step)
                 done[_key(step.kind, step.stage, step.micro_batch)] = clock[r]
                 lanes[r].append(Span(step, start, clock[r]))
                 place[r] += 1

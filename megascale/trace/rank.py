@@ -20,7 +20,7 @@ from megascale.trace.gpu import choose_as_cuda
 from megascale.trace.memory import Memory, follow_resizing
 from megascale.trace.meter import Meter
 from megascale.trace.operations import Work
-from megascale.trace.step import run_steps
+from megascale.trace.step import actions_timed, run_steps
 from megascale.train.build import place_model
 
 SEPARATOR = " | "  # in the name of a line of memory: kind, operation, place
@@ -35,6 +35,7 @@ class Trace:
     calls: group.Calls
     sent: dict[str, int]
     syncs: dict[str, int]
+    actions: dict[str, dict[str, float]]
     seconds: float  # of the rank, of its host, of its main stream's waits and of its host's waits
     host_seconds: float
     exposed_seconds: float
@@ -97,7 +98,11 @@ def trace_rank(machine: Machine, config: Config, ranks: int, rank: int, micro_ba
         group.start(rank, ranks, calls)
     BACKEND.host = BACKEND.stalled = 0.0
     BACKEND.default = BACKEND.current = FakeStream()
-    memory = Memory(lambda: max(BACKEND.host, BACKEND.default.ready))
+
+    def now() -> float:
+        return max(BACKEND.host, BACKEND.default.ready)
+
+    memory = Memory(now)
     stop = follow_resizing(memory)
     begun: dict[str, float] = {}
 
@@ -107,12 +112,13 @@ def trace_rank(machine: Machine, config: Config, ranks: int, rank: int, micro_ba
         calls.log.clear()
         BACKEND.waits.clear()
         syncs.clear()
+        actions.clear()
         memory.restart("forward")
 
     try:
         model = place_model(config, ranks, device)
         meter = Meter(device.type, memory, machine.kernel, machine.view)
-        with host_syncs(device.type, machine.host_waits) as syncs:
+        with host_syncs(device.type, machine.host_waits) as syncs, actions_timed(now) as actions:
             sent = run_steps(config, model, device, machine.integers, micro_batches, steps, meter, at_step)
     finally:
         stop()
@@ -121,7 +127,7 @@ def trace_rank(machine: Machine, config: Config, ranks: int, rank: int, micro_ba
     waits = {f"{s.kind}: {s.where}": n for s, n in syncs.items()}
     end = max(BACKEND.host, BACKEND.default.ready, *(k.start + k.seconds for k in meter.kernels))
     passed = end - begun["time"], BACKEND.host - begun["time"], BACKEND.default.waited - begun["waited"], BACKEND.stalled - begun["stalled"]
-    return Trace(model, meter, calls, sent, waits, *passed, begun["time"])
+    return Trace(model, meter, calls, sent, waits, actions, *passed, begun["time"])
 
 
 def facts_of(trace: Trace, device_type: str) -> dict[str, Any]:
@@ -142,6 +148,7 @@ def facts_of(trace: Trace, device_type: str) -> dict[str, Any]:
         "host_syncs": trace.syncs,
         "wrong_device": {f"{name}: {line}": n for (name, line), n in counts.wrong.items()}
         | {f"{c.operation}: {c.line}": 1 for c in calls.wrong},
+        "actions": trace.actions,
         "kernels": sum(counts.kernels.values()),
         "kernels_by_operation": dict(counts.kernels),
         "flops": float(sum(counts.flops.values())),

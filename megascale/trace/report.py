@@ -12,9 +12,9 @@ from megascale.trace.memory_kinds import KINDS
 TOP = 10
 
 
-def summary(traced: Mapping[str, Any], flops_per_step: float, bubble: float, ranks: int, compute: str) -> dict[str, Any]:
-    """The keys of a traced dry run's JSON, for the fullest and the slowest of the traced ranks. `bubble`: share of a pipeline's time in
-    which a rank is idle, if all stages are as fast as the slowest traced one.
+def summary(traced: Mapping[str, Any], flops_per_step: float, order: Any, ranks: int, compute: str) -> dict[str, Any]:
+    """The keys of a traced dry run's JSON, for the fullest and the slowest of the traced ranks. `order`: of a pipeline's actions, None
+    without one.
     """
     devices: list[Device] = traced["cluster"].devices(ranks)
     device = min(devices, key=lambda d: d.room)
@@ -22,7 +22,9 @@ def summary(traced: Mapping[str, Any], flops_per_step: float, bubble: float, ran
     totals = {rank: round(sum(facts["peak_bytes"].values())) for rank, facts in found.items()}
     fullest = max(totals, key=lambda rank: totals[rank])
     slowest = max(found, key=lambda rank: found[rank]["rank_seconds"])
-    seconds = found[slowest]["rank_seconds"] / (1 - bubble)
+    seconds, bubble = found[slowest]["rank_seconds"], 0.0
+    if order is not None:
+        seconds, bubble = pipelined(order, found, slowest)
     sum_of_peaks = ranks * sum(d.peak(compute) for d in devices) / len(devices)
     return {
         "fits": totals[fullest] <= device.room,
@@ -42,6 +44,32 @@ def summary(traced: Mapping[str, Any], flops_per_step: float, bubble: float, ran
         "resident_bytes": traced["resident_bytes"],
         "by_rank": {str(rank): facts for rank, facts in found.items()},
     }
+
+
+def pipelined(order: Any, found: Mapping[int, Mapping[str, Any]], slowest: int) -> tuple[float, float]:
+    """(seconds of a step, share of the time in which ranks wait) of an order whose actions take what they took on the traced ranks. A stage
+    that none of them has takes as long as the slowest traced one between the first and the last, or of all.
+    """
+    from megascale.schedule.orders import Action
+    from megascale.schedule.timeline import simulate
+
+    rows: dict[tuple[str, int], float] = {}
+    for facts in found.values():
+        for name, row in facts["actions"].items():
+            kind, stage = name.split()
+            rows[kind, int(stage)] = row["seconds"] / row["times"]
+    last = max((stage for _, stage in rows), default=0)
+
+    def lasts(step: Action) -> float:
+        if (step.kind, step.stage) in rows:
+            return rows[step.kind, step.stage]
+        of = {stage: seconds for (kind, stage), seconds in rows.items() if kind == step.kind}
+        return max([seconds for stage, seconds in of.items() if 0 < stage < last] or of.values(), default=0.0)
+
+    timeline = simulate(order, lasts)
+    whole = max(span.end for lane in timeline.lanes for span in lane)
+    own = sum(row["seconds"] for row in found[slowest]["actions"].values())
+    return whole + found[slowest]["rank_seconds"] - own, timeline.bubble
 
 
 def _largest(rows: list[Mapping[str, float]]) -> dict[str, int]:

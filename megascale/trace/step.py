@@ -145,6 +145,37 @@ def backward_told(watch: StepWatch) -> Iterator[None]:
             setattr(owner, name, before)
 
 
+@contextmanager
+def actions_timed(now: Callable[[], float]) -> Iterator[dict[str, dict[str, float]]]:
+    """Inside, the model time of each kind of action of a pipeline's stages: "kind stage" → how often, and seconds in all. Empty if torch's
+    stages have other methods.
+    """
+    from megascale.schedule.pipeline import Stage
+
+    found: dict[str, dict[str, float]] = {}
+    names = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+    known = {name: (getattr(Stage, name), name in vars(Stage)) for name in names if hasattr(Stage, name)}
+
+    def timed(name: str, function: Any) -> Any:
+        def run(stage: Any, *args: Any, **kwargs: Any) -> Any:
+            kind = "F" if name == "forward_one_chunk" else "W" if "weight" in name else "B" if kwargs.get("full_backward", True) else "I"
+            begun = now()
+            result = function(stage, *args, **kwargs)
+            row = found.setdefault(f"{kind} {stage.stage_index}", {"times": 0, "seconds": 0.0})
+            row["times"], row["seconds"] = row["times"] + 1, row["seconds"] + now() - begun
+            return result
+
+        return run
+
+    for name, (function, _) in known.items():
+        setattr(Stage, name, timed(name, function))
+    try:
+        yield found
+    finally:
+        for name, (function, own) in known.items():
+            setattr(Stage, name, function) if own else delattr(Stage, name)
+
+
 def run_steps(
     config: Config,
     model: ParallelModel,

@@ -14,8 +14,11 @@ from megascale.commands.train import app
 from megascale.config.load import build_config, to_yaml
 from megascale.config.support import check
 from megascale.planning.cluster import load_cluster
+from megascale.schedule.orders import compute_order
+from megascale.schedule.timeline import simulate
 from megascale.trace.rates import exchange_seconds, operation_seconds
 from megascale.trace.reduced import combined, runs_of
+from megascale.trace.report import pipelined
 from megascale.trace.run import cluster_of, with_pools
 
 SMALL: dict[str, Any] = {
@@ -106,6 +109,23 @@ def test_rates() -> None:
     inside, across = (exchange_seconds(cluster, "all_gather", ranks, 10**9) for ranks in (range(8), range(0, 64, 8)))
     assert across > 7 * inside
     assert exchange_seconds(cluster, "all_reduce", range(8), 10**9) == pytest.approx(2 * inside, rel=0.05)
+
+
+def test_a_pipeline_is_as_slow_as_its_stages() -> None:
+    """Catches a slow stage that delays nobody, and one that is taken for all: two equal stages make the drawn order, a slow second one
+    makes the first wait, and what is no action of a stage is added.
+    """
+    order = compute_order("1f1b", 2, 1, 4)
+
+    def facts(stage: int, factor: float) -> dict[str, Any]:
+        actions = {f"{kind} {stage}": {"times": 4, "seconds": 4 * factor * t} for kind, t in (("F", 1.0), ("B", 2.0))}
+        return {"rank_seconds": 12 * factor + 0.5, "actions": actions}
+
+    equal = simulate(order)
+    assert pipelined(order, {0: facts(0, 1.0), 1: facts(1, 1.0)}, 1) == (15.5, equal.bubble)
+    slow, bubble = pipelined(order, {0: facts(0, 1.0), 1: facts(1, 2.0)}, 1)
+    assert slow == 27.5 and bubble > equal.bubble
+    assert pipelined(order, {0: facts(0, 1.0)}, 0)[0] == 15.5
 
 
 def test_every_pool_in_use_is_traced() -> None:

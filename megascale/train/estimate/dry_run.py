@@ -53,7 +53,7 @@ def dry_run(
     timeline = pipeline_timeline(config, ranks)
     verdict_words = verdict_lines(found)
     if asked is not None:
-        traced_words, traced = traced_report(config, report, timeline, replace(asked, beside=Path(json_file) if json_file else None))
+        traced_words, traced = traced_report(config, report, replace(asked, beside=Path(json_file) if json_file else None))
         report |= traced
         verdict_words = traced_words if traced else [verdict_words[0], *traced_words, *verdict_words[1:]]
     lines = [*verdict_words, *model_lines(config, report), *schedule_lines(config, report["schedule"], timeline)]
@@ -90,7 +90,7 @@ def report_of(config: Config, ranks: int, device_bytes: float | None = None) -> 
     return config, report, found
 
 
-def traced_report(config: Config, report: Mapping[str, Any], timeline: Timeline | None, asked: Asked) -> tuple[list[str], dict[str, Any]]:
+def traced_report(config: Config, report: Mapping[str, Any], asked: Asked) -> tuple[list[str], dict[str, Any]]:
     """Lines about the traced step, the verdict first, and its keys; without keys if it could not be traced."""
     from megascale.planning.setting import setting_of
     from megascale.planning.traffic import sent_bytes
@@ -102,8 +102,9 @@ def traced_report(config: Config, report: Mapping[str, Any], timeline: Timeline 
         traced = trace(config, ranks, asked)
     except TraceFailedError as error:
         return [f"note: not traced: {error}; this is the estimate"], {}
-    bubble = timeline.bubble if timeline is not None and config.parallel.pp > 1 else 0.0
-    found = summary(traced, report["flops_per_step"], bubble, ranks, config.precision.compute)
+    p = config.parallel
+    order = compute_order(p.pp_schedule, p.pp, p.pp_virtual, micro_batches(config, ranks)) if p.pp > 1 else None
+    found = summary(traced, report["flops_per_step"], order, ranks, config.precision.compute)
     found["planned_sent_bytes"] = {axis: round(n) for axis, n in sent_bytes(setting_of(config, ranks)).items()}
     files = [f"wrote {name}" for name in traced["files"]]
     return [first_line(found, traced["cluster"].name), *lines_of(found, config.parallel.compile), *files], found
