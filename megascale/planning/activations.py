@@ -84,7 +84,7 @@ def _attention_numbers(s: Setting, unit: Unit, name: str, chosen: bool, compiled
         numbers += t * gate_width(m) / tp + (0 if chosen else t * q)
     if chosen:
         return numbers + (0 if compiled else t * m.hidden_size)
-    if not compiled:
+    if not compiled and s.item == 2 and not s.cpu:  # cuDNN's result is laid out by heads, and copied for the product
         numbers += t * q
     if m.qk_norm or m.residual_row.qk_norm:
         numbers += t * q + read * k

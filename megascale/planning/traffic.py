@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megascale.config.dsp import plan_cuts
 from megascale.config.layout import ranks_met
 from megascale.planning.memory import held
 from megascale.planning.pipeline import sends
@@ -56,7 +57,7 @@ def tensor_passes(s: Setting, unit: Unit) -> Passes:
 def context_passes(s: Setting, unit: Unit) -> Passes:
     """A layer's exchanges over cp: key-value blocks around a ring, heads by all-to-all."""
     p, m = s.config.parallel, unit.model
-    if p.cp == 1:
+    if p.cp == 1 or p.cp_method == "dsp":
         return Passes()
     heads, ring = p.heads_over, p.cp // p.heads_over
     size = m.head_dim
@@ -150,7 +151,7 @@ def sent_bytes(s: Setting) -> dict[str, float]:
 def _sent(s: Setting, rank: int) -> dict[str, float]:
     p, parts, m = s.config.parallel, s.stages[rank], s.micro_batches
     layers, stored = s.layers_of(parts), s.stored_of(parts)
-    sent = {"tp": _tensor(s, rank, layers), "cp": m * sum(n * context_passes(s, u).total for u, n in layers)}
+    sent = {"tp": _tensor(s, rank, layers), "cp": m * (sum(n * context_passes(s, u).total for u, n in layers) + _switches(s, rank))}
     sent["ep"] = m * sum(n * expert_passes(s, u).total for u, n in layers)
     if p.pp > 1:
         sent["pp"] = sends(p.pp, p.pp_schedule, p.stages_per_rank, m, rank) * s.message * s.config.model.hidden_size * s.item
@@ -164,6 +165,16 @@ def _sent(s: Setting, rank: int) -> dict[str, float]:
         copies = s.sizes["dp_replicate"] * s.sizes["cp"]
         sent["dp_replicate"] = 2 * others(copies) * sum(n * held(u, s.cuts).kept for u, n in stored) * s.stored
     return sent
+
+
+def _switches(s: Setting, rank: int) -> float:
+    """Bytes of a micro-batch where DSP splits a grid along another dimension than before, forward and backward."""
+    model, p = s.config.model, s.config.parallel
+    if p.cp == 1 or p.cp_method != "dsp" or model.spacetime is None:
+        return 0.0
+    cuts = plan_cuts([model.attended(i) for i in range(model.num_layers)], model.spacetime.grid, p.cp) or []
+    mine = [i for part in s.stages[rank] for i in part.layers if i]
+    return 2 * others(p.cp) * sum(cuts[i] != cuts[i - 1] for i in mine) * s.stream() * model.hidden_size * s.item
 
 
 def _owned(s: Setting, stored: list[tuple[Unit, int]]) -> float:
