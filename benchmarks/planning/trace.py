@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "llama-70b": ("llama-70b", 512, []),
     "llama-405b": ("llama-405b", 4096, []),
     "mixtral-8x7b": ("mixtral-8x7b", 64, []),
+    "olmo3-7b": ("olmo3-7b", 64, []),
     "1T": ("llama-405b", 4096, TRILLION),
 }
 
