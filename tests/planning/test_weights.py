@@ -124,8 +124,9 @@ MOMENTS = st.sampled_from([None, "bf16", "int8"])
     layouts(),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([None, 1]),
-    st.sampled_from([4, 8, 16]),
+    st.sampled_from([1, 4, 8, 16]),
     MOMENTS,
+    COMPUTE,
 )
 def test_stored_bytes_are_exact(
     model: dict[str, Any], layout: dict[str, Any], ep: int, etp: int | None, ranks: int, moments: str, compute: str
