@@ -29,7 +29,7 @@ from megascale.expand.report import describe
 from megascale.expand.said import attention_growth, growth_of
 from megascale.expand.smaller import Smaller, cheapest_layers, removable, smaller_model, turn_of
 from megascale.expand.source import open_source, renamed
-from megascale.expand.stack import check_layers, with_layers
+from megascale.expand.stack import PATTERNS, check_layers, with_layers
 from megascale.expand.tensors import plan_tensors
 from megascale.expand.write import Effort, check_target, finish, write
 from megascale.model.position import alibi_slopes
@@ -68,7 +68,7 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
     kept = Kept(stream, layers, [], [], [])
     for i in range(number + target.mtp_depth):
         kind = source.kind_at(i) if source.kinds else ""
-        own, new = source.variants[kind], target.of_kind(kind) if kind in target.kinds else target
+        own, new = source.variants[kind], _of_kind(source, target, kind)
         width = new.ffn_size if target.ffn_sizes is None or i not in layers else target.ffn_sizes[layers.index(i)]
         how = "prefix" if source.matformer is not None or width == own.ffn_size else ranking
         scores = torch.zeros(own.ffn_size) if importance is None or not len(importance.neurons[i]) else importance.neurons[i]
@@ -77,6 +77,11 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
         kept.query.append(query)
         kept.key_value.append(key_value)
     return kept
+
+
+def _of_kind(source: Model, target: Model, kind: str) -> Model:
+    """The target's config of a kind of layer; the source's if no such layer stays."""
+    return target if not kind else target.of_kind(kind) if kind in target.kinds else source.of_kind(kind)
 
 
 def _heads(source: Model, target: Model, scores: torch.Tensor | None, ranking: str, seed: int) -> tuple[list[int], list[int]]:
@@ -96,11 +101,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     assert source.vocab_size
     layers = tuple(Layer(i) for i in kept.layers)
     target = with_layers(source, target, layers, {})
-    check_layers(
-        source,
-        with_layers(source, source, layers, {key: getattr(target, key) for key in ("pattern_first", "pattern", "pattern_last")}),
-        layers,
-    )
+    check_layers(source, with_layers(source, source, layers, {key: getattr(target, key) for key in PATTERNS}), layers)
     maps = Maps({"one": same(1), "vocabulary": same(source.vocab_size), "positions": same(seq_len)}, target)
     growth, stream = growth_of(source), axis(kept.stream, source.hidden_size)
     ratio = 1.0 if growth.power is None else source.hidden_size / target.hidden_size
@@ -108,7 +109,7 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
     maps.axes |= {"stream": stream, "read": stream, "read_both": beside(stream, stream), "query_source": stream}
     maps.axes |= {"gain": stream.scaled(maps.gain), "shift": stream, "scale": stream}
     for kind, own in source.variants.items():
-        new = target.of_kind(kind) if kind else target
+        new = _of_kind(source, target, kind)
         maps.blocks[kind] = block = BlockMaps(own, new, {"routing": routing_space(own), **_experts(own)})
         if own.residual_row.inner_norms and growth.power is not None:
             block.eps_factor["ffn_inner_norm"] = own.ffn_size / (new.ffn_size or own.ffn_size)
@@ -117,7 +118,8 @@ def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growt
         block = maps.blocks[source.kind_at(i) if source.kinds else ""]
         maps.axes |= {f"{name}@{scope}": a for name, a in _layer(block, kept, i).items()}
     _slopes(source, maps, kept)
-    maps.target = target = with_kinds(target, source, {kind: block.target for kind, block in maps.blocks.items()})
+    variants = {kind: block.target for kind, block in maps.blocks.items() if kind in target.variants}
+    maps.target = target = with_kinds(target, source, variants)
     maps.fold = ends(source).hidden_factor / ends(target).hidden_factor
     target = with_epsilons(target, source, layers, {}, maps)
     check(Config(model=target, train=Train(steps=1, seq_len=seq_len), data=Data(train="-"), optim=Optim(weight_decay=0.0)), 1)

@@ -12,6 +12,7 @@ from megascale.errors import UsageError
 from megascale.expand.kinds import check_kinds, pattern_of, sizes_of_kind, with_kinds
 from megascale.expand.options import Sizes
 from megascale.expand.plan import refuse_unknown_parts
+from megascale.expand.stack import PATTERNS
 
 KEYS = ("num_heads", "num_kv_heads", "ffn_size")  # what a kind of layer has for itself
 
@@ -53,6 +54,7 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     variants = {
         kind: _smaller_block(own, sizes_of_kind(source, kind, asked)[0] if kind else asked, changes)
         for kind, own in source.variants.items()
+        if not kind or any(kind in changes.get(key, getattr(source, key)) for key in PATTERNS)
     }
     base = source.model_copy(update=changes)
     if source.kinds:

@@ -160,8 +160,8 @@ def slack(growth: Growth) -> float:
     source, target = growth.source, growth.target
     widths = [
         width
-        for kind, a in source.variants.items()
-        for b in (target.of_kind(kind) if kind else target,)
+        for kind, b in target.variants.items()
+        for a in (source.of_kind(kind) if kind else source,)
         for width in (b.hidden_size / a.hidden_size, b.num_heads * b.head_dim / (a.num_heads * a.head_dim), b.ffn_size / a.ffn_size)
     ]
     return 4 * max(1.0, *widths) * max(1.0, target.total_layers / source.total_layers)

@@ -53,7 +53,7 @@ def change(**values: list[Any]) -> dict[str, list[Any]]:
 
 
 MODELS = change(
-    norm=["rmsnorm", "layernorm", "dyt"],
+    norm=["rmsnorm", "layernorm", "dyt", "rmsnorm_1p"],
     residual=[
         "pre",
         "post",
@@ -66,6 +66,7 @@ MODELS = change(
         "parallel",
         "neox",
         "res_post",
+        "sandwich",
         "mus",
     ],
     position=["rope", "alibi", "learned", "xpos", "none"],
@@ -76,6 +77,11 @@ MODELS = change(
     moe=[None, None, MOE, {**MOE, "router": "sigma"}, {**MOE, "num_shared": 1, "balance": "bias", "router": "sigmoid"}],
     family=["decoder", "encoder"],
     bias=[False, True],
+    attention_bias=["qkv", True],
+    attention_scale=[0.3],
+    rope_fraction=[2 / 3],
+    rope_interleaved=[True],
+    mtp_depth=[1, 2],
 )
 GROWN = change(
     hidden_size=[30, 36, 48, 52],
@@ -89,6 +95,7 @@ GROWN = change(
     granularity=[2],
     vocab_size=[50],
     seq_len=[32],
+    mtp_depth=[2, 3],
 )
 WAYS = change(
     width=["duplicate", "zero", "average"],
