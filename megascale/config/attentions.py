@@ -98,8 +98,17 @@ def _grouped_widths(m: Model, tp: int) -> tuple[int, ...]:
     return m.num_heads * m.head_dim // tp, keys, *_gate_widths(m, tp)
 
 
+# Of the options that every kind of softmax attention may have.
+OPTION_AXES = {
+    "gate.weight": ("gated", "read"),
+    "gate.bias": ("gated",),
+    "gate.keys": ("new_keys", "read"),
+    "gate.values": ("new_values", "gated"),
+    "sinks": ("sinks",),
+}
 GROUPED_GROWTH = AttentionGrowth(
     {
+        **OPTION_AXES,
         "q.weight": ("query", "read"),
         "q.bias": ("query",),
         "k.weight": ("key", "read"),
@@ -172,6 +181,7 @@ def _sizes(m: Model) -> Latent:
 
 LATENT_GROWTH = AttentionGrowth(
     {
+        **OPTION_AXES,
         "q_down.weight": ("query_latent", "read"),
         "q_down.bias": ("query_latent",),
         "q_norm.weight": ("query_latent_gain",),

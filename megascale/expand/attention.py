@@ -68,6 +68,7 @@ def grouped(source: Model, target: Model, options: GrowthOptions, read: AxisMap)
         "heads": channel_rows(heads.out, channels.out),
         "query_norm": channels.query_norm,
         "key_norm": channels.key_norm,
+        **options_of(source, heads.query, channels.value),
     }
     if wide:
         for name, of_heads in (("query", heads.query), ("key", heads.key_value)):
@@ -88,12 +89,18 @@ def grouped(source: Model, target: Model, options: GrowthOptions, read: AxisMap)
         "key": channel_rows(paired.key_value, channels.key),
         "value": channel_rows(paired.key_value, channels.value),
         "heads": inside(paired.out, magnitude(channels.out)),
+        **options_of(source, paired.query, channels.value),
     }
     if silent:
         whole = channel_rows(paired.query, channels.value).filled(FRESH)
         maps.pairs |= {"heads_gain": whole, "heads_shift": whole}
     _slopes(maps, source, heads)
     return maps
+
+
+def options_of(model: Model, heads: AxisMap, values: AxisMap) -> dict[str, AxisMap]:
+    """Sinks, which every query head keeps, and the gate on its result, or on each channel of that."""
+    return {"sinks": heads, "gated": channel_rows(heads, values.filled(FRESH)) if model.attention_gate == "channel" else heads}
 
 
 def _turned(maps: AttentionMaps, source: Model, size: int) -> Turned:
@@ -152,6 +159,7 @@ def latent(source: Model, target: Model, options: GrowthOptions, read: AxisMap) 
         "heads": channel_rows(heads.out, out),
         "latent": beside(of_kv.rows, turned.filled(ZERO)),
         **_of_latent("latent", of_kv),
+        **options_of(source, heads.query, values),
         "query_source": read,
     }
     maps.eps["latent_norm"] = 1.0  # the products that write the latents make up for it
@@ -166,6 +174,7 @@ def latent(source: Model, target: Model, options: GrowthOptions, read: AxisMap) 
         "key": channel_rows(paired.key_value, keys),
         "value": channel_rows(paired.key_value, values),
         "heads": inside(paired.out, magnitude(out)),
+        **options_of(source, paired.query, values),
     }
     _slopes(maps, source, heads)
     return maps

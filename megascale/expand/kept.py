@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megascale.config.schema import Model
-from megascale.expand.attention import AttentionMaps
+from megascale.expand.attention import AttentionMaps, options_of
 from megascale.expand.axes import axis, beside, same
 from megascale.expand.heads import channel_rows
 from megascale.expand.normed import kept_gain
@@ -17,6 +17,7 @@ def grouped(source: Model, target: Model, query: list[int], key_value: list[int]
     keys = channel_rows(axis(key_value, source.num_kv_heads), head)
     wide = source.qk_norm == "width"
     maps = AttentionMaps({"query": queries, "key": keys, "value": keys, "heads": queries})
+    maps.axes |= options_of(source, axis(query, source.num_heads), head)
     maps.axes |= {"query_norm": queries if wide else head, "key_norm": keys if wide else head}
     maps.axes |= {"heads_gain": kept_gain(growth, queries), "heads_shift": queries}
     if source.qk_norm or source.residual_row.qk_norm:
@@ -40,6 +41,7 @@ def latent(source: Model, target: Model, query: list[int], key_value: list[int])
         "key": channel_rows(heads, same(source.head_dim)),
         "value": values,
         "heads": values,
+        **options_of(source, heads, same(sizes.value_dim or source.head_dim)),
     }
     if sizes.query_rank is not None:
         maps.axes |= {"query_latent": own, "query_latent_gain": own, "query_latent_shift": own, "query_source": own}

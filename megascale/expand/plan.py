@@ -102,9 +102,6 @@ def refuse_unknown_parts(source: Model) -> None:
             raise UsageError(f"model.{key} is set: a model with it cannot change its sizes; use one without")
     growth_of(source)
     for model in source.variants.values():
-        for key in ("attention_sink", "attention_softcap", "attention_gate", "logit_softcap"):
-            if getattr(model, key):
-                raise UsageError(f"model.{key} is set: a model with it cannot change its sizes; use one without")
         attention_growth(model)
         if not model.ffn_row.grows:
             known = ", ".join(name for name, row in activations().items() if row.grows)
