@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 
 from megascale.commands.grow import app as grow_app
 from megascale.commands.shrink import app as shrink_app
+from megascale.config.load import build_config
+from megascale.errors import UsageError
 from megascale.expand.grow import grow
 from megascale.expand.options import GrowthOptions, Sizes, kinds_of
 from megascale.expand.write import Effort
+from megascale.train.phases import phases_of
 from tests.expand.test_grow import go_on, losses_of
 from tests.ranks import run_ranks
 from tests.runs import make_tokens, run, settings
@@ -65,6 +68,19 @@ def test_grown_kinds_go_on_on_another_layout(mixed: Path, tmp_path: Path) -> Non
 
 def _parted(grown: Path, where: Path) -> dict[int, float]:
     return go_on(grown, where, parallel__pp=2, parallel__tp=2)
+
+
+def test_a_run_knows_how_its_kinds_will_grow(tmp_path: Path) -> None:
+    """Catches a growth in a run that forgets the sizes of a kind, and a misspelled one that only the step would meet."""
+    values = settings(tmp_path, **{f"model__{key}": value for key, value in MIXED.items()})
+    values["grow"] = [{"step": 3, "mtp_depth": 2, "kinds": {"deep": {"num_heads": 8, "kv_rank": 12}, "local": {"num_layers": 3}}}]
+    grown = phases_of(build_config(values), 1)[1].config.model
+    assert grown.latent is None and grown.mtp_depth == 2 and len(grown.layers_of("local")) == 3
+    deep = grown.of_kind("deep")
+    assert deep.latent is not None and (deep.num_heads, deep.latent.kv_rank) == (8, 12)
+    values["grow"][0]["kinds"] = {"deep": {"kv_ranks": 12}}
+    with pytest.raises(UsageError, match="kv_ranks is not a size of a kind; did you mean kv_rank"):
+        phases_of(build_config(values), 1)
 
 
 def test_the_commands_take_sizes_of_a_kind(mixed: Path, tmp_path: Path) -> None:
