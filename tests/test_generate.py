@@ -24,7 +24,7 @@ from megascale.generation.open import ends_of
 from megascale.generation.run import Sampling, generate
 from megascale.generation.sample import choose
 from megascale.parallel.model import ParallelModel
-from tests.formats.models import DECODERS, PLAIN, save
+from tests.formats.models import DECODERS, MIXTURES, PLAIN, save
 from tests.layouts import CPU, Case, build, tiny
 from tests.ranks import run_ranks
 
@@ -106,7 +106,7 @@ def test_tensor_ranks_change_nothing(name: str, ranks: int) -> None:
     assert all(got == want for got in run_ranks(ranks, cut, name))
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", [*DECODERS, "granite", "gpt_neox", *MIXTURES])
 def test_greedy_is_transformers_greedy(family: str, tmp_path: Path) -> None:
     """Catches any difference that grows token by token: 24 tokens of 4 prompts, padded on the left by both."""
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")

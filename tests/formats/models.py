@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 LENGTH = 20  # tokens that logits are compared on
 DECODERS = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
 NEWER = ("qwen2", "olmo3", "gemma3_text", "phi3", "starcoder2", "granite", "gpt_neox", "bloom")
-MIXTURES: tuple[str, ...] = ()
-FAMILIES = (*DECODERS, "bert", "t5", *NEWER)
+MIXTURES = ("glm4_moe", "deepseek_v3")
+FAMILIES = (*DECODERS, "bert", "t5", *NEWER, *MIXTURES)
 
 
 @st.composite
@@ -136,13 +136,6 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
 def mixtures(draw: st.DrawFn, family: str, values: dict[str, Any], layers: int) -> dict[str, Any]:
     """What is drawn further for a mixture of today."""
     found: dict[str, Any] = {"num_hidden_layers": layers}
-    if family == "gpt_oss":
-        number = draw(st.integers(2, 5))
-        found |= {"num_local_experts": number, "num_experts_per_tok": draw(st.integers(2, number)), "sliding_window": 6}
-        found["rope_parameters"] = values["rope_parameters"] | (
-            {"truncate": draw(st.booleans())} if values["rope_parameters"]["rope_type"] == "yarn" else {}
-        )
-        return found | (draw(layer_types(family, layers)) if draw(st.booleans()) else {})
     groups, of_group = draw(st.sampled_from([(1, 4), (2, 2), (4, 2)]))
     open_groups = draw(st.integers(1, groups))
     chosen = draw(st.integers(1, min(3, open_groups * of_group)))
@@ -245,4 +238,16 @@ PLAIN["t5"] = {
 }  # fmt: skip
 PLAIN["mixtral"] |= {"num_local_experts": 3}
 PLAIN["qwen3_moe"] |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+# The bias of a choice is a buffer that transformers starts at zero; `save` moves it.
+CHOSEN = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+PLAIN["glm4_moe"] |= {**CHOSEN, "head_dim": 8}
+PLAIN["deepseek_v3"] |= {**CHOSEN, "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 16, "qk_rope_head_dim": 4}
+PLAIN["deepseek_v3"] |= {"qk_nope_head_dim": 8, "v_head_dim": 8}
 PLAIN["qwen3"] |= {"head_dim": 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from megascale.config.load import flatten
 from megascale.config.routers import routers
+from megascale.config.rules.kinds import PAIRWISE
 from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.formats.hf import t5
@@ -43,6 +45,10 @@ TRAINING = frozenset(
         "moe.sequence_loss",
     ]
 )
+# Keys that attention with a state does not read.
+UNREAD = frozenset(
+    {*PAIRWISE, "num_heads", "num_kv_heads", "head_dim", "position", "attention_gate", "attention_sink", "attention_softcap"}
+)
 DELTA = "delta."  # sizes of linear attention
 DEEPEST = 1 << 20  # most layers that are listed one by one
 LONGEST = 1 << 40  # longest sequence that a file may name
@@ -54,8 +60,10 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     kind = config.get("model_type")
     known = ", ".join(f.model_type for f in FAMILIES)
     if not isinstance(kind, str) or kind not in BY_TYPE:
-        reason = f" ({NOT_HERE[kind]})" if isinstance(kind, str) and kind in NOT_HERE else ""
-        raise UsageError(f"{where}: model_type is {kind!r}{reason}, but only {known} can be read: use one of these")
+        said, near = str(kind), difflib.get_close_matches(str(kind), BY_TYPE, 1, 0.6)
+        reason = f" ({NOT_HERE[said]})" if isinstance(kind, str) and said in NOT_HERE else ""
+        nearest = f"; the nearest is {near[0]}" if near and not reason else ""
+        raise UsageError(f"{where}: model_type is {shown(kind)}{reason}, but only {known} can be read{nearest}: use one of these")
     family = BY_TYPE[kind]
     named = config.get("architectures") or [family.architecture]
     if not isinstance(named, list) or not {family.architecture, *family.also}.intersection(n for n in named if isinstance(n, str)):
@@ -216,13 +224,15 @@ def functional(model: Model) -> dict[str, Any]:
         flat.pop("ffn_size", None)  # no layer is dense
     if flat.get("attention_bias") == flat["bias"]:
         flat.pop("attention_bias")  # what `bias` says anyway
+    if model.attention_row.scans:
+        flat = {k: v for k, v in flat.items() if k not in UNREAD and not k.startswith("rope_scaling.")}
     if flat.get("attention_scale") == _root(model):
         flat.pop("attention_scale")  # the default
     if model.latent is not None:
         flat.setdefault("latent.value_dim", model.head_dim)
     for name in [n for n in flat if n.startswith("norm_eps_of.") and flat[n] == model.norm_eps]:
         flat.pop(name)
-    if model.moe is not None and (model.moe.top_k == 1 or flat.get("moe.renormalize") == getattr(model.moe.router_row, "divides", None)):
+    if model.moe is not None and (model.moe.top_k == 1 or flat.get("moe.renormalize") == model.moe.router_row.divides):
         flat.pop("moe.renormalize", None)  # a single gate is never divided
     if not model.position_row.rotates:
         flat.pop("rope_theta", None)
@@ -295,12 +305,13 @@ def _as_family(model: Model, seq_len: int, family: Family, original: Mapping[str
     if model.family != family.ours.get("family", "decoder") or (model.moe is None) == any(k.ours.startswith("moe.") for k in family.keys):
         return None
     flat["mtp_depth"] = whole.mtp_depth
+    flat |= next(({f"{DELTA}{k}": v for k, v in m.delta.model_dump().items()} for m in whole.variants.values() if m.delta is not None), {})
     if flat.get("attention_scale") is None and "attention_scale" in (k.ours for k in family.keys):
         flat["attention_scale"] = _root(model)
     if model.latent is not None:
         flat["latent.value_dim"] = model.latent.value_dim or model.head_dim
     if model.moe is not None and (flat.get("moe.renormalize") is None or model.moe.top_k == 1):
-        flat["moe.renormalize"] = model.moe.top_k > 1 and getattr(model.moe.router_row, "divides", None)
+        flat["moe.renormalize"] = model.moe.top_k > 1 and model.moe.router_row.divides
     if model.moe is not None and model.moe.top_k == 1 < model.moe.num_experts and _normalized_alone(family.ours.get("moe.router"), flat):
         return None  # its only gate is 1
     config: dict[str, Any] = {k: v for k, v in (original or {}).items() if harmless(k)}

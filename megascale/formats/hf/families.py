@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megascale.formats.hf.families_moe import MIXTURES
 from megascale.formats.hf.families_new import NEWER
 from megascale.formats.hf.family import (
     ACT,
@@ -250,7 +251,7 @@ FIRST: tuple[Family, ...] = (
         also=("T5WithLMHeadModel",),
     ),
 )
-FAMILIES: tuple[Family, ...] = (*FIRST, *NEWER)
+FAMILIES: tuple[Family, ...] = (*FIRST, *NEWER, *MIXTURES)
 BY_TYPE = {f.model_type: f for f in FAMILIES}
 
 # Families that our models cannot be, with the reason.
@@ -260,5 +261,4 @@ NOT_HERE = {
     "llama4": "its layers alternate between two attentions",
     "gemma2": "it caps logits and attention scores",
     "gpt_oss": "its attention has sinks",
-    "deepseek_v3": "its names of latent attention and its router are not read yet",
 }

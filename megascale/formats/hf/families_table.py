@@ -20,6 +20,8 @@ IN_WORDS = {
     "bloom": "`layernorm`, `bias`, `position: alibi`, `embedding_norm`, its q, k, v fused head by head",
     "mixtral": "`moe.router: topk_softmax`",
     "qwen3_moe": "`topk_softmax` if `norm_topk_prob`, otherwise `softmax_topk`; `moe.every` is `decoder_sparse_step`",
+    "glm4_moe": "`moe.router: sigmoid`, `balance: bias`, `routed_scale`, `num_shared`; `kinds: {dense, experts}`; `mtp_depth`",
+    "deepseek_v3": "… with `attention: latent`, `moe.groups`; YaRN's weights become `attention_scale`; fp8 blocks are undone",
     "bert": "`family: encoder`, `residual: post`, `layernorm`, `bias`, `position: learned`, `embedding_norm`, `mlm_head`; one segment",
     "t5": "`family: encoder_decoder`, `position: relative`, `attention_scale: 1.0`, `relu` and `head_scale` (1.0) or `geglu_tanh` (1.1)",
 }

@@ -165,7 +165,7 @@ def _nested_wrong(nested: Any, config: Mapping[str, Any]) -> str | None:
 
 def type_of(layer: Model) -> str:
     """Their type of a layer's attention."""
-    if getattr(layer.attention_row, "scans", False):
+    if layer.attention_row.scans:
         return LINEAR
     return FULL if layer.sliding_window is None else SLIDING
 
