@@ -81,7 +81,7 @@ def dequantized(source: TensorSource, config: Mapping[str, Any], where: str) -> 
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """`NAME_blocks` [E, n, g, 16] and `NAME_scales` [E, n, g] as the tensor NAME [E, 32·g, n], in bf16, which holds all their values."""
+    """NAME_blocks [E, n, g, 16] and NAME_scales [E, n, g] as the tensor NAME [E, 32·g, n], in bf16, which holds all their values."""
 
     source: TensorSource
 
@@ -135,7 +135,7 @@ def unpack_fp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockFp8:
-    """`NAME` [n, m] in e4m3 and `NAME_scale_inv` [⌈n/a⌉, ⌈m/b⌉] as the tensor NAME in bf16; products are made in fp32."""
+    """NAME [n, m] in e4m3 and NAME_scale_inv [⌈n/a⌉, ⌈m/b⌉] as the tensor NAME in bf16; products are made in fp32."""
 
     source: TensorSource
     block: tuple[int, int]
