@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 LENGTH = 20  # tokens that logits are compared on
 DECODERS = ("llama", "mistral", "qwen3", "olmo2", "mixtral", "qwen3_moe", "gpt2")
-NEWER = ("qwen2", "olmo3", "gemma3_text", "phi3", "starcoder2", "granite", "gpt_neox", "bloom")
-MIXTURES = ("glm4_moe", "deepseek_v3")
+NEWER = ("qwen2", "olmo3", "gemma3_text", "phi3", "starcoder2", "granite", "gpt_neox", "gemma2", "bloom")
+MIXTURES = ("glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FAMILIES = (*DECODERS, "bert", "t5", *NEWER, *MIXTURES)
 
 
@@ -23,7 +23,9 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
     experts = family in ("mixtral", "qwen3_moe", *MIXTURES)
     head = draw(st.sampled_from([4, 8] if experts else [4, 8, 10]))
     multiple = 4 if experts else 1  # transformers' grouped products want rows of a multiple of 16 bytes
-    own_head = family in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "t5", "gemma3_text", *MIXTURES) and draw(st.booleans())
+    own_head = family in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "t5", "gemma2", "gemma3_text", *MIXTURES) and draw(
+        st.booleans()
+    )
     hidden = heads * head if not own_head else 4 * draw(st.integers(2, 7)) * heads
     common = {
         "vocab_size": draw(st.integers(30, 70)),
@@ -90,12 +92,14 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
     }
     if family not in ("olmo2", "olmo3", "qwen2", "phi3", "starcoder2", "granite", "gpt_neox", "deepseek_v3"):
         values["head_dim"] = head
-    if family in ("olmo3", "gemma3_text", "qwen2"):
+    if family in ("olmo3", "gemma2", "gemma3_text", "qwen2"):
         values |= draw(layer_types(family, layers + 1))
     if family == "olmo3" or family == "gemma3_text":
         sliding = {"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 700.0]))}
         values["rope_parameters"] = {"full_attention": values["rope_parameters"], "sliding_attention": sliding}
-    if family == "gemma3_text":
+    if family == "gemma2":
+        values |= {key: draw(st.sampled_from([None, 2.0, 30.0])) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if family in ("gemma2", "gemma3_text"):
         values["query_pre_attn_scalar"] = draw(st.sampled_from([4, 7]))
     if family == "phi3":
         share = draw(st.sampled_from([1.0, 0.5])) if head == 8 else 1.0
@@ -136,6 +140,27 @@ def config_values(draw: st.DrawFn, family: str) -> dict[str, Any]:
 def mixtures(draw: st.DrawFn, family: str, values: dict[str, Any], layers: int) -> dict[str, Any]:
     """What is drawn further for a mixture of today."""
     found: dict[str, Any] = {"num_hidden_layers": layers}
+    if family == "gpt_oss":
+        number = draw(st.integers(2, 5))
+        found |= {"num_local_experts": number, "num_experts_per_tok": draw(st.integers(2, number)), "sliding_window": 6}
+        found["rope_parameters"] = values["rope_parameters"] | (
+            {"truncate": draw(st.booleans())} if values["rope_parameters"]["rope_type"] == "yarn" else {}
+        )
+        return found | (draw(layer_types(family, layers)) if draw(st.booleans()) else {})
+    if family == "qwen3_next":
+        number, keys = draw(st.integers(2, 5)), draw(st.integers(1, 2))
+        found |= {"num_experts": number, "num_experts_per_tok": (chosen := draw(st.integers(1, number)))}
+        found |= {"moe_intermediate_size": (width := 4 * draw(st.integers(1, 4))), "norm_topk_prob": chosen > 1 and draw(st.booleans())}
+        found |= {"shared_expert_intermediate_size": width * draw(st.integers(1, 2)), "decoder_sparse_step": draw(st.integers(1, layers))}
+        found |= {"linear_num_key_heads": keys, "linear_num_value_heads": keys * draw(st.integers(1, 3))}
+        found |= {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": draw(st.sampled_from([4, 8])),
+            "linear_conv_kernel_dim": draw(st.integers(1, 4)),
+        }
+        found["rope_parameters"] = values["rope_parameters"] | {"partial_rotary_factor": draw(st.sampled_from([0.5, 1.0]))}
+        kinds = draw(st.lists(st.sampled_from(["linear_attention", "full_attention"]), min_size=layers - 1, max_size=layers - 1))
+        return found | {"layer_types": [*kinds, "full_attention"]}  # transformers counts a cache's tokens in full layers alone
     groups, of_group = draw(st.sampled_from([(1, 4), (2, 2), (4, 2)]))
     open_groups = draw(st.integers(1, groups))
     chosen = draw(st.integers(1, min(3, open_groups * of_group)))
@@ -222,12 +247,13 @@ SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size
 PLAIN: dict[str, dict[str, Any]] = {
     **{
         f: {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": None}
-        for f in (*DECODERS[:6], *NEWER[:7], *MIXTURES)
+        for f in (*DECODERS[:6], *NEWER[:8], *MIXTURES)
     },
     "gpt2": {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "eos_token_id": 3, "bos_token_id": None},
 }
 PLAIN["bloom"] = {"vocab_size": 50, "hidden_size": 32, "n_head": 4, "n_layer": 2, "eos_token_id": 3, "bos_token_id": None}
 PLAIN["gemma3_text"] |= {"head_dim": 8, "pad_token_id": None}
+PLAIN["gemma2"] |= {"head_dim": 8, "pad_token_id": None}
 PLAIN["phi3"] |= {"pad_token_id": None}
 PLAIN["olmo3"] |= {"pad_token_id": None}
 del PLAIN["gpt_neox"]["num_key_value_heads"]
@@ -250,4 +276,14 @@ CHOSEN = {
 PLAIN["glm4_moe"] |= {**CHOSEN, "head_dim": 8}
 PLAIN["deepseek_v3"] |= {**CHOSEN, "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 16, "qk_rope_head_dim": 4}
 PLAIN["deepseek_v3"] |= {"qk_nope_head_dim": 8, "v_head_dim": 8}
+PLAIN["qwen3_next"] |= {
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "head_dim": 8,
+}
+PLAIN["qwen3_next"] |= {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+PLAIN["qwen3_next"] |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+PLAIN["gpt_oss"] |= {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6}
 PLAIN["qwen3"] |= {"head_dim": 8}

@@ -32,6 +32,29 @@ DEEPSEEK: dict[str, Any] = {
     "scoring_func": "sigmoid", "seq_aux": True, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
     "transformers_version": "4.33.1", "v_head_dim": 128, "vocab_size": 129280,
 }  # fmt: skip
+GPT_OSS: dict[str, Any] = {
+    **COMMON, "architectures": ["GptOssForCausalLM"], "attention_bias": True, "eos_token_id": 200002, "experts_per_token": 4,
+    "head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072, "model_type": "gpt_oss",
+    "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+    "output_router_logits": False, "pad_token_id": 199999, "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9,
+    "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"], "quant_method": "mxfp4"},
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+        "truncate": False,
+    },
+    "sliding_window": 128, "swiglu_limit": 7.0, "transformers_version": "4.55.0.dev0", "vocab_size": 201088,
+}  # fmt: skip
+QWEN3_NEXT: dict[str, Any] = {
+    **COMMON, "architectures": ["Qwen3NextForCausalLM"], "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645,
+    "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048, "intermediate_size": 5120, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_next", "moe_intermediate_size": 512,
+    "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48,
+    "num_key_value_heads": 2, "output_router_logits": False, "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.0.dev0", "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
 GLM_AIR: dict[str, Any] = {
     **COMMON, "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "pad_token_id": 151329, "eos_token_id": [151329, 151336],
     "head_dim": 128, "hidden_size": 4096, "partial_rotary_factor": 0.5, "intermediate_size": 10944, "max_position_embeddings": 131072,
@@ -69,7 +92,7 @@ def counts(model: Model) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("config", "total", "active"),
     [
-        (DEEPSEEK, 671.0, 37), (GLM_AIR, 106.9, 13), (GRANITE, 8.2, 8), (PYTHIA, 1.0, 1),
+        (DEEPSEEK, 671.0, 37), (GPT_OSS, 20.9, 4), (QWEN3_NEXT, 79.7, 4), (GLM_AIR, 106.9, 13), (GRANITE, 8.2, 8), (PYTHIA, 1.0, 1),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )  # fmt: skip
@@ -88,6 +111,8 @@ def test_published_configs(config: dict[str, Any], total: float, active: int) ->
 SHIPPED = {
     # ranks for the dry run, published parameters and active ones in billions; GPT-OSS counts one table, Qwen3-Next none
     "deepseek-v3": (2048, DEEPSEEK, 671.0, 36.6),
+    "gpt-oss-20b": (64, GPT_OSS, 20.9, 3.6),
+    "qwen3-next-80b": (256, QWEN3_NEXT, 79.7, 3.6),
 }
 
 
@@ -113,6 +138,13 @@ def test_shipped_configs_are_these_models(name: str) -> None:
         (DEEPSEEK, {"rope_scaling": {**DEEPSEEK["rope_scaling"], "mscale": "x"}}, "rope_scaling.mscale is 'x', but it must be a number"),
         (DEEPSEEK, {"quantization_config": {"quant_method": "mxfp4"}}, "of deepseek_v3 only fp8 is undone"),
         (DEEPSEEK, {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "weight_block_size is '128'"),
+        (GPT_OSS, {"swiglu_limit": 8.0}, "swiglu_limit is 8.0"),
+        (GPT_OSS, {"experts_per_token": 2}, "experts_per_token is 2, but it must be num_experts_per_tok, which is 4"),
+        (GPT_OSS, {"attention_bias": False}, "attention_bias is False"),
+        (QWEN3_NEXT, {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+        (QWEN3_NEXT, {"shared_expert_intermediate_size": 700}, "must be a multiple of moe_intermediate_size, which is 512"),
+        (QWEN3_NEXT, {"layer_types": ["sliding_attention"] * 48}, "it must be a list of full_attention and linear_attention"),
+        (QWEN3_NEXT, {"sliding_window": 4096}, "sliding_window is 4096, which qwen3_next does not have"),
         (GLM_AIR, {"num_experts_per_tok": 1}, "its normalized gate is 1"),
         (GRANITE, {"residual_multiplier": "x"}, "residual_multiplier is 'x', but it must be a number"),
         (PYTHIA, {"use_parallel_residual": 3}, "use_parallel_residual is 3"),

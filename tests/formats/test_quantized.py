@@ -108,7 +108,7 @@ def test_packed_folders_are_their_models(tmp_path: Path) -> None:
     from tests.formats.models import PLAIN, auto, logits, save
 
     tokens = torch.arange(20)[None] % 50
-    for family, kind in (("deepseek_v3", "fp8"),):
+    for family, kind in (("gpt_oss", "mxfp4"), ("deepseek_v3", "fp8")):
         here = tmp_path / family
         values = {**PLAIN[family], **({"hidden_size": 64, "intermediate_size": 32} if kind == "mxfp4" else {}), "initializer_range": 0.1}
         save(family, values, here)

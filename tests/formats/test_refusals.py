@@ -84,7 +84,7 @@ def foreign_shard(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda f: edit(f, model_type="mamba"), "model_type is 'mamba', but only llama, mistral"),
     "roberta": (lambda f: edit(f, model_type="roberta"), "its positions begin behind its padding token"),
-    "another attention": (lambda f: edit(f, model_type="gpt_oss"), "its attention has sinks"),
+    "another attention": (lambda f: edit(f, model_type="llama4"), "its layers alternate between two attentions"),
     "another head": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM that can be read"),
     "unknown key": (lambda f: edit(f, attention_sinks=4), "attention_sinks is 4, which is not understood"),
     "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "quantization_config is {'bits': 4}, which is not understood"),

@@ -259,6 +259,4 @@ NOT_HERE = {
     "roberta": "its positions begin behind its padding token; bert is read",
     "mt5": "it is T5 under another name; set model_type to t5 and architectures to T5ForConditionalGeneration, which its weights fit",
     "llama4": "its layers alternate between two attentions",
-    "gemma2": "it caps logits and attention scores",
-    "gpt_oss": "its attention has sinks",
 }

@@ -29,6 +29,13 @@ AROUND = places(
     ffn_norm="pre_feedforward_layernorm",
     ffn_post_norm="post_feedforward_layernorm",
 )
+GEMMA = (
+    *(k for k in SIZES if k.theirs not in ("tie_word_embeddings", "head_dim", "num_attention_heads", "num_key_value_heads")),
+    Key("num_attention_heads", "num_heads", 8),
+    Key("num_key_value_heads", "num_kv_heads", 4),
+    Key("head_dim", "head_dim", 256),
+    Key("tie_word_embeddings", "tie_embeddings", True),
+)
 
 NEWER: tuple[Family, ...] = (
     Family(
@@ -104,11 +111,7 @@ NEWER: tuple[Family, ...] = (
         "Gemma3ForCausalLM",
         {**LLAMA, "ffn": "geglu_tanh", "norm": "rmsnorm_1p", "residual": "sandwich", "qk_norm": True},
         (
-            *(k for k in SIZES if k.theirs not in ("tie_word_embeddings", "head_dim", "num_attention_heads", "num_key_value_heads")),
-            Key("num_attention_heads", "num_heads", 8),
-            Key("num_key_value_heads", "num_kv_heads", 4),
-            Key("head_dim", "head_dim", 256),
-            Key("tie_word_embeddings", "tie_embeddings", True),
+            *GEMMA,
             Key("query_pre_attn_scalar", "attention_scale", 256, power=-0.5),
             EPS6,
         ),
@@ -128,6 +131,31 @@ NEWER: tuple[Family, ...] = (
         default_window=4096,
         full_every=6,
         sliding_theta=10000.0,
+        width_factor=True,
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {**LLAMA, "ffn": "geglu_tanh", "norm": "rmsnorm_1p", "residual": "sandwich"},
+        (
+            *GEMMA,
+            Key("query_pre_attn_scalar", "attention_scale", 256, power=-0.5),
+            Key("attn_logit_softcapping", "attention_softcap", 50.0),
+            Key("final_logit_softcapping", "logit_softcap", 30.0),
+            EPS6,
+        ),
+        {
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "hidden_act": ("gelu_pytorch_tanh",),
+            "attention_bias": (False,),
+            "use_bidirectional_attention": (False, None),
+        },
+        "model.layers.",
+        {**AROUND, **attention(), **SWIGLU},
+        OUTER,
+        window="by_layer",
+        default_window=4096,
+        full_every=2,
         width_factor=True,
     ),
     Family(

@@ -12,6 +12,7 @@ IN_WORDS = {
     "olmo2": "… with `residual: res_post`, `qk_norm: width` (over all heads)",
     "olmo3": "… and windows in three of four layers: `kinds: {sliding, full}`, whose rope scaling differs",
     "gemma3_text": "`residual: sandwich`, `norm: rmsnorm_1p`, `geglu_tanh`, `embedding_factor`; `kinds` with own windows and bases",
+    "gemma2": "… with `attention_softcap`, `logit_softcap`, and one window in every second layer",
     "granite": "llama with `embedding_factor`, `attention_scale`, `head_scale` and a factor on branches (`layer_coefficients`)",
     "gpt_neox": "`layernorm`, `bias`, rope with `rope_fraction`, `residual: neox` (or `pre`), its q, k, v fused head by head",
     "phi3": "llama with fused products and `rope_fraction`; `longrope` is refused",
@@ -22,6 +23,8 @@ IN_WORDS = {
     "qwen3_moe": "`topk_softmax` if `norm_topk_prob`, otherwise `softmax_topk`; `moe.every` is `decoder_sparse_step`",
     "glm4_moe": "`moe.router: sigmoid`, `balance: bias`, `routed_scale`, `num_shared`; `kinds: {dense, experts}`; `mtp_depth`",
     "deepseek_v3": "… with `attention: latent`, `moe.groups`; YaRN's weights become `attention_scale`; fp8 blocks are undone",
+    "gpt_oss": "`attention_sink: learned`, `swiglu_clamped`, biases of router and experts, YaRN without `truncate`; mxfp4 is undone",
+    "qwen3_next": "`attention: gated_delta` in some layers, `attention_gate: channel`, `rmsnorm_1p`, `moe.shared_gate`; `mtp.` is left out",
     "bert": "`family: encoder`, `residual: post`, `layernorm`, `bias`, `position: learned`, `embedding_norm`, `mlm_head`; one segment",
     "t5": "`family: encoder_decoder`, `position: relative`, `attention_scale: 1.0`, `relu` and `head_scale` (1.0) or `geglu_tanh` (1.1)",
 }
