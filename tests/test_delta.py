@@ -38,10 +38,12 @@ WIDE = OTHER.model_copy(update={"delta": OTHER.delta.model_copy(update={"key_hea
 LAYOUTS: list[tuple[Model, Parallel]] = [
     (HYBRID, Parallel(tp=2)),
     (OTHER, Parallel(tp=2, tp_sequence=True, recompute="selective")),
-    (HYBRID, Parallel(cp=2)),
     (OTHER, Parallel(cp=2, recompute="full")),
     (HYBRID, Parallel(cp=2, cp_method="ulysses", accumulation="layered")),
     (HYBRID, Parallel(pp=2, pp_schedule="zbv", recompute="selective")),
+]
+MORE: list[tuple[Model, Parallel]] = [
+    (HYBRID, Parallel(cp=2)),
     (HYBRID, Parallel(dp_shard=2, recompute="nested")),
     (OTHER, Parallel(engine="ddp")),
 ]
@@ -68,11 +70,12 @@ def assert_all_equal(layouts: list[tuple[Model, Parallel]], ranks: int, **change
 
 
 @pytest.mark.dist
-def test_every_axis_equals_one_process() -> None:
+@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
+def test_every_axis_equals_one_process(layouts: list[tuple[Model, Parallel]]) -> None:
     """Catches a state that is not passed to the next piece, a convolution that begins anew on a rank, heads cut apart from their keys, and
     a gradient of taps, decays or the norm that is not summed.
     """
-    assert_all_equal(LAYOUTS, 2)
+    assert_all_equal(layouts, 2)
 
 
 @pytest.mark.slow
@@ -233,14 +236,14 @@ def test_the_fused_kernel_is_taken_by_symbol(monkeypatch: pytest.MonkeyPatch) ->
             torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
+GRAPHS: dict[str, dict[str, Any]] = {"fsdp": {}, "ulysses": {"cp": 2, "cp_method": "ulysses"}, "tp": {"tp": 2, "recompute": "selective"}}
+
+
 @pytest.mark.dist
-def test_blocks_are_one_graph_a_kind() -> None:
+@pytest.mark.parametrize("rows", [{"ring": {"cp": 2}}, pytest.param(GRAPHS, marks=pytest.mark.slow)], ids=["ring", "others"])
+def test_blocks_are_one_graph_a_kind(rows: dict[str, dict[str, Any]]) -> None:
     """Catches a scan, an exchange of states or a convolution that breaks the graph of its block."""
-    rows = {"alone": {}, "ring": {"cp": 2}, "ulysses": {"cp": 2, "cp_method": "ulysses"}, "tp": {"tp": 2, "recompute": "selective"}}
-    cases = {
-        n: Case(HYBRID, Parallel(compile=True, **row), precision="fp32", seq_len=32, packed=n == "ring")  # type: ignore[arg-type]
-        for n, row in rows.items()
-    }
+    cases = {n: Case(HYBRID, Parallel(compile=True, **row), precision="fp32", seq_len=32, packed=n == "ring") for n, row in rows.items()}
     for name, found in run_ranks(2, coverage, cases, 2, timeout=400)[0].items():
         assert (found.breaks, found.eager_products) == (0, 0), (name, found.reasons)
         assert found.graphs <= 4, name  # two kinds, the first layer's input in another order, the loss

@@ -26,7 +26,7 @@ from benchmarks.common import machine, write
 from megascale.model.ops.delta_rule import Fold, delta_rule, scan
 
 KEY_HEADS, VALUE_HEADS, CHANNELS = 2, 4, 64
-LENGTHS = (1024, 4096)
+LENGTHS = (4096,)
 ROUNDS = 3
 
 
@@ -48,7 +48,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
 WAYS: dict[str, Callable[..., Tensor]] = {
     "loop": loop,
     "chunks": lambda q, k, v, g, beta: delta_rule(q, k, v, g, beta, None),
-    "chunks, autograd": lambda *x: scan(x, None, Fold.of([x[0].shape[1]]))[0],
+    "chunks, autograd": lambda q, k, v, g, beta: scan((q, k, v, g, beta), None, Fold.of([q.shape[1]]))[0],
 }
 
 
@@ -80,6 +80,7 @@ def peak_of(name: str, length: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peak", nargs=2, metavar=("WAY", "LENGTH"), help="only this peak, in bytes")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -92,7 +93,7 @@ def main() -> None:
         every: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
         for way in WAYS.values():
             seconds_of(way, inputs(64))
-        for _ in range(ROUNDS):
+        for _ in range(args.rounds):
             for name, way in WAYS.items():
                 every[name].append(seconds_of(way, x))
         for name, found in every.items():
@@ -104,7 +105,7 @@ def main() -> None:
             rows[-1] |= {"forward_of_loop": ratios[0], "forward_backward_of_loop": ratios[1]}
             print(json.dumps(rows[-1]))
     sizes = {"key_heads": KEY_HEADS, "value_heads": VALUE_HEADS, "channels": CHANNELS}
-    write(__file__, "delta_rule", {"machine": machine(), **sizes, "rounds": ROUNDS, "rows": rows})
+    write(__file__, "delta_rule", {"machine": machine(), **sizes, "rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":
