@@ -30,6 +30,7 @@ from megascale.comm.mesh import build_mesh
 from megascale.config.layout import axis_sizes
 from megascale.config.schema import Model, Optim, Parallel
 from megascale.config.schema.model import Moe
+from megascale.data.loader import Batch
 from megascale.handles import handle_of
 from megascale.model.deferred import defer
 from megascale.model.layers import Linear
@@ -91,6 +92,11 @@ COMPILED = ("plain", "wide", "documents", "kinds", "latent", "several tokens ahe
 BUDGET = Case(model(), Parallel(recompute="budget", activation_budget=0.5))
 
 
+def moved(batch: Batch, device: torch.device) -> Iterator[Any]:
+    for value in batch:
+        yield value.to(device) if isinstance(value, Tensor) else value
+
+
 def losses_on(device: torch.device, case: Case) -> list[float]:
     on = build(case, 1, device)
     engine = build_engine(on, case.config, device)
@@ -98,7 +104,7 @@ def losses_on(device: torch.device, case: Case) -> list[float]:
     for step in range(case.steps):
         numbers = list(range(step * case.batch, (step + 1) * case.batch))
         batches = [fake_batch(case, numbers[i : i + case.micro_batch]) for i in range(0, case.batch, case.micro_batch)]
-        batches = [b._replace(**{k: v.to(device) for k, v in b._asdict().items() if isinstance(v, Tensor)}) for b in batches]
+        batches = [Batch(*moved(b, device)) for b in batches]
         sums = backward(engine, batches, 1 / (case.batch * case.seq_len), case.optim.lr)
         losses.append(update(engine, sums).loss.item())
     return losses
@@ -169,7 +175,7 @@ def ring_flex(device: torch.device, mask: AttentionMask) -> None:
     seen = place[:, None] >= place
     seen = seen if mask.window is None else seen & (place[:, None] - place < mask.window)
     seen = seen if documents is None else seen & (documents[:, None, :, None] == documents[:, None, None, :])
-    plain = F.scaled_dot_product_attention(*given, attn_mask=seen, enable_gqa=True)
+    plain = F.scaled_dot_product_attention(given[0], given[1], given[2], attn_mask=seen, enable_gqa=True)
     wanted = torch.autograd.grad(pick(plain, here), given, pick(d_out.double().cpu(), here))
     mask = mask._replace(documents=None if documents is None else documents.to(device))
     found = with_parts(mask, device, here, blocks).blocks
@@ -192,7 +198,7 @@ def ring_fused(device: torch.device) -> None:
     held = Spread.of(512, 2, 1, 1).met
     q, k, v, d_out = drawn(device, *[(1, 4, 512, 64)] * 4, dtype=dtype)
     given = [x.double().cpu().requires_grad_() for x in (q, k, v)]
-    plain = F.scaled_dot_product_attention(*given, is_causal=True)
+    plain = F.scaled_dot_product_attention(given[0], given[1], given[2], is_causal=True)
     wanted = torch.autograd.grad(plain, given, d_out.double().cpu())
     order = [i for part in held for r in part for i in r]
     half = len(order) // 2
@@ -216,8 +222,8 @@ def grouped(device: torch.device, fp8: bool) -> None:
     found = []
     for on in (CPU, device):
         x, w, g = drawn(on, (48, 64), (4, 32, 64), (48, 32), dtype=torch.bfloat16)
-        given = [x.requires_grad_(), w.requires_grad_()]
-        y = fp8_grouped(*given, counts.to(on), 0.25) if fp8 else grouped_product(*given, counts.to(on))
+        given = [x.requires_grad_(), w.requires_grad_()]  # in place
+        y = fp8_grouped(x, w, counts.to(on), 0.25) if fp8 else grouped_product(x, w, counts.to(on))
         found.append([y, *torch.autograd.grad(y, given, g)])
     alike(found[1], found[0], 2**-7)
 
