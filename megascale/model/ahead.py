@@ -9,7 +9,7 @@ Shapes: b micro-batch, S whole sequence, s tokens here, d hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from megascale.config.schema import Model
 from megascale.handles import handle_of
 from megascale.model.auxiliary import ride_on
 from megascale.model.block import Block, Context
+from megascale.model.exchanges import Exchanges
 from megascale.model.layers import Linear, Norm
 from megascale.model.module_metrics import ModuleMetrics, Totals
 from megascale.model.residual import Stack, residual
-
-if TYPE_CHECKING:
-    from megascale.model.decoder import Decoder
+from megascale.model.tables import Table
 
 
 class Ahead(nn.Module):
@@ -79,7 +78,24 @@ def targets_ahead(targets: Tensor, documents: Tensor | None, by: int) -> Tensor:
     return found if documents is None else found.where(shifted(documents, by, -1) == documents, -1)
 
 
-def ahead_of(model: Decoder, x: Tensor, tokens: Tensor, contexts: Iterator[Context]) -> Iterator[tuple[int, Ahead, Tensor]]:
+class Looking(Protocol):
+    """What multi-token prediction needs of its model."""
+
+    cfg: Model
+    mtp: nn.ModuleDict
+    embedding: Table
+    exchanges: Exchanges
+
+    def embedded(self, tokens: Tensor, table: Table) -> Tensor: ...
+
+    def enter_head(self, x: Tensor) -> Tensor: ...
+
+    def likeliest(self, x: Tensor, head: Tensor) -> Tensor: ...
+
+    def loss_of(self, x: Tensor, head: Tensor, targets: Tensor, scale: float) -> Tensor: ...
+
+
+def ahead_of(model: Looking, x: Tensor, tokens: Tensor, contexts: Iterator[Context]) -> Iterator[tuple[int, Ahead, Tensor]]:
     """A model's predictions on the stream before its head x [b, s, d] of tokens [b, S]: each module's number, from 1, the module, and the
     head's input [b, s, d].
     """
@@ -90,7 +106,7 @@ def ahead_of(model: Decoder, x: Tensor, tokens: Tensor, contexts: Iterator[Conte
 
 
 def look_ahead(
-    model: Decoder,
+    model: Looking,
     x: Tensor,
     head: Tensor,
     tokens: Tensor,
@@ -109,7 +125,7 @@ def look_ahead(
 
 
 def count_accepted(
-    model: Decoder, x: Tensor, head: Tensor, tokens: Tensor, targets: Tensor, documents: Tensor | None, contexts: Iterator[Context]
+    model: Looking, x: Tensor, head: Tensor, tokens: Tensor, targets: Tensor, documents: Tensor | None, contexts: Iterator[Context]
 ) -> Tensor:
     """In evaluation, the stream before the head x [b, s, d], unchanged. Each module hears for how many of the tokens that it predicts
     greedy speculation would accept its own: the model itself, given the tokens before, finds the same one likeliest.
