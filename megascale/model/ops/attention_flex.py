@@ -10,7 +10,8 @@ Shapes: b micro-batch, h heads, g KV heads dividing h, s sequence, n queries, t 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def block_gradients(
     """This block's parts of the gradients of q, k and v, from `out` [b, h, n, e] and `lse` [b, h, n, 1] merged over all blocks."""
     bias, blocks = _bias(mask, sight.queries, part.keys), _block_mask(mask, sight, part)
     given = [x.detach() for x in (d_out, q, k, v, out, lse.squeeze(-1))]
-    with _autograd_inside_operators(), torch.enable_grad():  # torch derives the bias
+    with _autograd_inside_operators(), _real_among_fakes(), torch.enable_grad():  # torch derives the bias
         return _backward_kernel(q.device.type)(*given, bias, blocks)  # type: ignore[no-any-return]
 
 
@@ -105,9 +106,10 @@ def taken_apart(blocks: Sequence[Tensor]) -> tuple[Sight, list[Part]]:
 def takes_merged() -> bool:
     """Whether torch's backward kernel takes rules as functions, and so another log Σ exp than its own: from 2.13 on."""
     from torch._dynamo.variables import higher_order_ops
+    from torch._subclasses import fake_tensor
 
     derives = hasattr(getattr(higher_order_ops, "FlexAttentionBackwardHighOrderVariable", None), "_derive_joint_graph")
-    return derives and hasattr(torch._C, "_ForceDispatchKeyGuard")
+    return derives and hasattr(torch._C, "_ForceDispatchKeyGuard") and hasattr(fake_tensor, "fake_tensor_tls")
 
 
 def _autograd_inside_operators() -> Any:
@@ -117,6 +119,18 @@ def _autograd_inside_operators() -> Any:
     for key in (keys.AutogradFunctionality, keys.AutogradOther):
         without = without.remove(key)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), without)
+
+
+@contextmanager
+def _real_among_fakes() -> Iterator[None]:
+    """Deriving a rule, torch 2.13 makes the gradient of its result a real tensor, which the derivative of a cap multiplies with a fake."""
+    from torch._subclasses.fake_tensor import fake_tensor_tls as local
+
+    before, local.allow_non_fake_inputs_override = local.allow_non_fake_inputs_override, True
+    try:
+        yield
+    finally:
+        local.allow_non_fake_inputs_override = before
 
 
 def positions_of(ranges: Ranges, device: torch.device) -> Tensor:
