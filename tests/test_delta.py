@@ -133,7 +133,7 @@ def test_against_a_loop_over_tokens(seq_len: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, seq_len, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     documents = (torch.rand(2, seq_len, generator=generator) < 0.1).cumsum(1)
-    w = dict(attention.named_parameters())
+    w: dict[str, Tensor] = dict(attention.named_parameters())
     for seen in (documents, None):
         y = attention(x, None, None if seen is None else AttentionMask(documents=seen))
         whole = torch.zeros_like(documents) if seen is None else seen
@@ -226,10 +226,10 @@ def test_the_fused_kernel_is_taken_by_symbol(monkeypatch: pytest.MonkeyPatch) ->
     generator = torch.Generator().manual_seed(0)
     q, k, v, g, beta = (torch.rand(*shape, dtype=torch.float64, generator=generator) for shape in (*[(2, 20, 2, 4)] * 3, *[(2, 20, 4)] * 2))
     v = torch.cat((v, -v), 2)
-    inputs = [x.requires_grad_() for x in (q / 2, k / 2, v, -g, beta)]
+    q, k, v, g, beta = inputs = [x.requires_grad_() for x in (q / 2, k / 2, v, -g, beta)]
     age = ages((torch.rand(2, 20, generator=generator) < 0.2).cumsum(1))
     for seen in (None, age):
-        found = [rule(*inputs, seen) for rule in (delta_rule, delta_kernel.fused_rule)]
+        found = [rule(q, k, v, g, beta, seen) for rule in (delta_rule, delta_kernel.fused_rule)]
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
         grads = [torch.autograd.grad(y.square().sum(), inputs) for y in found]
         for got, want in zip(grads[1], grads[0]):
