@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.graphs import coverage
 from megascale.config.load import build_config
-from megascale.config.schema import Model, Parallel
+from megascale.config.schema import Model, Optim, Parallel
 from megascale.config.stages import estimated_costs
 from megascale.config.support import check
 from megascale.errors import UsageError
@@ -64,7 +64,9 @@ def all_of(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def assert_all_equal(layouts: list[tuple[Model, Parallel]], ranks: int, **changes: Any) -> None:
-    cases = [Case(model, parallel, packed=True, steps=2, **changes) for model, parallel in layouts]
+    # AdamW divides an entry by its own size and so makes rounding of small ones large; the second step's norm would show it at 3e-12.
+    steady = Optim(lr=1e-3, eps=1e-3)
+    cases = [Case(model, parallel, optim=steady, packed=True, steps=2, **changes) for model, parallel in layouts]
     for case, got in zip(cases, run_ranks(ranks, all_of, cases, timeout=400.0)[0]):
         assert_same(got, single(case), case)
 
