@@ -16,7 +16,7 @@ from megascale.model.residual import Stack, residual
 from megascale.model.router import Among, choose, share_of
 from megascale.model.shape import Shape
 from megascale.model.spec import active_parameters, specs_of
-from megascale.parallel.expert import settle_routers
+from megascale.parallel import expert
 from tests.layouts import Case, build, fake_batch, tiny
 from tests.test_router import filled
 
@@ -247,8 +247,8 @@ def test_the_load_of_the_last_batch() -> None:
             for e in chosen:
                 want[e] += int(target >= 0)
     before = moes[0].router.share.clone()  # type: ignore[union-attr]
-    settle_routers(model.stages, model.mesh.axes, torch.tensor(False))
+    expert.settle_routers(model.stages, model.mesh.axes, torch.tensor(False))
     assert moes[0].router.share is not None and torch.equal(moes[0].router.share, before)
-    settle_routers(model.stages, model.mesh.axes, torch.tensor(True))
+    expert.settle_routers(model.stages, model.mesh.axes, torch.tensor(True))
     assert moes[0].router.share.tolist() == pytest.approx([n / sum(want) for n in want], rel=1e-7) and sum(want) > 0
     assert torch.equal(share_of(torch.tensor(want)), share_of(3 * torch.tensor(want)))

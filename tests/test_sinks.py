@@ -289,7 +289,7 @@ def test_capped_loss(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((13, 6), (11, 6), (11,)))
     targets = torch.arange(13) % 9 - 1
-    got = cross_entropy_sum(x, w, targets, 0.25, 0, 9, None, "aot_eager" if compiled else None, b, 1.5)
+    got = cross_entropy_sum(x, w, targets, 0.25, 0, 9, None, "aot_eager" if compiled else None, b, cap=1.5)
     logits = 1.5 * torch.tanh((x @ w.t() + b)[:, :9] / 1.5)
     expected = 0.25 * F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)

@@ -55,7 +55,7 @@ def inputs(s: Setting, unit: Unit) -> float:
 def angles(s: Setting) -> float:
     """Bytes of the sines and cosines of a stage's positions."""
     m = s.config.model
-    rotates = any(of.position == "rope" for of in m.variants.values()) and m.spacetime is None
+    rotates = any(of.position_row.rotates for of in m.variants.values()) and m.spacetime is None
     return 2.0 * s.config.train.seq_len / s.config.parallel.cp * m.head_dim * s.item if rotates else 0.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,8 @@ def test_one_visible_device_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
+    monkeypatch.setattr(torch.backends.cuda, "enable_math_sdp", lambda _: None)
     assert choose_device(config(), ranks_of_a_node(4)[3]) == torch.device("cuda", 0) and chosen == [torch.device("cuda", 0)]
 
 

@@ -273,7 +273,10 @@ def hf_config(model: Model, seq_len: int, original: Mapping[str, Any] | None = N
         found = _as_family(model, seq_len, family, original if family.model_type == kind else None)
         if found is None:
             continue
-        other, _ = model_section(found, "the export")
+        try:
+            other, _ = model_section(found, "the export")
+        except UsageError:  # this family cannot say such sizes
+            continue
         changed = differences(model, other)
         if not changed:
             return found
