@@ -38,7 +38,9 @@ def last(losses: Sequence[float | None]) -> float:
 def study(
     path: Path, facts: Mapping[str, Any], config: Path, runs: Mapping[str, Sequence[str]], processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Trains the missing ones of `runs` (name → overrides), in order; the file `path` keeps the losses of every row and FP8's readings."""
+    """Trains the missing ones of `runs` (name → overrides), in order; the file `path` keeps the losses of every row, and last readings of
+    FP8 and of multi-token prediction.
+    """
     found: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
     todo = [name for name in runs if name not in found]
     path.parent.mkdir(exist_ok=True)
@@ -52,6 +54,9 @@ def study(
             casts = [r["fp8"] for r in rows if "fp8" in r]
             if casts:
                 found[name]["casts"] = casts[-1]
+            drafts = [r["mtp"]["acceptance"] for r in rows if "acceptance" in r.get("mtp", {})]
+            if drafts:
+                found[name]["acceptance"] = drafts[-1]
             print(name, f"{found[name]['last']:.4f}", flush=True)
             path.write_text(json.dumps({"machine": machine() | {"threads": 1}, **facts, "runs": found}) + "\n")
     return {name: found[name] for name in runs}
