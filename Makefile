@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Two processes take the tests file by file, so that what a file's tests share is made once.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadscope
+# Two processes take the tests file by file, so that what a file's tests share is made once; a thread each: two teams of threads on two
+# cores wait for each other, and a test of 6 s took 300.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 # Where DeepSpeed is installed its ranks abort if they are forked from a process that has compiled: its tests have a process of their own.
 APART = tests/test_deepspeed.py
 
