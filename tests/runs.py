@@ -14,7 +14,10 @@ from megascale.config.load import build_config
 from megascale.data.indexed import TokenWriter
 from megascale.errors import MegascaleError
 from megascale.launch.ranks import RankInfo
-from megascale.train.setup import build_trainer
+from megascale.train.faults.stop import StopFlag
+from megascale.train.faults.watchdog import Activity
+from megascale.train.growing import trainers
+from megascale.train.trainer import Trainer
 
 VOCAB = 40
 
@@ -60,21 +63,28 @@ def run(values: dict[str, Any], stop_at: int | None = None) -> tuple[int, str]:
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if size > 1 else 0
     try:
-        with build_trainer(build_config(values), RankInfo(rank, size, rank, size)) as trainer:
-            if stop_at is not None and rank == 0 and trainer.reporter.log is not None:
-                log, write = trainer.reporter.log, trainer.reporter.log.metrics
-                folder = Path(values["run"]["dir"])
-
-                def metrics(row: dict[str, Any]) -> None:
-                    write(row)
-                    if row["step"] == stop_at:
-                        (folder / "STOP").touch()
-
-                log.metrics = metrics  # type: ignore[method-assign]
-            trainer.train()
+        with trainers(build_config(values), RankInfo(rank, size, rank, size), StopFlag(), Activity()) as phases:
+            for trainer in phases:
+                if stop_at is not None and rank == 0:
+                    stop_after(trainer, stop_at, Path(values["run"]["dir"]))
+                trainer.train()
     except MegascaleError as error:
         return error.code, str(error)
     return 0, "done"
+
+
+def stop_after(trainer: Trainer, step: int, folder: Path) -> None:
+    """Makes the STOP file when the row of `step` is logged."""
+    log = trainer.reporter.log
+    assert log is not None
+    write = log.metrics
+
+    def metrics(row: dict[str, Any]) -> None:
+        write(row)
+        if row["step"] == step:
+            (folder / "STOP").touch()
+
+    log.metrics = metrics  # type: ignore[method-assign]
 
 
 def rows(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def test_a_run_that_grows_must_fit_to_its_end(tmp_path: Path, capsys: pytest.Cap
     grown = [{"step": 3, "num_layers": 32}]
     dry_run(build_config({**values, "grow": grown}), 1, None, device_bytes=1.5 * need)
     lines = told(capsys)
-    assert lines[0].endswith("on one device, from the growth after step 3 on")
+    assert lines[0].endswith("on one device, from the change after step 3 on")
     assert lines[0].startswith("fits: no, ") and any("would fit" in line for line in lines)
 
 

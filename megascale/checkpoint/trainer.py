@@ -9,7 +9,7 @@ from megascale.checkpoint.index import LARGEST, TRAINER, Damaged, read_json
 from megascale.errors import UsageError
 
 COUNTS = ("step", "samples", "tokens", "skipped_in_a_row")
-SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids", "fingerprints", "plugins")
+SECTIONS = ("identity", "config", "converted", "hf_generation_config", "made", "logger_ids", "fingerprints", "plugins", "mixture")
 TEXTS = (("precision", "compute"), ("precision", "fp8"), ("data", "tokenizer"), ("run", "name"))  # config keys that must be text
 NEEDED = ("step", "samples", "tokens", "identity")  # required for a resume; keys added to the format later have defaults
 
@@ -28,7 +28,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
         if key in found and not isinstance(found[key], dict):
             raise _wrong(path, key, found[key], "an object")
     for name, section in found.get("config", {}).items():
-        if not isinstance(section, list if name == "grow" else dict):
+        if not isinstance(section, list if name in ("grow", "phases") else dict):
             raise _wrong(path, f"config.{name}", section, "a section with keys of its own")
     for name, key in TEXTS:
         value = found.get("config", {}).get(name, {}).get(key)
@@ -43,6 +43,9 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     listed = found.get("sources", [])
     if not isinstance(listed, list) or not all(_is_source(entry) for entry in listed):
         raise _wrong(path, "sources", listed, "a list of [name, path, weight]")
+    for key in ("drawn", "phases"):
+        if not isinstance(found.get(key, []), list):
+            raise _wrong(path, key, found[key], "a list")
     for part, sources in found.get("fingerprints", {}).items():
         if not isinstance(sources, dict) or not all(isinstance(files, dict) for files in sources.values()):
             raise _wrong(path, f"fingerprints.{part}", sources, "an object of sources")

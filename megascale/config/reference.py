@@ -89,7 +89,8 @@ def type_of(schema: dict[str, Any]) -> str:
             return f"list of {len(schema['prefixItems'])}: {type_of(schema['prefixItems'][0])}"
         return f"list of: {type_of(schema['items'])}"
     if kind == "object":
-        return f"mapping to: {type_of(schema['additionalProperties'])}"
+        inner = schema["additionalProperties"]
+        return f"mapping to: {type_of(inner) if isinstance(inner, dict) else 'any value'}"
     return {"string": "text", "boolean": "`true`, `false`"}.get(kind, kind) + range_of(schema)
 
 

@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from megascale.config.load import read_yaml
 from megascale.config.schema import DataSource
 from megascale.data.facts import source_facts
+from megascale.data.history import Segment, Unit, continue_plan
 from megascale.data.indexed import TokenFile
 from megascale.data.memory import PLACE, TokenLists
-from megascale.data.order import MixPlan, permute, plan_mixture
+from megascale.data.order import MixPlan, Unseen, permute, plan_mixture
 from megascale.data.split import split_source
 from megascale.data.stream import Documents, Tokens, TokenStream
 from megascale.errors import UsageError
+
+GROUP = 64  # chunks whose windows are shuffled together, where sequence lengths vary
 
 
 @dataclass(frozen=True)
@@ -81,33 +84,38 @@ class Mixture:
         part: str,
         valid_fraction: float,
         shuffled: bool,
+        chunk: int | None = None,
     ) -> None:
-        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" documents; `shuffled` False keeps the file order.
+        """`part`: "train" or "valid" of a split by `valid_fraction`, or "all" documents; `shuffled` False keeps the file order; `chunk` as
+        in `data.chunk`: epochs go through pieces of that many tokens, whatever the length of a sample.
 
         Raises UsageError for token files that are missing, damaged, too short for one sample or made for another vocabulary, and for
         sources made with different tokenizers.
         """
         self.seq_len, self.seed, self.vocab_size, self.shuffled = seq_len, seed, vocab_size, shuffled
+        self.unit = Unit(seq_len, chunk)
+        longest = max(seq_len, chunk or 0)
         self.sources, self.streams = sources, []
         self.cut: list[str] = []  # sources from which no whole documents could be held out
         for source in sources:
             file = source.open()
             check_source(source, vocab_size)
-            split = split_source(file.lengths, valid_fraction, seq_len + 1)
+            split = split_source(file.lengths, valid_fraction, longest + 1)
             chosen = split.part(part)
             stream = TokenStream(file, chosen.documents, chosen.first, chosen.end)
-            if len(stream) < seq_len + 1:
+            if len(stream) < longest + 1:
                 where = "" if part == "all" else f" in all, {len(stream)} of them in its {part} part"
                 parts = "" if part == "all" else f" in each of the two parts that data.valid_fraction {valid_fraction} asks for"
                 raise UsageError(
-                    f"{source.path} has {int(file.lengths.sum(dtype=np.int64))} tokens{where}, and one sample of train.seq_len {seq_len} "
-                    f"needs {seq_len + 1}{parts}: add data, or shorten train.seq_len"
+                    f"{source.path} has {int(file.lengths.sum(dtype=np.int64))} tokens{where}, and one sample of train.seq_len {longest} "
+                    f"needs {longest + 1}{parts}: add data, or shorten train.seq_len"
                 )
             self.streams.append(stream)
             if split.by_tokens:
                 self.cut.append(f"{source.path} ({len(file)} documents, {len(stream)} tokens in its {part} part)")
         check_tokenizers(sources)
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
+        self.continued([])
 
     def note(self) -> str | None:
         """A note on how the held-out part was chosen, if not by whole documents."""
@@ -115,17 +123,55 @@ class Mixture:
             return None
         return f"too few documents to hold whole ones out, so the last tokens are held out (data.valid_fraction): {', '.join(self.cut)}"
 
+    def continued(self, past: Sequence[Segment]) -> None:
+        """Continues every source where the segments `past` left it."""
+        self.plan = continue_plan(self.plan, [s.name for s in self.sources], past, self.unit, self._in_unit)
+
+    def windows(self, unit: Unit, which: int) -> int:
+        """Samples of an epoch of a source."""
+        places = len(self.streams[which]) - 1
+        return places // unit.seq_len if unit.chunk is None else places // unit.chunk * (unit.chunk // unit.seq_len)
+
     def sample(self, number: int) -> tuple[Tokens, NDArray[np.int32]]:
         """Tokens [seq_len+1] and document numbers [seq_len+1] of sample `number`."""
         which, index = self.plan.locate(number)
         stream, name = self.streams[which], self.sources[which].name
-        windows = (len(stream) - 1) // self.seq_len
+        windows = self.windows(self.unit, which)
         epoch, window = divmod(index, windows)
-        if self.shuffled:
-            window = permute(window, windows, self.seed, name, epoch)
-        tokens, documents = stream.read(window * self.seq_len, self.seq_len + 1)
+        if self.unit.chunk is not None:
+            first = self._in_chunk(which, epoch, window)
+        else:
+            first = (permute(window, windows, self.seed, name, epoch) if self.shuffled else window) * self.seq_len
+        tokens, documents = stream.read(first, self.seq_len + 1)
         check_tokens(tokens, self.sources[which], self.vocab_size)
         return tokens, documents
+
+    def _in_chunk(self, which: int, epoch: int, window: int) -> int:
+        """The first token of a window. The epoch shuffles chunks, and groups of `GROUP` chunks shuffle their windows."""
+        assert self.unit.chunk is not None
+        name, each = self.sources[which].name, self.unit.chunk // self.seq_len
+        chunks = (len(self.streams[which]) - 1) // self.unit.chunk
+        group, place = divmod(window, GROUP * each)
+        if self.shuffled:
+            size = min(GROUP, chunks - group * GROUP) * each
+            place = permute(place, size, self.seed, name, epoch, "group", group, each)
+        number, part = divmod(place, each)
+        number += group * GROUP
+        if self.shuffled:
+            number = permute(number, chunks, self.seed, name, epoch)
+        return number * self.unit.chunk + part * self.seq_len
+
+    def _in_unit(self, name: str, unseen: Unseen, then: Unit, now: Unit) -> Unseen:
+        """What is left of a source, in windows of another length: from the next group of chunks on if both cut the same chunks, else from
+        the next epoch on.
+        """
+        which = [s.name for s in self.sources].index(name)
+        before, after = self.windows(then, which), self.windows(now, which)
+        epoch, window = divmod(unseen.end, before)
+        if then.chunk is None or then.chunk != now.chunk:
+            return Unseen(unseen.single[:0], (epoch + (window > 0)) * after)
+        groups = -(-window // (GROUP * (then.chunk // then.seq_len)))
+        return Unseen(unseen.single[:0], epoch * after + min(after, groups * GROUP * (then.chunk // now.seq_len)))
 
 
 def check_tokens(tokens: Tokens, source: Corpus, vocab_size: int, key: str = "model.vocab_size") -> None:

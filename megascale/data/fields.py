@@ -7,6 +7,7 @@ are token files with one document per run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from megascale.config.schema import Spacetime
 from megascale.data.dataset import Corpus, check_tokens
 from megascale.data.facts import is_file, source_facts
+from megascale.data.history import Segment, continue_plan
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, permute_many, plan_mixture, split_documents
@@ -92,6 +94,10 @@ class FieldMixture:
         self.fields, self.seed, self.shuffled, self.sources = fields, seed, shuffled, sources
         self.files = [FieldFile(s, fields, part, valid_fraction) for s in sources]
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
+
+    def continued(self, past: Sequence[Segment]) -> None:
+        """Continues every source where the segments `past` left it."""
+        self.plan = continue_plan(self.plan, [s.name for s in self.sources], past)
 
     def sample(self, number: int) -> NDArray[np.float32]:
         """[frames, s₂ … s_K, channels], normalized."""

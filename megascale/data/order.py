@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,22 +56,91 @@ def _feistel(x: Any, half: int, keys: list[int]) -> Any:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """The numbers of a source's samples that earlier parts of a run have not drawn: `single` [n], sorted, then all from `end` on."""
+
+    single: NDArray[np.int64]
+    end: int
+
+    def at(self, index: int) -> int:
+        """Number `index` of the unseen ones."""
+        return int(self.single[index]) if index < len(self.single) else self.end + index - len(self.single)
+
+    def without(self, count: int, more: NDArray[np.int64]) -> Unseen:
+        """What is left once the first `count` of them and those at the indices `more`, all of them ≥ count, are drawn."""
+        last = int(more.max()) + 1 if more.size else count
+        kept = np.setdiff1d(np.arange(count, last, dtype=np.int64), more)
+        among = kept[kept < len(self.single)]
+        beyond = kept[len(among) :] - len(self.single) + self.end
+        return Unseen(np.concatenate([self.single[among], beyond, self.single[last:]]), max(self.end, self.at(last)))
+
+
+ALL = Unseen(np.empty(0, np.int64), 0)
+
+
+@dataclass(frozen=True)
 class MixPlan:
-    """Sample number → (dataset, number within the dataset). Every block of 65536 samples holds each dataset exactly `quotas` times."""
+    """Sample number → (dataset, number within the dataset). Every block of 65536 samples holds each dataset exactly `quotas` times.
+
+    start     the first sample of this mixture; blocks count from there
+    unseen    by dataset, what an earlier mixture has left of it
+    in_order  a dataset's samples come in the order of their numbers; otherwise a block shuffles them
+    """
 
     seed: int
     quotas: tuple[int, ...]
+    start: int = 0
+    unseen: tuple[Unseen, ...] = ()
+    in_order: bool = False
 
     def locate(self, sample: int) -> tuple[int, int]:
+        dataset, number = self._own(sample - self.start)
+        return dataset, self.unseen[dataset].at(number) if self.unseen else number
+
+    def continued(self, start: int, unseen: tuple[Unseen, ...], in_order: bool) -> MixPlan:
+        return replace(self, start=start, unseen=unseen, in_order=in_order)
+
+    def left(self, dataset: int, end: int) -> Unseen:
+        """What is left of a dataset once this mixture has drawn the samples from `start` to before `end`."""
+        before = self.unseen[dataset] if self.unseen else ALL
+        if len(self.quotas) == 1:
+            return before.without(end - self.start, ALL.single)
+        (block, rest), quota = divmod(end - self.start, BLOCK), self.quotas[dataset]
+        first = sum(self.quotas[:dataset])
+        places = permute_many(np.arange(rest, dtype=np.int64), BLOCK, *self._key(block)) - first
+        places = places[(places >= 0) & (places < quota)]
+        if self.in_order:
+            return before.without(block * quota + len(places), ALL.single)
+        return before.without(block * quota, block * quota + places)
+
+    def _own(self, sample: int) -> tuple[int, int]:
+        """The dataset, and the number among those that this mixture draws from it."""
         if len(self.quotas) == 1:
             return 0, sample
         block, place = divmod(sample, BLOCK)
-        place = permute(place, BLOCK, self.seed, "mix", block)
+        if self.in_order:
+            owners, ranks = _block_in_order(self._key(block), self.quotas)
+            owner = int(owners[place])
+            return owner, block * self.quotas[owner] + int(ranks[place])
+        place = permute(place, BLOCK, *self._key(block))
         for dataset, quota in enumerate(self.quotas):
             if place < quota:
                 return dataset, block * quota + place
             place -= quota
         raise AssertionError("quotas add up to a block")
+
+    def _key(self, block: int) -> tuple[object, ...]:
+        return (self.seed, "mix", block) if self.start == 0 else (self.seed, "mix", self.start, block)
+
+
+@lru_cache(4)
+def _block_in_order(key: tuple[object, ...], quotas: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each sample of a block its dataset, and how many of the block's samples before it are of that dataset."""
+    dataset = np.searchsorted(np.cumsum(quotas), permute_many(np.arange(BLOCK, dtype=np.int64), BLOCK, *key), side="right")
+    rank = np.empty(BLOCK, np.int64)
+    for number, quota in enumerate(quotas):
+        rank[dataset == number] = np.arange(quota)
+    return dataset, rank
 
 
 def plan_mixture(weights: list[float], names: list[str], seed: int) -> MixPlan:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megascale.data.dataset import Corpus, Mixture, check_source, check_tokenizers, check_tokens
+from megascale.data.history import Segment, continue_plan
 from megascale.data.indexed import TokenFile
 from megascale.data.loader import NOT_COUNTED, Batch, to_device
 from megascale.data.order import MixPlan, permute, plan_mixture, split_documents
@@ -87,6 +88,10 @@ class PairMixture:
         self.files = [PairFile(s, lengths, vocab_sizes, part, valid_fraction) for s in sources]
         self.plan: MixPlan = plan_mixture([s.weight for s in sources], [s.name for s in sources], seed)
 
+    def continued(self, past: Sequence[Segment]) -> None:
+        """Continues every source where the segments `past` left it."""
+        self.plan = continue_plan(self.plan, [s.name for s in self.sources], past)
+
     def pair(self, number: int) -> tuple[Tokens, Tokens]:
         """Source and target of sample `number`, as stored in the files."""
         which, index = self.plan.locate(number)
@@ -114,6 +119,9 @@ class SpanMixture:
 
     def __init__(self, text: Mixture, corruption: Corruption, lengths: tuple[int, int], start: int) -> None:
         self.text, self.corruption, self.lengths, self.start = text, corruption, lengths, start
+
+    def continued(self, past: Sequence[Segment]) -> None:
+        self.text.continued(past)
 
     def pair(self, number: int) -> tuple[Tokens, Tokens]:
         return self.corruption.corrupt(self.text.sample(number)[0][: self.corruption.sizes.tokens], number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from megascale.config.schema import Config
 from megascale.data.dataset import Corpus, Mixture, check_tokenizers, read_sources
 from megascale.data.fields import FieldMixture
 from megascale.data.fingerprint import Print, print_of
+from megascale.data.history import Segment, Unit, closed, read_segments
 from megascale.data.loader import Batch, make_batch, sample_numbers
 from megascale.data.masking import Masking
 from megascale.data.megatron_order import MegatronMixture
@@ -111,7 +113,33 @@ def open_samples(config: Config, sources: list[Corpus], part: str, shuffled: boo
     if config.data.order == "megatron":
         steps = t.total_steps if shuffled else t.eval_steps
         return MegatronMixture(sources, t.seq_len, seed, vocab, part, fraction, steps * t.global_batch_size)
-    return Mixture(sources, t.seq_len, seed, vocab, part, fraction, shuffled)
+    return Mixture(sources, t.seq_len, seed, vocab, part, fraction, shuffled, config.data.chunk)
+
+
+def drawn_so(samples: Samples, end: int) -> Segment:
+    """How a run draws from `samples`, as the segment that would end before sample `end`."""
+    text = samples.text if isinstance(samples, SpanMixture) else samples
+    unit = text.unit if isinstance(text, Mixture) else Unit(0)  # others number whole documents
+    return Segment(end, {s.name: s.weight for s in text.sources}, *unit)
+
+
+def drawn_before(samples: Samples, saved: Mapping[str, Any]) -> list[Segment]:
+    """The finished segments of a run that goes on with `samples`. `saved`: its trainer.json. Raises UsageError."""
+    past = read_segments(saved.get("drawn") or [], "trainer.json")
+    now = drawn_so(samples, saved["samples"])
+    if (mixture := saved.get("mixture")) is not None:
+        then = read_segments([{**mixture, "end": now.end}], "trainer.json")[0]
+    elif sources := saved.get("sources"):  # before version 4 of it there was one segment
+        then = replace(now, weights={name: weight for name, _, weight in sources}, chunk=None)
+    else:
+        then = now
+    return closed(past, then, now)
+
+
+def continue_samples(samples: Samples, past: Sequence[Segment]) -> None:
+    """Continues every source where the segments `past` left it; megatron's order has only one segment."""
+    if not isinstance(samples, MegatronMixture):
+        samples.continued(past)
 
 
 def note(samples: Samples) -> str | None:

@@ -140,7 +140,7 @@ def export_files(tokenizer: Found, trainer: Mapping[str, Any]) -> dict[str, byte
     """
     content = dict(tokenizer.files)
     if "samples" in trainer:
-        content[POSITION] = as_json({k: trainer[k] for k in ("step", "samples", "tokens", "identity") if k in trainer})
+        content[POSITION] = as_json({k: trainer[k] for k in ("step", "samples", "tokens", "identity", "drawn", "mixture") if k in trainer})
     generation, config = (trainer.get(k) for k in ("hf_generation_config", "hf_config"))
     if isinstance(generation, Mapping) and generation:
         content[GENERATION] = as_json(generation)

@@ -16,8 +16,10 @@ def begun_again(cfg: Optim, total_steps: int) -> Optim:
     return cfg.model_copy(update={"warmup_steps": warmup, "decay_steps": cfg.decay_steps or max(warmup + 1, round(FASTER * total_steps))})
 
 
-def learning_rate(cfg: Optim, step: int, total_steps: int) -> float:
-    """Rate of the update number `step` (from 1) of `total_steps`: a linear warm-up, then the decay's row (config/decays.py)."""
+def learning_rate(cfg: Optim, step: float, total_steps: float) -> float:
+    """Rate of the update number `step` (from 1) of `total_steps`: a linear warm-up, then the decay's row (config/decays.py). Both may be
+    fractions where a schedule counts tokens (config/phases.py: Clock).
+    """
     if step < cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     return cfg.lr * decays()[cfg.decay].factor(cfg, step, total_steps)

@@ -19,6 +19,7 @@ from megascale.train.build import build_engine
 from megascale.train.engines.engine import Engine
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import Activity
+from megascale.train.phases import Phase
 from megascale.train.state import Progress
 from megascale.train.trainer import Trainer
 
@@ -78,7 +79,7 @@ def trainer_of(
         activity=Activity(),
         progress=Progress(),
         device=device,
-        until=until,
+        phase=Phase(config, config, until),
     )
 
 

@@ -1,17 +1,23 @@
-"""The parts of a run between growths, as plain data."""
+"""The phases of a run, between changes of its config and growths, as plain data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megascale.checkpoint.folders import step_name
 from megascale.comm.agreement import on_all_ranks
+from megascale.config.phases import Clock, changes_of, plain_clock, spans_of, with_changes
 from megascale.config.schema import Config, GrowAt
 from megascale.config.support import check
 from megascale.data.memory import TokenLists
 from megascale.data.vocabulary import resolve_vocabulary
+from megascale.errors import UsageError
+from megascale.model.families import build_part
+from megascale.model.shape import shape_of
+from megascale.model.spec import specs_of
 from megascale.optim.learning_rate import begun_again
 from megascale.train.start.alike import check_config
 
@@ -21,15 +27,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Phase:
-    """`config` of the model in this phase, `whole` as the run was started; its last step `until`; the growth after it (None: the run ends);
-    and the grown checkpoint `origin` that begins it (None: the run's beginning).
+    """A part of a run with one config.
+
+    config  of this phase; `whole`: as the run was started
+    until   its last step; `first`: its first one
+    clock   where its steps are in the schedule of the learning rate
+    before  the config that a checkpoint from before `first` was written with; None for the first phase
+    begun   the entries of `phases` that have begun, each with its first step
+    growth  the growth after it; None: there is none
+    origin  the grown checkpoint that begins it; None: the checkpoint of the phase before, or the run's beginning
+    flows   whether the next phase goes on with the same model and optimizer in memory; otherwise a checkpoint lies between them
     """
 
     config: Config
     whole: Config
     until: int
+    first: int = 1
+    clock: Clock | None = None
+    before: Config | None = None
+    begun: tuple[tuple[int, dict[str, Any]], ...] = ()
     growth: GrowAt | None = None
     origin: Path | None = None
+    flows: bool = False
+
+    @property
+    def rates(self) -> Clock:
+        return self.clock or plain_clock(self.config)
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,9 @@ FROM_FILES = Given()
 
 
 def run_phases(config: Config, ranks: int) -> list[Phase]:
-    """All phases of a run, one unless the model grows, with resolved configs. Collective: raises UsageError on all ranks alike."""
+    """All phases of a run, one unless its config changes or its model grows, with resolved configs. Collective: raises UsageError on all
+    ranks alike.
+    """
     check_config(config)
     resolved = on_all_ranks(lambda: check(resolve_vocabulary(config), ranks))
     if resolved.checkpoint.init_schedule == "lemon":
@@ -74,23 +99,91 @@ def asked(entry: GrowAt, seed: int) -> tuple[Sizes, GrowthOptions]:
 
 
 def phases_of(config: Config, ranks: int) -> list[Phase]:
-    """All phases, each with its own model. Raises UsageError for a growth that is refused, before the first step."""
-    if not config.grow:
-        return [Phase(config, config, config.train.total_steps)]
+    """All phases, each with its own model and layout. Raises UsageError for a phase or a growth that is refused, before the first step."""
+    spans, growths = spans_of(config), {entry.step: entry for entry in config.grow}
+    whole, found = config, list[Phase]()
+    now, before, origin = spans[0].config, None, None
+    begun: tuple[tuple[int, dict[str, Any]], ...] = ()
+    for span in spans:
+        if span.entry is not None:
+            before = before or now
+            now = check_change(before, check(with_changes(now.model_copy(update={"phases": whole.phases}), span.entry), ranks), span.entry)
+            now = now.model_copy(update={"phases": ()})
+            begun = (*begun, (span.first, changes_of(whole.phases[span.entry], "phases")))
+        first = span.first
+        for step in sorted(step for step in growths if span.first <= step <= span.last):
+            found.append(Phase(now, whole, step, first, span.clock, before, begun, growths[step], origin))
+            number = 1 + list(growths).index(step)
+            now = grown(now, growths[step], ranks)
+            origin, first, before = Path(now.run_dir) / f"grown-{number}" / step_name(step), step + 1, now
+        if first <= span.last:
+            found.append(Phase(now, whole, span.last, first, span.clock, before, begun, None, origin))
+            origin, before = None, now
+    ends = pairwise(found)
+    return [*(replace(a, flows=a.growth is None and goes_on(a.config, b.config)) for a, b in ends), found[-1]]
+
+
+# What a phase can change while the model and the optimizer stay in memory.
+LIGHT = {
+    "train": ("global_batch_size", "clip", "log_every", "eval_every", "eval_steps", "max_skipped_steps"),
+    "optim": ("lr", "decay", "decay_steps", "warmup_steps", "min_lr_ratio"),
+    "data": ("train", "valid", "valid_fraction"),
+}
+
+
+def goes_on(before: Config, now: Config) -> bool:
+    """Whether everything that `now` changes can change in memory."""
+    if before.parallel.engine == "deepspeed" or (before.parallel.update_in_backward and before.train.clip != now.train.clip):
+        return False
+    if before.optim.independent_decay and before.optim.lr != now.optim.lr:
+        return False  # the decay of each group is relative to the peak rate
+
+    def rest(config: Config) -> dict[str, Any]:
+        sections = {name: getattr(config, name) for name in Config.model_fields if name != "phases"}
+        for name, light in LIGHT.items():
+            sections[name] = {k: v for k, v in dict(sections[name]).items() if k not in light}
+        return sections
+
+    return rest(before) == rest(now)
+
+
+def grown(config: Config, entry: GrowAt, ranks: int) -> Config:
+    """The config after a growth. Raises UsageError for a growth that is refused."""
     from megascale.expand.grow import grown_config, refuse_nothing  # imports all formats of source models
     from megascale.expand.plan import plan_growth
     from megascale.expand.state import check_state_grows
 
-    whole = config
-    found, origin = [], None
-    for number, entry in enumerate(config.grow):
-        found.append(Phase(config, whole, entry.step, entry, origin))
-        sizes, options = asked(entry, config.run.seed)
-        growth = plan_growth(config.model, config.train.seq_len, sizes, options)
-        refuse_nothing(growth, options)
-        check_state_grows(config.optim.name, options.optimizer)
-        grown = grown_config(config, growth, options)[0]
-        config = grown.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel})
-        config = check(config, ranks)
-        origin = Path(config.run_dir) / f"grown-{number + 1}" / step_name(entry.step)
-    return [*found, Phase(config, whole, config.train.total_steps, None, origin)]
+    sizes, options = asked(entry, config.run.seed)
+    growth = plan_growth(config.model, config.train.seq_len, sizes, options)
+    refuse_nothing(growth, options)
+    check_state_grows(config.optim.name, options.optimizer)
+    larger = grown_config(config, growth, options)[0]
+    return check(larger.model_copy(update={"run": config.run, "parallel": entry.parallel or config.parallel}), ranks)
+
+
+def check_change(before: Config, now: Config, entry: int) -> Config:
+    """Raises UsageError if a phase changes the form of a weight, or an order of samples that is drawn as a whole; else returns `now`."""
+    where = f"phases[{entry}].set"
+    if now.data.order == "megatron" and (now.data != before.data or _batch(now) != _batch(before)):
+        raise UsageError(
+            f"{where} changes the data, the batch or train.seq_len, but under data.order megatron the order of all samples depends on "
+            "their number: use data.order megascale, or leave them out of the phase"
+        )
+    if (now.model, shape_of(now)) == (before.model, shape_of(before)):
+        return now
+    then, there = ({n: s.shape for n, s in specs_of(build_part(c.model, shape_of(c))).items()} for c in (before, now))
+    for name in dict.fromkeys((*then, *there)):
+        if then.get(name) != there.get(name):
+            raise UsageError(
+                f"{where} changes the weights: {name} is {_form(then.get(name))} before and {_form(there.get(name))} after; a phase keeps "
+                "every weight's form: use grow for a larger model, or leave the key out"
+            )
+    return now
+
+
+def _batch(config: Config) -> tuple[int, int]:
+    return config.train.global_batch_size, config.train.seq_len
+
+
+def _form(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

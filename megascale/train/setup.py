@@ -20,7 +20,19 @@ from megascale.config.identity import identity
 from megascale.config.layout import axis_sizes, describe
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
-from megascale.data.samples import Samples, document_lengths, micro_batches, note, open_data, overlap_note, prints_of, valid_notes
+from megascale.data.samples import (
+    Samples,
+    continue_samples,
+    document_lengths,
+    drawn_before,
+    drawn_so,
+    micro_batches,
+    note,
+    open_data,
+    overlap_note,
+    prints_of,
+    valid_notes,
+)
 from megascale.errors import UsageError
 from megascale.formats.export import export_beside
 from megascale.formats.load import fill
@@ -31,7 +43,7 @@ from megascale.parallel.model import ParallelModel
 from megascale.plugins import versions
 from megascale.train.build import build_engine, build_model, check_offload_dir, check_torch
 from megascale.train.device import choose_device
-from megascale.train.engines.engine import Engine
+from megascale.train.engines.engine import Engine, Native
 from megascale.train.estimate.memory import check_host_room, resident_bytes
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import Activity
@@ -89,13 +101,13 @@ def _built(
     mixture, valid_sets = on_all_ranks(lambda: open_data(config, given.samples))
     prints = on_all_ranks(lambda: prints_of(config, given.samples))
     check_data(config, prints)
-    start = find_start(config, run_dir, prints, opening.elsewhere, phase.origin)
+    start = find_start(phase, run_dir, prints, opening.elsewhere)
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = on_all_ranks(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
     for _ in model.draw_weights(config.run.seed):
         pass
     engine = build_engine(model, config, device)
-    progress = load_start(config, start, engine)
+    progress = load_start(config, start, engine, mixture)
     on_all_ranks(lambda: check_coefficients(config, model, start.folder) if start.folder is not None else None)
     Agreement().same((progress.step, progress.samples), "the step and the position in the data after loading")
     found = on_all_ranks(lambda: claim_run_dir(phase.whole, run_dir, opening) if first and run_dir is not None else [])
@@ -111,7 +123,10 @@ def _built(
         notes, opening.notes = (*opening.notes, *start.notes, *found, *room), []
         data_notes = (note(mixture), overlap_note(prints), *valid_notes(config, valid_sets))
         announce(config, ranks, facts, start, progress, data_notes, notes, log, console)
-    reporter = build_reporter(config, ranks, mesh, device, model, flops, start, prints, log, console, given.writes or not given.quiet)
+    kept = provenance(phase, prints, mixture)
+    reporter = build_reporter(config, ranks, mesh, device, model, flops, start, kept, log, console, given.writes or not given.quiet)
+    if phase.begun and progress.step + 1 == phase.begun[-1][0]:
+        reporter.phase(progress.step, phase.begun[-1][1])
     add_loggers(config, progress, log)
     batches = prefetch(config, mixture, progress, phase.until, mesh, device)
     valid = {name: partial(valid_batches, config, m, mesh, device) for name, m in valid_sets.items()}
@@ -133,8 +148,43 @@ def _built(
         activity=activity,
         progress=progress,
         device=device,
-        until=phase.until,
+        phase=phase,
         saved=progress.step if run_dir is not None and own_checkpoint(start, run_dir) else None,
+    )
+
+
+def continued(trainer: Trainer, phase: Phase, given: Given) -> Trainer:
+    """The trainer of a phase that goes on with the model and the optimizer of `trainer`, which is at its end. Collective."""
+    config, model, progress, reporter = phase.config, trainer.model, trainer.progress, trainer.reporter
+    trainer.batches.close()
+    reporter.flush()
+    mixture, valid_sets = on_all_ranks(lambda: open_data(config, given.samples))
+    prints = on_all_ranks(lambda: prints_of(config, given.samples))
+    check_data(config, prints)
+    drawn = drawn_before(mixture, {**progress.plain(), **reporter.provenance})
+    continue_samples(mixture, drawn)
+    progress.drawn = [segment.plain() for segment in drawn]
+    reporter.cfg, reporter.provenance = config.train, provenance(phase, prints, mixture)
+    reporter.phase(progress.step, phase.begun[-1][1])
+    if isinstance(trainer.engine, Native):
+        trainer.engine.clip = config.train.clip
+    batches = prefetch(config, mixture, progress, phase.until, model.mesh, trainer.device)
+    valid = {name: partial(valid_batches, config, m, model.mesh, trainer.device) for name, m in valid_sets.items()}
+    on_all_ranks(lambda: [make(0) for make in valid.values()])
+    return Trainer(
+        config=config,
+        model=model,
+        engine=trainer.engine,
+        batches=batches,
+        valid=valid,
+        checkpointer=trainer.checkpointer,
+        reporter=reporter,
+        stop=trainer.stop,
+        activity=trainer.activity,
+        progress=progress,
+        device=trainer.device,
+        phase=phase,
+        saved=trainer.saved,
     )
 
 
@@ -181,8 +231,8 @@ def own_checkpoint(start: RunStart, run_dir: Path) -> bool:
     return start.folder.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
-def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
-    """Loads the engine's state from where the run starts and returns the progress there; a new run has none."""
+def load_start(config: Config, start: RunStart, engine: Engine, samples: Samples) -> Progress:
+    """Loads the engine's state from where the run starts, and continues `samples` there. Returns the progress; a new run has none."""
     if start.folder is None:
         return Progress()
     state = engine.pieces()
@@ -200,8 +250,13 @@ def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
     on_all_ranks(lambda: check_finite(state, start.folder))
     engine.loaded(state)
     if start.weights_only:
-        return Progress(samples=start.samples)
+        saved = {"samples": start.samples, "drawn": list(start.drawn)}
+    drawn = on_all_ranks(lambda: drawn_before(samples, saved))
+    on_all_ranks(lambda: continue_samples(samples, drawn))
+    saved["drawn"] = [segment.plain() for segment in drawn]
     progress = Progress(**{k: saved[k] for k in Progress().plain() if k in saved})
+    if start.weights_only:
+        return progress
     # Outside loggers identify a run by its id: two runs with one id would share a curve.
     return progress if is_own(config, start.folder, saved) else replace(progress, logger_ids={})
 
@@ -209,6 +264,23 @@ def load_start(config: Config, start: RunStart, engine: Engine) -> Progress:
 def valid_batches(config: Config, samples: Samples, mesh: Mesh, device: torch.device, step: int) -> list[Batch]:
     """This rank's micro-batches of one evaluation step, counted from 0."""
     return micro_batches(config, samples, step * config.train.global_batch_size, mesh, device)
+
+
+def provenance(phase: Phase, prints: Prints, samples: Samples) -> dict[str, Any]:
+    """What every checkpoint of a phase records beside the progress."""
+    config = phase.config
+    mixture = {k: v for k, v in drawn_so(samples, 0).plain().items() if k != "end"}
+    return {
+        "identity": identity(config),
+        "config": config.plain(),
+        "sources": sources_of(config),
+        "mixture": mixture,
+        "phases": [list(entry) for entry in phase.begun],
+        "fingerprints": prints,
+        "layout": describe(config.parallel),
+        "torch": torch.__version__,
+        "plugins": versions(),
+    }
 
 
 def build_reporter(
@@ -219,7 +291,7 @@ def build_reporter(
     model: ParallelModel,
     flops: float,
     start: RunStart,
-    prints: Prints,
+    kept: dict[str, Any],
     log: RunLog | None,
     console: Console | None,
     measured: bool,
@@ -228,15 +300,6 @@ def build_reporter(
     peak = config.run.peak_tflops * 1e12 if config.run.peak_tflops else None
     if peak is None and measured:
         peak = peak_flops(device, model.model.shape.compute)
-    kept = {
-        "identity": identity(config),
-        "config": config.plain(),
-        "sources": sources_of(config),
-        "fingerprints": prints,
-        "layout": describe(config.parallel),
-        "torch": torch.__version__,
-        "plugins": versions(),
-    }
     return Reporter(
         mesh=mesh,
         device=device,

@@ -22,6 +22,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     skipped_in_a_row: int = 0
+    drawn: list[dict[str, Any]] = field(default_factory=list)  # finished segments of the order of samples (data/history.py)
     logger_ids: dict[str, str] = field(default_factory=dict)  # ids of outside loggers, kept over resumes
 
     def plain(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import SAVING, Activity
 from megascale.train.garbage import collected_every
 from megascale.train.log.reporter import Reporter, StepClock, StepResult
+from megascale.train.phases import Phase
 from megascale.train.process_group import end_start
 from megascale.train.state import Progress
 
@@ -50,20 +51,20 @@ class Trainer:
         activity: Activity,
         progress: Progress,
         device: torch.device,
-        until: int,
+        phase: Phase,
         saved: int | None = None,
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.activity, self.progress, self.device = reporter, stop, activity, progress, device
-        self.until = until  # a growth may come before the run's last step
+        self.phase, self.until = phase, phase.until  # more phases may come before the run's last step
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
         self.first_step, self.origin = progress.step + 1, reporter.last_good
         self.saved = saved  # the step whose checkpoint is written or being written
         self.stalled = 0.0  # seconds in evaluation and saving since the last step
         self.done = False
-        self.in_training = False  # the modules' mode, set only when it changes: hundreds of them take 10 ms
+        self.in_training: bool | None = None  # the modules' mode, set only when it changes: hundreds of them take 10 ms
 
     def train(self) -> None:
         """Runs to the last step, or to a growth's. Raises StopRequested after the checkpoint is written, TrainingError if it cannot
@@ -99,17 +100,18 @@ class Trainer:
             self.progress.step, self.progress.samples = step, self.progress.samples + train.global_batch_size
             self.progress.tokens += self.places
             halted = False
-            if train.eval_every and (step % train.eval_every == 0 or step == last_step):
+            ends = step == last_step and not self.phase.flows
+            if train.eval_every and (step % train.eval_every == 0 or ends):
                 halted = not self.evaluated(result)
             self.reporter.step(result, self.progress)
             if frozen := self.activity.thawed():
                 self.reporter.frozen(step, frozen)
             if self.progress.skipped_in_a_row > train.max_skipped_steps:
                 self.give_up(step)
-            if (halted or self.reporter.stop_agreed()) and step < last_step:
+            if (halted or self.reporter.stop_agreed()) and step < train.total_steps:
                 self.leave()
-            if step == last_step or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                self.save(wait=step == last_step)
+            if ends or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                self.save(wait=ends)
             self.told(self.checkpointer.poll())
             yield result
 
@@ -132,7 +134,7 @@ class Trainer:
         self.set_mode(training=True)
         self.model.at_step(step)
         sampled = sampled_step(step, self.config)
-        lr = learning_rate(self.config.optim, step, self.config.train.total_steps)
+        lr = learning_rate(self.config.optim, self.phase.rates.at(step), self.phase.rates.total)
         with watched_casts(self.model.stages, sampled):
             sums = backward(self.engine, micro_batches, self.scale, lr, self.stop.requested)
         done = update(self.engine, sums)

@@ -99,7 +99,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
             c.checkpoint.init_schedule == "lemon" and (c.checkpoint.init_from is None or decays()[c.optim.decay].decay_steps != "end")
         ),
         "init_schedule lemon shortens the decay of a run that starts from a grown model's weights",
-        "set init_from and decay cosine or linear, or leave init_schedule out",
+        "set init_from and a decay that ends, such as cosine or linear, or leave init_schedule out",
     ),
     Rule(
         "decay_ends",
@@ -127,7 +127,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
         ("optim.decay", "optim.decay_steps"),
         lambda c, n: decays()[c.optim.decay].decay_steps == "unused" and c.optim.decay_steps is not None,
         "this decay, such as a constant rate, has no use for decay_steps",
-        "choose decay cosine, linear or wsd, or remove decay_steps (optim.decay_steps=null)",
+        "choose another decay, such as cosine or wsd, or remove decay_steps (optim.decay_steps=null)",
     ),
     Rule(
         "grow_steps",

@@ -4,7 +4,7 @@ Which keys can be combined is decided in `support.py`. Nothing in this package i
 `--dry-run` on a login node start at once.
 """
 
-from megascale.config.schema.config import Config, GrowAt, Run
+from megascale.config.schema.config import Config, GrowAt, PhaseAt, Run
 from megascale.config.schema.kinds import Kind, MoeOfKind
 from megascale.config.schema.model import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS, Model
 from megascale.config.schema.model_parts import Delta, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
@@ -32,6 +32,7 @@ __all__ = [
     "Multiplier",
     "Optim",
     "Parallel",
+    "PhaseAt",
     "Precision",
     "RopeScaling",
     "Run",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from megascale.config.routers import routers
 from megascale.config.schema.kinds import Model
@@ -21,6 +21,16 @@ def _one_name(value: str) -> str:
     if not re.fullmatch(NAME, value):
         raise ValueError(f"{value!r} is not a folder name: give up to 200 letters, digits, '.', '_' and '-'")
     return value
+
+
+def _place(value: Any) -> int | str:
+    """A place within a run: tokens, or text such as `1000 steps`."""
+    found = re.fullmatch(r"([1-9]\d{0,9}) steps?", value.strip()) if isinstance(value, str) else None
+    if found is not None:
+        return f"{found[1]} steps"
+    if isinstance(value, int | float) and 1 <= value <= 10**18 and value == int(value):
+        return int(value)
+    raise ValueError(f"{value!r} is no place within a run: write tokens as a number, such as 1e9, or `1000 steps`")
 
 
 class Run(Section):
@@ -135,6 +145,24 @@ class GrowAt(Section):
     """The layout from this step on, a whole section `parallel`. Absent: unchanged."""
 
 
+class PhaseAt(Section):
+    """A change of the config within a run."""
+
+    begins: Annotated[int | str, BeforeValidator(_place), Field(alias="from")]
+    """Where the phase begins: after so many tokens, such as `1e9`, or after so many steps, such as `1000 steps`."""
+    set: Annotated[dict[str, Any], Field(min_length=1)]
+    """New values by `section.key`, from here on."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps before it; None if it is given in tokens."""
+        return int(self.begins.split()[0]) if isinstance(self.begins, str) else None
+
+    @property
+    def tokens(self) -> int | None:
+        return None if isinstance(self.begins, str) else self.begins
+
+
 class Config(Section):
     run: Run = Run()
     """The run itself: name, folder, seed, device and logging."""
@@ -152,6 +180,8 @@ class Config(Section):
     """When checkpoints are written and what a run starts from."""
     precision: Precision = Precision()
     """Number formats of products and stored weights."""
+    phases: tuple[PhaseAt, ...] = ()
+    """Changes of other keys during the run, in order: batch ramps, longer sequences, other data, another schedule."""
     grow: tuple[GrowAt, ...] = ()
     """Growths during the run, in the order of their steps."""
 

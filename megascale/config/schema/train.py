@@ -151,11 +151,23 @@ class Optim(Section):
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from zero."""
     decay: Annotated[str, RowName(decays)] = "cosine"
-    """Learning-rate schedule after the warm-up: `wsd` is constant, then linear over the last `decay_steps`."""
+    """Learning-rate schedule after the warm-up: `wsd` is constant, then falls over the last `decay_steps`; `1-sqrt` falls as 1 − √x and
+    `power` as (1 − x)^`decay_power` with progress x.
+    """
+    wsd_decay: Literal["linear", "cosine", "1-sqrt", "power"] = "linear"
+    """How `decay: wsd` falls."""
+    decay_power: Annotated[float, Field(gt=0)] = 2.0
+    """The exponent of `power`."""
     decay_steps: Positive | None = None
-    """Step at which cosine or linear decay ends (default: the last), or the length of the final decay under `wsd`."""
+    """Step at which the decay ends (default: the last), or the length of the final decay under `wsd`. It counts from the schedule's first
+    step, like the warm-up.
+    """
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Final learning rate as a share of the peak."""
+    schedule_by: Literal["steps", "tokens"] = "steps"
+    """What the schedule counts. `tokens`: a phase with larger batches passes through warm-up and decay in fewer steps; `warmup_steps` and
+    `decay_steps` then count steps of the batch with which the schedule begins.
+    """
     base_width: Positive | None = None
     """`residual: mus` only: hidden size for which `lr` was tuned; rates of hidden matrices follow the width."""
     independent_decay: bool = False
@@ -187,6 +199,10 @@ class Data(Section):
     """Share of the training documents that is held out for validation by a fixed hash. Set either this or `valid`."""
     order: Literal["megascale", "megatron"] = "megascale"
     """Sample order: megascale's own, or that of megatron-core's GPTDataset and blends."""
+    chunk: Positive | None = None
+    """Tokens in a piece of data from which samples of several lengths are cut, so that phases with other lengths of a sequence repeat
+    nothing. Default: the longest `train.seq_len` of the run's phases, if they differ.
+    """
     objective: Literal["translation", "span_corruption"] | None = None
     """Training objective of an `encoder_decoder`. Default: translation."""
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,11 @@ def report_of(config: Config, ranks: int, device_bytes: float | None = None) -> 
         "fits": found.fits,
         "needed_bytes": {"state": found.state, "activations_estimated": round(found.activations)},
         "device_bytes": found.room.limit,
-        **describe_run(config, ranks),
+        **describe_run(phases[0].config, ranks),
+        "tokens": sum(tokens_of(phase) for phase in phases),
     }
+    if config.phases:
+        report["phases"] = describe_phases(phases, ranks)
     if config.grow:
         report["growths"] = describe_growths(phases, ranks)
     return config, report, found
@@ -123,12 +127,18 @@ def model_lines(config: Config, report: Mapping[str, Any]) -> list[str]:
         where = f"in {p.offload_dir}" if kind == "state" and p.offload_dir else "in host memory"
         lines.append(f"  {kind:<11}{byte_words(size):>9}  {size:>18,} bytes {'of it ' if kind == 'state' else ''}{where}")
     each = f"each of {schedule['data_ranks']} data ranks" if schedule["data_ranks"] > 1 else "one data rank"
-    tokens, total = schedule["tokens_per_step"], config.train.total_steps
+    tokens, total = schedule["tokens_per_step"], schedule["steps"]
     lines += [
         f"step: {schedule['micro_batches']} micro-batches of {config.train.micro_batch_size} × {config.train.seq_len:,} tokens on {each}, "
         f"{count_words(tokens)} tokens, {work_words(report['flops_per_step'])}",
-        f"run: {total:,} steps, {count_words(tokens * total)} tokens",
+        f"run: {total:,} steps, {count_words(report['tokens'])} tokens",
     ]
+    for phase in report.get("phases", ()):
+        changes = ", ".join(f"{key} {value}" for key, value in phase["changes"].items())
+        lines.append(
+            f"from step {phase['first']:,} to {phase['last']:,}: {changes}: {phase['micro_batches']} micro-batches, "
+            f"{count_words(phase['tokens_per_step'])} tokens and {work_words(phase['flops_per_step'])} a step"
+        )
     for growth in report.get("growths", ()):
         size = model_words(growth["parameters"], growth["parameters_active"])
         lines.append(f"after step {growth['after_step']:,}: {growth['layout']}: {size}, {work_words(growth['flops_per_step'])} per step")
@@ -192,8 +202,24 @@ def describe_run(config: Config, ranks: int) -> dict[str, Any]:
 def describe_growths(phases: Sequence[Phase], ranks: int) -> list[dict[str, Any]]:
     """The facts of the run after each growth."""
     keys = ("parameters", "parameters_active", "layout", "bytes_per_rank", "flops_per_step")
-    grown = [describe_run(p.config, ranks) for p in phases[1:]]
-    return [{"after_step": p.until, **{k: found[k] for k in keys}} for p, found in zip(phases, grown)]
+    grown = [(before.until, describe_run(p.config, ranks)) for before, p in pairwise(phases) if before.growth is not None]
+    return [{"after_step": step, **{k: found[k] for k in keys}} for step, found in grown]
+
+
+def describe_phases(phases: Sequence[Phase], ranks: int) -> list[dict[str, Any]]:
+    """The facts of each phase that an entry of `phases` begins."""
+    found = []
+    for phase in phases:
+        if phase.begun and phase.first == phase.begun[-1][0]:
+            facts = describe_run(phase.config, ranks)
+            steps = {"first": phase.first, "last": phase.until, "changes": phase.begun[-1][1]}
+            step = {key: facts["schedule"][key] for key in ("micro_batches", "tokens_per_step")}
+            found.append({**steps, **step, "layout": facts["layout"], "flops_per_step": facts["flops_per_step"]})
+    return found
+
+
+def tokens_of(phase: Phase) -> int:
+    return (phase.until - phase.first + 1) * phase.config.train.global_batch_size * phase.config.train.seq_len
 
 
 def dsp_facts(config: Config) -> dict[str, str]:

@@ -34,7 +34,7 @@ class Verdict:
     state: int
     activations: float
     room: Room
-    after_step: int | None  # the phase begins with the growth after this step
+    after_step: int | None  # the phase begins after this step
     advice: str
 
 
@@ -65,7 +65,7 @@ def verdict(phases: Sequence[Phase], ranks: int, room: Room) -> Verdict:
 def verdict_lines(found: Verdict) -> list[str]:
     """The answer, then the numbers behind it, then advice."""
     need, room = byte_words(found.state + found.activations), found.room
-    after = "" if found.after_step is None else f", from the growth after step {found.after_step:,} on"
+    after = "" if found.after_step is None else f", from the change after step {found.after_step:,} on"
     if room.limit is None:
         first = f"fits: unknown, {need} needed {room.where}{after}; torch finds no GPU here to compare with"
     else:

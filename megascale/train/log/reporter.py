@@ -171,6 +171,12 @@ class Reporter:
         if self.log is not None:
             self.log.warn_once(what, sentence)
 
+    def phase(self, step: int, changes: Mapping[str, Any]) -> None:
+        """Reports that a phase begins after `step`, with its changes {section.key: value}."""
+        self.event("phase", step, changes=dict(changes))
+        if self.console is not None:
+            self.console.say(f"phase from step {step + 1} on: {', '.join(f'{key} {value}' for key, value in changes.items())}")
+
     def frozen(self, step: int, seconds: float) -> None:
         """Reports that the process, and usually the whole job, was suspended for a while."""
         self.event("frozen", step, seconds=round(seconds, 1))

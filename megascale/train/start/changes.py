@@ -14,7 +14,6 @@ from megascale.config.load import flatten
 from megascale.config.schema import Config, DataSource, Optim, Precision, Train
 from megascale.data.dataset import read_sources
 from megascale.data.fingerprint import Print
-from megascale.data.moved import moved, sentence
 from megascale.errors import UsageError
 from megascale.optim.learning_rate import learning_rate
 from megascale.plugins import versions
@@ -178,8 +177,8 @@ def content_changes(config: Config, saved: Mapping[str, Any], prints: Prints) ->
 
 
 def mixture_changes(config: Config, saved: Mapping[str, Any], moved_only: bool = False) -> tuple[Changes, list[Note]]:
-    """A change of the mixture that no key shows, and the effect of any change on the sources' positions. `saved`: trainer.json;
-    `moved_only`: the sources are known to have only moved.
+    """A change of the mixture that no key shows. `saved`: trainer.json; `moved_only`: the sources are known to have only moved. A changed
+    mixture continues every source where it was (data/history.py).
 
     Raises UsageError for a change in a file that `data.train` names, unless `run.allow_change` has data.train.
     """
@@ -197,10 +196,8 @@ def mixture_changes(config: Config, saved: Mapping[str, Any], moved_only: bool =
         changed["data.train"] = (_mixture(then), _mixture(now))
     if config.data.order == "megatron":
         return changed, [Note("the mixture has changed; under data.order megatron this changes the order of all following samples")]
-    found = moved({n: w for n, _, w in then}, {n: w for n, _, w in now}, config.run.seed, saved["samples"])
-    words = sentence(found)
-    details = {"samples": {m.name: {"repeated": m.repeated, "skipped": m.skipped} for m in found}}
-    return changed, [] if words is None else [Note(words, "mixture", details)]
+    words = f"the mixture has changed: it was {_mixture(then)} and is {_mixture(now)}; every source continues where it was"
+    return changed, [Note(words, "mixture", {"then": _mixture(then), "now": _mixture(now)})]
 
 
 def _named(sources: list[list[Any]]) -> list[tuple[str, float]]:

@@ -107,7 +107,7 @@ def check_still_there(run_dir: Path) -> None:
 def _back(config: Config, run_dir: Path, wish: Wish, lists: TokenLists | None) -> Note:
     assert wish.folder is not None
     saved = read_progress(wish.folder)
-    if not config.grow:  # if a run grows, the phase decides the model
+    if not config.grow and not config.phases:  # else the phase decides what is compared
         changes_since(config, saved, wish.folder, prints_of(config, lists))
     return go_back(run_dir, wish.folder, config.checkpoint.resume)
 

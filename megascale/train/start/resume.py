@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megascale.formats.hf.model import read_hf
 from megascale.formats.sources import Foreign
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.model import ParallelModel
+from megascale.train.phases import Phase
 from megascale.train.start.branch import Note
 from megascale.train.start.changes import (
     Changes,
@@ -46,7 +48,7 @@ class RunStart:
     the learning rate. `checked`: all files have been read.
 
     foreign  how to build the weights from another format; None for a checkpoint of ours
-    samples  position in the data of a run that takes weights only
+    samples  position in the data of a run that takes weights only; `drawn`: the segments of it that are finished
     notes    warnings: skipped checkpoints, changes of the curve
     """
 
@@ -55,29 +57,31 @@ class RunStart:
     changes: Changes = field(default_factory=dict)
     foreign: Foreign | None = None
     samples: int = 0
+    drawn: tuple[dict[str, Any], ...] = ()
     checked: bool = False
     rates: Rates | None = None
     notes: tuple[Note, ...] = ()
 
 
-def find_start(config: Config, run_dir: Path | None, prints: Prints, elsewhere: Path | None = None, origin: Path | None = None) -> RunStart:
+def find_start(phase: Phase, run_dir: Path | None, prints: Prints, elsewhere: Path | None = None) -> RunStart:
     """Chooses the run's own newest whole checkpoint, so that a requeued job continues; else `elsewhere`, else `init_from`, else none.
 
     run_dir    None: a run that writes nothing, so it has no checkpoints
     prints     fingerprints of the data
     elsewhere  a checkpoint of another run that `resume` names; it has been read
-    origin     the grown checkpoint that begins this phase, used until there is a newer one
 
+    A grown checkpoint that begins the phase is used until there is a newer one.
     Collective: the first rank chooses for all. Raises UsageError if a checkpoint belongs to another run or none is whole.
     """
+    config = phase.config
     on_all_ranks(lambda: _check_asked(config))
-    folder, skipped = (None, []) if run_dir is None else choose(run_dir / "checkpoints", origin)
+    folder, skipped = (None, []) if run_dir is None else choose(run_dir / "checkpoints", phase.origin)
     if folder is None and elsewhere is not None:
         folder = elsewhere
     if folder is None:
         source = config.checkpoint.init_from
         return RunStart() if source is None else on_all_ranks(lambda: _weights_from(config, Path(source), prints))
-    return on_all_ranks(lambda: _from_run(config, folder, skipped, prints))
+    return on_all_ranks(lambda: _from_run(phase, folder, skipped, prints))
 
 
 def _check_asked(config: Config) -> None:
@@ -86,19 +90,44 @@ def _check_asked(config: Config) -> None:
         hf_config(config.model, config.train.seq_len)  # raises for a model that could not be exported later
 
 
-def _from_run(config: Config, folder: Path, skipped: list[Skipped], prints: Prints) -> RunStart:
+def _from_run(phase: Phase, folder: Path, skipped: list[Skipped], prints: Prints) -> RunStart:
     """Starts from everything in the whole checkpoint `folder`. Raises UsageError if it belongs to another run."""
     saved = read_progress(folder)
     then = saved.get("config", {})
+    check_phases(phase, saved, folder)
+    # A phase begins with the checkpoint of the one before: what differs between their configs is no change of the run.
+    config = phase.config
+    if saved["step"] < phase.first and phase.before is not None:
+        config = phase.before
+        prints = {part: found if same_data(phase.before, phase.config, part) else {} for part, found in prints.items()}
     known, told_of_it = changes_since(config, saved, folder, prints)
     changes = {**known, **curve_changes(config, then)}
-    rates = rates_at(config, then, saved["step"]) if changes else None
+    rates = rates_at(config, then, saved["step"]) if changes and not phase.whole.phases else None
     left_out = [
         Note(f"{s.folder.name} is skipped: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
     ]
     return RunStart(
         folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *plugins_note(saved), *told(changes, rates))
     )
+
+
+def same_data(before: Config, now: Config, part: str) -> bool:
+    return bool(getattr(before.data, part) == getattr(now.data, part)) and before.data.valid_fraction == now.data.valid_fraction
+
+
+def check_phases(phase: Phase, saved: dict[str, Any], folder: Path) -> None:
+    """Raises UsageError if phases that had begun by the checkpoint `folder` are not those of the config; later ones may change."""
+    then = [list(entry) for entry in saved.get("phases") or []]
+    now = [[first, changes] for first, changes in phase.begun if first <= saved["step"]]
+    if json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True) and "phases" not in phase.config.run.allow_change:
+        raise UsageError(
+            f"phases that had begun by {folder} are {_listed(then)} there and {_listed(now)} now: set them back, choose another run.name, "
+            "or allow it with run.allow_change='[phases]'; phases that have not begun may change"
+        )
+
+
+def _listed(entries: list[list[Any]]) -> str:
+    return "; ".join(f"from step {first}: {', '.join(f'{k}={v}' for k, v in changes.items())}" for first, changes in entries) or "none"
 
 
 def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
@@ -130,7 +159,8 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
         raise UsageError(
             f"checkpoint.init_data is continue, but samples have another order than in {folder}: {lines}; set them back, or restart"
         )
-    return RunStart(folder, True, foreign=foreign, samples=samples)
+    drawn = tuple(_position(past).get("drawn") or ())
+    return RunStart(folder, True, foreign=foreign, samples=samples, drawn=drawn)
 
 
 def _position(path: Path) -> dict[str, Any]:
