@@ -115,11 +115,12 @@ def test_a_phase_may_be_added_until_it_begins(folder: Path) -> None:
 def test_a_branch_begins_with_another_runs_checkpoint(folder: Path) -> None:
     """Catches a branch that trains the phases before its beginning again."""
     trunk = settings(folder, train__steps=6, optim__decay="constant", checkpoint__every=2, checkpoint__keep_last=9)
-    assert run(trunk) == (0, "done")
+    ramp = {"from": "2 steps", "set": {"train.global_batch_size": 8}}
+    assert run({**trunk, "phases": [ramp]}) == (0, "done")
     branch = folder / "branch"
     made = {**settings(branch, train__steps=6, optim__decay="constant"), "data": trunk["data"]}
     made["checkpoint"]["resume"] = str(folder / "run" / "checkpoints" / "step-00000004")
-    assert run({**made, "phases": [{"from": "4 steps", "set": {"optim.decay": "linear"}}]}) == (0, "done")
+    assert run({**made, "phases": [ramp, {"from": "4 steps", "set": {"optim.decay": "linear"}}]}) == (0, "done")
     assert [r["step"] for r in rows(branch)] == [5, 6]
     assert rows(branch)[0]["loss"] == rows(folder)[4]["loss"] and rows(branch)[1]["loss"] != rows(folder)[5]["loss"]
 
