@@ -180,6 +180,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def size_problems(index: Index) -> list[str]:
+    """Files that are missing or have another size."""
+    problems = []
+    for name, entry in sorted(index.files.items()):
+        path = index.folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry.bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes but {INDEX} says {entry.bytes}")
+    return problems
+
+
 def file_problem(index: Index, name: str) -> str | None:
     """What is wrong with a file of the checkpoint: missing, or another size or checksum; None if it is whole.
 

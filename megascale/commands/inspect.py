@@ -29,7 +29,7 @@ def main(
     """Prints a summary of the checkpoint at FOLDER; exit code 2 if it is not whole."""
     from rich.console import Console
 
-    from megascale.checkpoint.index import read_index
+    from megascale.checkpoint.index import read_index, size_problems
     from megascale.checkpoint.loader import find, verify
     from megascale.checkpoint.trainer import read_trainer
 
@@ -69,18 +69,6 @@ def plain(trainer: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in trainer.items():
         rows += plain(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return rows
-
-
-def size_problems(index: Index) -> list[str]:
-    """Files that are missing or have another size."""
-    problems = []
-    for name, entry in sorted(index.files.items()):
-        path = index.folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry.bytes:
-            problems.append(f"{path} has {path.stat().st_size} bytes but index.json says {entry.bytes}")
-    return problems
 
 
 def tensor_table(index: Index) -> Table:

@@ -21,6 +21,7 @@ COMMANDS = {
     "translate": "Translate with an encoder-decoder.",
     "inspect": "Show what is inside a checkpoint, and whether it is whole.",
     "report": "Write one HTML page about one or several runs.",
+    "branch": "Begin a run at a checkpoint of another one, such as a decay.",
     "grow": "Grow a checkpoint into a larger model.",
     "shrink": "Cut a smaller model out of a trained one.",
     "convert": "Convert from and to Hugging Face and Megatron.",

@@ -18,6 +18,7 @@ from megascale.report.loss import NARROW, loss_figure
 from megascale.report.panels import heat_figure, lines_figure, traffic_figure
 from megascale.report.read import Row, RunData, as_number
 from megascale.report.summary import headline, highlights, verdict
+from megascale.report.tree import tree_figure
 from megascale.report.words import plain
 
 # If there are more events than this, they are folded away, and events that come by the hundred appear only in the fold.
@@ -62,6 +63,7 @@ def page(runs: Sequence[RunData], title: str) -> str:
         "first": {"run": runs[0].name if several else None, "facts": highlights(runs[0])},
         "verdicts": verdict(runs) if several else [],
         "loss": _loss(runs),
+        "tree": _drawn(("tree of the runs", tree_figure(runs))),
         "numbers": headline_table(runs),
         "speed": _drawn(
             ("tokens per second", lines_figure(runs, "tokens_per_second", "tokens per second")),
