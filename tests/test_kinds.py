@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from megascale.config.load import build_config
@@ -157,8 +157,26 @@ KEYS = st.fixed_dictionaries(
         "attention_sink": st.sampled_from([None, "learned", "zero"]),
         "attention_softcap": st.sampled_from([None, 0.5]),
         "attention_gate": st.sampled_from([None, "channel", "head"]),
-        "moe": st.sampled_from([None, {"num_experts": 4, "top_k": 2, "ffn_size": 8}]),
+        "moe": st.sampled_from(
+            [
+                None,
+                {"num_experts": 4, "top_k": 2, "ffn_size": 8},
+                {"num_experts": 4, "top_k": 1, "ffn_size": 8, "router": "sigmoid", "balance": "bias", "groups": 2, "top_groups": 1},
+                {"num_experts": 4, "top_k": 2, "ffn_size": 8, "num_shared": 1, "shared_gate": True, "balance_over": "batch"},
+            ]
+        ),
     },
+)
+LATENT = st.fixed_dictionaries(
+    {"attention": st.just("latent"), "num_kv_heads": st.just(4), "latent": st.just({"kv_rank": 8, "query_rank": 10, "rope_dim": 4})},
+    optional={"attention_sink": st.just("learned"), "attention_gate": st.just("channel"), "ffn_size": st.just(16)},
+)
+DELTA = st.fixed_dictionaries(
+    {
+        "attention": st.just("gated_delta"),
+        "delta": st.just({"key_heads": 2, "value_heads": 4, "key_dim": 4, "value_dim": 6, "conv_size": 3}),
+    },
+    optional={"ffn_size": st.just(16)},
 )
 PRODUCTS = [Parallel(tp=2, pp=2), Parallel(cp=2, tp=2), Parallel(ep=2, pp=2), Parallel(tp=2, tp_sequence=True, accumulation="layered")]
 
@@ -166,16 +184,17 @@ PRODUCTS = [Parallel(tp=2, pp=2), Parallel(cp=2, tp=2), Parallel(ep=2, pp=2), Pa
 @pytest.mark.slow
 @pytest.mark.dist
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(KEYS, min_size=1, max_size=3), st.sampled_from(PRODUCTS), st.booleans())
-def test_random_patterns(kinds: list[dict[str, Any]], parallel: Parallel, packed: bool) -> None:
+@given(st.lists(st.one_of(KEYS, LATENT, DELTA), min_size=1, max_size=3), st.sampled_from(PRODUCTS), st.booleans(), st.integers(0, 2))
+def test_random_patterns(kinds: list[dict[str, Any]], parallel: Parallel, packed: bool, ahead: int) -> None:
     """Catches what the fixed pattern does not contain."""
     names = [f"kind{i}" for i in range(len(kinds))]
-    model = tiny(num_layers=2 * len(kinds), kinds=dict(zip(names, kinds)), pattern=names)
+    model = tiny(num_layers=2 * len(kinds), kinds=dict(zip(names, kinds)), pattern=names, mtp_depth=ahead)
     case = Case(model, parallel, packed=packed, steps=2)
+    config = case.config
     try:
-        check(case.config, 4)
+        check(config.model_copy(update={"train": config.train.model_copy(update={"source_len": None})}), 4)
     except UsageError:
-        return
+        assume(False)
     assert_equal(case, 4)
 
 

@@ -42,6 +42,13 @@ def main(
     num_kv_heads: Size = None,
     ffn_size: Size = None,
     num_layers: Size = None,
+    kv_rank: Size = None,
+    query_rank: Size = None,
+    value_dim: Size = None,
+    key_heads: Size = None,
+    value_heads: Size = None,
+    key_dim: Size = None,
+    conv_size: Size = None,
     mtp_depth: Annotated[int | None, typer.Option(min=0, help="modules of multi-token prediction that stay, the first ones")] = None,
     drop_layers: Annotated[str | None, typer.Option(help="layers that go, from 0, such as 3,7")] = None,
     ffn_sizes: Annotated[str | None, typer.Option(help="a MatFormer's width per layer, such as 64,32,32,64")] = None,
@@ -63,7 +70,12 @@ def main(
     check_report(report)
     mixed = numbers(ffn_sizes, "--ffn-sizes", "write a width per layer, such as 64,32,32,64")
     drop = numbers(drop_layers, "--drop-layers", "write the numbers of layers, such as 3,7") or ()
-    sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed, mtp_depth, drop, kinds_of(changes or ()))
+    asked = (
+        ("kv_rank", kv_rank), ("query_rank", query_rank), ("value_dim", value_dim), ("key_heads", key_heads), ("value_heads", value_heads),
+        ("key_dim", key_dim), ("conv_size", conv_size),
+    )  # fmt: skip
+    inner = {name: size for name, size in asked if size is not None}
+    sizes = Smaller(hidden_size, num_heads, num_kv_heads, ffn_size, num_layers, mixed, mtp_depth, drop, kinds_of(changes or ()), inner)
     effort = Effort(workers, max_slab_mb << 20, tokens, not trust_source, data)
     with progress_bar() as progress:
         found = shrink(source, target, sizes, ranking, seed, effort, progress)

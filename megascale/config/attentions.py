@@ -22,7 +22,8 @@ class AttentionGrowth:
              the others of expand/tensors.py
     writers  the weights that write into the stream
     maps     (model, larger model, options, map of what reads the stream) → `expand.attention.AttentionMaps`, or its "module:name"
-    cut      (model, smaller model, query heads that stay, KV heads that stay) → the same for fewer heads
+    cut      (model, smaller model, query heads that stay, KV heads that stay) → the same for fewer heads; a kind with a section of its own
+             also gets `inside`, what stays by size of that section
     """
 
     axes: Mapping[str, tuple[str, ...]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megascale.config.schema import Delta, Model
 from megascale.errors import UsageError
 from megascale.expand.attention import AttentionMaps
-from megascale.expand.axes import FRESH, ZERO, AxisMap, axis, repeated, same, shared
+from megascale.expand.axes import FRESH, ZERO, AxisMap, axis, repeated, shared
 from megascale.expand.heads import Heads, cancelling_heads, channel_rows, grow_heads, magnitude
 from megascale.expand.options import GrowthOptions
 
@@ -48,12 +50,18 @@ def _axes(heads: Heads, keys: AxisMap, values: AxisMap, out: AxisMap, taps: Axis
     }
 
 
-def cut(source: Model, target: Model, query: list[int], key_value: list[int]) -> AttentionMaps:
-    """A smaller model keeps all of it: num_heads and num_kv_heads are not its heads."""
-    sizes = _delta_of(source)
-    keys, values, heads = same(sizes.key_dim), same(sizes.value_dim), same(sizes.value_heads)
-    whole = Heads(heads, same(sizes.key_heads), heads)
-    return AttentionMaps({**_axes(whole, keys, values, values, same(sizes.conv_size)), "head_gain": values}, eps={"delta_norm": 1.0})
+def cut(source: Model, target: Model, query: list[int], key_value: list[int], inside: Mapping[str, list[int]]) -> AttentionMaps:
+    """Heads, channels and taps that stay, as `inside` says: num_heads and num_kv_heads are not its heads. What a head reads falls with
+    √key_dim, and the norm over its values divides by their mean square, as if those that go had been zero.
+    """
+    was = _delta_of(source)
+    keys, values = axis(inside["key_dim"], was.key_dim), axis(inside["value_dim"], was.value_dim)
+    heads, taps = axis(inside["value_heads"], was.value_heads), axis(inside["conv_size"], was.conv_size)
+    kept = Heads(heads, axis(inside["key_heads"], was.key_heads), heads)
+    share = values.old / values.size
+    maps = AttentionMaps({**_axes(kept, keys, values, values, taps), "head_gain": values.scaled(share**0.5)})
+    maps.eps["delta_norm"] = share * keys.old / keys.size
+    return maps
 
 
 def _delta_of(model: Model) -> Delta:

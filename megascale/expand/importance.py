@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.config.stages import StagePart, layered_parts
 from megascale.expand.apply import Read
+from megascale.expand.inner import inner_products, inner_scores
 from megascale.expand.verify import LATE, fill, predicted_ahead
 from megascale.model.block import Block
 from megascale.model.families import build_part
@@ -26,13 +28,15 @@ from megascale.model.shape import Shape
 
 @dataclass(frozen=True)
 class Importance:
-    """Importance of each channel of the stream [d] and of each layer's neurons [f] (empty if it has experts) and heads [h], those of
-    modules of multi-token prediction last, and the loss without each run of layers, None if not requested.
+    """Importance of each channel of the stream [d] and of each layer's neurons [f] (empty if it has experts), heads [h] and what its
+    attention has inside, by size (expand/inner.py), those of modules of multi-token prediction last; and the loss without each run of
+    layers, None if not requested.
     """
 
     stream: Tensor
     neurons: list[Tensor]
     heads: list[Tensor]
+    inner: list[dict[str, Tensor]]
     loss: float
     without: list[float] | None
 
@@ -46,20 +50,21 @@ def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, runs: tuple[
     first, *inner, last = layered_parts(model.num_layers)
     stream = _load(model, seq_len, read, first)(tokens)
     channels, before = torch.zeros(stream.shape[-1]), []
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     for i, part in enumerate(inner):
         channels += _shares(stream)
         before.append(stream)
         module = _load(model, seq_len, read, part)
-        watched = Watched(module.blocks[str(i)])
+        watched = Watched(module.blocks[str(i)], model.at_layer(i))
         stream = module(tokens, stream=stream)
-        found.append(watched.importance(model.at_layer(i)))
+        found.append(watched.importance())
     channels += _shares(stream)
     end = _load(model, seq_len, read, last)
-    modules = [Watched(ahead.block) for ahead in end.mtp.values()] if model.mtp_depth else []
+    kind = model.at_layer(model.num_layers - 1)
+    modules = [Watched(ahead.block, kind) for ahead in end.mtp.values()] if model.mtp_depth else []
     if modules:
         predicted_ahead(end, tokens, stream)
-    found += [watched.importance(model.at_layer(model.num_layers - 1)) for watched in modules]
+    found += [watched.importance() for watched in modules]
     whole = _loss(end(tokens, stream=stream), tokens)
     without = None
     if runs is not None:
@@ -69,27 +74,32 @@ def measure(model: Model, seq_len: int, read: Read, tokens: Tensor, runs: tuple[
             for part in inner[begin + runs[1] :]:
                 x = _load(model, seq_len, read, part)(tokens, stream=x)
             without[begin] = _loss(end(tokens, stream=x), tokens)
-    return Importance(channels, [neurons for neurons, _ in found], [heads for _, heads in found], whole, without)
+    return Importance(channels, [n for n, _, _ in found], [h for _, h, _ in found], [i for _, _, i in found], whole, without)
 
 
 class Watched:
-    """A block whose products into the stream record the sizes of their inputs."""
+    """A block whose products record the sizes of their inputs: those into the stream, and those of latents. `own`: its config."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, own: Model) -> None:
         assert isinstance(block, Block) and isinstance(block.attention.o, Linear)
+        self.own, self.attention = own, block.attention
         self.out, self.seen = block.attention.o, dict[str, Tensor]()
+        for name in inner_products(own):
+            getattr(block.attention, name).register_forward_pre_hook(partial(_record, self.seen, name))
         self.down = block.ffn.down if isinstance(block.ffn, FeedForward) and isinstance(block.ffn.down, Linear) else None
         _watch(self.out, "heads", self.seen)
         if self.down is not None:
             _watch(self.down, "neurons", self.seen)
 
-    def importance(self, own: Model) -> tuple[Tensor, Tensor]:
-        """Of the neurons [f], empty under experts, and of the heads [h]."""
-        if own.attention_row.scans:  # num_heads are not its heads, which all stay
+    def importance(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Of the neurons [f], empty under experts, of the heads [h], and inside of the attention."""
+        out = self.seen["heads"] * self.out.weight.norm(dim=0)
+        if self.own.attention_row.scans:  # num_heads are not its heads
             heads = torch.empty(0)
         else:
-            heads = (self.seen["heads"] * self.out.weight.norm(dim=0)).unflatten(0, (own.num_heads, -1)).sum(1)
-        return self.seen["neurons"] * self.down.weight.norm(dim=0) if self.down is not None else torch.empty(0), heads
+            heads = out.unflatten(0, (self.own.num_heads, -1)).sum(1)
+        neurons = self.seen["neurons"] * self.down.weight.norm(dim=0) if self.down is not None else torch.empty(0)
+        return neurons, heads, inner_scores(self.own, self.attention, self.seen, out)
 
 
 def _load(model: Model, seq_len: int, read: Read, part: StagePart) -> Any:
@@ -106,10 +116,14 @@ def _watch(product: nn.Module, name: str, seen: dict[str, Tensor]) -> None:
     inner: Callable[[Tensor], Tensor] = product.product  # type: ignore[assignment]
 
     def watched(x: Tensor) -> Tensor:
-        seen[name] = x.abs().flatten(0, -2).mean(0)
+        _record(seen, name, product, (x,))
         return inner(x)
 
     product.product = watched  # type: ignore[assignment]
+
+
+def _record(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen[name] = inputs[0].abs().flatten(0, -2).mean(0)
 
 
 def _shares(stream: Tensor) -> Tensor:

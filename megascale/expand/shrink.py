@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megascale.expand.axes import AxisMap, axis, beside, same
 from megascale.expand.block import BlockMaps, routing_space
 from megascale.expand.depth import Layer
 from megascale.expand.importance import Importance, measure, ranked
+from megascale.expand.inner import inner_sizes
 from megascale.expand.kinds import with_kinds
 from megascale.expand.maps import Maps
 from megascale.expand.normed import kept_gain
@@ -41,8 +43,8 @@ RANKINGS = ("importance", "random", "reversed")
 
 @dataclass(frozen=True)
 class Kept:
-    """Source indices to keep: channels of the stream, layers, and per source layer its neurons, query heads and KV heads; those of modules
-    of multi-token prediction follow.
+    """Source indices to keep: channels of the stream, layers, and per source layer its neurons, query heads, KV heads, and what its
+    attention has inside by size; those of modules of multi-token prediction follow.
     """
 
     stream: list[int]
@@ -50,6 +52,7 @@ class Kept:
     neurons: list[list[int]]
     query: list[list[int]]
     key_value: list[list[int]]
+    inner: list[dict[str, list[int]]]
 
 
 def choose(source: Model, target: Model, importance: Importance | None, ranking: str, seed: int, drop: tuple[int, ...] = ()) -> Kept:
@@ -65,7 +68,7 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
     if target.hidden_size < source.hidden_size:
         assert importance is not None
         stream = ranked(importance.stream, target.hidden_size, ranking, seed)
-    kept = Kept(stream, layers, [], [], [])
+    kept = Kept(stream, layers, [], [], [], [])
     for i in range(number + target.mtp_depth):
         kind = source.kind_at(i) if source.kinds else ""
         own, new = source.variants[kind], _of_kind(source, target, kind)
@@ -76,6 +79,7 @@ def choose(source: Model, target: Model, importance: Importance | None, ranking:
         query, key_value = _heads(own, new, None if importance is None else importance.heads[i], ranking, seed + i)
         kept.query.append(query)
         kept.key_value.append(key_value)
+        kept.inner.append(_inner(own, new, None if importance is None else importance.inner[i], ranking, seed + i))
     return kept
 
 
@@ -94,6 +98,25 @@ def _heads(source: Model, target: Model, scores: torch.Tensor | None, ranking: s
     of_groups = scores.unflatten(0, (-1, group))
     kv = ranked(of_groups.sum(1), target.num_kv_heads, ranking, seed)
     return [g * group + q for g in kv for q in ranked(of_groups[g], keep, ranking, seed)], kv
+
+
+def _inner(source: Model, target: Model, scores: Mapping[str, torch.Tensor] | None, ranking: str, seed: int) -> dict[str, list[int]]:
+    """What stays of an attention's latents, channels and own heads, by size."""
+    was, now = inner_sizes(source), inner_sizes(target)
+    found = {key: list(range(size)) for key, size in was.items()}
+    if scores is None or was == now:
+        return found
+    for key in ("kv_rank", "query_rank", "value_dim", "key_dim"):
+        if key in was and now[key] < was[key]:
+            found[key] = ranked(scores[key], now[key], ranking, seed)
+    if "conv_size" in was:
+        found["conv_size"] = found["conv_size"][was["conv_size"] - now["conv_size"] :]  # the nearest tokens
+    if "key_heads" in was:
+        of_groups = scores["value_heads"].unflatten(0, (was["key_heads"], -1))
+        group, keep = of_groups.shape[1], now["value_heads"] // now["key_heads"]
+        found["key_heads"] = ranked(of_groups.sum(1), now["key_heads"], ranking, seed)
+        found["value_heads"] = [g * group + h for g in found["key_heads"] for h in ranked(of_groups[g], keep, ranking, seed)]
+    return found
 
 
 def plan_shrink(source: Model, seq_len: int, target: Model, kept: Kept) -> Growth:
@@ -132,7 +155,8 @@ def _layer(block: BlockMaps, kept: Kept, layer: int) -> dict[str, AxisMap]:
     own, growth = block.source, growth_of(block.source)
     neurons = axis(kept.neurons[layer], own.ffn_size)
     cut = resolve(attention_growth(own).cut, f"growth of the attention {own.attention}")
-    attention: AttentionMaps = cut(own, block.target, kept.query[layer], kept.key_value[layer])
+    inside = {"inside": kept.inner[layer]} if kept.inner[layer] else {}
+    attention: AttentionMaps = cut(own, block.target, kept.query[layer], kept.key_value[layer], **inside)
     block.eps_factor |= attention.eps
     return {**attention.axes, "ffn": neurons, "ffn_out": neurons, "ffn_gain": kept_gain(growth, neurons), "ffn_shift": neurons}
 
@@ -196,7 +220,7 @@ def shrink(
         "target": str(index.folder),
         "verdict": stored["verdict"],
         **describe(plan, opened, config, index),
-        "kept": {"stream": kept.stream, "layers": kept.layers, "neurons": kept.neurons, "query": kept.query, "key_value": kept.key_value},
+        "kept": asdict(kept),
         "without_block": None if importance is None else importance.without,
         "proof": {"tokens": told, "transform": transform, **stored},
         "seconds": round(time.perf_counter() - begun, 2),

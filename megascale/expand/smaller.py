@@ -9,6 +9,7 @@ from typing import Any
 
 from megascale.config.schema import Model
 from megascale.errors import UsageError
+from megascale.expand.inner import INNER_SIZES, inner_sizes, smaller_section
 from megascale.expand.kinds import check_kinds, pattern_of, sizes_of_kind, with_kinds
 from megascale.expand.options import Sizes
 from megascale.expand.plan import refuse_unknown_parts
@@ -23,7 +24,9 @@ class Smaller:
 
     ffn_sizes  per target layer, prefixes of a MatFormer (Mix'n'Match)
     drop       numbers of layers that go; with num_layers those go that matter least, in whole patterns
-    kinds      sizes that one kind of layer alone gets: heads and the feed-forward's width
+    kinds      sizes that one kind of layer alone gets
+    inner      sizes of the section of a kind of attention, by name: kv_rank, query_rank, value_dim, key_heads, value_heads, key_dim,
+               conv_size
     """
 
     hidden_size: int | None = None
@@ -35,6 +38,7 @@ class Smaller:
     mtp_depth: int | None = None
     drop: tuple[int, ...] = ()
     kinds: Mapping[str, Sizes] = field(default_factory=dict)
+    inner: Mapping[str, int] = field(default_factory=dict)
 
 
 def smaller_model(source: Model, sizes: Smaller) -> Model:
@@ -50,7 +54,12 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     changes = {key: value for key, value in whole.items() if _falls(source, key, value)}
     if sizes.drop:
         changes |= _without(source, sizes)
-    asked = Sizes(**{key: getattr(sizes, key) for key in KEYS}, kinds=sizes.kinds)
+    asked = Sizes(**{key: getattr(sizes, key) for key in KEYS}, **given_sizes(sizes.inner), kinds=sizes.kinds)
+    lacking = [key for key in sizes.inner if not any(key in inner_sizes(own) for own in source.variants.values())]
+    if lacking:
+        raise UsageError(
+            f"--{lacking[0].replace('_', '-')} is {sizes.inner[lacking[0]]}, but no attention of this model has it: leave it out"
+        )
     variants = {
         kind: _smaller_block(own, sizes_of_kind(source, kind, asked)[0] if kind else asked, changes)
         for kind, own in source.variants.items()
@@ -59,10 +68,19 @@ def smaller_model(source: Model, sizes: Smaller) -> Model:
     base = source.model_copy(update=changes)
     if source.kinds:
         of_model = {key: min(getattr(asked, key) or getattr(source, key), getattr(source, key)) for key in KEYS}
-        base = base.model_copy(update=of_model)
+        whole_inner = Sizes(**given_sizes({key: size for key, size in sizes.inner.items() if key in inner_sizes(source)}))
+        base = base.model_copy(update=of_model | smaller_section(source, whole_inner))
         variants = {kind: own.model_copy(update={"hidden_size": base.hidden_size}) for kind, own in variants.items()}
     target = with_kinds(base, source, variants)
     return target.model_copy(update=_prefixes(source, target, sizes))
+
+
+def given_sizes(inner: Mapping[str, int]) -> dict[str, Any]:
+    """Sizes of attention by name, as fields of `Sizes`. Raises UsageError for other names."""
+    unknown = [key for key in inner if key not in INNER_SIZES]
+    if unknown:
+        raise UsageError(f"{unknown[0]} is no size inside an attention: choose from {', '.join(INNER_SIZES)}")
+    return dict(inner)
 
 
 def _falls(source: Model, key: str, new: int | None) -> bool:
@@ -94,6 +112,7 @@ def _smaller_block(source: Model, asked: Sizes, whole: Mapping[str, Any]) -> Mod
         changes["num_kv_heads"] = changes["num_heads"]
     if source.moe is not None and ("ffn_size" in changes or (source.moe.every > 1 and "num_layers" in whole)):
         raise UsageError("model.moe is set: widths of experts and every n-th layer stay as they are; shrink hidden_size or heads")
+    changes |= smaller_section(source, asked)
     heads, kv = changes.get("num_heads", source.num_heads), changes.get("num_kv_heads", source.num_kv_heads)
     if heads % kv or heads // kv > source.num_heads // source.num_kv_heads:
         raise UsageError(

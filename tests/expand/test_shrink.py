@@ -16,6 +16,7 @@ from megascale.config.schema import Model
 from megascale.errors import UsageError
 from megascale.expand.grow import grow
 from megascale.expand.importance import measure, ranked
+from megascale.expand.inner import inner_sizes
 from megascale.expand.options import GrowthOptions, Sizes, kinds_of
 from megascale.expand.plan import plan_growth
 from megascale.expand.shrink import choose, plan_shrink, shrink
@@ -86,6 +87,98 @@ def test_todays_models_shrink(name: str) -> None:
     )
     for a, b in zip((first.logits, *first.ahead), (again.logits, *again.ahead), strict=True):
         assert (a - b).abs().max() < 1e-12 * max(1.0, a.std().item())
+
+
+QWEN = MODELS["qwen3-next"]
+INNER: dict[str, tuple[dict[str, Any], Sizes]] = {
+    "latents": (LATENT, Sizes(kv_rank=12, query_rank=15)),
+    "latents, values": (LATENT, Sizes(kv_rank=11, value_dim=8, num_heads=6)),
+    "no query rank": ({**LATENT, "latent": {"kv_rank": 8, "rope_dim": 4}, "rope_interleaved": False, "norm_eps": 0.1}, Sizes(kv_rank=20)),
+    "DyT": ({**LATENT, "norm": "dyt"}, Sizes(kv_rank=12, query_rank=15)),
+    "modules": (MODELS["deepseek"], Sizes(kv_rank=12, value_dim=6)),
+    "delta": (QWEN, Sizes(key_dim=10, value_dim=9)),
+    "delta heads": (QWEN, Sizes(key_heads=4, value_heads=8, conv_size=6)),
+    "delta, all": (QWEN, Sizes(36, key_heads=4, value_heads=8, key_dim=12, value_dim=7, conv_size=5)),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_what_grew_inside_an_attention_comes_off_again(name: str) -> None:
+    """Catches a latent whose norm divides by channels that are gone, taps of other tokens, value heads of other key heads, and an epsilon
+    or a gain that is not undone.
+    """
+    changes, sizes = INNER[name]
+    model = toy(**changes)
+    state = random_state(model)
+    growth = plan_growth(model, SEQ, sizes, GrowthOptions(width="zero", heads="zero"))
+    read = grown_reader(growth, state)
+    grown_state = {t.name: read(t.name, (0,) * len(t.spec.shape), t.spec.shape) for t in growth.tensors}
+    inner = next(sized for own in model.variants.values() if (sized := inner_sizes(own)))
+    wanted = {key: size for key, size in inner.items() if getattr(sizes, key) is not None}
+    whole = Smaller(model.hidden_size, model.num_heads if sizes.num_heads else None, inner=wanted)
+    target = smaller_model(growth.target, whole)
+    back = plan_shrink(growth.target, SEQ, target, choose(growth.target, target, measure(growth.target, SEQ, read, TOKENS, None),
+                                                          "importance", 0))  # fmt: skip
+    assert [inner_sizes(own) for own in back.target.variants.values()] == [inner_sizes(own) for own in model.variants.values()]
+    first, again = (
+        run_model(m, SEQ, r, torch.float64, TOKENS) for m, r in ((model, reader(state)), (back.target, grown_reader(back, grown_state)))
+    )
+    for a, b in zip((first.logits, *first.ahead), (again.logits, *again.ahead), strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1.0, a.std().item())
+
+
+def silenced(state: dict[str, torch.Tensor], name: str, rows: list[int], columns: bool = False) -> None:
+    """Zeros in rows, or columns, of the weights of this name in all layers, and in their biases."""
+    for key, tensor in state.items():
+        if key.endswith((f"attention.{name}.weight", f"attention.{name}.bias")):
+            if not columns:
+                tensor[rows] = 0
+            elif tensor.ndim == 2:
+                tensor[:, rows] = 0
+
+
+SILENT: dict[str, tuple[dict[str, Any], list[tuple[str, list[int], bool]], dict[str, int], dict[str, list[int]]]] = {
+    "kv_rank": (LATENT, [("kv_down", [0, 3], False)], {"kv_rank": 6}, {"kv_rank": [1, 2, 4, 5, 6, 7]}),
+    "query_rank": (LATENT, [("q_down", [2], False)], {"query_rank": 9}, {"query_rank": [0, 1, *range(3, 10)]}),
+    "values": (LATENT, [("o", [1, 6, 11, 16], True)], {"value_dim": 4}, {"value_dim": [0, 2, 3, 4]}),
+    "key_dim": (QWEN, [(n, [1, 5], False) for n in ("q", "k")], {"key_dim": 3}, {"key_dim": [0, 2, 3]}),
+    "value heads": (QWEN, [("o", [*range(6), *range(18, 24)], True)], {"value_heads": 2}, {"value_heads": [1, 2], "key_heads": [0, 1]}),
+    "key heads": (QWEN, [("o", list(range(12)), True)], {"key_heads": 1, "value_heads": 2}, {"value_heads": [2, 3], "key_heads": [1]}),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_says_nothing_goes_first(name: str) -> None:
+    """Catches importance that looks at the wrong heads or channels: silent ones go, wherever they are, and the function stays."""
+    changes, silent, sizes, stay = SILENT[name]
+    model = toy(**changes)
+    state = {key: tensor.clone() for key, tensor in random_state(model).items()}
+    for weight, rows, columns in silent:
+        silenced(state, weight, rows, columns)
+    target = smaller_model(model, Smaller(inner=sizes))
+    kept = choose(model, target, measure(model, SEQ, reader(state), TOKENS, None), "importance", 0)
+    inside = next(found for found in kept.inner if found)
+    assert {key: inside[key] for key in stay} == stay
+    plan = plan_shrink(model, SEQ, target, kept)
+    first = run_model(model, SEQ, reader(state), torch.float64, TOKENS).logits
+    again = run_model(plan.target, SEQ, grown_reader(plan, state), torch.float64, TOKENS).logits
+    assert (first - again).abs().max() < 1e-12 * max(1.0, first.std().item())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        (LATENT, {"kv_rank": 9}, "--kv-rank is 9 but the source has 8: shrinking does not grow"),
+        (LATENT, {"rope_dim": 2}, "channels that hold positions stay as they are"),
+        (LATENT, {"key_dim": 2}, "no attention of this model has it"),
+        ({}, {"kv_rank": 2}, "--kv-rank is 2, but no attention of this model has it"),
+        (QWEN, {"value_heads": 3}, "value heads over"),
+    ],
+)
+def test_inner_sizes_that_are_refused(changes: dict[str, Any], sizes: dict[str, int], words: str) -> None:
+    """Catches a size that is left out without a word."""
+    with pytest.raises(UsageError, match=words):
+        smaller_model(toy(**changes), Smaller(inner=sizes))
 
 
 PATTERN = {
