@@ -24,6 +24,7 @@ COMMANDS = {
     "branch": "Begin a run at a checkpoint of another one, such as a decay.",
     "grow": "Grow a checkpoint into a larger model.",
     "shrink": "Cut a smaller model out of a trained one.",
+    "merge": "Merge checkpoints of one model into their mean.",
     "convert": "Convert from and to Hugging Face and Megatron.",
     "probe": "Measure signal and gradients by depth at the first step.",
     "balance": "Measure layers and balance pipeline stages.",

@@ -5,19 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from megascale.checkpoint.folders import LATEST, step_name
 from megascale.checkpoint.index import Index, read_index
 from megascale.checkpoint.loader import verify
-from megascale.checkpoint.streaming import Progress, write_streamed
+from megascale.checkpoint.streaming import Progress, Target, write_streamed
 from megascale.checkpoint.trainer import read_trainer
 from megascale.config.identity import identity
 from megascale.config.load import to_yaml
 from megascale.config.saved import CONFIG, stamped
 from megascale.config.schema import Config
 from megascale.errors import TrainingError, UsageError
-from megascale.expand.produce import GrownTensors
 from megascale.expand.source import GrowthSource
 from megascale.files import write_durably
 from megascale.sizes import byte_words
@@ -39,7 +40,21 @@ class Effort:
     data: str | None = None
 
 
-def check_target(target: Path, opened: GrowthSource, made: GrownTensors) -> Path | None:
+class Made(Protocol):
+    """Tensors of a checkpoint to write, produced rectangle by rectangle. `stamp` identifies what they are made from."""
+
+    def __call__(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor: ...
+
+    def targets(self) -> list[Target]: ...
+
+    @property
+    def stamp(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+def check_target(target: Path, opened: GrowthSource, made: Made) -> Path | None:
     """The checkpoint that this same growth wrote before it was killed; None if it must still be written.
 
     Raises UsageError if the target holds something else, is inside the source, or has no room. A killed growth's folder is accepted.
@@ -78,7 +93,7 @@ def step_of(opened: GrowthSource) -> int:
 
 
 def write(
-    opened: GrowthSource, target: Path, made: GrownTensors, config: Config, how: dict[str, Any], effort: Effort, progress: Progress | None
+    opened: GrowthSource, target: Path, made: Made, config: Config, how: dict[str, Any], effort: Effort, progress: Progress | None
 ) -> Index:
     """Streams the checkpoint into `target` and returns its index, whose chunks fill every tensor once. `how` goes into its trainer.json.
 
