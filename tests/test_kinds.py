@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from megascale.config.load import build_config
-from megascale.config.schema import Parallel
+from megascale.config.schema import Optim, Parallel
 from megascale.config.stages import has_experts, stage_parts
 from megascale.config.support import check
 from megascale.errors import UsageError
@@ -183,13 +183,14 @@ PRODUCTS = [Parallel(tp=2, pp=2), Parallel(cp=2, tp=2), Parallel(ep=2, pp=2), Pa
 
 @pytest.mark.slow
 @pytest.mark.dist
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(st.lists(st.one_of(KEYS, LATENT, DELTA), min_size=1, max_size=3), st.sampled_from(PRODUCTS), st.booleans(), st.integers(0, 2))
 def test_random_patterns(kinds: list[dict[str, Any]], parallel: Parallel, packed: bool, ahead: int) -> None:
     """Catches what the fixed pattern does not contain."""
     names = [f"kind{i}" for i in range(len(kinds))]
     model = tiny(num_layers=2 * len(kinds), kinds=dict(zip(names, kinds)), pattern=names, mtp_depth=ahead)
-    case = Case(model, parallel, packed=packed, steps=2)
+    # AdamW's first step is nearly a sign: with the usual epsilon it makes of rounding in a gradient of 1e-12 a step of its whole size.
+    case = Case(model, parallel, optim=Optim(lr=1e-3, eps=1e-3), packed=packed, steps=2)
     config = case.config
     try:
         check(config.model_copy(update={"train": config.train.model_copy(update={"source_len": None})}), 4)

@@ -59,6 +59,8 @@ def branched(config: Config, step: int, out: Path, overrides: list[str]) -> tupl
     """The config of a branch, the changes of its new phase, and how many phases of the trunk it leaves out. Raises UsageError."""
     given = apply_overrides({}, overrides)
     phases = given.pop("phases", [])
+    if not isinstance(phases, list):
+        raise UsageError(f"phases is {phases!r}: write a list, such as phases='[{{from: {step + 100} steps, set: {{optim.lr: 1e-4}}}}]'")
     flat = {f"{section}.{key}": value for section, keys in given.items() if isinstance(keys, dict) for key, value in keys.items()}
     own = {k: v for k, v in flat.items() if k.split(".")[0] in SECTIONS and k not in FIXED and not _of_whole(k)}
     rest = [item for item in overrides if item.partition("=")[0].removeprefix("--").strip() not in {*_written(own, overrides), "phases"}]

@@ -22,14 +22,14 @@ app = new_app(__doc__ or "")
 def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="directory of the run to branch from")],
     overrides: Overrides = None,
-    at: Annotated[int, typer.Option("--at", metavar="STEP", min=1, help="step of one of its checkpoints")] = 0,
+    at: Annotated[int | None, typer.Option("--at", metavar="STEP", min=1, help="step of one of its checkpoints")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="directory of the new run, which does not exist yet")] = None,
 ) -> None:
     """Makes the new run's directory; `megascale train FOLDER/config.yaml` trains it."""
     from megascale.checkpoint.trunk import branch
     from megascale.errors import UsageError
 
-    if not at or out is None:
+    if at is None or out is None:
         raise UsageError("branch needs --at STEP and --out FOLDER: the step of a checkpoint, and the directory of the new run")
     made = branch(run, at, out, overrides or [])
     changes = ", ".join(f"{key} {value}" for key, value in made["changes"].items()) or "nothing that changes the curve"

@@ -82,6 +82,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         (4, "full", [], "is not empty, and nothing is overwritten"),
         (4, "b", ["train.steps=4"], "the branch begins after step 4"),
         (4, "b", ["optim.lrr=1"], "did you mean optim.lr"),
+        (4, "b", ["phases=3"], "phases is 3: write a list"),
         (4, "b", ["model.hidden_size=48"], ""),
     ],
 )

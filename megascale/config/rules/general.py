@@ -158,6 +158,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "use order megascale",
     ),
     Rule(
+        "chunk",
+        ("data.chunk", "train.seq_len"),
+        lambda c, n: c.data.chunk is not None and c.data.chunk < c.train.seq_len,
+        "samples are cut from pieces of data.chunk tokens",
+        "choose a chunk of at least seq_len, or leave it out",
+    ),
+    Rule(
         "eval_without_data",
         ("train.eval_every", "data.valid_fraction"),
         lambda c, n: c.train.eval_every > 0 and c.data.valid is None and c.data.valid_fraction == 0,
