@@ -29,6 +29,9 @@ MODELS: dict[str, Model] = {
     "rope": tiny(mtp_depth=3, num_kv_heads=1),
     "learned": tiny(mtp_depth=1, position="learned", tie_embeddings=True, residual="post", embedding_norm=True),
     "alibi": tiny(mtp_depth=2, position="alibi", sliding_window=4),
+    "scores": tiny(
+        mtp_depth=2, attention_scale=9.0, attention_softcap=0.5, attention_sink="learned", attention_gate="head", logit_softcap=3.0
+    ),
     "kinds": tiny(
         num_layers=3,
         mtp_depth=2,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,7 +120,8 @@ class Drafter:
     def _pass(self, k: int, ahead: Ahead, tokens: Tensor, at: Tensor, x: Tensor) -> Tensor:
         self.places[k - 1].add(at)
         layer, stage = self.stage.cfg.num_layers + k - 1, self.stage
-        (context,) = stage.contexts(range(layer, layer + 1), tokens, lambda _: None, at.clamp(min=0), None, None)
+        mask_of = partial(stage.attention_mask, documents=None, seq_len=tokens.shape[1], device=tokens.device)  # the cap is part of it
+        (context,) = stage.contexts(range(layer, layer + 1), tokens, mask_of, at.clamp(min=0), None, None)
         return ahead(x, stage.embedded(tokens, stage.embedding), context)  # type: ignore[no-any-return]
 
     def _token(self, x: Tensor) -> Tensor:
