@@ -62,15 +62,16 @@ LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
     "ep x edp over cp": (4, Parallel(cp=2, ep=2), "entropy"),
     "whole experts over tp and cp": (4, Parallel(tp=2, tp_sequence=True, etp=1, cp=2, ep=4), "qwen"),
     "layered, ep x edp": (4, Parallel(ep=2, accumulation="layered", recompute="full"), "deepseek"),
-    "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered"), "gpt-oss"),
+    "layered, ep x replicas": (4, Parallel(ep=2, dp_replicate=2, accumulation="layered", recompute="selective"), "gpt-oss"),
+    "whole experts, sharded only, x pp": (4, Parallel(pp=2, tp=2, tp_sequence=True, etp=1, recompute="selective"), "bias"),
     "whole experts, sharded only": (2, Parallel(tp=2, tp_sequence=True, etp=1), "xmoe"),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_equals_one_process(layout: str) -> None:
-    """Catches gradients of experts that are summed over the wrong ranks, auxiliary losses counted by every tensor rank, and biases moved by
-    the load of a part of the batch.
+    """Catches gradients of experts that are summed over the wrong ranks, auxiliary losses counted by every tensor rank, biases moved by the
+    load of a part of the batch, and gathers of experts inside a block that selective recomputation counts and does not find again.
     """
     ranks, parallel, model = LAYOUTS[layout]
     assert_equal(Case(MODELS[model], parallel, packed=True), ranks)

@@ -110,7 +110,9 @@ def parallelize(
             # A pipeline passes a stage once per micro-batch: it is gathered once per step, or every pass would gather it again.
             reshard = False if pipeline else reshard_ranks(cfg, mesh.size)
             micro_batch = shard_model(stage, mesh, reshard, stage.shape.compute, layered, on_host, placements, cfg.dp_comm)
-            around = cfg.compile or cfg.ep_rows is not None  # in rounds, experts run several times
+            # In rounds, experts run several times. Selective recomputation counts operations, also those of hooks inside a block, which
+            # differ between a step's passes where weights stay gathered through all of them.
+            around = cfg.compile or cfg.ep_rows is not None or (cfg.recompute == "selective" and (pipeline or layered))
             if around:
                 gather_around_blocks(stage)
             if mesh["ep"].size > 1 and (cfg.recompute != "selective" or around) and not layered:
