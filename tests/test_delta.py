@@ -300,7 +300,7 @@ def test_only_matrices_multiply_in_fp8() -> None:
     ("changes", "words"),
     [
         ({"family": "encoder", "kinds": {}, "pattern": (), **DELTA}, "an encoder attends in both directions"),
-        ({"kinds": {"linear": {**DELTA, "sliding_window": 8}, "full": {}}}, "would ignore these keys"),
+        ({"kinds": {"linear": {**DELTA, "sliding_window": 8}, "full": {}}}, r"'sliding_window': 8}, 'full': {}}, .*ignore these keys"),
         ({"kinds": {"linear": {**DELTA, "delta": {**SIZES, "key_heads": 3}}, "full": {}}}, "in layers of kind linear"),
         ({"kinds": {"linear": {"attention": "gated_delta"}, "full": {}}}, "gated_delta needs its sizes"),
         ({"delta": SIZES}, "in layers of kind full"),

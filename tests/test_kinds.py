@@ -126,6 +126,8 @@ def test_configs_without_kinds_resolve_as_before() -> None:
         ({"pattern": ["far", "sparse", "local"]}, "whole patterns must fill the rest"),
         ({"pattern": ["far", "local"]}, "no layer is of that kind"),
         ({"kinds": {**KINDS, "far": {"num_head": 2}}}, "did you mean model.kinds.far.num_heads"),
+        ({"kinds": {**KINDS, "far": {"rope_scaling": {"typ": "yarn"}}}}, "did you mean model.kinds.far.rope_scaling.type"),
+        ({"kinds": {**KINDS, "far": {"delta": {"zzz": 2}}}}, "model.kinds.far.delta has key_heads, value_heads"),
         ({"kinds": {**KINDS, "far": {"num_heads": 5, "num_kv_heads": 2}}}, "kind far"),
         ({"kinds": {**KINDS, "far": {"position": "learned"}}}, "a table of positions belongs to the whole model"),
         ({"kinds": {**KINDS, "far": {"residual": "deepscale"}}}, "share one stream"),

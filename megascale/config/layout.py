@@ -24,8 +24,8 @@ def axis_sizes(parallel: Parallel, ranks: int) -> dict[str, int]:
         fixed = _product(sizes)
         if ranks % fixed:
             raise UsageError(
-                f"{_words(sizes)} need a multiple of {fixed} ranks, but there are {ranks}: start {_nearest(ranks, fixed)} ranks, or "
-                "change an axis of `parallel`"
+                f"{_words(sizes)} need a multiple of {fixed} ranks, but there are {ranks}: start {_nearest(ranks, fixed)} ranks "
+                f"(in a dry run: --ranks {_nearest(ranks, fixed)}), or change an axis of `parallel`"
             )
         sizes[free] = ranks // fixed
     if _product(sizes) != ranks:

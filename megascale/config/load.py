@@ -19,7 +19,8 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from megascale.config.bounds import NUMBER, TOO_DEEP, check_document, check_values, read_small_file
 from megascale.config.paths import check_paths
 from megascale.config.saved import hint_of_newer, plugins_of_run
-from megascale.config.schema import Config, DataSource, Kind, MoeOfKind
+from megascale.config.schema import Config, DataSource, Kind
+from megascale.config.schema.section import types_in
 from megascale.errors import UsageError
 from megascale.plugins import gone, nearest
 
@@ -339,8 +340,10 @@ def _sentence(error: Any) -> str:
         hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"a source has {', '.join(DataSource.model_fields)}"
         return f"unknown key {key} (= {_short(value)}); {hint}"
     if kind == "extra_forbidden" and parts[:2] == ["model", "kinds"]:
-        near = difflib.get_close_matches(parts[-1], (MoeOfKind if parts[3:4] == ["moe"] else Kind).model_fields, 1, 0.6)
-        hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"layers may differ in {', '.join(Kind.model_fields)}"
+        fields, where = _fields_of_kind(parts[3:-1]), key.rpartition(".")[0]
+        near = difflib.get_close_matches(parts[-1], fields, 1, 0.6)
+        own = f"{where} has" if parts[3:-1] else "layers may differ in"
+        hint = f"did you mean {where}.{near[0]}?" if near else f"{own} {', '.join(fields)}"
         return f"unknown key {key} (= {_short(value)}); {hint}"
     if kind == "extra_forbidden":
         return f"unknown key {key} (= {_short(value)}){_suggest(key)}"
@@ -356,6 +359,14 @@ def _sentence(error: Any) -> str:
     if kind == "model_type":
         return f"{key} is {_short(value)}: it should be a section with keys of its own"
     return f"{key} is {_short(value)}: {text}"
+
+
+def _fields_of_kind(path: list[str]) -> Any:
+    """The keys of a kind of layers, or of a section inside it."""
+    section: Any = Kind
+    for part in path:
+        section = next(t for t in types_in(section.model_fields[part].annotation) if hasattr(t, "model_fields"))
+    return section.model_fields
 
 
 def _choice(error: Any) -> str:

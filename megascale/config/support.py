@@ -20,6 +20,7 @@ from megascale.config.rules.precision import PRECISION_RULES
 from megascale.config.rules.rule import Rule
 from megascale.config.rules.sizes import SIZE_RULES
 from megascale.config.schema import Config
+from megascale.config.schema.section import Section
 from megascale.errors import UsageError
 
 RULES: tuple[Rule, ...] = (
@@ -98,4 +99,11 @@ def _value(config: Config, key: str, ranks: int) -> object:
     for part in key.split("."):
         value = getattr(value, part, None)
     # -1 depends on the number of ranks, which no key shows.
-    return f"-1 on {ranks} ranks" if key == "parallel.dp_shard" and value == -1 else value
+    return f"-1 on {ranks} ranks" if key == "parallel.dp_shard" and value == -1 else shown(value)
+
+
+def shown(value: object) -> object:
+    """A value for a sentence: of sections, as of kinds of layers, what they set."""
+    if isinstance(value, dict) and value and all(isinstance(part, Section) for part in value.values()):
+        return {name: part.model_dump(mode="json", exclude_unset=True) for name, part in value.items()}
+    return value

@@ -141,7 +141,7 @@ def test_yaml_is_1_2_and_configs_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parallel", "ranks", "words"),
     [
-        (Parallel(tp=2), 3, "need a multiple of 2 ranks, but there are 3"),
+        (Parallel(tp=2), 3, r"need a multiple of 2 ranks, but there are 3: start 2 ranks \(in a dry run: --ranks 2\)"),
         (Parallel(tp=2, dp_shard=2), 2, "make 4 ranks, but there are 2"),
         (Parallel(dp_shard=2), 4, "make 2 ranks, but there are 4"),
     ],

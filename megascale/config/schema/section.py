@@ -30,13 +30,13 @@ class Section(BaseModel):
         """Python takes true for 1: `train.clip: true` would clip at 1, and `parallel.tp: true` would cut nothing."""
         given = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(v, bool) for v in given):
-            kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+            kinds = set(types_in(cls.model_fields[info.field_name or ""].annotation))
             if kinds & {int, float} and not kinds & {bool, True, False}:
                 raise PydanticCustomError("number_needed", "Input should be a number, and true and false are none")
         return value
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def types_in(annotation: Any) -> list[Any]:
     """The types and words that an annotation is made of."""
     parts = get_args(annotation)
-    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
+    return [kind for part in parts for kind in types_in(part)] if parts else [annotation]

@@ -20,6 +20,7 @@ from megascale.config.residuals import residuals
 from megascale.config.routers import routers
 from megascale.config.schema import Model, Moe
 from megascale.config.stages import has_experts
+from megascale.config.support import shown
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL
 from megascale.formats.tensor_maps import Sizes, TensorMap
@@ -74,8 +75,8 @@ def check_model(model: Model, cut: Cut) -> None:
     for key, allowed in wanted.items():
         value = getattr(model, key)
         if value not in allowed:
-            said = " or ".join(map(str, allowed))
-            raise UsageError(f"model.{key} is {value!r}, but megatron-core's GPT model needs {said}: use Hugging Face's format")
+            said = " or ".join("none" if v == {} else str(v) for v in allowed)
+            raise UsageError(f"model.{key} is {shown(value)!r}, but megatron-core's GPT model needs {said}: use Hugging Face's format")
     if model.bias != model.norm_row.bias:
         raise UsageError(
             f"model.norm is {model.norm} and model.bias is {model.bias}, but megatron-core's LayerNorm has a bias and its RMSNorm none: "
