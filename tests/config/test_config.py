@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "grow_engine": (2, ("grow=[{step: 1, num_layers: 2}]", "parallel.engine=deepspeed", "parallel.dp_shard=2")),
     "valid_twice": (1, ("data.valid=y", "data.valid_fraction=0.1")),
     "megatron_order": (1, (f"model.spacetime={GRID}", "model.family=spacetime", "data.order=megatron")),
-    "chunk": (1, ("data.chunk=16",)),
+    "chunk": (1, ("data.chunk=4",)),
     "eval_without_data": (1, ("train.eval_every=1",)),
     "model_size": (1, ("model.hidden_size=1000000000", "model.ffn_size=1000000000")),
     "schedule_length": (1, ("parallel.accumulation=layered", "train.global_batch_size=1000000")),
