@@ -110,3 +110,36 @@ def test_turns() -> None:
     for first, second in ((fails, lambda: None), (lambda: None, fails)):
         with pytest.raises(RuntimeError, match="shape"):
             Turns().run(first, second, CPU)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_pass_ends_when_the_other_fails(failing: int) -> None:
+    """Catches an error of one rank that nobody sees: its other pass went on and waited in an exchange that no other rank was in, until the
+    time-out of collectives.
+    """
+    turns, sent = Turns(), [0]
+
+    def fails() -> None:
+        turns.pass_on()
+        raise ValueError("planted")
+
+    def goes_on() -> None:
+        for _ in range(4):
+            sent[0] += 1
+            turns.pass_on()
+
+    with pytest.raises(ValueError, match="planted"):
+        turns.run(*((fails, goes_on) if failing == 0 else (goes_on, fails)), CPU)
+    assert sent[0] <= 2
+
+
+def test_a_pass_is_not_begun_when_the_other_has_failed() -> None:
+    """Catches exchanges that only this rank starts."""
+    begun = list[int]()
+
+    def fails() -> None:
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        Turns().run(fails, lambda: begun.append(1), CPU)
+    assert not begun
