@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,13 @@ def test_growth_and_phases(folder: Path) -> None:
 
 def test_inside_a_program(folder: Path) -> None:
     """Catches phases that a Session does not see, and a run without a directory that loses its weights between them."""
-    light = {**settings(folder, train__steps=4), "phases": [{"from": "2 steps", "set": {"train.global_batch_size": 8}}]}
+    light = {
+        **settings(folder, train__steps=None, train__tokens=400),
+        "phases": [{"from": "2 steps", "set": {"train.global_batch_size": 8}}],
+    }
+    with ms.training(build_config(light), run_dir=str(folder / "run")) as session:
+        assert [step.number for step in session] == [1, 2, 3, 4]  # 64, 128, 256 and 384 tokens
+    assert json.loads((folder / "run" / "exit.json").read_text())["code"] == 0
     del light["run"]["dir"]
     with ms.training(build_config(light), run_dir=None) as session:
         assert [step.number for step in session] == [1, 2, 3, 4]

@@ -20,6 +20,7 @@ FIXED = {
     "optim.schedule_by": "the whole run counts its schedule in one unit",
     "data.order": "the order of samples is that of the whole run",
     "data.chunk": "pieces of data are cut once",
+    "data.valid_fraction": "documents that are held out stay held out",
     "data.objective": "samples keep their form",
     "data.tokenizer": "the vocabulary is that of the whole run",
     "data.source_tokenizer": "the vocabulary is that of the whole run",

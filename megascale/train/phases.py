@@ -127,7 +127,7 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
 LIGHT = {
     "train": ("global_batch_size", "clip", "log_every", "eval_every", "eval_steps", "max_skipped_steps"),
     "optim": ("lr", "decay", "decay_steps", "warmup_steps", "min_lr_ratio"),
-    "data": ("train", "valid", "valid_fraction"),
+    "data": ("train", "valid"),
 }
 
 

@@ -28,9 +28,10 @@ class Session:
     `valid_loss`. All ranks must iterate alike.
     """
 
-    def __init__(self, phases: Iterator[Trainer], ranks: RankInfo, stop: StopFlag, last_step: int) -> None:
-        self._phases, self._ranks, self._stop, self._last_step = phases, ranks, stop, last_step
+    def __init__(self, phases: Iterator[Trainer], ranks: RankInfo, stop: StopFlag) -> None:
+        self._phases, self._ranks, self._stop = phases, ranks, stop
         self.trainer = next(phases)
+        self.last_step = self.trainer.config.train.total_steps  # the same in all phases
         self.busy = False  # inside a step or an evaluation: the trainer's state may be incomplete
         self.ended = False
         self._begun = False
@@ -84,7 +85,7 @@ class Session:
             self._stop.reason = self._stop.reason or "left before its first step"
             self._begin(False)
             return
-        if self.step < self._last_step:
+        if self.step < self.last_step:
             self._stop.reason = self._stop.reason or why
             if self._ranks.size > 1:
                 self.trainer.activity.gate.await_agreement()
@@ -181,7 +182,7 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
             lists = on_all_ranks(lambda: None if samples is None else TokenLists(samples))
             given = Given(lists, writes, quiet=True)
             with trainers(config, ranks, stop, watch.activity, given) as phases:
-                session = Session(phases, ranks, stop, config.train.total_steps)
+                session = Session(phases, ranks, stop)
                 try:
                     yield session
                 except BaseException as error:
@@ -191,7 +192,7 @@ def open_session(config: Config, samples: Samples | None, writes: bool) -> Itera
                 together = True
             ending = (
                 Exit(ExitCode.DONE, "done")
-                if session.step == config.train.total_steps
+                if session.step == session.last_step
                 else Exit(ExitCode.STOPPED, f"stopped on request ({stop.reason})")
             )
         except BaseException as error:
