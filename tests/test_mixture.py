@@ -13,7 +13,7 @@ import megascale.model.ops.grouped_matmul
 from megascale.comm.piece import Piece
 from megascale.model.experts import readings
 from megascale.model.init import initialize
-from megascale.model.ops.grouped_matmul import Permutation, grouped_product, in_one, sum_of_rows
+from megascale.model.ops.grouped_matmul import Permutation, by_expert, grouped_product, in_one, sum_of_rows
 from megascale.model.spec import ParamSpec, specs_of
 from tests.layouts import tiny
 from tests.test_router import B, E, K, S, declared, filled, mixture
@@ -191,3 +191,18 @@ def test_operators_describe_their_results(name: str) -> None:
         "fp8_weight_gradient_by_expert": (g8.to(torch.float8_e5m2), x8, counts, 2.0, torch.bfloat16),
     }
     torch.library.opcheck(getattr(torch.ops.megascale, name).default, inputs[name], test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize(("dtype", "one_by_one"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
+def test_experts_on_a_gpu(dtype: torch.dtype, one_by_one: bool) -> None:
+    """Catches fp32 experts that claim the grouped kernel, which takes bf16 only: on CUDA they could be neither traced nor compiled, and
+    torch's own loop makes the host wait for every expert.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(24, 16, dtype=dtype, device="cuda"), torch.empty(5, 8, 16, device="cuda")
+        counts = torch.empty(5, dtype=torch.int64, device="cuda")
+        assert by_expert(x, weight) == one_by_one
+        y = grouped_product(x, weight, counts)
+    assert (y.shape, y.dtype, y.device.type) == ((24, 8), dtype, "cuda")

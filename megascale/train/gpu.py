@@ -126,6 +126,11 @@ def slow_notes(config: Config, facts: dict[str, Any]) -> list[str]:
             f"precision.compute is {config.precision.compute} on {facts['device']}: products run without tensor cores, about ten times "
             "slower than in bf16, and attention without a fused kernel of its own; set precision.compute bf16"
         )
+        if config.model.moe is not None:
+            notes.append(
+                f"experts in {config.precision.compute} run one after the other, and the host waits for their row counts at each product: "
+                "the grouped kernel takes bf16; set precision.compute bf16"
+            )
     elif facts.get("attention") == "flash":
         notes.append(
             f"attention runs on FlashAttention-2, since cuDNN is {facts['cudnn']} and torch prefers its attention from {CUDNN_ATTENTION} "

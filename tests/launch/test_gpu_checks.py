@@ -166,3 +166,5 @@ def test_what_is_slow_is_said(compute: str, cudnn: int, compiled: bool, said: st
     notes = gpu.slow_notes(config(f"precision.compute={compute}", f"parallel.compile={str(compiled).lower()}"), facts)
     assert (notes == []) if said is None else said in notes[0]
     assert gpu.slow_notes(config(), {"device": "cpu", **gpu.gpu_facts(torch.device("cpu"))}) == []
+    if compute == "fp32":
+        assert "one after the other" in gpu.slow_notes(config("model.moe={}"), facts)[1]
