@@ -13,7 +13,7 @@ from megascale.config.schema import Model, Moe
 from megascale.model.experts import MixtureOfExperts
 from megascale.model.families import build_part
 from megascale.model.residual import Stack, residual
-from megascale.model.router import Among, choose, share_of
+from megascale.model.router import Among, choose, share_of, sigmoid
 from megascale.model.shape import Shape
 from megascale.model.spec import active_parameters, specs_of
 from megascale.parallel import expert
@@ -205,6 +205,18 @@ def test_a_group_of_one_expert_scores_like_that_expert() -> None:
     assert torch.equal(
         choose(moe.router.score, logits, K, None, moe.router.among).experts, choose(moe.router.score, logits, K, None).experts
     )
+
+
+def test_biases_far_from_scores() -> None:
+    """Catches masked groups whose 0 beats negative sums of score and bias (vLLM #13474), and gates made by subtracting a bias that has
+    swallowed the score in fp32 (flashinfer #3875).
+    """
+    logits = torch.tensor([2.0, 1.0, -1.0, -2.0])
+    limited = choose(sigmoid, logits, 2, torch.tensor([-9.0, -9.0, -5.0, -5.0]), Among(2, 1, 2))
+    assert sorted(limited.experts.tolist()) == [2, 3]
+    low = logits - 18
+    gates = choose(sigmoid, low, 2, torch.tensor([12.0, 12.0, 13.0, 13.0]), None).gates
+    torch.testing.assert_close(gates.sort().values, low[2:].sigmoid().sort().values / low[2:].sigmoid().sum())
 
 
 def test_published_numbers_of_parameters() -> None:
