@@ -119,6 +119,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         "rope_parameters and rope_scaling say different things",
     ),
+    "two bases": (
+        LLAMA,
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_theta is 500000.0, but rope_parameters says 10000.0",
+    ),
     "pruned": (BERT, {"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}, but only {} is supported"),
     "chunks": (QWEN3, {"layer_types": ["full_attention", "chunked_attention"]}, "it must be a list of full_attention and sliding"),
     "windows without a length": (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "there is no sliding_window"),

@@ -45,7 +45,15 @@ def read_rope(
         return default, None, 1.0, odd
     if len(stored) == 2 and not agree(*stored.values()):
         return default, None, 1.0, ["rope_parameters and rope_scaling say different things: leave one of them out"]
-    rest = dict(next(iter(stored.values()), {}))
+    name, inner = next(iter(stored.items()), ("", {}))
+    rest = dict(inner)
+    odd = [
+        f"{k} is {config[k]!r}, but {name} says {rest[k]!r}: leave one of them out"
+        for k in ("rope_theta", "partial_rotary_factor")
+        if config.get(k) is not None and rest.get(k) is not None and config[k] != rest[k]
+    ]
+    if odd:
+        return default, None, 1.0, odd
     theta = first(rest.pop("rope_theta", None), config.get("rope_theta"), default)
     kind, other = rest.pop("rope_type", None), rest.pop("type", None)
     kind = first(kind, other, "default")
