@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from megascale.config.axes import AXES, EXPERT_AXES, NAMES, data_part, data_parts
+
+# What dimensions send: weights, gradients and sums of numbers by default. Each kind has communicators of its own, since messages of one
+# communicator wait for each other, and rows for experts or blocks of a ring travel while weights are gathered.
+KINDS = {"pp": "pp", "cp": "cp", "ulysses": "cp", "tp": "tp", "etp": "tp", "ep": "ep"}
 
 
 @dataclass
@@ -130,30 +136,30 @@ def build_mesh(sizes: dict[str, int], device_type: str, ulysses: int = 1) -> Mes
     """`sizes` of every axis of AXES, whose product is the number of ranks, and of EXPERT_AXES. Groups of `ulysses` neighbours on cp
     exchange heads, and a ring of such groups passes blocks around. Collective over all ranks.
     """
-    traffic = Traffic()
+    groups = Groups(device_type, Traffic())
     pp, replicate, shard, cp, tp = (sizes[n] for n in NAMES)
     # FSDP2 shards over an axis of one rank if weights have replicas, or experts their own axis.
     kept = "dp_shard" if replicate > 1 or sizes.get("edp", 1) > 1 else ""
-    grid, axes = _view({n: sizes[n] for n in NAMES}, device_type, traffic, kept)
-    seen = {"shard": axes["dp_shard"], "replicas": axes["dp_replicate"], "cp_ring": axes["cp"], "cp_ulysses": axes["cp"]}
-    if cp > 1:
-        grid, stored = _view({"pp": pp, "dp_replicate": replicate, "dp_shard": shard * cp, "tp": tp}, device_type, traffic)
-        _, copied = _view({"pp": pp, "dp_replicate": replicate * shard * cp, "tp": tp}, device_type, traffic)
-        _, split = _view({"before": pp * replicate * shard, "cp": cp // ulysses, "ulysses": ulysses, "tp": tp}, device_type, traffic)
-        seen = {
-            "shard": stored["dp_shard"],
-            "replicas": copied["dp_replicate"],
-            "cp_ring": split["cp"],
-            "cp_ulysses": replace(split["ulysses"], name="cp"),
-        }
+    whole = {n: sizes[n] for n in NAMES}
+    axes = {n: groups.axis(whole, n) for n in NAMES}
+    stored = {"pp": pp, "dp_replicate": replicate, "dp_shard": shard * cp, "tp": tp}
+    copied = {"pp": pp, "dp_replicate": replicate * shard * cp, "tp": tp}
+    split = {"before": pp * replicate * shard, "cp": cp // ulysses, "ulysses": ulysses, "tp": tp}
+    seen = {
+        "shard": groups.axis(stored, "dp_shard"),
+        "replicas": groups.axis(copied if cp > 1 else whole, "dp_replicate"),
+        "cp_ring": groups.axis(split, "cp"),
+        "cp_ulysses": replace(groups.axis(split, "ulysses"), name="cp"),
+    }
+    grid = groups.grid(stored, kept if cp == 1 else "")
     experts = None
-    seen |= {n: Axis(n, 1, 0, None, traffic) for n in EXPERT_AXES}
+    seen |= {n: Axis(n, 1, 0, None, groups.traffic) for n in EXPERT_AXES}
     if _own_axes(sizes):
         view = {"pp": pp, "dp_replicate": replicate, "edp": sizes["edp"], "ep": sizes["ep"], "etp": _expert_tp(sizes)}
-        experts, cut = _view(view, device_type, traffic, "edp" if replicate > 1 else "")
-        seen |= {n: cut[n] for n in EXPERT_AXES}
+        experts = groups.grid(view, "edp" if replicate > 1 else "")
+        seen |= {n: groups.axis(view, n) for n in EXPERT_AXES}
     started = dist.is_initialized()
-    return Mesh({**axes, **seen}, grid, experts, traffic, dist.get_rank() if started else 0, dist.get_world_size() if started else 1)
+    return Mesh({**axes, **seen}, grid, experts, groups.traffic, dist.get_rank() if started else 0, dist.get_world_size() if started else 1)
 
 
 def _own_axes(sizes: dict[str, int]) -> bool:
@@ -165,18 +171,55 @@ def _expert_tp(sizes: dict[str, int]) -> int:
     return sizes["dp_shard"] * sizes["cp"] * sizes["tp"] // (sizes["edp"] * sizes["ep"])
 
 
-def _view(sizes: dict[str, int], device_type: str, traffic: Traffic, keep: str = "") -> tuple[DeviceMesh | None, dict[str, Axis]]:
-    """All ranks as one grid, the last name fastest. Axes of one rank get no groups, since each rank would be a group that all ranks have to
-    create; `keep` is the exception, an axis that FSDP2 will ask for.
+@dataclass
+class Groups:
+    """Process groups for dimensions of views. A view has all ranks, its last name is the fastest dimension.
+
+    Dimensions of the same ranks share a group, if what they send would not overlap anyway (`KINDS`). Those of one rank have none.
     """
-    alone = {n: Axis(n, 1, 0, None, traffic) for n in sizes}
-    if not dist.is_initialized():
-        return None, alone
-    there = {n: k for n, k in sizes.items() if k > 1 or n == keep}
-    names = tuple(there)
-    if len(there) == 1:
-        # DeviceMesh would take the default group. It is destroyed while a mesh may still hold it, and then gloo aborts the process at exit.
-        grid = DeviceMesh.from_group(dist.new_group(), device_type, mesh_dim_names=names)
-    else:
-        grid = init_device_mesh(device_type, tuple(there.values()), mesh_dim_names=names)
-    return grid, {n: Axis(n, k, grid.get_local_rank(n), grid.get_group(n), traffic) if k > 1 else alone[n] for n, k in sizes.items()}
+
+    device_type: str
+    traffic: Traffic
+    made: dict[tuple[int, int, str], dist.ProcessGroup] = field(default_factory=dict)
+
+    def axis(self, view: dict[str, int], name: str) -> Axis:
+        size, stride = _dimension(view, name)
+        if size == 1 or not dist.is_initialized():
+            return Axis(name, 1, 0, None, self.traffic)
+        return Axis(name, size, dist.get_rank() // stride % size, self.group(view, name), self.traffic)
+
+    def group(self, view: dict[str, int], name: str) -> dist.ProcessGroup:
+        """The group of this rank along a dimension. Collective over all ranks."""
+        size, stride = _dimension(view, name)
+        key = size, stride, KINDS.get(name, "data")
+        if key not in self.made:
+            # Never the default group: that is destroyed while a mesh may still hold it, and then gloo aborts the process at exit.
+            ranks = torch.arange(dist.get_world_size()).view(-1, size, stride).transpose(1, 2).reshape(-1, size).tolist()
+            self.made[key] = _own_group(ranks, f"mesh_{name}")
+        return self.made[key]
+
+    def grid(self, view: dict[str, int], keep: str) -> DeviceMesh | None:
+        """The dimensions of more than one rank, and `keep`, an axis that FSDP2 will ask for, as torch knows them."""
+        if not dist.is_initialized():
+            return None
+        names = tuple(n for n, size in view.items() if size > 1 or n == keep) or tuple(view)[-1:]
+        groups, shape = [self.group(view, n) for n in names], [view[n] for n in names]
+        if len(names) == 1:
+            return DeviceMesh.from_group(groups[0], self.device_type, mesh_dim_names=names)
+        return DeviceMesh.from_group(groups, self.device_type, mesh=torch.arange(math.prod(shape)).view(shape), mesh_dim_names=names)
+
+
+def _dimension(view: dict[str, int], name: str) -> tuple[int, int]:
+    """Its size, and the distance between its neighbours' ranks: these two say which ranks belong together."""
+    names = list(view)
+    return view[name], math.prod(view[n] for n in names[names.index(name) + 1 :])
+
+
+def _own_group(ranks: list[list[int]], what: str) -> dist.ProcessGroup:
+    """The group of this rank among disjoint groups of all ranks."""
+    me = dist.get_rank()
+    if getattr(dist.group.WORLD, "bound_device_id", None) is not None and torch.accelerator.is_available():
+        return dist.split_group(split_ranks=ranks, group_desc=what)  # type: ignore[return-value]
+    if len(ranks[0]) == 1:
+        return dist.new_group([me], use_local_synchronization=True, group_desc=what)  # the others need not take part
+    return next(g for g in [dist.new_group(r, group_desc=what) for r in ranks] if g is not dist.GroupMember.NON_GROUP_MEMBER)
