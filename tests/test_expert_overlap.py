@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megascale.comm import exchange
 from megascale.comm.turns import Turns
 from megascale.config.schema import Parallel
 from megascale.model.ops import grouped_matmul
+from megascale.parallel import apply
 from tests.layouts import CPU, Case, train
 from tests.ranks import run_ranks
 from tests.test_experts import sparse
@@ -58,6 +60,45 @@ def watched(case: Case) -> tuple[dict[str, Any], list[Event]]:
 
 def both(cases: list[Case]) -> list[tuple[dict[str, Any], list[Event]]]:
     return [watched(case) for case in cases]
+
+
+def both_in_graphs(cases: list[Case], backend: str | None) -> list[tuple[dict[str, Any], list[bool]]]:
+    """Trains each case; whether each exchange was the forward pass's, in order."""
+    if backend is not None:
+        apply.counting_backend = lambda axes, settings: backend  # type: ignore[assignment, return-value]
+    found, main, start = [], threading.get_ident(), exchange.start_rows
+    for case in cases:
+        passes: list[bool] = []
+
+        def noted(*args: Any, into: list[bool] = passes) -> Tensor:
+            into.append(threading.get_ident() == main)
+            return start(*args)
+
+        exchange.start_rows = noted  # type: ignore[assignment]
+        found.append((train(case), passes))
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("recompute", "backend"),
+    [
+        ("none", "aot_eager"),
+        pytest.param("selective", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("full", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("selective", None, marks=pytest.mark.slow),  # inductor
+    ],
+)
+def test_graphs_overlap_and_agree(recompute: str, backend: str | None) -> None:
+    """Catches compiled blocks whose exchanges do not pass the turn on, and graphs of two threads that take each other's memory."""
+    parallel = PARALLEL.model_copy(update={"recompute": recompute, "compile": True})
+    case = replace(CASE, parallel=parallel, precision="fp32")
+    apart = replace(case, parallel=parallel.model_copy(update={"ep_overlap": False}))
+    (got, passes), (wanted, alone) = run_ranks(4, both_in_graphs, [case, apart], backend, timeout=600)[0]
+    assert got["loss"] == wanted["loss"] and got["norm"] == wanted["norm"]
+    assert all(torch.equal(got[kind][n], x) for kind in ("grad", "weight") for n, x in wanted[kind].items())
+    assert (got["sent"], got["calls"]) == (wanted["sent"], wanted["calls"])
+    assert sum(a != b for a, b in pairwise(passes)) >= 16 and all(alone)
 
 
 @pytest.mark.dist

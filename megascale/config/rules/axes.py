@@ -196,14 +196,10 @@ AXIS_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "ep_overlap",
-        ("parallel.ep_overlap", "parallel.ep", "parallel.pp", "parallel.pp_schedule", "parallel.compile"),
-        lambda c, n: (
-            c.parallel.ep_overlap
-            and (c.parallel.ep == 1 or c.parallel.pp == 1 or c.parallel.pp_schedule != "dualpipev" or c.parallel.compile)
-        ),
-        "ep_overlap is about exchanges between experts' ranks in the pairs of passes that dualpipev has, and compiled graphs have not been "
-        "tried with it",
-        "leave ep_overlap out, or use pp_schedule dualpipev with pp and ep above 1 and without compile",
+        ("parallel.ep_overlap", "parallel.ep", "parallel.pp", "parallel.pp_schedule"),
+        lambda c, n: c.parallel.ep_overlap and (c.parallel.ep == 1 or c.parallel.pp == 1 or c.parallel.pp_schedule != "dualpipev"),
+        "ep_overlap is about exchanges between experts' ranks in the pairs of passes that dualpipev has",
+        "leave ep_overlap out, or use pp_schedule dualpipev with pp and ep above 1",
     ),
     Rule(
         "moe_deepspeed",

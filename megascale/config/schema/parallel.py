@@ -74,7 +74,7 @@ class Parallel(Section):
     """What exchanges rows of experts: torch's collectives, or DeepEP's kernels, where that package is installed (CUDA, bf16)."""
     ep_overlap: bool = False
     """Under `pp_schedule: dualpipev`: let the forward pass of one micro-batch compute while rows for experts of another's backward pass
-    travel, and the other way round. Both passes of a pair then wait for both of their messages. Not with `compile`.
+    travel, and the other way round. Both passes of a pair then wait for both of their messages.
     """
     accumulation: Literal["depth_first", "layered"] = "depth_first"
     """Order of micro-batches: all layers for one micro-batch after the other, or all micro-batches for one layer after the other."""
