@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu.graphs import LAYOUTS, MODES, case, coverage
+from benchmarks.gpu.graphs import LAYOUTS, MODES, RESULTS, case, coverage, table
 from megascale.comm.functional import counting_backend
 from megascale.config.schema import Parallel
 from megascale.model.deferred import KEEPS_MEMORY, defer
@@ -36,6 +38,12 @@ def test_blocks_are_one_graph(rows: list[tuple[str, str]]) -> None:
         assert (found.breaks, found.eager_products) == (0, 0), (name, found.reasons)
         # One for all blocks, one more where the first has its input in another order, one for the loss.
         assert found.graphs <= 3, name
+
+
+def test_the_table_is_what_was_counted() -> None:
+    """Catches a cell of docs/gpu.md that nobody counted, and a count that the page does not show."""
+    page = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    assert table(json.loads(RESULTS.read_text())["coverage"]) in page
 
 
 MIXTURES = [name for name in LAYOUTS if name.startswith("experts")]
