@@ -20,6 +20,8 @@ app = new_app(__doc__ or "")
     epilog=examples(
         "megascale plan configs/llama-70b.yaml --cluster configs/clusters/h100-pod.yaml --gpus 512",
         "megascale plan configs/llama-8b.yaml --cluster configs/clusters/h200-pod.yaml --gpus 64 --json plan.json",
+        "megascale plan configs/llama-405b.yaml --cluster configs/clusters/h100-pod.yaml --scale 512..131072 --plots plots",
+        "megascale plan configs/llama-405b.yaml --cluster configs/clusters/h100-pod.yaml --gpus 4096 --job 30 --plots plots",
         "megascale plan --calibrate here.yaml --gpus 4",
     )
 )
@@ -28,6 +30,17 @@ def main(
     overrides: Overrides = None,
     cluster: Annotated[Path | None, typer.Option(help="the cluster's file; configs/clusters/ has examples")] = None,
     gpus: Annotated[int | None, typer.Option(help="devices to use; all of the cluster's if absent")] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A..B", help="tables of A, 2A, 4A … up to B GPUs: days by method, strong and weak scaling, tokens for a budget"
+        ),
+    ] = None,
+    job: Annotated[
+        float | None, typer.Option(metavar="DAYS", help="also simulate the best layout for so long: failures, saves, spares, slow links")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="first of the simulation's seeds")] = 0,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw scale.png or job.png there")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the result as JSON")] = None,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="measure products, attention, casts and links here, and write a cluster file first")
@@ -38,7 +51,7 @@ def main(
 ) -> None:
     """Prints the best layout, why the next ones are slower, layouts with less memory, and the sections to paste into the config."""
     from megascale.config.load import load_config
-    from megascale.planning.plan import plan_layouts, write
+    from megascale.planning.plan import plan_layouts, plan_scale, write
 
     if measured is not None and calibrate is None:
         raise UsageError(f"--measured {measured} is what to calibrate with: add --calibrate FILE, the cluster file to write")
@@ -51,7 +64,15 @@ def main(
         cluster = calibrate
     if file is None or cluster is None:
         raise UsageError("a plan needs a config and --cluster FILE, such as configs/clusters/h100-pod.yaml; --calibrate FILE writes one")
-    text, result = plan_layouts(load_config(str(file), overrides or []), cluster, gpus)
+    config = load_config(str(file), overrides or [])
+    if plots is not None and scale is None and job is None:
+        raise UsageError(f"--plots {plots} draws what --scale or --job found: add one of them")
+    if scale is not None:
+        if gpus is not None or job is not None:
+            raise UsageError("--scale asks for many numbers of GPUs: leave --gpus and --job out, or plan one number without --scale")
+        text, result = plan_scale(config, cluster, scale, plots)
+    else:
+        text, result = plan_layouts(config, cluster, gpus, job, seed, plots)
     print("\n".join(text))
     if json is not None:
         write(result, json)

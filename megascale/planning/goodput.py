@@ -22,6 +22,7 @@ class Goodput:
     interval: float
     mean_seconds_to_failure: float
     save_seconds: float
+    written_seconds: float
 
 
 def best_interval(save: float, failure: float) -> float:
@@ -56,4 +57,4 @@ def goodput(ranks: int, failures_per_gpu_hour: float, held: float, total: float,
     share = share_at(interval, save, failure, restart + written)
     if share < 1e-6:
         raise UsageError(f"a failure every {failure:.3g} s leaves no time to train: check failures_per_gpu_hour and restart_seconds")
-    return Goodput(share, interval, failure, save)
+    return Goodput(share, interval, failure, save, written)

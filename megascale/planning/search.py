@@ -5,7 +5,7 @@ The rules decide what is valid. Sizes that cannot divide are skipped before, whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megascale.config.layout import describe
@@ -97,13 +97,13 @@ def shards(data: int, inside: int, node: int, ranks: int) -> list[int]:
     return sorted(found)
 
 
-def variants(config: Config, base: Parallel) -> Iterator[Config]:
+def variants(config: Config, base: Parallel, schedules: Sequence[tuple[str, int]] = SCHEDULES) -> Iterator[Config]:
     """The free choices on given axes: schedule, recomputation, order of micro-batches, what stays gathered, micro-batch."""
     batch = config.train.global_batch_size // (base.dp_shard * base.dp_replicate)
     layers = config.model.num_layers
     choices: list[dict[str, object]] = [{}]
     if base.pp > 1:
-        choices = [{"pp_schedule": n, "pp_virtual": v} for n, v in SCHEDULES if base.pp * (2 if n == "zbv" else v) <= layers]
+        choices = [{"pp_schedule": n, "pp_virtual": v} for n, v in schedules if base.pp * (2 if n == "zbv" else v) <= layers]
     elif base.dp_shard * base.cp > 1:
         choices = [{}, {"reshard_after_forward": False}, {"accumulation": "layered"}]
         choices += [{"reshard_after_forward": 8}] if base.dp_shard * base.cp > 8 else []
@@ -147,7 +147,7 @@ def search(config: Config, ranks: int, cluster: Cluster, listed: int = LISTED) -
     for _, needed, _, changed, found in fitting:
         if len(layouts) >= listed and needed >= least:
             continue
-        checked = _checked(changed, ranks, refused)
+        checked = accepted(changed, ranks, refused)
         if checked is None:
             continue
         layout = Layout(checked, found)
@@ -159,14 +159,14 @@ def search(config: Config, ranks: int, cluster: Cluster, listed: int = LISTED) -
     nearest = None
     if not layouts:
         for _, _, changed in unfit:
-            checked = _checked(changed, ranks, refused)
+            checked = accepted(changed, ranks, refused)
             if checked is not None:
                 nearest = Layout(checked, predict_setting(setting_of(checked, ranks, links.cpu), links))
                 break
     return Found(layouts, pareto, len(fitting) + len(unfit), len(unfit), refused, nearest)
 
 
-def _checked(config: Config, ranks: int, refused: dict[str, int]) -> Config | None:
+def accepted(config: Config, ranks: int, refused: dict[str, int]) -> Config | None:
     """The config as the program would take it; None if a rule refuses it, which is counted by its sentence."""
     try:
         return check(config, ranks)
