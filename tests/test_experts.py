@@ -52,6 +52,7 @@ LAYOUTS: dict[str, tuple[int, Parallel, str]] = {
     "ep x edp, two rounds": (4, Parallel(ep=2, ep_rows=1.4, recompute="selective"), "gpt-oss"),
     "ep x tp": (4, Parallel(tp=2, ep=2), "gpt-oss"),
     "ep x tp sequence": (4, Parallel(tp=2, tp_sequence=True, ep=2, recompute="full"), "capacity"),
+    "tp, shared gate": (2, Parallel(tp=2), "qwen"),
     "tp sequence, shared gate": (2, Parallel(tp=2, tp_sequence=True), "qwen"),
     "whole experts over tp": (2, Parallel(tp=2, tp_sequence=True, etp=1, ep=2), "deepseek"),
     "whole experts over tp and dp": (4, Parallel(tp=2, tp_sequence=True, etp=1, ep=4), "qwen"),
