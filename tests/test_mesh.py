@@ -55,7 +55,7 @@ def calls(sizes: dict[str, int], ulysses: int) -> tuple[int, int, dict[str, tupl
         ({"dp_replicate": 8, "dp_shard": 8, "tp": 8, "ep": 8}, 1, 257, 5, {"dp_shard", "shard"}),  # 896, 7
         ({"dp_replicate": 512}, 1, 2, 2, {"dp_replicate", "replicas"}),  # FSDP2's own axis of one rank; 512, 1
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
 def test_no_group_is_made_twice(sizes: dict[str, int], ulysses: int, made: int, mine: int, shared: set[str]) -> None:
     """Catches a group for every rank alone, which all ranks make together at the start, and a second one for the same ranks, each a

@@ -36,7 +36,10 @@ def study(job: Job, days: float, seed: int = 0) -> dict[str, Any]:
     seconds = 86400.0 * days
     every = job.every or max(1, round(3600.0 / job.step))
     steps = sorted({max(1, round(factor * every)) for factor in INTERVALS})
-    closed = {n: share_at(n * job.step, job.save, job.failure, job.restart + job.written) for n in steps}
+    # The closed form does not know that a save waits until the one before is written.
+    closed = {
+        n: share_at(n * job.step, job.save, job.failure, job.restart + job.written) if n * job.step >= job.written else None for n in steps
+    }
     repaired = replace(job, repair=REPAIR)
     apart, lasting, factor = SPELLS
     return {
@@ -80,10 +83,7 @@ def study_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"{'save every':>14}{'steps':>8}{'goodput':>10}{'least':>9}{'most':>9}{'closed form':>13}",
     ]
-    text += [
-        f"{duration(r['seconds']):>14}{r['steps']:>8,}{_percent(r):>10}{_spread(r)}{100 * r['closed_form']:11.2f} %"
-        for r in found["interval"]
-    ]
+    text += [f"{duration(r['seconds']):>14}{r['steps']:>8,}{_percent(r):>10}{_spread(r)}{_closed(r)}" for r in found["interval"]]
     text += ["", f"{'spare nodes':>14}{'goodput':>10}{'least':>9}{'most':>9}   a broken node comes back after {duration(REPAIR)}"]
     text += [f"{r['spares']:>14}{_percent(r):>10}{_spread(r)}" for r in found["spares"]]
     text += ["", f"{'in place':>14}{'goodput':>10}{'least':>9}{'most':>9}   share of failures after which nodes are sound"]
@@ -96,6 +96,10 @@ def study_lines(found: dict[str, Any]) -> list[str]:
 
 def _percent(r: dict[str, Any]) -> str:
     return f"{100 * r['goodput']:.2f} %"
+
+
+def _closed(r: dict[str, Any]) -> str:
+    return f"{'–':>13}" if r["closed_form"] is None else f"{100 * r['closed_form']:11.2f} %"
 
 
 def _spread(r: dict[str, Any]) -> str:
@@ -119,7 +123,9 @@ def draw_study(found: dict[str, Any], file: Path) -> None:
             axes.fill_between(x, [100 * r["least"] for r in part], [100 * r["most"] for r in part], color=COLOURS[0], alpha=0.18, lw=0)
             axes.plot(x, [100 * r["goodput"] for r in part], color=COLOURS[0], marker="o", ms=4, label="simulated")
             axes.set_xlabel(name)
-        one.plot(panels[0][1], [100 * r["closed_form"] for r in rows], color=GREY, ls="--", label="closed form")
+        known = [(r["seconds"] / 60, 100 * r["closed_form"]) for r in rows if r["closed_form"] is not None]
+        one.plot(*zip(*known, strict=True), color=GREY, ls="--", label="closed form")
         one.set(xscale="log", ylabel="goodput (%)")
-        one.legend()
+        one.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        one.legend(loc="lower left")
         figure.savefig(file, dpi=110)
