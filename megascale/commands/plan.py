@@ -5,6 +5,7 @@ docs/planning.md says how far predictions have been compared with runs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -67,12 +68,31 @@ def main(
     config = load_config(str(file), overrides or [])
     if plots is not None and scale is None and job is None:
         raise UsageError(f"--plots {plots} draws what --scale or --job found: add one of them")
+    if scale is not None and (gpus is not None or job is not None):
+        raise UsageError("--scale asks for many numbers of GPUs: leave --gpus and --job out, or plan one number without --scale")
+    check_plots(plots)
     if scale is not None:
-        if gpus is not None or job is not None:
-            raise UsageError("--scale asks for many numbers of GPUs: leave --gpus and --job out, or plan one number without --scale")
-        text, result = plan_scale(config, cluster, scale, plots)
+        text, result = plan_scale(config, cluster, scale)
     else:
-        text, result = plan_layouts(config, cluster, gpus, job, seed, plots)
+        text, result = plan_layouts(config, cluster, gpus, job, seed)
     print("\n".join(text))
+    if plots is not None:
+        from megascale.report.plans import draw_scale, draw_study
+
+        if scale is not None:
+            draw_scale(result, plots / "scale.png")
+        else:
+            draw_study(result["job"], plots / "job.png")
     if json is not None:
         write(result, json)
+
+
+def check_plots(plots: Path | None) -> None:
+    """Makes the folder of plots. Raises UsageError if it cannot."""
+    try:
+        if plots is not None:
+            plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--plots {plots} cannot be made: {error.strerror}") from None
+    if plots is not None and not os.access(plots, os.W_OK):
+        raise UsageError(f"--plots {plots} cannot be written to: choose another folder")

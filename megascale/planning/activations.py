@@ -22,7 +22,13 @@ STREAM_NORMS = ("attention_norm", "cross_norm", "ffn_norm")
 
 
 def layer_bytes(s: Setting, unit: Unit, mode: str) -> float:
-    """Bytes that one layer keeps from forward to backward for one micro-batch, under a mode of recomputation."""
+    """Bytes that one layer keeps from forward to backward for one micro-batch, under a mode of recomputation. Peaks ask often."""
+    if (unit, mode) not in s.layer_memo:
+        s.layer_memo[unit, mode] = _layer_bytes(s, unit, mode)
+    return s.layer_memo[unit, mode]
+
+
+def _layer_bytes(s: Setting, unit: Unit, mode: str) -> float:
     if mode in ("full", "nested"):
         return inputs(s, unit)
     if mode == "budget":

@@ -9,16 +9,16 @@ from typing import Any
 from megascale.config.schema import Config
 from megascale.errors import UsageError
 from megascale.planning.cluster import load_cluster
-from megascale.planning.scale import counts_of, draw_scale, scale, scale_lines
+from megascale.planning.scale import counts_of, scale, scale_lines
 from megascale.planning.search import search
-from megascale.planning.study import draw_study, job_of, study, study_lines
+from megascale.planning.study import job_of, study, study_lines
 from megascale.planning.words import lines, reliability, report
 
 MOST_DAYS = 3660
 
 
 def plan_layouts(
-    config: Config, cluster_file: str | Path, gpus: int | None = None, days: float | None = None, seed: int = 0, plots: Path | None = None
+    config: Config, cluster_file: str | Path, gpus: int | None = None, days: float | None = None, seed: int = 0
 ) -> tuple[list[str], dict[str, Any]]:
     """Searches, and simulates `days` of the best layout. Raises UsageError for wrong use, and if nothing fits."""
     cluster = load_cluster(cluster_file)
@@ -27,7 +27,6 @@ def plan_layouts(
     if days is not None and not 0 < days <= MOST_DAYS:
         raise UsageError(f"--job is {days:g} days: give more than 0 and at most {MOST_DAYS}")
     ranks = cluster.gpus if gpus is None else gpus
-    folder(plots)
     found = search(config, ranks, cluster)
     text, result = lines(found, config, ranks, cluster), report(found, ranks, cluster)
     if days is not None:
@@ -35,28 +34,14 @@ def plan_layouts(
         kept = reliability(best, ranks, cluster)
         result["job"] = study(job_of(best.prediction.step_seconds, kept, cluster), days, seed)
         text += ["", *study_lines(result["job"])]
-        if plots is not None:
-            draw_study(result["job"], plots / "job.png")
     return text, result
 
 
-def plan_scale(config: Config, cluster_file: str | Path, span: str, plots: Path | None = None) -> tuple[list[str], dict[str, Any]]:
+def plan_scale(config: Config, cluster_file: str | Path, span: str) -> tuple[list[str], dict[str, Any]]:
     """Tables over numbers of GPUs. Raises UsageError for wrong use, and if nothing fits anywhere."""
     cluster, counts = load_cluster(cluster_file), counts_of(span)
-    folder(plots)
     result = scale(config, counts, cluster)
-    if plots is not None:
-        draw_scale(result, plots / "scale.png")
     return scale_lines(result), result
-
-
-def folder(plots: Path | None) -> None:
-    """Makes the folder of plots. Raises UsageError if it cannot."""
-    try:
-        if plots is not None:
-            plots.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--plots {plots} cannot be made: {error.strerror}") from None
 
 
 def write(result: dict[str, Any], file: Path) -> None:

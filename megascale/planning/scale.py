@@ -8,7 +8,6 @@ arXiv 2106.02679) are searched apart from what was there before them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megascale.config.schema import Config
@@ -215,36 +214,3 @@ def _end(r: dict[str, Any]) -> str:
     if not r["best"]:
         return f"{'–':>8}{'–':>12}"
     return f"{100 * r['best']['mfu']:6.1f} %{100 * r['efficiency']:10.1f} %"
-
-
-def draw_scale(found: dict[str, Any], file: Path) -> None:
-    """Days against GPUs by method, and efficiency of strong and weak scaling, as a PNG."""
-    from matplotlib.ticker import NullFormatter
-
-    from megascale.report.canvas import COLOURS, new_figure, style
-
-    with style():
-        figure = new_figure(11, 4)
-        days, share = figure.subplots(1, 2)
-        for i, name in enumerate(METHODS):
-            points = [(r["gpus"], r["days"][name]) for r in found["strong"] if r["days"][name] is not None]
-            if points:
-                days.plot(*zip(*points, strict=True), color=COLOURS[i], marker="o", ms=4, lw=3.2 - 0.7 * i, label=NAMES[name])
-        days.set(xscale="log", yscale="log", ylabel="days, failures not counted")
-        days.legend()
-        for i, (rows, name) in enumerate(((found["strong"], "strong: the same batch"), (found["weak"], "weak: the same batch per GPU"))):
-            points = [(r["gpus"], 100 * r["efficiency"]) for r in rows if r["best"]]
-            share.plot(*zip(*points, strict=True), color=COLOURS[i], marker="o", ms=4, label=name)
-        share.set(xscale="log", ylabel="tokens/s per GPU (% of the first)", ylim=(0, 105))
-        share.legend(loc="lower left")
-        for axis in (days.xaxis, share.xaxis, days.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-            axis.set_minor_formatter(NullFormatter())
-        counts = [r["gpus"] for r in found["strong"]][:: max(1, len(found["strong"]) // 6)]
-        for axes in (days, share):
-            axes.set_xticks(counts)
-            axes.set_xlabel("GPUs")
-        low, high = days.get_ylim()
-        ticks = [t for i in range(-3, 9) for t in (10.0**i, 2 * 10.0**i, 5 * 10.0**i) if low <= t <= high]
-        days.set_yticks(ticks if len(ticks) > 1 else [low, high])
-        figure.savefig(file, dpi=110)

@@ -20,7 +20,8 @@ from megascale.planning.step import Links, Prediction, predict_setting
 SCHEDULES = (("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4), ("looped_bfs", 2), ("looped_bfs", 4), ("zbv", 1))
 RECOMPUTE = ("none", "selective", "full")
 LISTED = 20  # layouts that are offered
-LONG = 32768  # tokens of a sequence from which cp is tried even if there are sequences for all ranks
+LONG = 32768  # tokens of a sequence from which cp is tried even if there are sequences for all ranks and stages
+FEW = 8  # most ranks of cp that are tried only to keep a pipeline busy
 TENSOR = 16  # most tensor ranks that are tried
 
 
@@ -66,8 +67,9 @@ def axes(config: Config, ranks: int, node: int) -> Iterator[Parallel]:
         for pp in divisors(ranks // tp, min(64, m.num_layers)):
             for cp in divisors(ranks // tp // pp, min(64, train.seq_len // (2 * tp))):
                 data = ranks // tp // pp // cp
-                # Sequences are split where they are long, or where there are fewer of them than ranks.
-                if data > train.global_batch_size or (cp > 1 and train.seq_len < LONG and data * cp <= train.global_batch_size):
+                scarce, idle = data * cp > train.global_batch_size, data * cp * pp > train.global_batch_size
+                # Sequences are split where they are long, or where whole ones would leave ranks or stages of a pipeline idle.
+                if data > train.global_batch_size or (cp > 1 and train.seq_len < LONG and not scarce and not (idle and cp <= FEW)):
                     continue
                 eps = [1] if m.moe is None else [e for e in divisors(m.moe.num_experts, 64) if (data * cp) % e == 0]
                 for shard in shards(data, tp * cp, node, ranks):

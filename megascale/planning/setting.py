@@ -28,6 +28,7 @@ class Setting:
     cuts: Cuts
     units: Units
     cpu: bool = False
+    layer_memo: dict[tuple[Unit, str], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def micro_batches(self) -> int:

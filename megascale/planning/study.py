@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megascale.planning.cluster import Cluster
@@ -104,28 +103,3 @@ def _closed(r: dict[str, Any]) -> str:
 
 def _spread(r: dict[str, Any]) -> str:
     return f"{100 * r['least']:7.2f} %{100 * r['most']:7.2f} %"
-
-
-def draw_study(found: dict[str, Any], file: Path) -> None:
-    """Goodput by interval, spares and recovery in place, as a PNG: the mean over seeds in a band from the least to the most."""
-    from megascale.report.canvas import COLOURS, GREY, new_figure, style
-
-    with style():
-        figure = new_figure(11, 3.6)
-        one, two, three = figure.subplots(1, 3, sharey=True)
-        rows = found["interval"]
-        panels = (
-            (one, [r["seconds"] / 60 for r in rows], rows, "minutes between saves"),
-            (two, [r["spares"] for r in found["spares"]], found["spares"], "spare nodes"),
-            (three, [100 * r["share"] for r in found["in_place"]], found["in_place"], "failures recovered in place (%)"),
-        )
-        for axes, x, part, name in panels:
-            axes.fill_between(x, [100 * r["least"] for r in part], [100 * r["most"] for r in part], color=COLOURS[0], alpha=0.18, lw=0)
-            axes.plot(x, [100 * r["goodput"] for r in part], color=COLOURS[0], marker="o", ms=4, label="simulated")
-            axes.set_xlabel(name)
-        known = [(r["seconds"] / 60, 100 * r["closed_form"]) for r in rows if r["closed_form"] is not None]
-        one.plot(*zip(*known, strict=True), color=GREY, ls="--", label="closed form")
-        one.set(xscale="log", ylabel="goodput (%)")
-        one.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        one.legend(loc="lower left")
-        figure.savefig(file, dpi=110)

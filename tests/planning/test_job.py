@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megascale.planning.goodput import best_interval, share_at
 from megascale.planning.job import Chance, Failure, Job, draw, simulate
+from megascale.planning.study import study, study_lines
 
 
 def test_a_case_by_hand() -> None:
@@ -82,3 +83,12 @@ def test_seconds_sum_to_the_length(
     parts = [out.trained, out.slowed, out.lost, out.saving, out.restarting, out.waiting]
     assert min(parts) > -1e-6 and math.isclose(sum(parts), 10000.0, rel_tol=1e-6)
     assert dataclasses.asdict(out) == dataclasses.asdict(simulate(job, 10000.0, draw(job, 10000.0, seed)))
+
+
+def test_a_save_waits_for_the_one_before() -> None:
+    """Catches saves that overlap without cost, and a closed form that is shown where it does not hold: it knows no such wait."""
+    found = study(Job(step=10.0, every=12, save=1.0, written=100.0), days=0.1)
+    first = found["interval"][0]
+    assert first["steps"] == 1 and first["closed_form"] is None
+    assert first["goodput"] == pytest.approx(10 / 101, rel=0.02)
+    assert sum("–" in line for line in study_lines(found)) == sum(r["closed_form"] is None for r in found["interval"]) > 1

@@ -12,8 +12,9 @@ from megascale.errors import UsageError
 from megascale.planning.cluster import load_cluster
 from megascale.planning.plan import plan_layouts, plan_scale
 from megascale.planning.scale import METHODS, counts_of, enlarged, fitted_loss, methods_of, scale
-from megascale.planning.search import search
+from megascale.planning.search import axes, search
 from megascale.planning.step import predict
+from megascale.report.plans import draw_scale, draw_study
 
 POD = "configs/clusters/h100-pod.yaml"
 PNG = b"\x89PNG"
@@ -51,7 +52,8 @@ def test_tables_agree_with_the_planner(tmp_path: Path) -> None:
     assert [row["batch"] for row in found["weak"]] == [16, 32]
     assert found["strong"][0]["efficiency"] == found["weak"][0]["efficiency"] == 1.0
     assert found["shortest"]["all"]["days"] == min(row["days"]["all"] for row in found["strong"])
-    text, _ = plan_scale(config, POD, "2..2", tmp_path)
+    text, result = plan_scale(config, POD, "2..2")
+    draw_scale(result, tmp_path / "scale.png")
     assert any("shortest time" in line for line in text) and (tmp_path / "scale.png").read_bytes().startswith(PNG)
 
 
@@ -81,7 +83,8 @@ def test_the_fit_has_its_best_where_it_says() -> None:
 
 def test_a_job_is_the_best_layout(tmp_path: Path) -> None:
     """Catches a simulated job with a step that is not the plan's, and plots that are asked for and not made."""
-    text, result = plan_layouts(small(), POD, 2, days=1.0, seed=3, plots=tmp_path)
+    text, result = plan_layouts(small(), POD, 2, days=1.0, seed=3)
+    draw_study(result["job"], tmp_path / "job.png")
     assert result["job"]["job"]["step"] == result["layouts"][0]["step_seconds"] and result["job"]["seeds"] == [3, 10]
     assert any("days simulated" in line for line in text) and (tmp_path / "job.png").read_bytes().startswith(PNG)
     with pytest.raises(UsageError, match="--job is 0 days"):
@@ -92,3 +95,13 @@ def test_a_prediction_is_the_same_for_a_larger_cluster() -> None:
     """Catches nodes that are added and change the links of those before."""
     pod, config = load_cluster(POD), small()
     assert predict(config, 4, pod) == predict(config, 4, enlarged(pod, 20000))
+
+
+def test_sequences_are_split_to_keep_a_pipeline_busy() -> None:
+    """Catches a search that leaves stages idle for want of micro-batches: with a batch of 16 a pipeline of 4 has 2 of them on 8 data ranks,
+    and 4 if two ranks share a sequence.
+    """
+    found = {(p.pp, p.cp, p.dp_shard * p.dp_replicate) for p in axes(small(), 32, 8) if p.tp == 1}
+    assert (4, 2, 4) in found and (4, 1, 8) in found
+    assert (1, 2, 16) in found  # 32 ranks, 16 sequences
+    assert (2, 2, 8) in found and (1, 2, 4) not in {(p.pp, p.cp, p.dp_shard * p.dp_replicate) for p in axes(small(), 8, 8)}
