@@ -11,16 +11,18 @@ import math
 import re
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from megascale.checkpoint.grid import Chunk, Grid, grid_of, many, read_grid
 from megascale.errors import UsageError
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2 writes the chunks of a tensor as a grid, if they are many
 # Readers of older index.json: version → function that converts it to a newer version.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
@@ -68,21 +70,12 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A rectangle of a tensor, stored in `file`."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-
-
-@dataclass(frozen=True)
 class TensorEntry:
     """`dtype` as safetensors spells it; `shape` is that of the whole tensor; the chunks fill it without overlap."""
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] | Grid
 
     @property
     def numel(self) -> int:
@@ -95,6 +88,29 @@ class TensorEntry:
     def key(self, name: str, chunk: Chunk) -> str:
         return chunk_key(name, self.shape, chunk.offsets, chunk.sizes)
 
+    def overlapping(self, offset: Sequence[int], sizes: Sequence[int]) -> list[Chunk]:
+        """The chunks that share an element with a rectangle."""
+        if 0 in sizes:
+            return []
+        if isinstance(self.chunks, Grid):
+            return self.chunks.overlapping(offset, sizes)
+        return [c for c in self.chunks if all(o < b + m and b < o + n for o, n, b, m in zip(offset, sizes, c.offsets, c.sizes))]
+
+    def files(self) -> set[str]:
+        """Names of the files that hold the tensor."""
+        if isinstance(self.chunks, Grid):
+            return {self.chunks.names[n] for n in self.chunks.file_numbers()}
+        return {c.file for c in self.chunks}
+
+    def plain(self, number: Mapping[str, int]) -> dict[str, Any]:
+        """As in index.json; `number`: of each file."""
+        made = self.chunks if isinstance(self.chunks, Grid) else grid_of(self.shape, self.chunks, number)
+        if made is None:
+            chunks = [{"offsets": c.offsets, "sizes": c.sizes, "file": c.file} for c in self.chunks]
+            return {"dtype": self.dtype, "shape": self.shape, "chunks": chunks}
+        edges = [edge.step if isinstance(edge, range) else edge for edge in made.edges]
+        return {"dtype": self.dtype, "shape": self.shape, "parts": edges, "files": made.runs}
+
 
 @dataclass(frozen=True)
 class Index:
@@ -105,18 +121,17 @@ class Index:
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
 
+    @classmethod
+    def made(cls, folder: Path, files: dict[str, FileEntry], tensors: dict[str, TensorEntry]) -> Index:
+        """Of the oldest version that can say it, so that older programs read what they can."""
+        return cls(folder, 2 if any(many(t.chunks) for t in tensors.values()) else 1, files, tensors)
+
     def to_json(self) -> str:
+        number = {name: i for i, name in enumerate(self.files)} if self.version > 1 else {}
         content = {
             "version": self.version,
             "files": {name: {"bytes": f.bytes, "crc32": f.crc32} for name, f in self.files.items()},
-            "tensors": {
-                name: {
-                    "dtype": t.dtype,
-                    "shape": t.shape,
-                    "chunks": [{"offsets": c.offsets, "sizes": c.sizes, "file": c.file} for c in t.chunks],
-                }
-                for name, t in self.tensors.items()
-            },
+            "tensors": {name: t.plain(number) for name, t in self.tensors.items()},
         }
         return json.dumps(content, separators=(",", ":"))
 
@@ -137,10 +152,10 @@ def read_index(folder: str | Path) -> Index:
     while type(version) is int and version in MIGRATIONS:
         raw = MIGRATIONS[version](raw)
         version = raw.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in VERSIONS:
         kind = UsageError if type(version) is int else Damaged
         raise kind(
-            f"{path} has format version {version!r} but this program reads {', '.join(map(str, [*MIGRATIONS, VERSION]))}: "
+            f"{path} has format version {version!r} but this program reads {', '.join(map(str, [*MIGRATIONS, *VERSIONS]))}: "
             "read it with the version of megascale that wrote it"
         )
     try:
@@ -148,10 +163,13 @@ def read_index(folder: str | Path) -> Index:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {error}): use an older checkpoint") from None
     stored = dict.fromkeys(index.files, 0)
+    in_grids = np.zeros(len(stored), np.int64)
     for name, tensor in index.tensors.items():
-        problem = covering_problem(tensor) or _place_problem(tensor, stored)
+        problem = covering_problem(tensor) or _place_problem(tensor, stored, in_grids)
         if problem:
             raise Damaged(f"{path} is damaged: the chunks of {name} {problem}; use an older checkpoint")
+    for name, size in zip(stored, in_grids.tolist()):
+        stored[name] += size
     for name, size in stored.items():
         if size > index.files[name].bytes:
             raise Damaged(
@@ -219,7 +237,9 @@ def file_problem(index: Index, name: str) -> str | None:
 
 
 def covering_problem(tensor: TensorEntry) -> str | None:
-    """Chunks must lie inside the tensor, not overlap, and fill it; None if they do."""
+    """Chunks must lie inside the tensor, not overlap, and fill it; None if they do. Those of a grid cannot do otherwise."""
+    if isinstance(tensor.chunks, Grid):
+        return None
     volume = 0
     for c in tensor.chunks:
         if len(c.offsets) != len(tensor.shape) or len(c.sizes) != len(tensor.shape):
@@ -252,8 +272,15 @@ def _fill(tensor: TensorEntry, cut: list[int]) -> bool:
     return not any(corners.values())
 
 
-def _place_problem(tensor: TensorEntry, stored: dict[str, int]) -> str | None:
-    """Adds the chunks' bytes to those of their files in `stored`; every chunk's file must be listed."""
+def _place_problem(tensor: TensorEntry, stored: dict[str, int], in_grids: np.ndarray) -> str | None:
+    """Adds the chunks' bytes to those of their files in `stored`, a grid's to `in_grids` in the files' order; every chunk's file must be
+    listed.
+    """
+    if isinstance(tensor.chunks, Grid):
+        elements = np.zeros_like(in_grids)
+        tensor.chunks.add_sizes(elements)
+        in_grids += elements * DTYPES[tensor.dtype].itemsize
+        return None
     for c in tensor.chunks:
         if c.file not in stored:
             return f"are in {c.file}, which the index does not list"
@@ -268,14 +295,17 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Index:
             raise ValueError(f"{name!r} is not the name of a shard file in this folder")
     if TRAINER not in files:
         raise ValueError(f"{TRAINER} is not listed")
-    tensors = {}
+    tensors, names = {}, tuple(files)
     for name, t in raw["tensors"].items():
         if name == "__metadata__":
             raise ValueError("a tensor has a reserved name, __metadata__")
         if t["dtype"] not in DTYPES:
             raise ValueError(f"unknown dtype {t['dtype']!r} of {name}")
-        chunks = tuple(Chunk(_sizes(c["offsets"]), _sizes(c["sizes"]), _text(c["file"])) for c in t["chunks"])
         shape = _sizes(t["shape"])
+        if "parts" in t:
+            chunks: tuple[Chunk, ...] | Grid = read_grid(shape, t["parts"], t["files"], names)
+        else:
+            chunks = tuple(Chunk(_sizes(c["offsets"]), _sizes(c["sizes"]), _text(c["file"])) for c in t["chunks"])
         if math.prod(shape) * DTYPES[t["dtype"]].itemsize > LARGEST:
             raise ValueError(f"the shape {shape} of {name} is beyond any memory")
         tensors[name] = TensorEntry(t["dtype"], shape, chunks)

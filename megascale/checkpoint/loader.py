@@ -102,8 +102,9 @@ def load(
 
     def prepare() -> tuple[Index, dict[str, Any], LoadPlanner, Any]:
         index = read_index(path)
-        planner = LoadPlanner(str(path))
-        planner.set_up_planner(views(wanted), ShardReader(index).read_metadata(), ranks.rank == 0)
+        reader = ShardReader(index)
+        planner = LoadPlanner(str(path), reader.overlapping)
+        planner.set_up_planner(views(wanted), reader.read_metadata(), ranks.rank == 0)
         return index, read_trainer(index.folder), planner, planner.create_local_plan()
 
     (index, trainer, planner, plan), _ = ranks.all(prepare, lambda result: None)
@@ -115,7 +116,7 @@ def load(
     if extra:
         raise UsageError(f"{path} also holds {some(extra)}, which nobody here asks for: it was saved by another model or optimizer")
 
-    files = sorted({TRAINER} | {c.file for n in names for c in index.tensors[n].chunks})
+    files = sorted({TRAINER}.union(*(index.tensors[n].files() for n in names)))
 
     def check() -> None:
         for name in files[ranks.rank :: ranks.size]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata as TensorMeta
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascale.checkpoint.index import DTYPE_NAMES
 from megascale.checkpoint.shards import shard_name
@@ -199,11 +201,14 @@ def _replicas(plans: list[SavePlan]) -> list[list[tuple[int, int]]]:
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """DCP's planner, which accepts only exact matches: names, shapes, dtypes, and every local element read."""
+    """DCP's planner, which accepts only exact matches: names, shapes, dtypes, and every local element read.
 
-    def __init__(self, where: str) -> None:
+    `overlapping` gives the stored chunks of a tensor that share an element with the rectangle (offset, sizes).
+    """
+
+    def __init__(self, where: str, overlapping: Callable[[str, tuple[int, ...], tuple[int, ...]], list[ChunkStorageMetadata]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.where = where
+        self.where, self.overlapping = where, overlapping
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         self.original_state_dict = self.state_dict = state_dict
@@ -237,7 +242,7 @@ class LoadPlanner(DefaultLoadPlanner):
             if have.properties.dtype != local.local.dtype:
                 key = "optim.moments" if name.startswith("optim.") else "precision"
                 raise UsageError(f"{name} is {have.properties.dtype} in {self.where} but {local.local.dtype} here: set {key} as it was")
-        plan = super().create_local_plan()
+        plan = LoadPlan([item for name, view in self.state_dict.items() for item in self._items(name, view)])
         read: dict[str, int] = {}
         for item in plan.items:
             read[item.dest_index.fqn] = read.get(item.dest_index.fqn, 0) + math.prod(item.lengths)
@@ -247,6 +252,11 @@ class LoadPlanner(DefaultLoadPlanner):
                     f"{self.where} covers {read.get(name, 0)} of this rank's {view.piece.local.numel()} elements of {name}: it is damaged"
                 )
         return plan
+
+    def _items(self, name: str, view: PieceView) -> list[ReadItem]:
+        meta, local = self.metadata.state_dict_metadata[name], view.__create_chunk_list__()  # type: ignore[union-attr]
+        chunks = self.overlapping(name, view.piece.offset, tuple(view.piece.local.shape)) if local else []
+        return create_read_items_for_chunk_list(name, dataclasses.replace(meta, chunks=chunks), local)  # type: ignore[arg-type]
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].piece.local.detach()  # type: ignore[no-any-return]

@@ -175,11 +175,9 @@ def read_slice(source: str | Path | Index, name: str, offset: tuple[int, ...], s
     dtype = DTYPES[entry.dtype]
     out = torch.empty(shape, dtype=dtype)
     filled = 0
-    for chunk in entry.chunks:
+    for chunk in entry.overlapping(offset, shape):
         low = [max(a, b) for a, b in zip(offset, chunk.offsets)]
         high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, chunk.offsets, chunk.sizes)]
-        if any(x >= y for x, y in zip(low, high)):
-            continue
         sizes = tuple(y - x for x, y in zip(low, high))
         begin = tuple(x - b for x, b in zip(low, chunk.offsets))
         target = out[tuple(slice(x - a, y - a) for x, y, a in zip(low, high, offset))]

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megascale.checkpoint.folders import publish, step_name
-from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
+from megascale.checkpoint.grid import Chunk
+from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, FileEntry, Index, TensorEntry, chunk_key
 from megascale.checkpoint.shards import FilePart, StoredShard, check_parts, read_parts, shard_name, write_shard
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
@@ -133,7 +134,7 @@ class ShardWriter(StorageWriter):
                 if 0 not in c.sizes
             )
             tensors[name] = TensorEntry(DTYPE_NAMES[meta.properties.dtype], tuple(meta.size), chunks)
-        write_durably(self.temporary / INDEX, Index(self.temporary, VERSION, files, tensors).to_json().encode())
+        write_durably(self.temporary / INDEX, Index.made(self.temporary, files, tensors).to_json().encode())
         publish(self.root, self.temporary, self.step)
 
 
@@ -151,11 +152,18 @@ class ShardReader(StorageReader):
         return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors: dict[str, Any] = {}
-        for name, entry in self.index.tensors.items():
-            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
-            tensors[name] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[entry.dtype]), torch.Size(entry.shape), chunks)
-        return Metadata(tensors)
+        """Without chunks: over thousands of ranks they are millions, and a rank asks for a few (`overlapping`)."""
+        return Metadata(
+            {
+                name: TensorStorageMetadata(TensorProperties(dtype=DTYPES[entry.dtype]), torch.Size(entry.shape), [])
+                for name, entry in self.index.tensors.items()
+            }
+        )
+
+    def overlapping(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """The chunks of a tensor that share an element with a rectangle."""
+        found = self.index.tensors[name].overlapping(offset, sizes)
+        return [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in found]
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the index was read before."""
@@ -185,11 +193,11 @@ class ShardReader(StorageReader):
         return _done(None)
 
     def _part(self, item: ReadItem) -> tuple[str, FilePart]:
-        """The file of an item and the part of its chunk. DCP numbers a tensor's chunks in the order of `read_metadata`."""
-        name, number = item.storage_index.fqn, item.storage_index.index
-        assert number is not None
+        """The file of an item and the part of its chunk."""
+        name, offsets = item.storage_index.fqn, item.storage_index.offset
+        assert offsets is not None
         entry = self.index.tensors[name]
-        chunk = entry.chunks[number]
+        chunk = next(c for c in entry.overlapping(offsets, (1,) * len(offsets)) if c.offsets == tuple(offsets))
         begin, sizes = tuple(item.storage_offsets), tuple(item.lengths)
         return chunk.file, FilePart(entry.key(name, chunk), DTYPES[entry.dtype], chunk.sizes, begin, sizes)
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from megascale.checkpoint.folders import publish, step_name
-from megascale.checkpoint.index import DTYPE_NAMES, INDEX, TRAINER, VERSION, Chunk, FileEntry, Index, TensorEntry, chunk_key
+from megascale.checkpoint.grid import Chunk
+from megascale.checkpoint.index import DTYPE_NAMES, INDEX, TRAINER, FileEntry, Index, TensorEntry, chunk_key
 from megascale.checkpoint.shards import StoredShard, write_shard
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
@@ -119,7 +120,7 @@ def write_streamed(
             for block in file.blocks:
                 chunks[block.name].append(Chunk(block.offset, block.sizes, file.name))
         tensors = {t.name: TensorEntry(DTYPE_NAMES[t.dtype], t.shape, tuple(chunks[t.name])) for t in targets}
-        write_durably(temporary / INDEX, Index(temporary, VERSION, entries, tensors).to_json().encode())
+        write_durably(temporary / INDEX, Index.made(temporary, entries, tensors).to_json().encode())
         publish(root, temporary, step)
     except Exception:  # any error of `produce`
         discard(temporary)

@@ -17,7 +17,8 @@ from megascale.checkpoint import choose as module
 from megascale.checkpoint import index as index_module
 from megascale.checkpoint.choose import choose, confirm
 from megascale.checkpoint.folders import step_name, steps_in
-from megascale.checkpoint.index import Chunk, Damaged, TensorEntry, covering_problem, read_index, read_json
+from megascale.checkpoint.grid import Chunk
+from megascale.checkpoint.index import Damaged, TensorEntry, covering_problem, read_index, read_json
 from megascale.checkpoint.loader import find, load, newest
 from megascale.checkpoint.trainer import read_progress, read_trainer
 from megascale.comm.agreement import Agreement
@@ -142,9 +143,9 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(root: Path, monkeypatch: py
 
 def test_a_newer_format_is_never_left_out(root: Path) -> None:
     """Catches an older program that goes back to what it can read and overwrites what a newer one has done."""
-    rewrite("index.json", version=2)(root / step_name(3))
+    rewrite("index.json", version=3)(root / step_name(3))
     for call in (choose, newest):
-        with pytest.raises(UsageError, match=r"format version 2 but this program reads 1"):
+        with pytest.raises(UsageError, match=r"format version 3 but this program reads 1, 2"):
             call(root)
 
 

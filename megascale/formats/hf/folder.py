@@ -14,7 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megascale.checkpoint.index import DTYPES, SHARD_NAME, Chunk, Index, TensorEntry
+from megascale.checkpoint.grid import Chunk
+from megascale.checkpoint.index import DTYPES, SHARD_NAME, Index, TensorEntry
 from megascale.errors import UsageError
 from megascale.formats.json_file import read_object
 from megascale.formats.sources import StoredTensors
