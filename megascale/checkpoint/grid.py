@@ -20,6 +20,7 @@ FEWEST = 17  # chunks from which on a grid is written as one; shorter lists are 
 MOST = 1 << 24  # chunks of a tensor
 
 Run = tuple[int, int, int]
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,25 @@ class Grid(Sequence[Chunk]):
         ]
         return [self._chunk(place) for place in itertools.product(*spans)]
 
+    def numbered(self, number: Mapping[str, int]) -> Grid:
+        """The same with the numbers that files have in an index."""
+        names = tuple(number)
+        if names == self.names:
+            return self
+        table = np.array([number.get(name, -1) for name in self.names])
+        return Grid(self.shape, self.edges, runs_of(table[self._files()].tolist()), names)
+
     def file_numbers(self) -> set[int]:
         return set(np.unique(self._files()).tolist())
 
-    def add_sizes(self, elements: np.ndarray) -> None:
+    def add_sizes(self, elements: Array) -> None:
         """Adds every chunk's elements to those of its file, by number."""
         sizes = np.ones(1, np.int64)
         for edge, n in zip(self.edges, self.shape):
             sizes = np.multiply.outer(sizes, np.diff(np.asarray([*edge, n], np.int64))).reshape(-1)
         np.add.at(elements, self._files(), sizes)
 
-    def _files(self) -> np.ndarray:
+    def _files(self) -> Array:
         return np.concatenate([first + step * np.arange(count) for first, count, step in self.runs])
 
     def _chunk(self, place: tuple[int, ...], file: int | None = None) -> Chunk:
@@ -111,16 +120,24 @@ def grid_of(shape: tuple[int, ...], chunks: Sequence[Chunk], number: Mapping[str
     """`chunks` as a grid, if they are many and make one; `number`: of each file."""
     if not many(chunks):
         return None
-    edges = tuple(_spaced(sorted({c.offsets[d] for c in chunks}), n) for d, n in enumerate(shape))
-    if math.prod(map(len, edges)) != len(chunks):
+    offsets, sizes = np.array([c.offsets for c in chunks], np.int64), np.array([c.sizes for c in chunks], np.int64)
+    return grid_from(shape, offsets, sizes, np.array([number[c.file] for c in chunks]), tuple(number))
+
+
+def grid_from(shape: tuple[int, ...], offsets: Array, sizes: Array, files: Array, names: Sequence[str]) -> Grid | None:
+    """The same from arrays: `offsets` and `sizes` [chunks, dims], `files` [chunks] as numbers of `names`."""
+    edges = [np.unique(column) for column in offsets.T]
+    lengths = [np.diff(edge, append=n) for edge, n in zip(edges, shape)]
+    counts = [len(edge) for edge in edges]
+    if not counts or math.prod(counts) != len(offsets) or any(edge[0] for edge in edges):
         return None
-    files = {c.offsets: number[c.file] for c in chunks}
-    try:
-        grid = Grid(shape, edges, runs_of(files[offsets] for offsets in itertools.product(*edges)), tuple(number))
-    except KeyError:
+    places = [np.searchsorted(edge, column) for edge, column in zip(edges, offsets.T)]
+    cells = np.ravel_multi_index(places, counts)
+    order = np.argsort(cells)
+    if (cells[order] != np.arange(len(cells))).any() or (np.stack([n[at] for n, at in zip(lengths, places)], 1) != sizes).any():
         return None
-    sizes = {c.offsets: c.sizes for c in chunks}
-    return grid if all(sizes[c.offsets] == c.sizes for c in grid) else None
+    spaced = tuple(_spaced(edge.tolist(), n) for edge, n in zip(edges, shape))
+    return Grid(shape, spaced, runs_of(files[order].tolist()), names)
 
 
 def read_grid(shape: tuple[int, ...], parts: Any, files: Any, names: Sequence[str]) -> Grid:

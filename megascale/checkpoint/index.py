@@ -104,7 +104,7 @@ class TensorEntry:
 
     def plain(self, number: Mapping[str, int]) -> dict[str, Any]:
         """As in index.json; `number`: of each file."""
-        made = self.chunks if isinstance(self.chunks, Grid) else grid_of(self.shape, self.chunks, number)
+        made = self.chunks.numbered(number) if isinstance(self.chunks, Grid) else grid_of(self.shape, self.chunks, number)
         if made is None:
             chunks = [{"offsets": c.offsets, "sizes": c.sizes, "file": c.file} for c in self.chunks]
             return {"dtype": self.dtype, "shape": self.shape, "chunks": chunks}

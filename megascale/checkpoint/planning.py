@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata as Tenso
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megascale.checkpoint.index import DTYPE_NAMES
-from megascale.checkpoint.shards import shard_name
+from megascale.checkpoint.index import DTYPE_NAMES, TensorEntry
+from megascale.checkpoint.joining import Held, Joined, join, packed
 from megascale.comm.piece import Piece
 from megascale.errors import UsageError
 
@@ -82,24 +82,26 @@ class PlanCache:
     DCP caches in class attributes, shared by all planners of a process; this cache belongs to one Checkpointer.
     """
 
-    layout: list[Any] | None = None
+    held: list[Held] | None = None
     final: SavePlan | None = None
-    # On the coordinator only: every rank's local plan, and groups of replicas as (rank, item number).
-    every_local: list[SavePlan] = field(default_factory=list)
-    metadata: Metadata | None = None
-    replicas: list[list[tuple[int, int]]] = field(default_factory=list)
+    # On the coordinator only: what every rank holds, and the checkpoint that it makes.
+    everyone: list[bytes] = field(default_factory=list)
+    joined: Joined | None = None
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Sent along with a rank's local plan: whether it is the cached one, and a checksum per item."""
+    """What a rank sends instead of a plan: what it holds (None: as before), and a checksum of each piece."""
 
-    same: bool
+    held: bytes | None
     sums: list[int]
 
 
 class SavePlanner(DefaultSavePlanner):
     """DCP's planner, which also refuses entries that are not tensors and replicas that differ.
+
+    DCP sends every rank's plan to the coordinator and every final plan back, as an object for each piece, and looks for overlaps in
+    quadratic time; here ranks send what they hold in a few bytes (joining.py), and hear which pieces to leave to others.
 
     compare  compare checksums of identical rectangles; off if only one rank saves
     """
@@ -107,97 +109,64 @@ class SavePlanner(DefaultSavePlanner):
     def __init__(self, cache: PlanCache, compare: bool) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.cache, self.compare = cache, compare
+        self.items: list[WriteItem] = []
 
     def set_up_planner(self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
         # Checked here, where DCP reports a failure to all ranks; earlier, the others would wait for this one.
         super().set_up_planner(views(state_dict), storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
-        pieces = [(name, view.piece) for name, view in self.state_dict.items()]
-        layout = [(name, p.shape, p.offset, tuple(p.local.shape), p.local.dtype) for name, p in pieces]
-        same = layout == self.cache.layout
-        self.cache.layout = layout
-        plan = SavePlan([]) if same else super().create_local_plan()
-        # One checksum per item, in item order: `__create_write_items__` omits the same pieces.
-        summed = [p for _, p in pieces if p.local.numel() or not math.prod(p.shape)] if self.compare else []
-        return dataclasses.replace(plan, planner_data=Proposal(same, [checksum(p.local) for p in summed]))
+        self.items = [item for name, view in self.state_dict.items() for item in view.__create_write_items__(name, None)]
+        held = [_held(item) for item in self.items]
+        same = held == self.cache.held
+        self.cache.held = held
+        sums = [checksum(self.lookup_object(item.index)) for item in self.items] if self.compare else []
+        return SavePlan([], planner_data=Proposal(None if same else packed(held), sums))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """What each rank leaves out, or None if it writes what it wrote last time. The metadata is `self.cache.joined`: DCP would send its
+        own to all ranks.
+        """
         proposals: list[Proposal] = [p.planner_data for p in all_plans]
         cache = self.cache
-        if all(p.same for p in proposals) and cache.metadata is not None:
-            self._compare(proposals)
-            return [SavePlan([], planner_data=True) for _ in all_plans], cache.metadata
-        cache.every_local = [cache.every_local[r] if p.planner_data.same else p for r, p in enumerate(all_plans)]
-        cache.replicas = _replicas(cache.every_local)
-        self._compare(proposals)
-        try:
-            plans, metadata = super().create_global_plan([dataclasses.replace(p, planner_data=None) for p in cache.every_local])
-        except ValueError as error:
-            raise UsageError(f"the ranks' pieces do not make whole tensors: {error}") from None
-        places = {item.index: shard_name(rank) for rank, plan in enumerate(plans) for item in plan.items}
-        cache.metadata = dataclasses.replace(metadata, storage_data=places)
-        return plans, cache.metadata
+        same = cache.joined is not None and all(p.held is None for p in proposals)
+        if not same:
+            cache.joined = None
+            cache.everyone = [cache.everyone[rank] if p.held is None else p.held for rank, p in enumerate(proposals)]
+            cache.joined = join(cache.everyone)
+        assert cache.joined is not None
+        if self.compare and (found := cache.joined.unlike([p.sums for p in proposals])) is not None:
+            name, first, other = found
+            raise ReplicasDiffer(
+                f"{name} should be the same on ranks {first} and {other}, but it differs: the run has diverged there, go back to an "
+                "earlier checkpoint"
+            )
+        return [SavePlan([], planner_data=None if same else left_out) for left_out in cache.joined.left_out], Metadata({})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        if new_plan.planner_data:
+        if new_plan.planner_data is None:
             assert self.cache.final is not None
-            new_plan = dataclasses.replace(self.cache.final, storage_data=new_plan.storage_data)
-        self.cache.final = new_plan
-        return super().finish_plan(new_plan)
+            items = self.cache.final.items
+        else:
+            left_out = set(new_plan.planner_data.tolist())
+            items = [item for number, item in enumerate(self.items) if number not in left_out]
+        self.cache.final = SavePlan(items, storage_data=new_plan.storage_data)
+        return super().finish_plan(self.cache.final)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].piece.local.detach()  # type: ignore[no-any-return]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors; on the coordinator, after the global plan."""
-        assert self.cache.metadata is not None
-        tensors = self.cache.metadata.state_dict_metadata.values()
-        return sum(math.prod(t.size) * t.properties.dtype.itemsize for t in tensors if isinstance(t, TensorMeta))
-
-    def _compare(self, proposals: list[Proposal]) -> None:
-        if not self.compare:
-            return
-        for group in self.cache.replicas:
-            (first, place), *others = group
-            for rank, position in others:
-                if proposals[rank].sums[position] != proposals[first].sums[place]:
-                    name = self.cache.every_local[first].items[place].index.fqn
-                    raise ReplicasDiffer(
-                        f"{name} should be the same on ranks {first} and {rank}, but it differs: the run has diverged there, "
-                        "go back to an earlier checkpoint"
-                    )
+    def tensors(self) -> dict[str, TensorEntry]:
+        """All that the ranks hold together; on the coordinator, after the global plan."""
+        assert self.cache.joined is not None
+        return self.cache.joined.tensors
 
 
-def _replicas(plans: list[SavePlan]) -> list[list[tuple[int, int]]]:
-    """Groups of items with one rectangle, as (rank, item number), if several ranks hold it. Refuses contradictory pieces of one name."""
-    facts: dict[str, tuple[Any, Any, int]] = {}
-    holders: dict[MetadataIndex, list[tuple[int, int]]] = {}
-    for rank, plan in enumerate(plans):
-        for position, item in enumerate(plan.items):
-            data = item.tensor_data
-            assert data is not None
-            name, dtype, shape = item.index.fqn, data.properties.dtype, data.size
-            first = facts.setdefault(name, (dtype, shape, rank))
-            if first[:2] != (dtype, shape):
-                raise UsageError(
-                    f"{name} is {first[0]} {list(first[1])} on rank {first[2]} and {dtype} {list(shape)} on rank {rank}: "
-                    "all ranks must hold pieces of the same tensor"
-                )
-            same = holders.setdefault(item.index, [])
-            if same:
-                other, place = same[0]
-                before = plans[other].items[place].tensor_data
-                assert before is not None
-                # DCP treats pieces with the same offset as copies, whatever their sizes.
-                if before.chunk.sizes != data.chunk.sizes:
-                    raise UsageError(
-                        f"the pieces {list(before.chunk.sizes)} on rank {other} and {list(data.chunk.sizes)} on rank {rank} of {name} "
-                        f"overlap at {list(data.chunk.offsets)}"
-                    )
-            same.append((rank, position))
-    return [group for group in holders.values() if len(group) > 1]
+def _held(item: WriteItem) -> Held:
+    data = item.tensor_data
+    assert data is not None
+    return Held(item.index.fqn, DTYPE_NAMES[data.properties.dtype], tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
 
 
 class LoadPlanner(DefaultLoadPlanner):

@@ -25,6 +25,7 @@ from megascale.launch.exits import as_exit
 if TYPE_CHECKING:  # DCP's import would delay the first step
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from megascale.checkpoint.index import TensorEntry
     from megascale.checkpoint.planning import PlanCache, SavePlanner
     from megascale.checkpoint.storage import ShardWriter
 
@@ -80,10 +81,10 @@ def write_checkpoint(
     coordinator = size == 1 or dist.get_rank(group) == 0
     planner = SavePlanner(cache if cache is not None else PlanCache(), compare_replicas and size > 1)
 
-    def prepare() -> int:
+    def prepare() -> dict[str, TensorEntry]:
         if guard is not None:
             guard()
-        return planner.nbytes
+        return planner.tensors
 
     writer = ShardWriter(root, step, trainer, prepare, after_failure)
     try:

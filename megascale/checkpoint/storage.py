@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megascale.checkpoint.folders import publish, step_name
-from megascale.checkpoint.grid import Chunk
-from megascale.checkpoint.index import DTYPE_NAMES, DTYPES, INDEX, TRAINER, FileEntry, Index, TensorEntry, chunk_key
+from megascale.checkpoint.index import DTYPES, INDEX, TRAINER, FileEntry, Index, TensorEntry, chunk_key
 from megascale.checkpoint.shards import FilePart, StoredShard, check_parts, read_parts, shard_name, write_shard
 from megascale.errors import UsageError
 from megascale.files import discard, write_durably
@@ -37,8 +36,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, file-size 
 class ShardWriter(StorageWriter):
     """Writes one checkpoint into `root`/step-N.
 
-    prepare  called on the coordinator before anything is written: raises if the run no longer owns the folder; returns the checkpoint's
-             size in bytes
+    prepare  called on the coordinator before anything is written: raises if the run no longer owns the folder; returns what the
+             checkpoint holds
     explain  (root, bytes of the checkpoint) → message about the space that a full disk lacks
     """
 
@@ -47,11 +46,12 @@ class ShardWriter(StorageWriter):
         root: Path,
         step: int,
         trainer: dict[str, Any],
-        prepare: Callable[[], int] = lambda: 0,
+        prepare: Callable[[], dict[str, TensorEntry]],
         explain: Callable[[Path, int], str] | None = None,
     ) -> None:
         self.root, self.step, self.trainer = root, step, trainer
         self.prepare, self.explain = prepare, explain
+        self.tensors: dict[str, TensorEntry] = {}
         self.nbytes = 0
         self.temporary = root / f".tmp-{step_name(step)}"
 
@@ -74,7 +74,8 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self.nbytes = self.prepare()
+        self.tensors = self.prepare()
+        self.nbytes = sum(entry.nbytes for entry in self.tensors.values())
         with self._told():
             self.root.mkdir(parents=True, exist_ok=True)
             for left_over in self.root.glob(".tmp-*"):
@@ -125,16 +126,7 @@ class ShardWriter(StorageWriter):
         text = self.trainer_json.encode()
         files[TRAINER] = FileEntry(len(text), zlib.crc32(text))
         write_durably(self.temporary / TRAINER, text)
-        tensors = {}
-        for name, meta in metadata.state_dict_metadata.items():
-            assert isinstance(meta, TensorStorageMetadata)
-            chunks = tuple(
-                Chunk(tuple(c.offsets), tuple(c.sizes), metadata.storage_data[MetadataIndex(name, c.offsets)])
-                for c in meta.chunks
-                if 0 not in c.sizes
-            )
-            tensors[name] = TensorEntry(DTYPE_NAMES[meta.properties.dtype], tuple(meta.size), chunks)
-        write_durably(self.temporary / INDEX, Index.made(self.temporary, files, tensors).to_json().encode())
+        write_durably(self.temporary / INDEX, Index.made(self.temporary, files, self.tensors).to_json().encode())
         publish(self.root, self.temporary, self.step)
 
 
