@@ -61,6 +61,15 @@ def test_all_is_well() -> None:
     assert find_hang(views(replace(A, phase=GONE), moved=200), 200, silence=10, limit=10) is None
 
 
+def test_many_ranks_beat_less_often() -> None:
+    """Catches a first rank that is busy reading heartbeats, and ranks that count as silent before their next one is due."""
+    few, many = (Watchdog(RankInfo(0, size), None, 30.0) for size in (64, 16384))
+    for watch in (few, many):
+        watch._closed.set()
+    assert (few.every, few.silence) == (1.0, 30.0)
+    assert many.every > 10 and many.silence >= 4 * many.every
+
+
 def test_a_silent_rank_is_named() -> None:
     """Catches a lost node that goes unnoticed because nobody's library sees its connection close."""
     text = find_hang([PeerView(A, 130, 130), PeerView(B, 100, 100)], 130, silence=20, limit=600)

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ from megascale.train.faults.gate import Gate, Leaving
 from megascale.train.faults.lived import STILL, LivedClock
 from megascale.train.faults.stop import StopFlag
 
-HEARTBEAT = 1.0  # seconds between two heartbeats
+HEARTBEAT = 1.0  # seconds between two heartbeats, at least
+READ = 1000  # heartbeats that rank 0 reads in a second, at most: they take 1 to 2 % of its interpreter; more ranks send them less often
+MISSED = 5  # heartbeats that a rank may be late before it is silent, whatever run.collective_timeout is
 FILE_EVERY = 10.0  # seconds between two heartbeat files
 LOOK = 2.5  # heartbeats to wait to see whether a peer still sends new ones
 SILENCE = 120.0  # seconds without a heartbeat after which a rank is lost, unless run.collective_timeout is shorter
@@ -93,7 +95,7 @@ class Heartbeat:
             heartbeat = Heartbeat(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return last
-        same_kinds = all(type(mine) is type(its) for mine, its in zip(astuple(last), astuple(heartbeat)))
+        same_kinds = all(type(mine) is type(its) for mine, its in zip(vars(last).values(), vars(heartbeat).values()))
         return heartbeat if same_kinds and heartbeat.rank == last.rank else last
 
 
@@ -172,7 +174,8 @@ class Watchdog:
     """A thread next to the main one. `store` None: a single process, whose heartbeats go to the heartbeat file only."""
 
     def __init__(self, ranks: RankInfo, store: dist.Store | None, limit: float) -> None:
-        self.ranks, self.limit, self.silence = ranks, limit, min(limit, SILENCE)
+        self.ranks, self.limit, self.every = ranks, limit, max(HEARTBEAT, ranks.size / READ)
+        self.silence = max(min(limit, SILENCE), MISSED * self.every)
         # A connection serves requests in order, and one of the main thread's may wait for a peer that never comes.
         self.store = None
         if store is not None:
@@ -211,13 +214,13 @@ class Watchdog:
         self._keep_stacks("".join(traceback.format_exception(error)))
         try:
             before = self._heartbeats()
-            time.sleep(LOOK * HEARTBEAT)
+            time.sleep(LOOK * self.every)
             text = find_lost_peer(before, self._heartbeats())
             if text is None:
                 return self._after_a_freeze(reason)
             text = self._agree(text)
             if self.ranks.rank == 0:
-                time.sleep(LOOK * HEARTBEAT)  # this process may host the store: the other ranks must read the verdict first
+                time.sleep(LOOK * self.every)  # this process may host the store: the other ranks must read the verdict first
         except RuntimeError:
             text = self._no_store()
         return f"{text}; run the same command again"
@@ -231,16 +234,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            pause = HEARTBEAT
+            pause = self.every
             try:
                 self._post()
                 self._write_file()
                 verdict = self._verdict()
                 asked = self.activity.stop.requested()
                 if self._leaving is not None and self._leaving.look(asked):
-                    pause = HEARTBEAT / 4  # gates are closed meanwhile
+                    pause = self.every / 4  # gates are closed meanwhile
             except RuntimeError:
-                self._closed.wait(HEARTBEAT)  # all ranks may be leaving, with rank 0 first
+                self._closed.wait(self.every)  # all ranks may be leaving, with rank 0 first
                 verdict = self._no_store()
             except Exception:
                 verdict = None  # garbage that strangers write into the store must not end this thread
@@ -253,7 +256,7 @@ class Watchdog:
         """A frozen node never answers a request, and torch's store has no time-out for some of them."""
         while not self._closed.wait(HEARTBEAT):
             waited = self._clock.now() - self._answered
-            if self.store is not None and waited > self.silence + LOOK * HEARTBEAT:
+            if self.store is not None and waited > self.silence + LOOK * self.every:
                 self._leave(self._no_store(f" for {waited:.0f} s"))
 
     def _verdict(self) -> str | None:
@@ -339,5 +342,5 @@ class Watchdog:
         write_exit(self.run_dir, Exit(ExitCode.PEER_LOST, f"{verdict}; run the same command again"), self.ranks, self.activity.step)
         print(f"\nerror: {verdict}{stacks}; run the same command again", file=sys.stderr, flush=True)
         if self.ranks.rank == 0:
-            time.sleep(LOOK * HEARTBEAT)  # this process may host the store: the other ranks must read the verdict first
+            time.sleep(LOOK * self.every)  # this process may host the store: the other ranks must read the verdict first
         os._exit(ExitCode.PEER_LOST)
