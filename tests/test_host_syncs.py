@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megascale.config.schema import Parallel
+from megascale.config.schema import Optim, Parallel
 from megascale.config.schema.model import Moe
 from megascale.data.loader import Batch
 from megascale.trace.step import trainer_of
@@ -78,6 +78,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "interleaved": on(2, replace(DENSE, model=tiny(num_layers=4)), pp=2, pp_schedule="interleaved_1f1b", pp_virtual=2),
     "pipeline with fsdp": on(4, pp=2, dp_shard=2),
     "muon with fsdp": on(4, replace(DENSE, optim=VARIANTS["muon"].optim), dp_shard=4),
+    "averages": on(4, replace(DENSE, optim=Optim(ema=(0.9, 0.99))), dp_shard=4),  # type: ignore[arg-type]
 }
 GROUP = 12
 # What is known to wait, by its place in the code, and why it may.

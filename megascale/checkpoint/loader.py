@@ -82,13 +82,19 @@ def verify(path: str | Path | Index) -> list[str]:
 
 
 def load(
-    path: str | Path, state: dict[str, Piece], group: dist.ProcessGroup | None = None, prefix: str | None = None, checked: bool = False
+    path: str | Path,
+    state: dict[str, Piece],
+    group: dist.ProcessGroup | None = None,
+    prefix: str | None = None,
+    checked: bool = False,
+    free: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
     """Fills the pieces of `state` in place from a step folder that any layout saved, and returns the trainer's JSON.
 
     group    the ranks that load together (None: all); all must call
     prefix   load only names with this prefix; all others, stored or in `state`, are ignored
     checked  `choose` or `confirm` has already verified the checksums
+    free     names that the checkpoint may lack, which stay as they are, and names in it that nobody needs to ask for
 
     Raises UsageError on every rank, before anything is changed, for missing or damaged files and for names, shapes and dtypes that differ.
     The ranks share the work of verifying files.
@@ -102,13 +108,16 @@ def load(
 
     def prepare() -> tuple[Index, dict[str, Any], LoadPlanner, Any]:
         index = read_index(path)
+        for name in [n for n in wanted if free(n) and n not in index.tensors]:
+            del wanted[name]
         reader = ShardReader(index)
         planner = LoadPlanner(str(path), reader.overlapping)
         planner.set_up_planner(views(wanted), reader.read_metadata(), ranks.rank == 0)
         return index, read_trainer(index.folder), planner, planner.create_local_plan()
 
     (index, trainer, planner, plan), _ = ranks.all(prepare, lambda result: None)
-    names = sorted(n for n in index.tensors if prefix is None or n.startswith(prefix))
+    stored = sorted(n for n in index.tensors if prefix is None or n.startswith(prefix))
+    names = [n for n in stored if not free(n)]
     # Names that nobody asks for, as one bit per name: gathering the names of all ranks would be large.
     _, everyone = ranks.all(lambda: sum(1 << i for i, n in enumerate(names) if n not in wanted), lambda bits: bits)
     unasked = functools.reduce(operator.and_, everyone)
@@ -116,7 +125,7 @@ def load(
     if extra:
         raise UsageError(f"{path} also holds {some(extra)}, which nobody here asks for: it was saved by another model or optimizer")
 
-    files = sorted({TRAINER}.union(*(index.tensors[n].files() for n in names)))
+    files = sorted({TRAINER}.union(*(index.tensors[n].files() for n in stored)))
 
     def check() -> None:
         for name in files[ranks.rank :: ranks.size]:

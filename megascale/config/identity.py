@@ -13,13 +13,14 @@ from megascale.errors import UsageError
 
 SINGLE = ("run.seed", "train.global_batch_size", "train.seq_len", "train.source_len", "train.packing")
 SOURCES = ("data.train", "data.valid")
+BESIDE = ("optim.ema", "optim.ema_valid")  # averages follow the weights, and change none
 PATHS = ("data.tokenizer", "data.source_tokenizer")
 
 
 def identity(config: Config) -> dict[str, Any]:
     """{"section.key": value} of the identity; `train/start/changes.py` lists the other keys that affect the curve."""
     flat = flatten(config.plain())
-    return {k: v for k, v in flat.items() if k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE}
+    return {k: v for k, v in flat.items() if (k.split(".")[0] in ("model", "data", "optim", "grow") or k in SINGLE) and k not in BESIDE}
 
 
 def check_identity(config: Config, saved: dict[str, Any], where: str, moved: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:

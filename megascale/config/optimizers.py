@@ -82,10 +82,11 @@ def block_of(columns: int) -> int:
     return min(BLOCK, columns & -columns)
 
 
-def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elements: int, itemsize: int) -> int:
+def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elements: int, itemsize: int, averages: int = 0) -> int:
     """Bytes of state for `elements` of a weight with rows of `columns`: tensors like the weight, in the format of `optim.moments`, and
-    counts in fp32. `hidden`: the weight is a hidden matrix.
+    counts in fp32. `hidden`: the weight is a hidden matrix; `averages`: how many of it are kept.
     """
+    own = averages * (elements * max(itemsize, 4) + 8) if elements else 0
     first, *rest = rows_of(name)
     row = rest[0] if rest and not hidden else first
     scales = 0
@@ -93,4 +94,4 @@ def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elem
         itemsize = 2
     elif row.small_moments and moments == "int8" and hidden:
         itemsize, scales = 1, 4 * (elements // block_of(columns))
-    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) if elements else 0)
+    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) if elements else 0) + own

@@ -7,7 +7,7 @@ gradients' factor and whether they are finite as device tensors: a bad step chan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,30 +19,38 @@ from megascale.config.schema import Optim
 from megascale.errors import UsageError
 from megascale.model.ops.matmul import product
 from megascale.model.spec import MATRICES
+from megascale.optim.averages import Averaged
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.moments import moment_of
 from megascale.optim.optimizer import Optimizer
 from megascale.optim.owners import Matrix, take_turns, work_in_turns
 from megascale.optim.rates import Rate, grouped_by_rate, rate_of
+from megascale.optim.runs import RUN, in_runs
 from megascale.parallel.model import ParallelModel, Weight
 from megascale.plugins import resolve
 
-RUN = 1 << 26  # elements whose updates are held at once: 256 MiB in fp32
 BATCH_ELEMENTS = 1 << 27  # elements of matrices that an owner orthogonalizes together: 256 MiB in bf16
 
 
-def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = ()) -> Optimizer:
-    """`offload` as in the config: "optimizer" puts the state into host memory; with "parameters" the weights already are there."""
+def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = (), tokens: int = 1) -> Optimizer:
+    """`offload` as in the config: "optimizer" puts the state into host memory; with "parameters" the weights already are there. `tokens`:
+    how many a step has, for averages with half-lives in tokens.
+    """
     if "parameters" in offload:
-        return OnHost(optimizer_over(model.weights, model, cfg), None)
+        return OnHost(optimizer_over(model.weights, model, cfg, tokens), None)
     if "optimizer" in offload:
         mirror = Mirror(model.weights)
-        return OnHost(optimizer_over(mirror.weights, model, cfg), mirror)
-    return optimizer_over(model.weights, model, cfg)
+        return OnHost(optimizer_over(mirror.weights, model, cfg, tokens), mirror)
+    return optimizer_over(model.weights, model, cfg, tokens)
 
 
-def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
-    """The optimizer of `cfg` for some weights of the model, on their device."""
+def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim, tokens: int = 1) -> Optimizer:
+    """The optimizer of `cfg` for some weights of the model, on their device, with the averages that follow it."""
+    own = _own_optimizer(weights, model, cfg)
+    return Averaged(own, weights, cfg.ema, tokens) if cfg.ema else own
+
+
+def _own_optimizer(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
     rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
     row = optimizers()[cfg.name]
     hidden = [w for w in weights if w.placement.spec.role in MATRICES]
@@ -267,19 +275,6 @@ def orthogonalization_flops(shape: tuple[int, ...]) -> float:
     """FLOPs of one round, for matrices of `shape`: three products with the smaller side's Gram matrix."""
     small, large = sorted(shape[-2:])
     return math.prod(shape[:-2]) * (4.0 * small**2 * large + 2.0 * small**3)
-
-
-def in_runs(weights: Sequence[Weight], elements: int) -> list[list[Weight]]:
-    """`weights` in runs of at most so many local elements, at least one weight each."""
-    runs: list[list[Weight]] = []
-    left = 0
-    for w in weights:
-        if not runs or w.local.numel() > left:
-            runs.append([])
-            left = elements
-        runs[-1].append(w)
-        left -= w.local.numel()
-    return runs
 
 
 def divided_in_kernel(weights: list[Weight]) -> bool:

@@ -7,7 +7,7 @@ not pass through our collectives, hence the counting hooks.
 # No `from __future__ import annotations` here: DDP reads the real annotations of a communication hook.
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from inspect import signature
 from itertools import pairwise
@@ -127,6 +127,12 @@ def forget_reduced(model: nn.Module) -> None:
         if state.reduce_scatter_input.is_cuda:
             state.reduce_scatter_input.record_stream(context.reduce_scatter_stream)
     states.clear()
+
+
+def forget_gathered(stages: Iterable[nn.Module]) -> None:
+    """Frees weights that are gathered, so that the next forward pass gathers them from the shards as they are then."""
+    for group in (m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule)):
+        group.reshard()
 
 
 def asked_of(module: nn.Module | FSDPModule, method: str, comm: str) -> Callable[..., None]:

@@ -105,7 +105,7 @@ def update_seconds(s: Setting, units: list[tuple[Unit, int]], device: Device) ->
     """Gradient norm and optimizer: every number is read once or twice, and weights and states are written."""
     optim, item = s.config.optim, ITEMSIZE[s.config.precision.storage]
     kept = sum(n * held(u, s.cuts).kept for u, n in units)
-    state = sum(n * state_of(u, s.cuts, optim.name, optim.moments, item) for u, n in units)
+    state = sum(n * state_of(u, s.cuts, optim.name, optim.moments, item, len(optim.ema)) for u, n in units)
     return (4 * kept * item + 2 * state) / device.memory_bytes_per_second
 
 

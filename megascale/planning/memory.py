@@ -40,10 +40,10 @@ def held(unit: Unit, cuts: Cuts) -> Held:
 
 
 @lru_cache(maxsize=65536)
-def state_of(unit: Unit, cuts: Cuts, name: str, moments: str | None, itemsize: int) -> int:
+def state_of(unit: Unit, cuts: Cuts, name: str, moments: str | None, itemsize: int, averages: int) -> int:
     """Bytes of an optimizer's state for a unit there."""
-    heads = unit.model.num_kv_heads
-    return sum(state_bytes(name, moments, w.matrix, w.shape[-1], cuts.gathered(w, heads) // cuts.ranks(w), itemsize) for w in unit.weights)
+    sizes = [(w, cuts.gathered(w, unit.model.num_kv_heads) // cuts.ranks(w)) for w in unit.weights]
+    return sum(state_bytes(name, moments, w.matrix, w.shape[-1], n, itemsize, averages) for w, n in sizes)
 
 
 def stored_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -62,7 +62,7 @@ def _stored(s: Setting, parts: list[StagePart]) -> dict[str, int]:
             heads = unit.model.num_kv_heads
             copies += n * sum(s.cuts.gathered(w, heads) // s.cuts.ranks(w) for w in unit.weights if s.shadowed(w))
         if unit is not s.units.copy:  # the rank of the embedding updates it
-            state += n * state_of(unit, s.cuts, optim.name, optim.moments, s.stored)
+            state += n * state_of(unit, s.cuts, optim.name, optim.moments, s.stored, len(optim.ema))
     shadows = {"shadows": copies * s.item} if copies else {}
     return {"parameters": weights * s.stored, "gradients": weights * s.stored, "optimizer": state, **shadows}
 

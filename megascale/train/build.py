@@ -128,11 +128,12 @@ def build_engine(model: ParallelModel, config: Config, device: torch.device) -> 
 
         return DeepSpeed(model, config, device)
     schedule = build_schedule(model, config.parallel, device)
+    tokens = config.train.global_batch_size * config.train.seq_len
     if config.parallel.update_in_backward:
         from megascale.schedule.layered import Layered
         from megascale.train.engines.in_backward import InBackward
 
         assert isinstance(schedule, Layered)
-        return InBackward(model, schedule, config.optim, device)
-    optimizer = build_optimizer(model, config.optim, config.parallel.offload)
+        return InBackward(model, schedule, config.optim, device, tokens)
+    optimizer = build_optimizer(model, config.optim, config.parallel.offload, tokens)
     return Native(model, schedule, optimizer, config.train.clip, factors=norm_factors(model.weights, config.optim))

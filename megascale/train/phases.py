@@ -135,6 +135,8 @@ def goes_on(before: Config, now: Config) -> bool:
     """Whether everything that `now` changes can change in memory."""
     if before.parallel.engine == "deepspeed" or (before.parallel.update_in_backward and before.train.clip != now.train.clip):
         return False
+    if any(average.in_tokens for average in now.optim.ema) and _batch(before) != _batch(now):
+        return False  # the share that a step keeps follows its tokens
     if before.optim.independent_decay and before.optim.lr != now.optim.lr:
         return False  # the decay of each group is relative to the peak rate
 

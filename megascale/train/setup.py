@@ -61,7 +61,7 @@ from megascale.train.start.opening import STOP, Opening, claim_run_dir, open_run
 from megascale.train.start.resume import RunStart, check_coefficients, find_start, is_own, model_changes
 from megascale.train.start.room import room_for
 from megascale.train.start.rows import check_rows
-from megascale.train.state import Progress, check_finite
+from megascale.train.state import Progress, check_finite, of_average
 from megascale.train.trainer import Trainer
 
 
@@ -244,7 +244,7 @@ def load_start(config: Config, start: RunStart, engine: Engine, samples: Samples
         on_all_ranks(lambda: fill(state, produce))
     else:
         try:
-            saved = load(start.folder, state, prefix="model." if start.weights_only else None, checked=start.checked)
+            saved = load(start.folder, state, prefix="model." if start.weights_only else None, checked=start.checked, free=of_average)
         except UsageError as error:
             raise UsageError(f"{error}{model_changes(config, start.folder)}") from None
     on_all_ranks(lambda: check_finite(state, start.folder))

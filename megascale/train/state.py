@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megascale.comm.piece import Piece
+from megascale.config.schema.averages import is_average
 from megascale.errors import UsageError
 from megascale.parallel.model import ParallelModel
 
@@ -43,6 +44,11 @@ def state_pieces(model: ParallelModel, optimizer: dict[str, dict[str, Tensor]]) 
         for name, tensor in tensors.items():
             pieces[f"optim.{key}.{name}"] = _piece(model, weights, name, tensor)
     return pieces
+
+
+def of_average(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to an average of the weights: a run may continue with others."""
+    return name.startswith("optim.") and is_average(name.split(".")[1])
 
 
 def check_finite(state: dict[str, Piece], folder: Path | None) -> None:

@@ -15,6 +15,7 @@ from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
 from megascale.model.ops.compiled import left_out
+from megascale.optim.averages import averages_of, shown
 from megascale.optim.learning_rate import learning_rate
 from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import watched_casts
@@ -164,8 +165,17 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The mean loss per valid token of every validation set; NaN if it has no targets."""
+        """The mean loss per valid token of every validation set, then the same with each average of the weights; NaN if a set has no
+        targets.
+        """
         self.set_mode(training=False)
+        losses, optim = self.losses_of_sets(), self.config.optim
+        for average in averages_of(optim) if optim.ema_valid else ():
+            with shown(self.model, self.engine.state(), average):
+                losses |= self.losses_of_sets(f" ema {average.name}")
+        return losses
+
+    def losses_of_sets(self, ending: str = "") -> dict[str, float]:
         losses, steps = {}, self.config.train.eval_steps
         for name, make in self.valid.items():
             batches = Prefetcher(make, 0, steps - 1)
@@ -176,7 +186,7 @@ class Trainer:
             loss, count, _ = total_over_ranks(self.model.mesh, total, float(valid))
             if not count.item():
                 self.reporter.warn_once(f"no target in {name}", f"the validation set {name} has no target in its {steps} batches")
-            losses[name] = (loss / count).item()
+            losses[name + ending] = (loss / count).item()
         return losses
 
     def evaluate_all(self, batches: Iterable[list[Batch]]) -> tuple[Tensor, int]:

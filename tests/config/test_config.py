@@ -290,6 +290,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
         2,
         ("parallel.engine=deepspeed", "parallel.dp_shard=2", "optim.multipliers={head.weight: {lr: 0.5}}"),
     ),
+    "ema_deepspeed": (2, ("parallel.engine=deepspeed", "parallel.dp_shard=2", "optim.ema=0.9")),
     "reduce_engine": (1, ("precision.reduce=bf16", "parallel.engine=ddp")),
     "fp8_static": (1, ("precision.fp8=true", "model.ffn_size=32")),
     "fp8_compute": (1, (*MUS, "precision.fp8=true", "model.ffn_size=32", "model.head_dim=16", "precision.compute=fp64")),

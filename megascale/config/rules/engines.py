@@ -195,6 +195,13 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "DeepSpeed computes the gradient norm itself and ignores multipliers",
         "use engine fsdp2 or ddp, or leave multipliers out",
     ),
+    Rule(
+        "ema_deepspeed",
+        ("optim.ema", "parallel.engine"),
+        lambda c, n: bool(c.optim.ema) and c.parallel.engine == "deepspeed",
+        "DeepSpeed owns the weights and their updates, and keeps no averages",
+        "use engine fsdp2 or ddp, or leave ema out and merge checkpoints (megascale merge)",
+    ),
 )
 
 

@@ -4,6 +4,7 @@ Which keys can be combined is decided in `support.py`. Nothing in this package i
 `--dry-run` on a login node start at once.
 """
 
+from megascale.config.schema.averages import Ema
 from megascale.config.schema.config import Config, GrowAt, PhaseAt, Run
 from megascale.config.schema.kinds import Kind, MoeOfKind
 from megascale.config.schema.model import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS, Model
@@ -21,6 +22,7 @@ __all__ = [
     "Data",
     "DataSource",
     "Delta",
+    "Ema",
     "GrowAt",
     "Kind",
     "Latent",

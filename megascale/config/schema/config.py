@@ -11,7 +11,7 @@ from megascale.config.routers import routers
 from megascale.config.schema.kinds import Model
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import Layers, NonNegative, Positive, Seconds, Section, Seed, Threads
+from megascale.config.schema.section import Layers, NonNegative, Positive, Seconds, Section, Seed, Threads, steps_or_tokens
 from megascale.config.schema.train import Checkpoint, Data, Optim, Precision, Train
 
 NAME = r"(?=.*[^.])[A-Za-z0-9._-]{1,200}"  # a folder's name; excludes "." and ".."
@@ -25,11 +25,9 @@ def _one_name(value: str) -> str:
 
 def _place(value: Any) -> int | str:
     """A place within a run: tokens, or text such as `1000 steps`."""
-    found = re.fullmatch(r"([1-9]\d{0,9}) steps?", value.strip()) if isinstance(value, str) else None
+    found = steps_or_tokens(value)
     if found is not None:
-        return f"{found[1]} steps"
-    if isinstance(value, int | float) and 1 <= value <= 10**18 and value == int(value):
-        return int(value)
+        return found
     raise ValueError(f"{value!r} is no place within a run: write tokens as a number, such as 1e9, or `1000 steps`")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
@@ -34,6 +35,16 @@ class Section(BaseModel):
             if kinds & {int, float} and not kinds & {bool, True, False}:
                 raise PydanticCustomError("number_needed", "Input should be a number, and true and false are none")
         return value
+
+
+def steps_or_tokens(value: Any) -> int | str | None:
+    """A length or place within a run: whole tokens, or text such as `1000 steps`; None for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,9}) steps?", value.strip()) if isinstance(value, str) else None
+    if found is not None:
+        return f"{found[1]} steps"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 10**18 and value == int(value):
+        return int(value)
+    return None
 
 
 def types_in(annotation: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, mod
 
 from megascale.config.decays import decays
 from megascale.config.optimizers import optimizers
+from megascale.config.schema.averages import Ema, OneOrMany, different, listed
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import NonNegative, Positive, Section, Share, Tokens
 
@@ -175,6 +176,12 @@ class Optim(Section):
     multipliers: dict[str, Multiplier] = Field(default_factory=dict)
     """Factors by weight, such as `head.weight` or `blocks.*.attention.q.weight`. Growth writes them, so that grown weights move as before.
     """
+    ema: Annotated[tuple[Ema, ...], BeforeValidator(listed), AfterValidator(different), OneOrMany()] = ()
+    """Exponential moving averages of the weights: a list of `{decay: 0.999}`, `{half_life: 1000 steps}` or `{half_life: 1e9}` (tokens). One
+    may stand without the list, and a number for its decay. They change nothing in the run.
+    """
+    ema_valid: bool = True
+    """An evaluation also measures every average."""
 
     def multiplier(self, weight: str) -> Multiplier:
         """The entry for the weight's own name, or for its name in any layer."""

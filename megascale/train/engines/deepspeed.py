@@ -82,6 +82,10 @@ class DeepSpeed:
             losses.append(self.engine.module(**b.inputs(training=False)))
         return torch.stack(losses).to(torch.float64).sum()
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """DeepSpeed keeps it: nobody asks, since it makes no average (config/rules)."""
+        return {}
+
     def pieces(self) -> dict[str, Piece]:
         """Before the first step: live weights and moments to be loaded. After it: a copy, each weight on one of the data ranks in turn."""
         if self.engine is None:

@@ -39,6 +39,9 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """As `Schedule.evaluate`."""
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's, as `Optimizer.state`."""
+
     def pieces(self) -> dict[str, Piece]:
         """The state that a resume needs, to save or to load into. Collective."""
 
@@ -124,8 +127,11 @@ class Native:
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         return self.schedule.evaluate(batches)
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return self.optimizer.state()
+
     def pieces(self) -> dict[str, Piece]:
-        return state_pieces(self.model, self.optimizer.state())
+        return state_pieces(self.model, self.state())
 
     def loaded(self, pieces: dict[str, Piece]) -> None:
         """The pieces are the live state."""

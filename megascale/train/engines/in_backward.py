@@ -34,11 +34,11 @@ class InBackward:
     the step counts as skipped.
     """
 
-    def __init__(self, model: ParallelModel, schedule: Layered, cfg: Optim, device: torch.device) -> None:
+    def __init__(self, model: ParallelModel, schedule: Layered, cfg: Optim, device: torch.device, tokens: int = 1) -> None:
         self.model, self.schedule, self.device = model, schedule, device
         schedule.after_stage = self._update_stage
         self.weights = [_weights_of(model, i) for i in range(len(model.stages))]
-        self.optimizers: list[Optimizer | None] = [optimizer_over(weights, model, cfg) if weights else None for weights in self.weights]
+        self.optimizers: list[Optimizer | None] = [optimizer_over(own, model, cfg, tokens) if own else None for own in self.weights]
         self.lr, self.factors = 0.0, norm_factors(model.weights, cfg)
         self.valid = torch.ones((), dtype=torch.float64, device=device)
         self.squares: list[Tensor] = []

@@ -93,7 +93,7 @@ def _held(placement: Placement, shard: Axis | None) -> int:
 def optimizer_bytes(optim: Optim, placement: Placement, elements: int, itemsize: int) -> int:
     """Optimizer state of one weight."""
     spec = placement.spec
-    return state_bytes(optim.name, optim.moments, spec.role in MATRICES, spec.shape[-1], elements, itemsize)
+    return state_bytes(optim.name, optim.moments, spec.role in MATRICES, spec.shape[-1], elements, itemsize, len(optim.ema))
 
 
 def needed(config: Config, ranks: int, cpu: bool = False) -> tuple[int, float]:

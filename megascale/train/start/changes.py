@@ -127,6 +127,18 @@ def plugins_note(saved: Mapping[str, Any]) -> list[Note]:
     ]
 
 
+def averages_note(config: Config, saved: Mapping[str, Any]) -> list[Note]:
+    """Averages that begin or end here. `saved`: the checkpoint's config."""
+    try:
+        then = [a.name for a in Optim.model_validate({"ema": saved.get("optim", {}).get("ema", ())}).ema]
+    except (AttributeError, ValidationError):  # from another version
+        then = []
+    now = [a.name for a in config.optim.ema]
+    fresh = [f"{name} starts from the weights of the next step" for name in now if name not in then]
+    gone = [f"{name} ends here" for name in then if name not in now]
+    return [Note(f"optim.ema is another than in the checkpoint: {'; '.join((*fresh, *gone))}")] if fresh or gone else []
+
+
 def sources_of(config: Config) -> list[list[Any]]:
     """[[name, path, weight], …] of the training mixture, recorded in checkpoints because a file that `data.train` names may change."""
     return [[s.name, s.path, s.weight] for s in read_sources(config.data.train, "data.train")]

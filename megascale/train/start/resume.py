@@ -30,6 +30,7 @@ from megascale.train.start.changes import (
     Changes,
     Prints,
     Rates,
+    averages_note,
     changes_since,
     content_changes,
     curve_changes,
@@ -107,8 +108,9 @@ def _from_run(phase: Phase, folder: Path, skipped: list[Skipped], prints: Prints
         Note(f"{s.folder.name} is skipped: {s.why}", "checkpoint_skipped", {"folder": str(s.folder), "why": s.why}) for s in skipped
     ]
     return RunStart(
-        folder, False, changes, checked=True, rates=rates, notes=(*left_out, *told_of_it, *plugins_note(saved), *told(changes, rates))
-    )
+        folder, False, changes, checked=True, rates=rates,
+        notes=(*left_out, *told_of_it, *plugins_note(saved), *told(changes, rates), *averages_note(config, then)),
+    )  # fmt: skip
 
 
 def same_data(before: Config, now: Config, part: str) -> bool:
