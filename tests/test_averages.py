@@ -11,16 +11,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typer.testing import CliRunner
 
 from megascale.checkpoint.index import read_index
 from megascale.checkpoint.loader import find
 from megascale.checkpoint.shards import read_slice
+from megascale.comm.mesh import build_mesh
+from megascale.commands.main import app
+from megascale.config.layout import axis_sizes
 from megascale.config.load import build_config
 from megascale.config.schema import Config, Ema, Optim, Parallel
 from megascale.config.schema.averages import MASS
 from megascale.config.support import check
 from megascale.data.loader import sample_numbers
 from megascale.errors import UsageError
+from megascale.formats.load import load_model
+from megascale.formats.sources import open_checkpoint
 from megascale.optim.averages import averages_of, shown
 from megascale.optim.optimizers import build_optimizer
 from megascale.planning.memory import stored_bytes
@@ -252,6 +258,53 @@ def test_plans_and_dry_runs_count_them(folder: Path) -> None:
 
 
 def sizes(config: Config) -> dict[str, int]:
-    from megascale.config.layout import axis_sizes
-
     return axis_sizes(config.parallel, 2)
+
+
+def loss_of(path: Path, average: str | None = None) -> float:
+    """The loss on some tokens of a checkpoint's weights, or of an average of them, as exports and generation read it."""
+    opened = open_checkpoint(path, average)
+    mesh = build_mesh(axis_sizes(Parallel(), 1), "cpu")
+    model = load_model(opened.model, opened.seq_len, opened.source.read, mesh, Parallel(), CPU, torch.float64)
+    batch = fake_batch(Case(opened.model, seq_len=16), [3, 4, 5])
+    with torch.no_grad():
+        return float(model.module(**batch.inputs(training=False)))
+
+
+def test_averages_are_read_grow_and_begin_runs(folder: Path) -> None:
+    """Catches exports and runs that take the weights instead of the average, a growth that maps an average otherwise than the weights, or
+    forgets what it is a mean of, and names that no average has.
+    """
+    there = folder / "run"
+    growth = {"step": 3, "hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 64, "num_layers": 3}
+    changes = {"optim__ema": [0.8, {"half_life": "2 steps"}], "checkpoint__every": 3}
+    assert run({**values(folder, **changes), "grow": [growth]}) == (0, "done")
+    small, grown = there / "checkpoints" / "step-00000003", there / "grown-1"
+    for name in (None, "0.8", "2 steps", "2"):
+        assert loss_of(grown, name) == pytest.approx(loss_of(small, name), rel=1e-9)
+    assert len({loss_of(small, name) for name in (None, "0.8", "2 steps")}) == 3
+    mass = {float(x) for x in stored(folder, "ema_0_8" + MASS).values()}
+    assert max(mass) == pytest.approx(1 - 0.8**6)
+    with pytest.raises(UsageError, match=r"--ema is 0.7, but .* keeps 0.8, 2 steps: give one of these"):
+        open_checkpoint(there, "0.7")
+
+    exported = folder / "hf"
+    command("convert", small, exported, "--from", "megascale", "--to", "hf", "--ema", "0.8")
+    begun = {"plain": {"init_from": str(small)}, "ours": {"init_from": str(small), "init_ema": 0.8}, "hf": {"init_from": str(exported)}}
+    first = {}
+    for name, checkpoint in begun.items():
+        found = values(folder, folder / name, train__steps=1)
+        assert run({**found, "checkpoint": checkpoint}) == (0, "done")
+        first[name] = losses(folder / name)[0]
+    assert first["ours"] == pytest.approx(first["hf"], rel=1e-12) and first["plain"] != pytest.approx(first["ours"], rel=1e-6)
+    said = [command("generate", *model, "--tokens", "1,5,9", "--json", "--device", "cpu") for model in ((small, "--ema", 1), (exported,))]
+    assert said[0] == said[1]
+    with pytest.raises(UsageError, match=r"--ema is 0.8, but .* is a Hugging Face folder"):
+        command("generate", exported, "--tokens", "1", "--ema", "0.8")
+
+
+def command(*words: Any) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout

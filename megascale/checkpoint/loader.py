@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,17 @@ def load(
     if extra:
         raise UsageError(f"{path} also holds {some(extra)}, which nobody here asks for: it was saved by another model or optimizer")
 
-    files = sorted({TRAINER}.union(*(index.tensors[n].files() for n in stored)))
+    if not checked:
+        check_files(index, {TRAINER}.union(*(index.tensors[n].files() for n in stored)), ranks)
+    reader = ShardReader(index)
+    ranks.all(lambda: reader.check(plan), lambda result: None)
+    ranks.all(lambda: reader.read_data(plan, planner).wait(), lambda result: None)
+    return trainer
+
+
+def check_files(index: Index, names: Collection[str], ranks: Agreement) -> None:
+    """Verifies files of a checkpoint, which the ranks share among them. Raises UsageError on every rank."""
+    files = sorted(names)
 
     def check() -> None:
         for name in files[ranks.rank :: ranks.size]:
@@ -133,12 +143,7 @@ def load(
             if problem:
                 raise UsageError(f"the checkpoint is damaged: {problem}; name an older one")
 
-    reader = ShardReader(index)
-    if not checked:
-        ranks.all(check, lambda result: None)
-    ranks.all(lambda: reader.check(plan), lambda result: None)
-    ranks.all(lambda: reader.read_data(plan, planner).wait(), lambda result: None)
-    return trainer
+    ranks.all(check, lambda result: None)
 
 
 def _elsewhere(folder: Path) -> str:

@@ -70,7 +70,7 @@ def branched(config: Config, step: int, out: Path, overrides: list[str]) -> tupl
     new = [{"from": f"{step} steps", "set": own}] if own else []
     values["phases"] = [*kept, *new, *phases]
     values["run"] |= {"name": out.name, "dir": str(out)}
-    values["checkpoint"] |= {"resume": "auto", "init_from": None, "init_schedule": "given", "init_data": "restart"}
+    values["checkpoint"] |= {"resume": "auto", "init_from": None, "init_ema": None, "init_schedule": "given", "init_data": "restart"}
     made = build_config(apply_overrides(values, rest))
     if made.train.steps is not None and made.train.steps <= step:
         raise UsageError(f"train.steps is {made.train.steps}, but the branch begins after step {step}: give a later last step")

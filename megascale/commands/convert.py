@@ -23,8 +23,8 @@ FROM_HF, TO_HF, FROM_MEGATRON, TO_MEGATRON = (
     ("megatron", "megascale"),
     ("megascale", "megatron"),
 )
-WAYS = (FROM_HF, TO_HF, FROM_MEGATRON, TO_MEGATRON)
 FP8 = ("megascale", "megascale")  # with --dtype fp8
+WAYS = (FROM_HF, TO_HF, FROM_MEGATRON, TO_MEGATRON)
 # Options that only some conversions use, with their defaults.
 READ: dict[str, tuple[object, tuple[tuple[str, str], ...]]] = {
     "tokens": (None, (FROM_HF, TO_HF)),
@@ -37,6 +37,7 @@ READ: dict[str, tuple[object, tuple[tuple[str, str], ...]]] = {
     "divisible": (128, (TO_MEGATRON,)),
     "ckpt_format": ("torch", (TO_MEGATRON,)),
     "experts": ("sequential", (TO_MEGATRON,)),
+    "ema": (None, (TO_HF, TO_MEGATRON, FP8)),
 }
 CHOICES = {"spec": ("te", "local"), "ckpt_format": ("torch", "torch_dist"), "experts": ("sequential", "grouped")}
 
@@ -53,6 +54,7 @@ def print_families(asked: bool) -> None:
     epilog=examples(
         "megascale convert HF_FOLDER ours --from hf --to megascale",
         "megascale convert runs/llama-125m exported --from megascale --to hf --tokens 1,5,9",
+        "megascale convert runs/llama-125m averaged --from megascale --to hf --ema 0.999",
         "megascale convert ours megatron --from megascale --to megatron --tp 2 --ckpt-format torch_dist",
     )
 )
@@ -77,6 +79,9 @@ def main(
         str, typer.Option(help="to Megatron: torch, files of ranks, or torch_dist, a distributed checkpoint for any ranks")
     ] = "torch",
     experts: Annotated[str, typer.Option(help="to Megatron's torch format: grouped (--moe-grouped-gemm) or sequential")] = "sequential",
+    ema: Annotated[
+        str | None, typer.Option(metavar="NAME", help="from a run: an average of optim.ema, by its decay, half-life or number from 1")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="also write the output as JSON")] = None,
     families: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=print_families, help="print the Hugging Face families, and stop")
@@ -85,7 +90,7 @@ def main(
     """Converts SRC to DST. Exit code 2, and nothing written, if anything in SRC is unknown."""
     way = (origin, to)
     given = {"tokens": tokens, "tokenizer": tokenizer, "config": config, "tp": tp, "pp": pp, "spec": spec, "divisible": divisible}
-    given |= {"ckpt_format": ckpt_format, "experts": experts, "no_tokenizer": no_tokenizer}
+    given |= {"ckpt_format": ckpt_format, "experts": experts, "no_tokenizer": no_tokenizer, "ema": ema}
     check_options(way, dtype, given)
     if report is not None and (report.is_dir() or not (report.parent.is_dir() or report.parent == target)):
         raise UsageError(f"--report is {report}, but no file can be written there: name one in a folder that exists")
@@ -101,6 +106,7 @@ def main(
         progress=progress_line(),
         config=config,
         cut=MegatronCut(tp, pp, spec, divisible, ckpt_format, experts),
+        ema=ema,
     )
     done = convert(source, target, options)
     if report is not None:

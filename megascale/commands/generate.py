@@ -39,6 +39,9 @@ def main(
         int | None,
         typer.Option(min=0, max=3, help="tokens per pass that multi-token prediction drafts; default: all it can at temperature 0"),
     ] = None,
+    ema: Annotated[
+        str | None, typer.Option(metavar="NAME", help="an average of optim.ema, by its decay, half-life or number from 1")
+    ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="continue after the token that ends a document")] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="a tokenizer's file or folder; default: the one of the checkpoint or its data")
@@ -66,7 +69,7 @@ def main(
         raise UsageError("--top-p is 0, but no token has that little probability: give temperature 0 for the likeliest token")
     for number, given in enumerate(prompt or []):
         check_text(number + 1, given)
-    opened = open_model(checkpoint)
+    opened = open_model(checkpoint, ema)
     text = find(tokenizer or opened.tokenizer, opened.prefix) if prompt or tokenizer else None
     prompts = [text.encode_prompt(p) for p in prompt or []] if text else [numbers(t) for t in tokens or []]
     check_not_empty(prompts)

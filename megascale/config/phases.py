@@ -26,6 +26,7 @@ FIXED = {
     "data.source_tokenizer": "the vocabulary is that of the whole run",
     "checkpoint.resume": "it says where the run starts",
     "checkpoint.init_from": "it says where the run starts",
+    "checkpoint.init_ema": "it says where the run starts",
     "checkpoint.init_schedule": "it says where the run starts",
     "checkpoint.init_data": "it says where the run starts",
     "parallel.engine": "engines keep their state in different forms",

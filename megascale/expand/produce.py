@@ -13,6 +13,7 @@ from torch import Tensor
 from megascale.checkpoint.index import DTYPES, Index
 from megascale.checkpoint.shards import read_slice
 from megascale.checkpoint.streaming import Target
+from megascale.config.schema.averages import MASS, is_average
 from megascale.errors import UsageError
 from megascale.expand.apply import element_block
 from megascale.expand.plan import Growth
@@ -65,6 +66,8 @@ class GrownTensors:
         key, _, weight = rest.partition(".")
         if self.optimizer == "reset":
             return torch.zeros(shape, dtype=self.state_dtype(key, weight))
+        if is_average(key):
+            return self.average(key, weight, offset, shape)
         if key in self.counts:
             plan = self.plans[weight]
             fresh = plan.inserted or plan.source is None
@@ -75,6 +78,17 @@ class GrownTensors:
         prefix = f"optim.{key}."
         dtype = self.state_dtype(key, weight)
         return element_block(growth, plans[weight], self.shapes(prefix), partial(self.read, prefix), dtype, offset, shape)
+
+    def average(self, key: str, weight: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """An average of the weights grows as they do. A weight that has none in the source begins its average at the next step."""
+        plan, prefix = self.plans[weight], f"optim.{key}."
+        if f"{prefix}{plan.source}" not in self.index.tensors:
+            return torch.zeros(shape, dtype=self.state_dtype(key, weight))
+        if key.endswith(MASS):
+            return self.read(prefix, str(plan.source), (), ())
+        return element_block(
+            self.growth, plan, self.shapes(prefix), partial(self.read, prefix), self.state_dtype(key, weight), offset, shape
+        )
 
     def read(self, prefix: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         return read_slice(self.index, prefix + name, offset, shape)
@@ -114,12 +128,15 @@ class GrownTensors:
         for key in self.state_keys():
             for t in self.growth.tensors:
                 if self._has_state(key, t):
-                    found.append(Target(f"optim.{key}.{t.name}", self.state_dtype(key, t.name), () if key in self.counts else t.spec.shape))
+                    found.append(Target(f"optim.{key}.{t.name}", self.state_dtype(key, t.name), self.state_shape(key, t)))
         return found
+
+    def state_shape(self, key: str, plan: TensorPlan) -> tuple[int, ...]:
+        return () if key in self.counts or (is_average(key) and key.endswith(MASS)) else plan.spec.shape
 
     def state_keys(self) -> list[str]:
         keys = sorted({n.split(".")[1] for n in self.index.tensors if n.startswith("optim.")})
-        unknown = [k for k in keys if k not in (*self.powers, *self.counts)]
+        unknown = [k for k in keys if k not in (*self.powers, *self.counts) and not is_average(k)]
         if unknown or (not keys and (self.powers or self.counts)):
             what = f"holds {unknown[0]}, which is not a state of {self.kept_by}" if unknown else "holds no optimizer state"
             raise UsageError(f"{self.index.folder} {what}: use --optimizer drop")

@@ -99,7 +99,7 @@ def _without_runs(config: Config) -> Config:
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": None, "allow_change": []}),
-            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto", "init_from": None}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto", "init_from": None, "init_ema": None}),
         }
     )
 

@@ -52,6 +52,7 @@ class ConvertOptions:
     dtype      of the weights; the stored one if None
     tokens     to compare logits on; None: no comparison
     config     the config of Megatron's model
+    ema        from a run: the average to take instead of the weights
     tokenizer  the one to write into a Hugging Face folder; None: the one that is found; none at all without `with_tokenizer`
     """
 
@@ -64,6 +65,7 @@ class ConvertOptions:
     progress: Progress | None = None
     config: Path | None = None
     cut: MegatronCut = MegatronCut()
+    ema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,9 @@ def _told(model: Model) -> dict[str, Any]:
     return {**told, **({"kinds": model.model_dump(mode="json")["kinds"]} if model.kinds else {})}
 
 
-def whole_checkpoint(path: Path) -> OpenCheckpoint:
+def whole_checkpoint(path: Path, average: str | None = None) -> OpenCheckpoint:
     """Opens a checkpoint of ours and verifies its checksums. Raises UsageError, so that no damage spreads into another format."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, average)
     problems = verify(checkpoint.source.index)
     if problems:
         raise UsageError(f"{checkpoint.folder} is damaged: {'; '.join(problems[:3])}; use an older checkpoint")
@@ -169,7 +171,7 @@ def whole_checkpoint(path: Path) -> OpenCheckpoint:
 def megascale_to_hf(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A checkpoint of ours → a Hugging Face folder."""
     check_absent(target)
-    checkpoint = whole_checkpoint(source)
+    checkpoint = whole_checkpoint(source, options.ema)
     export = plan_export(checkpoint, options.dtype)
     path = options.tokenizer or (find_tokenizer(checkpoint.config, checkpoint.folder) if options.with_tokenizer else None)
     tokenizer = gather(path, options.tokenizer is not None)
@@ -187,7 +189,7 @@ def megascale_to_hf(source: Path, target: Path, options: ConvertOptions) -> Repo
 
 def megascale_to_fp8(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A checkpoint of ours → `target`/step-…, for inference with weights in e4m3."""
-    checkpoint = whole_checkpoint(source)
+    checkpoint = whole_checkpoint(source, options.ema)
     plan = plan_inference(checkpoint)
     with atomic_folder(target) as temporary:
         step = write_streamed(
@@ -233,7 +235,7 @@ def megatron_to_megascale(source: Path, target: Path, options: ConvertOptions) -
 def megascale_to_megatron(source: Path, target: Path, options: ConvertOptions) -> Report:
     """A checkpoint of ours → `target`/iter_… with mp_rank_… folders or a distributed checkpoint in it, weights only."""
     check_absent(target)
-    checkpoint = whole_checkpoint(source)
+    checkpoint = whole_checkpoint(source, options.ema)
     cut = options.cut
     if cut.ckpt_format == "torch_dist":
         made = write_torch_dist(checkpoint, target, cut.spec, cut.divisible, options.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,11 @@ from megascale.checkpoint.loader import find
 from megascale.checkpoint.shards import read_slice
 from megascale.checkpoint.streaming import ReadSlice, Target
 from megascale.checkpoint.trainer import read_trainer
-from megascale.config.schema import Model
+from megascale.config.schema import Model, Optim
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
 from megascale.formats.tensor_maps import Sizes, compare_names
+from megascale.optim.averages import Average, averages_of
 from megascale.plugins import gone
 
 LAST_STEP = 10**15
@@ -38,6 +40,21 @@ class StoredTensors:
 
     def read(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
         return read_slice(self.index, name, offset, shape)
+
+
+@dataclass(frozen=True)
+class AveragedTensors(StoredTensors):
+    """The same with an average instead of the weights, in their dtype. What has no average, such as a router's bias, stays as it is."""
+
+    average: Average
+
+    def read(self, name: str, offset: Sizes, shape: Sizes) -> Tensor:
+        weight = read_slice(self.index, name, offset, shape)
+        stored = [f"optim.{key}.{name.removeprefix(MODEL)}" for key in self.average.keys]
+        if not name.startswith(MODEL) or any(n not in self.index.tensors for n in stored):
+            return weight
+        parts = [read_slice(self.index, n, *((offset, shape) if self.index.tensors[n].shape else ((), ()))) for n in stored]
+        return self.average.of(weight, *parts).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,11 @@ class OpenCheckpoint:
         return step if type(step) is int and 0 <= step < LAST_STEP else 0
 
 
-def open_checkpoint(path: str | Path) -> OpenCheckpoint:
-    """A step folder or a run. Raises UsageError if its model is unknown or its weights do not match it."""
+def open_checkpoint(path: str | Path, average: str | None = None, asked: str = "--ema") -> OpenCheckpoint:
+    """A step folder or a run. Raises UsageError if its model is unknown or its weights do not match it.
+
+    average  of `optim.ema`, to have it instead of the weights; `asked`: the option or key that names it
+    """
     folder = find(path)
     index, trainer = read_index(folder), read_trainer(folder)
     config = trainer.get("config")
@@ -84,7 +104,24 @@ def open_checkpoint(path: str | Path) -> OpenCheckpoint:
     held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
     check_depth(model, len(held), str(folder / TRAINER))
     compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))
+    if average is not None:
+        chosen = choose_average(config, average, asked, folder)
+        source = AveragedTensors(index, f"{source.stamp} {chosen.name}", chosen)
     return OpenCheckpoint(folder, model, seq_len, trainer, source)
+
+
+def choose_average(config: Mapping[str, Any], name: str, asked: str, folder: Path) -> Average:
+    """The average of a checkpoint's config that is called `name`, or has this number in the list, from 1. Raises UsageError."""
+    section = config.get("optim")
+    try:
+        known = averages_of(Optim.model_validate({"ema": section.get("ema", ()) if isinstance(section, Mapping) else ()}))
+    except ValidationError:
+        known = []
+    for number, average in enumerate(known, 1):
+        if name in (average.name, str(number)):
+            return average
+    there = f"keeps {', '.join(average.name for average in known)}" if known else "keeps no averages (optim.ema)"
+    raise UsageError(f"{asked} is {name}, but {folder} {there}: {'give one of these' if known else 'leave it out'}")
 
 
 @dataclass(frozen=True)

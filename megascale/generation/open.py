@@ -39,23 +39,25 @@ class Opened:
     prefix: str | None = None
 
 
-def open_model(path: Path) -> Opened:
-    """Raises UsageError if the path is no model, or not one that generates text."""
-    found = open_any(path)
+def open_model(path: Path, average: str | None = None) -> Opened:
+    """Raises UsageError if the path is no model, or not one that generates text. `average` as in `open_checkpoint`."""
+    found = open_any(path, average)
     if found.model.family != "decoder":
         raise UsageError(f"{path} is of family {found.model.family}, but only a decoder generates text: give a decoder's checkpoint")
     return found
 
 
-def open_any(path: Path) -> Opened:
-    """Opens a model of any family. Raises UsageError if the path is no model."""
+def open_any(path: Path, average: str | None = None) -> Opened:
+    """Opens a model of any family. Raises UsageError if the path is no model. `average` as in `open_checkpoint`."""
     if is_hf_folder(path):
+        if average is not None:
+            raise UsageError(f"--ema is {average}, but {path} is a Hugging Face folder, which has one set of weights: leave it out")
         foreign = read_hf(path)
         dtype = max((t.dtype for t in foreign.targets), key=lambda d: d.itemsize)
         said = read_object(path / GENERATION) if (path / GENERATION).is_file() else foreign.config
         tokenizer = path if encoders(path) else None
         return Opened(foreign.model, foreign.seq_len, foreign.produce, dtype, tokenizer, ends_of(said))
-    ours = open_checkpoint(path)
+    ours = open_checkpoint(path, average)
     section = ours.config.get("precision")
     precision = section if isinstance(section, Mapping) else {}
     compute = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(str(precision.get("compute")), torch.float32)

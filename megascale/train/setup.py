@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.loader import load
+from megascale.checkpoint.index import read_index
+from megascale.checkpoint.loader import check_files, load
 from megascale.checkpoint.saver import Checkpointer, NoCheckpoints
 from megascale.comm.agreement import Agreement, on_all_ranks
 from megascale.comm.host import event_on
@@ -240,6 +241,10 @@ def load_start(config: Config, start: RunStart, engine: Engine, samples: Samples
         state = {name: piece for name, piece in state.items() if name.startswith("model.")}
     saved: dict[str, Any] = {}
     if start.foreign is not None:
+        if config.checkpoint.init_ema is not None:
+            folder = start.folder
+            index = on_all_ranks(lambda: read_index(folder))
+            check_files(index, index.files, Agreement())
         produce = start.foreign.produce
         on_all_ranks(lambda: fill(state, produce))
     else:

@@ -323,6 +323,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "vocabulary_parts": (4, ("parallel.tp=4", "model.vocab_size=3")),
     "master": (1, ("precision.master=bf16",)),
     "rope_context": (1, ("model.position=alibi", "model.rope_scaling={factor: 8}")),
+    "init_ema": (1, ("checkpoint.init_ema=0.9",)),
     "init_schedule": (1, ("checkpoint.init_schedule=lemon",)),
     "decay_ends": (1, ("optim.warmup_steps=4", "optim.decay_steps=4")),
     "decay_length": (1, ("optim.decay=wsd", "optim.warmup_steps=1", "optim.decay_steps=7", "train.steps=7")),

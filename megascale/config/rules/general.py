@@ -93,6 +93,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
         "remove rope_scaling, or use position rope",
     ),
     Rule(
+        "init_ema",
+        ("checkpoint.init_ema", "checkpoint.init_from"),
+        lambda c, n: c.checkpoint.init_ema is not None and c.checkpoint.init_from is None,
+        "init_ema names an average of the run that init_from starts from",
+        "set init_from, or leave init_ema out",
+    ),
+    Rule(
         "init_schedule",
         ("checkpoint.init_schedule", "checkpoint.init_from", "optim.decay"),
         lambda c, n: (

@@ -233,6 +233,11 @@ class Data(Section):
         return self.mask_fraction or 0.15
 
 
+def _name(value: Any) -> Any:
+    """An average's name may be a number."""
+    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 class Checkpoint(Section):
     every: NonNegative = 0
     """Steps between checkpoints. 0: only at the end."""
@@ -246,6 +251,8 @@ class Checkpoint(Section):
     """`auto` resumes from the newest whole checkpoint of the run, `never` starts anew; a folder names a checkpoint or another run."""
     init_from: str | None = None
     """Start a new run from these weights: a checkpoint or a Hugging Face folder."""
+    init_ema: Annotated[str | None, BeforeValidator(_name)] = None
+    """With `init_from`: start from this average of that run's `optim.ema`, by its decay, its half-life or its number, from 1."""
     init_schedule: Literal["given", "lemon"] = "given"
     """With `init_from`: the schedule as given, or LEMON's for grown models (warm up again, then decay within 0.6 of the run)."""
     init_data: Literal["restart", "continue"] = "restart"

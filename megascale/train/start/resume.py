@@ -21,7 +21,9 @@ from megascale.errors import UsageError
 from megascale.formats.hf.config import differences, hf_config
 from megascale.formats.hf.folder import is_hf_folder
 from megascale.formats.hf.model import read_hf
-from megascale.formats.sources import Foreign
+from megascale.formats.shapes import MODEL, our_shapes
+from megascale.formats.sources import Foreign, open_checkpoint
+from megascale.formats.tensor_maps import compare_names
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.model import ParallelModel
 from megascale.train.phases import Phase
@@ -139,12 +141,17 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
         other = is_hf_folder(folder)
     except (OSError, ValueError) as error:
         raise UsageError(f"checkpoint.init_from is {str(folder)[:200]!r}, which cannot be accessed ({error}): name a folder") from None
+    average = config.checkpoint.init_ema
+    if other and average is not None:
+        raise UsageError(f"checkpoint.init_ema is {average}, but {folder} is a Hugging Face folder, which has no averages: leave it out")
     if other:
         foreign = read_hf(folder, model=config.model, seq_len=config.train.seq_len)
         past = folder / POSITION
     else:
         folder = find(folder)
         past = folder / TRAINER
+        if average is not None:
+            foreign = _average(config, folder, average)
     if config.checkpoint.init_data == "restart":
         return RunStart(folder, True, foreign=foreign)
     if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
@@ -163,6 +170,15 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
         )
     drawn = tuple(_position(past).get("drawn") or ())
     return RunStart(folder, True, foreign=foreign, samples=samples, drawn=drawn)
+
+
+def _average(config: Config, folder: Path, name: str) -> Foreign:
+    """An average of a checkpoint of ours as this run's weights. Raises UsageError if they are another model's."""
+    opened = open_checkpoint(folder, name, "checkpoint.init_ema")
+    held = {n: t for n, t in opened.source.tensors.items() if n.startswith(MODEL)}
+    ours = our_shapes(config.model, config.train.seq_len)
+    compare_names({MODEL + n: s for n, s in ours.items()}, held, str(folder))
+    return Foreign(opened.model, opened.seq_len, list(held.values()), opened.source.read, {}, opened.source.stamp)
 
 
 def _position(path: Path) -> dict[str, Any]:
