@@ -27,7 +27,7 @@ from megascale.data.loader import sample_numbers
 from megascale.errors import UsageError
 from megascale.formats.load import load_model
 from megascale.formats.sources import open_checkpoint
-from megascale.optim.averages import averages_of, shown
+from megascale.optim.averages import averages_of, own_average, shown
 from megascale.optim.optimizers import build_optimizer
 from megascale.planning.memory import stored_bytes
 from megascale.train.build import build_engine
@@ -88,6 +88,7 @@ def test_averages_of_coarse_weights_are_fine() -> None:
     assert held == sum(optimizer_bytes(case.optim, w.placement, w.local.numel(), 2) for w in model.weights)
 
 
+FREE = replace(CASE, optim=Optim(name="schedule_free", lr=1e-2, decay="constant"))
 LAYOUTS = {
     "tp, fsdp": Parallel(tp=2, dp_shard=2),
     "kept gathered": Parallel(dp_shard=4, reshard_after_forward=False),
@@ -120,7 +121,8 @@ def followed(cases: list[Case]) -> list[dict[str, Any]]:
         for number in range(case.steps):
             update(engine, backward(engine, batches(number), scale, case.optim.lr))
         told, values = {"weights": loss()}, {}
-        for average in averages_of(case.optim):
+        own = own_average(case.optim)
+        for average in (*averages_of(case.optim), *([own] if own is not None else ())):
             before = [w.local.clone() for w in model.weights]
             with shown(model, engine.state(), average):
                 told[average.name] = loss()
@@ -141,16 +143,19 @@ def test_every_layout_has_one_average() -> None:
     """Catches shards that average another rank's part, a pipeline's or a host's weights that are left out, an evaluation with weights that
     are still gathered from before the swap, or after it.
     """
-    alone = followed([CASE])[0]
-    assert len({round(x, 6) for x in alone["losses"].values()}) == 4, "the averages must differ from the weights"
-    for found in run_ranks(4, followed, [replace(CASE, parallel=p) for p in LAYOUTS.values()], timeout=300):
-        for name, layout in zip(LAYOUTS, found):
+    alone = followed([CASE, FREE])
+    for case, number in zip(alone, (4, 2)):
+        assert len({round(x, 6) for x in case["losses"].values()}) == number, "the averages must differ from the weights"
+    cases = [(0, replace(CASE, parallel=p)) for p in LAYOUTS.values()]
+    cases += [(1, replace(FREE, parallel=LAYOUTS[name])) for name in ("tp, fsdp", "pipeline", "in backward", "offload")]
+    for found in run_ranks(4, followed, [case for _, case in cases], timeout=300):
+        for (kind, case), layout in zip(cases, found):
             for key, x in layout["values"].items():
-                whole = alone["values"][key]
-                assert (x[tuple(slice(0, n) for n in whole.shape)] - whole).abs().max() <= 1e-12, (name, key)
-            assert len(layout["values"]) == len(alone["values"])
-            for key, value in alone["losses"].items():
-                assert layout["losses"][key] == pytest.approx(value, rel=1e-12), (name, key)
+                whole = alone[kind]["values"][key]
+                assert (x[tuple(slice(0, n) for n in whole.shape)] - whole).abs().max() <= 1e-12, (case.parallel, key)
+            assert len(layout["values"]) == len(alone[kind]["values"])
+            for key, value in alone[kind]["losses"].items():
+                assert layout["losses"][key] == pytest.approx(value, rel=1e-12), (case.parallel, key)
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "interleaved": on(2, replace(DENSE, model=tiny(num_layers=4)), pp=2, pp_schedule="interleaved_1f1b", pp_virtual=2),
     "pipeline with fsdp": on(4, pp=2, dp_shard=2),
     "muon with fsdp": on(4, replace(DENSE, optim=VARIANTS["muon"].optim), dp_shard=4),
+    "schedule free": on(4, replace(DENSE, optim=Optim(name="schedule_free", decay="constant")), dp_shard=4),
     "averages": on(4, replace(DENSE, optim=Optim(ema=(0.9, 0.99))), dp_shard=4),  # type: ignore[arg-type]
 }
 GROUP = 12

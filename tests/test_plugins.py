@@ -294,10 +294,10 @@ def test_unknown_names_suggest_the_nearest(install: Install, tmp_path: Path) -> 
         return str(error.value)
 
     missing = told(optim__name="signum")
-    assert "optim.name is 'signum': it should be 'adamw', 'lion' or 'muon'; plugins may add more (installed: none)" in missing
+    assert "optim.name is 'signum': it should be 'adamw', 'lion', " in missing and "; plugins may add more (installed: none)" in missing
     assert told(model__family="decoders").endswith("did you mean decoder?")
     install()
-    assert "'muon', 'signum' or 'heavyball'; did you mean signum?" in told(optim__name="sigum")
+    assert "'signum' or 'heavyball'; did you mean signum?" in told(optim__name="sigum")
     assert "'constant' or 'sqrt'; did you mean cosine?" in told(optim__decay="cosin")
 
 

@@ -16,8 +16,12 @@ class OptimizerRow:
 
     build           (weights, cfg, rates, mesh) → `optim.optimizer.Optimizer`, or its "module:name"
     state           per weight: key → power of the gradient that the tensor follows (1: a mean of gradients, 2: of squares), by which growth
-                    scales it; None if it follows no power. Tensors have the weight's shape and dtype and start at zero
+                    scales it; 0: a difference of weights, which grows as they do; None if it follows no power. Tensors have the weight's
+                    shape and dtype and start at zero
     counts          keys of 0-dim fp32 update counters, which a grown weight keeps
+    sums            keys of 0-dim fp64 sums over updates, likewise
+    average         cfg → the `optim.averages.Average` that stands for the weights in evaluations and exports and takes the place of a
+                    decay, or its "module:name"; None: the weights themselves do
     rest            optimizer of all other weights if this one only takes hidden matrices (optim/rates.py: MATRICES)
     whole_matrices  an update needs whole matrices: too slow on a host, and impossible in backward. If False, updates are elementwise, so
                     each rank updates its shards alone and every layout takes the same step
@@ -30,6 +34,8 @@ class OptimizerRow:
     build: str | Callable[..., Any]
     state: Mapping[str, int | None] = field(default_factory=dict)
     counts: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    average: str | Callable[..., Any] | None = None
     rest: str | None = None
     whole_matrices: bool = False
     scale_free: bool = False
@@ -50,6 +56,14 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     ),
     "lion": OptimizerRow("megascale.optim.optimizers:Lion", state={"exp_avg": 1}, scale_free=True, unit_scaling=True),
     "muon": OptimizerRow("megascale.optim.optimizers:Muon", state={"momentum": 1}, rest="adamw", whole_matrices=True, scale_free=True),
+    "schedule_free": OptimizerRow(
+        "megascale.optim.schedule_free:ScheduleFree",
+        state={"lead": 0, "exp_avg_sq": 2},
+        counts=("step",),
+        sums=("rates",),
+        average="megascale.optim.schedule_free:evaluated",
+        scale_free=True,
+    ),
 }
 
 
@@ -83,8 +97,8 @@ def block_of(columns: int) -> int:
 
 
 def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elements: int, itemsize: int, averages: int = 0) -> int:
-    """Bytes of state for `elements` of a weight with rows of `columns`: tensors like the weight, in the format of `optim.moments`, and
-    counts in fp32. `hidden`: the weight is a hidden matrix; `averages`: how many of it are kept.
+    """Bytes of state for `elements` of a weight with rows of `columns`: tensors like the weight, in the format of `optim.moments`,
+    counts and sums. `hidden`: the weight is a hidden matrix; `averages`: how many of it are kept.
     """
     own = averages * (elements * max(itemsize, 4) + 8) if elements else 0
     first, *rest = rows_of(name)
@@ -94,4 +108,4 @@ def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elem
         itemsize = 2
     elif row.small_moments and moments == "int8" and hidden:
         itemsize, scales = 1, 4 * (elements // block_of(columns))
-    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) if elements else 0) + own
+    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) + 8 * len(row.sums) if elements else 0) + own

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from megascale.checkpoint.folders import named_as_steps
-from megascale.checkpoint.index import DTYPES, Index, read_index
-from megascale.checkpoint.shards import read_slice
+from megascale.checkpoint.index import read_index
 from megascale.checkpoint.streaming import Progress, Target
 from megascale.errors import UsageError
 from megascale.expand.source import GrowthSource, open_source, renamed
 from megascale.expand.write import Effort, check_target, finish, step_of, write
 from megascale.formats.hf.config import differences
+from megascale.formats.sources import AveragedTensors, StoredTensors
+from megascale.optim.averages import own_average
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,20 @@ class Mean:
     least fp32; whole numbers are those of the last checkpoint.
     """
 
-    indexes: tuple[Index, ...]
+    sources: tuple[StoredTensors, ...]
     shares: tuple[float, ...]
 
     def __call__(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        last = read_slice(self.indexes[-1], name, offset, shape)
+        last = self.sources[-1].read(name, offset, shape)
         if not last.is_floating_point():
             return last
         total = last.to(torch.promote_types(last.dtype, torch.float32)) * self.shares[-1]
-        for index, share in zip(self.indexes[:-1], self.shares):
-            total.add_(read_slice(index, name, offset, shape).to(total.dtype), alpha=share)
+        for source, share in zip(self.sources[:-1], self.shares):
+            total.add_(source.read(name, offset, shape).to(total.dtype), alpha=share)
         return total.to(last.dtype)
 
     def targets(self) -> list[Target]:
-        tensors = self.indexes[-1].tensors
-        return [Target(name, DTYPES[t.dtype], t.shape) for name, t in tensors.items() if name.startswith("model.")]
+        return [target for name, target in self.sources[-1].tensors.items() if name.startswith("model.")]
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +56,7 @@ class Mean:
     @property
     def stamp(self) -> str:
         """Identifies the sources, by their files' checksums, and their shares."""
-        files = [(i.folder.name, sorted((n, f.crc32) for n, f in i.files.items())) for i in self.indexes]
+        files = [(i.folder.name, sorted((n, f.crc32) for n, f in i.files.items())) for i in (s.index for s in self.sources)]
         return hashlib.sha256(repr((files, self.shares)).encode()).hexdigest()
 
 
@@ -72,7 +72,7 @@ def merge(
     opened = [open_source(source, effort.check) for source in sources]
     check_alike(opened)
     shares = shares_of(weights, len(opened))
-    mean = Mean(tuple(o.index for o in opened), shares)
+    mean = Mean(tuple(weights_of(o) for o in opened), shares)
     last = opened[-1]
     written = check_target(target, last, mean)
     config = renamed(last.config, "merged")
@@ -87,6 +87,12 @@ def merge(
         "bytes": mean.nbytes,
         "seconds": round(time.perf_counter() - begun, 2),
     }
+
+
+def weights_of(opened: GrowthSource) -> StoredTensors:
+    """The weights, or the average that an optimizer has in their place."""
+    average = own_average(opened.config.optim)
+    return StoredTensors(opened.index, "") if average is None else AveragedTensors(opened.index, "", average)
 
 
 def last_of(run: Path, number: int, every: int | None) -> list[Path]:

@@ -46,14 +46,14 @@ class GrownTensors:
         return powers(self.kept_by)
 
     @cached_property
-    def counts(self) -> set[str]:
+    def counts(self) -> dict[str, torch.dtype]:
         return counts(self.kept_by)
 
     @cached_property
     def moments(self) -> dict[int, tuple[Growth, dict[str, TensorPlan]]]:
         """Growth plans of the moments, by power of β."""
         found = {}
-        for power in sorted({power for power in self.powers.values() if power is not None}):
+        for power in sorted({power for power in self.powers.values() if power}):
             growth = state_plan(self.growth, power)
             found[power] = (growth, {t.name: t for t in growth.tensors})
         return found
@@ -71,9 +71,11 @@ class GrownTensors:
         if key in self.counts:
             plan = self.plans[weight]
             fresh = plan.inserted or plan.source is None
-            return torch.zeros((), dtype=torch.float32) if fresh else read_slice(self.index, f"optim.{key}.{plan.source}", (), ())
+            return torch.zeros((), dtype=self.counts[key]) if fresh else read_slice(self.index, f"optim.{key}.{plan.source}", (), ())
         power = self.powers[key]
         assert power is not None  # check_state_grows
+        if power == 0:
+            return self.difference(key, weight, offset, shape)
         growth, plans = self.moments[power]
         prefix = f"optim.{key}."
         dtype = self.state_dtype(key, weight)
@@ -89,6 +91,24 @@ class GrownTensors:
         return element_block(
             self.growth, plan, self.shapes(prefix), partial(self.read, prefix), self.state_dtype(key, weight), offset, shape
         )
+
+    def difference(self, key: str, weight: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A difference from the weights grows to that of the grown ones. Fresh weights have none."""
+        plan, dtype = self.plans[weight], self.state_dtype(key, weight)
+        if plan.inserted or plan.source is None:
+            return torch.zeros(shape, dtype=dtype)
+
+        def moved(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+            weights = self.read("model.", name, offset, shape).to(torch.float64)
+            stored = f"optim.{key}.{name}"
+            return weights + read_slice(self.index, stored, offset, shape) if stored in self.index.tensors else weights
+
+        def plain(name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+            return self.read("model.", name, offset, shape).to(torch.float64)
+
+        shapes = self.shapes("model.")
+        to, at = (element_block(self.growth, plan, shapes, read, torch.float64, offset, shape) for read in (moved, plain))
+        return (to - at).to(dtype)
 
     def read(self, prefix: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         return read_slice(self.index, prefix + name, offset, shape)
@@ -113,7 +133,7 @@ class GrownTensors:
 
     def state_dtype(self, key: str, weight: str) -> torch.dtype:
         if key in self.counts:
-            return torch.float32
+            return self.counts[key]
         source = self.plans[weight].source
         entry = self.index.tensors.get(f"optim.{key}.{source}")
         if entry is None:  # a new weight: like the others

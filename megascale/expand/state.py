@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from megascale.config.optimizers import rows_of
 from megascale.config.schema import Multiplier, any_layer
@@ -21,13 +22,14 @@ from megascale.expand.tensors import TensorPlan
 
 
 def powers(optimizer: str) -> dict[str, int | None]:
-    """The power of β for each tensor of an optimizer's state."""
+    """The power of β for each tensor of an optimizer's state; 0 for a difference of weights."""
     return {key: power for row in rows_of(optimizer) for key, power in row.state.items()}
 
 
-def counts(optimizer: str) -> set[str]:
-    """Keys of its state that count updates."""
-    return {key for row in rows_of(optimizer) for key in row.counts}
+def counts(optimizer: str) -> dict[str, torch.dtype]:
+    """Keys of its state that count or sum over updates, with their dtypes."""
+    rows = rows_of(optimizer)
+    return {**{key: torch.float32 for row in rows for key in row.counts}, **{key: torch.float64 for row in rows for key in row.sums}}
 
 
 def check_state_grows(optimizer: str, fate: str) -> None:

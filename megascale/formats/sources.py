@@ -21,7 +21,7 @@ from megascale.config.schema import Model, Optim
 from megascale.errors import UsageError
 from megascale.formats.shapes import MODEL, check_depth, our_shapes
 from megascale.formats.tensor_maps import Sizes, compare_names
-from megascale.optim.averages import Average, averages_of
+from megascale.optim.averages import Average, averages_of, own_average
 from megascale.plugins import gone
 
 LAST_STEP = 10**15
@@ -82,7 +82,8 @@ class OpenCheckpoint:
 def open_checkpoint(path: str | Path, average: str | None = None, asked: str = "--ema") -> OpenCheckpoint:
     """A step folder or a run. Raises UsageError if its model is unknown or its weights do not match it.
 
-    average  of `optim.ema`, to have it instead of the weights; `asked`: the option or key that names it
+    average  of `optim.ema`, to have it instead of the weights; `asked`: the option or key that names it. By default an optimizer's own,
+             if it has one
     """
     folder = find(path)
     index, trainer = read_index(folder), read_trainer(folder)
@@ -104,10 +105,20 @@ def open_checkpoint(path: str | Path, average: str | None = None, asked: str = "
     held = {name: t for name, t in source.tensors.items() if name.startswith(MODEL)}
     check_depth(model, len(held), str(folder / TRAINER))
     compare_names({MODEL + n: s for n, s in our_shapes(model, seq_len).items()}, held, str(folder))
-    if average is not None:
-        chosen = choose_average(config, average, asked, folder)
+    chosen = own_of(config) if average is None else choose_average(config, average, asked, folder)
+    if chosen is not None:
         source = AveragedTensors(index, f"{source.stamp} {chosen.name}", chosen)
     return OpenCheckpoint(folder, model, seq_len, trainer, source)
+
+
+def own_of(config: Mapping[str, Any]) -> Average | None:
+    """The average of a checkpoint's config that stands for its weights, if there is one."""
+    section = config.get("optim")
+    try:
+        known = {key: section[key] for key in ("name", "betas") if key in section} if isinstance(section, Mapping) else {}
+        return own_average(Optim.model_validate(known))
+    except ValidationError:  # a plugin's that is not here
+        return None
 
 
 def choose_average(config: Mapping[str, Any], name: str, asked: str, folder: Path) -> Average:

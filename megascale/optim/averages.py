@@ -1,4 +1,4 @@
-"""Averages of the weights beside any optimizer: `optim.ema`.
+"""Averages of the weights: those of `optim.ema` beside any optimizer, and the one that an optimizer makes itself.
 
 An average of which a step keeps the share d is debiased: after t steps it is Σ d^(t−i)·w_i ÷ Σ d^(t−i). Beside its values it keeps the
 mass of what they are a mean of, (1−d)·Σ d^(t−i). A step makes the mass m ← d·m + (1−d) and moves the values by (1−d)/m of their distance
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megascale.config.optimizers import optimizers
 from megascale.config.schema import Ema, Optim
 from megascale.config.schema.averages import MASS
 from megascale.optim.optimizer import Optimizer
 from megascale.optim.runs import RUN, in_runs
 from megascale.parallel.model import ParallelModel, Weight
+from megascale.plugins import resolve
 
 
 class _Kept:
@@ -68,7 +70,7 @@ class Averaged:
 @dataclass(frozen=True)
 class Average:
     """An average as plain data, which workers can pickle: the `keys` of the optimizer's state that it needs, and how a weight and these
-    tensors, or the same rectangle of each, make its values. `name`: what metrics and commands call it.
+    tensors, or the same rectangle of each, make its values. `name`: what metrics and commands call it; empty for an optimizer's own.
     """
 
     name: str
@@ -79,6 +81,15 @@ class Average:
 def averages_of(optim: Optim) -> list[Average]:
     """The averages that a run with this section keeps beside its weights."""
     return [Average(average.name, (average.key, average.key + MASS), begun) for average in optim.ema]
+
+
+def own_average(optim: Optim) -> Average | None:
+    """The average that stands for the weights in evaluations and exports; None if they stand for themselves."""
+    average = optimizers()[optim.name].average
+    if average is None:
+        return None
+    made: Average = resolve(average, f"the average of the optimizer {optim.name}")(optim)
+    return made
 
 
 def begun(weight: Tensor, values: Tensor, mass: Tensor) -> Tensor:
@@ -93,10 +104,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 @torch.no_grad()
-def shown(model: ParallelModel, state: Mapping[str, Mapping[str, Tensor]], average: Average) -> Iterator[None]:
-    """Inside the context the weights have the values of an average of the optimizer's `state`; after it, the same bits as before. Needs
-    memory for a copy of this rank's weights, which gradients left.
+def shown(model: ParallelModel, state: Mapping[str, Mapping[str, Tensor]], average: Average | None) -> Iterator[None]:
+    """Inside the context the weights have the values of an average of the optimizer's `state`; after it, the same bits as before. None
+    changes nothing. Needs memory for a copy of this rank's weights, which gradients left.
     """
+    if average is None:
+        yield
+        return
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for w in model.weights:

@@ -66,7 +66,7 @@ def _build(name: str, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rat
     row = optimizers()[name]
     made: Optimizer = resolve(row.build, f"the optimizer {name}")(weights, cfg, rates, mesh)
     state = made.state()
-    expected = {*row.state, *row.counts}
+    expected = {*row.state, *row.counts, *row.sums}
     if set(state) - (scales_of(row) if cfg.moments == "int8" else set()) != expected:
         raise UsageError(f"the optimizer {name} keeps {_words(state)} but its row says {_words(expected)}: make the row say what it keeps")
     for w in weights:

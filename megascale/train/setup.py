@@ -36,6 +36,7 @@ from megascale.data.samples import (
 )
 from megascale.errors import UsageError
 from megascale.formats.export import export_beside
+from megascale.formats.hf.folder import is_hf_folder
 from megascale.formats.load import fill
 from megascale.launch.environment import FLIGHT
 from megascale.launch.ranks import RankInfo
@@ -241,8 +242,8 @@ def load_start(config: Config, start: RunStart, engine: Engine, samples: Samples
         state = {name: piece for name, piece in state.items() if name.startswith("model.")}
     saved: dict[str, Any] = {}
     if start.foreign is not None:
-        if config.checkpoint.init_ema is not None:
-            folder = start.folder
+        folder = start.folder
+        if not is_hf_folder(folder):
             index = on_all_ranks(lambda: read_index(folder))
             check_files(index, index.files, Agreement())
         produce = start.foreign.produce

@@ -15,7 +15,7 @@ from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
 from megascale.model.ops.compiled import left_out
-from megascale.optim.averages import averages_of, shown
+from megascale.optim.averages import averages_of, own_average, shown
 from megascale.optim.learning_rate import learning_rate
 from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import watched_casts
@@ -169,7 +169,9 @@ class Trainer:
         targets.
         """
         self.set_mode(training=False)
-        losses, optim = self.losses_of_sets(), self.config.optim
+        optim = self.config.optim
+        with shown(self.model, self.engine.state(), own_average(optim)):
+            losses = self.losses_of_sets()
         for average in averages_of(optim) if optim.ema_valid else ():
             with shown(self.model, self.engine.state(), average):
                 losses |= self.losses_of_sets(f" ema {average.name}")

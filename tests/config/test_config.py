@@ -306,6 +306,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "loss_scale": (1, ("precision.loss_scale=4",)),
     "base_width": (1, ("optim.base_width=64",)),
     "mus_optimizer": (1, (*MUS, "optim.name=muon")),
+    "own_average": (1, ("optim.name=schedule_free",)),
     "moments": (1, ("optim.moments=bf16", "optim.name=lion")),
     "moments_decay": (1, ("optim.moments=bf16", "optim.betas=[0.9,0.999]")),
     "moments_growth": (1, ("optim.moments=int8", "grow=[{step: 1, num_layers: 4}]")),

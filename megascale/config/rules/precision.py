@@ -125,6 +125,17 @@ PRECISION_RULES: tuple[Rule, ...] = (
         "use optim.name adamw or lion",
     ),
     Rule(
+        "own_average",
+        ("optim.name", "optim.decay", "optim.betas", "precision.master"),
+        lambda c, n: (
+            optimizers()[c.optim.name].average is not None
+            and (c.optim.decay != "constant" or c.optim.betas[0] == 0 or c.precision.storage == "bf16")
+        ),
+        "this optimizer is evaluated at an average of its weights, which takes the place of a decay and divides by the first beta, and "
+        "whose steps bf16 would round away",
+        "set optim.decay constant, a first beta above 0, and leave precision.master out",
+    ),
+    Rule(
         "moments",
         ("optim.moments", "optim.name"),
         lambda c, n: c.optim.moments is not None and not all(row.small_moments for row in rows_of(c.optim.name)),

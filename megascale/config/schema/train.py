@@ -132,7 +132,9 @@ class Multiplier(Section):
 
 class Optim(Section):
     name: Annotated[str, RowName(optimizers)] = "adamw"
-    """Optimizer. Muon updates matrices and leaves embeddings, norms and biases to AdamW."""
+    """Optimizer. Muon updates matrices and leaves embeddings, norms and biases to AdamW; `schedule_free` is AdamW with an average in place
+    of a decay (arXiv 2405.15682).
+    """
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)

@@ -22,7 +22,7 @@ from megascale.formats.hf.config import differences, hf_config
 from megascale.formats.hf.folder import is_hf_folder
 from megascale.formats.hf.model import read_hf
 from megascale.formats.shapes import MODEL, our_shapes
-from megascale.formats.sources import Foreign, open_checkpoint
+from megascale.formats.sources import Foreign, open_checkpoint, own_of
 from megascale.formats.tensor_maps import compare_names
 from megascale.formats.tokenizer_files import POSITION
 from megascale.parallel.model import ParallelModel
@@ -150,8 +150,7 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
     else:
         folder = find(folder)
         past = folder / TRAINER
-        if average is not None:
-            foreign = _average(config, folder, average)
+        foreign = _average(config, folder, average)
     if config.checkpoint.init_data == "restart":
         return RunStart(folder, True, foreign=foreign)
     if not past.is_file() or not isinstance(samples := _position(past).get("samples"), int):
@@ -172,8 +171,12 @@ def _weights_from(config: Config, folder: Path, prints: Prints) -> RunStart:
     return RunStart(folder, True, foreign=foreign, samples=samples, drawn=drawn)
 
 
-def _average(config: Config, folder: Path, name: str) -> Foreign:
-    """An average of a checkpoint of ours as this run's weights. Raises UsageError if they are another model's."""
+def _average(config: Config, folder: Path, name: str | None) -> Foreign | None:
+    """An average of a checkpoint of ours as this run's weights: `name`, or that of the run's optimizer. None if it has none and `name` is
+    None. Raises UsageError if they are another model's.
+    """
+    if name is None and own_of(read_trainer(folder).get("config") or {}) is None:
+        return None
     opened = open_checkpoint(folder, name, "checkpoint.init_ema")
     held = {n: t for n, t in opened.source.tensors.items() if n.startswith(MODEL)}
     ours = our_shapes(config.model, config.train.seq_len)
