@@ -30,7 +30,7 @@ from megascale.formats.sources import open_checkpoint
 from megascale.optim.averages import averages_of, own_average, shown
 from megascale.optim.optimizers import build_optimizer
 from megascale.planning.memory import stored_bytes
-from megascale.train.build import build_engine
+from megascale.train.build import build_engine, draw_model
 from megascale.train.engines.engine import backward, total_over_ranks, update
 from megascale.train.estimate.memory import largest_rank, optimizer_bytes
 from megascale.train.phases import phases_of
@@ -77,8 +77,6 @@ def test_averages_of_coarse_weights_are_fine() -> None:
     """Catches an average in bf16, which stands still: its steps are smaller than the spacing of its numbers."""
     case = replace(CASE, optim=Optim(ema=0.999), precision="bf16")  # type: ignore[arg-type]
     masters = case.config.model_copy(update={"precision": case.config.precision.model_copy(update={"master": "bf16"})})
-    from megascale.train.build import draw_model
-
     model = draw_model(masters, 1, CPU)
     optimizer = build_optimizer(model, case.optim)
     step(model, optimizer)
@@ -136,6 +134,14 @@ def followed(cases: list[Case]) -> list[dict[str, Any]]:
             values = {name: x for stage in stages for name, x in stage.items()}
         found.append({"losses": told, "values": values})
     return found
+
+
+def test_an_evaluation_reads_no_copy_of_other_weights() -> None:
+    """Catches copies in the compute dtype that are still of the weights under the average, or of the average after it."""
+    case = replace(CASE, precision="bf16")
+    assert case.config.shadows
+    copied, plain = followed([case, replace(case, shadows=False)])
+    assert copied["losses"] == plain["losses"] and copied["losses"]["weights again"] == copied["losses"]["weights"]
 
 
 @pytest.mark.dist
