@@ -51,6 +51,7 @@ CASES: dict[str, Case] = {
     ),
     "lion": Case(tiny(), optim=Optim(name="lion", lr=1e-4)),
     "muon": Case(tiny(), optim=Optim(name="muon", lr=1e-3)),
+    "schedule_free": Case(tiny(), optim=Optim(name="schedule_free", lr=1e-3, decay="constant")),
     "gated delta": Case(tiny(attention="gated_delta", delta=Delta(key_heads=2, value_heads=4, key_dim=6, value_dim=5)), packed=True),
 }
 
