@@ -6,6 +6,7 @@ the last STEPS − DECAY_FROM steps (`megascale branch`). An average recovers (t
 
     python -m benchmarks.growth.averaging data/stdlib WORK         # `make quickstart` prepares the corpus; half an hour of one core
     python -m benchmarks.growth.averaging --draw docs/averages.png
+    python -m benchmarks.growth.averaging --cost                   # in processor time of a step: seconds
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import shutil
 import statistics
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -21,14 +23,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine
+from benchmarks.common import machine, next_token_batch, toy, write
+from benchmarks.common import trained as drawn
 from megascale.checkpoint.trunk import branch
 from megascale.config.load import build_config, load_config
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Model, Optim
 from megascale.expand.merge import last_of, merge
 from megascale.expand.write import Effort
 from megascale.launch.ranks import RankInfo
 from megascale.report.canvas import COLOURS, GREY, new_figure, png, style
+from megascale.train.engines.engine import backward, update
 from megascale.train.faults.stop import StopFlag
 from megascale.train.faults.watchdog import Activity
 from megascale.train.growing import trainers
@@ -98,6 +102,41 @@ def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"decay_gains": [round(x, 4) for x in gains], "recovered": shares}
 
 
+def cost(rounds: int = 30) -> dict[str, Any]:
+    """Milliseconds of processor time of a step of the study's model, of its update, and of following one average, medians in turn."""
+    model = Model(**CONFIG["model"], vocab_size=8192)
+    batch = next_token_batch(torch.randint(0, 8192, (8, 129), generator=torch.Generator().manual_seed(0)))
+    one, good = torch.ones((), dtype=torch.float64), torch.tensor(True)
+    times: dict[str, list[float]] = {}
+    engines: dict[str, Any] = {}
+    for name, optim in {"adamw": Optim(ema=0.999), "schedule_free": Optim(name="schedule_free", decay="constant")}.items():  # type: ignore[arg-type]
+        engines[name] = drawn(toy(model, 128, optim=optim), 1, torch.device("cpu"))[1]
+    (average,) = engines["adamw"].optimizer.kept.values()
+    updates = {"adamw": engines["adamw"].optimizer.inner, "schedule_free": engines["schedule_free"].optimizer}
+    for round_ in range(rounds + 1):
+        for name, engine in engines.items():
+            begin = time.process_time()
+            sums = backward(engine, [batch], 1 / batch.valid, 1e-4)
+            middle = time.process_time()
+            updates[name].step(1e-4, one, good)
+            end = time.process_time()
+            update(engine, sums)
+            if round_:  # the first one fills memory
+                times.setdefault(f"{name}: forward and backward", []).append(middle - begin)
+                times.setdefault(f"{name}: update", []).append(end - middle)
+        begin = time.process_time()
+        average.follow(good)
+        times.setdefault("one average", []).append(time.process_time() - begin)
+    found = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+    step = found["adamw: forward and backward"] + found["adamw: update"]
+    shares = {"one average": found["one average"] / step, "schedule_free": (found["schedule_free: update"] - found["adamw: update"]) / step}
+    return {
+        "machine": machine(),
+        "milliseconds": {name: round(ms, 2) for name, ms in found.items()},
+        "more_than_adamw": {name: round(share, 4) for name, share in shares.items()},
+    }
+
+
 def draw(path: Path) -> None:
     kept = json.loads(RESULTS.read_text())
     seeds = list(kept["seeds"].values())
@@ -127,13 +166,17 @@ def main() -> None:
     parser.add_argument("prefix", nargs="?", help="prepared tokens of the corpus")
     parser.add_argument("work", nargs="?", type=Path, help="folder for the runs, 300 MB")
     parser.add_argument("--draw", type=Path, help="draw the results instead")
+    parser.add_argument("--cost", action="store_true", help="time a step with and without averages instead")
     asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.cost:
+        write(__file__, "averaging-cost", cost())
+        return
     if asked.draw is not None:
         draw(asked.draw)
         return
     if asked.prefix is None or asked.work is None:
         parser.error("give the prefix of the corpus and a work folder")
-    torch.set_num_threads(1)
     seeds: dict[str, Any] = json.loads(RESULTS.read_text())["seeds"] if RESULTS.exists() else {}
     RESULTS.parent.mkdir(exist_ok=True)
     for seed in SEEDS:
