@@ -43,7 +43,7 @@ def on(ranks: int, case: Case = DENSE, rank: int = 0, **parallel: Any) -> tuple[
 
 # Ranks, the rank that is looked at, and what it trains.
 CASES: dict[str, tuple[int, int, Case]] = {
-    **{name: (1, 0, replace(case, precision="bf16")) for name, case in VARIANTS.items() if name not in (*ALIKE, "moeut")},
+    **{name: (1, 0, replace(case, precision="bf16")) for name, case in VARIANTS.items() if name not in (*ALIKE, "moeut", "schedule_free")},
     # Heads of 8 channels: grouped products take rows of a multiple of 16 bytes only.
     "moeut": on(1, replace(DENSE, model=tiny(hidden_size=32, num_kv_heads=4, **REPEATED))),
     "packed": on(1, replace(DENSE, packed=True)),
@@ -78,8 +78,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "interleaved": on(2, replace(DENSE, model=tiny(num_layers=4)), pp=2, pp_schedule="interleaved_1f1b", pp_virtual=2),
     "pipeline with fsdp": on(4, pp=2, dp_shard=2),
     "muon with fsdp": on(4, replace(DENSE, optim=VARIANTS["muon"].optim), dp_shard=4),
-    "schedule free": on(4, replace(DENSE, optim=Optim(name="schedule_free", decay="constant")), dp_shard=4),
-    "averages": on(4, replace(DENSE, optim=Optim(ema=(0.9, 0.99))), dp_shard=4),  # type: ignore[arg-type]
+    "averages": on(4, replace(DENSE, optim=Optim(name="schedule_free", decay="constant", ema=(0.9, 0.99))), dp_shard=4),  # type: ignore[arg-type]
 }
 GROUP = 12
 # What is known to wait, by its place in the code, and why it may.
