@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megascale.comm.collectives import all_gather
-from megascale.comm.mesh import Mesh
-from megascale.config.schema import Config, Data, Model, Optim, Parallel, Precision, Run, Spacetime, Train
-from megascale.data.loader import Batch, sample_numbers
+from megascale.config.schema import Config, Data, Model, Optim, Parallel, Precision, Run, Train
+from megascale.data.loader import Batch
 from megascale.model.layers import Fp8
-from megascale.model.shape import DTYPES
-from megascale.parallel.model import ParallelModel, Weight
+from megascale.parallel.model import ParallelModel
 from megascale.train.build import build_engine, draw_model
-from megascale.train.engines.engine import backward, update
+from megascale.verify.samples import random_batch
+from megascale.verify.steps import run_steps, whole, worst
+
+__all__ = ["CPU", "Case", "build", "fake_batch", "tiny", "train", "whole", "worst"]
 
 CPU = torch.device("cpu")
 
@@ -75,91 +74,11 @@ def tiny(**changes: Any) -> Model:
 
 
 def fake_batch(case: Case, numbers: list[int]) -> Batch:
-    """Random tokens that depend on the sample number only; with `packed` random documents and uncounted targets. Sources end anywhere."""
-    if case.model.spacetime is not None:
-        return fake_fields(case, case.model.spacetime, numbers)
-    vocab = case.model.vocab_size
-    assert vocab is not None
-    rows, documents = [], []
-    for n in numbers:
-        generator = torch.Generator().manual_seed(1000 + n)
-        rows.append(torch.randint(0, vocab, (case.seq_len + 1,), generator=generator))
-        documents.append((torch.rand(case.seq_len, generator=generator) < 0.2).cumsum(0))
-    tokens, docs = torch.stack(rows), torch.stack(documents)
-    targets = tokens[:, 1:].clone()
-    positions = None
-    if case.packed:
-        targets[:, :-1][docs[:, 1:] != docs[:, :-1]] = -1
-        begins = torch.where(docs != torch.nn.functional.pad(docs[:, :-1], (1, 0), value=-1), torch.arange(case.seq_len), 0)
-        positions = torch.arange(case.seq_len) - begins.cummax(1).values
-    targets[torch.tensor(numbers) < 0] = -1
-    source = None
-    if case.model.encoder_layers:
-        source = fake_texts(numbers, case.source_len, case.model.source_vocab_size or vocab)
-        targets[torch.arange(case.seq_len) > 3 + torch.tensor(numbers)[:, None] % case.seq_len] = -1
-    return Batch(
-        tokens[:, :-1],
-        targets,
-        docs if case.packed else None,
-        positions,
-        torch.tensor(numbers),
-        int((targets >= 0).sum()),
-        source,
-    )
-
-
-def fake_texts(numbers: list[int], places: int, vocab: int) -> Tensor:
-    """[b, places] tokens that depend on the sample number only, −1 beyond an end of its own; an empty place has none."""
-    source = torch.full((len(numbers), places), -1)
-    for row, n in enumerate(numbers):
-        length = 1 + (5 * n + 2) % places if n >= 0 else 0
-        source[row, :length] = torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(5000 + n))
-    return source
-
-
-def fake_fields(case: Case, fields: Spacetime, numbers: list[int]) -> Batch:
-    """Random fields that depend on the sample number only, a random half of the patches counted where some are hidden."""
-    samples, counted = [], []
-    for n in numbers:
-        generator = torch.Generator().manual_seed(1000 + n)
-        samples.append(torch.randn(fields.frames, *fields.shape[1:], fields.channels, generator=generator, dtype=torch.float64))
-        some = torch.rand(fields.tokens, generator=generator) < 0.5
-        counted.append(some & (n >= 0) if fields.objective == "masked" else torch.full_like(some, n >= 0))
-    targets = torch.stack(counted).to(torch.int64) - 1
-    valid, text = int((targets >= 0).sum()), None
-    if fields.text_len is not None and fields.text_vocab_size is not None:
-        text = fake_texts(numbers, fields.text_len, fields.text_vocab_size)
-    return Batch(torch.stack(samples).to(DTYPES[case.precision]), targets, None, None, torch.tensor(numbers), valid, text)
+    return random_batch(case.config, numbers, case.packed)
 
 
 def build(case: Case, ranks: int, device: torch.device = CPU) -> ParallelModel:
     return draw_model(case.config, ranks, device)
-
-
-def gather_whole(local: Tensor, w: Weight, mesh: Mesh) -> Tensor:
-    """A tensor shaped like the weight's local part → the unsharded one, on every rank."""
-    placement = w.placement
-    if w.sharded:
-        axis, dim, length = mesh[placement.shard], placement.shard_dim, placement.shape[placement.shard_dim]
-        padded = local.new_zeros([-(-length // axis.size) if i == dim else n for i, n in enumerate(local.shape)])
-        padded.narrow(dim, 0, local.shape[dim]).copy_(local)
-        local = all_gather(padded, axis, dim).narrow(dim, 0, length)
-    for cut in placement.cuts:
-        local = all_gather(local, mesh[cut.axis], cut.dim)
-    return local
-
-
-def whole(model: ParallelModel, of: str) -> dict[str, Tensor]:
-    """Every weight ("local") or gradient ("local_grad") unsharded, padding cut off."""
-    result = {}
-    for w in model.weights:
-        tensor = gather_whole(getattr(w, of), w, model.mesh)
-        result[w.name] = tensor[tuple(slice(0, n) for n in w.placement.spec.shape)].clone()
-    if model.mesh["pp"].size > 1:
-        stages: list[dict[str, Tensor]] = [{} for _ in range(model.mesh["pp"].size)]
-        dist.all_gather_object(stages, result, group=model.mesh["pp"].group)
-        result = {name: tensor for stage in stages for name, tensor in stage.items()}
-    return result
 
 
 def train(case: Case) -> dict[str, Any]:
@@ -168,33 +87,7 @@ def train(case: Case) -> dict[str, Any]:
     model = build(case, ranks)
     engine = build_engine(model, case.config, CPU)
     scale = case.loss_scale / (case.batch * case.seq_len)
-    result: dict[str, Any] = {"loss": [], "norm": []}
-    mesh = model.mesh
-    for step in range(case.steps):
-        rows = sample_numbers(step * case.batch, case.batch, case.micro_batch, mesh.data_rank, mesh.data_size)
-        batches = [fake_batch(case, row) for row in rows]
-        mesh.traffic.take()
-        sums = backward(engine, batches, scale, case.optim.lr)
-        result["sent"], result["calls"] = mesh.traffic.take()
-        if step == 0 and case.keep_tensors:
-            result["grad"] = whole(model, "local_grad")
-        done = update(engine, sums)
-        result["loss"].append(done.loss.item())
-        result["norm"].append(done.norm.item())
-    if case.keep_tensors:
-        result["weight"] = whole(model, "local")
+    result = run_steps(case.config, model, engine, scale, case.keep_tensors, case.packed)
     if ranks > 1 and dist.get_rank() > 0:
         return {"sent": result["sent"], "calls": result["calls"]}
     return result
-
-
-def worst(got: dict[str, Tensor], reference: dict[str, Tensor], allowed: dict[str, Tensor] | None = None) -> tuple[float, str]:
-    """The largest max|Δ|/max|ref| of a tensor, and which one it is. Of |Δ| counts what is beyond `allowed`, entry by entry.
-
-    A tensor that is zero but for rounding (the gradient of a key bias: softmax ignores it) has no scale of its own; a hundredth of the
-    largest tensor's serves for it.
-    """
-    assert got.keys() == reference.keys()
-    floor = 0.01 * max(r.abs().max().item() for r in reference.values())
-    beyond = {n: (got[n] - r).abs() - (0.0 if allowed is None else allowed[n]) for n, r in reference.items()}
-    return max((beyond[n].max().item() / max(r.abs().max().item(), floor), n) for n, r in reference.items())

@@ -252,7 +252,7 @@ ORDER = (
     {"schedule", "optim", "checkpoint"},
     {"formats"},
     {"analysis", "expand", "train", "trace", "report", "generation"},
-    {"api", "chaos"},
+    {"api", "chaos", "verify"},
     {"commands"},
 )
 

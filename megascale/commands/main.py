@@ -30,6 +30,7 @@ COMMANDS = {
     "balance": "Measure layers and balance pipeline stages.",
     "slurm": "Print or submit the SLURM batch script of a run.",
     "preflight": "Examine the nodes of a job before it trains.",
+    "verify": "Check that a config's curve is the same on every layout.",
     "chaos": "Train under injected faults and compare the curves.",
     "schema": "Write the config's JSON Schema, or its reference page.",
     "version": "Print the version of megascale and of what it runs on.",

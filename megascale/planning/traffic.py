@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megascale.config.dsp import plan_cuts
 from megascale.config.layout import ranks_met
+from megascale.config.stages import V_SHAPED
 from megascale.planning.memory import held
 from megascale.planning.pipeline import sends
 from megascale.planning.setting import Setting
@@ -155,6 +156,8 @@ def _sent(s: Setting, rank: int) -> dict[str, float]:
     sent["ep"] = m * sum(n * expert_passes(s, u).total for u, n in layers)
     if p.pp > 1:
         sent["pp"] = sends(p.pp, p.pp_schedule, p.stages_per_rank, m, rank) * s.message * s.config.model.hidden_size * s.item
+        if s.units.copy is not None and p.pp_schedule not in V_SHAPED and rank in (0, p.pp - 1):
+            sent["tied"] = held(s.units.copy, s.cuts).kept * s.stored  # the table to the last stage, and its gradient back
     if s.sharded:
         sent["dp_shard"] = _sharding(s, layers, s.ends_of(parts), False)
         sent["edp"] = _sharding(s, layers, [], True)
