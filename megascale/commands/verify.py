@@ -68,6 +68,8 @@ def read_layouts(path: Path) -> dict[str, dict[str, Any] | None]:
         found = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--layouts {path} cannot be read ({error.strerror or error}): give `all`, or a YAML file of layouts") from None
+    except ValueError as error:
+        raise UsageError(f"--layouts {path} is no YAML ({error}): write a list of names, or names with keys of `parallel`") from None
     if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
         return dict.fromkeys(found)
     if isinstance(found, dict) and found and all(isinstance(keys, dict) for keys in found.values()):
@@ -84,16 +86,17 @@ def show(found: Report, own: str) -> None:
     from rich.table import Table
 
     formats = list(dict.fromkeys(("fp64", own)))
-    table = Table("layout", "ranks", *(f"{name}: loss, gradient, weights" for name in formats), "bytes", "verdict")
+    table = Table("layout", "ranks", *formats, "bytes", "verdict")
     for row in found.rows:
         verdicts = {v.precision: f"{v.loss:.0e}  {v.grad:.0e}  {v.weight:.0e}" for v in row.verdicts}
-        sent = "" if row.problem else "as planned" if row.sent == row.planned else "not as planned"
+        sent = "" if row.problem else "as planned" if row.as_planned else "not as planned"
         table.add_row(row.name, str(row.ranks), *(verdicts.get(name, "") for name in formats), sent, "equal" if row.equal else "DIFFERS")
     Console(highlight=False).print(table)
     equal = sum(row.equal for row in found.rows)
+    print("largest relative difference of losses, of the first gradient, and of the weights at the end")
     print(f"{equal} of {len(found.rows)} layouts equal one process; {len(found.left_out)} do not apply; {found.seconds:.0f} s")
     for row in found.rows:
         if not row.equal:
             print(f"{row.name}: {row.wrong}")
-        elif row.sent != row.planned:
+        elif not row.as_planned:
             print(f"{row.name}: a rank sent {row.sent}, and the planner's formulas say {row.planned}")

@@ -51,7 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "pp x ring": {"pp": 2, "cp": 2},
     "ep x edp": {"dp_shard": 4, "ep": 2},
     "ep x tp": {"dp_shard": 2, "tp": 2, "ep": 2},
-    "ep x etp 1": {"tp": 2, "dp_shard": 2, "ep": 4, "etp": 1},
+    "ep x etp 1": {"tp": 2, "tp_sequence": True, "dp_shard": 2, "ep": 4, "etp": 1},
     "ep x pp": {"pp": 2, "dp_shard": 2, "ep": 2, "pp_schedule": "dualpipev"},
     "ep x ring": {"cp": 2, "dp_shard": 2, "ep": 2},
 }

@@ -51,6 +51,11 @@ class Row:
     seconds: float = 0.0
 
     @property
+    def as_planned(self) -> bool:
+        """Whether ranks sent what formulas say. What goes to experts depends on what tokens choose, and does not count."""
+        return all(self.sent.get(axis, 0) == self.planned.get(axis, 0) for axis in {*self.sent, *self.planned} - {"ep"})
+
+    @property
     def equal(self) -> bool:
         return not self.problem and all(v.equal for v in self.verdicts)
 
@@ -153,7 +158,9 @@ def compared(prefix: str, layout: Layout, configs: list[Config], reference: list
     except RankFailed as error:
         return replace(row, problem=str(error).strip().splitlines()[-1], seconds=time.monotonic() - begin)
     batch = layout.config.train.global_batch_size
-    verdicts = tuple(judge(c.precision.compute, [rank[i] for rank in everyone], reference[i], batch) for i, c in enumerate(configs))
+    verdicts = tuple(
+        judge(c.precision.compute, [rank[i] for rank in everyone], reference[i], batch, c.model.has_experts) for i, c in enumerate(configs)
+    )
     axes = {axis for rank in everyone for axis in rank[0]["sent"]}
     sent = {axis: max(rank[0]["sent"].get(axis, 0) for rank in everyone) for axis in sorted(axes)}
     planned = {axis: round(n) for axis, n in sorted(sent_bytes(setting_of(configs[0], layout.ranks, cpu=True)).items()) if round(n)}
