@@ -46,6 +46,8 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     for key in ("drawn", "phases"):
         if not isinstance(found.get(key, []), list):
             raise _wrong(path, key, found[key], "a list")
+    if not _is_window(found.get("spikes", {})):
+        raise _wrong(path, "spikes", found["spikes"], "two lists of numbers of one length, and two counts")
     for part, sources in found.get("fingerprints", {}).items():
         if not isinstance(sources, dict) or not all(isinstance(files, dict) for files in sources.values()):
             raise _wrong(path, f"fingerprints.{part}", sources, "an object of sources")
@@ -66,6 +68,17 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def _is_source(value: Any) -> bool:
     kinds = [type(part) for part in value] if isinstance(value, list) else []
     return kinds[:2] == [str, str] and len(kinds) == 3 and kinds[2] in (int, float) and value[2] > 0
+
+
+def _is_window(value: Any) -> bool:
+    """What optim/spikes.py keeps, or nothing."""
+    if value == {}:
+        return True
+    if not isinstance(value, dict) or value.keys() != {"losses", "norms", "taken", "skipped"}:
+        return False
+    lists, counts = (value["losses"], value["norms"]), (value["taken"], value["skipped"])
+    numbers = all(isinstance(x, list) and all(type(n) in (int, float) for n in x) for x in lists)
+    return numbers and len(lists[0]) == len(lists[1]) and all(type(n) is int and 0 <= n <= LARGEST for n in counts)
 
 
 def _wrong(path: Path, key: str, value: Any, needed: str) -> Damaged:

@@ -187,6 +187,7 @@ def continued(trainer: Trainer, phase: Phase, given: Given) -> Trainer:
         device=trainer.device,
         phase=phase,
         saved=trainer.saved,
+        gate=trainer.gate,
     )
 
 

@@ -23,6 +23,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     skipped_in_a_row: int = 0
+    spikes: dict[str, Any] = field(default_factory=dict)  # what optim/spikes.py compares with
     drawn: list[dict[str, Any]] = field(default_factory=list)  # finished segments of the order of samples (data/history.py)
     logger_ids: dict[str, str] = field(default_factory=dict)  # ids of outside loggers, kept over resumes
 

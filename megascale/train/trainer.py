@@ -17,6 +17,7 @@ from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopReques
 from megascale.model.ops.compiled import left_out
 from megascale.optim.averages import averages_of, own_average, shown
 from megascale.optim.learning_rate import learning_rate
+from megascale.optim.spikes import SpikeGate
 from megascale.parallel.model import ParallelModel
 from megascale.parallel.precision import watched_casts
 from megascale.precision.loss_scale import loss_scale
@@ -36,6 +37,7 @@ class Trainer:
 
     valid  by validation set: a function from a step, counted from 0, to its micro-batches
     saved  the step of the run's own checkpoint that it continues from, if any
+    gate   what decides on spikes, from the phase before; a new one, or the checkpoint's, if absent
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Trainer:
         device: torch.device,
         phase: Phase,
         saved: int | None = None,
+        gate: SpikeGate | None = None,
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
@@ -62,6 +65,7 @@ class Trainer:
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
         self.first_step, self.origin = progress.step + 1, reporter.last_good
+        self.gate = spike_gate(config, progress, device) if gate is None else gate
         self.saved = saved  # the step whose checkpoint is written or being written
         self.stalled = 0.0  # seconds in evaluation and saving since the last step
         self.done = False
@@ -138,9 +142,9 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.phase.rates.at(step), self.phase.rates.total)
         with watched_casts(self.model.stages, sampled):
             sums = backward(self.engine, micro_batches, self.scale, lr, self.stop.requested)
-        done = update(self.engine, sums)
+        done = update(self.engine, sums, self.gate)
         sent, seen = self.model.mesh.traffic.take()[0], self.reporter.observed.flush()
-        numbers = torch.stack([x.to(torch.float64) for x in (done.loss, done.norm, done.finite, sums.valid, sums.stop)])
+        numbers = torch.stack([x.to(torch.float64) for x in (done.loss, done.norm, done.moved, sums.valid, sums.stop)])
         return StepResult(step, numbers, lr, clock.stop(), sent, seen, sampled)
 
     def set_mode(self, training: bool) -> None:
@@ -229,6 +233,8 @@ class Trainer:
         step = self.progress.step
         self.activity.at(step, SAVING)
         begin = time.perf_counter()
+        if self.gate is not None:
+            self.progress.spikes = self.gate.plain()
         trainer = {**self.progress.plain(), **self.reporter.provenance}
         self.checkpointer.save(step, self.engine.pieces(), trainer)
         self.saved = step
@@ -292,3 +298,13 @@ class Trainer:
             everywhere = [[] for _ in range(self.model.mesh.size)]
             dist.all_gather_object(everywhere, here)
         return list(dict.fromkeys(name for names in everywhere for name in names))
+
+
+def spike_gate(config: Config, progress: Progress, device: torch.device) -> SpikeGate | None:
+    """The gate that the config asks for, with the window of the checkpoint, if any."""
+    if config.train.skip_spikes is None:
+        return None
+    gate = SpikeGate(config.train.skip_spikes, device)
+    if progress.spikes:
+        gate.load(progress.spikes)
+    return gate

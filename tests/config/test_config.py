@@ -271,6 +271,10 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "breadth_without_layers": (1, ("parallel.breadth_first=2",)),
     "breadth_divides": (1, ("parallel.breadth_first=3", "parallel.accumulation=layered")),
     "update_in_backward": (1, ("parallel.update_in_backward=true", "parallel.accumulation=layered")),
+    "skip_spikes": (
+        1,
+        ("train.skip_spikes={}", "parallel.update_in_backward=true", "parallel.accumulation=layered", "train.clip=0"),
+    ),
     "deepspeed_axes": (1, ("parallel.engine=deepspeed",)),
     "deepspeed_family": (
         2,

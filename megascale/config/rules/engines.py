@@ -74,6 +74,13 @@ ENGINE_RULES: tuple[Rule, ...] = (
         "leave update_in_backward out",
     ),
     Rule(
+        "skip_spikes",
+        ("train.skip_spikes", "parallel.update_in_backward", "parallel.engine"),
+        lambda c, n: c.train.skip_spikes is not None and (c.parallel.update_in_backward or c.parallel.engine == "deepspeed"),
+        "a step can be skipped for its gradient norm only where weights are updated after the whole of it is known, by our own optimizers",
+        "leave skip_spikes out, or use engine fsdp2 or ddp without update_in_backward",
+    ),
+    Rule(
         "deepspeed_axes",
         ("parallel.engine", "parallel.pp", "parallel.cp", "parallel.dp_replicate"),
         lambda c, n: (

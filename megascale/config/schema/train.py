@@ -15,6 +15,18 @@ from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import NonNegative, Positive, Section, Share, Tokens
 
 
+class SkipSpikes(Section):
+    """Skips steps whose loss or gradient norm is far above those of the steps before."""
+
+    sigma: Annotated[float, Field(gt=0)] = 6.0
+    """Standard deviations above the mean from which a loss or a gradient norm is a spike. A deviation counts as at least 0.1 % of the mean.
+    """
+    window: Annotated[int, Field(ge=8, le=65536)] = 128
+    """Steps that mean and deviation are taken over: the last ones that changed the weights. No step is skipped before there are so many."""
+    in_a_row: Positive = 10
+    """Most steps that are skipped one after the other. The next one is taken whatever its loss, and the window begins anew."""
+
+
 class Train(Section):
     steps: Positive | None = None
     """Length of the run in optimizer steps. Set exactly one of `steps` and `tokens`."""
@@ -40,6 +52,8 @@ class Train(Section):
     """How documents fill a sequence: `concat` lets attention cross documents; `documents` keeps attention, positions and targets inside
     each.
     """
+    skip_spikes: SkipSpikes | None = None
+    """Skip steps whose loss or gradient norm is far above those of the steps before. Absent: only those that are not finite."""
     max_skipped_steps: NonNegative = 10
     """Steps in a row that may be skipped because a gradient is not finite; more of them end the run with exit code 3."""
 

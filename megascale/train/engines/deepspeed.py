@@ -28,6 +28,7 @@ from megascale.optim.optimizer import Optimizer
 from megascale.optim.optimizers import build_optimizer
 from megascale.optim.rates import grouped_by_rate, rate_of
 from megascale.parallel.model import ParallelModel, Weight
+from megascale.train.engines.engine import Passes
 from megascale.train.engines.in_backward import valid_share
 from megascale.train.state import state_pieces
 
@@ -66,7 +67,8 @@ class DeepSpeed:
         assert total is not None
         return total
 
-    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, valid: Tensor, passes: Passes = torch.isfinite) -> tuple[Tensor, Tensor]:
+        """DeepSpeed itself decides which steps to skip: a rule refuses `train.skip_spikes`."""
         skipped = self.engine.skipped_steps
         self.engine.step()
         finite = self.engine.skipped_steps == skipped

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,10 +20,13 @@ from megascale.comm.piece import Piece
 from megascale.data.loader import Batch
 from megascale.optim.clip import clip_factor, global_norm
 from megascale.optim.optimizer import Optimizer
+from megascale.optim.spikes import SpikeGate
 from megascale.parallel.expert import settle_routers
 from megascale.parallel.model import ParallelModel
 from megascale.schedule.accumulate import Schedule
 from megascale.train.state import state_pieces
+
+Passes = Callable[[Tensor], Tensor]  # from a gradient norm to whether the step changes the weights, both on the device
 
 
 class Engine(Protocol):
@@ -33,8 +37,8 @@ class Engine(Protocol):
     def run(self, batches: Sequence[Batch], scale: float, lr: float) -> Tensor:
         """Forward and backward of a step, as `Schedule.run`; `lr` is the learning rate of the step."""
 
-    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Divides gradients by `valid`, clips, steps. Returns the norm before clipping and whether it is finite; if not, nothing moves."""
+    def update(self, valid: Tensor, passes: Passes = torch.isfinite) -> tuple[Tensor, Tensor]:
+        """Divides gradients by `valid`, clips, steps. Returns the norm before clipping and whether it `passes`; if not, nothing moves."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """As `Schedule.evaluate`."""
@@ -60,13 +64,13 @@ class Sums(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Result of a step, 0-dim, on the device: loss per valid target, gradient norm before clipping, and whether the norm is finite. If not,
-    no weight changed.
+    """Result of a step, 0-dim, on the device: loss per valid target, gradient norm before clipping, and whether the weights changed: they
+    do not if the norm is not finite, or a spike.
     """
 
     loss: Tensor
     norm: Tensor
-    finite: Tensor
+    moved: Tensor
 
 
 def backward(engine: Engine, batches: Sequence[Batch], scale: float, lr: float, stop: Callable[[], bool] = lambda: False) -> Sums:
@@ -79,13 +83,14 @@ def backward(engine: Engine, batches: Sequence[Batch], scale: float, lr: float, 
     return total_over_ranks(engine.model.mesh, loss, sum(b.valid for b in batches) * scale, float(stop()))
 
 
-def update(engine: Engine, sums: Sums) -> Outcome:
+def update(engine: Engine, sums: Sums, gate: SpikeGate | None = None) -> Outcome:
     """The second half: divides the gradients by the number of valid targets, clips and applies them.
 
     Without a valid target this is 0 ÷ 0, so not finite, and no weight changes.
     """
-    norm, finite = engine.update(sums.valid)
-    return Outcome(sums.loss / sums.valid, norm, finite)
+    loss = sums.loss / sums.valid
+    norm, moved = engine.update(sums.valid) if gate is None else engine.update(sums.valid, partial(gate.passes, loss))
+    return Outcome(loss, norm, moved)
 
 
 def total_over_ranks(mesh: Mesh, loss: Tensor, valid: float, stop: float = 0.0) -> Sums:
@@ -115,14 +120,14 @@ class Native:
         self.lr = lr
         return self.schedule.run(batches, scale)
 
-    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, valid: Tensor, passes: Passes = torch.isfinite) -> tuple[Tensor, Tensor]:
         norm = global_norm(self.model.weights, self.model.mesh.size, self.factors) / valid
-        finite = torch.isfinite(norm)
-        self.optimizer.step(self.lr, clip_factor(norm, self.clip) / valid, finite)
-        settle_routers(self.model.stages, self.model.mesh.axes, finite)
+        moves = passes(norm)
+        self.optimizer.step(self.lr, clip_factor(norm, self.clip) / valid, moves)
+        settle_routers(self.model.stages, self.model.mesh.axes, moves)
         for w in self.model.weights:
             w.forget_gradient()
-        return norm, finite
+        return norm, moves
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         return self.schedule.evaluate(batches)

@@ -20,6 +20,7 @@ from megascale.optim.optimizers import optimizer_over
 from megascale.parallel.expert import settle_routers
 from megascale.parallel.model import ParallelModel, Weight
 from megascale.schedule.layered import Layered
+from megascale.train.engines.engine import Passes
 from megascale.train.state import state_pieces
 
 
@@ -58,7 +59,8 @@ class InBackward:
         for w in weights:
             w.forget_gradient()
 
-    def update(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, valid: Tensor, passes: Passes = torch.isfinite) -> tuple[Tensor, Tensor]:
+        """Stages are updated by now: what a step `passes` by cannot be known before, and a rule refuses `train.skip_spikes`."""
         norm = torch.stack(self.squares).sum().sqrt()
         finite = torch.isfinite(norm)
         settle_routers(self.model.stages, self.model.mesh.axes, finite)

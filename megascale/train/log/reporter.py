@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from megascale.train.state import Progress
 class StepResult:
     """One step's numbers, on the device until the host knows them. Reading `loss` or `grad_norm` waits for them.
 
-    numbers  [5], fp64: loss, gradient norm, whether it is finite, targets in the global batch times a constant, ranks that ask to stop
+    numbers  [5], fp64: loss, gradient norm, whether the weights changed, targets in the batch times a constant, ranks that ask to stop
     told     `numbers` on their way to the host; on a `logged` step followed by the values of a row, reduced over all ranks
     """
 
@@ -248,7 +249,7 @@ class Reporter:
 
     def _judge(self, result: StepResult, progress: Progress) -> None:
         """Records requests to stop and skipped steps. A step without targets is not skipped: it changes nothing, and its loss is null."""
-        _, _, finite, valid, stop = result.known[: len(result.numbers)].tolist()
+        loss, norm, moved, valid, stop = result.known[: len(result.numbers)].tolist()
         self._stop = self._stop or stop > 0
         if valid == 0:
             self.event("empty_step", result.step)
@@ -258,9 +259,10 @@ class Reporter:
                 "nothing is updated; events.jsonl has an empty_step for every such step",
             )
             return
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-        if not finite:
-            self.event("skip", result.step, loss=result.loss, grad_norm=result.grad_norm)
+        spike = not moved and math.isfinite(loss) and math.isfinite(norm)
+        progress.skipped_in_a_row = 0 if moved or spike else progress.skipped_in_a_row + 1
+        if not moved:
+            self.event("skip", result.step, loss=result.loss, grad_norm=result.grad_norm, **({"why": "spike"} if spike else {}))
 
     def _over_ranks(self, result: StepResult) -> Tensor:
         """A step's numbers, then maxima over all ranks (bytes sent by axis, nanoseconds of waiting for data since the last row, maxima of
