@@ -10,16 +10,18 @@ from torch import Tensor
 
 from megascale.comm.host import to_device
 from megascale.config.schema import Optim
+from megascale.optim.rates import group_of
 from megascale.parallel.model import Weight
 
 
 def global_norm(weights: list[Weight], size: int, factors: Mapping[str, float] | None = None) -> Tensor:
     """√Σ of the squares of all gradients over `size` ranks, each element counted once however many ranks hold it. 0-dim, fp64.
 
-    factors  by weight: the factor on its gradient before it is counted (`Multiplier.norm`)
+    factors  by weight: the factor on its gradient before it is counted (`Multiplier.norm`); 0: it does not count, finite or not
     """
     own = factors or {}
-    grads = [(g, w.replicas / own.get(w.name, 1.0) ** 2) for w in weights if (g := w.local_grad) is not None and g.numel() > 0]
+    counted = [(w, factor) for w in weights if (factor := own.get(w.name, 1.0)) != 0]
+    grads = [(g, w.replicas / factor**2) for w, factor in counted if (g := w.local_grad) is not None and g.numel() > 0]
     squares = torch.zeros((), dtype=torch.float64, device=weights[0].local.device if weights else None)
     if grads:
         each = _squares([g for g, _ in grads])
@@ -31,8 +33,12 @@ def global_norm(weights: list[Weight], size: int, factors: Mapping[str, float] |
 
 
 def norm_factors(weights: list[Weight], cfg: Optim) -> dict[str, float]:
-    """By weight: its factor in the gradient norm, if that is not 1."""
-    return {w.name: factor for w in weights if (factor := cfg.multiplier(w.name).norm) != 1.0}
+    """By weight: its factor in the gradient norm, if that is not 1. Frozen weights have no part in it."""
+
+    def factor_of(w: Weight) -> float:
+        return 0.0 if group_of(cfg, w.name, w.placement.spec).frozen else cfg.multiplier(w.name).norm
+
+    return {w.name: factor for w in weights if (factor := factor_of(w)) != 1.0}
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

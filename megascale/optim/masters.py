@@ -28,7 +28,8 @@ def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[
     found = {}
     for name, spec in specs.items():
         size = abs(spec.mean) or spec.std
-        if size > 0 and optim.lr * rate_of(spec, optim, width, name).factor <= smallest_step(size):
+        rate = rate_of(spec, optim, width, name)
+        if size > 0 and not rate.frozen and optim.lr * rate.factor <= smallest_step(size):
             found[name] = smallest_step(size)
     return found
 

@@ -52,13 +52,18 @@ def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim, toke
 
 def _own_optimizer(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
     rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
+    trained = _by_row([w for w in weights if not rates[w.name].frozen], cfg, rates, model.mesh)
+    frozen = [w for w in weights if rates[w.name].frozen]
+    return Partly(trained, _by_row(frozen, cfg, rates, model.mesh)) if frozen else trained
+
+
+def _by_row(weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> Optimizer:
     row = optimizers()[cfg.name]
-    hidden = [w for w in weights if w.placement.spec.role in MATRICES]
-    own = _build(cfg.name, weights if row.rest is None else hidden, cfg, rates, model.mesh)
     if row.rest is None:
-        return own
+        return _build(cfg.name, weights, cfg, rates, mesh)
     others = [w for w in weights if w.placement.spec.role not in MATRICES]
-    return Together(_build(row.rest, others, cfg, rates, model.mesh), own)
+    hidden = [w for w in weights if w.placement.spec.role in MATRICES]
+    return Together(_build(row.rest, others, cfg, rates, mesh), _build(cfg.name, hidden, cfg, rates, mesh))
 
 
 def _build(name: str, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> Optimizer:
@@ -93,11 +98,28 @@ class Together:
         self.second.step(lr, factor, finite)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        merged: dict[str, dict[str, Tensor]] = {}
-        for part in (self.second, self.first):
-            for key, tensors in part.state().items():
-                merged.setdefault(key, {}).update(tensors)
-        return merged
+        return _merged(self.second, self.first)
+
+
+class Partly:
+    """An optimizer of some weights, and one of frozen ones that keeps its state and takes no step."""
+
+    def __init__(self, trained: Optimizer, frozen: Optimizer) -> None:
+        self.trained, self.frozen = trained, frozen
+
+    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
+        self.trained.step(lr, factor, finite)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return _merged(self.trained, self.frozen)
+
+
+def _merged(*parts: Optimizer) -> dict[str, dict[str, Tensor]]:
+    merged: dict[str, dict[str, Tensor]] = {}
+    for part in parts:
+        for key, tensors in part.state().items():
+            merged.setdefault(key, {}).update(tensors)
+    return merged
 
 
 class AdamW:

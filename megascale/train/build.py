@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from megascale.comm.mesh import Mesh, build_mesh
 from megascale.config.layout import axis_sizes
-from megascale.config.schema import Config, Parallel, any_layer
+from megascale.config.schema import Config, Parallel
 from megascale.errors import UsageError
 from megascale.launch.ranks import node_name
 from megascale.measure.compute import flops_per_token
@@ -24,6 +23,7 @@ from megascale.model.spec import active_parameters, specs_of
 from megascale.optim.clip import norm_factors
 from megascale.optim.masters import immovable_note
 from megascale.optim.optimizers import build_optimizer
+from megascale.optim.rates import check_names
 from megascale.parallel.apply import build_stages, parallelize
 from megascale.parallel.deepep import buffer_class
 from megascale.parallel.model import ParallelModel
@@ -59,10 +59,7 @@ def build_model(
     kernels = choose_kernels(config.run.kernels, config.model.norm, device)
     shape = shape_of(config)
     specs = specs_of(build_part(config.model, shape))
-    for key in config.optim.multipliers:
-        if not any(key in (name, any_layer(name)) for name in specs):
-            near = difflib.get_close_matches(key, [*specs, *{any_layer(n) for n in specs}], 1)
-            raise UsageError(f"optim.multipliers names {key}, but no weight has that name{f'; did you mean {near[0]}?' if near else ''}")
+    check_names(config.optim, specs)
     flops = flops_per_token(config.model, specs, config.train.seq_len, config.train.source_length, documents)
     active = active_parameters(specs)
     facts = {

@@ -19,6 +19,7 @@ from megascale.model.families import build_part
 from megascale.model.shape import shape_of
 from megascale.model.spec import specs_of
 from megascale.optim.learning_rate import begun_again
+from megascale.optim.rates import check_names
 from megascale.train.start.alike import check_config
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ def phases_of(config: Config, ranks: int) -> list[Phase]:
         if first <= span.last:
             found.append(Phase(now, whole, span.last, first, span.clock, before, begun, None, origin))
             origin, before = None, now
+    for phase in found:
+        if phase.config.optim.groups or phase.config.optim.multipliers:
+            check_names(phase.config.optim, specs_of(build_part(phase.config.model, shape_of(phase.config))))
     ends = pairwise(found)
     return [*(replace(a, flows=a.growth is None and goes_on(a.config, b.config)) for a, b in ends), found[-1]]
 

@@ -197,10 +197,10 @@ ENGINE_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "multipliers_deepspeed",
-        ("optim.multipliers", "parallel.engine"),
-        lambda c, n: bool(c.optim.multipliers) and c.parallel.engine == "deepspeed",
-        "DeepSpeed computes the gradient norm itself and ignores multipliers",
-        "use engine fsdp2 or ddp, or leave multipliers out",
+        ("optim.multipliers", "optim.groups", "parallel.engine"),
+        lambda c, n: bool(c.optim.multipliers or c.optim.groups) and c.parallel.engine == "deepspeed",
+        "DeepSpeed computes the gradient norm itself and ignores multipliers and groups",
+        "use engine fsdp2 or ddp, or leave multipliers and groups out",
     ),
     Rule(
         "ema_deepspeed",

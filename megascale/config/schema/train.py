@@ -144,6 +144,23 @@ class Multiplier(Section):
     """Factor on the weight's part of the gradient norm."""
 
 
+class Group(Section):
+    """Settings of the weights that `match` finds. Factors of several entries multiply; the last `frozen` that is given holds."""
+
+    match: str
+    """Weights: a pattern of names, such as `blocks.*.attention.q.weight` (`*` also crosses dots), or a role, such as `embedding`."""
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0
+    """Factor on the weight decay. 0: none."""
+    eps: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the optimizer's epsilon."""
+    frozen: bool | None = None
+    """The weights stay as they are: no update, no decay, no part in the gradient norm. Their optimizer state is kept, so that a phase may
+    thaw them with `frozen: false`.
+    """
+
+
 class Optim(Section):
     name: Annotated[str, RowName(optimizers)] = "adamw"
     """Optimizer. Muon updates matrices and leaves embeddings, norms and biases to AdamW; `schedule_free` is AdamW with an average in place
@@ -198,6 +215,9 @@ class Optim(Section):
     """
     ema_valid: bool = True
     """An evaluation also measures every average."""
+
+    groups: tuple[Group, ...] = ()
+    """Factors by pattern or role, and weights that are frozen. Factors multiply with each other and with `multipliers`."""
 
     def multiplier(self, weight: str) -> Multiplier:
         """The entry for the weight's own name, or for its name in any layer."""
