@@ -70,7 +70,7 @@ def test_an_average_is_its_formula() -> None:
         for name, x in state[average.key].items():
             torch.testing.assert_close(x, of_decay(history[name], decay), rtol=1e-12, atol=1e-14)
     held = sum(x.nbytes for of in state.values() for x in of.values())
-    assert held == sum(optimizer_bytes(CASE.optim, w.placement, w.local.numel(), 8) for w in model.weights)
+    assert held == sum(optimizer_bytes(CASE.optim, w.placement, w.local.shape, 8) for w in model.weights)
 
 
 def test_averages_of_coarse_weights_are_fine() -> None:

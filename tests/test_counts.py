@@ -19,7 +19,7 @@ from megascale.config.schema import Optim, Parallel
 from megascale.config.support import check
 from megascale.errors import UsageError
 from megascale.model.spec import MATRICES, ParamSpec
-from megascale.optim import optimizers
+from megascale.optim import muon
 from megascale.optim.clip import global_norm
 from megascale.optim.optimizers import build_optimizer
 from megascale.parallel.data import CountingAllGather, CountingReduceScatter, symmetric
@@ -271,8 +271,8 @@ def muon_step(case: Case) -> tuple[dict[str, int], int, int, dict[str, int]]:
     for w in model.weights:
         w.parameter.grad = torch.ones_like(w.parameter)
     worked = []
-    original = optimizers.orthogonalize
-    optimizers.orthogonalize = lambda *args: worked.append(1) or original(*args)  # type: ignore[func-returns-value]
+    original = muon.orthogonalize
+    muon.orthogonalize = lambda *args: worked.append(1) or original(*args)  # type: ignore[func-returns-value]
     model.mesh.traffic.take()
     optimizer.step(0.1, torch.ones(()), torch.tensor(True))
     matrices = [w for w in model.weights if w.placement.spec.role in MATRICES]

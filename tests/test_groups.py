@@ -72,7 +72,7 @@ def test_frozen_state_is_counted_and_kept() -> None:
     optim = Optim(groups=GROUPS)
     state = build_optimizer(model, optim).state()
     held = sum(x.nbytes for of in state.values() for x in of.values())
-    assert held == sum(optimizer_bytes(optim, w.placement, w.local.numel(), 8) for w in model.weights)
+    assert held == sum(optimizer_bytes(optim, w.placement, w.local.shape, 8) for w in model.weights)
 
 
 def test_an_optimizer_on_the_host_leaves_frozen_weights() -> None:

@@ -206,7 +206,7 @@ def test_rules_kernels_and_formats_read_the_row() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"residual": "unit", "optim": {"name": "muon", "weight_decay": 0.0}}, "steps of this optimizer do not follow weights"),
+        ({"residual": "unit", "optim": {"name": "normuon", "weight_decay": 0.0}}, "steps of this optimizer do not follow weights"),
         ({"residual": "unit", "optim": {"weight_decay": 0.1}}, "weight decay multiplied by the learning rate would change"),
         ({"residual": "unit", "moe": {}, "optim": {"weight_decay": 0.0}}, "experts have neither inner norms"),
         ({"residual": "halves", "mus_tau": 0.1}, "only unit-scaled blocks have a τ"),

@@ -18,6 +18,7 @@ class OptimizerRow:
     state           per weight: key → power of the gradient that the tensor follows (1: a mean of gradients, 2: of squares), by which growth
                     scales it; 0: a difference of weights, which grows as they do; None if it follows no power. Tensors have the weight's
                     shape and dtype and start at zero
+    rows            keys of one number for each row of a matrix, which growth cannot transform: shape [..., rows, 1]
     counts          keys of 0-dim fp32 update counters, which a grown weight keeps
     sums            keys of 0-dim fp64 sums over updates, likewise
     average         cfg → the `optim.averages.Average` that stands for the weights in evaluations and exports and takes the place of a
@@ -28,11 +29,13 @@ class OptimizerRow:
     scale_free      the size of an update follows the rate, not the gradients; growth and bf16 masters rely on it
     unit_scaling    learning rates transfer between widths under model.residual mus
     small_moments   its state may be kept in the formats of optim.moments
+    muon            it orthogonalizes, and reads optim.muon
     deepspeed       the DeepSpeed engine can run it, as torch's AdamW; a plugin's row cannot say so
     """
 
     build: str | Callable[..., Any]
     state: Mapping[str, int | None] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     sums: tuple[str, ...] = ()
     average: str | Callable[..., Any] | None = None
@@ -41,9 +44,11 @@ class OptimizerRow:
     scale_free: bool = False
     unit_scaling: bool = False
     small_moments: bool = False
+    muon: bool = False
     deepspeed: bool = False
 
 
+ORTHOGONAL: dict[str, Any] = {"state": {"momentum": 1}, "rest": "adamw", "whole_matrices": True, "scale_free": True, "muon": True}
 OPTIMIZERS: dict[str, OptimizerRow] = {
     "adamw": OptimizerRow(
         "megascale.optim.optimizers:AdamW",
@@ -55,7 +60,8 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         deepspeed=True,
     ),
     "lion": OptimizerRow("megascale.optim.optimizers:Lion", state={"exp_avg": 1}, scale_free=True, unit_scaling=True),
-    "muon": OptimizerRow("megascale.optim.optimizers:Muon", state={"momentum": 1}, rest="adamw", whole_matrices=True, scale_free=True),
+    "muon": OptimizerRow("megascale.optim.muon:Muon", unit_scaling=True, **ORTHOGONAL),
+    "normuon": OptimizerRow("megascale.optim.muon:NorMuon", rows=("row_sq",), **ORTHOGONAL),
     "schedule_free": OptimizerRow(
         "megascale.optim.schedule_free:ScheduleFree",
         state={"lead": 0, "exp_avg_sq": 2},
@@ -96,16 +102,19 @@ def block_of(columns: int) -> int:
     return min(BLOCK, columns & -columns)
 
 
-def state_bytes(name: str, moments: str | None, hidden: bool, columns: int, elements: int, itemsize: int, averages: int = 0) -> int:
-    """Bytes of state for `elements` of a weight with rows of `columns`: tensors like the weight, in the format of `optim.moments`,
-    counts and sums. `hidden`: the weight is a hidden matrix; `averages`: how many of it are kept.
+def state_bytes(
+    name: str, moments: str | None, hidden: bool, columns: int, here: int, elements: int, itemsize: int, averages: int = 0
+) -> int:
+    """Bytes of state for `elements` of a weight with rows of `columns`, of which `here` are on this rank: tensors like the weight, in the
+    format of `optim.moments`, numbers of rows, counts and sums. `hidden`: the weight is a hidden matrix; `averages`: how many of it are
+    kept.
     """
     own = averages * (elements * max(itemsize, 4) + 8) if elements else 0
     first, *rest = rows_of(name)
     row = rest[0] if rest and not hidden else first
-    scales = 0
+    scales, rows = 0, len(row.rows) * (elements // here if here else 0) * itemsize
     if row.small_moments and moments == "bf16":
         itemsize = 2
     elif row.small_moments and moments == "int8" and hidden:
         itemsize, scales = 1, 4 * (elements // block_of(columns))
-    return len(row.state) * (elements * itemsize + scales) + (4 * len(row.counts) + 8 * len(row.sums) if elements else 0) + own
+    return len(row.state) * (elements * itemsize + scales) + rows + (4 * len(row.counts) + 8 * len(row.sums) if elements else 0) + own

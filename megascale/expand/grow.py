@@ -25,7 +25,7 @@ from megascale.expand.source import open_source, renamed
 from megascale.expand.state import check_state_grows, multipliers
 from megascale.expand.verify import EXACT, limit
 from megascale.expand.write import Effort, check_target, finish, write
-from megascale.model.spec import MATRICES, Role
+from megascale.optim.rates import follows_width
 
 
 def grow(
@@ -103,9 +103,9 @@ def grown_config(config: Config, growth: Growth, options: GrowthOptions) -> tupl
     if config.optim.base_width is not None:
         # Unit scaling already changes the rate with the width; do not count it twice.
         ratio = (growth.target.hidden_size / growth.source.hidden_size) ** 0.5
-        roles: dict[str, Role] = {name: t.spec.role for t in growth.tensors for name in (t.name, any_layer(t.name))}
+        specs = {name: t.spec for t in growth.tensors for name in (t.name, any_layer(t.name))}
         for name, m in factors.items():
-            if roles.get(name) in (*MATRICES, "router"):
+            if name in specs and follows_width(specs[name], config.optim):
                 factors[name] = m.model_copy(update={"lr": m.lr * ratio, "weight_decay": m.weight_decay / ratio})
     before = config.optim.multipliers
     optim = config.optim

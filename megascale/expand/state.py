@@ -23,7 +23,8 @@ from megascale.expand.tensors import TensorPlan
 
 def powers(optimizer: str) -> dict[str, int | None]:
     """The power of β for each tensor of an optimizer's state; 0 for a difference of weights."""
-    return {key: power for row in rows_of(optimizer) for key, power in row.state.items()}
+    rows = rows_of(optimizer)
+    return {key: power for row in rows for key, power in row.state.items()} | {key: None for row in rows for key in row.rows}
 
 
 def counts(optimizer: str) -> dict[str, torch.dtype]:

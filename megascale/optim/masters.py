@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from megascale.config.optimizers import optimizers
-from megascale.config.schema import Config, Optim
+from megascale.config.schema import Config, Model, Optim
 from megascale.model.spec import ParamSpec
 from megascale.optim.rates import rate_of
 
@@ -19,7 +19,7 @@ def smallest_step(size: float) -> float:
     return 2.0 ** (exponent - PLACES - (2 if mantissa == 0.5 else 1))
 
 
-def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[str, float]:
+def immovable(specs: Mapping[str, ParamSpec], optim: Optim, model: Model) -> dict[str, float]:
     """Weight → smallest possible change of its initial value in bf16, for weights whose update at the peak rate is smaller.
 
     An update of a scale-free optimizer is about as large as the rate. A weight starts at its mean, else around its standard deviation; from
@@ -28,7 +28,7 @@ def immovable(specs: Mapping[str, ParamSpec], optim: Optim, width: int) -> dict[
     found = {}
     for name, spec in specs.items():
         size = abs(spec.mean) or spec.std
-        rate = rate_of(spec, optim, width, name)
+        rate = rate_of(spec, optim, model, name)
         if size > 0 and not rate.frozen and optim.lr * rate.factor <= smallest_step(size):
             found[name] = smallest_step(size)
     return found
@@ -38,7 +38,7 @@ def immovable_note(config: Config, specs: Mapping[str, ParamSpec]) -> str | None
     """A warning if masters are bf16 and some of them cannot change."""
     if config.precision.storage != "bf16" or not optimizers()[config.optim.name].scale_free:
         return None
-    found = immovable(specs, config.optim, config.model.hidden_size)
+    found = immovable(specs, config.optim, config.model)
     if not found:
         return None
     worst = max(found, key=lambda name: found[name])

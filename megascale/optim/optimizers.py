@@ -1,4 +1,4 @@
-"""AdamW, Lion and Muon over the local parts of the weights; config/optimizers.py has their rows.
+"""AdamW and Lion over the local parts of the weights; config/optimizers.py has the rows of all. Muon is in muon.py.
 
 Elementwise rules need no other rank's numbers, so they run on plain local tensors that share the parameters' memory. A step takes the
 gradients' factor and whether they are finite as device tensors: a bad step changes nothing, without a host synchronization.
@@ -6,7 +6,6 @@ gradients' factor and whether they are finite as device tensors: a bad step chan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,22 +13,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megascale.comm.mesh import Mesh
-from megascale.config.optimizers import optimizers, scales_of
+from megascale.config.optimizers import OptimizerRow, optimizers, scales_of
 from megascale.config.schema import Optim
 from megascale.errors import UsageError
-from megascale.model.ops.matmul import product
 from megascale.model.spec import MATRICES
 from megascale.optim.averages import Averaged
 from megascale.optim.host import Mirror, OnHost
 from megascale.optim.moments import moment_of
 from megascale.optim.optimizer import Optimizer
-from megascale.optim.owners import Matrix, take_turns, work_in_turns
 from megascale.optim.rates import Rate, grouped_by_rate, rate_of
 from megascale.optim.runs import RUN, in_runs
 from megascale.parallel.model import ParallelModel, Weight
 from megascale.plugins import resolve
-
-BATCH_ELEMENTS = 1 << 27  # elements of matrices that an owner orthogonalizes together: 256 MiB in bf16
 
 
 def build_optimizer(model: ParallelModel, cfg: Optim, offload: tuple[str, ...] = (), tokens: int = 1) -> Optimizer:
@@ -51,7 +46,7 @@ def optimizer_over(weights: list[Weight], model: ParallelModel, cfg: Optim, toke
 
 
 def _own_optimizer(weights: list[Weight], model: ParallelModel, cfg: Optim) -> Optimizer:
-    rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg.hidden_size, w.name) for w in weights}
+    rates = {w.name: rate_of(w.placement.spec, cfg, model.model.cfg, w.name) for w in weights}
     trained = _by_row([w for w in weights if not rates[w.name].frozen], cfg, rates, model.mesh)
     frozen = [w for w in weights if rates[w.name].frozen]
     return Partly(trained, _by_row(frozen, cfg, rates, model.mesh)) if frozen else trained
@@ -71,16 +66,22 @@ def _build(name: str, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rat
     row = optimizers()[name]
     made: Optimizer = resolve(row.build, f"the optimizer {name}")(weights, cfg, rates, mesh)
     state = made.state()
-    expected = {*row.state, *row.counts, *row.sums}
+    expected = {*row.state, *row.rows, *row.counts, *row.sums}
     if set(state) - (scales_of(row) if cfg.moments == "int8" else set()) != expected:
         raise UsageError(f"the optimizer {name} keeps {_words(state)} but its row says {_words(expected)}: make the row say what it keeps")
     for w in weights:
         for key in expected:
-            tensors, shape = state[key], list(w.local.shape) if key in row.state else []
+            tensors, shape = state[key], _shape(row, key, w)
             found = list(tensors[w.name].shape) if w.name in tensors else shape
             if found != shape:
                 raise UsageError(f"the optimizer {name} keeps {key} of {w.name} as {found}, but its row says {shape}: correct one of them")
     return made
+
+
+def _shape(row: OptimizerRow, key: str, w: Weight) -> list[int]:
+    if key in row.state:
+        return list(w.local.shape)
+    return [*w.local.shape[:-1], 1] if key in row.rows else []
 
 
 def _words(keys: Iterable[str]) -> str:
@@ -213,90 +214,6 @@ class Lion:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"exp_avg": self.exp_avg}
-
-
-class Muon:
-    """Orthogonalized momentum, for hidden matrices.
-
-    The rule is `torch.optim.Muon`'s (Nesterov momentum, five Newton–Schulz rounds, step sizes matched to AdamW's), which needs a whole
-    matrix. If several ranks share a matrix, one of them, its owner, gathers the momentum, orthogonalizes it in the weight's own precision
-    or in `muon_dtype`, so that every layout takes the same step, and sends the pieces back.
-    """
-
-    ROUNDS = 5
-    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
-    def __init__(self, weights: list[Weight], cfg: Optim, rates: Mapping[str, Rate], mesh: Mesh) -> None:
-        self.weights, self.cfg, self.rates = weights, cfg, rates
-        self.momentum = {w.name: torch.zeros_like(w.local) for w in weights}
-        self.dtype = None if cfg.muon_dtype is None else torch.bfloat16
-        self.turns = take_turns(weights, mesh, lambda w: orthogonalization_flops(w.placement.spec.shape), batch_of)
-
-    @torch.no_grad()
-    def step(self, lr: float, factor: Tensor, finite: Tensor) -> None:
-        scale_gradients(self.weights, factor)
-
-        def direction(m: Matrix) -> Tensor:
-            found = self._direction(m.weight, finite)
-            return found if self.dtype is None else found.to(self.dtype)
-
-        def move(m: Matrix, update: Tensor) -> None:
-            local = m.weight.local
-            go = finite.to(local.dtype)
-            size = 0.2 * max(m.weight.placement.spec.shape[-2:]) ** 0.5
-            rate = self.rates[m.weight.name]
-            own = lr * rate.factor
-            local.mul_(1 - own * rate.decay * go).sub_(update * (own * size * go))
-
-        work_in_turns(self.turns, direction, lambda xs: orthogonalized(xs, self.COEFFICIENTS, self.ROUNDS), move)
-
-    def _direction(self, w: Weight, finite: Tensor) -> Tensor:
-        """Updates the weight's momentum and looks one step ahead (Nesterov)."""
-        beta, m = self.cfg.betas[0], self.momentum[w.name]
-        grad = torch.zeros_like(m) if w.local_grad is None else torch.where(finite, w.local_grad, torch.zeros_like(m))
-        m.add_((grad - m) * ((1 - beta) * finite.to(m.dtype)))
-        return torch.lerp(grad, m, beta)
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        return {"momentum": self.momentum}
-
-
-def batch_of(w: Weight) -> int:
-    """How many matrices like this one an owner takes together. One on CPUs, where a batched product is no faster and rounds otherwise."""
-    return 1 if w.local.device.type == "cpu" else max(1, BATCH_ELEMENTS // math.prod(w.placement.spec.shape))
-
-
-def orthogonalized(matrices: list[Tensor], coefficients: tuple[float, float, float], rounds: int) -> list[Tensor]:
-    """`orthogonalize` for each, those of one shape in the same products."""
-    found: dict[int, Tensor] = {}
-    for shape in dict.fromkeys(x.shape for x in matrices):
-        numbers = [i for i, x in enumerate(matrices) if x.shape == shape]
-        if len(numbers) == 1:
-            found[numbers[0]] = orthogonalize(matrices[numbers[0]], coefficients, rounds)
-        else:
-            done = orthogonalize(torch.stack([matrices[i] for i in numbers]), coefficients, rounds)
-            found.update(zip(numbers, done.unbind()))
-    return [found[i] for i in range(len(matrices))]
-
-
-def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], rounds: int) -> Tensor:
-    """The nearest matrix with equal singular values, roughly: Newton–Schulz rounds of X ← aX + b(XXᵀ)X + c(XXᵀ)²X. The last two dimensions
-    are the matrix's.
-    """
-    a, b, c = coefficients
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(rounds):
-        gram = product(x, x.mT)
-        x = a * x + product(b * gram + product(c * gram, gram), x)
-    return x.mT if tall else x
-
-
-def orthogonalization_flops(shape: tuple[int, ...]) -> float:
-    """FLOPs of one round, for matrices of `shape`: three products with the smaller side's Gram matrix."""
-    small, large = sorted(shape[-2:])
-    return math.prod(shape[:-2]) * (4.0 * small**2 * large + 2.0 * small**3)
 
 
 def divided_in_kernel(weights: list[Weight]) -> bool:

@@ -4,40 +4,72 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from megascale.config.schema import Group, Optim, any_layer
+from megascale.config.optimizers import optimizers
+from megascale.config.schema import Group, Model, Muon, Optim, any_layer
 from megascale.errors import UsageError
 from megascale.model.spec import MATRICES, ParamSpec
 
 
 class Rate(NamedTuple):
     """A weight's rate is `factor` times the schedule's; an update first multiplies it by 1 − rate·`decay`. `eps`: factor on epsilon.
-    `frozen`: there is no update.
+    `frozen`: there is no update. `size`: factor on an orthogonal matrix at rate 1.
     """
 
     factor: float
     decay: float
     eps: float = 1.0
     frozen: bool = False
+    size: float = 1.0
 
 
-def rate_of(spec: ParamSpec, cfg: Optim, width: int, name: str = "") -> Rate:
-    """The rate of the weight `name` in a model of hidden size `width`; `optim.multipliers` may list the name.
+def rate_of(spec: ParamSpec, cfg: Optim, model: Model, name: str = "") -> Rate:
+    """The rate of the weight `name` of a model; `optim.multipliers` may list the name.
 
     With `base_width` hidden matrices use √(base_width/width) of the rate (μS, arXiv 2502.05967). With `independent_decay` every update
     multiplies a weight by 1 − weight_decay·lr/peak lr, whatever its rate. `optim.groups` counts last.
     """
-    factor = math.sqrt(cfg.base_width / width) if cfg.base_width is not None and spec.role in (*MATRICES, "router", "head_gate") else 1.0
+    factor = math.sqrt(cfg.base_width / model.hidden_size) if cfg.base_width is not None and follows_width(spec, cfg) else 1.0
+    weight_decay, size = cfg.weight_decay, 1.0
+    if orthogonalized(spec, cfg):
+        own = cfg.orthogonal
+        factor *= 1.0 if own.lr is None else own.lr / cfg.lr
+        weight_decay = weight_decay if own.weight_decay is None else own.weight_decay
+        size = step_size(own, spec.shape, model.residual_row.unit_scaled)
     group = group_of(cfg, name, spec)
     factor *= group.lr
     decay = 0.0
     if spec.decays:
-        decay = cfg.weight_decay / (cfg.lr * factor) if cfg.independent_decay else cfg.weight_decay
-    own = cfg.multiplier(name)
-    return Rate(factor * own.lr, decay * own.weight_decay * group.weight_decay, own.eps * group.eps, bool(group.frozen))
+        decay = weight_decay / (cfg.lr * factor) if cfg.independent_decay else weight_decay
+    grown = cfg.multiplier(name)
+    return Rate(factor * grown.lr, decay * grown.weight_decay * group.weight_decay, grown.eps * group.eps, bool(group.frozen), size)
+
+
+def step_size(settings: Muon, shape: Sequence[int], unit_scaled: bool) -> float:
+    """The factor on an orthogonal matrix at rate 1.
+
+    Under unit scaling a product divides by √columns. Weights there have unit variance, which is what `match_adamw` steps relative to; the
+    other two say the effect on activations, so they multiply by √columns first.
+    """
+    rows, columns = shape[-2:]
+    if settings.scale == "match_adamw":
+        return 0.2 * float(max(rows, columns) ** 0.5)
+    size = max(1.0, rows / columns) ** 0.5 if settings.scale == "spectral" else 1.0
+    return size * columns**0.5 if unit_scaled else size
+
+
+def orthogonalized(spec: ParamSpec, cfg: Optim) -> bool:
+    return spec.role in MATRICES and optimizers()[cfg.name].muon
+
+
+def follows_width(spec: ParamSpec, cfg: Optim) -> bool:
+    """Whether `base_width` changes the rate under unit scaling. Updates of Adam line up, so their effect on activations grows with the
+    width; orthogonal ones have the same in all directions.
+    """
+    return spec.role in (*MATRICES, "router", "head_gate") and not orthogonalized(spec, cfg)
 
 
 def group_of(cfg: Optim, name: str, spec: ParamSpec) -> Group:

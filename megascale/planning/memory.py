@@ -42,8 +42,9 @@ def held(unit: Unit, cuts: Cuts) -> Held:
 @lru_cache(maxsize=65536)
 def state_of(unit: Unit, cuts: Cuts, name: str, moments: str | None, itemsize: int, averages: int) -> int:
     """Bytes of an optimizer's state for a unit there."""
-    sizes = [(w, cuts.gathered(w, unit.model.num_kv_heads) // cuts.ranks(w)) for w in unit.weights]
-    return sum(state_bytes(name, moments, w.matrix, w.shape[-1], n, itemsize, averages) for w, n in sizes)
+    heads = unit.model.num_kv_heads
+    sizes = [(w, cuts.columns(w, heads), cuts.gathered(w, heads) // cuts.ranks(w)) for w in unit.weights]
+    return sum(state_bytes(name, moments, w.matrix, w.shape[-1], here, n, itemsize, averages) for w, here, n in sizes)
 
 
 def stored_bytes(config: Config, ranks: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megascale.config.dsp import plan_cuts
 from megascale.config.layout import ranks_met
+from megascale.config.optimizers import optimizers
 from megascale.config.stages import V_SHAPED
 from megascale.planning.memory import held
 from megascale.planning.pipeline import sends
@@ -161,7 +162,7 @@ def _sent(s: Setting, rank: int) -> dict[str, float]:
     if s.sharded:
         sent["dp_shard"] = _sharding(s, layers, s.ends_of(parts), False)
         sent["edp"] = _sharding(s, layers, [], True)
-        if s.config.optim.name == "muon":
+        if optimizers()[s.config.optim.name].whole_matrices:
             sent["dp_shard"] += _owned(s, stored)
         sent["dp_replicate"] = sum(n * (replica_bytes(s, u, False) + replica_bytes(s, u, True)) for u, n in stored)
     elif p.engine == "ddp":

@@ -82,12 +82,21 @@ class Cuts:
 
     def gathered(self, w: Weight, kv_heads: int) -> int:
         """Elements of the gathered weight, padded as FSDP pads it."""
+        shape, ranks, dim = self.local(w, kv_heads), self.ranks(w), self.sharded_dim(w, kv_heads)
+        return math.prod(shape) // shape[dim] * (-(-shape[dim] // ranks) * ranks)
+
+    def columns(self, w: Weight, kv_heads: int) -> int:
+        """Columns of a rank's part."""
+        shape = self.local(w, kv_heads)
+        sharded = self.sharded_dim(w, kv_heads) == len(shape) - 1
+        return -(-shape[-1] // self.ranks(w)) if sharded else shape[-1]
+
+    def sharded_dim(self, w: Weight, kv_heads: int) -> int:
+        """The dimension along which FSDP shards the weight."""
         shape, ranks = self.local(w, kv_heads), self.ranks(w)
         if w.experts:
-            dim = 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
-        else:
-            dim = even_dim(shape, ranks) if w.matrix else 0
-        return math.prod(shape) // shape[dim] * (-(-shape[dim] // ranks) * ranks)
+            return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
+        return even_dim(shape, ranks) if w.matrix else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,8 +141,9 @@ def goes_on(before: Config, now: Config) -> bool:
         return False
     if any(average.in_tokens for average in now.optim.ema) and _batch(before) != _batch(now):
         return False  # the share that a step keeps follows its tokens
-    if before.optim.independent_decay and before.optim.lr != now.optim.lr:
-        return False  # the decay of each group is relative to the peak rate
+    own_rate = before.optim.muon is not None and before.optim.muon.lr is not None
+    if (before.optim.independent_decay or own_rate) and before.optim.lr != now.optim.lr:
+        return False  # the decay of each group, or Muon's rate, is relative to the peak rate
 
     def rest(config: Config) -> dict[str, Any]:
         sections = {name: getattr(config, name) for name in Config.model_fields if name != "phases"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megascale.comm.piece import Piece
+from megascale.config.optimizers import optimizers
 from megascale.config.schema.averages import is_average
 from megascale.errors import UsageError
 from megascale.parallel.model import ParallelModel
@@ -41,9 +42,10 @@ def state_pieces(model: ParallelModel, optimizer: dict[str, dict[str, Tensor]]) 
     """Live pieces of everything that a resume needs: loading into them changes the training state. `optimizer`: `Optimizer.state()`."""
     pieces = model_pieces(model)
     weights = {w.name: w for w in model.weights}
+    by_row = {key for row in optimizers().values() for key in row.rows}
     for key, tensors in optimizer.items():
         for name, tensor in tensors.items():
-            pieces[f"optim.{key}.{name}"] = _piece(model, weights, name, tensor)
+            pieces[f"optim.{key}.{name}"] = _piece(model, weights, name, tensor, key in by_row)
     return pieces
 
 
@@ -65,10 +67,14 @@ def check_finite(state: dict[str, Piece], folder: Path | None) -> None:
             )
 
 
-def _piece(model: ParallelModel, weights: dict[str, Any], name: str, tensor: Tensor) -> Piece:
+def _piece(model: ParallelModel, weights: dict[str, Any], name: str, tensor: Tensor, by_row: bool) -> Piece:
     if tensor.ndim == 0:
         return Piece((), (), tensor)
     weight = weights[name]
+    if by_row:  # one number for each row; ranks that share a row hold the same
+        whole = model.piece(weight, weight.local)
+        rows = tuple(slice(0, n) for n in whole.local.shape[:-1])
+        return Piece((*whole.shape[:-1], 1), (*whole.offset[:-1], 0), tensor[rows])
     if tensor.shape == weight.local.shape:
         return model.piece(weight, tensor)
     # One number for each block of a row.

@@ -136,7 +136,7 @@ def test_stored_bytes_are_exact(
     """
     model = SIZES | model
     experts = {"ep": ep, "etp": etp} if model.get("moe") and layout["engine"] == "fsdp2" else {}
-    config = config_of(model, layout | experts, "muon" if model.get("bias") else "adamw", moments, compute)
+    config = config_of(model, layout | experts, "normuon" if model.get("bias") else "adamw", moments, compute)
     try:
         config = check(config, ranks)
     except UsageError:

@@ -12,12 +12,13 @@ from megascale.config.schema import Optim
 from megascale.config.schema.train import Multiplier
 from megascale.model.spec import ParamSpec
 from megascale.optim.masters import immovable, smallest_step
+from tests.layouts import tiny
 from tests.runs import make_tokens, rows, run, settings
 
 SPECS = {
     "norm": ParamSpec((8,), "norm", "tokens", mean=1.0),
     "bias": ParamSpec((8,), "bias", "tokens"),
-    "up": ParamSpec((8, 8), "up", 0, std=0.02),
+    "up": ParamSpec((8, tiny(hidden_size=8)), "up", 0, std=0.02),
 }
 
 
@@ -32,12 +33,12 @@ def test_the_smallest_step_is_that_of_torch(size: float) -> None:
 
 def test_gains_stand_still_at_usual_rates() -> None:
     """Catches norm gains of 1 that no step below 1/512 moves, and weights that do move told as if they did not."""
-    assert list(immovable(SPECS, Optim(lr=1e-3), 8)) == ["norm"]
-    assert immovable(SPECS, Optim(lr=1e-3), 8)["norm"] == 2**-9
-    assert not immovable(SPECS, Optim(lr=2e-3), 8)
-    assert list(immovable(SPECS, Optim(lr=1e-5), 8)) == ["norm", "up"]
-    assert not immovable(SPECS, Optim(lr=1e-3, multipliers={"norm": Multiplier(lr=2.0)}), 8)
-    assert list(immovable({**SPECS, "norm": replace(SPECS["norm"], mean=0.25)}, Optim(lr=1e-3), 8)) == []
+    assert list(immovable(SPECS, Optim(lr=1e-3), tiny(hidden_size=8))) == ["norm"]
+    assert immovable(SPECS, Optim(lr=1e-3), tiny(hidden_size=8))["norm"] == 2**-9
+    assert not immovable(SPECS, Optim(lr=2e-3), tiny(hidden_size=8))
+    assert list(immovable(SPECS, Optim(lr=1e-5), tiny(hidden_size=8))) == ["norm", "up"]
+    assert not immovable(SPECS, Optim(lr=1e-3, multipliers={"norm": Multiplier(lr=2.0)}), tiny(hidden_size=8))
+    assert list(immovable({**SPECS, "norm": replace(SPECS["norm"], mean=0.25)}, Optim(lr=1e-3), tiny(hidden_size=8))) == []
 
 
 def test_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

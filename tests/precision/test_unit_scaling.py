@@ -84,14 +84,14 @@ def test_rates_by_role_and_width() -> None:
     model = build(Case(unit(hidden_size=256, moe={"num_experts": 4, "ffn_size": 64}), precision="fp32"), 1)
     for w in model.weights:
         spec = w.placement.spec
-        rate = rate_of(spec, cfg, 256)
+        rate = rate_of(spec, cfg, unit(hidden_size=256))
         hidden = spec.role not in ("embedding", "head", "norm")
         assert rate.factor == (0.5 if hidden else 1.0), w.name
         if spec.role != "norm":
             # What a step takes off: own rate × decay = weight_decay at the peak, for every role.
             assert cfg.lr * rate.factor * rate.decay == pytest.approx(1e-4), w.name
     matrix = next(w.placement.spec for w in model.weights if w.placement.spec.role == "query")
-    assert rate_of(matrix, Optim(lr=0.01), 256) == Rate(1.0, 0.1)
+    assert rate_of(matrix, Optim(lr=0.01), unit(hidden_size=256)) == Rate(1.0, 0.1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
@@ -120,7 +120,7 @@ def test_groups_hold_every_weight_once() -> None:
     """Catches weights that share a rate and end in two groups, or in none."""
     cfg = Optim(base_width=16, weight_decay=1e-4, independent_decay=True)
     model = build(Case(unit()), 1)
-    rates = {w.name: rate_of(w.placement.spec, cfg, 64) for w in model.weights}
+    rates = {w.name: rate_of(w.placement.spec, cfg, unit(hidden_size=64)) for w in model.weights}
     groups = grouped_by_rate({w.name: w.name for w in model.weights}, rates, cfg.eps)
     assert sorted(n for g in groups for n in g["params"]) == sorted(rates)
     assert len(groups) == len(set(rates.values())) == 3

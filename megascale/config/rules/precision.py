@@ -122,7 +122,14 @@ PRECISION_RULES: tuple[Rule, ...] = (
         ("model.residual", "optim.name"),
         lambda c, n: c.model.residual_row.unit_scaled and not optimizers()[c.optim.name].unit_scaling,
         "steps of this optimizer do not follow weights of unit variance",
-        "use optim.name adamw or lion",
+        "use optim.name adamw, lion or muon",
+    ),
+    Rule(
+        "muon_settings",
+        ("optim.muon", "optim.name"),
+        lambda c, n: c.optim.muon is not None and not optimizers()[c.optim.name].muon,
+        "optim.muon has the settings of matrices that are orthogonalized",
+        "use optim.name muon or normuon, or remove muon",
     ),
     Rule(
         "own_average",

@@ -11,7 +11,7 @@ from megascale.config.schema.model import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS,
 from megascale.config.schema.model_parts import Delta, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.section import Section
-from megascale.config.schema.train import Checkpoint, Data, DataSource, Group, Multiplier, Optim, Precision, Train, any_layer
+from megascale.config.schema.train import Checkpoint, Data, DataSource, Group, Multiplier, Muon, Optim, Precision, Train, any_layer
 
 __all__ = [
     "AHEAD_NORMS",
@@ -33,6 +33,7 @@ __all__ = [
     "MoeOfKind",
     "Moeut",
     "Multiplier",
+    "Muon",
     "Optim",
     "Parallel",
     "PhaseAt",

@@ -161,15 +161,44 @@ class Group(Section):
     """
 
 
+class Muon(Section):
+    """Settings of the matrices that an optimizer orthogonalizes (`muon`, `normuon`)."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Their peak rate, on the schedule of all others. Default: `optim.lr`."""
+    momentum: Share | None = None
+    """Decay rate of the momentum. Default: the first of `optim.betas`."""
+    nesterov: bool = True
+    """Orthogonalize the momentum as it will be one step later."""
+    rounds: Annotated[int, Field(ge=1, le=100)] = 5
+    """Newton–Schulz rounds."""
+    coefficients: Literal["jordan", "polar_express"] | tuple[tuple[float, float, float], ...] = "jordan"
+    """Polynomials aX + b(XXᵀ)X + c(XXᵀ)²X of the rounds: Jordan's; Polar Express (arXiv 2505.16932), which differ by round and
+    converge; or a list of [a, b, c]. Rounds beyond a list repeat its last.
+    """
+    scale: Literal["match_adamw", "spectral", "none"] = "match_adamw"
+    """Size of a step at rate 1: 0.2·√max(rows, columns), about AdamW's; √max(1, rows/columns), which keeps its effect on activations over
+    widths; or 1.
+    """
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Their decoupled decay. Default: `optim.weight_decay`."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Muon:
+        if self.coefficients == ():
+            raise ValueError("coefficients is an empty list: name jordan or polar_express, or list at least one [a, b, c]")
+        return self
+
+
 class Optim(Section):
     name: Annotated[str, RowName(optimizers)] = "adamw"
-    """Optimizer. Muon updates matrices and leaves embeddings, norms and biases to AdamW; `schedule_free` is AdamW with an average in place
-    of a decay (arXiv 2405.15682).
+    """Optimizer. Muon and NorMuon update matrices and leave embeddings, norms and biases to AdamW; `schedule_free` is AdamW with an average
+    in place of a decay (arXiv 2405.15682).
     """
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay rates of the first and second moment. Muon's momentum is the first."""
+    """Decay rates of the first and second moment. Muon's momentum is the first; NorMuon's second moments of rows use the second."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Epsilon of AdamW."""
     moments: Literal["bf16", "int8"] | None = None
@@ -180,6 +209,8 @@ class Optim(Section):
     """Number format in which Muon orthogonalizes. Default: that of the stored weights. `bf16`, as in torch.optim.Muon, is about ten times
     as fast on a GPU and halves what owners exchange.
     """
+    muon: Muon | None = None
+    """`muon` and `normuon` only: settings of the matrices. Default: all of the defaults below."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay. Norms and biases do not decay."""
     warmup_steps: NonNegative = 0
@@ -203,7 +234,7 @@ class Optim(Section):
     `decay_steps` then count steps of the batch with which the schedule begins.
     """
     base_width: Positive | None = None
-    """`residual: mus` only: hidden size for which `lr` was tuned; rates of hidden matrices follow the width."""
+    """`residual: mus` only: hidden size for which `lr` was tuned; rates of hidden matrices follow the width, except Muon's."""
     independent_decay: bool = False
     """A step keeps 1 − weight_decay·lr/peak_lr of a weight, so that the decay does not depend on the peak rate."""
     multipliers: dict[str, Multiplier] = Field(default_factory=dict)
@@ -218,6 +249,11 @@ class Optim(Section):
 
     groups: tuple[Group, ...] = ()
     """Factors by pattern or role, and weights that are frozen. Factors multiply with each other and with `multipliers`."""
+
+    @property
+    def orthogonal(self) -> Muon:
+        """The settings of orthogonalized matrices."""
+        return self.muon or Muon()
 
     def multiplier(self, weight: str) -> Multiplier:
         """The entry for the weight's own name, or for its name in any layer."""

@@ -117,7 +117,7 @@ class DeepSpeed:
         if self.engine is not None:
             return
         cfg, mesh = self.config.optim, self.model.mesh
-        rates = {w.name: rate_of(w.placement.spec, cfg, self.config.model.hidden_size) for w in self.model.weights}
+        rates = {w.name: rate_of(w.placement.spec, cfg, self.config.model) for w in self.model.weights}
         groups = grouped_by_rate({w.name: w.parameter for w in self.model.weights}, rates, cfg.eps)
         self.inner = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
         for w in self.model.weights:

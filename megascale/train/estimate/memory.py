@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import psutil
 
@@ -63,7 +64,8 @@ def rank_bytes(config: Config, place: dict[str, int], sizes: dict[str, int]) -> 
                 copies += held * shape.compute.itemsize
             # A tied embedding's copy at the head is optimized on the rank of the embedding.
             if name != "embedding.weight" or stage.part.first:
-                optimizer += optimizer_bytes(config.optim, p, held, storage.itemsize)
+                own = _local(p, axes[p.shard] if config.parallel.engine == "fsdp2" else None)
+                optimizer += optimizer_bytes(config.optim, p, own, storage.itemsize)
     if config.parallel.engine == "deepspeed":
         return _zero_bytes(config, weights // storage.itemsize, sizes["dp_shard"])
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer, **({"shadows": copies} if copies else {})}
@@ -83,17 +85,23 @@ def _zero_bytes(config: Config, elements: int, ranks: int) -> dict[str, int]:
 
 def _held(placement: Placement, shard: Axis | None) -> int:
     """Elements on this rank, padding included."""
+    return math.prod(_local(placement, shard))
+
+
+def _local(placement: Placement, shard: Axis | None) -> list[int]:
+    """Shape of this rank's part, padding included."""
     local = placement.shape
     if shard is not None:
         first, last = chunk_bounds(local[placement.shard_dim], shard.size, shard.rank)
         local[placement.shard_dim] = last - first
-    return math.prod(local)
+    return local
 
 
-def optimizer_bytes(optim: Optim, placement: Placement, elements: int, itemsize: int) -> int:
-    """Optimizer state of one weight."""
+def optimizer_bytes(optim: Optim, placement: Placement, local: Sequence[int], itemsize: int) -> int:
+    """Optimizer state of one weight, of which this rank holds a part of shape `local`."""
     spec = placement.spec
-    return state_bytes(optim.name, optim.moments, spec.role in MATRICES, spec.shape[-1], elements, itemsize, len(optim.ema))
+    columns, elements = spec.shape[-1], math.prod(local)
+    return state_bytes(optim.name, optim.moments, spec.role in MATRICES, columns, local[-1], elements, itemsize, len(optim.ema))
 
 
 def needed(config: Config, ranks: int, cpu: bool = False) -> tuple[int, float]:
