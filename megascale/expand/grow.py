@@ -100,7 +100,7 @@ def grown_config(config: Config, growth: Growth, options: GrowthOptions) -> tupl
     transformed optimizer state: fresh state has no steps to preserve.
     """
     factors, uneven = multipliers(growth)
-    if config.optim.base_width is not None:
+    if config.optim.base_width is not None and config.optim.transfer is None:
         # Unit scaling already changes the rate with the width; do not count it twice.
         ratio = (growth.target.hidden_size / growth.source.hidden_size) ** 0.5
         specs = {name: t.spec for t in growth.tensors for name in (t.name, any_layer(t.name))}

@@ -128,8 +128,10 @@ def constant_starts(cfg: Model, stack: Stack, layer: int) -> Residual:
 
 def scaled_writers(cfg: Model, stack: Stack, layer: int) -> Residual:
     """Scales each write into a pre-norm stream so that the sum of all is as large as one (GPT-2, section 2.3)."""
-    writer = 1 / math.sqrt(len(stack.sublayers) * stack.layers)
-    return Residual(cfg.residual_row, InitStd("constant", cfg.init_std, {"attention_out": writer, "down": writer}))
+    width, depth = (None, None) if cfg.init_base is None else (cfg.init_base.width, cfg.init_base.depth)
+    writer = 1 / math.sqrt(len(stack.sublayers) * (depth or stack.layers))
+    std = cfg.init_std if width is None else cfg.init_std * math.sqrt(width / cfg.hidden_size)
+    return Residual(cfg.residual_row, InitStd("constant", std, {"attention_out": writer, "down": writer}))
 
 
 def deepnorm_layer(cfg: Model, stack: Stack, layer: int) -> Residual:

@@ -29,11 +29,21 @@ class Rate(NamedTuple):
 def rate_of(spec: ParamSpec, cfg: Optim, model: Model, name: str = "") -> Rate:
     """The rate of the weight `name` of a model; `optim.multipliers` may list the name.
 
-    With `base_width` hidden matrices use √(base_width/width) of the rate (μS, arXiv 2502.05967). With `independent_decay` every update
-    multiplies a weight by 1 − weight_decay·lr/peak lr, whatever its rate. `optim.groups` counts last.
+    With `base_width` hidden matrices use √(base_width/width) of the rate under unit scaling (μS, arXiv 2502.05967), and base_width/width
+    under `transfer.width`, where weights are smaller; epsilons there fall like gradients, and with the depth (CompleteP, table 1). With
+    `independent_decay` every update multiplies a weight by 1 − weight_decay·lr/peak lr, whatever its rate. `optim.groups` counts last.
     """
-    factor = math.sqrt(cfg.base_width / model.hidden_size) if cfg.base_width is not None and follows_width(spec, cfg) else 1.0
-    weight_decay, size = cfg.weight_decay, 1.0
+    factor = 1.0
+    if cfg.base_width is not None and model.residual_row.unit_scaled and follows_width(spec, cfg):
+        factor = math.sqrt(cfg.base_width / model.hidden_size)
+    weight_decay, size, eps = cfg.weight_decay, 1.0, 1.0
+    if cfg.transfer_width is not None:
+        wider = model.hidden_size / cfg.transfer_width
+        eps /= wider
+        if spec.role in (*MATRICES, "head_gate"):  # a step keeps as much of a weight: rate × decay is that of the base
+            factor, weight_decay = factor / wider, weight_decay if cfg.independent_decay else weight_decay * wider
+    if cfg.transfer_depth is not None and name.startswith("blocks."):
+        eps *= cfg.transfer_depth / model.num_layers
     if orthogonalized(spec, cfg):
         own = cfg.orthogonal
         factor *= 1.0 if own.lr is None else own.lr / cfg.lr
@@ -45,7 +55,7 @@ def rate_of(spec: ParamSpec, cfg: Optim, model: Model, name: str = "") -> Rate:
     if spec.decays:
         decay = weight_decay / (cfg.lr * factor) if cfg.independent_decay else weight_decay
     grown = cfg.multiplier(name)
-    return Rate(factor * grown.lr, decay * grown.weight_decay * group.weight_decay, grown.eps * group.eps, bool(group.frozen), size)
+    return Rate(factor * grown.lr, decay * grown.weight_decay * group.weight_decay, eps * grown.eps * group.eps, bool(group.frozen), size)
 
 
 def step_size(settings: Muon, shape: Sequence[int], unit_scaled: bool) -> float:

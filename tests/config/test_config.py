@@ -309,6 +309,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "fp8_recipe": (1, ("precision.fp8_recipe=rowwise",)),
     "loss_scale": (1, ("precision.loss_scale=4",)),
     "base_width": (1, ("optim.base_width=64",)),
+    "transfer_base": (1, ("optim.transfer={depth: completep}",)),
+    "transfer_model": (1, ("optim.transfer={depth: completep}", "optim.base_depth=1", "model.residual=post")),
     "mus_optimizer": (1, (*MUS, "optim.name=normuon")),
     "muon_settings": (1, ("optim.muon={lr: 0.01}",)),
     "own_average": (1, ("optim.name=schedule_free",)),

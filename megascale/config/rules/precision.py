@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from megascale.config.optimizers import optimizers, rows_of
 from megascale.config.rules.rule import Rule
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Optim
 from megascale.config.stages import SPLIT_BACKWARD
 
 LARGEST_DECAY = 0.02  # per step
+TRANSFERRED = [("pre", "decoder", "dense", name) for name in ("adamw", "lion")]
 LARGEST_BF16_BETA = 0.996
 ALIGNED = 16  # CUDA's FP8 products need every dimension to be a multiple of it
 
@@ -112,10 +113,36 @@ PRECISION_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "base_width",
-        ("optim.base_width", "model.residual"),
-        lambda c, n: c.optim.base_width is not None and not c.model.residual_row.unit_scaled,
-        "base_width transfers learning rates between widths, which works under unit scaling only",
-        "remove base_width, or use model.residual mus",
+        ("optim.base_width", "optim.base_depth", "optim.transfer", "model.residual"),
+        lambda c, n: (
+            (c.optim.base_width is not None and not c.model.residual_row.unit_scaled and c.optim.transfer_width is None)
+            or (c.optim.base_depth is not None and c.optim.transfer_depth is None)
+        ),
+        "learning rates are transferred between widths under unit scaling or optim.transfer, and between depths under optim.transfer only",
+        "remove base_width and base_depth, set transfer.width or transfer.depth, or use model.residual mus",
+    ),
+    Rule(
+        "transfer_base",
+        ("optim.transfer", "optim.base_width", "optim.base_depth"),
+        lambda c, n: _without_base(c.optim),
+        "rates are transferred from the sizes for which they were tuned",
+        "set base_width for transfer.width, and base_depth for transfer.depth",
+    ),
+    Rule(
+        "transfer_model",
+        ("optim.transfer", "model.residual", "model.family", "model.linear", "model.moe", "optim.name", "parallel.engine", "grow"),
+        lambda c, n: (
+            c.optim.transfer is not None
+            and (
+                (c.model.residual, c.model.family, c.model.linear, c.optim.name) not in TRANSFERRED
+                or c.model.moe is not None
+                or c.parallel.engine == "deepspeed"
+                or bool(c.grow)
+            )
+        ),
+        "rules for the transfer of rates are known for dense pre-norm decoders under AdamW and Lion",
+        "use model.residual pre with dense products, optim.name adamw or lion and engine fsdp2 or ddp, without moe and grow; or remove "
+        "transfer",
     ),
     Rule(
         "mus_optimizer",
@@ -180,6 +207,12 @@ PRECISION_RULES: tuple[Rule, ...] = (
         "set weight_decay to about optim.lr times the usual one, such as 1e-4",
     ),
 )
+
+
+def _without_base(optim: Optim) -> bool:
+    """Whether rates are to be transferred along a size whose base is not given."""
+    t = optim.transfer
+    return t is not None and ((t.width is not None and optim.base_width is None) or (t.depth is not None and optim.base_depth is None))
 
 
 def _unaligned(c: Config, *widths: int) -> bool:

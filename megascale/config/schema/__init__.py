@@ -8,10 +8,22 @@ from megascale.config.schema.averages import Ema
 from megascale.config.schema.config import Config, GrowAt, PhaseAt, Run
 from megascale.config.schema.kinds import Kind, MoeOfKind
 from megascale.config.schema.model import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS, Model
-from megascale.config.schema.model_parts import Delta, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
+from megascale.config.schema.model_parts import Delta, InitBase, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.section import Section
-from megascale.config.schema.train import Checkpoint, Data, DataSource, Group, Multiplier, Muon, Optim, Precision, Train, any_layer
+from megascale.config.schema.train import (
+    Checkpoint,
+    Data,
+    DataSource,
+    Group,
+    Multiplier,
+    Muon,
+    Optim,
+    Precision,
+    Train,
+    Transfer,
+    any_layer,
+)
 
 __all__ = [
     "AHEAD_NORMS",
@@ -25,6 +37,7 @@ __all__ = [
     "Ema",
     "Group",
     "GrowAt",
+    "InitBase",
     "Kind",
     "Latent",
     "Matformer",
@@ -44,5 +57,6 @@ __all__ = [
     "Spacetime",
     "Tokenformer",
     "Train",
+    "Transfer",
     "any_layer",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megascale.config.routers import routers
 from megascale.config.schema.kinds import Model
+from megascale.config.schema.model_parts import InitBase
 from megascale.config.schema.parallel import Parallel
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Layers, NonNegative, Positive, Seconds, Section, Seed, Threads, steps_or_tokens
@@ -182,6 +183,25 @@ class Config(Section):
     """Changes of other keys during the run, in order: batch ramps, longer sequences, other data, another schedule."""
     grow: tuple[GrowAt, ...] = ()
     """Growths during the run, in the order of their steps."""
+
+    @model_validator(mode="after")
+    def _transferred(self) -> Config:
+        """Fills what `optim.transfer` says of the model, so that a checkpoint's model is complete without the optimizer's settings."""
+        model, width, depth = self.model, self.optim.transfer_width, self.optim.transfer_depth
+        made: dict[str, Any] = {}
+        if width is not None or depth is not None:
+            made["init_base"] = InitBase(width=width, depth=depth)
+        if width is not None:
+            made["head_scale"] = width / model.hidden_size
+        if depth is not None:
+            made["layer_coefficients"] = ((1.0, depth / model.num_layers),) * model.num_layers
+        for key, value in made.items():
+            given = getattr(model, key)
+            if given is not None and given != value:
+                raise ValueError(f"model.{key} is {given}, but optim.transfer makes it {value}: leave model.{key} out, or transfer")
+        if made:
+            object.__setattr__(self, "model", model.model_copy(update=made))
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The resolved config as nested dicts of JSON values, with the keys that a YAML file uses."""

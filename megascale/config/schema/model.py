@@ -13,7 +13,7 @@ from megascale.config.attentions import AttentionRow, attentions
 from megascale.config.norms import NormRow, norms
 from megascale.config.positions import PositionRow, positions
 from megascale.config.residuals import ResidualScheme, residuals
-from megascale.config.schema.model_parts import Delta, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
+from megascale.config.schema.model_parts import Delta, InitBase, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
 from megascale.config.schema.row_name import RowName
 from megascale.config.schema.section import Filled, Layers, Positive, Section, Share
 
@@ -82,6 +82,8 @@ class Model(Section):
     """Epsilons of norms that differ, by norm (`qk_norm`) or by layer (`blocks.3.ffn_norm`)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of initial weights."""
+    init_base: InitBase | None = None
+    """Sizes by which matrices start, if not the model's own (`optim.transfer` sets it)."""
     residual: Annotated[str, RowName(residuals)] = "pre"
     """Residual scheme: where a block has norms, how branches are scaled, and how weights start."""
     branchnorm_period: Positive | None = None

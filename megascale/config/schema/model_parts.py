@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from megascale.config.routers import RouterRow, routers
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import NonNegative, Positive, Section
+from megascale.config.schema.section import Layers, NonNegative, Positive, Section
 
 
 class Given(Section):
@@ -217,3 +217,12 @@ class Matformer(Section):
     """Nested feed-forward widths that are models of their own."""
     train: Literal["sample", "sum"] = "sample"
     """`sample`: a step trains one of the widths, drawn by the step's number. `sum`: every step trains all of them, equally weighted."""
+
+
+class InitBase(Section):
+    """A smaller model by whose sizes weights start."""
+
+    width: Positive | None = None
+    """Hidden size at which matrices start with `init_std`; wider ones with √(width ÷ hidden_size) of it."""
+    depth: Layers | None = None
+    """Number of layers by which matrices that write into the stream start smaller, instead of the model's own."""

@@ -12,7 +12,7 @@ from megascale.config.decays import decays
 from megascale.config.optimizers import optimizers
 from megascale.config.schema.averages import Ema, OneOrMany, different, listed
 from megascale.config.schema.row_name import RowName
-from megascale.config.schema.section import NonNegative, Positive, Section, Share, Tokens
+from megascale.config.schema.section import Layers, NonNegative, Positive, Section, Share, Tokens
 
 
 class SkipSpikes(Section):
@@ -190,6 +190,15 @@ class Muon(Section):
         return self
 
 
+class Transfer(Section):
+    """Rules by which rates tuned on a small model hold for a larger one."""
+
+    width: Literal["mup"] | None = None
+    """μP (arXiv 2203.03466), from `base_width` on: rates and initial values of hidden matrices, a factor on the last hidden state."""
+    depth: Literal["completep"] | None = None
+    """CompleteP (arXiv 2505.01618), from `base_depth` on: branches are multiplied by base_depth ÷ num_layers."""
+
+
 class Optim(Section):
     name: Annotated[str, RowName(optimizers)] = "adamw"
     """Optimizer. Muon and NorMuon update matrices and leave embeddings, norms and biases to AdamW; `schedule_free` is AdamW with an average
@@ -234,7 +243,13 @@ class Optim(Section):
     `decay_steps` then count steps of the batch with which the schedule begins.
     """
     base_width: Positive | None = None
-    """`residual: mus` only: hidden size for which `lr` was tuned; rates of hidden matrices follow the width, except Muon's."""
+    """Hidden size for which `lr` was tuned, under `transfer.width` or `residual: mus`; there rates of hidden matrices follow the width,
+    except Muon's.
+    """
+    base_depth: Layers | None = None
+    """Number of layers for which `lr` was tuned, under `transfer.depth`."""
+    transfer: Transfer | None = None
+    """Carry the learning rate over to other widths and depths. It also sets `model.init_base`, `head_scale` and `layer_coefficients`."""
     independent_decay: bool = False
     """A step keeps 1 − weight_decay·lr/peak_lr of a weight, so that the decay does not depend on the peak rate."""
     multipliers: dict[str, Multiplier] = Field(default_factory=dict)
@@ -249,6 +264,15 @@ class Optim(Section):
 
     groups: tuple[Group, ...] = ()
     """Factors by pattern or role, and weights that are frozen. Factors multiply with each other and with `multipliers`."""
+
+    @property
+    def transfer_width(self) -> int | None:
+        """The base of a width that μP transfers from."""
+        return self.base_width if self.transfer is not None and self.transfer.width is not None else None
+
+    @property
+    def transfer_depth(self) -> int | None:
+        return self.base_depth if self.transfer is not None and self.transfer.depth is not None else None
 
     @property
     def orthogonal(self) -> Muon:

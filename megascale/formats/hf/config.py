@@ -28,6 +28,9 @@ BY_LAYER = frozenset({"sliding_window_pattern", "_sliding_window_pattern", "rope
 TRAINING = frozenset(
     [
         "init_std",
+        "init_base",
+        "init_base.width",
+        "init_base.depth",
         "mtp_depth",
         "mtp_weight",
         "dropout",
