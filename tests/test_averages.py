@@ -34,7 +34,8 @@ from megascale.train.build import build_engine, draw_model
 from megascale.train.engines.engine import backward, total_over_ranks, update
 from megascale.train.estimate.memory import largest_rank, optimizer_bytes
 from megascale.train.phases import phases_of
-from tests.layouts import CPU, Case, build, fake_batch, gather_whole, tiny
+from megascale.verify.steps import gather_whole
+from tests.layouts import CPU, Case, build, fake_batch, tiny
 from tests.ranks import run_ranks
 from tests.runs import losses, make_tokens, rows, run, settings
 from tests.test_optimizers import step
