@@ -84,7 +84,7 @@ def test_averages_of_coarse_weights_are_fine() -> None:
     state = optimizer.state()
     assert {x.dtype for x in state["ema_0_999"].values()} == {torch.float32}
     held = sum(x.nbytes for of in state.values() for x in of.values())
-    assert held == sum(optimizer_bytes(case.optim, w.placement, w.local.numel(), 2) for w in model.weights)
+    assert held == sum(optimizer_bytes(case.optim, w.placement, w.local.shape, 2) for w in model.weights)
 
 
 FREE = replace(CASE, optim=Optim(name="schedule_free", lr=1e-2, decay="constant"))

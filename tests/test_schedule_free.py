@@ -62,7 +62,7 @@ def test_it_is_the_published_algorithm() -> None:
         torch.testing.assert_close(found[w.name], (1 - beta) * z + beta * x, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(judged[w.name], x, rtol=1e-12, atol=1e-13)
     state = sum(t.nbytes for of in optimizer.state().values() for t in of.values())
-    assert state == sum(optimizer_bytes(CASE.optim, w.placement, w.local.numel(), 8) for w in model.weights)
+    assert state == sum(optimizer_bytes(CASE.optim, w.placement, w.local.shape, 8) for w in model.weights)
 
 
 def values(folder: Path, place: Path | None = None, **changes: Any) -> dict[str, Any]:
