@@ -28,7 +28,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
         if key in found and not isinstance(found[key], dict):
             raise _wrong(path, key, found[key], "an object")
     for name, section in found.get("config", {}).items():
-        if not isinstance(section, list if name in ("grow", "phases") else dict):
+        if not isinstance(section, list if name in ("grow", "phases", "evaluate") else dict):
             raise _wrong(path, f"config.{name}", section, "a section with keys of its own")
     for name, key in TEXTS:
         value = found.get("config", {}).get(name, {}).get(key)

@@ -233,12 +233,14 @@ def read_yaml(path: Path, kind: str = "config file") -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Sets `section.key=value` in nested values; `grow=[…]` and `phases=[…]` have no section. Values are YAML 1.2. Returns new dicts."""
+    """Sets `section.key=value` in nested values; `grow=[…]`, `phases=[…]` and `evaluate=[…]` have no section. Values are YAML 1.2. Returns
+    new dicts.
+    """
     result, given = _copy(values), list(overrides)
     for item in given:
         key, equals, text = item.partition("=")
         path = key.strip().removeprefix("--").split(".")
-        if not equals or not all(path) or (len(path) < 2 and path not in (["grow"], ["phases"])):
+        if not equals or not all(path) or (len(path) < 2 and path not in (["grow"], ["phases"], ["evaluate"])):
             raise UsageError(f"cannot use the argument {_short(item)}: write section.key=value, for example train.steps=100{_suggest(key)}")
         try:
             value = parse_yaml(text) if text.strip() else None

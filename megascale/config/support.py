@@ -95,6 +95,8 @@ def padding_note(config: Config) -> str | None:
 def _value(config: Config, key: str, ranks: int) -> object:
     if key == "grow":
         return f"at steps {', '.join(str(growth.step) for growth in config.grow)}"
+    if key == "evaluate":
+        return ", ".join(entry.name for entry in config.evaluate)
     value: object = config
     for part in key.split("."):
         value = getattr(value, part, None)

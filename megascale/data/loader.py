@@ -21,7 +21,7 @@ NOT_COUNTED = -1  # as a target; as a sample number it marks an empty row
 class Batch(NamedTuple):
     """One micro-batch. tokens, targets [b, s] (negative targets are not counted); documents, positions [b, s], or None if attention may
     cross documents; samples [b]: global sample numbers; valid: number of targets that count; source [b, t], negative beyond its end, if
-    tokens are a target or a field that goes with a text.
+    tokens are a target or a field that goes with a text; groups [b, s]: the number of each target's group in a tally (model/tally.py).
     """
 
     tokens: Tensor
@@ -31,12 +31,14 @@ class Batch(NamedTuple):
     samples: Tensor
     valid: int
     source: Tensor | None = None
+    groups: Tensor | None = None
 
     def inputs(self, training: bool = True) -> dict[str, Tensor | None]:
         """The arguments of a model's forward; dropout uses the sample numbers."""
         named = {"tokens": self.tokens, "targets": self.targets, "documents": self.documents, "positions": self.positions}
         samples = {"samples": self.samples} if training else {}
-        return {**named, **samples, **({} if self.source is None else {"source": self.source})}
+        more = {"source": self.source, "groups": self.groups}
+        return {**named, **samples, **{name: value for name, value in more.items() if value is not None}}
 
 
 def sample_numbers(first: int, count: int, micro_batch: int, part: int, parts: int) -> list[list[int]]:

@@ -36,6 +36,7 @@ from megascale.model.shadow import product_weight
 from megascale.model.shape import Shape
 from megascale.model.spec import ParamSpec, declare
 from megascale.model.tables import MaskedHead, Table, rows_of
+from megascale.model.tally import Tally
 from megascale.splitmix import mix64_signed
 
 
@@ -92,6 +93,7 @@ class Decoder(Family):
         warm = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         self.register_buffer("warm", None if cfg.branchnorm_period is None else warm, persistent=False)
         self.exchanges = Exchanges()
+        self.tally: Tally | None = None  # takes the losses of targets that have a group
         self.shared_weight = "embedding.weight" if cfg.tie_embeddings or cfg.mtp_depth else None
         self.width: int | None = None  # width of the feed-forward in training if its prefixes are trained too
         self.xpos_middle: int | None = None  # XPos's origin, if passes over parts of a text must share it
@@ -167,6 +169,7 @@ class Decoder(Family):
         samples: Tensor | None = None,
         scale: float = 1.0,
         stream: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """tokens [b, s] → with targets [b, s] (negative: not counted) their summed loss times `scale`, else logits [b, s, V_here].
 
@@ -174,15 +177,15 @@ class Decoder(Family):
         relative; one without the head returns its own.
 
         documents [b, s] restrict attention to runs of equal numbers, positions [b, s] replace 0…s−1, samples [b] key the dropout masks
-        while training.
+        while training. groups [b, s] number the targets' groups in the tally, where there is one.
         """
         if self.cfg.matformer is not None:
             widths: tuple[int | None, ...] = (None,)
             if self.training:
                 widths = self.cfg.nested_sizes if self.cfg.matformer.train == "sum" else (self.width,)
-            passes = [self._at_width(w, tokens, targets, documents, positions, samples, scale, stream) for w in widths]
+            passes = [self._at_width(w, tokens, targets, documents, positions, samples, scale, stream, groups) for w in widths]
             return passes[0] if len(passes) == 1 else torch.stack(passes).mean(0)
-        return self._forward(tokens, targets, documents, positions, samples, scale, stream)
+        return self._forward(tokens, targets, documents, positions, samples, scale, stream, groups)
 
     def _at_width(self, width: int | None, *inputs: Any) -> Tensor:
         """`_forward` with only the first `width` channels of every feed-forward."""
@@ -200,6 +203,7 @@ class Decoder(Family):
         samples: Tensor | None,
         scale: float,
         stream: Tensor | None,
+        groups: Tensor | None,
     ) -> Tensor:
         """`forward` at the current width."""
         x, tables = (self.embed(tokens, positions), self.tables()) if stream is None else self.taken(stream)
@@ -217,7 +221,7 @@ class Decoder(Family):
             further = self.contexts(layers, tokens, mask_of, positions, samples, self.loss_weights(targets, scale))
             look = partial(look_ahead, self, scale=scale) if self.training else partial(count_accepted, self)
             ahead = partial(look, tokens=tokens, targets=targets, documents=documents, contexts=further)
-        return self.finish(x, targets, scale, ahead)
+        return self.finish(x, targets, scale, ahead, groups)
 
     def enter_head(self, x: Tensor) -> Tensor:
         """The normalized stream [b, s, d] → the head's input, with the tokens of all tensor ranks."""
@@ -230,19 +234,42 @@ class Decoder(Family):
         assert rows is not None
         return rows
 
-    def loss_of(self, x: Tensor, head: Tensor, targets: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-        """The head's input x [b, s, d] and the local tokens' targets [b · s] → their summed loss times `scale`."""
+    def loss_of(
+        self, x: Tensor, head: Tensor, targets: Tensor, scale: float, bias: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
+        """The head's input x [b, s, d] and the local tokens' targets [b · s] → their summed loss times `scale`. `groups` [b · s]: their
+        groups in the tally.
+        """
         first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
         shadow = (self.embedding if self.cfg.tie_embeddings else self.head).shadow
         how = self.exchanges.loss_backend, bias, shadow, self.cfg.logit_softcap
-        return cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, *how)
+        told = None
+        if groups is not None and self.tally is not None:
+            if self.tally.adds == "tokens":
+                kept = groups >= 0
+                found = likeliest(x.flatten(0, 1)[kept], head, first, self.predicted, rows)
+                self.tally.add(groups[kept], found)
+            else:
+                told = torch.empty(2, len(targets), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        loss = cross_entropy_sum(x.flatten(0, 1), head, targets, scale, first, self.predicted, rows, *how, told)
+        if told is not None and groups is not None and self.tally is not None:
+            counted = targets >= 0
+            self.tally.add(groups, told[0], counted, told[1] * counted)
+        return loss
 
     def likeliest(self, x: Tensor, head: Tensor) -> Tensor:
         """The head's input x [b, s, d] → the tokens [b, s] with the largest logits."""
         first, rows = self.exchanges.first_row(self.cfg.vocab_size), self.exchanges.rows
         return likeliest(x.flatten(0, 1), head, first, self.predicted, rows).view(x.shape[:2])
 
-    def finish(self, x: Tensor, targets: Tensor | None, scale: float, ahead: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    def finish(
+        self,
+        x: Tensor,
+        targets: Tensor | None,
+        scale: float,
+        ahead: Callable[[Tensor, Tensor], Tensor] | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
         """The stream after the last block → the result of `forward`. `ahead`: what it passes before the head, given the head's weight."""
         if self.final_norm is not None:
             x = self.final_norm(x)
@@ -253,7 +280,8 @@ class Decoder(Family):
             x, bias = self.mlm(x), self.mlm.bias
         x = self.enter_head(x)
         if targets is not None:
-            return self.loss_of(x, head, self.exchanges.sequence_here(targets).flatten(), scale, bias)
+            here = self.exchanges.sequence_here
+            return self.loss_of(x, head, here(targets).flatten(), scale, bias, None if groups is None else here(groups).flatten())
         logits = linear(x, head, bias)
         if self.cfg.logit_softcap is not None:
             exact = torch.promote_types(logits.dtype, torch.float32)

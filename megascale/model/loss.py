@@ -37,6 +37,7 @@ def cross_entropy_sum(
     bias: Tensor | None = None,
     shadow: Tensor | None = None,
     cap: float | None = None,
+    told: Tensor | None = None,
 ) -> Tensor:
     """Σ over valid targets of −log softmax(x·Wᵀ + bias)[target], times `scale`; a 0-dim tensor of at least fp32. With a `cap` c logits are
     c·tanh(logit ÷ c).
@@ -45,8 +46,9 @@ def cross_entropy_sum(
     negative ones are not counted. With an axis the vocabulary is sharded over its ranks and all return the same loss; the gradient of x is
     then a partial sum. `scale` is applied before gradients are rounded to x's dtype. `backend`: of torch.compile, which fuses the passes
     over a chunk; None: eager. `shadow`: the weight in x's dtype, if there is one; the gradient stays as exact as without.
+    `told` [2, T]: takes the loss of each target, and 1 where it is not the likeliest token, 0 where it is.
     """
-    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias, shadow, cap)  # type: ignore[no-any-return]
+    return _CrossEntropySum.apply(x, weight, targets, scale, first, vocab_size, axis, backend, bias, shadow, cap, told)  # type: ignore[no-any-return]
 
 
 def one_for(loss: Tensor) -> Tensor:
@@ -90,6 +92,7 @@ class _CrossEntropySum(torch.autograd.Function):
         bias: Tensor | None,
         shadow: Tensor | None,
         cap: float | None,
+        told: Tensor | None,
     ) -> Tensor:
         w, b = weight.to(x.dtype) if shadow is None else shadow, None if bias is None else bias.to(x.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -109,8 +112,11 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, x.shape[0], max(1, step)):
             rows = slice(start, start + step)
             raw = linear(x[rows], w, b)
-            loss, d_logits = chunk(raw, targets[rows], factor, first, vocab_size, axis, need_x or need_w or need_b, exact, cap)
+            need = need_x or need_w or need_b
+            loss, d_logits, *each = chunk(raw, targets[rows], factor, first, vocab_size, axis, need, exact, cap, told is not None)
             total += loss
+            if told is not None:
+                told[0, rows], told[1, rows] = each
             if grad_x is not None:
                 grad_x[rows] = linear(d_logits, w.t())
             if need_w:
@@ -130,10 +136,10 @@ class _CrossEntropySum(torch.autograd.Function):
         g = grads[0]
         if hasattr(g, "is_one"):
             to_x, to_w, to_b = ctx.saved_tensors
-            return to_x, to_w, *[None] * 6, to_b, None, None
+            return to_x, to_w, *[None] * 6, to_b, None, None, None
         # In place: a second gradient of the whole head would be this step's largest tensor.
         to_x, to_w, to_b = (None if grad is None else grad.mul_(g.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return to_x, to_w, *[None] * 6, to_b, None, None
+        return to_x, to_w, *[None] * 6, to_b, None, None, None
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,7 +154,7 @@ def _add_product(total: Tensor | None, d_logits: Tensor, x: Tensor, dtype: torch
 
 
 @cache
-def _compiled_chunk(backend: Backend) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled_chunk(backend: Backend) -> Callable[..., tuple[Tensor, ...]]:
     return compile_static(_chunk, backend=backend)
 
 
@@ -162,8 +168,11 @@ def _chunk(
     need_grad: bool,
     exact: torch.dtype,
     cap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Logits [t, V] of one chunk → (its loss sum, the gradient of its logits in their dtype; without need_grad, the exponentials)."""
+    tells: bool,
+) -> tuple[Tensor, ...]:
+    """Logits [t, V] of one chunk → (its loss sum, the gradient of its logits in their dtype; without need_grad, the exponentials). If it
+    `tells`, also each target's loss, and whether another token is likelier.
+    """
     logits = raw.to(exact) if cap is None else (raw.to(exact) / cap).tanh_().mul_(cap)
     real = vocab_size - first
     if real < logits.shape[1]:
@@ -181,21 +190,23 @@ def _chunk(
     if axis is not None:
         denominator, target_logit = all_reduce(torch.cat((denominator, target_logit), 1), axis).split(1, dim=1)
     valid = (targets >= 0).unsqueeze(1)
-    loss = (denominator.log() - target_logit).where(valid, logits.new_zeros(())).sum()
+    each = (denominator.log() - target_logit).where(valid, logits.new_zeros(()))
+    loss = each.sum()
+    more = (each[:, 0], (target_logit < 0)[:, 0].to(exact)) if tells else ()  # logits count from the largest
     if not need_grad:
-        return loss, logits
+        return loss, logits, *more
     # d loss / d logits = softmax − one-hot, on valid rows, scaled before it is rounded.
     factor = (scale / denominator) * valid
     if torch.compiler.is_compiling():
         # A comparison is fused into the pass over the logits; a scatter makes the compiler write them out in fp32 and read them again.
         at_target = (torch.arange(logits.shape[1], device=raw.device) == column) & here
         d_logits = torch.where(at_target, logits * factor - scale, logits * factor)
-        return loss, (d_logits if cap is None else d_logits * _slope(raw, cap, exact)).to(raw.dtype)
+        return loss, (d_logits if cap is None else d_logits * _slope(raw, cap, exact)).to(raw.dtype), *more
     logits *= factor
     logits.scatter_add_(1, column, (here.to(exact) * -scale))
     if cap is not None:
         logits *= _slope(raw, cap, exact)
-    return loss, logits.to(raw.dtype)
+    return loss, logits.to(raw.dtype), *more
 
 
 def _slope(raw: Tensor, cap: float, exact: torch.dtype) -> Tensor:

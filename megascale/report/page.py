@@ -79,11 +79,27 @@ def page(runs: Sequence[RunData], title: str) -> str:
             ("gradient norm", lines_figure(runs, "grad_norm", "global gradient norm", log=True)),
             ("learning rate", lines_figure(runs, "lr", "learning rate")),
         ),
+        "evaluations": _drawn(*((" ".join(keys[1:]), lines_figure(runs, keys, ": ".join(keys[1:]))) for keys in evaluations(runs))),
         "events": events_of(runs),
         "config": config_of(runs),
     }
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return environment.from_string(_resource("page.html.jinja")).render(content) + "\n"
+
+
+def evaluations(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
+    """The keys of every number that an evaluation of any run gave."""
+    found = [(r.get("evaluate") or {}) for run in runs for r in run.metrics]
+    return list(
+        dict.fromkeys(
+            ("evaluate", name, key)
+            for row in found
+            if isinstance(row, dict)
+            for name, numbers in row.items()
+            if isinstance(numbers, dict)
+            for key in numbers
+        )
+    )
 
 
 def headline_table(runs: Sequence[RunData]) -> Table:

@@ -24,11 +24,14 @@ NOISY = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "grad_norm"
 SMOOTHED_FROM = 60  # points; shorter curves are not smoothed
 
 
-def lines_figure(runs: Sequence[RunData], key: str, title: str, log: bool = False, scale: float = 1.0) -> Figure | None:
-    """One metric of all runs, times `scale`, or None if no run has it. The last of several runs is the grey reference."""
+def lines_figure(runs: Sequence[RunData], key: str | tuple[str, ...], title: str, log: bool = False, scale: float = 1.0) -> Figure | None:
+    """One metric of all runs, nested if `key` has several parts, times `scale`, or None if no run has it. The last of several
+    runs is the grey reference.
+    """
     drawn: list[tuple[RunData, str, Array, Array]] = []
+    keys = (key,) if isinstance(key, str) else key
     for i, run in enumerate(runs):
-        steps, values = run.series(key)
+        steps, values = run.series(*keys)
         values = values * scale
         if log:
             values = np.where(values > 0, values, np.nan)

@@ -13,6 +13,7 @@ from torch import Tensor
 from megascale.checkpoint.saver import NoCheckpoints
 from megascale.config.schema import Config
 from megascale.data.loader import Batch
+from megascale.evaluation.in_run import Evaluations
 from megascale.parallel.model import ParallelModel
 from megascale.trace.meter import Meter
 from megascale.train.build import build_engine
@@ -80,6 +81,7 @@ def trainer_of(
         progress=Progress(),
         device=device,
         phase=Phase(config, config, until),
+        evaluations=Evaluations(config, (), model, device),
     )
 
 

@@ -35,6 +35,7 @@ from megascale.data.samples import (
     valid_notes,
 )
 from megascale.errors import UsageError
+from megascale.evaluation.in_run import Evaluations, open_evaluations
 from megascale.formats.export import export_beside
 from megascale.formats.hf.folder import is_hf_folder
 from megascale.formats.load import fill
@@ -103,6 +104,7 @@ def _built(
     mixture, valid_sets = on_all_ranks(lambda: open_data(config, given.samples))
     prints = on_all_ranks(lambda: prints_of(config, given.samples))
     check_data(config, prints)
+    tasks = on_all_ranks(lambda: open_evaluations(config))
     start = find_start(phase, run_dir, prints, opening.elsewhere)
     mesh = build_mesh(axis_sizes(config.parallel, ranks.size), device.type, config.parallel.heads_over)
     model, facts, flops = on_all_ranks(lambda: build_model(config, mesh, device, document_lengths(config, mixture)))
@@ -151,6 +153,7 @@ def _built(
         progress=progress,
         device=device,
         phase=phase,
+        evaluations=Evaluations(config, tasks, model, device),
         saved=progress.step if run_dir is not None and own_checkpoint(start, run_dir) else None,
     )
 
@@ -186,6 +189,7 @@ def continued(trainer: Trainer, phase: Phase, given: Given) -> Trainer:
         progress=progress,
         device=trainer.device,
         phase=phase,
+        evaluations=Evaluations(config, on_all_ranks(lambda: open_evaluations(config)), model, trainer.device),
         saved=trainer.saved,
         gate=trainer.gate,
     )

@@ -14,6 +14,7 @@ from megascale.checkpoint.saver import Checkpointer, Event, NoCheckpoints
 from megascale.config.schema import Config
 from megascale.data.loader import Batch, Prefetcher
 from megascale.errors import Halted, OutOfMemoryError, PeerLostError, StopRequested, TrainingError
+from megascale.evaluation.in_run import Evaluations
 from megascale.model.ops.compiled import left_out
 from megascale.optim.averages import averages_of, own_average, shown
 from megascale.optim.learning_rate import learning_rate
@@ -55,12 +56,14 @@ class Trainer:
         progress: Progress,
         device: torch.device,
         phase: Phase,
+        evaluations: Evaluations,
         saved: int | None = None,
         gate: SpikeGate | None = None,
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.batches, self.valid, self.checkpointer = batches, valid, checkpointer
         self.reporter, self.stop, self.activity, self.progress, self.device = reporter, stop, activity, progress, device
+        self.evaluations = evaluations
         self.phase, self.until = phase, phase.until  # more phases may come before the run's last step
         self.places = config.train.global_batch_size * config.train.seq_len
         self.scale = loss_scale(config) / self.places
@@ -106,8 +109,8 @@ class Trainer:
             self.progress.tokens += self.places
             halted = False
             ends = step == last_step and not self.phase.flows
-            if train.eval_every and (step % train.eval_every == 0 or ends):
-                halted = not self.evaluated(result)
+            if (train.eval_every and (step % train.eval_every == 0 or ends)) or self.evaluations.due(step):
+                halted = not self.evaluated(result, ends)
             self.reporter.step(result, self.progress)
             if frozen := self.activity.thawed():
                 self.reporter.frozen(step, frozen)
@@ -152,14 +155,21 @@ class Trainer:
             self.model.train(training)
             self.in_training = training
 
-    def evaluated(self, result: StepResult) -> bool:
-        """Adds the validation losses to a step's result. False if all ranks left the evaluation early: then there are none."""
+    def evaluated(self, result: StepResult, ends: bool) -> bool:
+        """Adds the validation losses and evaluations that are due to a step's result. False if all ranks left early: then there are
+        none.
+        """
         self.activity.at(result.step, "evaluating")
         begin = time.perf_counter()
         try:
-            result.valid_loss = self.evaluate()
-            for source, totals in self.reporter.observed.flush().items():
-                result.seen[source].update(totals)
+            if (every := self.config.train.eval_every) and (result.step % every == 0 or ends):
+                result.valid_loss = self.evaluate()
+                for source, totals in self.reporter.observed.flush().items():
+                    result.seen[source].update(totals)
+            if due := self.evaluations.due(result.step):
+                self.set_mode(training=False)
+                result.evaluate = self.evaluations.run(due, self.engine)
+                self.reporter.observed.flush()  # of other texts than the row tells of
         except Halted:
             self.reporter.event("evaluation_cut_short", result.step)
             return False

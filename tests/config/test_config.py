@@ -319,6 +319,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "moments_growth": (1, ("optim.moments=int8", "grow=[{step: 1, num_layers: 4}]")),
     "mus_decay": (1, ("model.residual=mus",)),
     "decay_a_step": (1, ("optim.independent_decay=true",)),
+    "evaluate_family": (1, ("model.family=encoder", "evaluate=[{name: a, path: x, kind: bits}]")),
+    "evaluate_names": (1, ("evaluate=[{name: a, path: x, kind: bits}, {name: a, path: y, kind: bits}]",)),
     "ddp_shard": (2, ("parallel.engine=ddp", "parallel.dp_shard=2")),
     "kv_heads": (1, ("model.num_kv_heads=3",)),
     "rope_pairs": (1, ("model.head_dim=5",)),

@@ -7,6 +7,22 @@ from megascale.config.rules.rule import Rule
 
 GENERAL_RULES: tuple[Rule, ...] = (
     Rule(
+        "evaluate_family",
+        ("model.family", "evaluate"),
+        lambda c, n: c.model.family != "decoder" and bool(c.evaluate),
+        "evaluations score the continuation of a text, which only a decoder gives",
+        "leave evaluate out, or choose family decoder",
+        whole=True,
+    ),
+    Rule(
+        "evaluate_names",
+        ("evaluate",),
+        lambda c, n: len({e.name for e in c.evaluate}) < len(c.evaluate),
+        "two evaluations have the same name, and metrics know them by it",
+        "give each a name of its own",
+        whole=True,
+    ),
+    Rule(
         "ddp_shard",
         ("parallel.engine", "parallel.dp_shard"),
         lambda c, n: c.parallel.engine == "ddp" and c.parallel.dp_shard > 1,

@@ -6,6 +6,7 @@ Which keys can be combined is decided in `support.py`. Nothing in this package i
 
 from megascale.config.schema.averages import Ema
 from megascale.config.schema.config import Config, GrowAt, PhaseAt, Run
+from megascale.config.schema.evaluate import EvaluateAt
 from megascale.config.schema.kinds import Kind, MoeOfKind
 from megascale.config.schema.model import AHEAD_NORMS, BLOCK_NORMS, OUTER_NORMS, Model
 from megascale.config.schema.model_parts import Delta, InitBase, Latent, Matformer, Moe, Moeut, RopeScaling, Spacetime, Tokenformer
@@ -35,6 +36,7 @@ __all__ = [
     "DataSource",
     "Delta",
     "Ema",
+    "EvaluateAt",
     "Group",
     "GrowAt",
     "InitBase",

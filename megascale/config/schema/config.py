@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megascale.config.routers import routers
+from megascale.config.schema.evaluate import EvaluateAt
 from megascale.config.schema.kinds import Model
 from megascale.config.schema.model_parts import InitBase
 from megascale.config.schema.parallel import Parallel
@@ -179,6 +180,8 @@ class Config(Section):
     """When checkpoints are written and what a run starts from."""
     precision: Precision = Precision()
     """Number formats of products and stored weights."""
+    evaluate: tuple[EvaluateAt, ...] = ()
+    """Evaluations during the run and at its end, beside the validation loss."""
     phases: tuple[PhaseAt, ...] = ()
     """Changes of other keys during the run, in order: batch ramps, longer sequences, other data, another schedule."""
     grow: tuple[GrowAt, ...] = ()

@@ -53,6 +53,9 @@ class Console:
         valid = row.get("valid_loss")
         if valid:
             text += "  " + "  ".join(f"valid[{name}] {loss:.4f}" for name, loss in valid.items())
+        if row.get("evaluate"):
+            valid = valid or row["evaluate"]
+            text += "  " + "  ".join(f"{name}[{key}] {x:.4f}" for name, found in row["evaluate"].items() for key, x in found.items())
         if self._progress is not None and self._task is not None:
             with self._if_heard():
                 self._progress.update(self._task, completed=row["step"], description=text)

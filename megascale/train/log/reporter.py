@@ -45,12 +45,17 @@ class StepResult:
     seen: dict[MetricSource, Totals]  # metrics of local modules
     sampled: bool = False  # includes modules that measure on sampled steps only
     valid_loss: dict[str, float] | None = None
+    evaluate: dict[str, dict[str, float]] | None = None  # results by the evaluation's name
     valid_seconds: float = 0.0
     waited: float = 0.0  # seconds this rank waited for the batch
     stalled: float = 0.0  # seconds of evaluation and saving since the previous step
     tokens: int = 0
     told: HostCopy | None = None
     logged: bool = False
+
+    @property
+    def evaluated(self) -> bool:
+        return self.valid_loss is not None or self.evaluate is not None
 
     @property
     def number(self) -> int:
@@ -147,11 +152,11 @@ class Reporter:
 
     def step(self, result: StepResult, progress: Progress) -> None:
         result.tokens = progress.tokens
-        result.logged = result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.valid_loss is not None
+        result.logged = result.step % self.cfg.log_every == 0 or result.step in (1, self.last_step) or result.evaluated
         self._waited += result.waited
         result.told = HostCopy(self._over_ranks(result) if result.logged else result.numbers)
         self._waiting.append((result, progress))
-        lag = 1 if self.device.type != "cpu" and result.step < self.last_step and result.valid_loss is None else 0
+        lag = 1 if self.device.type != "cpu" and result.step < self.last_step and not result.evaluated else 0
         while len(self._waiting) > lag:
             self._read(*self._waiting.popleft())
 
@@ -236,6 +241,7 @@ class Reporter:
             self.peak,
             result.valid_loss,
             result.valid_seconds,
+            result.evaluate,
         )
         own, wrong = metrics_of(step, self.metrics)
         row = {**{k: v for k, v in own.items() if not self.metrics[k].evaluated}, **seen, **own}

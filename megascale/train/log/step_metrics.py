@@ -22,7 +22,7 @@ class LoggedStep:
     waited           seconds of waiting for data in that time; `sent`: bytes per axis in this step; the largest over all ranks
     flops_per_token  FLOPs per token of training
     peak             FLOP/s of one rank, if known
-    valid_loss       per validation set, if the step ends with an evaluation
+    valid_loss       per validation set, if the step ends with an evaluation; `evaluate`: the results of evaluations by their names
     """
 
     step: int
@@ -42,6 +42,11 @@ class LoggedStep:
     peak: float | None = None
     valid_loss: Mapping[str, float] | None = None
     valid_seconds: float = 0.0
+    evaluate: Mapping[str, Mapping[str, float]] | None = None
+
+    @property
+    def evaluated(self) -> bool:
+        return self.valid_loss is not None or self.evaluate is not None
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,6 +83,7 @@ STEP_METRICS: dict[str, StepMetric] = {
     "memory_bytes": StepMetric(lambda s: s.memory_bytes),
     "sent_bytes": StepMetric(lambda s: dict(s.sent)),
     "valid_loss": StepMetric(lambda s: s.valid_loss, evaluated=True),
+    "evaluate": StepMetric(lambda s: s.evaluate, evaluated=True),
     "valid_seconds": StepMetric(lambda s: s.valid_seconds, evaluated=True),
 }
 
@@ -99,11 +105,12 @@ def metrics_of(step: LoggedStep, metrics: Mapping[str, StepMetric]) -> tuple[dic
     row: dict[str, Any] = {}
     wrong: dict[str, str] = {}
     for name, metric in metrics.items():
-        if metric.evaluated and step.valid_loss is None:
+        if metric.evaluated and not step.evaluated:
             continue
         assert not isinstance(metric.read, str)  # step_metrics
         if name in STEP_METRICS:
-            row[name] = metric.read(step)
+            if (value := metric.read(step)) is not None or not metric.evaluated:
+                row[name] = value
             continue
         try:
             value = metric.read(step)
