@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megascale.data.indexed import TokenWriter
-from megascale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UsageError
 from megascale.evaluation.files import read_items
 from megascale.evaluation.requests import Request, following, windows
@@ -28,7 +30,7 @@ from tests.runs import rows, run, settings
 
 pytestmark = pytest.mark.dist
 
-VOCAB = 280
+VOCAB = 288
 WORDS = [f"word{i} follows word{i * 7 % 50}." for i in range(100)]
 LINES: dict[str, list[dict[str, Any]]] = {
     "choice": [
@@ -45,8 +47,12 @@ LINES: dict[str, list[dict[str, Any]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token files with their tokenizer, and a file of each kind."""
     path = tmp_path_factory.mktemp("evaluation")
-    train_sentencepiece(WORDS, VOCAB, path / "tokens.model")
-    tokenizer = load_tokenizer(path / "tokens.model")
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    made.save(str(path / "tokens.tokenizer.json"))
+    tokenizer = load_tokenizer(path / "tokens.tokenizer.json")
     with TokenWriter(path / "tokens", np.uint16) as writer:
         for ids in tokenizer.encode_batch(WORDS):
             writer.add(np.append(ids, tokenizer.eos_id))
@@ -57,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder / "tokens.model")
+    return load_tokenizer(folder / "tokens.tokenizer.json")
 
 
 def values(data: Path, place: Path, **changes: Any) -> dict[str, Any]:
@@ -248,3 +254,83 @@ def test_a_bad_file_ends_a_run_before_it_begins(folder: Path, tmp_path: Path) ->
     wrong["evaluate"][0]["path"] = str(tmp_path / "none.jsonl")
     code, message = run(wrong)
     assert code == 2 and "none.jsonl" in message and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def exported(folder: Path, place: Path) -> Path:
+    """A run's checkpoint as a Hugging Face folder beside it."""
+    from megascale.commands.convert import app
+
+    settings_of = {**values(folder, place), "evaluate": []}
+    assert run(settings_of) == (0, "done")
+    words = [str(place / "run"), str(place / "hf"), "--from", "megascale", "--to", "hf"]
+    assert app(words, standalone_mode=False) in (None, 0)
+    return place / "hf"
+
+
+def test_the_command_scores_as_transformers_does(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Catches a checkpoint and its export that differ, another tokenizer's tokens, and windows or cuts that are not lm-eval's: its HFLM is
+    written here again over transformers, text by text.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'megascale[hf]'")
+    from megascale.commands.evaluate import app
+
+    hf = exported(folder, tmp_path)
+    flags = [word for kind in LINES for word in (f"--{kind}", str(folder / f"{kind}.jsonl"))]
+    found = []
+    for place in (tmp_path / "run", hf):
+        assert app([str(place), *flags, "--json", str(tmp_path / "out.json"), "--dtype", "fp64"], standalone_mode=False) in (None, 0)
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    for name, numbers in found[0].items():
+        assert numbers == pytest.approx(found[1][name], rel=1e-6), name
+    model, theirs = transformers.AutoModelForCausalLM.from_pretrained(hf), transformers.AutoTokenizer.from_pretrained(hf)
+    model, length = model.double(), model.config.max_position_embeddings
+
+    def score(context: list[int], wanted: list[int]) -> float:
+        inputs = torch.tensor([(context + wanted)[-(length + 1) :][:-1]])
+        with torch.no_grad():
+            said = torch.log_softmax(model(inputs).logits[0], -1)[-len(wanted) :]
+        return float(said.gather(1, torch.tensor(wanted[-length:])[:, None]).sum())
+
+    total = 0.0
+    for item in LINES["bits"]:
+        tokens = theirs.encode(item["text"])
+        total += score([theirs.eos_token_id], tokens[:length])
+        for begin in range(length, len(tokens), length):
+            end = min(begin + length, len(tokens))
+            total += score(tokens[end - length - 1 : begin], tokens[begin:end])
+    size = sum(len(item["text"].encode()) for item in LINES["bits"])
+    assert found[0]["bits"]["bits_per_byte"] == pytest.approx(-total / math.log(2) / size, rel=1e-6)
+    right = 0
+    for item in LINES["choice"]:
+        context = theirs.encode(item["context"].rstrip())  # spaces at its end belong to the choice
+        pairs = [theirs.encode(item["context"] + c)[len(context) :] for c in item["choices"]]
+        scores = [score(context or [theirs.eos_token_id], wanted) for wanted in pairs]
+        right += scores.index(max(scores)) == item["answer"]
+    assert found[0]["choice"]["accuracy"] == right / len(LINES["choice"])
+
+
+def test_lm_eval_itself(folder: Path, tmp_path: Path) -> None:
+    """Catches log-likelihoods that are not lm-eval's own on the exported folder."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megascale[evaluation]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from megascale.evaluation.harness import harness
+
+    hf = exported(folder, tmp_path)
+    theirs = HFLM(pretrained=str(hf), device="cpu", dtype="float64", batch_size=2)
+
+    def asked(kind: str, *args: Any) -> Any:
+        return Instance(request_type=kind, doc={}, arguments=args, idx=0)  # type: ignore[arg-type]
+
+    pairs = [asked("loglikelihood", item["context"], c) for item in LINES["choice"] for c in item["choices"]]
+    texts = [asked("loglikelihood_rolling", item["text"]) for item in LINES["bits"]]
+    until = {"until": ["."], "max_gen_toks": 6, "do_sample": False}
+    prompts = [asked("generate_until", item["prompt"], until) for item in LINES["exact"]]
+    for place in (tmp_path / "run", hf):
+        with harness(place, dtype="fp64") as ours:
+            for (mine, greedy), (want, their_greedy) in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+                assert abs(mine - want) <= 1e-5 and greedy == their_greedy
+            for mine, want in zip(ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), strict=True):
+                assert abs(mine - want) <= 1e-5
+            assert ours.generate_until(prompts) == theirs.generate_until(prompts)

@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "Turn text, JSON lines or Parquet into token files.",
     "generate": "Sample from a checkpoint or a Hugging Face folder.",
     "translate": "Translate with an encoder-decoder.",
+    "evaluate": "Score a checkpoint or a Hugging Face folder on JSONL files.",
     "inspect": "Show what is inside a checkpoint, and whether it is whole.",
     "report": "Write one HTML page about one or several runs.",
     "branch": "Begin a run at a checkpoint of another one, such as a decay.",
