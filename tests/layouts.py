@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megascale.config.schema import Config, Data, Model, Optim, Parallel, Precision, Run, Train
+from megascale.config.schema.train import SkipSpikes
 from megascale.data.loader import Batch
 from megascale.model.layers import Fp8
 from megascale.parallel.model import ParallelModel
@@ -41,6 +42,7 @@ class Case:
     packed: bool = False
     clip: float = 0.5
     keep_tensors: bool = True
+    spikes: SkipSpikes | None = None
 
     @property
     def config(self) -> Config:
@@ -54,7 +56,7 @@ class Case:
             run=Run(seed=7, kernels="torch"),
             model=self.model,
             parallel=self.parallel,
-            train=Train(steps=self.steps, clip=self.clip, **sizes, **batch),
+            train=Train(steps=self.steps, clip=self.clip, skip_spikes=self.spikes, **sizes, **batch),
             optim=self.optim,
             data=Data(train="none"),
             precision=Precision(compute=self.precision, reduce=self.reduce, shadow_weights=self.shadows, **fp8),  # type: ignore[arg-type]

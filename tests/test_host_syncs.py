@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megascale.config.schema import Optim, Parallel
 from megascale.config.schema.model import Moe
+from megascale.config.schema.train import SkipSpikes
 from megascale.data.loader import Batch
 from megascale.trace.step import trainer_of
 from megascale.train.build import build_engine
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "packed": on(1, replace(DENSE, packed=True)),
     "own frequencies": on(1, replace(DENSE, model=tiny(rope_exponents=(0.0, 0.3, 0.6)))),
     "sinks and caps": on(1, replace(DENSE, model=tiny(attention_sink="learned", attention_gate="head", logit_softcap=9.0))),
+    "skip spikes": on(1, replace(DENSE, spikes=SkipSpikes())),
     "selective": on(1, recompute="selective"),
     "full": on(1, recompute="full"),
     "nested": on(1, recompute="nested"),

@@ -251,7 +251,7 @@ ORDER = (
     {"planning"},
     {"schedule", "optim", "checkpoint"},
     {"formats"},
-    {"analysis", "expand", "train", "trace", "report", "generation"},
+    {"analysis", "evaluation", "expand", "train", "trace", "report", "generation"},
     {"api", "chaos", "verify"},
     {"commands"},
 )

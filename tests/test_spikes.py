@@ -123,7 +123,18 @@ def test_a_bad_batch_is_skipped_on_every_layout_and_through_a_resume(folder: Pat
     assert one[:BAD] == other[:BAD] and one[BAD] < other[BAD] - 0.05
 
 
-@pytest.mark.parametrize("value", [{"losses": [1.0]}, {"losses": [1.0], "norms": [], "taken": 1, "skipped": 0}, [], {"losses": "x"}])
+WINDOW = {"losses": [1.0], "norms": [2.0], "taken": 1, "skipped": 0}
+DAMAGED: list[Any] = [
+    {"losses": [1.0]},
+    WINDOW | {"norms": []},
+    WINDOW | {"losses": [math.nan]},
+    WINDOW | {"taken": -1},
+    [],
+    {"losses": "x"},
+]
+
+
+@pytest.mark.parametrize("value", DAMAGED)
 def test_a_damaged_window_is_refused(tmp_path: Path, value: Any) -> None:
     """Catches a traceback for a trainer.json that was cut or edited."""
     (tmp_path / "trainer.json").write_text(json.dumps({"step": 1, "spikes": value}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _is_window(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"losses", "norms", "taken", "skipped"}:
         return False
     lists, counts = (value["losses"], value["norms"]), (value["taken"], value["skipped"])
-    numbers = all(isinstance(x, list) and all(type(n) in (int, float) for n in x) for x in lists)
+    numbers = all(isinstance(x, list) and all(type(n) in (int, float) and math.isfinite(n) for n in x) for x in lists)
     return numbers and len(lists[0]) == len(lists[1]) and all(type(n) is int and 0 <= n <= LARGEST for n in counts)
 
 

@@ -243,8 +243,7 @@ class Trainer:
         step = self.progress.step
         self.activity.at(step, SAVING)
         begin = time.perf_counter()
-        if self.gate is not None:
-            self.progress.spikes = self.gate.plain()
+        self.progress.spikes = {} if self.gate is None else self.gate.plain()
         trainer = {**self.progress.plain(), **self.reporter.provenance}
         self.checkpointer.save(step, self.engine.pieces(), trainer)
         self.saved = step
