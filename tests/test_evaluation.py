@@ -150,6 +150,10 @@ def test_scores_do_not_depend_on_the_batch(packed: bool, tokenizer: Tokenizer, f
     assert scorer(model, 64, packed).next_tokens([r.context for r in asked]) == best
     sure = [Request(r.context, [token]) for r, token in zip(asked, best)]
     assert all(s.greedy for s in scorer(model, 64, packed, 2).scores(sure))
+    with torch.no_grad():
+        second = [int(model.module(torch.tensor([r.context]))[0, -1].topk(2).indices[1]) for r in asked]
+    nearly = [Request(r.context, [token]) for r, token in zip(asked, second)]
+    assert not any(s.greedy for s in scorer(model, 64, packed, 2).scores(nearly))
 
 
 def test_rolling_windows_are_lm_evals() -> None:
