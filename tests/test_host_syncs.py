@@ -82,7 +82,7 @@ CASES: dict[str, tuple[int, int, Case]] = {
     "muon with fsdp": on(4, replace(DENSE, optim=VARIANTS["muon"].optim), dp_shard=4),
     "averages": on(4, replace(DENSE, optim=Optim(name="schedule_free", decay="constant", ema=(0.9, 0.99))), dp_shard=4),  # type: ignore[arg-type]
 }
-GROUP = 12
+GROUP = 18
 # What is known to wait, by its place in the code, and why it may.
 KNOWN = {
     "megascale/comm/exchange.py": "ranks that exchange rows must know how many will come, to have room for them; not with parallel.ep_rows",
@@ -198,7 +198,7 @@ def second_step(case: Case, ranks: int, device: torch.device, backend: Any) -> l
 @cache
 def waits_of_group(number: int) -> dict[str, Any]:
     """A process starts for some cases at a time: it imports for seconds, and each case takes one."""
-    return fresh_process(waits_of, list(CASES)[number * GROUP : (number + 1) * GROUP], timeout=280)  # type: ignore[no-any-return]
+    return fresh_process(waits_of, list(CASES)[number * GROUP : (number + 1) * GROUP], timeout=400)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -142,6 +142,7 @@ assert torch.allclose(x.grad, x.cos() * x + x.sin(), atol=1e-5), (x.grad - x.cos
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two widths of vectors, and so a CPU with AVX-512")
+@pytest.mark.slow
 def test_what_was_compiled_for_wider_vectors_is_not_read_back(tmp_path: Path) -> None:
     """Catches loops of sixteen numbers that run on a processor of eight: torch's cache finds them by the graph alone."""
     for width in ("avx512", "avx2"):

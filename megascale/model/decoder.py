@@ -203,7 +203,7 @@ class Decoder(Family):
         samples: Tensor | None,
         scale: float,
         stream: Tensor | None,
-        groups: Tensor | None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """`forward` at the current width."""
         x, tables = (self.embed(tokens, positions), self.tables()) if stream is None else self.taken(stream)

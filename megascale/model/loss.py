@@ -193,6 +193,7 @@ def _chunk(
     each = (denominator.log() - target_logit).where(valid, logits.new_zeros(()))
     loss = each.sum()
     more = (each[:, 0], (target_logit < 0)[:, 0].to(exact)) if tells else ()  # logits count from the largest
+    del each  # or it would be here with the gradient
     if not need_grad:
         return loss, logits, *more
     # d loss / d logits = softmax − one-hot, on valid rows, scaled before it is rounded.
